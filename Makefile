@@ -1,0 +1,42 @@
+# `make demo` shows the main job, `make test` runs every test; both make their own environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt
+DEMO := calibration/demo/checkpoint
+BUNDLE := demo.ojfa
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+$(VENV)/python.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11"; echo "hint: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/python.stamp $(CONSTRAINTS) pyproject.toml
+	@echo "installing (a few minutes, most of it torch, the reference that the bundle is verified against)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[build,verify]'
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[build,verify,test,bench]'
+	@touch $@
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python -m calibration.demo.show --checkpoint $(DEMO) --bundle $(BUNDLE)
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(VENV)/test.stamp lint
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=ojfa_export --cov-report=term:skip-covered
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m bench.cpu --help
+
+clean:
+	rm -rf $(VENV) $(BUNDLE) $(BUNDLE).partial build dist

@@ -1,0 +1,1 @@
+"""How the checkpoints of this directory are trained: text, tokenizer, models and the loop."""

@@ -1,0 +1,48 @@
+"""Early-exit deployment compiler for Hugging Face causal language models.
+
+model = ojfa_export.load("demo.ojfa")
+for token in model.stream("def parse(", exit=8):
+    print(token.text, end="")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ojfa_export._version import __version__
+
+if TYPE_CHECKING:
+    from ojfa_export.errors import OjfaError
+    from ojfa_export.runtime.generation import Completion, Generation, Token
+    from ojfa_export.runtime.model import Model, load
+    from ojfa_export.runtime.session import Session
+
+__all__ = [
+    "Completion",
+    "Generation",
+    "Model",
+    "OjfaError",
+    "Session",
+    "Token",
+    "__version__",
+    "load",
+]
+
+_HOMES = {
+    "Completion": "runtime.generation",
+    "Generation": "runtime.generation",
+    "Model": "runtime.model",
+    "OjfaError": "errors",
+    "Session": "runtime.session",
+    "Token": "runtime.generation",
+    "load": "runtime.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the interface when it is first used: `ojfa-export --help` needs none of it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ojfa_export' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"ojfa_export.{_HOMES[name]}"), name)

@@ -1,0 +1,104 @@
+"""What a backend is: it builds engines from the portable graphs, and it runs them.
+
+A backend is one folder beside this file, and the only place that imports its SDK. Its package
+exports a `Backend` as BACKEND (see `backends.load`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ojfa_export.families.spec import ModelSpec
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+
+class Cache(Protocol):
+    """The keys and values of one session's sequences, and the buffers of its decode steps.
+
+    Made by `Engines.new_cache`; rows are positions, so that dropping tokens is a matter of the
+    session's watermarks alone.
+    """
+
+    def embed(self, token_ids: Int32, positions: Int32) -> Float32:
+        """Embeds tokens: [rows, tokens] each, to hidden states [rows, tokens, H]."""
+        ...
+
+    def run_block(
+        self, block: int, hidden: Float32, rows: slice, starts: Int32, *, long_context: bool
+    ) -> Float32:
+        """Runs a block on new tokens and appends their keys and values.
+
+        Args:
+            block: Which block, from 0.
+            hidden: [rows, tokens, H]; several rows only with one token each.
+            rows: Which sequences.
+            starts: [rows] position of each sequence's first token here; cache rows from there
+                on are overwritten.
+            long_context: Whether LongRoPE's long factors apply.
+
+        Returns:
+            [rows, tokens, H]; valid until the next call but one.
+        """
+        ...
+
+    def unload(self, block: int) -> None:
+        """Closes a block's engine; its keys and values stay, and it is opened again when used."""
+        ...
+
+
+class Engines(Protocol):
+    """An opened model. Blocks are loaded when first used, or by `load_blocks`."""
+
+    def load_blocks(self, depth: int) -> None:
+        """Loads the first blocks."""
+        ...
+
+    def new_cache(self, batch_size: int, capacity: int) -> Cache:
+        """Makes a cache for this many sequences of at most this many tokens."""
+        ...
+
+    def logits(self, hidden: Float32, *, final: bool) -> Float32:
+        """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
+        ...
+
+
+class Backend(Protocol):
+    """A backend: what a package in backends/ exports as BACKEND."""
+
+    name: str
+
+    def versions(self) -> dict[str, str]:
+        """What the engines depend on, recorded with them."""
+        ...
+
+    def build_engine(self, spec: ModelSpec, graph: Path, engine: Path) -> None:
+        """Builds the engine of one portable graph.
+
+        Raises:
+            BackendError: The backend can't run this graph.
+        """
+        ...
+
+    def open_engines(
+        self,
+        spec: ModelSpec,
+        weights: Path,
+        engines: Mapping[str, Path],
+        rotary: tuple[Float32, Float32] | None,
+    ) -> Engines:
+        """Opens built engines.
+
+        Args:
+            spec: The model.
+            weights: Directory of the weight files.
+            engines: Engine files by graph name.
+            rotary: Cosines and sines [rows, rotary_dim/2], or None.
+        """
+        ...

@@ -1,0 +1,60 @@
+"""Engines that keep one block loaded at a time, for building and verifying large models.
+
+Every token then opens every block again: right for a few passes, never for serving.
+"""
+
+from __future__ import annotations
+
+from ojfa_export.backends.backend import Cache, Engines, Float32, Int32
+from ojfa_export.families.spec import ModelSpec
+
+# Models whose blocks take less in fp32 stay loaded: opening them again would take longer than
+# the memory is worth.
+LARGE_BYTES = 500_000_000
+
+
+def frugal(engines: Engines, spec: ModelSpec) -> Engines:
+    """The engines, keeping one block loaded at a time where the model is large."""
+    attention = spec.hidden_size * spec.head_dim * 2 * (spec.heads + spec.kv_heads)
+    mlp = spec.hidden_size * spec.intermediate_size * (3 if spec.gated else 2)
+    return FrugalEngines(engines) if 4 * spec.blocks * (attention + mlp) > LARGE_BYTES else engines
+
+
+class FrugalEngines:
+    """Engines whose caches close each block after it has run."""
+
+    def __init__(self, engines: Engines) -> None:
+        self._engines = engines
+
+    def load_blocks(self, depth: int) -> None:
+        """Loads nothing ahead."""
+
+    def new_cache(self, batch_size: int, capacity: int) -> Cache:
+        """Makes a cache for this many sequences of at most this many tokens."""
+        return FrugalCache(self._engines.new_cache(batch_size, capacity))
+
+    def logits(self, hidden: Float32, *, final: bool) -> Float32:
+        """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
+        return self._engines.logits(hidden, final=final)
+
+
+class FrugalCache:
+    """A cache that closes each block after it has run; keys and values stay."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+
+    def embed(self, token_ids: Int32, positions: Int32) -> Float32:
+        """See `Cache`."""
+        return self._cache.embed(token_ids, positions)
+
+    def run_block(
+        self, block: int, hidden: Float32, rows: slice, starts: Int32, *, long_context: bool
+    ) -> Float32:
+        """See `Cache`."""
+        result = self._cache.run_block(block, hidden, rows, starts, long_context=long_context)
+        self._cache.unload(block)
+        return result
+
+    def unload(self, block: int) -> None:
+        """Nothing is left to close."""

@@ -1,0 +1,51 @@
+"""Engines for ONNX Runtime: the same graphs in its own operators, on the same weight files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+
+from ojfa_export.backends.onnxruntime.dialect import OnnxRuntimeCpu
+from ojfa_export.errors import BackendError
+from ojfa_export.families.spec import ModelSpec
+from ojfa_export.graphs.block import block_graph
+from ojfa_export.graphs.embed import embed_graph
+from ojfa_export.graphs.heads import exit_head_graph, final_head_graph
+from ojfa_export.graphs.weights import references
+
+
+def build_engine(spec: ModelSpec, graph: Path, engine: Path) -> None:
+    """Builds the engine of one graph.
+
+    Args:
+        spec: The model.
+        graph: The portable graph; its weight references are reused.
+        engine: The file to write.
+
+    Raises:
+        BackendError: A shape that ONNX Runtime's fused attention doesn't take.
+    """
+    _check(spec)
+    dialect = OnnxRuntimeCpu(spec)
+    weights = references(onnx.load(graph, load_external_data=False))
+    name = graph.stem
+    if name == "embed":
+        model = embed_graph(spec, weights, 0, rotations=False)
+    elif name == "final_head":
+        model = final_head_graph(spec, weights, dialect)
+    elif name == "exit_head":
+        model = exit_head_graph(spec, weights, dialect)
+    else:
+        model = block_graph(spec, int(name.removeprefix("block_")), weights, dialect)
+    engine.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _check(spec: ModelSpec) -> None:
+    multiple = 16 if spec.rotary_dim else 8
+    if spec.head_dim % multiple or spec.rotary_dim % 16:
+        raise BackendError(
+            f"head size {spec.head_dim} with {spec.rotary_dim} rotated features: ONNX Runtime's "
+            f"fused attention needs multiples of {multiple}",
+            hint="this model can't be built for the onnxruntime backend",
+        )

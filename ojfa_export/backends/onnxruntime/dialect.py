@@ -1,0 +1,86 @@
+"""Blocks in ONNX Runtime's own operators: its fused attention writes the cache in place."""
+
+from __future__ import annotations
+
+from ojfa_export.families.spec import Activation, ModelSpec
+from ojfa_export.graphs.dialect import Portable, Weights
+from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, MICROSOFT, Graph
+from ojfa_export.graphs.weights import TensorRef
+
+
+class OnnxRuntimeCpu(Portable):
+    """ONNX Runtime's contrib operators, in fp32.
+
+    The CPU provider has no fp16 matrix product on x86, so fp16 weights are widened when a graph
+    is loaded.
+
+    Args:
+        spec: The model.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec, "fp32")
+
+    def matrix(self, graph: Graph, name: str, ref: TensorRef) -> str:
+        """A weight matrix, widened where it is stored in fp16."""
+        weight = super().matrix(graph, name, ref)
+        return graph.cast(weight, FLOAT) if ref.dtype == FLOAT16 else weight
+
+    def norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
+        """RMSNorm as one node; LayerNorm is one node as it is."""
+        if self.spec.norm == "layer":
+            return super().norm(graph, x, weights, name)
+        weight = graph.weight(f"{name}.weight", weights[f"{name}.weight"])
+        epsilon = self.spec.norm_epsilon
+        return str(
+            graph.op(
+                "SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon, stash_type=1
+            )
+        )
+
+    def activation(self, graph: Graph, x: str, kind: Activation) -> str:
+        """An activation as one node where there is one."""
+        if kind == "silu":
+            return str(graph.op("QuickGelu", x, domain=MICROSOFT, alpha=1.0))
+        if kind == "gelu_tanh":
+            return str(graph.op("FastGelu", x, domain=MICROSOFT))
+        if kind == "gelu":
+            return str(graph.op("Gelu", x, domain=MICROSOFT))
+        return super().activation(graph, x, kind)
+
+    def attention_inputs(self, graph: Graph) -> None:
+        """Cache buffers of full capacity, and how much of each is in use."""
+        spec = self.spec
+        graph.input("last_positions", INT32, "batch")
+        graph.input("total_length", INT32)
+        if spec.rotary_dim:
+            graph.input("rotary_cos_table", FLOAT, "rows", spec.rotary_dim // 2)
+            graph.input("rotary_sin_table", FLOAT, "rows", spec.rotary_dim // 2)
+        for name in ("past_key", "past_value"):
+            graph.input(name, FLOAT, "batch", spec.kv_heads, "capacity", spec.head_dim)
+
+    def attention(self, graph: Graph, qkv: str, block: int) -> str:
+        """GroupQueryAttention: rotates, appends to the cache, attends."""
+        spec = self.spec
+        tables = ("rotary_cos_table", "rotary_sin_table") if spec.rotary_dim else ()
+        mixed, key, value = graph.op(
+            "GroupQueryAttention",
+            qkv,
+            "",
+            "",
+            "past_key",
+            "past_value",
+            "last_positions",
+            "total_length",
+            *tables,
+            outputs=3,
+            domain=MICROSOFT,
+            num_heads=spec.heads,
+            kv_num_heads=spec.kv_heads,
+            scale=spec.attention_scales[block],
+            do_rotary=int(bool(spec.rotary_dim)),
+            local_window_size=-1 if spec.window is None else spec.window,
+        )
+        for result, name in ((key, "key"), (value, "value")):
+            graph.output(result, name, FLOAT, "batch", spec.kv_heads, "capacity", spec.head_dim)
+        return str(mixed)

@@ -1,0 +1,74 @@
+"""ONNX Runtime sessions that share one thread pool."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
+
+from ojfa_export.errors import BackendError, UsageError
+
+THREADS_VARIABLE = "OJFA_THREADS"
+
+
+def default_threads() -> int:
+    """Threads for one operator: OJFA_THREADS, or every core this process may use."""
+    value = os.environ.get(THREADS_VARIABLE, "")
+    if not value:
+        return len(os.sched_getaffinity(0))
+    if not value.isdigit() or int(value) < 1:
+        raise UsageError(
+            f"{THREADS_VARIABLE} must be a positive integer, not '{value}'",
+            hint=f"for example {THREADS_VARIABLE}=4",
+        )
+    return int(value)
+
+
+@cache
+def share_thread_pool() -> int:
+    """Makes one thread pool for every session of the process, once.
+
+    A chain of sessions with a pool each would leave the threads of the last block spinning on the
+    cores that the next block needs: measured five to eight times slower (bench/NOTES.md).
+
+    Returns:
+        The number of threads.
+    """
+    threads = default_threads()
+    # Where the application has made the process's pool, its sessions and these share that one.
+    with suppress(Fail):
+        ort.set_global_thread_pool_sizes(threads, 1)
+    return threads
+
+
+def open_session(model: bytes, name: str, weights: Path) -> ort.InferenceSession:
+    """Opens a graph on the CPU provider.
+
+    Args:
+        model: The serialised graph.
+        name: For messages.
+        weights: Directory of the weight files that the graph refers to; they are mapped, not
+            copied.
+
+    Raises:
+        BackendError: ONNX Runtime refuses the graph.
+    """
+    share_thread_pool()
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = 3
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(weights.resolve())
+    )
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class but this
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} can't open '{name}': {str(error).splitlines()[0]}",
+            hint="the engines may be of another version: rebuild them with "
+            "'ojfa-export build BUNDLE --backend onnxruntime'",
+        ) from error

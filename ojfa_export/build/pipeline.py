@@ -1,0 +1,174 @@
+"""Builds a bundle: checkpoint -> graphs -> engines -> shortcut -> exit head -> verified bundle."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ojfa_export.build import stages
+from ojfa_export.build.inputs import Inputs
+from ojfa_export.build.options import BuildOptions
+from ojfa_export.build.work import StageRecord, Work, check_output
+from ojfa_export.bundle.bundle import Bundle
+from ojfa_export.bundle.names import GRAPHS, MANIFEST, REPORT, graph_names
+from ojfa_export.errors import VerificationError
+from ojfa_export.graphs.export import Exporter
+from ojfa_export.progress import SILENT, Progress
+from ojfa_export.report.model import CalibrationReport, Check
+from ojfa_export.report.write import write_report
+from ojfa_export.runtime.model import Model
+
+VERIFIED_SEQUENCES = 2
+VERIFIED_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build made.
+
+    Attributes:
+        bundle: Its directory.
+        report: The calibration report, with the verification's checks.
+        stages: What was done, and what it cost.
+    """
+
+    bundle: Path
+    report: CalibrationReport
+    stages: list[StageRecord]
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        report = self.report
+        return {
+            "bundle": str(self.bundle),
+            "model": report.model,
+            "blocks": report.blocks,
+            "rank": report.rank,
+            "fitted_at": report.fitted_at,
+            "reason": report.reason,
+            "stages": [asdict(stage) for stage in self.stages],
+            "checks": [check.model_dump() for check in report.checks],
+            "report": str(self.bundle / REPORT / "report.html"),
+        }
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        report = self.report
+        verified = f"{len(report.checks)} checks passed" if report.checks else "not verified"
+        return (
+            f"{self.bundle}: {report.blocks} blocks, shortcut of rank {report.rank} "
+            f"fitted after block {report.fitted_at}, {verified}\n"
+            f"report: {self.bundle / REPORT / 'report.html'}"
+        )
+
+
+def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
+    """Builds a bundle, whole or not at all; work that an earlier run finished is kept.
+
+    Raises:
+        OjfaError: Bad input, or a result that differs from the reference.
+    """
+    check_output(options.output, options.overwrite)
+    inputs = Inputs(options)
+    with Work(options.output, inputs.fingerprint()).open() as work:
+        _make_parts(inputs, work, progress)
+        report = _verify(inputs, work, progress)
+        check_output(options.output, options.overwrite)  # it may have come to be meanwhile
+        work.publish()
+    return BuildResult(options.output, report, work.records)
+
+
+def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
+    spec, settings, backend = inputs.checkpoint.spec, inputs.settings, inputs.backend
+    exporter = Exporter(
+        inputs.checkpoint, work.bundle / GRAPHS, settings.precision, settings.max_cache_length
+    )
+    with work.stage("export") as needed:
+        if needed:
+            stages.export(exporter, progress)
+            stages.write_tokenizer(inputs.tokenizer, work.bundle)
+    with work.stage("engines") as needed:
+        if needed:
+            names = [name for name in graph_names(spec.blocks) if name != "exit_head"]
+            stages.build_engines(work.bundle, names, spec, backend, progress)
+    with work.stage("calibrate") as needed:
+        if needed:
+            calibrated = stages.run_calibration(inputs, work, progress)
+            exporter.exit_head(calibrated.folded)
+            stages.build_engines(work.bundle, ["exit_head"], spec, backend, progress)
+            report = stages.make_report(inputs, calibrated)
+            stages.save_report(report, work.scratch / "report.json")
+            for path in work.scratch.glob("*.f32"):
+                path.unlink()
+
+
+def _verify(inputs: Inputs, work: Work, progress: Progress) -> CalibrationReport:
+    """Compares with transformers, and finishes report and manifest."""
+    kept = work.scratch / "report.json"
+    checks: list[Check] = []
+    with work.stage("verify"):
+        golden = stages.find_golden(inputs, work)
+        report = stages.load_report(kept, [])
+        if not inputs.options.skip_verification:
+            stages.write_manifest(work.bundle, inputs, report, golden)
+            checks = _compare(inputs, work.bundle, progress)
+            report = stages.load_report(kept, checks)
+        write_report(report, work.bundle / REPORT)
+        (work.bundle / MANIFEST).unlink(missing_ok=True)
+        stages.write_manifest(work.bundle, inputs, report, golden)
+    return report
+
+
+def _compare(inputs: Inputs, bundle: Path, progress: Progress) -> list[Check]:
+    from ojfa_export.verify.checks import verify_against  # needs torch
+
+    rows = inputs.windows.held_out[:VERIFIED_SEQUENCES, :VERIFIED_TOKENS]
+    checks = verify_against(
+        Bundle(bundle),
+        Model(Bundle(bundle), inputs.backend.name),
+        inputs.checkpoint.directory,
+        np.ascontiguousarray(rows),
+        progress,
+        trust_remote_code=inputs.options.trust_remote_code,
+    )
+    if failed := [check for check in checks if not check.passed]:
+        worst = failed[0]
+        raise VerificationError(
+            f"{len(failed)} of {len(checks)} checks failed against transformers, the first: "
+            f"{worst.name} differs by {worst.max_abs_diff:.3g}, tolerance {worst.tolerance:.3g}",
+            hint="no bundle was written; "
+            + (
+                "--precision fp32 may pass"
+                if inputs.settings.precision == "fp16"
+                else "please report this with the model's config.json"
+            ),
+        )
+    return checks
+
+
+def plan(options: BuildOptions) -> dict[str, Any]:
+    """What a build would do, for `--dry-run`: all input is checked, nothing is written."""
+    check_output(options.output, options.overwrite)
+    inputs = Inputs(options)
+    spec, settings = inputs.checkpoint.spec, inputs.settings
+    tokens = inputs.windows.fit.size + inputs.windows.held_out.size
+    stored = sum(path.stat().st_size for path in inputs.checkpoint.weight_files)
+    return {
+        "checkpoint": inputs.name,
+        "output": str(options.output),
+        "spec": spec.model_dump(mode="json"),
+        "settings": {
+            **asdict(settings),
+            "calibration_data": [str(path) for path in settings.calibration_data],
+        },
+        "stages": ["export", "engines", "calibrate", "verify"],
+        "graphs": graph_names(spec.blocks),
+        "checkpoint_bytes": stored,
+        "calibration_tokens": tokens,
+        "scratch_bytes": 4 * tokens * spec.hidden_size * (spec.blocks + 1),
+        "free_bytes": shutil.disk_usage(options.output.absolute().parent).free,
+    }

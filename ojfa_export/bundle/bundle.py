@@ -1,0 +1,150 @@
+"""Opening a bundle: nothing is used that the manifest does not name with that digest."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ojfa_export.bundle.manifest import EngineSet, Manifest, TensorSlice, read_manifest
+from ojfa_export.bundle.names import GRAPHS, MANIFEST, graph_names
+from ojfa_export.digest import sha256_file
+from ojfa_export.errors import BundleError
+
+WHOLE = "copy the bundle again whole, or build it again"
+
+
+class Bundle:
+    """A bundle directory whose every file has been checked.
+
+    Args:
+        directory: The bundle.
+
+    Raises:
+        BundleError: A file is missing, extra, altered, a symbolic link, or outside the bundle.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.manifest: Manifest = read_manifest(directory)
+        self._check_names()
+        self._check_contents()
+        self._check_references()
+
+    @property
+    def graphs(self) -> Path:
+        """Directory of the portable graphs and the weights."""
+        return self.directory / GRAPHS
+
+    def engines(self, backend: str) -> EngineSet:
+        """The engines of a backend.
+
+        Raises:
+            BundleError: The bundle has none.
+        """
+        for engines in self.manifest.engines:
+            if engines.backend == backend:
+                return engines
+        built = ", ".join(engines.backend for engines in self.manifest.engines) or "none"
+        raise BundleError(
+            f"{self.directory} has no engines for backend '{backend}' (it has: {built})",
+            hint=f"build them with 'ojfa-export build {self.directory} --backend {backend}'",
+        )
+
+    def tensor(self, location: TensorSlice) -> NDArray[np.float32]:
+        """Maps a float32 tensor into memory.
+
+        Raises:
+            BundleError: It reaches beyond its file.
+        """
+        count = math.prod(location.shape)
+        if location.offset + 4 * count > self.manifest.files[location.file].size:
+            raise BundleError(
+                f"{MANIFEST}: tensor at {location.file} is beyond the file", hint=WHOLE
+            )
+        array: NDArray[np.float32] = np.memmap(
+            self.directory / location.file, np.float32, "r", location.offset, location.shape
+        )
+        return array
+
+    def _check_names(self) -> None:
+        named = set(self.manifest.files)
+        for name in named:
+            path = PurePosixPath(name)
+            outside = path.is_absolute() or ".." in path.parts or not path.parts
+            if outside or str(path) != name or "\\" in name:
+                raise BundleError(
+                    f"{self.directory / MANIFEST} names a path that leaves the bundle: {name!r}",
+                    hint="don't use this bundle: it was altered",
+                )
+        found = set(_walk(self.directory)) - {MANIFEST}
+        for name in sorted(named - found):
+            raise BundleError(f"{self.directory} lacks file {name!r}", hint=WHOLE)
+        for name in sorted(found - named):
+            raise BundleError(
+                f"{self.directory} holds {name!r}, which its manifest does not name",
+                hint="remove it, or use a fresh copy of the bundle",
+            )
+
+    def _check_contents(self) -> None:
+        def check(name: str) -> None:
+            path, entry = self.directory / name, self.manifest.files[name]
+            size = path.stat().st_size
+            if size != entry.size:
+                raise BundleError(
+                    f"{path} has {size} bytes, its manifest says {entry.size}", hint=WHOLE
+                )
+            if sha256_file(path) != entry.sha256:
+                raise BundleError(f"{path} was altered: its SHA-256 differs", hint=WHOLE)
+
+        # Hashing releases the interpreter lock; the largest files first, so that none is last.
+        names = sorted(self.manifest.files, key=lambda name: -self.manifest.files[name].size)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            try:
+                list(pool.map(check, names))
+            except OSError as error:
+                raise BundleError(f"{self.directory} can't be read: {error}", hint=WHOLE) from error
+
+    def _check_references(self) -> None:
+        manifest = self.manifest
+        wanted = {graph.file for graph in manifest.graphs}
+        wanted |= {name for graph in manifest.graphs for name in graph.weights}
+        wanted |= {file for engines in manifest.engines for file in engines.files.values()}
+        if manifest.rotary is not None:
+            wanted |= {manifest.rotary.cos.file, manifest.rotary.sin.file}
+        for name in sorted(wanted - set(manifest.files)):
+            raise BundleError(
+                f"{self.directory / MANIFEST} refers to {name!r} without its digest", hint=WHOLE
+            )
+        names = graph_names(manifest.model.spec.blocks)
+        described = [graph.name for graph in manifest.graphs]
+        for what, found in [
+            ("graphs", described),
+            *((f"{engines.backend} engines", engines.files) for engines in manifest.engines),
+        ]:
+            if sorted(found) != sorted(names):
+                raise BundleError(
+                    f"{self.directory / MANIFEST} names {what} other than those of "
+                    f"{manifest.model.spec.blocks} blocks",
+                    hint=WHOLE,
+                )
+
+
+def _walk(directory: Path) -> list[str]:
+    """Every file below a directory, by its path inside; links are refused."""
+    names = []
+    for path in sorted(directory.rglob("*")):
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode):
+            names.append(path.relative_to(directory).as_posix())
+        elif not stat.S_ISDIR(mode):
+            raise BundleError(
+                f"{path} is a symbolic link or special file; a bundle holds plain files only",
+                hint="use a fresh copy of the bundle",
+            )
+    return names

@@ -1,0 +1,243 @@
+"""The manifest: everything that a bundle says of itself. The format is a contract; unknown fields
+are refused, and a change of meaning raises FORMAT_VERSION.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from ojfa_export.bundle.names import MANIFEST
+from ojfa_export.errors import BundleError
+from ojfa_export.families.spec import ModelSpec, Precision
+
+FORMAT = "ojfa-bundle"
+FORMAT_VERSION = 1
+DIGEST = "digest"
+Sha256 = Field(pattern="^[0-9a-f]{64}$")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Part):
+    """One file of the bundle."""
+
+    size: NonNegativeInt
+    sha256: str = Sha256
+
+
+class Model(_Part):
+    """The model that was compiled.
+
+    Attributes:
+        name: What the user called it: directory name or hub id.
+        revision: Of a hub id.
+        sha256: Digest of config and weight files.
+        config: The checkpoint's config.json.
+        spec: What was read from it.
+    """
+
+    name: str
+    revision: str | None
+    sha256: str = Sha256
+    config: dict[str, Any]
+    spec: ModelSpec
+
+
+class CacheLayout(_Part):
+    """The key-value cache that the engines expect."""
+
+    axes: tuple[str, ...] = ("batch", "kv_head", "position", "head_feature")
+    max_length: PositiveInt
+    max_batch_size: PositiveInt
+
+
+class TensorSlice(_Part):
+    """A tensor inside a file: little-endian float32."""
+
+    file: str
+    offset: NonNegativeInt
+    shape: tuple[PositiveInt, ...]
+
+
+class RotaryTables(_Part):
+    """Cosines and sines [positions, rotary_dim/2]; LongRoPE's second set follows the first."""
+
+    cos: TensorSlice
+    sin: TensorSlice
+
+
+class Port(_Part):
+    """An input or output of a graph."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class GraphEntry(_Part):
+    """A portable ONNX graph.
+
+    Attributes:
+        weights: Files with the tensors that it refers to.
+    """
+
+    name: str
+    file: str
+    description: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    weights: tuple[str, ...]
+
+
+class EngineSet(_Part):
+    """The engines of one backend: a file for each graph."""
+
+    backend: str
+    files: dict[str, str]
+    built_with: dict[str, str]
+
+
+class ShortcutEntry(_Part):
+    """The one jump."""
+
+    kind: str
+    rank: PositiveInt
+    fitted_at: PositiveInt
+    residual: bool
+    parameters: PositiveInt
+
+
+class CalibrationSource(_Part):
+    """A text that the shortcut was fitted on."""
+
+    name: str
+    sha256: str = Sha256
+    bytes: NonNegativeInt
+
+
+class Calibration(_Part):
+    """What the shortcut was fitted and measured on."""
+
+    sources: tuple[CalibrationSource, ...]
+    tokens_fit: PositiveInt
+    tokens_held_out: PositiveInt
+
+
+class Golden(_Part):
+    """Greedy tokens that these engines must reproduce on any machine.
+
+    Attributes:
+        exit: Blocks run for each token.
+    """
+
+    exit: PositiveInt
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+
+
+class Built(_Part):
+    """Provenance.
+
+    `time` and `host` are the only fields that differ between two equal builds, and with them the
+    manifest's own digest.
+    """
+
+    time: datetime
+    host: str
+    versions: dict[str, str]
+
+
+class Manifest(_Part):
+    """See the module. manifest.json holds these fields and `digest`: see `manifest_digest`."""
+
+    format: Literal["ojfa-bundle"] = "ojfa-bundle"
+    format_version: Literal[1] = 1
+    model: Model
+    precision: Precision
+    opset: PositiveInt
+    cache: CacheLayout
+    rotary: RotaryTables | None
+    graphs: tuple[GraphEntry, ...]
+    engines: tuple[EngineSet, ...]
+    shortcut: ShortcutEntry
+    calibration: Calibration
+    golden: tuple[Golden, ...]
+    files: dict[str, FileEntry]
+    built: Built
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        fields = self.model_dump(mode="json")
+        fields[DIGEST] = manifest_digest(fields)
+        return json.dumps(fields, indent=2, sort_keys=True) + "\n"
+
+
+def manifest_digest(fields: Mapping[str, Any]) -> str:
+    """The manifest's own digest, which protects what no file's digest does.
+
+    Args:
+        fields: The JSON object in manifest.json; its field `digest` is left out.
+
+    Returns:
+        Hex SHA-256 of the object as JSON with sorted keys, no white space and ASCII only.
+    """
+    rest = {name: value for name, value in fields.items() if name != DIGEST}
+    canonical = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads and checks a bundle's manifest.
+
+    Raises:
+        BundleError: None there, damaged, or of another version.
+    """
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise BundleError(
+            f"{directory} is not a bundle: no such directory",
+            hint="make one with 'ojfa-export build CHECKPOINT -o BUNDLE'",
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(
+            f"{directory} is not a bundle: it has no {MANIFEST}",
+            hint="make one with 'ojfa-export build CHECKPOINT -o BUNDLE'",
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise _damaged(path, f"it does not say format '{FORMAT}'")
+    version = raw.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format version {version}; this ojfa-export reads {FORMAT_VERSION}",
+            hint="upgrade ojfa-export, or build the bundle again with this version",
+        )
+    if raw.pop(DIGEST, None) != manifest_digest(raw):
+        raise BundleError(
+            f"{path} was altered: its own digest differs",
+            hint="copy the bundle again whole, or build it again",
+        )
+    try:
+        return Manifest.model_validate_json(json.dumps(raw))
+    except (ValidationError, ValueError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        detail = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+        raise _damaged(path, detail) from error
+
+
+def _damaged(path: Path, detail: str) -> BundleError:
+    return BundleError(
+        f"{path} is damaged: {detail}", hint="build the bundle again, or copy it again whole"
+    )

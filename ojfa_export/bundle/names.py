@@ -1,0 +1,20 @@
+"""Names of graphs and files in a bundle."""
+
+from __future__ import annotations
+
+MANIFEST = "manifest.json"
+GRAPHS = "graphs"
+ENGINES = "engines"
+REPORT = "report"
+TOKENIZER = "tokenizer.json"
+SHORTCUT = "shortcut.safetensors"
+
+
+def block_name(index: int) -> str:
+    """Name of a block's graph."""
+    return f"block_{index:02d}"
+
+
+def graph_names(blocks: int) -> list[str]:
+    """Every graph of a model with this many blocks, in the order of the computation."""
+    return ["embed", *map(block_name, range(blocks)), "exit_head", "final_head"]

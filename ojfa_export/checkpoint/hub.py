@@ -1,0 +1,62 @@
+"""Finding a checkpoint: a directory, or a hub id where there is a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ojfa_export.errors import CheckpointError
+
+PATTERNS = ["*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer.model", "merges.txt"]
+
+
+def resolve(checkpoint: str, revision: str | None = None) -> Path:
+    """The directory of a checkpoint.
+
+    Args:
+        checkpoint: A directory or a hub id such as "openai-community/gpt2".
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        CheckpointError: Neither a directory nor a model that can be downloaded.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        return path
+    if path.exists() or checkpoint.count("/") > 1 or checkpoint.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{checkpoint} is not a directory",
+            hint="name a Hugging Face model directory or a hub id",
+        )
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+    except ImportError as error:
+        raise CheckpointError(
+            f"{checkpoint} is not a directory, and huggingface-hub is not installed",
+            hint="pip install 'ojfa-export[build]'",
+        ) from error
+    try:
+        has_safetensors = ["*.bin"]  # a snapshot with both would be downloaded twice
+        directory = Path(
+            snapshot_download(
+                checkpoint,
+                revision=revision,
+                allow_patterns=PATTERNS,
+                ignore_patterns=has_safetensors,
+            )
+        )
+        if not list(directory.glob("*.safetensors")):
+            directory = Path(
+                snapshot_download(checkpoint, revision=revision, allow_patterns=PATTERNS)
+            )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{checkpoint} is neither a directory nor a model that can be downloaded: "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}",
+            hint="check the spelling and the network, or name a local directory",
+        ) from error
+    return directory

@@ -1,0 +1,70 @@
+"""The checkpoint's tokenizer as one tokenizer.json, which needs no transformers to be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ojfa_export.errors import CheckpointError
+from ojfa_export.families.config import Config
+from ojfa_export.families.family import eos_token_ids as family_eos_token_ids
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """Reads tokenizer.json, or converts the older files where transformers is installed.
+
+    Raises:
+        CheckpointError: No tokenizer, or one that can't be converted.
+    """
+    path = directory / "tokenizer.json"
+    if path.exists():
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises plain Exception for every bad file
+            raise CheckpointError(
+                f"{path} can't be read: {error}", hint="download the checkpoint again"
+            ) from error
+    if not any((directory / name).exists() for name in ("tokenizer.model", "vocab.json")):
+        raise CheckpointError(
+            f"{directory} holds no tokenizer.json",
+            hint="copy the model's tokenizer files into the directory",
+        )
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise CheckpointError(
+            f"{directory} holds no tokenizer.json, and converting needs transformers",
+            hint="pip install 'ojfa-export[verify]'",
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True)
+        return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    except (ValueError, OSError, AttributeError, ImportError) as error:
+        raise CheckpointError(
+            f"the tokenizer of {directory} can't be converted to tokenizer.json: {error}",
+            hint="save it once with transformers' fast tokenizer",
+        ) from error
+
+
+def eos_token_ids(directory: Path, config_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """End-of-text ids: generation_config.json's where it names any, else the config's.
+
+    Raises:
+        CheckpointError: generation_config.json is damaged.
+    """
+    path = directory / "generation_config.json"
+    if path.exists():
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path} can't be read: {error}", hint="download the checkpoint again"
+            ) from error
+        if not isinstance(fields, dict):
+            raise CheckpointError(
+                f"{path} must hold a JSON object", hint="download the checkpoint again"
+            )
+        return family_eos_token_ids(Config(fields, str(path))) or config_ids
+    return config_ids

@@ -1,0 +1,88 @@
+"""The program: finds the command, runs it, and turns whatever happens into an exit status."""
+
+from __future__ import annotations
+
+import io
+import sys
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+from ojfa_export._version import __version__
+from ojfa_export.cli.command import common_options
+from ojfa_export.cli.console import Console
+from ojfa_export.cli.errors import report
+from ojfa_export.errors import ExitStatus
+
+PROGRAM = "ojfa-export"
+# In the order in which they are used. Each is a module beside this one.
+COMMANDS = ("build", "calibrate", "export", "verify", "run", "bench", "inspect", "doctor")
+
+
+class App(click.Group):
+    """The group of all commands; a command's module is imported when it is named."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imports a command."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"ojfa_export.cli.{cmd_name}").command
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command; what it wrote is out, or known to be lost, when this returns."""
+        status = super().invoke(ctx)
+        sys.stdout.flush()
+        return status
+
+    def main(self, args: Any = None, *_: Any, **__: Any) -> NoReturn:
+        """Runs the command line and leaves the process."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A terminal that can't show a character shows its code rather than nothing.
+            sys.stdout.reconfigure(errors="backslashreplace")
+        console = Console()
+        try:
+            status = super().main(args, PROGRAM, standalone_mode=False, obj=console)
+        except (Exception, KeyboardInterrupt) as error:
+            status = report(error, console)
+            _give_up_stdout()
+        sys.exit(int(status or ExitStatus.OK))
+
+
+def _give_up_stdout() -> None:
+    """Drops what can't be written, which the interpreter would complain of once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = io.StringIO()
+
+
+@click.group(
+    cls=App,
+    invoke_without_command=True,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "show_default": True,
+    },
+)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+@click.pass_context
+def app(ctx: click.Context) -> None:
+    """Compile a Hugging Face language model into a bundle that exits early, and run it."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(ExitStatus.USAGE)
+
+
+app.params.extend(common_options())
+
+
+def main() -> NoReturn:
+    """Runs the command line with the process's arguments."""
+    app.main()

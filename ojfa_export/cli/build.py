@@ -1,0 +1,132 @@
+"""`ojfa-export build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from ojfa_export import backends
+from ojfa_export.cli.checkpoint_options import (
+    calibration_options,
+    checkpoint_options,
+    graph_options,
+    overwrite_option,
+)
+from ojfa_export.cli.command import command as define
+from ojfa_export.cli.console import Console, readable_bytes, readable_seconds
+from ojfa_export.cli.errors import resumable
+
+
+@define("build")
+@click.argument("checkpoint")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="BUNDLE", help="Bundle to write."
+)
+@calibration_options
+@graph_options
+@click.option(
+    "--max-batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Sequences that may run together.  [default: the recipe's, else 16]",
+)
+@click.option("--backend", metavar="NAME", default=backends.DEFAULT, help="Engines to build.")
+@checkpoint_options
+@overwrite_option
+@click.option("--skip-verification", is_flag=True, help="Don't compare with transformers.")
+@click.option("--dry-run", is_flag=True, help="Check all input, say what would be done, and stop.")
+def command(
+    console: Console,
+    checkpoint: str,
+    output: Path | None,
+    backend: str,
+    dry_run: bool,
+    **settings: Any,
+) -> None:
+    """Build a bundle from CHECKPOINT.
+
+    CHECKPOINT is a Hugging Face model directory or hub id. Exports graphs, builds engines, fits
+    the shortcut and verifies. The bundle is written whole or not at all; an interrupted build goes
+    on where it stopped when the same command is run again.
+
+    With an existing bundle in place of CHECKPOINT and without -o, adds a backend's engines to it.
+    """
+    if output is None:
+        _add_engines(console, Path(checkpoint), backend)
+        return
+    from ojfa_export.build import pipeline
+    from ojfa_export.build.options import BuildOptions
+
+    options = BuildOptions(checkpoint=checkpoint, output=output, backend=backend, **settings)
+    if dry_run:
+        _show_plan(console, pipeline.plan(options))
+        return
+    with resumable():
+        result = pipeline.build(options, console.progress())
+    document = result.to_json()
+    if console.json:
+        console.emit(document)
+        return
+    console.print(result.summary())
+    if console.verbosity > 0:
+        _show_stages(console, document["stages"])
+
+
+def _add_engines(console: Console, bundle: Path, backend: str) -> None:
+    from ojfa_export.bundle.names import MANIFEST
+
+    context = click.get_current_context()
+    if not (bundle / MANIFEST).is_file():
+        raise click.UsageError("missing option '-o' / '--output'", context)
+    for name in context.params:
+        if name in ("checkpoint", "backend"):
+            continue
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = f"--{name.replace('_', '-')}"
+            raise click.UsageError(
+                f"{option} can't be changed in a bundle that exists, {bundle}", context
+            )
+    from ojfa_export.build.add_engines import add_engines
+
+    result = add_engines(bundle, backend, console.progress())
+    if console.json:
+        console.emit(result)
+    else:
+        console.facts(result)
+
+
+def _show_plan(console: Console, plan: dict[str, Any]) -> None:
+    if console.json:
+        console.emit(plan)
+        return
+    spec, settings = plan["spec"], plan["settings"]
+    console.heading(f"Would build {plan['output']} from {plan['checkpoint']}")
+    console.facts(
+        {
+            "model": f"{spec['family']}, {spec['blocks']} blocks, hidden size "
+            f"{spec['hidden_size']}, vocabulary {spec['vocab_size']}",
+            "checkpoint size": readable_bytes(plan["checkpoint_bytes"]),
+            **{name: value for name, value in settings.items() if name != "calibration_data"},
+            "calibration data": ", ".join(settings["calibration_data"]),
+            "stages": ", ".join(plan["stages"]),
+            "scratch room needed": readable_bytes(plan["scratch_bytes"]),
+            "room free": readable_bytes(plan["free_bytes"]),
+        }
+    )
+
+
+def _show_stages(console: Console, stages: list[dict[str, Any]]) -> None:
+    rows = [
+        (
+            stage["name"],
+            readable_seconds(stage["seconds"]),
+            readable_bytes(stage["peak_memory_bytes"]),
+            "done before" if stage["resumed"] else "",
+        )
+        for stage in stages
+    ]
+    console.print()
+    console.table(("stage", "time", "peak memory", ""), rows)

@@ -1,0 +1,77 @@
+"""Options of the commands that read a checkpoint: build, calibrate and export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+Decorator = Callable[[Decorated], Decorated]
+
+
+def checkpoint_options(function: Decorated) -> Decorated:
+    """Where the checkpoint comes from, and settings for it."""
+    for decorate in (
+        click.option(
+            "--trust-remote-code",
+            is_flag=True,
+            help="Let transformers run code that comes with the checkpoint (verification only).",
+        ),
+        click.option(
+            "--recipe", metavar="NAME|FILE", help="Settings for a published model, or a TOML file."
+        ),
+        click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id."),
+    ):
+        function = decorate(function)
+    return function
+
+
+def calibration_options(function: Decorated) -> Decorated:
+    """What the shortcut is fitted on, and its rank."""
+    for decorate in (
+        click.option(
+            "--rank",
+            type=int,
+            metavar="R",
+            help="Rank of the shortcut.  [default: the paper's, hidden size / 100]",
+        ),
+        click.option(
+            "--calibration-tokens", type=int, metavar="N", help="Tokens of that text to use."
+        ),
+        click.option(
+            "--calibration-data",
+            type=click.Path(path_type=Path),
+            multiple=True,
+            metavar="FILE",
+            help="Text or JSONL to calibrate with; repeatable.  [default: the text that ships]",
+        ),
+    ):
+        function = decorate(function)
+    return function
+
+
+def graph_options(function: Decorated) -> Decorated:
+    """Decisions that are fixed in the graphs."""
+    for decorate in (
+        click.option(
+            "--max-cache-length",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Tokens that a sequence may hold.  [default: the model's positions, at most 4096]",
+        ),
+        click.option(
+            "--precision",
+            type=click.Choice(["fp32", "fp16"]),
+            help="Of the weights.  [default: the recipe's, else fp32]",
+        ),
+    ):
+        function = decorate(function)
+    return function
+
+
+overwrite_option: Decorator[Any] = click.option(
+    "--overwrite", is_flag=True, help="Replace what is at the output."
+)

@@ -1,0 +1,143 @@
+"""Where a command writes: results to standard output, all else to standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ojfa_export.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Wide enough that no line of a table is broken where no terminal sets a limit.
+_UNLIMITED_WIDTH = 10_000
+
+
+@dataclass
+class Console:
+    """How this run of the program speaks.
+
+    Attributes:
+        json: Whether standard output is for one JSON document.
+        debug: Whether errors come with their tracebacks.
+        verbosity: -1 quiet, 0 normal, 1 verbose.
+        stdout: Standard output.
+    """
+
+    json: bool = False
+    debug: bool = False
+    verbosity: int = 0
+    stdout: TextIO = field(default_factory=lambda: sys.stdout)
+
+    @contextlib.contextmanager
+    def reserved_stdout(self) -> Iterator[None]:
+        """Sends what libraries print to standard error, so that results stay clean."""
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+
+    def progress(self) -> Progress:
+        """A bar on a terminal, lines elsewhere, nothing when quiet."""
+        if self.verbosity < 0:
+            return Silent()
+        from ojfa_export.cli.progress import Bars, Lines
+
+        return Bars() if sys.stderr.isatty() else Lines(sys.stderr)
+
+    def emit(self, document: Mapping[str, Any]) -> None:
+        """Writes the JSON document; numbers that JSON lacks (NaN, infinity) become null."""
+        json.dump(_finite(document), self.stdout, indent=2, allow_nan=False)
+        self.stdout.write("\n")
+
+    def write(self, text: str) -> None:
+        """Writes part of a result at once, as it is."""
+        self.stdout.write(text)
+        self.stdout.flush()
+
+    def print(self, text: str = "") -> None:
+        """Writes a line of the result."""
+        self.stdout.write(text + "\n")
+
+    def heading(self, text: str) -> None:
+        """Writes a heading, set off on a terminal."""
+        self._render(text, "bold")
+
+    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Writes a table; columns whose every cell begins with a digit are aligned right."""
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for index, heading in enumerate(headings):
+            numeric = bool(rows) and all(row[index][:1].isdigit() for row in rows)
+            table.add_column(heading, justify="right" if numeric else "left")
+        for row in rows:
+            table.add_row(*row)
+        self._render(table)
+
+    def facts(self, facts: Mapping[str, object]) -> None:
+        """Writes names and values, one pair a line, without empty ones, lists and mappings."""
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(style="dim", no_wrap=True)
+        for name, value in facts.items():
+            if value not in (None, "") and not isinstance(value, list | tuple | dict):
+                table.add_row(name.replace("_", " "), str(value))
+        self._render(table)
+
+    def note(self, text: str) -> None:
+        """Writes a remark to standard error, unless quiet."""
+        if self.verbosity >= 0:
+            print(text, file=sys.stderr)
+
+    def _render(self, content: str | Table, style: str | None = None) -> None:
+        from rich.console import Console as RichConsole
+
+        rich = RichConsole(
+            file=self.stdout,
+            width=None if self.stdout.isatty() else _UNLIMITED_WIDTH,
+            markup=False,
+            highlight=False,
+            emoji=False,
+        )
+        with rich.capture() as captured:
+            rich.print(content, style=style)
+        # rich fills a table's last column with blanks.
+        for line in captured.get().splitlines():
+            self.print(line.rstrip())
+
+
+def readable_bytes(count: float) -> str:
+    """A size as people read it: 1 kB is 1000 bytes."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def readable_seconds(seconds: float) -> str:
+    """A duration as people read it: "4.1 s", "12 s", "3 min 20 s", "1 h 5 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,172 @@
+"""`ojfa-export inspect`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ojfa_export.cli.command import command as define
+from ojfa_export.cli.console import Console, readable_bytes
+
+if TYPE_CHECKING:
+    from ojfa_export.bundle.bundle import Bundle
+    from ojfa_export.bundle.manifest import GraphEntry, Manifest, Port
+
+
+@define("inspect")
+@click.argument("bundle", type=click.Path(path_type=Path))
+def command(console: Console, bundle: Path) -> None:
+    """Show what is in BUNDLE.
+
+    Model, graphs, sizes, engines, calibration and provenance; every file is checked first. With
+    -v, every graph by itself and every file. With --json, the manifest and the sizes.
+    """
+    from ojfa_export.bundle.bundle import Bundle
+
+    opened = Bundle(bundle)
+    sizes = measure_sizes(opened)
+    if console.json:
+        manifest = json.loads(opened.manifest.to_json())
+        console.emit({"bundle": str(bundle), **manifest, "sizes": sizes})
+        return
+    _show_model(console, opened.manifest)
+    _show_graphs(console, opened.manifest)
+    _section(console, "Sizes", {kind: readable_bytes(size) for kind, size in sizes.items()})
+    _show_origin(console, opened.manifest)
+    if console.verbosity > 0:
+        _show_files(console, opened.manifest)
+
+
+def measure_sizes(bundle: Bundle) -> dict[str, int]:
+    """Bytes of each kind of file, and of all."""
+    from ojfa_export.bundle.names import ENGINES, MANIFEST, REPORT
+
+    manifest = bundle.manifest
+    weights = {name for graph in manifest.graphs for name in graph.weights}
+    if manifest.rotary is not None:
+        weights |= {manifest.rotary.cos.file, manifest.rotary.sin.file}
+    graphs = {graph.file for graph in manifest.graphs}
+    sizes = {"weights": 0, "graphs": 0, "engines": 0, "report": 0, "other": 0}
+    for name, entry in manifest.files.items():
+        if name in weights:
+            kind = "weights"
+        elif name in graphs:
+            kind = "graphs"
+        else:
+            folder = name.partition("/")[0]
+            kind = folder if folder in (ENGINES, REPORT) else "other"
+        sizes[kind] += entry.size
+    sizes["other"] += (bundle.directory / MANIFEST).stat().st_size
+    return {"total": sum(sizes.values()), **sizes}
+
+
+def _section(console: Console, title: str, facts: dict[str, object] | dict[str, str]) -> None:
+    console.print()
+    console.heading(title)
+    console.facts(facts)
+
+
+def _show_model(console: Console, manifest: Manifest) -> None:
+    model, spec, shortcut, cache = (
+        manifest.model,
+        manifest.model.spec,
+        manifest.shortcut,
+        manifest.cache,
+    )
+    window = f", window {spec.window}" if spec.window else ""
+    console.heading(f"{model.name}: {spec.family}, {spec.blocks} blocks, {manifest.precision}")
+    console.facts(
+        {
+            "revision": model.revision,
+            "digest": model.sha256,
+            "exits": f"1 to {spec.blocks - 1} by the shortcut, {spec.blocks} by the full head",
+            "hidden size": spec.hidden_size,
+            "attention": f"{spec.heads} heads, {spec.kv_heads} of keys and values, "
+            f"{spec.head_dim} features each{window}",
+            "positions": "learned"
+            if spec.learned_positions
+            else f"{spec.rotary_dim} rotated features",
+            "MLP": f"{spec.intermediate_size} features, {spec.activation}"
+            + (", gated" if spec.gated else ""),
+            "norm": f"{spec.norm}, epsilon {spec.norm_epsilon:g}",
+            "vocabulary": f"{spec.vocab_size}" + (", tied to the head" if spec.tied_head else ""),
+            "cache": f"{cache.max_length} tokens, {cache.max_batch_size} sequences, "
+            f"axes {', '.join(cache.axes)}",
+            "shortcut": f"{shortcut.kind}, rank {shortcut.rank}, fitted after block "
+            f"{shortcut.fitted_at}, {shortcut.parameters:,} parameters"
+            + (", residual" if shortcut.residual else ""),
+        }
+    )
+
+
+def _show_graphs(console: Console, manifest: Manifest) -> None:
+    console.print()
+    console.heading(f"Graphs, opset {manifest.opset}")
+    for graphs in (
+        _alike(manifest.graphs) if console.verbosity < 1 else [[g] for g in manifest.graphs]
+    ):
+        first, last = graphs[0], graphs[-1]
+        several = f" to {last.name} ({len(graphs)} alike)" if len(graphs) > 1 else ""
+        about = f": {first.description}" if first.description and not several else ""
+        console.print(f"{first.name}{several}{about}")
+        for direction, ports in (("in ", first.inputs), ("out", first.outputs)):
+            for port in ports:
+                console.print(f"  {direction} {_describe_port(port)}")
+
+
+def _alike(graphs: tuple[GraphEntry, ...]) -> list[list[GraphEntry]]:
+    """Groups neighbours of one name but for the number, and of the same inputs and outputs."""
+
+    def kind(graph: GraphEntry) -> tuple[object, ...]:
+        return graph.name.rstrip("0123456789"), graph.inputs, graph.outputs
+
+    return [list(group) for _, group in itertools.groupby(graphs, kind)]
+
+
+def _describe_port(port: Port) -> str:
+    return f"{port.name} {port.dtype} [{', '.join(map(str, port.shape))}]"
+
+
+def _show_origin(console: Console, manifest: Manifest) -> None:
+    calibration, built = manifest.calibration, manifest.built
+    engines: dict[str, object] = {
+        each.backend: f"{len(each.files)} engines, built with "
+        + ", ".join(f"{name} {version}" for name, version in each.built_with.items())
+        for each in manifest.engines
+    }
+    _section(console, "Engines", engines)
+    _section(
+        console,
+        "Calibration",
+        {
+            "text": ", ".join(
+                f"{each.name} ({each.bytes:,} bytes)" for each in calibration.sources
+            ),
+            "tokens": f"{calibration.tokens_fit:,} to fit on, "
+            f"{calibration.tokens_held_out:,} held out",
+        },
+    )
+    _section(
+        console,
+        "Provenance",
+        {
+            "built": f"{built.time:%Y-%m-%d %H:%M:%S %Z} on {built.host}",
+            "versions": ", ".join(f"{name} {version}" for name, version in built.versions.items()),
+            "golden": ", ".join(
+                f"{len(each.token_ids)} tokens at exit {each.exit}" for each in manifest.golden
+            ),
+        },
+    )
+
+
+def _show_files(console: Console, manifest: Manifest) -> None:
+    console.print()
+    console.heading("Files")
+    console.table(
+        ("bytes", "sha256", "file"),
+        [(str(entry.size), entry.sha256, name) for name, entry in sorted(manifest.files.items())],
+    )

@@ -1,0 +1,163 @@
+"""`ojfa-export run`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ojfa_export import backends
+from ojfa_export.cli.command import command as define
+from ojfa_export.cli.console import Console
+from ojfa_export.cli.exit_option import METAVAR, parse_exit
+from ojfa_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from ojfa_export.runtime.generation import Generation, Token
+    from ojfa_export.runtime.session import Exit
+
+STDIN = "-"
+
+
+@define("run")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "-p",
+    "--prompt",
+    "prompts",
+    multiple=True,
+    required=True,
+    metavar="TEXT",
+    help="Text to continue; repeat it for a batch. '-' reads standard input, without its last "
+    "newline.",
+)
+@click.option(
+    "--exit", "depth", type=parse_exit, metavar=METAVAR, default="full", help="Blocks to run."
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), metavar="N", default=64, help="For each prompt."
+)
+@click.option(
+    "--temperature", type=float, metavar="X", default=0.0, help="0 takes the likeliest token."
+)
+@click.option(
+    "--top-p", type=float, metavar="X", default=1.0, help="Sample within this much probability."
+)
+@click.option("--top-k", type=int, metavar="N", help="Sample among this many tokens.")
+@click.option("--seed", type=int, metavar="N", default=0, help="Of sampling.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
+@click.option("--backend", metavar="NAME", default=backends.DEFAULT, help="Engines to run.")
+def command(
+    console: Console,
+    bundle: Path,
+    prompts: tuple[str, ...],
+    depth: Exit,
+    backend: str,
+    **settings: Any,
+) -> None:
+    """Generate text with BUNDLE.
+
+    One prompt is continued on standard output as the text comes; of several, each is printed when
+    all are done.
+    """
+    texts = _read_prompts(prompts)
+    if settings["temperature"] == 0 and (settings["top_p"] != 1 or settings["top_k"] is not None):
+        console.note("note: --top-p and --top-k have no effect at --temperature 0")
+    import ojfa_export
+    from ojfa_export.runtime.generation import collect
+
+    model = ojfa_export.load(bundle, backend=backend)
+    encoded = [model.encode(text) for text in texts]
+    tokens = _Interruptible(model.stream(texts, exit=depth, **settings), _printer(console, texts))
+    generation = collect(encoded, tokens)
+    if console.json:
+        if not tokens.interrupted:
+            console.emit(_document(generation, texts, depth))
+    else:
+        _show(console, generation, texts)
+        console.note(_summary(generation, depth))
+    if tokens.interrupted:
+        raise KeyboardInterrupt
+
+
+def _read_prompts(prompts: tuple[str, ...]) -> list[str]:
+    if prompts.count(STDIN) > 1:
+        raise UsageError("-p - is given more than once", hint="standard input is read only once")
+    texts = [_read_stdin() if prompt == STDIN else prompt for prompt in prompts]
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UsageError("a prompt is not text in UTF-8", hint="convert it first") from None
+    return texts
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"standard input is not text in UTF-8: byte {error.start} can't be read",
+            hint="convert it first",
+        ) from None
+
+
+class _Interruptible(Iterator["Token"]):
+    """Tokens as they come; an interrupt ends them, and what came before it is kept."""
+
+    def __init__(self, tokens: Iterable[Token], show: Callable[[Token], None]) -> None:
+        self.interrupted = False
+        self._tokens = iter(tokens)
+        self._show = show
+
+    def __next__(self) -> Token:
+        try:
+            token = next(self._tokens)
+            self._show(token)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            raise StopIteration from None
+        return token
+
+
+def _printer(console: Console, texts: list[str]) -> Callable[[Token], None]:
+    """Prints a single prompt and its tokens as they come; nothing for a batch or JSON."""
+    if console.json or len(texts) > 1:
+        return lambda token: None
+    dim = console.stdout.isatty()
+    console.write(click.style(texts[0], dim=True) if dim else texts[0])
+    return lambda token: console.write(token.text)
+
+
+def _show(console: Console, generation: Generation, texts: list[str]) -> None:
+    if len(texts) == 1:
+        console.write("\n")
+        return
+    for number, (text, completion) in enumerate(zip(texts, generation.prompts, strict=True), 1):
+        console.heading(f"== {number} of {len(texts)}: {text!r}")
+        console.print(completion.text)
+
+
+def _summary(generation: Generation, depth: Exit) -> str:
+    count = sum(len(completion.token_ids) for completion in generation.prompts)
+    return (
+        f"{count} tokens, {generation.tokens_per_second:.1f} tokens/s, "
+        f"first token after {generation.time_to_first_token_ms:.1f} ms, exit {depth}"
+    )
+
+
+def _document(generation: Generation, texts: list[str], depth: Exit) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "exit": depth,
+        "prompts": [
+            {"prompt": text, **asdict(completion)}
+            for text, completion in zip(texts, generation.prompts, strict=True)
+        ],
+        "tokens_per_second": generation.tokens_per_second,
+        "time_to_first_token_ms": generation.time_to_first_token_ms,
+    }

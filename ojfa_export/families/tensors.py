@@ -1,0 +1,59 @@
+"""Which tensors of a checkpoint make up a weight of the graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a weight comes from.
+
+    A matrix is wanted as [inputs, outputs], the layout in which `x @ W` reads it.
+
+    Attributes:
+        parts: Checkpoint tensors with the outputs of each; concatenated along the outputs.
+        inputs: Rows of the wanted matrix; None for a vector.
+        transposed: Whether the checkpoint stores [outputs, inputs] (torch.nn.Linear).
+    """
+
+    parts: tuple[tuple[str, int], ...]
+    inputs: int | None = None
+    transposed: bool = True
+
+    def stored_shape(self, outputs: int) -> tuple[int, ...]:
+        """The shape that one part must have in the checkpoint."""
+        if self.inputs is None:
+            return (outputs,)
+        return (outputs, self.inputs) if self.transposed else (self.inputs, outputs)
+
+
+def vector(name: str, size: int) -> Source:
+    """A vector [size], such as a norm's weight or a bias."""
+    return Source(((name, size),))
+
+
+def linear(inputs: int, *parts: tuple[str, int]) -> Source:
+    """One or several torch.nn.Linear weights [outputs, inputs], side by side."""
+    return Source(parts, inputs)
+
+
+def conv1d(inputs: int, name: str, outputs: int) -> Source:
+    """A GPT-2 Conv1D weight, stored as [inputs, outputs]."""
+    return Source(((name, outputs),), inputs, transposed=False)
+
+
+def table(name: str, rows: int, columns: int) -> Source:
+    """An embedding table or LM head [rows, columns], kept as it is stored."""
+    return Source(((name, columns),), rows, transposed=False)
+
+
+def vectors(*parts: tuple[str, int]) -> Source:
+    """Several vectors, one after the other."""
+    return Source(tuple(parts))
+
+
+def names_of(sources: Sequence[Source]) -> list[str]:
+    """Every checkpoint tensor that the sources read."""
+    return [name for source in sources for name, _ in source.parts]

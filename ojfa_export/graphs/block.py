@@ -1,0 +1,49 @@
+"""One decoder block.
+
+    hidden ─ norm ─ qkv ─ attention ─ out ─(+)─ norm ─ up ─ activation ─ down ─(+)─ hidden
+       └─────────────────────────────────┘ └────────────────────────────────┘
+
+Weights: attention.norm, attention.qkv, attention.out, mlp.norm, mlp.up (gate and up side by side
+where gated), mlp.down; each `.weight` and, where the family has it, `.bias`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from ojfa_export.bundle.names import block_name
+from ojfa_export.families.spec import ModelSpec
+from ojfa_export.graphs.dialect import Portable, Weights
+from ojfa_export.graphs.graph import FLOAT, Graph
+
+
+def block_graph(
+    spec: ModelSpec, index: int, weights: Weights, dialect: Portable
+) -> onnx.ModelProto:
+    """Emits a block.
+
+    Args:
+        spec: The model.
+        index: Which block, from 0.
+        weights: The block's weights.
+        dialect: The operators to write it in.
+    """
+    graph = Graph(block_name(index), f"Block {index + 1} of {spec.blocks} of a {spec.family} model")
+    hidden = graph.input("hidden", FLOAT, "batch", "tokens", spec.hidden_size)
+    dialect.attention_inputs(graph)
+    normed = dialect.to_compute(graph, dialect.norm(graph, hidden, weights, "attention.norm"))
+    mixed = dialect.attention(graph, dialect.linear(graph, normed, weights, "attention.qkv"), index)
+    attended = graph.op("Add", hidden, dialect.linear(graph, mixed, weights, "attention.out"))
+    normed = dialect.to_compute(graph, dialect.norm(graph, attended, weights, "mlp.norm"))
+    up = dialect.linear(graph, normed, weights, "mlp.up")
+    if spec.gated:
+        sizes = graph.constant([spec.intermediate_size] * 2, np.int64)
+        gate, up = graph.op("Split", up, sizes, axis=-1, outputs=2)
+        inner = graph.op("Mul", dialect.activation(graph, gate, spec.activation), up)
+    else:
+        inner = dialect.activation(graph, up, spec.activation)
+    down = dialect.linear(graph, dialect.to_compute(graph, inner), weights, "mlp.down")
+    result = graph.op("Add", attended, down)
+    graph.output(result, "hidden_out", FLOAT, "batch", "tokens", spec.hidden_size)
+    return graph.model()

@@ -1,0 +1,195 @@
+"""How a block's parts are written in ONNX operators.
+
+A dialect is the vocabulary that a graph is emitted in. `Portable` uses standard opset-17 operators
+only; a backend may subclass it to name its own fused operators (see backends/).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from ojfa_export.families.spec import Activation, ModelSpec, Precision
+from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, Dim, Graph
+from ojfa_export.graphs.weights import TensorRef
+
+Weights = Mapping[str, TensorRef]
+# Score of a key that a query must not see; finite, so that fp16 holds it as well.
+MASKED = -30000.0
+
+
+class Portable:
+    """Standard operators, for any runtime.
+
+    Hidden states between graphs, norms, rotations, softmax and logits are fp32 in either
+    precision; matrix products are in the precision asked for.
+
+    Args:
+        spec: The model.
+        precision: Precision of matrix products and of the cache.
+    """
+
+    def __init__(self, spec: ModelSpec, precision: Precision) -> None:
+        self.spec = spec
+        self.compute = FLOAT16 if precision == "fp16" else FLOAT
+
+    def to_compute(self, graph: Graph, value: str) -> str:
+        """fp32 to the precision of matrix products."""
+        return value if self.compute == FLOAT else graph.cast(value, self.compute)
+
+    def to_float(self, graph: Graph, value: str) -> str:
+        """From the precision of matrix products to fp32."""
+        return value if self.compute == FLOAT else graph.cast(value, FLOAT)
+
+    def matrix(self, graph: Graph, name: str, ref: TensorRef) -> str:
+        """A weight matrix in the precision of matrix products."""
+        return graph.weight(name, ref)
+
+    def linear(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
+        """x @ W (+ b): x in compute precision, the result fp32."""
+        weight = self.matrix(graph, f"{name}.weight", weights[f"{name}.weight"])
+        y = self.to_float(graph, graph.op("MatMul", x, weight))
+        if f"{name}.bias" not in weights:
+            return y
+        biased: str = graph.op("Add", y, graph.weight(f"{name}.bias", weights[f"{name}.bias"]))
+        return biased
+
+    def norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
+        """RMSNorm or LayerNorm over the last axis, fp32."""
+        weight = graph.weight(f"{name}.weight", weights[f"{name}.weight"])
+        if self.spec.norm == "layer":
+            bias = graph.weight(f"{name}.bias", weights[f"{name}.bias"])
+            normed: str = graph.op(
+                "LayerNormalization", x, weight, bias, axis=-1, epsilon=self.spec.norm_epsilon
+            )
+            return normed
+        scaled: str = graph.op("Mul", self.root_mean_square(graph, x), weight)
+        return scaled
+
+    def root_mean_square(self, graph: Graph, x: str) -> str:
+        """x / sqrt(mean(x^2) + eps) over the last axis, fp32."""
+        mean = graph.op("ReduceMean", graph.op("Mul", x, x), axes=[-1], keepdims=1)
+        epsilon = graph.constant(self.spec.norm_epsilon, np.float32)
+        normed: str = graph.op("Div", x, graph.op("Sqrt", graph.op("Add", mean, epsilon)))
+        return normed
+
+    def activation(self, graph: Graph, x: str, kind: Activation) -> str:
+        """An activation function, fp32."""
+        if kind == "relu":
+            result = graph.op("Relu", x)
+        elif kind == "silu":
+            result = graph.op("Mul", x, graph.op("Sigmoid", x))
+        else:
+            inner = self._gelu_tanh(graph, x) if kind == "gelu_tanh" else self._gelu_erf(graph, x)
+            half = graph.op("Mul", x, graph.constant(0.5, np.float32))
+            result = graph.op("Mul", half, graph.op("Add", inner, graph.constant(1, np.float32)))
+        return str(result)
+
+    def _gelu_tanh(self, graph: Graph, x: str) -> str:
+        cube = graph.op("Mul", graph.op("Mul", x, x), x)
+        cubic = graph.op("Mul", cube, graph.constant(0.044715, np.float32))
+        root = graph.constant(math.sqrt(2 / math.pi), np.float32)
+        return str(graph.op("Tanh", graph.op("Mul", graph.op("Add", x, cubic), root)))
+
+    def _gelu_erf(self, graph: Graph, x: str) -> str:
+        scaled = graph.op("Mul", x, graph.constant(1 / math.sqrt(2), np.float32))
+        return str(graph.op("Erf", scaled))
+
+    def attention_inputs(self, graph: Graph) -> None:
+        """Declares what attention needs besides the hidden states."""
+        spec = self.spec
+        cache: tuple[Dim, ...] = ("batch", spec.kv_heads, "past", spec.head_dim)
+        graph.input("positions", INT32, "batch", "tokens")
+        if spec.rotary_dim:
+            graph.input("rotary_cos", FLOAT, "batch", "tokens", spec.rotary_dim // 2)
+            graph.input("rotary_sin", FLOAT, "batch", "tokens", spec.rotary_dim // 2)
+        graph.input("past_key", self.compute, *cache)
+        graph.input("past_value", self.compute, *cache)
+
+    def attention(self, graph: Graph, qkv: str, block: int) -> str:
+        """Attention over the cache and the new tokens; declares the new rows as outputs.
+
+        Args:
+            graph: The block's graph.
+            qkv: [batch, tokens, (heads + 2 kv_heads) head_dim] fp32.
+            block: Which block this is.
+
+        Returns:
+            [batch, tokens, heads * head_dim] in compute precision.
+        """
+        spec = self.spec
+        q, new_key, new_value = self._heads(graph, qkv)
+        rows: tuple[Dim, ...] = ("batch", spec.kv_heads, "tokens", spec.head_dim)
+        new_key = graph.output(new_key, "key", self.compute, *rows)
+        new_value = graph.output(new_value, "value", self.compute, *rows)
+        key = graph.op("Concat", "past_key", new_key, axis=2)
+        value = graph.op("Concat", "past_value", new_value, axis=2)
+        # Heads that share a key are one more dimension of the query: no key is repeated.
+        group = spec.heads // spec.kv_heads
+        q = graph.op("Mul", q, graph.constant(spec.attention_scales[block], np.float32))
+        q = self.to_compute(graph, graph.reshape(q, 0, spec.kv_heads, group, -1, spec.head_dim))
+        axis = graph.constant([2], np.int64)
+        key_transposed = graph.op("Transpose", key, perm=[0, 1, 3, 2])
+        scores = graph.op("MatMul", q, graph.op("Unsqueeze", key_transposed, axis))
+        scores = graph.op("Add", self.to_float(graph, scores), self._mask(graph))
+        weights = self.to_compute(graph, graph.op("Softmax", scores, axis=-1))
+        mixed = graph.op("MatMul", weights, graph.op("Unsqueeze", value, axis))
+        mixed = graph.reshape(mixed, 0, spec.heads, -1, spec.head_dim)
+        mixed = graph.op("Transpose", mixed, perm=[0, 2, 1, 3])
+        return graph.reshape(mixed, 0, 0, spec.heads * spec.head_dim)
+
+    def _heads(self, graph: Graph, qkv: str) -> tuple[str, str, str]:
+        """Splits into rotated q (fp32), rotated k and v (compute precision), heads first."""
+        spec = self.spec
+        sizes = graph.constant([spec.heads, spec.kv_heads, spec.kv_heads], np.int64)
+        heads = graph.reshape(qkv, 0, 0, spec.heads + 2 * spec.kv_heads, spec.head_dim)
+        heads = graph.op("Transpose", heads, perm=[0, 2, 1, 3])
+        q, k, v = graph.op("Split", heads, sizes, axis=1, outputs=3)
+        if spec.rotary_dim:
+            axis = graph.constant([1], np.int64)
+            cos = graph.op("Unsqueeze", "rotary_cos", axis)
+            sin = graph.op("Unsqueeze", "rotary_sin", axis)
+            q, k = (self._rotate(graph, x, cos, sin) for x in (q, k))
+        return q, self.to_compute(graph, k), self.to_compute(graph, v)
+
+    def _rotate(self, graph: Graph, x: str, cos: str, sin: str) -> str:
+        """Rotates feature i with feature i + rotary_dim/2, as transformers lays them out."""
+        spec = self.spec
+        half, rest = spec.rotary_dim // 2, spec.head_dim - spec.rotary_dim
+        sizes = graph.constant([half, half, rest] if rest else [half, half], np.int64)
+        first, second, *unrotated = graph.op("Split", x, sizes, axis=-1, outputs=3 if rest else 2)
+        left = graph.op("Sub", graph.op("Mul", first, cos), graph.op("Mul", second, sin))
+        right = graph.op("Add", graph.op("Mul", second, cos), graph.op("Mul", first, sin))
+        return str(graph.op("Concat", left, right, *unrotated, axis=-1))
+
+    def _mask(self, graph: Graph) -> str:
+        """[batch, 1, 1, tokens, past + tokens]: 0 where a query sees a key, else MASKED.
+
+        Cache row j is position j; rows at or after a sequence's first new position are not its
+        own yet (sequences of a batch may have different lengths) and are masked.
+        """
+        zero, one = graph.constant([0], np.int64), graph.constant([1], np.int64)
+        past = graph.op("Shape", "past_key", start=2, end=3)
+        index = graph.op(
+            "Range",
+            graph.constant(0, np.int64),
+            graph.op("Squeeze", past),
+            graph.constant(1, np.int64),
+        )
+        index = graph.op("Unsqueeze", graph.cast(index, INT32), zero)
+        first = graph.op("Slice", "positions", zero, one, one)
+        # A row that is not the sequence's own is moved to a position that no query reaches.
+        beyond = graph.constant(2**30, np.int32)
+        in_cache = graph.op("Where", graph.op("Less", index, first), index, beyond)
+        keys = graph.op("Unsqueeze", graph.op("Concat", in_cache, "positions", axis=1), one)
+        queries = graph.op("Unsqueeze", "positions", graph.constant([2], np.int64))
+        visible = graph.op("LessOrEqual", keys, queries)
+        if self.spec.window is not None:
+            oldest = graph.op("Sub", queries, graph.constant(self.spec.window, np.int32))
+            visible = graph.op("And", visible, graph.op("Greater", keys, oldest))
+        mask = graph.op(
+            "Where", visible, graph.constant(0, np.float32), graph.constant(MASKED, np.float32)
+        )
+        return str(graph.op("Unsqueeze", mask, graph.constant([1, 2], np.int64)))

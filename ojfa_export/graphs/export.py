@@ -1,0 +1,119 @@
+"""Writes a checkpoint as graphs: one block in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+
+from ojfa_export.bundle.names import block_name
+from ojfa_export.checkpoint.checkpoint import Checkpoint
+from ojfa_export.families.spec import Precision
+from ojfa_export.families.tensors import Source
+from ojfa_export.graphs.block import block_graph
+from ojfa_export.graphs.dialect import Portable, Weights
+from ojfa_export.graphs.embed import embed_graph
+from ojfa_export.graphs.heads import exit_head_graph, final_head_graph
+from ojfa_export.graphs.weights import TensorRef, WeightFile, references
+from ojfa_export.shortcut.fold import FoldedHead
+
+
+class Exporter:
+    """Writes the graphs of one checkpoint into a directory.
+
+    A graph file appears after its weights and whole, so that one that exists is finished: an
+    interrupted export goes on where it stopped.
+
+    Args:
+        checkpoint: What to export.
+        directory: The bundle's graphs directory.
+        precision: Of weight matrices and matrix products.
+        max_length: Positions that the rotary tables cover.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, directory: Path, precision: Precision, max_length: int
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.directory = directory
+        self.precision = precision
+        self.max_length = max_length
+        self.dialect = Portable(checkpoint.spec, precision)
+
+    def embed(self) -> None:
+        """Exports the embedding, and the tables of rotations."""
+        if self._finished("embed"):
+            return
+        with WeightFile(self.directory, "embed.bin", self.precision) as file:
+            ends = self._ends()
+            weights = {
+                name: file.add(name, self.checkpoint.read(ends[name]))
+                for name in ("token_embedding", "position_embedding")
+                if name in ends
+            }
+        weights |= self._rotary_tables()
+        self._write("embed", embed_graph(self.checkpoint.spec, weights, self.max_length))
+
+    def block(self, index: int) -> None:
+        """Exports one block."""
+        name, checkpoint = block_name(index), self.checkpoint
+        if self._finished(name):
+            return
+        sources = checkpoint.family.block(checkpoint.config, checkpoint.spec, index)
+        with WeightFile(self.directory, f"{name}.bin", self.precision) as file:
+            weights = {key: file.add(key, checkpoint.read(sources[key])) for key in sources}
+        self._write(name, block_graph(checkpoint.spec, index, weights, self.dialect))
+
+    def final_head(self) -> None:
+        """Exports final norm and LM head; a tied head refers to the embedding's file."""
+        if self._finished("final_head"):
+            return
+        sources = self._ends()
+        weights: dict[str, TensorRef] = {}
+        with WeightFile(self.directory, "final_head.bin", self.precision) as file:
+            for name in ("final_norm.weight", "final_norm.bias", "head"):
+                if name in sources:
+                    weights[name] = file.add(name, self.checkpoint.read(sources[name]))
+        if self.checkpoint.spec.tied_head:
+            weights["head"] = self._embedding_ref()
+        self._write("final_head", final_head_graph(self.checkpoint.spec, weights, self.dialect))
+
+    def exit_head(self, folded: FoldedHead) -> None:
+        """Exports the folded shortcut head."""
+        with WeightFile(self.directory, "exit_head.bin", self.precision) as file:
+            weights = {
+                "project": file.add("project", folded.project, "fp32"),
+                "project.bias": file.add("project.bias", folded.bias),
+                "vocabulary": file.add("vocabulary", folded.weight),
+            }
+            if folded.logit_bias is not None:
+                weights["vocabulary.bias"] = file.add("vocabulary.bias", folded.logit_bias)
+        self._write("exit_head", exit_head_graph(self.checkpoint.spec, weights, self.dialect))
+
+    def _ends(self) -> Mapping[str, Source]:
+        return self.checkpoint.family.ends(self.checkpoint.config, self.checkpoint.spec)
+
+    def _rotary_tables(self) -> Weights:
+        rotary = self.checkpoint.family.rotary(self.checkpoint.config)
+        if rotary is None:
+            return {}
+        with WeightFile(self.directory, "rotary.bin", "fp32") as file:
+            cos, sin = rotary.tables(self.max_length)
+            return {
+                "rotary_cos": file.add("rotary_cos", cos),
+                "rotary_sin": file.add("rotary_sin", sin),
+            }
+
+    def _embedding_ref(self) -> TensorRef:
+        model = onnx.load(self.directory / "embed.onnx", load_external_data=False)
+        return references(model)["token_embedding"]
+
+    def _finished(self, name: str) -> bool:
+        return (self.directory / f"{name}.onnx").exists()
+
+    def _write(self, name: str, model: onnx.ModelProto) -> None:
+        path = self.directory / f"{name}.onnx"
+        partial = path.with_suffix(".onnx.partial")
+        partial.write_bytes(model.SerializeToString(deterministic=True))
+        partial.rename(path)

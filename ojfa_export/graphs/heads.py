@@ -1,0 +1,49 @@
+"""Hidden states to logits: the model's own head, and the shortcut folded into one."""
+
+from __future__ import annotations
+
+import onnx
+
+from ojfa_export.families.spec import ModelSpec
+from ojfa_export.graphs.dialect import Portable, Weights
+from ojfa_export.graphs.graph import FLOAT, Graph
+
+
+def final_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.ModelProto:
+    """Final norm and LM head.
+
+    Args:
+        spec: The model.
+        weights: `final_norm.weight` (and `.bias`), `head` [V, H].
+        dialect: The operators to write it in.
+    """
+    graph = Graph("final_head", "The last block's output to logits: final norm and LM head")
+    hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
+    normed = dialect.to_compute(graph, dialect.norm(graph, hidden, weights, "final_norm"))
+    weight = dialect.matrix(graph, "head", weights["head"])
+    logits = dialect.to_float(graph, graph.op("Gemm", normed, weight, transB=1))
+    graph.output(logits, "logits", FLOAT, "rows", spec.vocab_size)
+    return graph.model()
+
+
+def exit_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.ModelProto:
+    """The shortcut, folded with final norm and LM head (design: `shortcut.fold`).
+
+    Args:
+        spec: The model.
+        weights: `project` [H, k] and `project.bias` [k], fp32; `vocabulary` [V, k]; for LayerNorm
+            models `vocabulary.bias` [V].
+        dialect: The operators to write it in.
+    """
+    graph = Graph("exit_head", "Any block's output to logits: shortcut, final norm and LM head")
+    hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
+    projected = graph.op("MatMul", hidden, graph.weight("project", weights["project"]))
+    projected = graph.op("Add", projected, graph.weight("project.bias", weights["project.bias"]))
+    normed = dialect.to_compute(graph, dialect.root_mean_square(graph, projected))
+    weight = dialect.matrix(graph, "vocabulary", weights["vocabulary"])
+    logits = dialect.to_float(graph, graph.op("Gemm", normed, weight, transB=1))
+    if "vocabulary.bias" in weights:
+        bias = graph.weight("vocabulary.bias", weights["vocabulary.bias"])
+        logits = graph.op("Add", logits, bias)
+    graph.output(logits, "logits", FLOAT, "rows", spec.vocab_size)
+    return graph.model()

@@ -1,0 +1,123 @@
+"""Weights as ONNX external data: written once, referred to by any number of graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from ojfa_export.errors import CheckpointError
+from ojfa_export.families.spec import Precision
+
+# ONNX Runtime maps external data into memory; whole cache lines keep vector loads aligned.
+ALIGNMENT = 64
+# Weights are converted in pieces of this many elements, so that a large embedding table is
+# never held twice.
+CONVERSION_CHUNK = 1 << 24
+NUMPY_DTYPES: Mapping[Precision, Any] = {"fp32": np.float32, "fp16": np.float16}
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor inside a file of raw little-endian data.
+
+    Attributes:
+        location: File name, relative to the directory of the graphs.
+        dtype: An onnx.TensorProto data type.
+    """
+
+    location: str
+    offset: int
+    length: int
+    dtype: int
+    dims: tuple[int, ...]
+
+    def proto(self, name: str) -> onnx.TensorProto:
+        """The initializer that refers to the data."""
+        tensor = onnx.TensorProto(name=name, data_type=self.dtype, dims=self.dims)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key in ("location", "offset", "length"):
+            tensor.external_data.add(key=key, value=str(getattr(self, key)))
+        return tensor
+
+
+class WeightFile:
+    """A file of weights under construction.
+
+    Args:
+        directory: The graphs' directory.
+        name: File name.
+        precision: What matrices are stored as; vectors stay fp32 (norms and biases are tiny,
+            and their rounding would be felt everywhere).
+    """
+
+    def __init__(self, directory: Path, name: str, precision: Precision) -> None:
+        self.name = name
+        self.precision = precision
+        self._file = (directory / name).open("wb")
+
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def add(self, name: str, array: NDArray[Any], precision: Precision | None = None) -> TensorRef:
+        """Appends a tensor.
+
+        Args:
+            name: Named in errors.
+            array: Any float dtype; converted.
+            precision: Overrides the file's rule.
+
+        Raises:
+            CheckpointError: A value that fp16 can't hold.
+        """
+        precision = precision or (self.precision if array.ndim > 1 else "fp32")
+        self._file.write(bytes(-self._file.tell() % ALIGNMENT))
+        offset = self._file.tell()
+        flat = array.reshape(-1)
+        for start in range(0, flat.size, CONVERSION_CHUNK):
+            self._write(name, flat[start : start + CONVERSION_CHUNK], NUMPY_DTYPES[precision])
+        dtype = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.FLOAT
+        length = self._file.tell() - offset
+        return TensorRef(self.name, offset, length, dtype, array.shape)
+
+    def _write(self, name: str, values: NDArray[Any], dtype: Any) -> None:
+        with np.errstate(over="ignore"):
+            converted = np.ascontiguousarray(values, dtype=dtype)
+        if dtype == np.float16 and not np.isfinite(converted).all():
+            raise CheckpointError(
+                f"weight '{name}' holds {np.abs(values.astype(np.float32)).max():.3g}, "
+                "which fp16 can't hold (largest 65504)",
+                hint="build with --precision fp32",
+            )
+        self._file.write(converted.tobytes())
+
+
+def references(model: onnx.ModelProto) -> dict[str, TensorRef]:
+    """The external tensors that a graph refers to, by initializer name."""
+    refs = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entry = {item.key: item.value for item in tensor.external_data}
+        refs[tensor.name] = TensorRef(
+            entry["location"],
+            int(entry["offset"]),
+            int(entry["length"]),
+            tensor.data_type,
+            tuple(tensor.dims),
+        )
+    return refs

@@ -1,0 +1,1 @@
+"""Measuring a bundle on the machine it runs on: latency, traffic, the chain's own overhead."""

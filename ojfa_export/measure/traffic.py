@@ -1,0 +1,44 @@
+"""Bytes that a decode step must read from memory."""
+
+from __future__ import annotations
+
+from ojfa_export.families.spec import ModelSpec
+
+# ONNX Runtime's CPU provider multiplies in fp32, whatever precision the weights are stored in.
+FLOAT_BYTES = 4
+
+
+def block_bytes(spec: ModelSpec) -> int:
+    """Weights of one block. Biases are left out: they are less than a thousandth."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    attended = spec.heads * spec.head_dim
+    qkv = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+    mlp = (3 if spec.gated else 2) * hidden * inner
+    return FLOAT_BYTES * (hidden * (qkv + attended) + mlp + 2 * hidden)
+
+
+def head_bytes(spec: ModelSpec, exit_rank: int | None) -> int:
+    """Weights of the exit head of this rank, or of the model's own head."""
+    if exit_rank is None:
+        return FLOAT_BYTES * spec.hidden_size * (spec.vocab_size + 1)
+    return FLOAT_BYTES * exit_rank * (spec.vocab_size + spec.hidden_size + 1)
+
+
+def cache_bytes(spec: ModelSpec, length: int) -> int:
+    """Keys and values that one block reads when its newest token is the `length`-th."""
+    seen = length if spec.window is None else min(length, spec.window)
+    return FLOAT_BYTES * 2 * spec.kv_heads * spec.head_dim * seen
+
+
+def decode_bytes(spec: ModelSpec, blocks: int, length: int, exit_rank: int) -> int:
+    """Everything that one token reads.
+
+    Args:
+        spec: The model.
+        blocks: Blocks run; all of them means the model's own head.
+        length: Tokens of the sequence, the new one included.
+        exit_rank: Width of the folded exit head.
+    """
+    rows = (2 if spec.learned_positions else 1) * FLOAT_BYTES * spec.hidden_size
+    head = head_bytes(spec, None if blocks == spec.blocks else exit_rank)
+    return rows + blocks * (block_bytes(spec) + cache_bytes(spec, length)) + head

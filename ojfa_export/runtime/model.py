@@ -1,0 +1,197 @@
+"""The Python interface to a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ojfa_export import backends
+from ojfa_export.bundle.bundle import Bundle
+from ojfa_export.bundle.manifest import Manifest
+from ojfa_export.bundle.names import TOKENIZER
+from ojfa_export.errors import BundleError, UsageError
+from ojfa_export.runtime.generation import Generation, Settings, Token, collect, generate_tokens
+from ojfa_export.runtime.sampling import Sampling
+from ojfa_export.runtime.session import Exit, Session, resolve_exit
+
+
+class Model:
+    """An opened bundle.
+
+    Blocks are loaded when a token first needs them, so that those past a fixed exit never are.
+    Sessions and generations are independent; a model may be shared by threads, a session not.
+
+    Args:
+        bundle: A checked bundle.
+        backend: Which of its engines to run.
+    """
+
+    def __init__(self, bundle: Bundle, backend: str = backends.DEFAULT) -> None:
+        self.bundle = bundle
+        manifest = bundle.manifest
+        self.spec = manifest.model.spec
+        self.tokenizer = _read_tokenizer(bundle)
+        files = bundle.engines(backend).files
+        tables = manifest.rotary
+        rotary = (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None
+        engines = {name: bundle.directory / file for name, file in files.items()}
+        self.engines = backends.load(backend).open_engines(
+            self.spec, bundle.graphs, engines, rotary
+        )
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of itself."""
+        return self.bundle.manifest
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the model: exits are 1 to this, or "full"."""
+        return self.spec.blocks
+
+    def session(self, batch_size: int = 1, max_length: int | None = None) -> Session:
+        """Starts sequences that the caller advances by itself.
+
+        Args:
+            batch_size: Sequences.
+            max_length: Tokens that each may hold; default: what the bundle was built for.
+
+        Raises:
+            UsageError: More than the bundle was built for.
+        """
+        cache = self.manifest.cache
+        length = cache.max_length if max_length is None else max_length
+        for value, limit, what in (
+            (batch_size, cache.max_batch_size, "batch size"),
+            (length, cache.max_length, "cache length"),
+        ):
+            if not 1 <= value <= limit:
+                raise UsageError(
+                    f"{what} {value} is outside this bundle's 1..{limit}",
+                    hint=f"build it with a larger --max-{what.replace(' ', '-')}",
+                )
+        return Session(self.spec, self.engines, batch_size, length)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        exit: Exit = "full",
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+    ) -> Generation:
+        """Generates for one prompt or a batch of them.
+
+        Args:
+            prompts: Text before the generated text.
+            exit: Blocks to run for each token, or "full".
+            max_new_tokens: Tokens at most for each prompt.
+            temperature: 0 for greedy decoding.
+            top_k: Sample among this many most likely tokens.
+            top_p: Sample among the fewest tokens with this much probability.
+            seed: Of sampling.
+            stop: Strings that end a text.
+
+        Raises:
+            UsageError: An argument out of range, an empty prompt, or one too long for the cache.
+        """
+        encoded = [self.encode(prompt) for prompt in _listed(prompts)]
+        settings = self._settings(exit, max_new_tokens, stop, temperature, top_k, top_p, seed)
+        return collect(encoded, self._tokens(encoded, settings))
+
+    def stream(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        exit: Exit = "full",
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[Token]:
+        """Generates as `generate` does, and gives each token when it is known."""
+        encoded = [self.encode(prompt) for prompt in _listed(prompts)]
+        settings = self._settings(exit, max_new_tokens, stop, temperature, top_k, top_p, seed)
+        return self._tokens(encoded, settings)
+
+    def encode(self, prompt: str) -> list[int]:
+        """A prompt's token ids.
+
+        Raises:
+            UsageError: It has none, or too many for the cache.
+        """
+        ids: list[int] = self.tokenizer.encode(prompt).ids
+        if not ids:
+            raise UsageError(
+                "the prompt is empty", hint="give at least one character: -p 'def main('"
+            )
+        if len(ids) > self.manifest.cache.max_length:
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens, the cache holds "
+                f"{self.manifest.cache.max_length}",
+                hint="shorten it, or build the bundle with a larger --max-cache-length",
+            )
+        return ids
+
+    def _settings(
+        self,
+        exit: Exit,
+        max_new_tokens: int,
+        stop: str | Sequence[str],
+        temperature: float,
+        top_k: int | None,
+        top_p: float,
+        seed: int,
+    ) -> Settings:
+        if max_new_tokens < 1:
+            raise UsageError(f"max-new-tokens must be 1 or more, not {max_new_tokens}")
+        stops = tuple(_listed(stop))
+        if "" in stops:
+            raise UsageError("a stop string is empty")
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        self.engines.load_blocks(resolve_exit(exit, self.blocks))
+        return Settings(exit, max_new_tokens, sampling, stops, self.spec.eos_token_ids)
+
+    def _tokens(self, encoded: list[list[int]], settings: Settings) -> Iterator[Token]:
+        if not encoded:
+            raise UsageError("no prompt was given")
+        longest = max(map(len, encoded)) + settings.max_new_tokens
+        length = min(longest, self.manifest.cache.max_length)
+        session = self.session(len(encoded), length)
+        return generate_tokens(session, encoded, self.tokenizer, settings)
+
+
+def load(bundle: str | Path, *, backend: str = backends.DEFAULT) -> Model:
+    """Opens a bundle.
+
+    Args:
+        bundle: Its directory. Every file is checked against the manifest's digests.
+        backend: Which of its engines to run.
+
+    Raises:
+        BundleError: The bundle is incomplete or altered, or has no engines for the backend.
+        BackendError: The backend doesn't work here.
+    """
+    return Model(Bundle(Path(bundle)), backend)
+
+
+def _listed(value: str | Sequence[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _read_tokenizer(bundle: Bundle) -> Tokenizer:
+    path = bundle.directory / TOKENIZER
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception for every bad file
+        raise BundleError(
+            f"{path} can't be read: {error}", hint="build the bundle again"
+        ) from error

@@ -1,0 +1,38 @@
+"""Does a bundle give its golden tokens here? Needs nothing but what runs a bundle."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ojfa_export.bundle.manifest import Golden
+from ojfa_export.report.model import Check
+from ojfa_export.runtime.model import Model
+
+
+def verify_golden(model: Model) -> list[Check]:
+    """Generates a bundle's golden tokens again; the difference is the number of other tokens.
+
+    Args:
+        model: An opened bundle.
+    """
+    return [_golden_check(model, golden) for golden in model.manifest.golden]
+
+
+def _golden_check(model: Model, golden: Golden) -> Check:
+    session = model.session(1, len(golden.prompt_token_ids) + len(golden.token_ids) - 1)
+    pending = list(golden.prompt_token_ids)
+    different = 0.0
+    for token in golden.token_ids:
+        logits = session.advance(pending, golden.exit)[0]
+        if not np.isfinite(logits).all():
+            different = np.inf
+            break
+        pending = [int(logits.argmax())]
+        different += pending[0] != token
+    name = "full depth" if golden.exit == model.blocks else f"exit {golden.exit}"
+    return Check(
+        name=f"golden tokens {name}",
+        max_abs_diff=different,
+        tolerance=0,
+        passed=different == 0,
+    )

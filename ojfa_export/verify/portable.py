@@ -1,0 +1,122 @@
+"""The portable graphs as anyone may run them: plain ONNX Runtime, the cache concatenated."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ojfa_export.backends.backend import Float32, Int32
+from ojfa_export.backends.onnxruntime.session import share_thread_pool
+from ojfa_export.bundle.names import block_name
+from ojfa_export.errors import BackendError
+from ojfa_export.families.spec import ModelSpec
+
+KeysValues = tuple[NDArray[Any], NDArray[Any]]
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class PortableGraphs:
+    """Runs the graphs of a directory; only the one used last is open.
+
+    Args:
+        spec: The model.
+        directory: The bundle's graphs directory.
+    """
+
+    def __init__(self, spec: ModelSpec, directory: Path) -> None:
+        self.spec = spec
+        self._directory = directory
+        self._open: tuple[str, ort.InferenceSession] | None = None
+
+    def embed(
+        self, token_ids: Int32, positions: Int32, *, long_context: bool
+    ) -> tuple[Float32, dict[str, Float32]]:
+        """Embeds tokens.
+
+        Args:
+            token_ids: [B,S].
+            positions: [B,S].
+            long_context: Whether LongRoPE's long factors apply.
+
+        Returns:
+            Hidden states [B,S,H], and the rotations [B,S,rotary_dim/2] that blocks take.
+        """
+        session = self._session("embed")
+        feeds = {"token_ids": token_ids, "positions": positions}
+        if self.spec.rotary_switch is not None:
+            feeds["long_context"] = np.array(long_context, np.int32)
+        names = [output.name for output in session.get_outputs()]
+        outputs = dict(zip(names, session.run(names, feeds), strict=True))
+        return outputs.pop("hidden"), outputs
+
+    def block(
+        self,
+        index: int,
+        hidden: Float32,
+        positions: Int32,
+        rotations: dict[str, Float32],
+        past: KeysValues | None = None,
+    ) -> tuple[Float32, KeysValues]:
+        """Runs a block on new tokens.
+
+        Args:
+            index: Which block.
+            hidden: [B,S,H].
+            positions: [B,S].
+            rotations: As `embed` gives them for these positions.
+            past: Keys and values [B,kv_heads,past,head_dim] of the tokens before, or None.
+
+        Returns:
+            Hidden states [B,S,H], and the keys and values with the new tokens' appended.
+        """
+        session = self._session(block_name(index))
+        if past is None:
+            past = self._empty_past(session, hidden.shape[0])
+        feeds = {
+            "hidden": hidden,
+            "positions": positions,
+            "past_key": past[0],
+            "past_value": past[1],
+            **rotations,
+        }
+        result, key, value = session.run(["hidden_out", "key", "value"], feeds)
+        return result, (
+            np.concatenate([past[0], key], axis=2),
+            np.concatenate([past[1], value], axis=2),
+        )
+
+    def logits(self, hidden: Float32, *, final: bool) -> Float32:
+        """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
+        session = self._session("final_head" if final else "exit_head")
+        logits: Float32 = session.run(["logits"], {"hidden": hidden})[0]
+        return logits
+
+    def _empty_past(self, session: ort.InferenceSession, batch: int) -> KeysValues:
+        dtype = next(DTYPES[port.type] for port in session.get_inputs() if port.name == "past_key")
+        empty = np.zeros((batch, self.spec.kv_heads, 0, self.spec.head_dim), dtype)
+        return empty, empty
+
+    def _session(self, name: str) -> ort.InferenceSession:
+        if self._open is None or self._open[0] != name:
+            self._open = None  # its memory goes before the next one's is taken
+            self._open = name, _open(self._directory / f"{name}.onnx")
+        return self._open[1]
+
+
+def _open(path: Path) -> ort.InferenceSession:
+    share_thread_pool()  # with it, ONNX Runtime takes no session with threads of its own
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class but this
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} can't open {path}: {str(error).splitlines()[0]}",
+            hint="build the bundle again",
+        ) from error

@@ -1,0 +1,24 @@
+"""Token ids of real text to compare on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ojfa_export.backends.backend import Int32
+from ojfa_export.calibrate.text import read_text, shipped_text
+from ojfa_export.runtime.model import Model
+
+
+def sample_token_ids(model: Model, tokens: int) -> Int32:
+    """The beginnings of the texts that ship, [texts, tokens] int32.
+
+    Args:
+        model: Its tokenizer and cache decide ids and length.
+        tokens: Of each text; fewer where the cache holds fewer.
+    """
+    length = min(tokens, model.manifest.cache.max_length)
+    rows = [
+        model.tokenizer.encode(read_text(path).documents[0][: 20 * length]).ids[:length]
+        for path in shipped_text()
+    ]
+    return np.array([row for row in rows if len(row) == length], np.int32)

@@ -1,0 +1,162 @@
+"""How far results may be from the reference, and the record of how far they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ojfa_export.families.spec import Precision
+from ojfa_export.report.model import Check
+from ojfa_export.shortcut import FinalNorm, Shortcut
+
+Quantity = Literal["hidden", "logits"]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """A bound on the largest absolute difference.
+
+    Attributes:
+        absolute: Allowed whatever the reference's size.
+        relative: Allowed as a share of the reference's largest absolute value.
+    """
+
+    absolute: float
+    relative: float
+
+    def bound(self, largest: float) -> float:
+        """The larger of the two, for a reference with this largest absolute value."""
+        return max(self.absolute, self.relative * largest)
+
+
+TOLERANCES: Mapping[Precision, Mapping[Quantity, Tolerance]] = {
+    "fp32": {
+        # One block on the same input: the same sums in another order, a few hundred fp32 roundings
+        # (6e-8 each) of values up to the largest. Measured: up to 1.3e-6 of it.
+        "hidden": Tolerance(0, 1e-5),
+        # The promise is 1e-4. Logits beyond 20 may differ by 80 fp32 roundings of the largest,
+        # since all blocks' roundings add up; measured: up to 1.6e-6 of it.
+        "logits": Tolerance(1e-4, 5e-6),
+    },
+    "fp16": {
+        # Weights, inputs of matrix products, keys and values rounded to 11 bits (5e-4 each);
+        # errors of a sum grow like the root of its length. Measured: up to 1.5e-3 of the largest.
+        "hidden": Tolerance(0, 5e-3),
+        # The same through every block and the head. Measured: up to 2.8e-3 of the
+        # largest; more blocks add up to more.
+        "logits": Tolerance(0, 2e-2),
+    },
+}
+
+
+# What one block adds to the rounding of hidden states, root mean square, as a share of their own;
+# independent errors of several blocks add up as the root of their number. Measured over four
+# blocks: 4e-6 and 2.8e-3 at most.
+BLOCK_ROUNDING: Mapping[Precision, float] = {"fp32": 2.5e-6, "fp16": 2e-3}
+
+
+def exit_allowance(
+    shortcut: Shortcut,
+    norm: FinalNorm,
+    hidden: NDArray[np.float64],
+    logits: NDArray[np.float64],
+    precision: Precision,
+    blocks_run: int,
+) -> NDArray[np.float64]:
+    """What rounding of hidden states does to exit logits, however the exit head is computed.
+
+    A jump keeps few directions of a hidden state h. Where its output y is small, the norm after
+    it enlarges the rounding that y inherits from h: with independent errors of deviation e in
+    the features of h, y = (h s + t) D U is off by e ||diag(s) D U|| (Frobenius) in the root mean
+    square, and the logits of norm(y) by that share of ||y||.
+
+    Args:
+        shortcut: The jump.
+        norm: The final norm; LayerNorm takes the mean from y.
+        hidden: [n,H].
+        logits: [n,V] of norm(y).
+        precision: Of the blocks.
+        blocks_run: How many made the hidden states.
+
+    Returns:
+        [n] absolute differences of logits.
+    """
+    scaled = shortcut.scale.astype(np.float64)[:, None] * shortcut.down
+    up, y = shortcut.up.astype(np.float64), shortcut.apply(hidden)
+    if norm.kind == "layer":
+        up, y = (each - each.mean(axis=-1, keepdims=True) for each in (up, y))
+    gain = np.sqrt(np.sum((scaled.T @ scaled) * (up @ up.T)))
+    error = BLOCK_ROUNDING[precision] * np.sqrt(blocks_run * np.mean(hidden**2, axis=1))
+    share = error * gain / np.linalg.norm(y, axis=1)
+    allowed: NDArray[np.float64] = share * np.abs(logits).max(axis=1)
+    return allowed
+
+
+@dataclass(frozen=True)
+class _Distance:
+    difference: float
+    bound: float
+
+    @property
+    def ratio(self) -> float:
+        return self.difference / max(self.bound, np.finfo(np.float64).tiny)
+
+
+class Comparisons:
+    """The difference that uses most of its tolerance, under each name; NaN counts as infinite.
+
+    Args:
+        precision: Of what is compared; decides the tolerances.
+    """
+
+    def __init__(self, precision: Precision) -> None:
+        self.precision = precision
+        self._distances: dict[str, _Distance] = {}
+
+    def record(
+        self,
+        name: str,
+        quantity: Quantity,
+        actual: NDArray[Any],
+        expected: NDArray[Any],
+        allowance: NDArray[np.float64] | None = None,
+    ) -> None:
+        """Adds a comparison to those of that name.
+
+        Args:
+            name: Of the check.
+            quantity: Decides the tolerance.
+            actual: [rows, ...].
+            expected: [rows, ...].
+            allowance: [rows] absolute difference allowed in any case, or None.
+        """
+        if actual.shape != expected.shape:
+            raise ValueError(f"{name}: shape {actual.shape}, expected {expected.shape}")
+        differences = np.abs(actual - expected).reshape(len(expected), -1).max(axis=1)
+        largest = float(np.max(np.abs(expected), initial=0, where=np.isfinite(expected)))
+        bound = TOLERANCES[self.precision][quantity].bound(largest)
+        if np.isfinite(differences).all():
+            bounds = np.maximum(bound, 0 if allowance is None else allowance)
+            bounds = np.broadcast_to(bounds, differences.shape)
+            found = [_Distance(*map(float, each)) for each in zip(differences, bounds, strict=True)]
+        else:
+            found = [_Distance(np.inf, bound)]
+        if name in self._distances:
+            found.append(self._distances[name])
+        self._distances[name] = max(found, key=lambda distance: distance.ratio)
+
+    def checks(self) -> list[Check]:
+        """One check for each name, in the order in which they first came."""
+        return [
+            Check(
+                name=name,
+                max_abs_diff=distance.difference,
+                tolerance=distance.bound,
+                passed=distance.difference <= distance.bound,
+            )
+            for name, distance in self._distances.items()
+        ]

@@ -1,0 +1,179 @@
+"""The ONNX Runtime backend: a cache that stays in place, and blocks that are opened when used."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from chain import Chain, build_chain
+from tiny_models import POSITIONS, VOCAB_SIZE, make_checkpoint
+from tolerances import LOGITS_FP32
+
+from ojfa_export import backends
+from ojfa_export.backends.onnxruntime import engines as engines_module
+from ojfa_export.backends.onnxruntime.build import build_engine
+from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeCache
+from ojfa_export.backends.onnxruntime.session import (
+    THREADS_VARIABLE,
+    default_threads,
+    open_session,
+)
+from ojfa_export.bundle.names import block_name
+from ojfa_export.errors import BackendError, UsageError
+from ojfa_export.runtime.session import Session
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> Chain:
+    directory = tmp_path_factory.mktemp("backend")
+    checkpoint = make_checkpoint("llama-gqa", directory / "checkpoint", seed=11)
+    return build_chain(checkpoint, directory, max_length=POSITIONS)
+
+
+def addresses(session: Session) -> dict[int, tuple[int, int]]:
+    values = session._cache._values
+    return {block: (key.ctypes.data, value.ctypes.data) for block, (key, value) in values.items()}
+
+
+def test_the_cache_stays_in_place(chain):
+    session = chain.session(2)
+    session.advance([[1, 2, 3, 4], [5, 6]])
+    before = addresses(session)
+    assert before.keys() == set(range(chain.spec.blocks))
+    for tokens in ([[7], [8]], [[9], []], [[1, 2, 3], [4]], [[5], [6]]):
+        session.advance(tokens)
+    session.rewind(3, 0)
+    session.advance([[7], [8]])
+    assert addresses(session) == before
+
+
+def test_a_step_writes_its_rows_and_no_others(chain):
+    """Rows that hold a mark before a step hold it after, but for the one that the step adds."""
+    session = chain.session(2)
+    session.advance([[1, 2, 3, 4], [5, 6]])
+    for arrays in session._cache._values.values():
+        for array in arrays:
+            array[0, :, 4:] = array[1, :, 2:] = 1234.5
+    kept = {b: [a.copy() for a in arrays] for b, arrays in session._cache._values.items()}
+    session.advance([[7], [8]])
+    for block, arrays in session._cache._values.items():
+        for array, before in zip(arrays, kept[block], strict=True):
+            changed = (array != before).any(axis=(1, 3))
+            assert [np.flatnonzero(row).tolist() for row in changed] == [[4], [2]]
+
+
+def test_a_decode_step_makes_no_array_and_no_binding(chain, monkeypatch):
+    """Once its groups of rows have been seen: buffers and bindings are reused."""
+    session = chain.session(2)
+    session.advance([[1, 2], [3, 4]])
+    session.advance([[5], [6]])
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a decode step made a new array or binding")
+
+    monkeypatch.setattr(OnnxRuntimeCache, "bind", refuse)
+    monkeypatch.setattr(engines_module.np, "empty", refuse)
+    session.advance([[7], [8]])
+    session.advance([[9], [10]])
+    with pytest.raises(AssertionError, match="new array or binding"):
+        session.advance([[11], []])  # another group of rows
+
+
+@pytest.mark.parametrize("piece", [16, 17, 33])
+@pytest.mark.parametrize("before", [0, 5])
+def test_prefill_in_pieces_is_prefill_at_once(chain, monkeypatch, rng, piece, before):
+    ids = rng.integers(VOCAB_SIZE, size=before + 50).tolist()
+    expected = chain.session().advance(ids, every_position=True)[0][before:]
+    per_token = 4 * chain.spec.heads * POSITIONS
+    monkeypatch.setattr(engines_module, "SCORE_BYTES", piece * per_token)
+    session, lengths = chain.session(), []
+    run_prefill = session._cache._run_prefill
+
+    def record(block, hidden, *args):
+        lengths.append(hidden.shape[1])
+        return run_prefill(block, hidden, *args)
+
+    session.advance(ids[:before])
+    monkeypatch.setattr(session._cache, "_run_prefill", record)
+    [logits] = session.advance(ids[before:], every_position=True)
+    pieces = [min(piece, 50 - at) for at in range(0, 50, piece)]
+    assert lengths == pieces * chain.spec.blocks
+    np.testing.assert_allclose(logits, expected, atol=LOGITS_FP32, rtol=0)
+
+
+def test_blocks_past_a_fixed_exit_are_never_loaded(chain):
+    engines = chain.open_engines()
+    assert not engines._sessions
+    engines.load_blocks(2)
+    assert engines._sessions.keys() == {"embed", "block_00", "block_01"}
+    session = Session(chain.spec, engines, 1, POSITIONS)
+    session.advance([1, 2, 3], 2)
+    for token in range(4):
+        session.advance([token], 1 + token % 2)
+    assert engines._sessions.keys() == {"embed", "block_00", "block_01", "exit_head"}
+    assert session._cache._values.keys() == {0, 1}
+    session.advance([5])
+    assert engines._sessions.keys() == chain.engine_files.keys()
+
+
+def test_sessions_of_one_model_share_its_engines_and_nothing_else(chain):
+    first, second = chain.session(), chain.session()
+    expected = chain.session().advance([4, 5, 6])
+    first.advance([1, 2, 3])
+    second.advance([4])
+    first.advance([9])
+    np.testing.assert_allclose(second.advance([5, 6]), expected, atol=LOGITS_FP32, rtol=0)
+
+
+def test_an_unknown_backend():
+    with pytest.raises(UsageError, match="backend 'tpu' is not known") as error:
+        backends.load("tpu")
+    assert "onnxruntime" in error.value.hint
+
+
+def test_a_backend_whose_sdk_is_missing(monkeypatch):
+    monkeypatch.setitem(backends.PACKAGES, "absent", "ojfa_export.backends.absent.backend")
+    with pytest.raises(BackendError, match="backend 'absent' can't be used") as error:
+        backends.load("absent")
+    assert "doctor" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim", "fits"),
+    [(16, 16, True), (80, 32, True), (24, 24, False), (32, 8, False), (8, 0, True), (12, 0, False)],
+)
+def test_head_sizes_that_the_fused_attention_takes(chain, tmp_path, head_dim, rotary_dim, fits):
+    """Refused when the engine is built, not when a user runs it."""
+    spec = chain.spec.model_copy(update={"head_dim": head_dim, "rotary_dim": rotary_dim})
+    graph, engine = chain.graphs / "final_head.onnx", tmp_path / "engine.onnx"
+    if fits:
+        build_engine(spec, graph, engine)
+        assert onnx.load(engine, load_external_data=False).graph.name == "final_head"
+    else:
+        with pytest.raises(BackendError, match=f"head size {head_dim}"):
+            build_engine(spec, graph, engine)
+        assert not engine.exists()
+
+
+def test_an_engine_that_cannot_be_opened(chain):
+    whole = chain.engine_files[block_name(0)].read_bytes()
+    with pytest.raises(BackendError, match="can't open 'block_00'") as error:
+        open_session(whole[: len(whole) // 2], block_name(0), chain.graphs)
+    assert "\n" not in error.value.message
+
+
+def test_weights_that_are_missing(chain, tmp_path):
+    whole = chain.engine_files[block_name(0)].read_bytes()
+    with pytest.raises(BackendError, match="can't open 'block_00'"):
+        open_session(whole, block_name(0), tmp_path)
+
+
+def test_threads(monkeypatch):
+    monkeypatch.delenv(THREADS_VARIABLE, raising=False)
+    assert default_threads() >= 1
+    monkeypatch.setenv(THREADS_VARIABLE, "3")
+    assert default_threads() == 3
+    for wrong in ("0", "-1", "two", "1.5"):
+        monkeypatch.setenv(THREADS_VARIABLE, wrong)
+        with pytest.raises(UsageError, match=THREADS_VARIABLE):
+            default_threads()

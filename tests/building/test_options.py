@@ -1,0 +1,163 @@
+"""What a user may ask of a build."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import make_checkpoint
+
+from ojfa_export.build.options import read_recipe, recipes_directory, settle
+from ojfa_export.build.pipeline import plan
+from ojfa_export.checkpoint.checkpoint import Checkpoint
+from ojfa_export.errors import CheckpointError, OjfaError, UsageError
+
+Options = Callable[..., Any]
+RECIPES = sorted(recipes_directory().glob("*.toml"))
+RECIPE = """
+rank = 4
+precision = "fp16"
+calibration_tokens = 2048
+window = 32
+max_cache_length = 96
+max_batch_size = 3
+[model]
+hub_id = "tiny/llama"
+family = "llama"
+hidden_size = 64
+blocks = 4
+"""
+
+
+def refused(options: Any, match: str) -> OjfaError:
+    """All that is refused is refused before anything is written."""
+    with pytest.raises(UsageError, match=match) as caught:
+        plan(options)
+    assert caught.value.hint
+    assert not list(options.output.parent.glob("out.ojfa*"))
+    return caught.value
+
+
+@pytest.mark.parametrize("rank", [0, -1, 65])
+def test_rank_out_of_range(options: Options, rank: int) -> None:
+    refused(options(rank=rank), f"rank {rank} is outside 1..64")
+
+
+@pytest.mark.parametrize("rank", [1, 64])
+def test_extreme_ranks(options: Options, rank: int) -> None:
+    assert plan(options(rank=rank))["settings"]["rank"] == rank
+
+
+@pytest.mark.parametrize("value", [0, -5])
+@pytest.mark.parametrize("name", ["max_cache_length", "max_batch_size", "calibration_tokens"])
+def test_numbers_below_one(options: Options, name: str, value: int) -> None:
+    refused(options(**{name: value}), f"{name.replace('_', '-')} must be 1 or more, not {value}")
+
+
+def test_cache_longer_than_the_models_positions(options: Options) -> None:
+    error = refused(options(max_cache_length=129), "129 is more than the 128 positions")
+    assert "--max-cache-length 128" in str(error.hint)
+    assert plan(options(max_cache_length=128))["settings"]["max_cache_length"] == 128
+
+
+def test_dynamic_scaling_has_no_longest_cache(options: Options, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("llama-rope-dynamic", tmp_path / "dynamic", seed=1)
+    settings = plan(options(checkpoint=str(checkpoint), max_cache_length=500))["settings"]
+    assert settings["max_cache_length"] == 500
+    assert settings["window"] <= 32
+
+
+def test_unknown_precision_and_backend(options: Options) -> None:
+    refused(options(precision="int8"), "precision 'int8' is not known")
+    refused(options(backend="none"), "backend 'none' is not known")
+
+
+def test_defaults(options: Options) -> None:
+    settings = plan(options(rank=None, max_cache_length=None, calibration_tokens=None))["settings"]
+    assert settings["rank"] == 1  # floor(64 / 100), but at least 1
+    assert settings["precision"] == "fp32"
+    assert settings["max_cache_length"] == 128
+    assert settings["window"] == 128
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_that_ship(path: Path) -> None:
+    recipe = read_recipe(path.stem)
+    assert recipe == read_recipe(str(path))
+    assert recipe.rank == recipe.model.hidden_size // 100
+    assert recipe.calibration_tokens >= 2 * recipe.model.hidden_size / 0.75
+
+
+def test_a_recipe_ships_for_each_model_of_the_paper() -> None:
+    assert {path.stem for path in RECIPES} == {"gpt2-xl", "llama-2-7b", "phi-3-mini"}
+
+
+def test_recipe_and_what_overrides_it(options: Options, tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(RECIPE)
+    unset = {"rank": None, "max_cache_length": None, "calibration_tokens": None}
+    settings = plan(options(**unset, recipe=str(recipe)))["settings"]
+    assert settings["rank"] == 4
+    assert settings["precision"] == "fp16"
+    assert (settings["max_cache_length"], settings["max_batch_size"]) == (96, 3)
+    assert (settings["calibration_tokens"], settings["window"]) == (2048, 32)
+    changes = {**unset, "rank": 5, "precision": "fp32", "max_batch_size": 7}
+    settings = plan(options(**changes, recipe=str(recipe)))["settings"]
+    assert (settings["rank"], settings["precision"]) == (5, "fp32")
+    assert (settings["max_batch_size"], settings["max_cache_length"]) == (7, 96)
+    refused(options(**{**unset, "rank": 0}, recipe=str(recipe)), "rank 0 is outside")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ("rank = 4", "rank = 65", "rank 65 is outside 1..64"),
+        ("rank = 4", "rank = 0", "tiny.toml: rank: "),
+        ("rank = 4", "", "tiny.toml: rank: Field required"),
+        ("rank = 4", "rank = 4\nranks = 4", "tiny.toml: ranks: Extra inputs"),
+        ("blocks = 4", "blocks = 4\nheads = 4", "tiny.toml: model.heads: Extra inputs"),
+        ('"fp16"', '"int4"', "tiny.toml: precision: "),
+        ("rank = 4", "rank = ", "tiny.toml is not TOML"),
+        ("hidden_size = 64", "hidden_size = 65", "with hidden size 65; this checkpoint has 64"),
+        ('"llama"', '"gpt2"', "with family gpt2; this checkpoint has llama"),
+        ("= 96", "= 4096", "4096 is more than the 128 positions"),
+    ],
+)
+def test_bad_recipe(options: Options, tmp_path: Path, old: str, new: str, match: str) -> None:
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(RECIPE.replace(old, new))
+    changes = {"rank": None, "max_cache_length": None, "calibration_tokens": None}
+    refused(options(**changes, recipe=str(recipe)), match)
+
+
+def test_recipe_that_is_not_there(options: Options, tmp_path: Path) -> None:
+    error = refused(options(recipe="gpt3"), "recipe 'gpt3' is not known")
+    assert "gpt2-xl" in str(error.hint)
+    refused(options(recipe="gpt2-xl"), "is for openai-community/gpt2-xl with family gpt2")
+    (tmp_path / "directory.toml").mkdir()
+    refused(options(recipe=str(tmp_path / "directory.toml")), "can't be read: Is a directory")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    refused(options(recipe=str(tmp_path / "binary.toml")), "is not TOML")
+
+
+def test_model_with_one_block(tiny_checkpoint: Path, options: Options) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint)
+    spec = checkpoint.spec.model_copy(update={"blocks": 1})
+    with pytest.raises(UsageError, match="one block has no early exit"):
+        settle(options(), spec, checkpoint.family.rotary(checkpoint.config))
+
+
+def test_tokenizer_of_a_larger_model(
+    tiny_checkpoint: Path, options: Options, tmp_path: Path
+) -> None:
+    import json
+
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    with pytest.raises(CheckpointError, match="but the model has 100 tokens") as caught:
+        plan(options(checkpoint=str(checkpoint)))
+    assert caught.value.hint

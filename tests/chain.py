@@ -1,0 +1,112 @@
+"""Graphs, engines and a random shortcut of a checkpoint, without the rest of a build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ojfa_export.backends.onnxruntime.build import build_engine
+from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
+from ojfa_export.bundle.names import graph_names
+from ojfa_export.checkpoint.checkpoint import Checkpoint
+from ojfa_export.families.spec import ModelSpec, Precision
+from ojfa_export.graphs.export import Exporter
+from ojfa_export.runtime.session import Session
+from ojfa_export.shortcut import Shortcut, fold
+from ojfa_export.verify.checks import Parts, language_head
+
+
+@dataclass(frozen=True)
+class Chain:
+    """An exported checkpoint.
+
+    Attributes:
+        graphs: Directory of the portable graphs and the weights.
+        engine_files: Engine files by graph name.
+        engines: Opened once, blocks on first use.
+    """
+
+    checkpoint: Checkpoint
+    precision: Precision
+    max_length: int
+    graphs: Path
+    engine_files: dict[str, Path]
+    shortcut: Shortcut
+    engines: OnnxRuntimeEngines
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.checkpoint.spec
+
+    def session(self, batch: int = 1, max_length: int | None = None) -> Session:
+        return Session(self.spec, self.engines, batch, max_length or self.max_length)
+
+    def open_engines(self) -> OnnxRuntimeEngines:
+        rotary = self.checkpoint.family.rotary(self.checkpoint.config)
+        tables = rotary.tables(self.max_length) if rotary else None
+        return OnnxRuntimeEngines(self.spec, self.graphs, self.engine_files, tables)
+
+    def parts(self) -> Parts:
+        """For `verify_parts`; engines are opened anew, so that weights are read again."""
+        return Parts(self.spec, self.precision, self.graphs, self.open_engines, self.shortcut)
+
+
+def random_shortcut(hidden: int, rank: int, seed: int = 0) -> Shortcut:
+    """A jump that keeps the size of hidden states, so that exit logits are as large as others."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return (scale * rng.normal(size=shape)).astype(np.float32)
+
+    return Shortcut(
+        scale=1 + normal(hidden, scale=0.3),
+        shift=normal(hidden, scale=0.3),
+        down=normal(hidden, rank, scale=hidden**-0.5),
+        up=normal(rank, hidden, scale=rank**-0.5),
+        kind="ojfa",
+        fitted_at=1,
+    )
+
+
+def build_chain(
+    checkpoint_dir: Path,
+    tmp_path: Path,
+    *,
+    precision: Precision = "fp32",
+    max_length: int = 128,
+    rank: int = 8,
+    seed: int = 0,
+) -> Chain:
+    """Exports a checkpoint into tmp_path/graphs and builds engines in tmp_path/engines.
+
+    Args:
+        checkpoint_dir: A checkpoint.
+        tmp_path: Where to write.
+        precision: Of the graphs.
+        max_length: Positions of the rotary tables and of a session's cache.
+        rank: Of the random shortcut.
+        seed: Of the random shortcut.
+    """
+    checkpoint = Checkpoint(Path(checkpoint_dir))
+    graphs, engine_directory = tmp_path / "graphs", tmp_path / "engines"
+    for directory in (graphs, engine_directory):
+        directory.mkdir(parents=True)
+    exporter = Exporter(checkpoint, graphs, precision, max_length)
+    exporter.embed()
+    for index in range(checkpoint.spec.blocks):
+        exporter.block(index)
+    exporter.final_head()
+    shortcut = random_shortcut(checkpoint.spec.hidden_size, rank, seed)
+    head = language_head(checkpoint)
+    exporter.exit_head(fold(shortcut, head.norm, head.weight, head.bias))
+    files = {}
+    for name in graph_names(checkpoint.spec.blocks):
+        files[name] = engine_directory / f"{name}.onnx"
+        build_engine(checkpoint.spec, graphs / f"{name}.onnx", files[name])
+    rotary = checkpoint.family.rotary(checkpoint.config)
+    engines = OnnxRuntimeEngines(
+        checkpoint.spec, graphs, files, rotary.tables(max_length) if rotary else None
+    )
+    return Chain(checkpoint, precision, max_length, graphs, files, shortcut, engines)

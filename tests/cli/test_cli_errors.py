@@ -1,0 +1,156 @@
+"""Every kind of error: its words on standard error, its exit status, nothing on standard output."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ojfa_export import doctor, errors
+from ojfa_export.cli.errors import Interrupted
+
+HINT_BUG = "hint: run it again with --debug and report what it prints\n"
+
+
+def _interrupted_import() -> errors.BackendError:
+    """What an interrupt becomes while a native module is loaded."""
+    error = errors.BackendError("backend can't be used", hint="see the doctor")
+    error.__cause__ = ImportError("initialization failed")
+    error.__cause__.__context__ = KeyboardInterrupt()
+    return error
+
+
+def _os_error(number: int, *names: str) -> OSError:
+    return OSError(number, os.strerror(number), *names)
+
+
+CASES = {
+    "failure": (errors.BundleError("it is broken"), 1, "error: it is broken\n"),
+    "hint": (
+        errors.CheckpointError("no shard", hint="get it"),
+        1,
+        "error: no shard\nhint: get it\n",
+    ),
+    "usage": (errors.UsageError("rank 0"), 2, "error: rank 0\n"),
+    "verification": (errors.VerificationError("differs"), 3, "error: differs\n"),
+    "interrupt": (KeyboardInterrupt(), 130, "\nerror: interrupted\n"),
+    "interrupted import": (_interrupted_import(), 130, "error: interrupted\n"),
+    "resumable": (
+        Interrupted("interrupted", hint="again"),
+        130,
+        "error: interrupted\nhint: again\n",
+    ),
+    "full disk": (
+        _os_error(errno.ENOSPC, "/some/file"),
+        1,
+        "error: no space left on /some/file\nhint: free some room and run the same command again\n",
+    ),
+    "full disk, unnamed": (
+        _os_error(errno.ENOSPC),
+        1,
+        "error: no space left on the device that is written to\n"
+        "hint: free some room and run the same command again\n",
+    ),
+    "permission": (
+        _os_error(errno.EACCES, "/some/file"),
+        1,
+        "error: can't use /some/file: permission denied\n"
+        "hint: check the path and its permissions\n",
+    ),
+    "memory": (MemoryError(), 1, "error: out of memory\nhint: use a machine with more\n"),
+    "bug": (
+        ValueError("surprise"),
+        1,
+        "error: internal error: ValueError: surprise (this is a bug)\n" + HINT_BUG,
+    ),
+    "end of file": (
+        EOFError("short"),
+        1,
+        "\nerror: internal error: EOFError: short (this is a bug)\n" + HINT_BUG,
+    ),
+}
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
+@pytest.mark.parametrize("case", CASES)
+def test_error(invoke, monkeypatch: pytest.MonkeyPatch, case: str, options) -> None:
+    error, status, text = CASES[case]
+    monkeypatch.setattr(doctor, "diagnose", lambda: _raise(error))
+    result = invoke("doctor", *options)
+    assert (result.exit_code, result.stdout, result.stderr) == (status, "", text)
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_debug_shows_the_traceback(invoke, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    monkeypatch.setattr(doctor, "diagnose", lambda: _raise(ValueError("surprise")))
+    args = ("--debug", "doctor") if where == "before" else ("doctor", "--debug")
+    result = invoke(*args)
+    assert result.stderr.startswith("Traceback (most recent call last):\n")
+    assert "in _raise" in result.stderr
+    assert result.stderr.endswith(HINT_BUG)
+
+
+@pytest.mark.parametrize(
+    ("args", "message", "hint"),
+    [
+        (["run"], "missing argument 'BUNDLE'", "run --help"),
+        (["run", "x"], "missing option '-p' / '--prompt'", "run --help"),
+        (["frobnicate"], "no such command 'frobnicate'", "--help"),
+        (["inspect", "x", "--wrong"], "no such option", "inspect --help"),
+        (["run", "x", "-p", "a", "--exit", "0"], "invalid value for '--exit': '0'", "run --help"),
+        (["run", "x", "-p", "a", "--exit", "half"], "invalid value for '--exit'", "run --help"),
+        (["run", "x", "-p", "a", "--max-new-tokens", "0"], "invalid value", "run --help"),
+        (["build", "no-such-bundle"], "missing option '-o' / '--output'", "build --help"),
+        (["build", "x", "-o", "y", "--precision", "int3"], "invalid value", "build --help"),
+    ],
+)
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_wrong_usage(invoke, args, message: str, hint: str, options) -> None:
+    result = invoke(*args, *options)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    first, last = result.stderr.splitlines()
+    assert first.startswith(f"error: {message}")
+    assert last == f"hint: see 'ojfa-export {hint}'"
+
+
+def test_missing_bundle(invoke, tmp_path: Path) -> None:
+    result = invoke("run", tmp_path / "none", "-p", "a")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {tmp_path / 'none'} is not a bundle")
+    assert "\nhint: " in result.stderr
+
+
+def _run_doctor(stdout) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ojfa_export", "doctor"]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+def test_reader_that_went_away_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = _run_doctor(writer)
+    finally:
+        os.close(writer)
+    assert result.stderr == ""
+    assert result.returncode != 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_full_standard_output() -> None:
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        result = _run_doctor(full)
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        "error: no space left on the device that is written to",
+        "hint: free some room and run the same command again",
+    ]
+
+
+def _raise(error: BaseException) -> None:
+    raise error

@@ -1,0 +1,169 @@
+"""`run` on a real bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ojfa_export
+from ojfa_export.cli.console import Console
+from ojfa_export.runtime.generation import Token
+
+PROMPT = "def main("
+
+
+def test_one_prompt_goes_to_standard_output_with_its_continuation(invoke, bundle: Path) -> None:
+    result = invoke("run", bundle, "-p", PROMPT, "--max-new-tokens", 8)
+    assert result.exit_code == 0, result.stderr
+    expected = ojfa_export.load(bundle).generate(PROMPT, max_new_tokens=8).prompts[0].text
+    assert result.stdout == f"{PROMPT}{expected}\n"
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.endswith(" ms, exit full\n")
+
+
+def test_json_is_the_whole_generation(invoke, bundle: Path) -> None:
+    result = invoke("run", bundle, "-p", PROMPT, "-p", "a", "--exit", 2, "--json",
+                    "--max-new-tokens", 6)  # fmt: skip
+    document = json.loads(result.stdout)
+    expected = ojfa_export.load(bundle).generate([PROMPT, "a"], exit=2, max_new_tokens=6)
+    assert [prompt["prompt"] for prompt in document["prompts"]] == [PROMPT, "a"]
+    for shown, made in zip(document["prompts"], expected.prompts, strict=True):
+        for name in ("prompt_token_ids", "token_ids", "text", "exit_blocks", "finish_reason"):
+            assert shown[name] == getattr(made, name)
+        assert shown["exit_blocks"] == [2] * len(made.token_ids)
+    assert document["tokens_per_second"] > 0
+    assert document["time_to_first_token_ms"] > 0
+
+
+def test_several_prompts_are_printed_under_headings(invoke, bundle: Path) -> None:
+    result = invoke("run", bundle, "-p", PROMPT, "-p", "[b]a[/b] :+1:", "-q", "--max-new-tokens", 4)
+    made = ojfa_export.load(bundle).generate([PROMPT, "[b]a[/b] :+1:"], max_new_tokens=4).prompts
+    assert result.stdout == (
+        f"== 1 of 2: {PROMPT!r}\n{made[0].text}\n== 2 of 2: '[b]a[/b] :+1:'\n{made[1].text}\n"
+    )
+    assert result.stderr == ""
+
+
+def test_sampling_options_reach_the_model(invoke, bundle: Path) -> None:
+    options = {"temperature": 1.5, "top_p": 0.9, "top_k": 40, "seed": 11}
+    args = [word for name, value in options.items()
+            for word in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
+    result = invoke("run", bundle, "-p", PROMPT, "--json", "--max-new-tokens", 12, *args)
+    expected = ojfa_export.load(bundle).generate(PROMPT, max_new_tokens=12, **options)
+    assert json.loads(result.stdout)["prompts"][0]["token_ids"] == expected.prompts[0].token_ids
+
+
+def test_stop_strings_reach_the_model(invoke, bundle: Path) -> None:
+    text = ojfa_export.load(bundle).generate(PROMPT, max_new_tokens=24).prompts[0].text
+    stop = next(char for char in text if char.isprintable())
+    result = invoke("run", bundle, "-p", PROMPT, "--stop", stop, "--json", "--max-new-tokens", 24)
+    completion = json.loads(result.stdout)["prompts"][0]
+    assert completion["text"] == text.partition(stop)[0]
+    assert completion["finish_reason"] == "stop_string"
+
+
+def test_sampling_options_without_effect_are_remarked_on(invoke, bundle: Path) -> None:
+    result = invoke("run", bundle, "-p", PROMPT, "--top-k", 5, "--max-new-tokens", 1)
+    assert "no effect at --temperature 0" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("stdin", "prompt"), [("import os\n", "import os"), ("a\n\n", "a\n"), ("é", "é")]
+)
+def test_dash_reads_standard_input(invoke, bundle: Path, stdin: str, prompt: str) -> None:
+    result = invoke("run", bundle, "-p", "-", "--json", "--max-new-tokens", 1, stdin=stdin.encode())
+    assert json.loads(result.stdout)["prompts"][0]["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("args", "stdin", "message"),
+    [
+        (["-p", "-", "-p", "-"], b"a", "-p - is given more than once"),
+        (["-p", "-"], b"abc\xff", "standard input is not text in UTF-8: byte 3 can't be read"),
+        (["-p", "a\udcff"], b"", "a prompt is not text in UTF-8"),
+        (["-p", ""], b"", "the prompt is empty"),
+        (["-p", "-"], b"\n", "the prompt is empty"),
+        (["-p", "a" * 400], b"", "the prompt has "),
+        (["-p", "a", "--exit", "5"], b"", "exit 5 is outside this model's 1..4"),
+        (["-p", "a", "--temperature", "1", "--top-p", "0"], b"", "top-p must be above 0"),
+        (["-p", "a", "--backend", "abacus"], b"", "has no engines for backend 'abacus'"),
+    ],
+)
+def test_bad_input(invoke, bundle: Path, args, stdin: bytes, message: str) -> None:
+    result = invoke("run", bundle, *args, stdin=stdin)
+    assert result.exit_code in (1, 2)
+    assert result.stdout == ""
+    first, second = result.stderr.splitlines()[0], result.stderr.splitlines()[1:]
+    assert first.startswith("error: ")
+    assert message in first
+    assert all(line.startswith("hint: ") for line in second)
+
+
+@pytest.mark.parametrize("json_output", [False, True])
+def test_interrupt_keeps_what_was_generated(
+    invoke, bundle: Path, monkeypatch: pytest.MonkeyPatch, json_output: bool
+) -> None:
+    def interrupted(*_: object):
+        yield Token(0, 5, " one", 4, None)
+        yield Token(0, 6, " two", 4, None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ojfa_export.runtime.model.generate_tokens", interrupted)
+    result = invoke("run", bundle, "-p", "count", *(["--json"] if json_output else []))
+    assert result.exit_code == 130
+    assert result.stdout == ("" if json_output else "count one two\n")
+    assert result.stderr.endswith("error: interrupted\n")
+    assert "Traceback" not in result.stderr
+
+
+def test_interrupt_by_signal(bundle: Path) -> None:
+    # So long that the process is in the middle of a generation whenever it is hit.
+    program = (
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a parent may ignore it
+        "from ojfa_export.runtime import generation, model\n"
+        "def long(*_):\n"
+        "    for _ in range(20_000):\n"
+        "        yield generation.Token(0, 5, 'x', 4, None)\n"
+        "        time.sleep(0.001)\n"
+        "model.generate_tokens = long\n"
+        "from ojfa_export.cli import main\n"
+        "main()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "run", str(bundle), "-p", "a"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        begun = process.stdout.read(3)
+        os.kill(process.pid, signal.SIGINT)
+        shown, told = process.stdout.read(), process.stderr.read().decode()
+    assert begun == b"axx", told
+    assert shown.lstrip(b"x") == b"\n"
+    assert process.returncode == 130
+    assert told.endswith("error: interrupted\n")
+    assert "Traceback" not in told
+
+
+def test_text_comes_as_it_is_made(invoke, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    before_the_second: list[str] = []
+
+    def watched(*_: object):
+        yield Token(0, 5, " one", 4, None)
+        before_the_second.extend(written)
+        yield Token(0, 6, " two", 4, "max_new_tokens")
+
+    monkeypatch.setattr(Console, "write", lambda _, text: written.append(text))
+    monkeypatch.setattr("ojfa_export.runtime.model.generate_tokens", watched)
+    invoke("run", bundle, "-p", "count")
+    assert before_the_second == ["count", " one"]
+    assert written == ["count", " one", " two", "\n"]

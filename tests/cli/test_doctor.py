@@ -1,0 +1,118 @@
+"""What the doctor finds, with things missing and broken."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import onnx
+import pytest
+import tomllib
+
+from ojfa_export import doctor
+from ojfa_export.backends.onnxruntime import session as ort_session
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def test_packages_are_those_of_the_project_file() -> None:
+    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    declared = {"run": project["dependencies"], **project["optional-dependencies"]}
+    for part, packages in doctor.PACKAGES.items():
+        # tomli is only for Python 3.10, where the standard library has no TOML reader.
+        wanted = dict(item.split(">=") for item in declared[part] if not item.startswith("tomli>"))
+        assert packages == wanted
+
+
+def test_embedded_model_is_valid() -> None:
+    model = onnx.load_from_string(doctor._DOUBLING_MODEL)
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node] == ["Add"]
+
+
+def test_healthy(invoke) -> None:
+    document = json.loads(invoke("doctor", "--json").stdout)
+    assert document["backends"][0]["name"] == "onnxruntime"
+    assert document["backends"][0]["works"] is True
+    assert document["machine"]["cores"] >= 1
+    assert document["machine"]["memory_bytes"] > document["machine"]["available_bytes"] > 0
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    assert re.search(r"^  onnxruntime +works: version ", result.stdout, re.MULTILINE)
+    for backend in ("cuda", "tensorrt"):
+        assert re.search(rf"^  {backend} +-: not part of this release", result.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("found", "minimum", "too_old"),
+    [("2.13.0+cpu", "2.4", False), ("2.3.9", "2.4", True), ("1.0rc1", "1.0", False),
+     ("0.10", "0.9.1", False), ("0.9", "0.10", True)],
+)  # fmt: skip
+def test_old_package(
+    monkeypatch: pytest.MonkeyPatch, found: str, minimum: str, too_old: bool
+) -> None:
+    monkeypatch.setattr(doctor, "version", lambda _: found)
+    package = doctor.look_at_package("thing", "build", minimum)
+    expected = f"pip install --upgrade 'thing>={minimum}'" if too_old else None
+    assert (package.version, package.hint) == (found, expected)
+
+
+def test_missing_package(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = doctor.version
+
+    def version(name: str) -> str:
+        if name == "torch":
+            raise PackageNotFoundError(name)
+        return original(name)
+
+    monkeypatch.setattr(doctor, "version", version)
+    result = invoke("doctor")
+    assert result.exit_code == 0  # torch is for verifying only
+    line = next(line for line in result.stdout.splitlines() if line.startswith("  torch "))
+    assert line.split(None, 1)[1] == (
+        "not installed    needed to verify; pip install 'ojfa-export[verify]'"
+    )
+
+
+def test_missing_backend(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "ojfa_export.backends.onnxruntime.session")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert re.search(r"^  onnxruntime +-: can't be imported: ", result.stdout, re.MULTILINE)
+    assert "hint: pip install ojfa-export\n" in result.stdout
+    document = json.loads(invoke("doctor", "--json").stdout)
+    assert document["works"] is False
+
+
+def test_broken_backend(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("illegal instruction\nand more")
+
+    monkeypatch.setattr(ort_session, "open_session", broken)
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert "RuntimeError: illegal instruction\n" in result.stdout
+    assert "hint: pip install --force-reinstall onnxruntime" in result.stdout
+
+
+def test_wrong_thread_setting(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ort_session.THREADS_VARIABLE, "many")
+    ort_session.share_thread_pool.cache_clear()
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    assert "OJFA_THREADS must be a positive integer, not 'many'" in result.stdout
+    assert "hint: for example OJFA_THREADS=4" in result.stdout
+
+
+def test_gpus_are_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'A GPU, 81559 MiB, 550.1'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.look_at_machine().gpus == ["A GPU, 81559 MiB, 550.1"]
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert doctor.look_at_machine().gpus == []

@@ -1,0 +1,322 @@
+"""What is read from configs, against transformers' own reading of them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny_models import POSITIONS, VARIANTS, VOCAB_SIZE
+from tolerances import ROTARY_FP32
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+from ojfa_export.errors import CheckpointError
+from ojfa_export.families import FAMILIES, read_spec
+from ojfa_export.families.config import Config
+from ojfa_export.families.rotary import Rotary
+from ojfa_export.families.spec import ModelSpec
+from ojfa_export.families.tensors import linear, names_of, table, vector
+
+Fields = dict[str, Any]
+ROTARY_VARIANTS = [name for name, variant in VARIANTS.items() if variant.family != "gpt2"]
+
+
+def fields_of(config: transformers.PreTrainedConfig) -> Fields:
+    return dict(json.loads(config.to_json_string()))
+
+
+def read(fields: Fields) -> tuple[ModelSpec, Rotary | None]:
+    config = Config(fields, "config.json")
+    family, spec = read_spec(config)
+    return spec, family.rotary(config)
+
+
+def spec_of(name: str) -> ModelSpec:
+    return read(fields_of(VARIANTS[name].build_config()))[0]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_spec_is_the_configs(name: str) -> None:
+    config, spec = VARIANTS[name].build_config(), spec_of(name)
+    assert spec.family == config.model_type
+    assert spec.blocks == config.num_hidden_layers
+    assert spec.hidden_size == config.hidden_size
+    assert spec.vocab_size == config.vocab_size == VOCAB_SIZE
+    assert spec.heads == config.num_attention_heads
+    assert spec.kv_heads == getattr(config, "num_key_value_heads", spec.heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // spec.heads
+    assert spec.head_dim == head_dim
+    assert spec.max_positions == config.max_position_embeddings
+    assert spec.tied_head == config.tie_word_embeddings
+    assert spec.eos_token_ids == (0,)
+    assert len(spec.attention_scales) == spec.blocks
+    assert spec.gated == (spec.norm == "rms") == (spec.family != "gpt2")
+    assert spec.learned_positions == (spec.family == "gpt2")
+
+
+PLAIN = {
+    "gpt2": {
+        "intermediate_size": 256,
+        "activation": "gelu_tanh",
+        "attention_scales": (0.25,) * 3,
+        "norm_epsilon": 1e-5,
+        "tied_head": True,
+        "max_positions": POSITIONS,
+    },
+    "llama": {
+        "intermediate_size": 96,
+        "activation": "silu",
+        "kv_heads": 4,
+        "rotary_dim": 16,
+        "rotary_switch": None,
+        "window": None,
+        "norm_epsilon": 1e-6,
+        "tied_head": False,
+    },
+    "phi3": {"intermediate_size": 96, "rotary_dim": 16, "window": None, "norm_epsilon": 1e-5},
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_spec_of_plain_variants(name: str) -> None:
+    assert PLAIN[name].items() <= spec_of(name).model_dump().items()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gpt2-hub-keys", {}),
+        ("gpt2-untied", {"tied_head": False}),
+        ("gpt2-inverse-layer-scale", {"attention_scales": (0.25, 0.25 / 2, 0.25 / 3)}),
+        ("gpt2-no-attn-scale", {"attention_scales": (1.0,) * 3}),
+        ("gpt2-relu", {"activation": "relu"}),
+        ("gpt2-gelu", {"activation": "gelu"}),
+        ("gpt2-inner", {"intermediate_size": 96}),
+        ("llama-gqa", {"kv_heads": 2}),
+        ("llama-mqa", {"kv_heads": 1}),
+        ("llama-tied", {"tied_head": True}),
+        (
+            "llama-head-dim",
+            {"head_dim": 32, "rotary_dim": 32, "attention_scales": (32**-0.5,) * 4},
+        ),
+        ("llama-attention-bias", {}),
+        ("llama-mlp-bias", {}),
+        ("llama-rope-theta", {}),
+        ("llama-rope-linear", {}),
+        ("llama-rope-dynamic", {"max_positions": 32}),
+        ("llama-rope-llama3", {}),
+        ("phi3-gqa", {"kv_heads": 2}),
+        ("phi3-tied", {"tied_head": True}),
+        ("phi3-sliding-window", {"window": 8}),
+        ("phi3-longrope", {"rotary_switch": 32}),
+        (
+            "phi3-partial-rotary",
+            {
+                "heads": 2,
+                "kv_heads": 2,
+                "head_dim": 32,
+                "rotary_dim": 16,
+                "attention_scales": (32**-0.5,) * 4,
+            },
+        ),
+    ],
+)
+def test_variation_changes_only_what_it_says(name: str, changes: Fields) -> None:
+    plain = spec_of(VARIANTS[name].family).model_dump()
+    assert spec_of(name).model_dump() == {**plain, **changes}
+
+
+# Rotary tables
+
+
+def transformers_tables(config: Any, positions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines [positions, rotary_dim/2] of transformers' own module."""
+    kind = Phi3RotaryEmbedding if config.model_type == "phi3" else LlamaRotaryEmbedding
+    cos, sin = kind(config)(torch.zeros(1, dtype=torch.float32), positions[None])
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half].numpy(), sin[0, :, :half].numpy()
+
+
+@pytest.mark.parametrize("name", ROTARY_VARIANTS)
+def test_rotary_tables_are_transformers(name: str) -> None:
+    config = VARIANTS[name].build_config()
+    rotary = read(fields_of(config))[1]
+    assert rotary is not None
+    assert_tables(rotary, config, 3 * POSITIONS)
+
+
+def assert_tables(rotary: Rotary, config: Any, length: int) -> None:
+    positions = torch.arange(length)
+    tables = rotary.tables(length)
+    if rotary.kind == "dynamic":  # a position is rotated as the last of its sequence
+        some = range(0, length, 9)
+        rows = [transformers_tables(config, positions[: p + 1]) for p in some]
+        expected = [np.stack([row[part][-1] for row in rows]) for part in range(2)]
+        assert all(len(each) == length for each in tables)
+        tables = tuple(each[some] for each in tables)  # type: ignore[assignment]
+    elif rotary.kind == "longrope":
+        assert rotary.switch_length is not None
+        short = transformers_tables(config, positions[: rotary.switch_length])
+        long = transformers_tables(config, positions)
+        tables_long = [each[length:] for each in tables]
+        for ours, theirs in zip(tables_long, long, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=ROTARY_FP32)
+        tables = tuple(each[: rotary.switch_length] for each in tables)  # type: ignore[assignment]
+        expected = list(short)
+    else:
+        expected = list(transformers_tables(config, positions))
+    for ours, theirs in zip(tables, expected, strict=True):
+        assert ours.dtype == np.float32
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=ROTARY_FP32)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "parameters"),
+    [
+        ("llama", {}, {"rope_type": "linear", "factor": 2.5}),
+        ("llama", {"max_position_embeddings": 50}, {"rope_type": "dynamic", "factor": 2.0}),
+        (
+            "llama",
+            {},
+            {
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "low_freq_factor": 1.5,
+                "high_freq_factor": 6.0,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+        ("phi3", {}, {"rope_type": "longrope", "original_max_position_embeddings": 40}),
+        ("phi3", {}, {"rope_type": "longrope", "attention_factor": 1.19, "factor": 4.0}),
+        ("phi3", {}, {"rope_type": "longrope", "factor": 8.0}),
+        ("phi3", {}, {"rope_type": "longrope", "partial_rotary_factor": 0.75}),
+        ("phi3", {}, {"rope_type": "default", "partial_rotary_factor": 0.25}),
+    ],
+    ids=str,
+)
+def test_rotary_parameters(
+    family: str, changes: Fields, parameters: Fields, rng: np.random.Generator
+) -> None:
+    theta = float(rng.choice([500.0, 10_000.0, 500_000.0]))
+    parameters = {"rope_theta": theta, **parameters}
+    fields = {"max_position_embeddings": 160, **changes}
+    if parameters["rope_type"] == "longrope":
+        dim = int(16 * parameters.get("partial_rotary_factor", 1.0))
+        for name, scale in (("short_factor", 1.0), ("long_factor", 4.0)):
+            parameters[name] = (1 + scale * rng.random(dim // 2)).tolist()
+        original = parameters.setdefault("original_max_position_embeddings", 48)
+        fields["original_max_position_embeddings"] = original
+    config = transformers.AutoConfig.for_model(
+        family,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        pad_token_id=None,
+        rope_parameters=parameters,
+        **fields,
+    )
+    rotary = read(fields_of(config))[1]
+    assert rotary is not None
+    assert rotary.kind == parameters["rope_type"]
+    assert_tables(rotary, config, 200)
+
+
+@pytest.mark.parametrize("style", ["type", "rope_type"])
+def test_spelling_of_transformers_4(style: str) -> None:
+    fields = fields_of(VARIANTS["llama-rope-linear"].build_config())
+    expected = read(fields)
+    del fields["rope_parameters"]
+    old = {**fields, "rope_theta": 10_000.0, "rope_scaling": {style: "linear", "factor": 4.0}}
+    assert read(old) == expected
+
+
+def test_su_is_an_old_name_of_longrope() -> None:
+    fields = fields_of(VARIANTS["phi3-longrope"].build_config())
+    expected = read(fields)
+    parameters = fields.pop("rope_parameters")
+    scaling = {key: parameters[key] for key in ("short_factor", "long_factor")}
+    old = {**fields, "rope_theta": 10_000.0, "rope_scaling": {"type": "su", **scaling}}
+    assert read(old) == expected
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "match"),
+    [
+        ("gpt2", {"activation_function": "tanh"}, "activation 'tanh' is not supported"),
+        ("gpt2", {"n_head": 5}, "n_embd 64 is no multiple of n_head 5"),
+        ("gpt2", {"add_cross_attention": True}, "'add_cross_attention' is True"),
+        ("gpt2", {"rope_theta": 1e4}, "not understood for family 'gpt2': rope_theta"),
+        ("phi3", {"sliding_window": "x"}, "'sliding_window' must be a positive integer"),
+        ("phi3", {"sliding_window": 0}, "'sliding_window' must be a positive integer"),
+        ("phi3", {"attention_bias": True}, "'attention_bias' is True"),
+        ("phi3", {"rope_parameters": {"rope_type": "llama3"}}, "'llama3' is not supported"),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.2}}, "can't rotate in pairs"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "lacks short_factor, long_factor"),
+        (
+            "phi3",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [1.0] * 7,
+                }
+            },
+            "'long_factor' must be a list of 8 numbers",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "'longrope' is not supported"),
+        ("llama", {"quantization_config": {}}, "'quantization_config' is {}"),
+    ],
+)
+def test_field_that_cannot_be_honoured(name: str, changes: Fields, match: str) -> None:
+    fields = fields_of(VARIANTS[name].build_config())
+    with pytest.raises(CheckpointError, match=match) as caught:
+        read({**fields, **changes})
+    assert caught.value.message.startswith("config.json: ")
+    assert caught.value.hint
+
+
+def test_every_field_is_read_or_irrelevant() -> None:
+    for name, variant in VARIANTS.items():
+        fields = fields_of(variant.build_config())
+        with pytest.raises(CheckpointError, match=r"not understood for family '.*': brand_new"):
+            read({**fields, "brand_new": name})
+
+
+# Tensors
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_tensor_of_the_model_is_used_once(name: str) -> None:
+    config = VARIANTS[name].build_config()
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    reader = Config(fields_of(config), "config.json")
+    family, spec = read_spec(reader)
+    sources = list(family.ends(reader, spec).values())
+    for index in range(spec.blocks):
+        sources += family.block(reader, spec, index).values()
+    shapes = {key: tuple(value.shape) for key, value in model.named_parameters()}
+    prefix = family.prefixes[0]
+    for source in sources:
+        for part, size in source.parts:
+            key = part if part.startswith("lm_head") else prefix + part
+            key = key if key in shapes else part
+            assert shapes.pop(key) == source.stored_shape(size)
+    assert shapes == {}
+
+
+def test_sources() -> None:
+    assert linear(3, ("a", 5), ("b", 7)).stored_shape(7) == (7, 3)
+    assert table("t", 5, 3).stored_shape(3) == (5, 3)
+    assert names_of([vector("v", 2), linear(3, ("a", 5), ("b", 7))]) == ["v", "a", "b"]
+    assert sorted(FAMILIES) == ["gpt2", "llama", "phi3"]

@@ -1,0 +1,52 @@
+"""Bytes of a decode step against the bytes that the export really wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_models import make_checkpoint
+
+from bench.compiled import compile_checkpoint
+from ojfa_export.bundle.names import block_name
+from ojfa_export.measure.bandwidth import read_bandwidth
+from ojfa_export.measure.machine import describe_machine
+from ojfa_export.measure.traffic import block_bytes, cache_bytes, decode_bytes, head_bytes
+
+# Weight files align every tensor to 64 bytes.
+PADDING = 64 * 12
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-head-dim", "phi3"])
+def test_bytes_are_those_of_the_weight_files(variant: str, tmp_path: Path):
+    make_checkpoint(variant, tmp_path / "checkpoint", seed=1)
+    compiled = compile_checkpoint(tmp_path / "checkpoint", tmp_path, 32)
+    spec = compiled.spec
+
+    def size(name: str) -> int:
+        return (compiled.weights / f"{name}.bin").stat().st_size
+
+    assert abs(size(block_name(0)) - block_bytes(spec)) < PADDING
+    assert abs(size("final_head") - head_bytes(spec, None)) < PADDING
+    assert abs(size("exit_head") - head_bytes(spec, 1)) < PADDING
+
+
+def test_a_step_is_blocks_with_their_caches_and_one_head(tmp_path: Path):
+    make_checkpoint("phi3-sliding-window", tmp_path / "checkpoint", seed=1)
+    spec = compile_checkpoint(tmp_path / "checkpoint", tmp_path, 32).spec
+    per_block = decode_bytes(spec, 2, 5, 3) - decode_bytes(spec, 1, 5, 3)
+    assert per_block == block_bytes(spec) + cache_bytes(spec, 5)
+    full = decode_bytes(spec, spec.blocks, 5, 3) - decode_bytes(spec, spec.blocks - 1, 5, 3)
+    assert full == per_block + head_bytes(spec, None) - head_bytes(spec, 3)
+    assert spec.window == 8
+    assert cache_bytes(spec, 100) == cache_bytes(spec, 8) == 8 * cache_bytes(spec, 1)
+    assert cache_bytes(spec, 1) == 4 * 2 * spec.kv_heads * spec.head_dim
+
+
+def test_machine_and_bandwidth_are_described():
+    machine = describe_machine(("numpy", "no-such-package"))
+    assert machine["cores"] >= 1
+    assert machine["cpu"]
+    assert "numpy" in machine["versions"]
+    assert "no-such-package" not in machine["versions"]
+    assert read_bandwidth(buffer_bytes=1 << 20, repeats=2) > 0

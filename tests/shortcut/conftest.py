@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from ojfa_export.shortcut import Moments, Shortcut
+
+Rows = tuple[np.ndarray, np.ndarray]
+
+
+@pytest.fixture
+def paired_rows(rng: np.random.Generator) -> Callable[..., Rows]:
+    """Correlated rows x, and rows y that depend on them, with means and noise."""
+
+    def orthogonal(hidden: int) -> np.ndarray:
+        return np.linalg.qr(rng.normal(size=(hidden, hidden)))[0]
+
+    def make(n: int, hidden: int) -> Rows:
+        # Well conditioned, so that a shift of x can make any mean of y.
+        mixing = orthogonal(hidden) * rng.uniform(0.3, 3, hidden)
+        x = rng.normal(size=(n, hidden)) @ mixing + 5 * rng.normal(size=hidden)
+        mean = 0.5 * rng.normal(size=hidden)
+        y = (x - x.mean(axis=0)) @ orthogonal(hidden) + rng.normal(size=(n, hidden)) + mean
+        return x, y
+
+    return make
+
+
+@pytest.fixture
+def moments_of() -> Callable[..., Moments]:
+    def make(x: np.ndarray, y: np.ndarray) -> Moments:
+        moments = Moments(x.shape[1])
+        moments.update(x, y)
+        return moments
+
+    return make
+
+
+@pytest.fixture
+def random_shortcut(rng: np.random.Generator) -> Callable[..., Shortcut]:
+    def make(hidden: int, rank: int, fitted_at: int = 3, residual: bool = False) -> Shortcut:
+        def normal(*shape: int) -> np.ndarray:
+            return rng.normal(size=shape).astype(np.float32)
+
+        return Shortcut(
+            scale=normal(hidden),
+            shift=normal(hidden),
+            down=normal(hidden, rank),
+            up=normal(rank, hidden),
+            kind="n-njtc",
+            fitted_at=fitted_at,
+            residual=residual,
+        )
+
+    return make

@@ -1,0 +1,78 @@
+"""The documentation's examples run as they are written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = ("build", "run", "verify", "bench", "inspect", "calibrate", "export", "doctor")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty directory in which the README's relative paths mean what they say."""
+    place = tmp_path_factory.mktemp("readme")
+    (place / "calibration").symlink_to(ROOT / "calibration")
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("readme")
+def test_console_commands(place: Path) -> None:
+    commands = [line[2:] for block in blocks("console") for line in block.splitlines()]
+    assert len(commands) >= 5
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "ojfa-export"
+        if arguments[0] == "bench":  # the machine is shared with other tests
+            arguments += ["--iterations", "8", "--warmup", "1", "--exit", "6"]
+        run = [sys.executable, "-m", "ojfa_export", *arguments]
+        done = subprocess.run(run, cwd=place, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        assert done.stdout.strip(), command
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("readme")
+def test_python_blocks(place: Path) -> None:
+    assert (place / "demo.ojfa").is_dir(), "the console commands build it"
+    for block in blocks("python"):
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=place, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+        assert done.stdout.strip()
+
+
+def test_every_command_is_named() -> None:
+    for command in COMMANDS:
+        assert f"`{command}" in README
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("calibration/*/*.md")]:
+        if ".venv" in page.parts:
+            continue
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_extras_in_the_hints_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    named = set(extras["project"]["optional-dependencies"])
+    for source in (ROOT / "ojfa_export").rglob("*.py"):
+        for extra in re.findall(r"ojfa-export\[([a-z]+)\]", source.read_text(encoding="utf-8")):
+            assert extra in named, source

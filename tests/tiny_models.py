@@ -1,0 +1,301 @@
+"""Tiny random checkpoints in Hugging Face layout, one for every supported config variation.
+
+Parameters of the same name and shape are equal in all variants made with one seed, so that where
+two variants differ in their logits, the variation is the cause.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import json
+import math
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+VOCAB_SIZE = 320
+POSITIONS = 128
+END_OF_TEXT = "<|endoftext|>"
+
+_COMMON = {"vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+_GPT2 = {"n_positions": POSITIONS, "n_embd": 64, "n_layer": 3, "n_head": 4}
+_LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": POSITIONS,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+_PHI3 = {**_LLAMA, "original_max_position_embeddings": POSITIONS}
+_SHORT_FACTOR = [1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8]
+_LONG_FACTOR = [1.1, 1.5, 2.0, 2.6, 3.2, 4.0, 5.0, 6.0]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A checkpoint's family and what its config sets beside the plain variant of that family.
+
+    Args:
+        family: transformers' `model_type`.
+        config: Config fields (in transformers 5 spelling) that differ from the plain variant.
+        differs_from: The variant whose logits differ from this one's because of `config`.
+        differs_beyond: Sequence length up to which the logits are those of `differs_from`.
+        hub_keys: Whether tensors are named as in the GPT-2 files on the hub: no `transformer.`
+            prefix, and the causal mask stored as `h.N.attn.bias`.
+    """
+
+    family: str
+    config: dict[str, Any] = field(default_factory=dict)
+    differs_from: str | None = None
+    differs_beyond: int = 0
+    hub_keys: bool = False
+
+    def build_config(self) -> transformers.PreTrainedConfig:
+        plain = {"gpt2": _GPT2, "llama": _LLAMA, "phi3": _PHI3}[self.family]
+        fields = json.loads(json.dumps({**_COMMON, **plain, **self.config}))
+        return transformers.AutoConfig.for_model(self.family, **fields)
+
+
+def _gpt2(**config: Any) -> Variant:
+    return Variant("gpt2", config, "gpt2" if config else None)
+
+
+def _llama(**config: Any) -> Variant:
+    return Variant("llama", config, "llama" if config else None)
+
+
+def _rope(rope_type: str, theta: float = 10000.0, **parameters: Any) -> dict[str, Any]:
+    return {"rope_type": rope_type, "rope_theta": theta, **parameters}
+
+
+VARIANTS: dict[str, Variant] = {
+    "gpt2": _gpt2(),
+    "gpt2-hub-keys": Variant("gpt2", hub_keys=True),
+    "gpt2-untied": _gpt2(tie_word_embeddings=False),
+    "gpt2-inverse-layer-scale": _gpt2(scale_attn_by_inverse_layer_idx=True),
+    "gpt2-no-attn-scale": _gpt2(scale_attn_weights=False),
+    "gpt2-relu": _gpt2(activation_function="relu"),
+    "gpt2-gelu": _gpt2(activation_function="gelu"),
+    "gpt2-inner": _gpt2(n_inner=96),
+    "llama": _llama(),
+    "llama-gqa": _llama(num_key_value_heads=2),
+    "llama-mqa": _llama(num_key_value_heads=1),
+    "llama-tied": _llama(tie_word_embeddings=True),
+    "llama-head-dim": _llama(head_dim=32),
+    "llama-attention-bias": _llama(attention_bias=True),
+    "llama-mlp-bias": _llama(mlp_bias=True),
+    "llama-rope-theta": _llama(rope_parameters=_rope("default", 500.0)),
+    "llama-rope-linear": _llama(rope_parameters=_rope("linear", factor=4.0)),
+    # Dynamic scaling starts beyond max_position_embeddings; here that is within POSITIONS.
+    "llama-rope-dynamic": Variant(
+        "llama",
+        {"rope_parameters": _rope("dynamic", factor=4.0), "max_position_embeddings": 32},
+        "llama",
+        differs_beyond=32,
+    ),
+    "llama-rope-llama3": _llama(
+        rope_parameters=_rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        )
+    ),
+    "phi3": Variant("phi3"),
+    "phi3-gqa": Variant("phi3", {"num_key_value_heads": 2}, "phi3"),
+    "phi3-tied": Variant("phi3", {"tie_word_embeddings": True}, "phi3"),
+    "phi3-sliding-window": Variant("phi3", {"sliding_window": 8}, "phi3", differs_beyond=8),
+    "phi3-longrope": Variant(
+        "phi3",
+        {
+            "original_max_position_embeddings": 32,
+            "rope_parameters": _rope(
+                "longrope",
+                short_factor=_SHORT_FACTOR,
+                long_factor=_LONG_FACTOR,
+                original_max_position_embeddings=32,
+            ),
+        },
+        "phi3",
+    ),
+    # Two heads of 32, so that the rotated half has 16 dimensions.
+    "phi3-two-heads": Variant("phi3", {"num_attention_heads": 2, "num_key_value_heads": 2}, "phi3"),
+    "phi3-partial-rotary": Variant(
+        "phi3",
+        {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "rope_parameters": _rope("default", partial_rotary_factor=0.5),
+        },
+        "phi3-two-heads",
+    ),
+}
+
+
+def make_model(name: str, *, seed: int) -> transformers.PreTrainedModel:
+    """The variant as a transformers model in fp32, eval mode, eager attention."""
+    model = transformers.AutoModelForCausalLM.from_config(
+        VARIANTS[name].build_config(), dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(_random_parameter(key, parameter.shape, seed))
+    return model.eval()
+
+
+def _random_parameter(key: str, shape: torch.Size, seed: int) -> torch.Tensor:
+    """Values so large that a mistake in any tensor shows, so small that fp32 roundings don't."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{key}".encode()))
+    values = torch.randn(shape, generator=generator)
+    owner, kind = key.rsplit(".", 2)[-2:]
+    if kind == "weight" and ("norm" in owner or owner.startswith("ln_")):
+        return 1.0 + 0.3 * values
+    if owner in ("wte", "wpe", "embed_tokens"):
+        return 0.3 * values
+    if kind == "bias":
+        return 0.2 * values
+    return 0.125 * values
+
+
+def make_checkpoint(
+    name: str,
+    directory: str | Path,
+    *,
+    seed: int,
+    dtype: str = "float32",
+    shards: int = 1,
+    format: Literal["safetensors", "bin"] = "safetensors",
+    config_style: Literal["v4", "v5"] = "v5",
+) -> Path:
+    """Writes a variant's checkpoint: config.json, weights, tokenizer.json.
+
+    Args:
+        name: A key of VARIANTS.
+        directory: Where to write; created if missing.
+        seed: The same seed gives the same values.
+        dtype: "float32", "float16" or "bfloat16", as stored.
+        shards: Number of weight files; an index is written if there are several.
+        format: safetensors, or torch's pickled `pytorch_model.bin`.
+        config_style: Spelling of config.json: transformers 5's, or 4's as most published
+            checkpoints have it (`rope_scaling`, `rope_theta`, `torch_dtype`).
+
+    Returns:
+        The directory.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    model = make_model(name, seed=seed).to(getattr(torch, dtype))
+    state = _stored_state(model, VARIANTS[name].hub_keys)
+    with _quiet():
+        model.save_pretrained(
+            directory, state_dict=state, max_shard_size=_max_shard_size(state, shards)
+        )
+    if format == "bin":
+        _convert_to_bin(directory)
+    if config_style == "v4":
+        _rewrite_config_as_v4(directory / "config.json")
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    _tokenizer().save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def _stored_state(model: transformers.PreTrainedModel, hub_keys: bool) -> dict[str, torch.Tensor]:
+    state = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    if hub_keys:
+        state = {key.removeprefix("transformer."): value for key, value in state.items()}
+        for block in range(model.config.n_layer):
+            state[f"h.{block}.attn.bias"] = torch.ones(1, 1, POSITIONS, POSITIONS).tril()
+    return state
+
+
+def _max_shard_size(state: dict[str, torch.Tensor], shards: int) -> int:
+    """The smallest shard size in bytes, in steps of 2%, that splits `state` into `shards` files."""
+    total = sum(value.nbytes for value in state.values())
+    if shards == 1:
+        return 2 * total
+    size = math.ceil(total / shards)
+    while size < total:
+        files = split_torch_state_dict_into_shards(state, max_shard_size=size).filename_to_tensors
+        if len(files) == shards:
+            return size
+        size = math.ceil(1.02 * size)
+    raise ValueError(f"these tensors can't be split into {shards} files")
+
+
+def _convert_to_bin(directory: Path) -> None:
+    def bin_name(name: str) -> str:
+        return name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+
+    for path in directory.glob("model*.safetensors"):
+        torch.save(load_file(path), directory / bin_name(path.name))
+        path.unlink()
+    index_path = directory / "model.safetensors.index.json"
+    if index_path.exists():
+        index = json.loads(index_path.read_text())
+        index["weight_map"] = {k: bin_name(file) for k, file in index["weight_map"].items()}
+        (directory / bin_name(index_path.name)).write_text(json.dumps(index, indent=2))
+        index_path.unlink()
+
+
+def _rewrite_config_as_v4(path: Path) -> None:
+    config = json.loads(path.read_text())
+    config["torch_dtype"] = config.pop("dtype")
+    config["transformers_version"] = "4.41.0"
+    rope = config.pop("rope_parameters", None)
+    if rope is not None:
+        config["rope_theta"] = rope.pop("rope_theta")
+        partial_rotary_factor = rope.pop("partial_rotary_factor", 1.0)
+        if partial_rotary_factor != 1.0:
+            config["partial_rotary_factor"] = partial_rotary_factor
+        rope_type = rope.pop("rope_type")
+        config["rope_scaling"] = None
+        if rope_type != "default":
+            # Files from before Llama 3.1 call it "type".
+            type_key = "rope_type" if rope_type == "llama3" else "type"
+            if rope_type == "longrope":
+                del rope["original_max_position_embeddings"]
+            config["rope_scaling"] = {type_key: rope_type, **rope}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+@functools.cache
+def _tokenizer() -> Tokenizer:
+    """A byte-level BPE of fewer than VOCAB_SIZE tokens, trained on Python source."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 10,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([inspect.getsource(argparse)], trainer)
+    return tokenizer
+
+
+class _quiet:
+    """No progress bars of transformers within the context."""
+
+    def __enter__(self) -> None:
+        self._enabled = transformers.utils.logging.is_progress_bar_enabled()
+        transformers.utils.logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        if self._enabled:
+            transformers.utils.logging.enable_progress_bar()

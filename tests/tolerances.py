@@ -1,0 +1,40 @@
+"""Every tolerance of the tests, with its reason. A looser value needs a better reason."""
+
+# Logits of fp32 graphs against transformers in fp32: the project's promise to its users.
+LOGITS_FP32 = 1e-4
+# One block's output against transformers in fp32, relative to the largest value: a few hundred
+# fp32 roundings (1e-7 each) in another order of summation.
+BLOCK_FP32_RELATIVE = 1e-5
+# A fit's loss against the optimum found another way, both float64, relative: the shortcut is
+# rounded to fp32 (6e-8), which moves the loss by its square at the optimum and by 1e-6 at most
+# where a mean is a thousand times what varies.
+FIT_LOSS_RELATIVE = 1e-6
+# Streamed float64 moments against two-pass ones, relative to the largest entry: 1e3 roundings.
+MOMENTS_RELATIVE = 1e-12
+# The folded head in float64 against norm(jump) W^T in float64, relative to the largest logit.
+FOLD_FLOAT64_RELATIVE = 1e-12
+# The same with the folded head in fp32: sums of up to a few hundred products, 6e-8 each, taken in
+# another order, relative to the largest logit.
+FOLD_FP32_RELATIVE = 1e-5
+# A jump applied in fp32 against float64, relative to the largest output: fp32 rounding (6e-8) of
+# h * scale, enlarged by means up to a hundred standard deviations.
+JUMP_FP32_RELATIVE = 1e-4
+# Mean surprisal from fp32 logits against float64: fp32's rounding of logits of about 10, 1e-6.
+SURPRISAL_NATS = 1e-5
+# The streamed reference against the same transformers code with all weights loaded: the same
+# operations in the same order; only the memory alignment of weights, hence the kernels, may differ.
+REFERENCE_FP32 = 1e-5
+# Loss of the demo checkpoint in nats/token, calibration code against all held-out files: the two
+# texts share most files (0.006 was measured); a checkpoint that lacks one block is off by 0.17.
+HELD_OUT_LOSS_NATS = 0.05
+# Logits of fp16 graphs against transformers in fp32, relative to the largest: weights and
+# activations rounded to 11 bits (5e-4), through four blocks; measured 3e-3.
+LOGITS_FP16_RELATIVE = 2e-2
+# A sampling probability in NumPy's float64 against plain Python's: sums of a few dozen roundings.
+PROBABILITY = 1e-12
+# Loss of the multi-domain checkpoints in nats/token, an eighth of a domain's held-out text against
+# all its held-out files: a sample of some 30 windows whose losses differ by 0.5 (0.115 measured).
+MULTIDOMAIN_LOSS_NATS = 0.18
+# Rotary tables against transformers' own, both fp32: frequencies (relative error 1e-7) times
+# positions of a few hundred radians at most, in cosines and sines of at most 1.5.
+ROTARY_FP32 = 1e-4
