@@ -137,9 +137,9 @@ class Session:
     def _run(self, counts: list[int], depth: int, every_position: bool) -> Float32 | list[Float32]:
         """Runs the first blocks and a head; logits of each sequence's last `counts` tokens."""
         vocab = self.spec.vocab_size
-        logits = np.zeros((self.batch_size, vocab), np.float32)
-        per_row: list[Float32] = [np.zeros((0, vocab), np.float32)] * self.batch_size
         final = depth == self.spec.blocks
+        per_row: list[Float32] = [np.zeros((0, vocab), np.float32)] * self.batch_size
+        logits: Float32 | None = None
         for rows in self._groups(counts, depth):
             hidden = self._deepen(rows, depth)
             if every_position:
@@ -147,9 +147,15 @@ class Session:
                     wanted = np.ascontiguousarray(states[-counts[row] :])
                     per_row[row] = self._engines.logits(wanted, final=final)
             else:
-                wanted = np.ascontiguousarray(hidden[:, -1])
-                logits[rows] = self._engines.logits(wanted, final=final)
-        return per_row if every_position else logits
+                result = self._engines.logits(np.ascontiguousarray(hidden[:, -1]), final=final)
+                if len(result) == self.batch_size:
+                    return result
+                if logits is None:
+                    logits = np.zeros((self.batch_size, vocab), np.float32)
+                logits[rows] = result
+        if every_position:
+            return per_row
+        return np.zeros((self.batch_size, vocab), np.float32) if logits is None else logits
 
     def rewind(self, length: int, row: int = 0) -> None:
         """Drops the tokens after the first `length`: a change of numbers, nothing is computed.
