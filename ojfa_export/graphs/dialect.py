@@ -68,6 +68,13 @@ class Portable:
         scaled: str = graph.op("Mul", self.root_mean_square(graph, x), weight)
         return scaled
 
+    def add_and_norm(
+        self, graph: Graph, x: str, y: str, weights: Weights, name: str
+    ) -> tuple[str, str]:
+        """The sum x + y, and its norm."""
+        total = graph.op("Add", x, y)
+        return total, self.norm(graph, total, weights, name)
+
     def root_mean_square(self, graph: Graph, x: str) -> str:
         """x / sqrt(mean(x^2) + eps) over the last axis, fp32."""
         mean = graph.op("ReduceMean", graph.op("Mul", x, x), axes=[-1], keepdims=1)

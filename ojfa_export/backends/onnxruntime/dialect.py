@@ -7,6 +7,8 @@ from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, MICROSOFT, Graph
 from ojfa_export.graphs.weights import TensorRef
 
+SKIP_RMS_NORM = "SkipSimplifiedLayerNormalization"
+
 
 class OnnxRuntimeCpu(Portable):
     """ONNX Runtime's contrib operators, in fp32.
@@ -37,6 +39,27 @@ class OnnxRuntimeCpu(Portable):
                 "SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon, stash_type=1
             )
         )
+
+    def add_and_norm(
+        self, graph: Graph, x: str, y: str, weights: Weights, name: str
+    ) -> tuple[str, str]:
+        """The sum x + y, and its norm, as one node."""
+        kind = "SkipLayerNormalization" if self.spec.norm == "layer" else SKIP_RMS_NORM
+        parameters = [
+            graph.weight(each, weights[each])
+            for each in (f"{name}.weight", f"{name}.bias")
+            if each in weights
+        ]
+        normed, _, _, total = graph.op(
+            kind,
+            x,
+            y,
+            *parameters,
+            outputs=4,
+            domain=MICROSOFT,
+            epsilon=self.spec.norm_epsilon,
+        )
+        return total, normed
 
     def activation(self, graph: Graph, x: str, kind: Activation) -> str:
         """An activation as one node where there is one."""
