@@ -90,11 +90,11 @@ def collect_hidden_states(
                         if source is None:
                             hidden = cache.embed(window[None], positions)
                         else:
-                            hidden = cache.run_block(
-                                depth - 1,
+                            hidden = cache.run_blocks(
+                                range(depth - 1, depth),
                                 np.ascontiguousarray(source[index : index + 1]),
                                 slice(0, 1),
-                                np.zeros(1, np.int32),
+                                [0],
                                 long_context=False,
                             )
                         _check_finite(hidden, depth)

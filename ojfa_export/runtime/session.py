@@ -10,6 +10,7 @@ import numpy as np
 from ojfa_export.backends.backend import Engines, Float32, Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec
+from ojfa_export.runtime.watermarks import Watermarks
 
 Exit = int | Literal["full"]
 
@@ -39,25 +40,26 @@ class Session:
         self.max_length = max_length
         self._engines = engines
         self._cache = engines.new_cache(batch_size, max_length)
-        self._tokens = np.zeros((batch_size, max_length), np.int32)
-        self._lengths = np.zeros(batch_size, np.int32)
-        self._watermarks = np.zeros((spec.blocks, batch_size), np.int32)
+        # Plain lists: arrays of a few numbers would cost each step more than they hold.
+        self._tokens: list[list[int]] = [[] for _ in range(batch_size)]
+        self._watermarks = [Watermarks(spec.blocks) for _ in range(batch_size)]
         # Hidden states that came out of `depth` blocks and wait for the next: row p is position p.
         self._waiting: dict[int, Float32] = {}
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""
-        return [int(length) for length in self._lengths]
+        return [len(tokens) for tokens in self._tokens]
 
     @property
     def watermarks(self) -> Int32:
         """Tokens that each block has processed, [blocks, sequences]."""
-        return self._watermarks.copy()
+        marks = [[row[block] for row in self._watermarks] for block in range(self.spec.blocks)]
+        return np.array(marks, np.int32)
 
     def tokens(self, row: int = 0) -> list[int]:
         """Token ids of a sequence so far."""
-        return [int(token) for token in self._tokens[row, : self._lengths[row]]]
+        return list(self._tokens[row])
 
     @overload
     def advance(
@@ -102,11 +104,10 @@ class Session:
         """
         depth = resolve_exit(exit, self.spec.blocks)
         new = self._check(token_ids)
-        before = self._lengths.copy()
         for row, ids in enumerate(new):
-            self._tokens[row, before[row] : before[row] + len(ids)] = ids
-            self._lengths[row] += len(ids)
-        self._forget_other_context(before)
+            if len(ids):
+                self._resize(row, len(self._tokens[row]) + len(ids))
+                self._tokens[row].extend(map(int, ids))
         return self._run([len(ids) for ids in new], depth, every_position)
 
     @overload
@@ -131,8 +132,9 @@ class Session:
             UsageError: An exit outside the model.
         """
         depth = resolve_exit(exit, self.spec.blocks)
-        waiting = self._lengths - self._watermarks[depth - 1]
-        return self._run(waiting.tolist(), depth, every_position)
+        rows = zip(self._tokens, self._watermarks, strict=True)
+        waiting = [len(tokens) - marks[depth - 1] for tokens, marks in rows]
+        return self._run(waiting, depth, every_position)
 
     def _run(self, counts: list[int], depth: int, every_position: bool) -> Float32 | list[Float32]:
         """Runs the first blocks and a head; logits of each sequence's last `counts` tokens."""
@@ -147,7 +149,8 @@ class Session:
                     wanted = np.ascontiguousarray(states[-counts[row] :])
                     per_row[row] = self._engines.logits(wanted, final=final)
             else:
-                result = self._engines.logits(np.ascontiguousarray(hidden[:, -1]), final=final)
+                newest = hidden if hidden.shape[1] == 1 else hidden[:, -1:].copy()
+                result = self._engines.logits(newest.reshape(len(hidden), -1), final=final)
                 if len(result) == self.batch_size:
                     return result
                 if logits is None:
@@ -165,15 +168,13 @@ class Session:
         """
         if not 0 <= row < self.batch_size:
             raise UsageError(f"row {row} is outside 0..{self.batch_size - 1}")
-        if not 0 <= length <= self._lengths[row]:
+        if not 0 <= length <= len(self._tokens[row]):
             raise UsageError(
-                f"can't rewind to {length} tokens: the sequence has {self._lengths[row]}",
+                f"can't rewind to {length} tokens: the sequence has {len(self._tokens[row])}",
                 hint="rewind only shortens a sequence",
             )
-        before = self._lengths.copy()
-        self._lengths[row] = length
-        np.minimum(self._watermarks[:, row], length, out=self._watermarks[:, row])
-        self._forget_other_context(before)
+        self._resize(row, length)
+        del self._tokens[row][length:]
 
     def _check(self, token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[Sequence[int]]:
         nested = len(token_ids) > 0 and not isinstance(token_ids[0], int | np.integer)
@@ -184,7 +185,7 @@ class Session:
                 hint="give one list of token ids per sequence",
             )
         for row, ids in enumerate(new):
-            length = int(self._lengths[row]) + len(ids)
+            length = len(self._tokens[row]) + len(ids)
             if length > self.max_length:
                 raise UsageError(
                     f"sequence {row} would have {length} tokens, the cache holds {self.max_length}",
@@ -197,38 +198,41 @@ class Session:
                 )
         return new
 
-    def _forget_other_context(self, before: Int32) -> None:
-        """LongRoPE rotates every position by the sequence's length class: a change starts over."""
-        if self.spec.rotary_switch is None:
-            return
+    def _resize(self, row: int, length: int) -> None:
+        """Makes the marks fit a sequence's new length.
+
+        LongRoPE rotates every position by the sequence's length class: a change starts over.
+        """
         switch = self.spec.rotary_switch
-        changed = (before > switch) != (self._lengths > switch)
-        self._watermarks[:, changed] = 0
+        if switch is not None and (length > switch) != self._long_context(row):
+            self._watermarks[row].lower_to(0)
+        elif length < len(self._tokens[row]):
+            self._watermarks[row].lower_to(length)
 
     def _long_context(self, row: int) -> bool:
-        return self.spec.rotary_switch is not None and bool(
-            self._lengths[row] > self.spec.rotary_switch
-        )
+        switch = self.spec.rotary_switch
+        return switch is not None and len(self._tokens[row]) > switch
 
     def _groups(self, counts: list[int], depth: int) -> Iterator[slice]:
         """Sequences that can run together: neighbours with exactly one token to run everywhere."""
-        watermarks = self._watermarks[:depth]
-        alone = (watermarks != self._lengths - 1).any(axis=0)
         start = 0
         while start < self.batch_size:
             stop = start + 1
-            if counts[start] and not alone[start]:
+            if counts[start] and self._is_one_token(start, depth):
                 long = self._long_context(start)
                 while (
                     stop < self.batch_size
                     and counts[stop]
-                    and not alone[stop]
+                    and self._is_one_token(stop, depth)
                     and self._long_context(stop) == long
                 ):
                     stop += 1
             if counts[start]:
                 yield slice(start, stop)
             start = stop
+
+    def _is_one_token(self, row: int, depth: int) -> bool:
+        return self._watermarks[row].all_at(len(self._tokens[row]) - 1, depth)
 
     def _deepen(self, rows: slice, depth: int) -> Float32:
         """Runs the first blocks on all that waits before them.
@@ -240,39 +244,37 @@ class Session:
         Returns:
             Hidden states [rows, tokens, H] of the newest tokens after `depth` blocks.
         """
-        row, end = rows.start, int(self._lengths[rows.start])
-        starts, long = self._watermarks[0, rows].copy(), self._long_context(rows.start)
+        marks, end = self._watermarks[rows.start], len(self._tokens[rows.start])
+        starts = [marks[0] for marks in self._watermarks[rows]]
+        long = self._long_context(rows.start)
         hidden = self._embed(rows, starts)  # none, where only tokens that wait are to run
-        for block, start in enumerate(self._watermarks[:depth, row].tolist()):
+        for blocks, start in marks.spans(depth):
             covered = end - hidden.shape[1]
             if start < covered:
-                waiting = self._waiting[block][rows, start:covered]
+                waiting = self._waiting[blocks.start][rows, start:covered]
                 hidden = np.concatenate([waiting, hidden], axis=1)
-                starts = self._watermarks[block, rows].copy()
+                starts = [start]
             if hidden.shape[1]:
-                hidden = self._cache.run_block(block, hidden, rows, starts, long_context=long)
+                hidden = self._cache.run_blocks(blocks, hidden, rows, starts, long_context=long)
         if depth < self.spec.blocks:
             self._wait(depth, rows, starts, hidden)
         # Raised together, when all is done: a pass that is interrupted can be run again.
-        self._watermarks[:depth, rows] = self._lengths[rows]
+        for tokens, each in zip(self._tokens[rows], self._watermarks[rows], strict=True):
+            each.raise_to(len(tokens), depth)
         return hidden
 
-    def _embed(self, rows: slice, starts: Int32) -> Float32:
-        count = int(self._lengths[rows.start] - starts[0])
-        positions: Int32 = starts[:, None] + np.arange(count, dtype=np.int32)  # type: ignore[assignment]
-        ids = self._tokens[np.arange(rows.start, rows.stop)[:, None], positions]
-        return self._cache.embed(ids, positions)
+    def _embed(self, rows: slice, starts: list[int]) -> Float32:
+        new = [tokens[start:] for tokens, start in zip(self._tokens[rows], starts, strict=True)]
+        positions = [range(start, start + len(ids)) for ids, start in zip(new, starts, strict=True)]
+        return self._cache.embed(np.array(new, np.int32), np.array(positions, np.int32))
 
-    def _wait(self, depth: int, rows: slice, starts: Int32, hidden: Float32) -> None:
+    def _wait(self, depth: int, rows: slice, starts: list[int], hidden: Float32) -> None:
         """Keeps hidden states for a later pass that goes deeper."""
         if depth not in self._waiting:
             shape = (self.batch_size, self.max_length, self.spec.hidden_size)
             self._waiting[depth] = np.empty(shape, np.float32)
-        if hidden.shape[1] == 1:
-            self._waiting[depth][np.arange(rows.start, rows.stop), starts] = hidden[:, 0]
-        else:
-            start = int(starts[0])
-            self._waiting[depth][rows, start : start + hidden.shape[1]] = hidden
+        for row, start, states in zip(range(rows.start, rows.stop), starts, hidden, strict=True):
+            self._waiting[depth][row, start : start + len(states)] = states
 
 
 def resolve_exit(exit: Exit, blocks: int) -> int:

@@ -267,11 +267,11 @@ def _engine_in_pieces(
             together = batch if stop - start == 1 else 1
             for row in range(0, batch, together):
                 rows = slice(row, row + together)
-                result[rows, start:stop] = cache.run_block(
-                    block,
+                result[rows, start:stop] = cache.run_blocks(
+                    range(block, block + 1),
                     np.ascontiguousarray(hidden[rows, start:stop]),
                     rows,
-                    np.full(together, start, np.int32),
+                    [start] * together,
                     long_context=long_context,
                 )
         results.append(result)
