@@ -26,8 +26,8 @@ class Cache(Protocol):
     session's watermarks alone.
     """
 
-    def embed(self, token_ids: Int32, positions: Int32) -> Float32:
-        """Embeds tokens: [rows, tokens] each, to hidden states [rows, tokens, H]."""
+    def embed(self, token_ids: Int32, starts: Sequence[int]) -> Float32:
+        """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
         ...
 
     def run_blocks(

@@ -46,9 +46,9 @@ class FrugalCache:
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
 
-    def embed(self, token_ids: Int32, positions: Int32) -> Float32:
+    def embed(self, token_ids: Int32, starts: Sequence[int]) -> Float32:
         """See `Cache`."""
-        return self._cache.embed(token_ids, positions)
+        return self._cache.embed(token_ids, starts)
 
     def run_blocks(
         self,

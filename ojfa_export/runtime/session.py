@@ -265,8 +265,7 @@ class Session:
 
     def _embed(self, rows: slice, starts: list[int]) -> Float32:
         new = [tokens[start:] for tokens, start in zip(self._tokens[rows], starts, strict=True)]
-        positions = [range(start, start + len(ids)) for ids, start in zip(new, starts, strict=True)]
-        return self._cache.embed(np.array(new, np.int32), np.array(positions, np.int32))
+        return self._cache.embed(np.array(new, np.int32), starts)
 
     def _wait(self, depth: int, rows: slice, starts: list[int], hidden: Float32) -> None:
         """Keeps hidden states for a later pass that goes deeper."""

@@ -217,7 +217,7 @@ def compare_parts(
                 window.token_ids, positions, long_context=window.long_context
             )
             record("graph", embedded)
-            record("engine", engines.new_cache(batch, length).embed(window.token_ids, positions))
+            record("engine", engines.new_cache(batch, length).embed(window.token_ids, [0] * batch))
         else:
             for actual in _graph_in_pieces(graphs, depth - 1, previous, positions, rotations):
                 record("graph", actual)

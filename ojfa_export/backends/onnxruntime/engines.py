@@ -84,11 +84,12 @@ class OnnxRuntimeCache:
         per_token = 4 * spec.heads * capacity
         self._prefill_tokens = max(16, SCORE_BYTES // per_token)
 
-    def embed(self, token_ids: Int32, positions: Int32) -> Float32:
-        """Embeds tokens: [rows, tokens] each, to hidden states [rows, tokens, H]."""
+    def embed(self, token_ids: Int32, starts: Sequence[int]) -> Float32:
+        """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
         feeds = {"token_ids": token_ids}
         if self._engines.spec.learned_positions:
-            feeds["positions"] = positions
+            tokens = np.arange(token_ids.shape[1])
+            feeds["positions"] = (np.array(starts)[:, None] + tokens).astype(np.int32)
         hidden: Float32 = self._engines.session("embed").run(None, feeds)[0]
         return hidden
 
