@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Engines, Float32, Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec
+from ojfa_export.runtime.policy import ExitPolicy, confidence
+from ojfa_export.runtime.stats import Stats
 
 Exit = int | Literal["full"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What `Session.decide` gave.
+
+    Attributes:
+        logits: [sequences, V] of the head that each sequence stopped at; zero for sequences
+            without new tokens.
+        blocks_run: [sequences] blocks run; 0 for sequences without new tokens.
+        confidence: [exits of the policy, sequences] float64, NaN where the head wasn't asked.
+    """
+
+    logits: Float32
+    blocks_run: Int32
+    confidence: NDArray[np.float64]
 
 
 class Session:
@@ -31,12 +51,16 @@ class Session:
         engines: The opened engines.
         batch_size: Sequences.
         max_length: Tokens that a sequence may hold.
+
+    Attributes:
+        stats: What the session has done.
     """
 
     def __init__(self, spec: ModelSpec, engines: Engines, batch_size: int, max_length: int) -> None:
         self.spec = spec
         self.batch_size = batch_size
         self.max_length = max_length
+        self.stats = Stats()
         self._engines = engines
         self._cache = engines.new_cache(batch_size, max_length)
         self._tokens = np.zeros((batch_size, max_length), np.int32)
@@ -101,13 +125,74 @@ class Session:
                 is unchanged.
         """
         depth = resolve_exit(exit, self.spec.blocks)
+        counts = self._append(token_ids)
+        self.stats.exits[depth] += np.count_nonzero(counts)
+        return self._run(counts, depth, every_position)
+
+    def decide(
+        self, token_ids: Sequence[int] | Sequence[Sequence[int]], policy: ExitPolicy
+    ) -> Step:
+        """Appends tokens and runs each sequence until an exit is sure of its next token.
+
+        The newest token of each sequence is what the exit head is asked about; the others of a
+        prompt stop where it stops.
+
+        Args:
+            token_ids: As of `advance`.
+            policy: Where to ask, and how sure is sure.
+
+        Raises:
+            UsageError: An exit or a token outside the model, or no room in the cache; the session
+                is unchanged.
+        """
+        policy.check_fits(self.spec.blocks)
+        going = np.array(self._append(token_ids)) > 0
+        logits = np.zeros((self.batch_size, self.spec.vocab_size), np.float32)
+        blocks_run = np.zeros(self.batch_size, np.int32)
+        asked = np.full((len(policy.exits), self.batch_size), np.nan)
+        for index, (depth, threshold) in enumerate(
+            zip(policy.exits, policy.thresholds, strict=True)
+        ):
+            if not going.any():
+                break
+            asked_rows = np.flatnonzero(going)
+            answers = self._answer(going, depth)
+            asked[index, asked_rows] = confidence(answers, policy.measure)
+            self.stats.checks += len(asked_rows)
+            sure = asked[index, asked_rows] >= threshold
+            stopped = asked_rows[sure]
+            logits[stopped], blocks_run[stopped], going[stopped] = answers[sure], depth, False
+        logits[going], blocks_run[going] = self._answer(going, self.spec.blocks), self.spec.blocks
+        self.stats.exits.update(blocks_run[blocks_run > 0].tolist())
+        return Step(logits, blocks_run, asked)
+
+    def complete(
+        self, token_ids: Sequence[Sequence[int]], counts: Sequence[int]
+    ) -> list[Float32]:
+        """Appends tokens and runs all that waits, and them, through all blocks.
+
+        Args:
+            token_ids: New tokens of each sequence.
+            counts: For how many of each sequence's last tokens to give logits: no more than the
+                last block hasn't processed. A sequence with 0 and no new tokens is left alone.
+
+        Returns:
+            Logits [count, V] of the model's own head for each sequence.
+
+        Raises:
+            UsageError: A token outside the model, no room in the cache, or too large a count; the
+                session is unchanged.
+        """
         new = self._check(token_ids)
-        before = self._lengths.copy()
-        for row, ids in enumerate(new):
-            self._tokens[row, before[row] : before[row] + len(ids)] = ids
-            self._lengths[row] += len(ids)
-        self._forget_other_context(before)
-        return self._run([len(ids) for ids in new], depth, every_position)
+        for row, (count, ids) in enumerate(zip(counts, new, strict=True)):
+            waiting = int(self._lengths[row] - self._watermarks[-1, row]) + len(ids)
+            if not min(len(ids), 1) <= count <= waiting:
+                raise UsageError(
+                    f"asked for the logits of {count} tokens of sequence {row}, of which "
+                    f"{waiting} wait for the last block"
+                )
+        self._append(new)
+        return self._run(counts, self.spec.blocks, True)
 
     @overload
     def deepen(self, exit: Exit = ..., *, every_position: Literal[False] = ...) -> Float32: ...
@@ -134,22 +219,50 @@ class Session:
         waiting = self._lengths - self._watermarks[depth - 1]
         return self._run(waiting.tolist(), depth, every_position)
 
-    def _run(self, counts: list[int], depth: int, every_position: bool) -> Float32 | list[Float32]:
+    @overload
+    def _run(
+        self, counts: Sequence[int], depth: int, every_position: Literal[True]
+    ) -> list[Float32]: ...
+
+    @overload
+    def _run(
+        self, counts: Sequence[int], depth: int, every_position: bool
+    ) -> Float32 | list[Float32]: ...
+
+    def _run(
+        self, counts: Sequence[int], depth: int, every_position: bool
+    ) -> Float32 | list[Float32]:
         """Runs the first blocks and a head; logits of each sequence's last `counts` tokens."""
-        vocab = self.spec.vocab_size
-        logits = np.zeros((self.batch_size, vocab), np.float32)
-        per_row: list[Float32] = [np.zeros((0, vocab), np.float32)] * self.batch_size
-        final = depth == self.spec.blocks
-        for rows in self._groups(counts, depth):
+        wanted = np.array(counts) > 0
+        if not every_position:
+            logits = np.zeros((self.batch_size, self.spec.vocab_size), np.float32)
+            logits[wanted] = self._answer(wanted, depth)
+            return logits
+        states = [np.zeros((0, self.spec.hidden_size), np.float32)] * self.batch_size
+        for rows in self._groups(wanted, depth):
             hidden = self._deepen(rows, depth)
-            if every_position:
-                for row, states in zip(range(rows.start, rows.stop), hidden, strict=True):
-                    wanted = np.ascontiguousarray(states[-counts[row] :])
-                    per_row[row] = self._engines.logits(wanted, final=final)
-            else:
-                wanted = np.ascontiguousarray(hidden[:, -1])
-                logits[rows] = self._engines.logits(wanted, final=final)
-        return per_row if every_position else logits
+            for row in range(rows.start, rows.stop):
+                states[row] = hidden[row - rows.start, -counts[row] :].copy()
+        answers = self._head(np.concatenate(states), depth)
+        return np.split(answers, np.cumsum(counts)[:-1])
+
+    def _answer(self, wanted: NDArray[np.bool_], depth: int) -> Float32:
+        """Runs sequences through the first blocks; logits [wanted, V] of their newest tokens."""
+        newest = np.empty((self.batch_size, self.spec.hidden_size), np.float32)
+        for rows in self._groups(wanted, depth):
+            newest[rows] = self._deepen(rows, depth)[:, -1]
+        return self._head(newest[wanted], depth)
+
+    def _head(self, hidden: Float32, depth: int) -> Float32:
+        """Logits [n, V] of hidden states [n, H] after `depth` blocks."""
+        if not len(hidden):
+            return np.zeros((0, self.spec.vocab_size), np.float32)
+        final = depth == self.spec.blocks
+        if final:
+            self.stats.final_heads += len(hidden)
+        else:
+            self.stats.exit_heads += len(hidden)
+        return self._engines.logits(hidden, final=final)
 
     def rewind(self, length: int, row: int = 0) -> None:
         """Drops the tokens after the first `length`: a change of numbers, nothing is computed.
@@ -168,6 +281,16 @@ class Session:
         self._lengths[row] = length
         np.minimum(self._watermarks[:, row], length, out=self._watermarks[:, row])
         self._forget_other_context(before)
+
+    def _append(self, token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[int]:
+        """Takes new tokens, which then wait before the first block; how many of each sequence."""
+        new = self._check(token_ids)
+        before = self._lengths.copy()
+        for row, ids in enumerate(new):
+            self._tokens[row, before[row] : before[row] + len(ids)] = ids
+            self._lengths[row] += len(ids)
+        self._forget_other_context(before)
+        return [len(ids) for ids in new]
 
     def _check(self, token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[Sequence[int]]:
         nested = len(token_ids) > 0 and not isinstance(token_ids[0], int | np.integer)
@@ -204,23 +327,22 @@ class Session:
             self._lengths[row] > self.spec.rotary_switch
         )
 
-    def _groups(self, counts: list[int], depth: int) -> Iterator[slice]:
-        """Sequences that can run together: neighbours with exactly one token to run everywhere."""
-        watermarks = self._watermarks[:depth]
-        alone = (watermarks != self._lengths - 1).any(axis=0)
+    def _groups(self, wanted: NDArray[np.bool_], depth: int) -> Iterator[slice]:
+        """Sequences that can run together: neighbours whose one token waits before one block."""
+        waiting = self._lengths - self._watermarks[:depth]
         start = 0
         while start < self.batch_size:
             stop = start + 1
-            if counts[start] and not alone[start]:
+            if wanted[start] and waiting[-1, start] == 1:
                 long = self._long_context(start)
                 while (
                     stop < self.batch_size
-                    and counts[stop]
-                    and not alone[stop]
+                    and wanted[stop]
+                    and (waiting[:, stop] == waiting[:, start]).all()
                     and self._long_context(stop) == long
                 ):
                     stop += 1
-            if counts[start]:
+            if wanted[start]:
                 yield slice(start, stop)
             start = stop
 
@@ -228,7 +350,7 @@ class Session:
         """Runs the first blocks on all that waits before them.
 
         Args:
-            rows: One sequence, or several that have exactly one token to run everywhere.
+            rows: One sequence, or several whose one token waits before the same block.
             depth: Blocks to run.
 
         Returns:
@@ -236,13 +358,13 @@ class Session:
         """
         row, end = rows.start, int(self._lengths[rows.start])
         starts, long = self._watermarks[0, rows].copy(), self._long_context(rows.start)
-        hidden = self._embed(rows, starts)  # none, where only tokens that wait are to run
+        hidden = self._embed(rows, starts)
         for block, start in enumerate(self._watermarks[:depth, row].tolist()):
             covered = end - hidden.shape[1]
             if start < covered:
-                waiting = self._waiting[block][rows, start:covered]
-                hidden = np.concatenate([waiting, hidden], axis=1)
                 starts = self._watermarks[block, rows].copy()
+                waiting = self._waited(block, rows, starts, covered - start)
+                hidden = np.concatenate([waiting, hidden], axis=1) if hidden.shape[1] else waiting
             if hidden.shape[1]:
                 hidden = self._cache.run_block(block, hidden, rows, starts, long_context=long)
         if depth < self.spec.blocks:
@@ -252,10 +374,19 @@ class Session:
         return hidden
 
     def _embed(self, rows: slice, starts: Int32) -> Float32:
+        """Embeds what waits before the first block: nothing, where tokens wait only later."""
         count = int(self._lengths[rows.start] - starts[0])
+        if not count:
+            return np.empty((rows.stop - rows.start, 0, self.spec.hidden_size), np.float32)
         positions: Int32 = starts[:, None] + np.arange(count, dtype=np.int32)  # type: ignore[assignment]
         ids = self._tokens[np.arange(rows.start, rows.stop)[:, None], positions]
         return self._cache.embed(ids, positions)
+
+    def _waited(self, depth: int, rows: slice, starts: Int32, count: int) -> Float32:
+        """The hidden states that `_wait` kept: [rows, count, H], count 1 for several rows."""
+        if count == 1:
+            return self._waiting[depth][np.arange(rows.start, rows.stop), starts][:, None]
+        return self._waiting[depth][rows, starts[0] : starts[0] + count]
 
     def _wait(self, depth: int, rows: slice, starts: Int32, hidden: Float32) -> None:
         """Keeps hidden states for a later pass that goes deeper."""
