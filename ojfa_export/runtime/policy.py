@@ -59,8 +59,7 @@ class ExitPolicy(BaseModel):
         """
         if self.exits and self.exits[-1] >= blocks:
             raise UsageError(
-                f"exit {self.exits[-1]} of the exit policy is outside this model's "
-                f"1..{blocks - 1}",
+                f"exit {self.exits[-1]} of the exit policy is outside this model's 1..{blocks - 1}",
                 hint="tokens that no exit stops run all blocks without being named",
             )
 

@@ -126,7 +126,7 @@ class Session:
         """
         depth = resolve_exit(exit, self.spec.blocks)
         counts = self._append(token_ids)
-        self.stats.exits[depth] += np.count_nonzero(counts)
+        self.stats.exits[depth] += int(np.count_nonzero(counts))
         return self._run(counts, depth, every_position)
 
     def decide(
@@ -166,9 +166,7 @@ class Session:
         self.stats.exits.update(blocks_run[blocks_run > 0].tolist())
         return Step(logits, blocks_run, asked)
 
-    def complete(
-        self, token_ids: Sequence[Sequence[int]], counts: Sequence[int]
-    ) -> list[Float32]:
+    def complete(self, token_ids: Sequence[Sequence[int]], counts: Sequence[int]) -> list[Float32]:
         """Appends tokens and runs all that waits, and them, through all blocks.
 
         Args:
