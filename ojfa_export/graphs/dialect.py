@@ -56,6 +56,11 @@ class Portable:
         biased: str = graph.op("Add", y, graph.weight(f"{name}.bias", weights[f"{name}.bias"]))
         return biased
 
+    def vocabulary(self, graph: Graph, x: str, name: str, ref: TensorRef) -> str:
+        """The product x @ W^T, W [V, features]: x in compute precision, the result fp32."""
+        weight = self.matrix(graph, name, ref)
+        return self.to_float(graph, graph.op("Gemm", x, weight, transB=1))
+
     def norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
         """RMSNorm or LayerNorm over the last axis, fp32."""
         weight = graph.weight(f"{name}.weight", weights[f"{name}.weight"])

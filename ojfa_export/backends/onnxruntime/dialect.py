@@ -7,6 +7,7 @@ from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, MICROSOFT, Graph
 from ojfa_export.graphs.weights import TensorRef
 
+WIDENED_AT_ONCE = 64_000_000  # bytes
 SKIP_RMS_NORM = "SkipSimplifiedLayerNormalization"
 
 
@@ -27,6 +28,24 @@ class OnnxRuntimeCpu(Portable):
         """A weight matrix, widened where it is stored in fp16."""
         weight = super().matrix(graph, name, ref)
         return graph.cast(weight, FLOAT) if ref.dtype == FLOAT16 else weight
+
+    def vocabulary(self, graph: Graph, x: str, name: str, ref: TensorRef) -> str:
+        """The product x @ W^T; a wide fp16 matrix in parts.
+
+        Loading holds a matrix three times at its peak: as stored, widened, and packed. In parts,
+        only one part is held packed beside the widened whole.
+        """
+        rows = ref.dims[0]
+        step = max(1, WIDENED_AT_ONCE // (4 * ref.dims[1]))
+        if ref.dtype != FLOAT16 or rows <= step:
+            return super().vocabulary(graph, x, name, ref)
+        parts = [
+            super(OnnxRuntimeCpu, self).vocabulary(
+                graph, x, f"{name}.{start}", ref.rows(start, min(start + step, rows))
+            )
+            for start in range(0, rows, step)
+        ]
+        return str(graph.op("Concat", *parts, axis=1))
 
     def norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
         """RMSNorm as one node; LayerNorm is one node as it is."""
