@@ -238,8 +238,8 @@ class Session:
             return logits
         states = [np.zeros((0, self.spec.hidden_size), np.float32)] * self.batch_size
         for rows in self._groups(wanted, depth):
-            hidden = self._deepen(rows, depth)
-            for row in range(rows.start, rows.stop):
+            hidden = self._deepen(rows, depth, wanted)
+            for row in np.flatnonzero(wanted[rows]) + rows.start:
                 states[row] = hidden[row - rows.start, -counts[row] :].copy()
         answers = self._head(np.concatenate(states), depth)
         return np.split(answers, np.cumsum(counts)[:-1])
@@ -248,7 +248,7 @@ class Session:
         """Runs sequences through the first blocks; logits [wanted, V] of their newest tokens."""
         newest = np.empty((self.batch_size, self.spec.hidden_size), np.float32)
         for rows in self._groups(wanted, depth):
-            newest[rows] = self._deepen(rows, depth)[:, -1]
+            newest[rows] = self._deepen(rows, depth, wanted)[:, -1]
         return self._head(newest[wanted], depth)
 
     def _head(self, hidden: Float32, depth: int) -> Float32:
@@ -326,30 +326,37 @@ class Session:
         )
 
     def _groups(self, wanted: NDArray[np.bool_], depth: int) -> Iterator[slice]:
-        """Sequences that can run together: neighbours whose one token waits before one block."""
+        """Sequences that can run together: those whose one token waits before the same block.
+
+        Rows must be neighbours in the cache. One between them that stopped earlier runs along, as
+        that costs less than another pass: it computes something at a position that no block from
+        there on has processed, and what it writes is overwritten before it is read.
+        """
         waiting = self._lengths - self._watermarks[:depth]
         start = 0
         while start < self.batch_size:
             stop = start + 1
             if wanted[start] and waiting[-1, start] == 1:
+                first = int((waiting[:, start] == 0).sum())
                 long = self._long_context(start)
-                while (
-                    stop < self.batch_size
-                    and wanted[stop]
-                    and (waiting[:, stop] == waiting[:, start]).all()
-                    and self._long_context(stop) == long
-                ):
-                    stop += 1
+                for row in range(start + 1, self.batch_size):
+                    if not waiting[first, row] or self._long_context(row) != long:
+                        break
+                    if wanted[row]:
+                        if (waiting[:, row] != waiting[:, start]).any():
+                            break
+                        stop = row + 1
             if wanted[start]:
                 yield slice(start, stop)
             start = stop
 
-    def _deepen(self, rows: slice, depth: int) -> Float32:
+    def _deepen(self, rows: slice, depth: int, wanted: NDArray[np.bool_]) -> Float32:
         """Runs the first blocks on all that waits before them.
 
         Args:
-            rows: One sequence, or several whose one token waits before the same block.
+            rows: One sequence, or several: see `_groups`.
             depth: Blocks to run.
+            wanted: [sequences] those of which the result counts.
 
         Returns:
             Hidden states [rows, tokens, H] of the newest tokens after `depth` blocks.
@@ -368,7 +375,8 @@ class Session:
         if depth < self.spec.blocks:
             self._wait(depth, rows, starts, hidden)
         # Raised together, when all is done: a pass that is interrupted can be run again.
-        self._watermarks[:depth, rows] = self._lengths[rows]
+        done = np.flatnonzero(wanted[rows]) + rows.start
+        self._watermarks[:depth, done] = self._lengths[done]
         return hidden
 
     def _embed(self, rows: slice, starts: Int32) -> Float32:
