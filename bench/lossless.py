@@ -34,6 +34,7 @@ class Result:
     """One draft exit of one bundle.
 
     Attributes:
+        draft_length: Fixed, or None where it was adapted.
         compared: Tokens that were compared, those after a tie left out.
         ties: Texts that went another way where two logits differ by less than NEAR_TIE.
         different: Tokens that differ where they don't: what must be 0.
@@ -42,6 +43,7 @@ class Result:
     """
 
     draft_exit: int
+    draft_length: int | None
     compared: int
     ties: int
     different: int
@@ -63,6 +65,9 @@ def main() -> None:
     parser.add_argument("--case", nargs=3, action="append", required=True, metavar=names)
     parser.add_argument("--tokens", type=int, default=10_000)
     parser.add_argument("--exits", type=float, nargs="+", default=[0.5, 0.9], help="of the blocks")
+    parser.add_argument(
+        "--draft", type=int, help="tokens per draft, so that all is drafted; else adapted"
+    )
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     cases: dict[str, Any] = {}
@@ -70,7 +75,7 @@ def main() -> None:
         model = load(bundle)
         ids = model.tokenizer.encode(Path(text).read_text(encoding="utf-8")).ids
         exits = sorted({max(1, int(share * model.blocks)) for share in arguments.exits})
-        results = [compare(model, ids, exit, arguments.tokens) for exit in exits]
+        results = [compare(model, ids, e, arguments.draft, arguments.tokens) for e in exits]
         cases[name] = {
             "blocks": model.blocks,
             "exits": [asdict(result) for result in results],
@@ -81,10 +86,10 @@ def main() -> None:
     arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def compare(model: Model, ids: list[int], exit: int, count: int) -> Result:
+def compare(model: Model, ids: list[int], exit: int, draft: int | None, count: int) -> Result:
     """Continues pieces of a text both ways, taking turns, until `count` tokens are compared."""
     draft_cost, check_cost = measure_costs(model, ids[:PROMPT_TOKENS], exit)
-    speculation = Speculation(exit, draft_cost=draft_cost, check_cost=check_cost)
+    speculation = Speculation(exit, draft, draft_cost, check_cost)
     session, plain = (model.session(1, PROMPT_TOKENS + NEW_TOKENS) for _ in range(2))
     compared = ties = different = 0
     seconds = np.zeros(2)
@@ -107,6 +112,7 @@ def compare(model: Model, ids: list[int], exit: int, count: int) -> Result:
     plain_ms, speculative_ms = (seconds / tokens * 1e3).tolist()
     return Result(
         exit,
+        draft,
         compared,
         ties,
         different,
