@@ -11,7 +11,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from ojfa_export.bundle.names import MANIFEST
 from ojfa_export.errors import BundleError, UsageError
@@ -178,6 +186,12 @@ class Manifest(_Part):
     golden: tuple[Golden, ...]
     files: dict[str, FileEntry]
     built: Built
+
+    @model_validator(mode="after")
+    def _auto_fits(self) -> Manifest:
+        if self.auto is not None:
+            self.auto.check_fits(self.model.spec.blocks)
+        return self
 
     def to_json(self) -> str:
         """The text of manifest.json."""

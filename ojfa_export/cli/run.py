@@ -177,7 +177,7 @@ def _summary(generation: Generation, depth: ExitChoice, speculate: bool) -> str:
         blocks = sum(sum(completion.exit_blocks) for completion in completions)
         how += f", {blocks / max(count, 1):.1f} blocks/token"
     if speculate:
-        passes = count - sum(completion.drafted_tokens for completion in completions)
+        passes = sum(completion.passes for completion in completions)
         how += f", {count / max(passes, 1):.2f} tokens per full pass"
     return (
         f"{count} tokens, {generation.tokens_per_second:.1f} tokens/s, "

@@ -46,8 +46,8 @@ class Completion:
 
     Attributes:
         exit_blocks: Blocks run for each token.
-        drafted_tokens: How many of the tokens speculation proposed; each of the others took a
-            pass through the blocks.
+        passes: Passes that gave the tokens: as many as tokens, or fewer where drafts of
+            speculation were accepted.
     """
 
     prompt_token_ids: list[int]
@@ -55,7 +55,7 @@ class Completion:
     text: str = ""
     exit_blocks: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    drafted_tokens: int = 0
+    passes: int = 0
 
 
 @dataclass
@@ -152,7 +152,8 @@ def collect(prompts: Sequence[Sequence[int]], tokens: Iterator[Token]) -> Genera
         completion.token_ids.append(token.id)
         completion.text += token.text
         completion.exit_blocks.append(token.blocks_run)
-        completion.drafted_tokens += token.drafted
+        # Each pass gives one token that wasn't drafted, unless the text ends before it.
+        completion.passes += not token.drafted or token.finish_reason is not None
         completion.finish_reason = token.finish_reason
     seconds = time.perf_counter() - start
     return Generation(completions, count / seconds if seconds else 0.0, first * 1000)

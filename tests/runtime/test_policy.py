@@ -177,16 +177,54 @@ def test_sequences_that_go_on_run_together(chain_of, monkeypatch):
     session = chain.session(3, MAX_LENGTH)
     session.advance([[1, 2, 3], [4], [5, 6]])
     calls = []
-    run_block = session._cache.run_block
+    run_blocks = session._cache.run_blocks
 
-    def counted(block, hidden, rows, starts, **options):
-        calls.append((block, rows.stop - rows.start))
-        return run_block(block, hidden, rows, starts, **options)
+    def counted(blocks, hidden, rows, starts, **options):
+        calls.extend((block, rows.stop - rows.start) for block in blocks)
+        return run_blocks(blocks, hidden, rows, starts, **options)
 
-    monkeypatch.setattr(session._cache, "run_block", counted)
+    monkeypatch.setattr(session._cache, "run_blocks", counted)
     policy = ExitPolicy(exits=(1, 3), measure="top", thresholds=(2.0, 2.0))
     step = session.decide([[7], [8], [9]], policy)
     assert calls == [(block, 3) for block in range(4)]
     for row, ids in enumerate(([1, 2, 3, 7], [4, 8], [5, 6, 9])):
         expected = fresh_logits(chain, ids, "full")
         np.testing.assert_allclose(step.logits[row], expected, atol=LOGITS_FP32, rtol=0)
+
+
+def test_sequences_that_go_on_run_together_over_one_that_stopped(chain_of, monkeypatch):
+    chain = chain_of("llama-gqa")
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    ask = ExitPolicy(exits=(1,), measure="top", thresholds=(9.0,))
+    for token in range(VOCAB_SIZE):  # whose middle sequence is the surest
+        probe = chain.session(3, MAX_LENGTH)
+        probe.advance(prompts)
+        sure = probe.decide([[7], [token], [9]], ask).confidence[0]
+        if sure.argmax() == 1:
+            break
+    between = ExitPolicy(
+        exits=(1,), measure="top", thresholds=(float(sure[1] + max(sure[0], sure[2])) / 2,)
+    )
+    session = chain.session(3, MAX_LENGTH)
+    session.advance(prompts)
+    calls = []
+    run_blocks = session._cache.run_blocks
+
+    def counted(blocks, hidden, rows, starts, **options):
+        calls.extend((block, rows.stop - rows.start) for block in blocks)
+        return run_blocks(blocks, hidden, rows, starts, **options)
+
+    monkeypatch.setattr(session._cache, "run_blocks", counted)
+    poison(session)
+    step = session.decide([[7], [token], [9]], between)
+    assert step.blocks_run.tolist() == [4, 1, 4]
+    assert calls == [(block, 3) for block in range(4)]
+    assert session.watermarks[:, 1].tolist() == [2, 1, 1, 1]
+    poison(session)
+    for row, ids in enumerate(([1, 2, 3, 7], [4, token], [5, 6, 9])):
+        expected = fresh_logits(chain, ids, int(step.blocks_run[row]))
+        np.testing.assert_allclose(step.logits[row], expected, atol=LOGITS_FP32, rtol=0)
+    logits = session.advance([[1], [1], [1]])
+    for row, ids in enumerate(([1, 2, 3, 7, 1], [4, token, 1], [5, 6, 9, 1])):
+        expected = fresh_logits(chain, ids, "full")
+        np.testing.assert_allclose(logits[row], expected, atol=LOGITS_FP32, rtol=0)
