@@ -38,3 +38,6 @@ MULTIDOMAIN_LOSS_NATS = 0.18
 # Rotary tables against transformers' own, both fp32: frequencies (relative error 1e-7) times
 # positions of a few hundred radians at most, in cosines and sines of at most 1.5.
 ROTARY_FP32 = 1e-4
+# A binomial tail in float64 against exact rationals: cumulative sums of at most 1e3 logarithms of
+# size 1e2..1e3, rounded at 1e-16 each.
+P_VALUE_RELATIVE = 1e-9

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from ojfa_export.bundle.names import MANIFEST
 from ojfa_export.errors import BundleError
 from ojfa_export.families.spec import ModelSpec, Precision
+from ojfa_export.guarantee.policy import ThresholdPolicy
+from ojfa_export.guarantee.promise import Promise
 
 FORMAT = "ojfa-bundle"
 FORMAT_VERSION = 1
@@ -157,7 +159,12 @@ class Built(_Part):
 
 
 class Manifest(_Part):
-    """See the module. manifest.json holds these fields and `digest`: see `manifest_digest`."""
+    """See the module. manifest.json holds these fields and `digest`: see `manifest_digest`.
+
+    Attributes:
+        auto: When tokens leave early under `--exit auto`; None is full depth.
+        promise: What `auto` was shown to keep; None where nothing was asked.
+    """
 
     format: Literal["ojfa-bundle"] = "ojfa-bundle"
     format_version: Literal[1] = 1
@@ -171,6 +178,8 @@ class Manifest(_Part):
     shortcut: ShortcutEntry
     calibration: Calibration
     golden: tuple[Golden, ...]
+    auto: ThresholdPolicy | None = None
+    promise: Promise | None = None
     files: dict[str, FileEntry]
     built: Built
 
