@@ -25,9 +25,10 @@ def confidences(logits: NDArray[Any]) -> NDArray[np.float32]:
     shifted -= shifted.max(axis=1, keepdims=True)
     weights = np.exp(shifted)
     total = weights.sum(axis=1)
-    second = -np.partition(-weights, 1, axis=1)[:, 1] / total
     top = 1 / total
     mean_shifted = (weights * shifted).sum(axis=1) / total
+    weights[np.arange(len(weights)), weights.argmax(axis=1)] = 0
+    second = weights.max(axis=1) / total
     return np.stack([top, top - second, mean_shifted - np.log(total)]).astype(np.float32)
 
 
