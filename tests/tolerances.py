@@ -44,3 +44,6 @@ CONFIDENCE = 1e-5
 # Logits of the likeliest tokens that may be ranked either way: two fp32 sums in different orders
 # of summation, each within LOGITS_FP32 of the exact one.
 NEAR_TIE = 2 * LOGITS_FP32
+# A binomial tail in float64 against exact rationals: cumulative sums of at most 1e3 logarithms of
+# size 1e2..1e3, rounded at 1e-16 each.
+P_VALUE_RELATIVE = 1e-9

@@ -12,11 +12,12 @@ from ojfa_export import backends
 from ojfa_export._version import __version__
 from ojfa_export.backends.backend import Backend
 from ojfa_export.build.options import BuildOptions, Settings, settle
-from ojfa_export.calibrate.text import CalibrationText, Windows, make_windows, read_text
+from ojfa_export.calibrate.text import CalibrationText, Windows, make_windows, read_source
 from ojfa_export.checkpoint.checkpoint import Checkpoint
 from ojfa_export.checkpoint.hub import resolve
 from ojfa_export.checkpoint.tokenizer import read_tokenizer
 from ojfa_export.errors import CheckpointError
+from ojfa_export.guarantee.windows import PromiseWindows, promise_windows
 from ojfa_export.shortcut import rows_needed
 
 
@@ -35,7 +36,7 @@ class Inputs:
         rotary = self.checkpoint.family.rotary(self.checkpoint.config)
         self.settings: Settings = settle(options, self.checkpoint.spec, rotary)
         self.backend: Backend = backends.load(options.backend)
-        self.texts: list[CalibrationText] = [read_text(p) for p in self.settings.calibration_data]
+        self.texts: list[CalibrationText] = [read_source(p) for p in self.settings.calibration_data]
         is_directory = Path(options.checkpoint).is_dir()
         self.name = directory.resolve().name if is_directory else options.checkpoint
         self.windows: Windows = make_windows(
@@ -45,11 +46,17 @@ class Inputs:
             self.settings.calibration_tokens,
             rows_needed(self.checkpoint.spec.hidden_size),
         )
+        self.promise_windows: PromiseWindows | None = None
+        if self.settings.limits is not None:
+            self.promise_windows = promise_windows(
+                self.texts, self.windows.rest, self.settings.limits
+            )
         self._check_vocabulary()
         self.model_sha256 = self.checkpoint.sha256()
 
     def _check_vocabulary(self) -> None:
-        highest = max(int(ids.max()) for ids in (self.windows.fit, self.windows.held_out))
+        windows = (self.windows.fit, self.windows.held_out, *self.windows.rest)
+        highest = max(int(ids.max(initial=0)) for ids in windows)
         vocabulary = self.checkpoint.spec.vocab_size
         if highest >= vocabulary:
             raise CheckpointError(
@@ -67,8 +74,9 @@ class Inputs:
             [self.name, self.options.revision],
             self.backend.name,
             self.tokenizer.to_str(),
-            [[text.name, text.sha256] for text in self.texts],
+            [[text.name, text.sha256, text.domain] for text in self.texts],
             [settings.precision, settings.rank, settings.max_cache_length],
             [settings.max_batch_size, settings.calibration_tokens, settings.window],
+            settings.limits and settings.limits.model_dump(),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

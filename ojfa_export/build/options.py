@@ -13,6 +13,7 @@ from ojfa_export.calibrate.text import shipped_text
 from ojfa_export.errors import UsageError
 from ojfa_export.families.rotary import Rotary
 from ojfa_export.families.spec import ModelSpec, Precision
+from ojfa_export.guarantee.promise import DEFAULT_CONFIDENCE, Limits, check_limits
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,8 +42,12 @@ class BuildOptions:
         rank: Of the shortcut; default the paper's, floor(H/100).
         max_cache_length: Tokens of a sequence at most.
         max_batch_size: Sequences of a session at most.
-        calibration_data: Text or JSONL files; default the text that ships.
-        calibration_tokens: Tokens to use of it.
+        calibration_data: Text or JSONL files, FILE or DOMAIN=FILE; default the text that ships.
+        calibration_tokens: Tokens to use of it for the shortcut.
+        max_disagreement: To be promised of `--exit auto`: share of tokens that may differ from the
+            full model's choice; None promises nothing.
+        confidence: Of the promise; default 0.95.
+        max_extra_surprisal: To be promised too: nats, on average.
         recipe: Name of one that ships, or a TOML file.
         overwrite: Whether to replace an existing bundle.
         skip_verification: Whether to leave out the comparison with transformers.
@@ -59,6 +64,9 @@ class BuildOptions:
     max_batch_size: int | None = None
     calibration_data: tuple[Path, ...] = ()
     calibration_tokens: int | None = None
+    max_disagreement: float | None = None
+    confidence: float | None = None
+    max_extra_surprisal: float | None = None
     recipe: str | None = None
     overwrite: bool = False
     skip_verification: bool = False
@@ -101,6 +109,7 @@ class Settings:
     calibration_data: tuple[Path, ...]
     calibration_tokens: int
     window: int
+    limits: Limits | None = None
 
 
 def recipes_directory() -> Path:
@@ -170,9 +179,24 @@ def settle(options: BuildOptions, spec: ModelSpec, rotary: Rotary | None) -> Set
             max(DEFAULT_TOKENS, TOKENS_PER_FEATURE * hidden),
         ),
         window=min(recipe.window if recipe else DEFAULT_WINDOW, *limits),
+        limits=_limits(options),
     )
     _check(settings, spec, rotary)
     return settings
+
+
+def _limits(options: BuildOptions) -> Limits | None:
+    """What the user wants promised."""
+    if options.max_disagreement is None:
+        for name in ("confidence", "max_extra_surprisal"):
+            if getattr(options, name) is not None:
+                raise UsageError(
+                    f"{name.replace('_', '-')} is part of a promise, but none is asked for",
+                    hint="give --max-disagreement as well, such as 0.05",
+                )
+        return None
+    confidence = DEFAULT_CONFIDENCE if options.confidence is None else options.confidence
+    return check_limits(options.max_disagreement, confidence, options.max_extra_surprisal)
 
 
 def _first(asked: int | None, recipe: int | None, default: int) -> int:

@@ -17,6 +17,7 @@ from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import GRAPHS, MANIFEST, REPORT, graph_names
 from ojfa_export.errors import VerificationError
 from ojfa_export.graphs.export import Exporter
+from ojfa_export.guarantee import Promise
 from ojfa_export.progress import SILENT, Progress
 from ojfa_export.report.model import CalibrationReport, Check
 from ojfa_export.report.write import write_report
@@ -34,11 +35,13 @@ class BuildResult:
         bundle: Its directory.
         report: The calibration report, with the verification's checks.
         stages: What was done, and what it cost.
+        promise: What was asked and shown of `--exit auto`, if anything.
     """
 
     bundle: Path
     report: CalibrationReport
     stages: list[StageRecord]
+    promise: Promise | None
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -52,6 +55,7 @@ class BuildResult:
             "reason": report.reason,
             "stages": [asdict(stage) for stage in self.stages],
             "checks": [check.model_dump() for check in report.checks],
+            "promise": self.promise and self.promise.model_dump(mode="json"),
             "report": str(self.bundle / REPORT / "report.html"),
         }
 
@@ -62,7 +66,8 @@ class BuildResult:
         return (
             f"{self.bundle}: {report.blocks} blocks, shortcut of rank {report.rank} "
             f"fitted after block {report.fitted_at}, {verified}\n"
-            f"report: {self.bundle / REPORT / 'report.html'}"
+            + (f"exit auto: {self.promise.reason}\n" if self.promise else "")
+            + f"report: {self.bundle / REPORT / 'report.html'}"
         )
 
 
@@ -76,10 +81,10 @@ def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
     inputs = Inputs(options)
     with Work(options.output, inputs.fingerprint()).open() as work:
         _make_parts(inputs, work, progress)
-        report = _verify(inputs, work, progress)
+        report, promise = _verify(inputs, work, progress)
         check_output(options.output, options.overwrite)  # it may have come to be meanwhile
         work.publish()
-    return BuildResult(options.output, report, work.records)
+    return BuildResult(options.output, report, work.records, promise)
 
 
 def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
@@ -104,23 +109,29 @@ def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
             stages.save_report(report, work.scratch / "report.json")
             for path in work.scratch.glob("*.f32"):
                 path.unlink()
+    if settings.limits is not None:
+        with work.stage("promise") as needed:
+            if needed:
+                stages.make_promise(inputs, work, progress)
 
 
-def _verify(inputs: Inputs, work: Work, progress: Progress) -> CalibrationReport:
+def _verify(
+    inputs: Inputs, work: Work, progress: Progress
+) -> tuple[CalibrationReport, Promise | None]:
     """Compares with transformers, and finishes report and manifest."""
     kept = work.scratch / "report.json"
     checks: list[Check] = []
     with work.stage("verify"):
         golden = stages.find_golden(inputs, work)
-        report = stages.load_report(kept, [])
+        report, promise = stages.load_report(kept, []), stages.load_promise(work)
         if not inputs.options.skip_verification:
-            stages.write_manifest(work.bundle, inputs, report, golden)
+            stages.write_manifest(work.bundle, inputs, report, golden, promise)
             checks = _compare(inputs, work.bundle, progress)
             report = stages.load_report(kept, checks)
         write_report(report, work.bundle / REPORT)
         (work.bundle / MANIFEST).unlink(missing_ok=True)
-        stages.write_manifest(work.bundle, inputs, report, golden)
-    return report
+        stages.write_manifest(work.bundle, inputs, report, golden, promise)
+    return report, promise
 
 
 def _compare(inputs: Inputs, bundle: Path, progress: Progress) -> list[Check]:
@@ -156,6 +167,7 @@ def plan(options: BuildOptions) -> dict[str, Any]:
     inputs = Inputs(options)
     spec, settings = inputs.checkpoint.spec, inputs.settings
     tokens = inputs.windows.fit.size + inputs.windows.held_out.size
+    promising = [] if inputs.promise_windows is None else ["promise"]
     stored = sum(path.stat().st_size for path in inputs.checkpoint.weight_files)
     return {
         "checkpoint": inputs.name,
@@ -163,9 +175,10 @@ def plan(options: BuildOptions) -> dict[str, Any]:
         "spec": spec.model_dump(mode="json"),
         "settings": {
             **asdict(settings),
+            "limits": settings.limits and settings.limits.model_dump(),
             "calibration_data": [str(path) for path in settings.calibration_data],
         },
-        "stages": ["export", "engines", "calibrate", "verify"],
+        "stages": ["export", "engines", "calibrate", *promising, "verify"],
         "graphs": graph_names(spec.blocks),
         "checkpoint_bytes": stored,
         "calibration_tokens": tokens,

@@ -24,6 +24,7 @@ from pydantic import (
 from ojfa_export.bundle.names import MANIFEST
 from ojfa_export.errors import BundleError, UsageError
 from ojfa_export.families.spec import ModelSpec, Precision
+from ojfa_export.guarantee.promise import Promise
 from ojfa_export.runtime.policy import ExitPolicy
 
 FORMAT = "ojfa-bundle"
@@ -168,7 +169,9 @@ class Built(_Part):
 class Manifest(_Part):
     """See the module. manifest.json holds these fields and `digest`: see `manifest_digest`.
 
-    `auto` is what `--exit auto` means; bundles without it have no such exit.
+    Attributes:
+        auto: When tokens leave early under `--exit auto`; None where the build chose nothing.
+        promise: What `auto` was shown to keep; None where nothing was asked.
     """
 
     format: Literal["ojfa-bundle"] = "ojfa-bundle"
@@ -181,9 +184,10 @@ class Manifest(_Part):
     graphs: tuple[GraphEntry, ...]
     engines: tuple[EngineSet, ...]
     shortcut: ShortcutEntry
-    auto: ExitPolicy | None = None
     calibration: Calibration
     golden: tuple[Golden, ...]
+    auto: ExitPolicy | None = None
+    promise: Promise | None = None
     files: dict[str, FileEntry]
     built: Built
 

@@ -8,6 +8,7 @@ ENGINES = "engines"
 REPORT = "report"
 TOKENIZER = "tokenizer.json"
 SHORTCUT = "shortcut.safetensors"
+STATISTICS = "statistics.npz"
 
 
 def block_name(index: int) -> str:

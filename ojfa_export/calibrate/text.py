@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,17 @@ HELD_OUT_SHARE = 0.25
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """One source of calibration text."""
+    """One source of calibration text.
+
+    Attributes:
+        domain: The kind of text; sources may share one.
+    """
 
     name: str
     documents: tuple[str, ...]
     sha256: str
     size: int
+    domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,12 @@ class Windows:
     Attributes:
         fit: [n, length] int32, for fitting.
         held_out: [m, length] int32, for measuring; from the end of each source.
+        rest: Of each source, the windows between, which are for neither.
     """
 
     fit: Int32
     held_out: Int32
+    rest: tuple[Int32, ...] = ()
 
 
 def shipped_text() -> list[Path]:
@@ -51,6 +59,18 @@ def shipped_text() -> list[Path]:
         "the calibration text that ships is missing from this installation",
         hint="reinstall ojfa-export, or give --calibration-data FILE",
     )
+
+
+def read_source(source: Path) -> CalibrationText:
+    """Reads FILE, or DOMAIN=FILE; a file alone is a domain of its own, of its name without ending.
+
+    Raises:
+        CalibrationError: As `read_text`.
+    """
+    named = None if source.exists() else re.fullmatch(r"([\w][\w.+-]*)=(.+)", str(source))
+    if named is None:
+        return replace(read_text(source), domain=source.stem)
+    return replace(read_text(Path(named[2])), domain=named[1])
 
 
 def read_text(path: Path) -> CalibrationText:
@@ -128,6 +148,7 @@ def make_windows(
     """
     fit: list[NDArray[np.int32]] = []
     held_out: list[NDArray[np.int32]] = []
+    rest: list[NDArray[np.int32]] = []
     share = -(-tokens // (len(texts) * length))  # windows of each source, rounded up
     for text in texts:
         ids = [token for each in tokenizer.encode_batch(list(text.documents)) for token in each.ids]
@@ -136,7 +157,8 @@ def make_windows(
         aside = max(1, round(count * HELD_OUT_SHARE))
         fit.append(all_windows[: count - aside])
         held_out.append(all_windows[len(all_windows) - aside :])
-    windows = Windows(np.concatenate(fit), np.concatenate(held_out))
+        rest.append(all_windows[max(0, count - aside) : max(0, len(all_windows) - aside)])
+    windows = Windows(np.concatenate(fit), np.concatenate(held_out), tuple(rest))
     if windows.fit.size < needed or not len(windows.held_out):
         taken = windows.fit.size + windows.held_out.size
         if taken >= tokens:

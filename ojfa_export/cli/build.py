@@ -14,6 +14,7 @@ from ojfa_export.cli.checkpoint_options import (
     checkpoint_options,
     graph_options,
     overwrite_option,
+    promise_options,
 )
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console, readable_bytes, readable_seconds
@@ -26,6 +27,7 @@ from ojfa_export.cli.errors import resumable
     "-o", "--output", type=click.Path(path_type=Path), metavar="BUNDLE", help="Bundle to write."
 )
 @calibration_options
+@promise_options
 @graph_options
 @click.option(
     "--max-batch-size",

@@ -45,8 +45,35 @@ def calibration_options(function: Decorated) -> Decorated:
             "--calibration-data",
             type=click.Path(path_type=Path),
             multiple=True,
-            metavar="FILE",
+            metavar="[DOMAIN=]FILE",
             help="Text or JSONL to calibrate with; repeatable.  [default: the text that ships]",
+        ),
+    ):
+        function = decorate(function)
+    return function
+
+
+def promise_options(function: Decorated) -> Decorated:
+    """What is to be promised of exits that are chosen per token."""
+    for decorate in (
+        click.option(
+            "--max-extra-surprisal",
+            type=float,
+            metavar="NATS",
+            help="Also promise this of the mean extra surprisal.",
+        ),
+        click.option(
+            "--confidence",
+            type=float,
+            metavar="SHARE",
+            help="Of the promise, over the draw of calibration text.  [default: 0.95]",
+        ),
+        click.option(
+            "--max-disagreement",
+            type=float,
+            metavar="SHARE",
+            help="Promise that with --exit auto at most this share of the tokens differs from the "
+            "full model's choice, in every domain.",
         ),
     ):
         function = decorate(function)

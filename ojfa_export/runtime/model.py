@@ -166,7 +166,7 @@ class Model:
         if self.manifest.auto is None:
             raise BundleError(
                 f"{self.bundle.directory} has no exit policy for 'auto'",
-                hint="build the bundle with one, give a fixed exit, or an ExitPolicy in Python",
+                hint="build it with --max-disagreement, or give a fixed exit or an ExitPolicy",
             )
         return self.manifest.auto
 

@@ -1,0 +1,143 @@
+"""Runs text through the engines and notes what each exit says, one block in memory at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ojfa_export.backends.backend import Engines, Float32, Int32
+from ojfa_export.errors import CalibrationError
+from ojfa_export.families.spec import ModelSpec
+from ojfa_export.guarantee.confidence import MEASURES, confidences, round_down, round_up
+from ojfa_export.guarantee.statistics import ExitStatistics
+from ojfa_export.progress import Progress
+
+# Sampled from each window. Its mean is as good a loss as the mean over all tokens: of the same
+# expectation, in [0, 1], and little more varied, since windows differ more than this rounds.
+TOKENS_PER_WINDOW = 64
+
+
+def collect_statistics(
+    spec: ModelSpec,
+    open_engines: Callable[[], Engines],
+    domains: Sequence[str],
+    windows: Sequence[Int32],
+    scratch: Path,
+    progress: Progress,
+    rng: np.random.Generator,
+) -> ExitStatistics:
+    """Statistics of every exit on sampled tokens of the windows.
+
+    Hidden states of one depth are on disk at a time, replaced in place by the next depth's.
+
+    Args:
+        spec: The model.
+        open_engines: Opens the engines that ship, exit head included; called anew for each depth,
+            so that one block's weights are in memory.
+        domains: Names.
+        windows: For each domain, [n, length] token ids.
+        scratch: Folder for the hidden states, 4 n length H bytes.
+        progress: Shows blocks.
+        rng: Samples the tokens.
+
+    Raises:
+        CalibrationError: Logits that are not finite.
+        OSError: No room for the hidden states.
+    """
+    text = np.concatenate(windows)
+    count, length = text.shape
+    sampled = min(TOKENS_PER_WINDOW, length)
+    places = np.sort(rng.permuted(np.tile(np.arange(length), (count, 1)), axis=1)[:, :sampled])
+    levels = spec.blocks - 1
+    confidence = np.empty((len(MEASURES), count, sampled, levels), np.float16)
+    tokens = np.empty((count, sampled, levels), np.int64)
+    path = scratch / "promise.f32"
+    with path.open("wb") as file:  # a full disk is an error here, and a crash in a map without room
+        os.posix_fallocate(file.fileno(), 0, 4 * count * length * spec.hidden_size)
+    states = np.memmap(path, np.float32, "r+", 0, (count, length, spec.hidden_size))
+    with progress.task("promising: running text", spec.blocks + 1, "blocks") as task:
+        for depth in range(spec.blocks):
+            engines = open_engines()
+            for index in range(count):
+                states[index] = _deepen(engines, text[index], states[index], depth)
+            task.advance()
+            if depth == 0:
+                continue
+            for index in range(count):
+                logits = _logits(engines, states[index][places[index]], final=False)
+                tokens[index, :, depth - 1] = logits.argmax(axis=1)
+                confidence[:, index, :, depth - 1] = round_down(confidences(logits))
+        agrees = np.empty(tokens.shape, np.bool_)
+        extra = np.empty(tokens.shape, np.float16)
+        engines = open_engines()
+        for index in range(count):
+            hidden = _run(engines, spec.blocks - 1, states[index])[places[index]]
+            logits = _logits(engines, hidden, final=True)
+            agrees[index], extra[index] = compare(logits, tokens[index])
+        task.advance()
+    del states
+    path.unlink()
+    return ExitStatistics(
+        blocks=spec.blocks,
+        exits=tuple(range(1, spec.blocks)),
+        domains=tuple(domains),
+        domain=np.repeat(np.arange(len(windows)), list(map(len, windows))).astype(np.int16),
+        confidence=confidence,
+        agrees=agrees,
+        extra_surprisal=extra,
+    )
+
+
+def compare(
+    logits: Float32, tokens: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_], NDArray[np.float16]]:
+    """Compares exits' tokens with the full model.
+
+    Args:
+        logits: [n, V] of the full model.
+        tokens: [n, E].
+
+    Returns:
+        [n, E] whether they agree, and [n, E] the extra surprisal, rounded up. The normaliser of the
+        probabilities cancels: it is the difference of two logits.
+    """
+    choice = logits.argmax(axis=1)
+    rows = np.arange(len(logits))
+    behind = logits[rows, choice][:, None] - logits[rows[:, None], tokens]
+    # Beyond float16's range it is beyond every clip as well.
+    return tokens == choice[:, None], round_up(np.minimum(behind, np.float32(1000)))
+
+
+def _deepen(engines: Engines, text: Int32, hidden: Float32, depth: int) -> Float32:
+    """Hidden states [length, H] after `depth` blocks, of those after one less."""
+    if depth > 0:
+        return _run(engines, depth - 1, hidden)
+    embedded: Float32 = engines.new_cache(1, len(text)).embed(text[None], [0])[0]
+    return embedded
+
+
+def _run(engines: Engines, block: int, hidden: Float32) -> Float32:
+    """A block on one window."""
+    result: Float32 = engines.new_cache(1, len(hidden)).run_blocks(
+        range(block, block + 1),
+        np.ascontiguousarray(hidden[None]),
+        slice(0, 1),
+        [0],
+        long_context=False,
+    )[0]
+    return result
+
+
+def _logits(engines: Engines, hidden: Float32, *, final: bool) -> Float32:
+    logits = engines.logits(np.ascontiguousarray(hidden), final=final)
+    if not np.isfinite(logits).all():
+        raise CalibrationError(
+            f"the {'full model' if final else 'exit head'}'s logits hold NaN or infinity on the "
+            "calibration text",
+            hint="build with --precision fp32, or check the checkpoint",
+        )
+    return logits

@@ -1,0 +1,147 @@
+"""What exits say and what the full model says, on sampled tokens of text windows; and its file."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ojfa_export.errors import BundleError
+from ojfa_export.guarantee.confidence import MEASURES
+from ojfa_export.runtime.policy import Measure
+from ojfa_export.shortcut.atomic import write_atomically
+
+SPLITS = ("tuning", "certification")
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+_ARRAYS = {
+    "domain": (np.dtype(np.int16), 1),
+    "confidence": (np.dtype(np.float16), 4),
+    "agrees": (np.dtype(np.bool_), 3),
+    "extra_surprisal": (np.dtype(np.float16), 3),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ExitStatistics:
+    """W windows of text, m tokens sampled from each, E exits.
+
+    Attributes:
+        blocks: L, the depth of the full model.
+        exits: [E] blocks run, increasing, all below L.
+        domains: Names.
+        domain: [W] int16, each window's domain.
+        confidence: [3, W, m, E] float16 in the order of MEASURES, rounded down.
+        agrees: [W, m, E] bool: the exit's token is the full model's first choice.
+        extra_surprisal: [W, m, E] float16, rounded up: ln p_full(the full model's first choice) -
+            ln p_full(the exit's token) in nats, 0 or more.
+    """
+
+    blocks: int
+    exits: tuple[int, ...]
+    domains: tuple[str, ...]
+    domain: NDArray[np.int16]
+    confidence: NDArray[np.float16]
+    agrees: NDArray[np.bool_]
+    extra_surprisal: NDArray[np.float16]
+
+    def __post_init__(self) -> None:
+        shape = self.agrees.shape
+        if (
+            len(shape) != 3
+            or shape[2] != len(self.exits)
+            or self.domain.shape != shape[:1]
+            or self.confidence.shape != (len(MEASURES), *shape)
+            or self.extra_surprisal.shape != shape
+        ):
+            raise ValueError(f"statistics of {len(self.exits)} exits do not fit shape {shape}")
+
+    @property
+    def windows(self) -> int:
+        """W."""
+        return len(self.agrees)
+
+    @property
+    def tokens_per_window(self) -> int:
+        """The tokens sampled from each window, m."""
+        _, tokens, _ = self.agrees.shape
+        return int(tokens)
+
+    def of(self, measure: Measure) -> NDArray[np.float16]:
+        """One measure of confidence, [W, m, E]."""
+        values: NDArray[np.float16] = self.confidence[MEASURES.index(measure)]
+        return values
+
+    def select(self, windows: NDArray[Any]) -> ExitStatistics:
+        """Some windows, by number (with repetitions) or by a mask [W]."""
+        return ExitStatistics(
+            self.blocks,
+            self.exits,
+            self.domains,
+            self.domain[windows],
+            self.confidence[:, windows],
+            self.agrees[windows],
+            self.extra_surprisal[windows],
+        )
+
+    def members(self) -> list[NDArray[np.intp]]:
+        """The windows of each domain."""
+        return [np.flatnonzero(self.domain == index) for index in range(len(self.domains))]
+
+
+def save_statistics(path: Path, splits: Mapping[str, ExitStatistics]) -> None:
+    """Writes the tuning and the certification split, whole or not at all.
+
+    The same statistics give the same bytes.
+
+    Raises:
+        OSError: The folder is missing, full or not writable.
+    """
+    first = splits[SPLITS[0]]
+    arrays: dict[str, Any] = {
+        "blocks": np.array(first.blocks, np.int32),
+        "exits": np.array(first.exits, np.int32),
+        "domains": np.array(first.domains, np.str_),
+    }
+    for split in SPLITS:
+        for name in _ARRAYS:
+            arrays[f"{split}_{name}"] = getattr(splits[split], name)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_statistics(path: Path) -> dict[str, ExitStatistics]:
+    """Reads both splits.
+
+    Raises:
+        BundleError: Missing, or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            domains = tuple(str(name) for name in file["domains"])
+            exits = tuple(int(depth) for depth in file["exits"])
+            blocks = int(file["blocks"])
+            splits = {}
+            for split in SPLITS:
+                arrays = {name: file[f"{split}_{name}"] for name in _ARRAYS}
+                for name, (dtype, axes) in _ARRAYS.items():
+                    if arrays[name].dtype != dtype or arrays[name].ndim != axes:
+                        raise ValueError(f"{split}_{name} is not {dtype} with {axes} axes")
+                splits[split] = ExitStatistics(blocks, exits, domains, **arrays)
+    except FileNotFoundError:
+        raise BundleError(
+            f"{path.parent} has no calibration statistics of its exits",
+            hint="build it with --max-disagreement",
+        ) from None
+    except _DAMAGE as error:
+        raise BundleError(
+            f"{path} is damaged: {error}", hint="copy the bundle again whole, or build it again"
+        ) from error
+    return splits

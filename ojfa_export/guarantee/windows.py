@@ -1,0 +1,106 @@
+"""Text for a promise: windows that neither fitted the shortcut nor chose it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ojfa_export.backends.backend import Int32
+from ojfa_export.calibrate.text import CalibrationText
+from ojfa_export.errors import CalibrationError
+from ojfa_export.guarantee.p_values import windows_needed
+from ojfa_export.guarantee.promise import Limits
+
+# Of the windows that are left, for the choice of measure, exits and path.
+TUNING_SHARE = 0.25
+# At most, in each domain: more windows only bring the certified risk nearer to the limit, by
+# about 3 / windows at a confidence of 95%.
+TUNING_WINDOWS = 64
+CERTIFICATION_WINDOWS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class PromiseWindows:
+    """Windows of each domain.
+
+    Attributes:
+        domains: Names, in the order of their first source.
+        tuning: For each domain, [n, length] int32.
+        certification: For each domain, [n, length] int32, from other parts of the text.
+    """
+
+    domains: tuple[str, ...]
+    tuning: tuple[Int32, ...]
+    certification: tuple[Int32, ...]
+
+
+def promise_windows(
+    texts: Sequence[CalibrationText], rest: Sequence[Int32], limits: Limits
+) -> PromiseWindows:
+    """Divides what is left of the calibration text.
+
+    Tuning takes the beginning of each source, so that few documents are in both splits;
+    certification takes windows that are spread evenly over the remainder, so that few are
+    neighbours, which resemble each other.
+
+    Args:
+        texts: The sources.
+        rest: Of each source, the windows that are free.
+        limits: What is to be promised.
+
+    Raises:
+        CalibrationError: A domain has fewer windows than the promise needs at the least.
+    """
+    needed = max(windows_needed(limit, limits.confidence) for limit in limits.shares())
+    domains = tuple(dict.fromkeys(text.domain for text in texts))
+    tuning, certification = [], []
+    for domain in domains:
+        sources = [
+            windows for text, windows in zip(texts, rest, strict=True) if text.domain == domain
+        ]
+        found = sum(map(len, sources))
+        counts = [int(TUNING_SHARE * len(windows)) for windows in sources]
+        if found - sum(counts) < needed:
+            raise _too_little(domain, texts, sources, needed, limits)
+        tuning.append(
+            _spread([windows[:n] for windows, n in zip(sources, counts, strict=True)],
+                    TUNING_WINDOWS)
+        )  # fmt: skip
+        certification.append(
+            _spread([windows[n:] for windows, n in zip(sources, counts, strict=True)],
+                    CERTIFICATION_WINDOWS)
+        )  # fmt: skip
+    return PromiseWindows(domains, tuple(tuning), tuple(certification))
+
+
+def _spread(sources: Sequence[Int32], count: int) -> Int32:
+    """At most so many windows, evenly spread over all that there are."""
+    together = np.concatenate(sources)
+    if len(together) <= count:
+        return together
+    return together[np.linspace(0, len(together) - 1, count).astype(np.int64)]
+
+
+def _too_little(
+    domain: str,
+    texts: Sequence[CalibrationText],
+    sources: Sequence[Int32],
+    needed: int,
+    limits: Limits,
+) -> CalibrationError:
+    found, length = sum(map(len, sources)), sources[0].shape[1]
+    wanted = int(np.ceil(needed / (1 - TUNING_SHARE)))
+    size = sum(text.size for text in texts if text.domain == domain)
+    hint = f"give several times its {size:,} bytes"
+    if found:
+        # The rest grows with the text from what fitting leaves.
+        hint = f"give at least {max(2, round(size * (wanted / found))):,} bytes of it"
+    return CalibrationError(
+        f"domain '{domain}' has too little text for the promise: {found} windows of {length} "
+        f"tokens are left beside those for fitting, and at most {limits.max_disagreement:g} "
+        f"disagreement with confidence {limits.confidence:g} needs {wanted}, even if no token "
+        "differs",
+        hint=f"{hint}, or promise less",
+    )

@@ -1,0 +1,175 @@
+"""Statistics against the runtime, their file, and confidences in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from tolerances import LOGITS_FP32
+
+from ojfa_export import backends
+from ojfa_export.bundle.bundle import Bundle
+from ojfa_export.errors import BundleError, CalibrationError
+from ojfa_export.guarantee import (
+    MEASURES,
+    ExitStatistics,
+    confidences,
+    load_statistics,
+    save_statistics,
+)
+from ojfa_export.guarantee.collect import collect_statistics, compare
+from ojfa_export.guarantee.confidence import round_down, round_up
+from ojfa_export.progress import SILENT
+from ojfa_export.runtime.model import Model
+
+Population = Callable[..., ExitStatistics]
+FLOATS = hnp.arrays(np.float32, 20, elements=st.floats(-1000, 1000, width=32))
+
+
+@given(FLOATS)
+def test_rounding_keeps_comparisons(values: np.ndarray) -> None:
+    down, up = round_down(values), round_up(values)
+    assert (down <= values).all()
+    assert (up >= values).all()
+    for threshold in down.astype(np.float32):
+        assert ((down >= threshold) == (values >= threshold)).all()
+
+
+def test_confidences_in_float64(rng: np.random.Generator) -> None:
+    logits = (4 * rng.normal(size=(50, 70))).astype(np.float32)
+    exact = np.exp(logits.astype(np.float64))
+    exact /= exact.sum(axis=1, keepdims=True)
+    ordered = np.sort(exact, axis=1)
+    expected = [
+        ordered[:, -1],
+        ordered[:, -1] - ordered[:, -2],
+        (exact * np.log(exact)).sum(axis=1),
+    ]
+    np.testing.assert_allclose(confidences(logits), expected, atol=LOGITS_FP32)
+
+
+def test_ties_are_not_sure() -> None:
+    top, margin, entropy = confidences(np.array([[2, 2, -50, -50]], np.float32))
+    assert top == pytest.approx(0.5)
+    assert margin == 0
+    assert entropy == pytest.approx(-np.log(2))
+
+
+def test_extra_surprisal_in_float64(rng: np.random.Generator) -> None:
+    logits = (4 * rng.normal(size=(40, 60))).astype(np.float32)
+    tokens = rng.integers(0, 60, (40, 3))
+    agrees, extra = compare(logits, tokens)
+    exact = np.exp(logits.astype(np.float64))
+    log_probs = np.log(exact / exact.sum(axis=1, keepdims=True))
+    expected = log_probs.max(axis=1)[:, None] - np.take_along_axis(log_probs, tokens, axis=1)
+    np.testing.assert_array_equal(agrees, tokens == log_probs.argmax(axis=1)[:, None])
+    np.testing.assert_allclose(extra, expected, rtol=2e-3, atol=1e-5)
+    assert (extra.astype(np.float64) >= expected - 1e-5).all()
+
+
+def collect(bundle: Path, windows: list[np.ndarray], scratch: Path) -> ExitStatistics:
+    opened, backend = Bundle(bundle), backends.load("onnxruntime")
+    files = opened.engines("onnxruntime").files
+    rotary = opened.manifest.rotary
+    tables = rotary and (opened.tensor(rotary.cos), opened.tensor(rotary.sin))
+    return collect_statistics(
+        opened.manifest.model.spec,
+        lambda: backend.open_engines(
+            opened.manifest.model.spec,
+            opened.graphs,
+            {name: bundle / file for name, file in files.items()},
+            tables,
+        ),
+        [f"d{index}" for index in range(len(windows))],
+        windows,
+        scratch,
+        SILENT,
+        np.random.default_rng(0),
+    )
+
+
+def test_what_the_runtime_says_token_by_token(
+    tiny_bundle: Path, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    model = Model(Bundle(tiny_bundle), "onnxruntime")
+    blocks = Bundle(tiny_bundle).manifest.model.spec.blocks
+    vocabulary = Bundle(tiny_bundle).manifest.model.spec.vocab_size
+    windows = [rng.integers(0, vocabulary, (count, 12)).astype(np.int32) for count in (2, 1)]
+    found = collect(tiny_bundle, windows, tmp_path)
+    assert found.exits == tuple(range(1, blocks))
+    assert found.domain.tolist() == [0, 0, 1]
+    assert found.tokens_per_window == 12  # as many as there are
+    assert not list(tmp_path.iterdir())
+    for index, window in enumerate(np.concatenate(windows)):
+        said = {}
+        for depth in (*found.exits, blocks):
+            session = model.session()
+            exit_ = "full" if depth == blocks else depth
+            said[depth] = np.stack([session.advance([int(t)], exit=exit_)[0] for t in window])
+        choice = said[blocks].argmax(axis=1)
+        for column, depth in enumerate(found.exits):
+            tokens = said[depth].argmax(axis=1)
+            np.testing.assert_array_equal(found.agrees[index, :, column], tokens == choice)
+            for measure, values in zip(MEASURES, confidences(said[depth]), strict=True):
+                np.testing.assert_allclose(
+                    found.of(measure)[index, :, column], values, rtol=2e-3, atol=LOGITS_FP32
+                )
+
+
+def test_engines_that_give_nan_are_refused(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
+
+    monkeypatch.setattr(
+        OnnxRuntimeEngines,
+        "logits",
+        lambda self, h, final: np.full((len(h), 9), np.nan, np.float32),
+    )
+    with pytest.raises(CalibrationError, match="exit head's logits hold NaN"):
+        collect(tiny_bundle, [np.zeros((1, 4), np.int32)], tmp_path)
+
+
+def test_file_round_trip(population: Population, tmp_path: Path) -> None:
+    splits = {"tuning": population(windows=5), "certification": population(windows=7)}
+    for name in ("a.npz", "b.npz"):
+        save_statistics(tmp_path / name, splits)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    found = load_statistics(tmp_path / "a.npz")
+    for name, expected in splits.items():
+        assert found[name].exits == expected.exits
+        assert found[name].domains == expected.domains
+        assert found[name].blocks == expected.blocks
+        for array in ("domain", "confidence", "agrees", "extra_surprisal"):
+            np.testing.assert_array_equal(getattr(found[name], array), getattr(expected, array))
+
+
+def test_files_that_are_no_statistics(population: Population, tmp_path: Path) -> None:
+    path = tmp_path / "statistics.npz"
+    with pytest.raises(BundleError, match="has no calibration statistics") as caught:
+        load_statistics(path)
+    assert "--max-disagreement" in str(caught.value.hint)
+    save_statistics(path, {name: population(windows=3) for name in ("tuning", "certification")})
+    whole = path.read_bytes()
+    for damaged in (b"", b"PK", whole[:-300], whole[:200] + bytes(64) + whole[264:]):
+        path.write_bytes(damaged)
+        with pytest.raises(BundleError, match=r"statistics\.npz is damaged"):
+            load_statistics(path)
+    with path.open("wb") as file:
+        np.savez(file, exits=np.arange(3))
+    with pytest.raises(BundleError, match="is damaged"):
+        load_statistics(path)
+
+
+def test_shapes_must_fit(population: Population) -> None:
+    plain = population(windows=3)
+    with pytest.raises(ValueError, match="do not fit"):
+        ExitStatistics(
+            12, (4, 8), plain.domains, plain.domain, plain.confidence, plain.agrees,
+            plain.extra_surprisal,
+        )  # fmt: skip
