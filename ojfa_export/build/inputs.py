@@ -46,6 +46,7 @@ class Inputs:
             rows_needed(self.checkpoint.spec.hidden_size),
         )
         self._check_vocabulary()
+        self.checkpoint.check_shapes()
         self.model_sha256 = self.checkpoint.sha256()
 
     def _check_vocabulary(self) -> None:
