@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_bandwidth_share(shapes, bandwidth)
     verdicts = [bar for shape in shapes for bar in bars(shape)]
     result = {
+        "commit": _commit(),
         "machine": {
             **describe_machine((*PACKAGES, *PEERS)),
             "bandwidth_bytes_per_second": bandwidth,
@@ -55,6 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plot_races(shapes, options.out.with_suffix(".png"))
     print_races(shapes)
     print_bars(verdicts)
+
+
+def _commit() -> str:
+    """The commit that is measured; "-dirty" where files differ from it."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
 
 
 def _run_shape(shape: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def _generate_and_weigh(bundle: Path, exit: int | None) -> dict[str, Any]:
     model = load(bundle)
     spec = model.spec
     one = np.zeros((1, 1), np.int32)
-    model.engines.new_cache(1, 1).embed(one, one)
+    model.engines.new_cache(1, 1).embed(one, [0])
     # By now tokenizer, thread pool and ONNX Runtime's own code are there, but no block is.
     fixed = _resident("self", "VmRSS") - before
     depth = spec.blocks // 2 if exit is None else exit or spec.blocks

@@ -116,10 +116,10 @@ def test_held_out_code_was_not_trained_on_by_the_demo_either():
 
 @pytest.fixture(scope="module")
 def tiny_text(tmp_path_factory) -> Path:
-    """A text directory of about 20,000 tokens in two domains, cut from this project's source."""
+    """A text directory of a few thousand tokens in two domains, cut from this project's source."""
     directory = tmp_path_factory.mktemp("text")
-    files = sorted((ROOT / "ojfa_export").rglob("*.py"))[:40]
-    code = [Document(path.name, path.read_text(encoding="utf-8")[:2_000]) for path in files]
+    files = sorted((ROOT / "ojfa_export").rglob("*.py"))[:30]
+    code = [Document(path.name, path.read_text(encoding="utf-8")[:800]) for path in files]
     docs = [
         Document(document.path, ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) * 3)
         for document, path in zip(code, files, strict=True)

@@ -87,14 +87,6 @@ def train_checkpoint(
     )
     model.load_state_dict(run.best_weights)
     model.half().float()  # the loss to report is that of the weights as stored
-    parts = {
-        name: {
-            "train_tokens": train_parts[name].numel(),
-            **_quality(model, held_out[name], text, arguments),
-            **_amounts(text),
-        }
-        for name, text in domains.items()
-    }
     quality = _quality(model, held_out_tokens, merge(domains.values()), arguments)
     facts = {
         **quality,
@@ -105,7 +97,14 @@ def train_checkpoint(
         | {"device": torch.cuda.get_device_name() if device.type == "cuda" else device.type},
         "versions": _versions(),
         "text": _text_facts(merge(domains.values()), counts),
-        "domains": parts,
+        "domains": {
+            name: {
+                "train_tokens": train_parts[name].numel(),
+                **_quality(model, held_out[name], text, arguments),
+                **_amounts(text),
+            }
+            for name, text in domains.items()
+        },
     }
     write_checkpoint(arguments.output, model, tokenizer, facts)
     loss = quality["held_out_loss_nats_per_token"]

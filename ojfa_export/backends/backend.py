@@ -6,7 +6,7 @@ exports a `Backend` as BACKEND (see `backends.load`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -26,25 +26,31 @@ class Cache(Protocol):
     session's watermarks alone.
     """
 
-    def embed(self, token_ids: Int32, positions: Int32) -> Float32:
-        """Embeds tokens: [rows, tokens] each, to hidden states [rows, tokens, H]."""
+    def embed(self, token_ids: Int32, starts: Sequence[int]) -> Float32:
+        """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
         ...
 
-    def run_block(
-        self, block: int, hidden: Float32, rows: slice, starts: Int32, *, long_context: bool
+    def run_blocks(
+        self,
+        blocks: range,
+        hidden: Float32,
+        rows: slice,
+        starts: Sequence[int],
+        *,
+        long_context: bool,
     ) -> Float32:
-        """Runs a block on new tokens and appends their keys and values.
+        """Runs consecutive blocks on new tokens, each appending its keys and values.
 
         Args:
-            block: Which block, from 0.
+            blocks: Which blocks, from 0.
             hidden: [rows, tokens, H]; several rows only with one token each.
             rows: Which sequences.
-            starts: [rows] position of each sequence's first token here; cache rows from there
-                on are overwritten.
+            starts: Position of each sequence's first token here; cache rows from there on are
+                overwritten.
             long_context: Whether LongRoPE's long factors apply.
 
         Returns:
-            [rows, tokens, H]; valid until the next call but one.
+            [rows, tokens, H] after the last of the blocks; valid until the next call.
         """
         ...
 

@@ -5,6 +5,8 @@ Every token then opens every block again: right for a few passes, never for serv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ojfa_export.backends.backend import Cache, Engines, Float32, Int32
 from ojfa_export.families.spec import ModelSpec
 
@@ -44,17 +46,25 @@ class FrugalCache:
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
 
-    def embed(self, token_ids: Int32, positions: Int32) -> Float32:
+    def embed(self, token_ids: Int32, starts: Sequence[int]) -> Float32:
         """See `Cache`."""
-        return self._cache.embed(token_ids, positions)
+        return self._cache.embed(token_ids, starts)
 
-    def run_block(
-        self, block: int, hidden: Float32, rows: slice, starts: Int32, *, long_context: bool
+    def run_blocks(
+        self,
+        blocks: range,
+        hidden: Float32,
+        rows: slice,
+        starts: Sequence[int],
+        *,
+        long_context: bool,
     ) -> Float32:
         """See `Cache`."""
-        result = self._cache.run_block(block, hidden, rows, starts, long_context=long_context)
-        self._cache.unload(block)
-        return result
+        for block in blocks:
+            one = range(block, block + 1)
+            hidden = self._cache.run_blocks(one, hidden, rows, starts, long_context=long_context)
+            self._cache.unload(block)
+        return hidden
 
     def unload(self, block: int) -> None:
         """Nothing is left to close."""

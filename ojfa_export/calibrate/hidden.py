@@ -77,7 +77,6 @@ def collect_hidden_states(
     count, length = windows.shape
     states = HiddenStates(directory, spec.hidden_size, count * length)
     states.check_room(spec.blocks + 1)
-    positions = np.arange(length, dtype=np.int32)[None]
     with progress.task("calibrating: running text", spec.blocks + 1, "blocks") as task:
         for depth in range(spec.blocks + 1):
             if not states.path(depth).exists():
@@ -88,13 +87,13 @@ def collect_hidden_states(
                 with partial.open("wb") as file:
                     for index, window in enumerate(windows):
                         if source is None:
-                            hidden = cache.embed(window[None], positions)
+                            hidden = cache.embed(window[None], [0])
                         else:
-                            hidden = cache.run_block(
-                                depth - 1,
+                            hidden = cache.run_blocks(
+                                range(depth - 1, depth),
                                 np.ascontiguousarray(source[index : index + 1]),
                                 slice(0, 1),
-                                np.zeros(1, np.int32),
+                                [0],
                                 long_context=False,
                             )
                         _check_finite(hidden, depth)

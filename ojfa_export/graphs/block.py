@@ -34,9 +34,9 @@ def block_graph(
     dialect.attention_inputs(graph)
     normed = dialect.to_compute(graph, dialect.norm(graph, hidden, weights, "attention.norm"))
     mixed = dialect.attention(graph, dialect.linear(graph, normed, weights, "attention.qkv"), index)
-    attended = graph.op("Add", hidden, dialect.linear(graph, mixed, weights, "attention.out"))
-    normed = dialect.to_compute(graph, dialect.norm(graph, attended, weights, "mlp.norm"))
-    up = dialect.linear(graph, normed, weights, "mlp.up")
+    out = dialect.linear(graph, mixed, weights, "attention.out")
+    attended, normed = dialect.add_and_norm(graph, hidden, out, weights, "mlp.norm")
+    up = dialect.linear(graph, dialect.to_compute(graph, normed), weights, "mlp.up")
     if spec.gated:
         sizes = graph.constant([spec.intermediate_size] * 2, np.int64)
         gate, up = graph.op("Split", up, sizes, axis=-1, outputs=2)

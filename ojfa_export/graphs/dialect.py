@@ -56,6 +56,11 @@ class Portable:
         biased: str = graph.op("Add", y, graph.weight(f"{name}.bias", weights[f"{name}.bias"]))
         return biased
 
+    def vocabulary(self, graph: Graph, x: str, name: str, ref: TensorRef) -> str:
+        """The product x @ W^T, W [V, features]: x in compute precision, the result fp32."""
+        weight = self.matrix(graph, name, ref)
+        return self.to_float(graph, graph.op("Gemm", x, weight, transB=1))
+
     def norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
         """RMSNorm or LayerNorm over the last axis, fp32."""
         weight = graph.weight(f"{name}.weight", weights[f"{name}.weight"])
@@ -67,6 +72,13 @@ class Portable:
             return normed
         scaled: str = graph.op("Mul", self.root_mean_square(graph, x), weight)
         return scaled
+
+    def add_and_norm(
+        self, graph: Graph, x: str, y: str, weights: Weights, name: str
+    ) -> tuple[str, str]:
+        """The sum x + y, and its norm."""
+        total = graph.op("Add", x, y)
+        return total, self.norm(graph, total, weights, name)
 
     def root_mean_square(self, graph: Graph, x: str) -> str:
         """x / sqrt(mean(x^2) + eps) over the last axis, fp32."""

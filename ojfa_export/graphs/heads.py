@@ -20,8 +20,7 @@ def final_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> on
     graph = Graph("final_head", "The last block's output to logits: final norm and LM head")
     hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
     normed = dialect.to_compute(graph, dialect.norm(graph, hidden, weights, "final_norm"))
-    weight = dialect.matrix(graph, "head", weights["head"])
-    logits = dialect.to_float(graph, graph.op("Gemm", normed, weight, transB=1))
+    logits = dialect.vocabulary(graph, normed, "head", weights["head"])
     graph.output(logits, "logits", FLOAT, "rows", spec.vocab_size)
     return graph.model()
 
@@ -40,8 +39,7 @@ def exit_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onn
     projected = graph.op("MatMul", hidden, graph.weight("project", weights["project"]))
     projected = graph.op("Add", projected, graph.weight("project.bias", weights["project.bias"]))
     normed = dialect.to_compute(graph, dialect.root_mean_square(graph, projected))
-    weight = dialect.matrix(graph, "vocabulary", weights["vocabulary"])
-    logits = dialect.to_float(graph, graph.op("Gemm", normed, weight, transB=1))
+    logits = dialect.vocabulary(graph, normed, "vocabulary", weights["vocabulary"])
     if "vocabulary.bias" in weights:
         bias = graph.weight("vocabulary.bias", weights["vocabulary.bias"])
         logits = graph.op("Add", logits, bias)

@@ -38,6 +38,14 @@ class TensorRef:
     dtype: int
     dims: tuple[int, ...]
 
+    def rows(self, start: int, stop: int) -> TensorRef:
+        """Some rows of a matrix."""
+        row = self.length // self.dims[0]
+        dims = (stop - start, *self.dims[1:])
+        return TensorRef(
+            self.location, self.offset + start * row, (stop - start) * row, self.dtype, dims
+        )
+
     def proto(self, name: str) -> onnx.TensorProto:
         """The initializer that refers to the data."""
         tensor = onnx.TensorProto(name=name, data_type=self.dtype, dims=self.dims)

@@ -14,6 +14,7 @@ from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.policy import ExitPolicy, confidence
 from ojfa_export.runtime.stats import Stats
+from ojfa_export.runtime.watermarks import Watermarks
 
 Exit = int | Literal["full"]
 
@@ -63,25 +64,26 @@ class Session:
         self.stats = Stats()
         self._engines = engines
         self._cache = engines.new_cache(batch_size, max_length)
-        self._tokens = np.zeros((batch_size, max_length), np.int32)
-        self._lengths = np.zeros(batch_size, np.int32)
-        self._watermarks = np.zeros((spec.blocks, batch_size), np.int32)
+        # Plain lists: arrays of a few numbers would cost each step more than they hold.
+        self._tokens: list[list[int]] = [[] for _ in range(batch_size)]
+        self._watermarks = [Watermarks(spec.blocks) for _ in range(batch_size)]
         # Hidden states that came out of `depth` blocks and wait for the next: row p is position p.
         self._waiting: dict[int, Float32] = {}
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""
-        return [int(length) for length in self._lengths]
+        return [len(tokens) for tokens in self._tokens]
 
     @property
     def watermarks(self) -> Int32:
         """Tokens that each block has processed, [blocks, sequences]."""
-        return self._watermarks.copy()
+        marks = [[row[block] for row in self._watermarks] for block in range(self.spec.blocks)]
+        return np.array(marks, np.int32)
 
     def tokens(self, row: int = 0) -> list[int]:
         """Token ids of a sequence so far."""
-        return [int(token) for token in self._tokens[row, : self._lengths[row]]]
+        return list(self._tokens[row])
 
     @overload
     def advance(
@@ -126,7 +128,7 @@ class Session:
         """
         depth = resolve_exit(exit, self.spec.blocks)
         counts = self._append(token_ids)
-        self.stats.exits[depth] += int(np.count_nonzero(counts))
+        self.stats.exits[depth] += sum(count > 0 for count in counts)
         return self._run(counts, depth, every_position)
 
     def decide(
@@ -156,13 +158,14 @@ class Session:
             if not going.any():
                 break
             asked_rows = np.flatnonzero(going)
-            answers = self._answer(going, depth)
+            answers = self._answer(going.tolist(), depth)
             asked[index, asked_rows] = confidence(answers, policy.measure)
             self.stats.checks += len(asked_rows)
             sure = asked[index, asked_rows] >= threshold
             stopped = asked_rows[sure]
             logits[stopped], blocks_run[stopped], going[stopped] = answers[sure], depth, False
-        logits[going], blocks_run[going] = self._answer(going, self.spec.blocks), self.spec.blocks
+        logits[going] = self._answer(going.tolist(), self.spec.blocks)
+        blocks_run[going] = self.spec.blocks
         self.stats.exits.update(blocks_run[blocks_run > 0].tolist())
         return Step(logits, blocks_run, asked)
 
@@ -183,7 +186,8 @@ class Session:
         """
         new = self._check(token_ids)
         for row, (count, ids) in enumerate(zip(counts, new, strict=True)):
-            waiting = int(self._lengths[row] - self._watermarks[-1, row]) + len(ids)
+            last_mark = self._watermarks[row][self.spec.blocks - 1]
+            waiting = len(self._tokens[row]) - last_mark + len(ids)
             if not min(len(ids), 1) <= count <= waiting:
                 raise UsageError(
                     f"asked for the logits of {count} tokens of sequence {row}, of which "
@@ -214,8 +218,9 @@ class Session:
             UsageError: An exit outside the model.
         """
         depth = resolve_exit(exit, self.spec.blocks)
-        waiting = self._lengths - self._watermarks[depth - 1]
-        return self._run(waiting.tolist(), depth, every_position)
+        rows = zip(self._tokens, self._watermarks, strict=True)
+        waiting = [len(tokens) - marks[depth - 1] for tokens, marks in rows]
+        return self._run(waiting, depth, every_position)
 
     @overload
     def _run(
@@ -231,25 +236,33 @@ class Session:
         self, counts: Sequence[int], depth: int, every_position: bool
     ) -> Float32 | list[Float32]:
         """Runs the first blocks and a head; logits of each sequence's last `counts` tokens."""
-        wanted = np.array(counts) > 0
+        wanted = [count > 0 for count in counts]
         if not every_position:
+            answers = self._answer(wanted, depth)
+            if len(answers) == self.batch_size:
+                return answers
             logits = np.zeros((self.batch_size, self.spec.vocab_size), np.float32)
-            logits[wanted] = self._answer(wanted, depth)
+            logits[np.array(wanted)] = answers
             return logits
         states = [np.zeros((0, self.spec.hidden_size), np.float32)] * self.batch_size
         for rows in self._groups(wanted, depth):
             hidden = self._deepen(rows, depth, wanted)
-            for row in np.flatnonzero(wanted[rows]) + rows.start:
-                states[row] = hidden[row - rows.start, -counts[row] :].copy()
-        answers = self._head(np.concatenate(states), depth)
-        return np.split(answers, np.cumsum(counts)[:-1])
+            for row in range(rows.start, rows.stop):
+                if wanted[row]:
+                    states[row] = hidden[row - rows.start, -counts[row] :].copy()
+        return np.split(self._head(np.concatenate(states), depth), np.cumsum(counts)[:-1])
 
-    def _answer(self, wanted: NDArray[np.bool_], depth: int) -> Float32:
+    def _answer(self, wanted: Sequence[bool], depth: int) -> Float32:
         """Runs sequences through the first blocks; logits [wanted, V] of their newest tokens."""
-        newest = np.empty((self.batch_size, self.spec.hidden_size), np.float32)
+        newest = []
         for rows in self._groups(wanted, depth):
-            newest[rows] = self._deepen(rows, depth, wanted)[:, -1]
-        return self._head(newest[wanted], depth)
+            last = self._deepen(rows, depth, wanted)[:, -1]
+            if len(last) == self.batch_size and all(wanted):
+                return self._head(np.ascontiguousarray(last), depth)
+            newest.append(last[np.array(wanted[rows])])
+        if not newest:
+            return np.zeros((0, self.spec.vocab_size), np.float32)
+        return self._head(np.concatenate(newest), depth)
 
     def _head(self, hidden: Float32, depth: int) -> Float32:
         """Logits [n, V] of hidden states [n, H] after `depth` blocks."""
@@ -270,24 +283,21 @@ class Session:
         """
         if not 0 <= row < self.batch_size:
             raise UsageError(f"row {row} is outside 0..{self.batch_size - 1}")
-        if not 0 <= length <= self._lengths[row]:
+        if not 0 <= length <= len(self._tokens[row]):
             raise UsageError(
-                f"can't rewind to {length} tokens: the sequence has {self._lengths[row]}",
+                f"can't rewind to {length} tokens: the sequence has {len(self._tokens[row])}",
                 hint="rewind only shortens a sequence",
             )
-        before = self._lengths.copy()
-        self._lengths[row] = length
-        np.minimum(self._watermarks[:, row], length, out=self._watermarks[:, row])
-        self._forget_other_context(before)
+        self._resize(row, length)
+        del self._tokens[row][length:]
 
     def _append(self, token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[int]:
         """Takes new tokens, which then wait before the first block; how many of each sequence."""
         new = self._check(token_ids)
-        before = self._lengths.copy()
         for row, ids in enumerate(new):
-            self._tokens[row, before[row] : before[row] + len(ids)] = ids
-            self._lengths[row] += len(ids)
-        self._forget_other_context(before)
+            if len(ids):
+                self._resize(row, len(self._tokens[row]) + len(ids))
+                self._tokens[row].extend(map(int, ids))
         return [len(ids) for ids in new]
 
     def _check(self, token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[Sequence[int]]:
@@ -299,7 +309,7 @@ class Session:
                 hint="give one list of token ids per sequence",
             )
         for row, ids in enumerate(new):
-            length = int(self._lengths[row]) + len(ids)
+            length = len(self._tokens[row]) + len(ids)
             if length > self.max_length:
                 raise UsageError(
                     f"sequence {row} would have {length} tokens, the cache holds {self.max_length}",
@@ -312,45 +322,57 @@ class Session:
                 )
         return new
 
-    def _forget_other_context(self, before: Int32) -> None:
-        """LongRoPE rotates every position by the sequence's length class: a change starts over."""
-        if self.spec.rotary_switch is None:
-            return
+    def _resize(self, row: int, length: int) -> None:
+        """Makes the marks fit a sequence's new length.
+
+        LongRoPE rotates every position by the sequence's length class: a change starts over.
+        """
         switch = self.spec.rotary_switch
-        changed = (before > switch) != (self._lengths > switch)
-        self._watermarks[:, changed] = 0
+        if switch is not None and (length > switch) != self._long_context(row):
+            self._watermarks[row].lower_to(0)
+        elif length < len(self._tokens[row]):
+            self._watermarks[row].lower_to(length)
 
     def _long_context(self, row: int) -> bool:
-        return self.spec.rotary_switch is not None and bool(
-            self._lengths[row] > self.spec.rotary_switch
-        )
+        switch = self.spec.rotary_switch
+        return switch is not None and len(self._tokens[row]) > switch
 
-    def _groups(self, wanted: NDArray[np.bool_], depth: int) -> Iterator[slice]:
+    def _groups(self, wanted: Sequence[bool], depth: int) -> Iterator[slice]:
         """Sequences that can run together: those whose one token waits before the same block.
 
         Rows must be neighbours in the cache. One between them that stopped earlier runs along, as
         that costs less than another pass: it computes something at a position that no block from
         there on has processed, and what it writes is overwritten before it is read.
         """
-        waiting = self._lengths - self._watermarks[:depth]
         start = 0
         while start < self.batch_size:
             stop = start + 1
-            if wanted[start] and waiting[-1, start] == 1:
-                first = int((waiting[:, start] == 0).sum())
+            entry = self._entry(start, depth) if wanted[start] else None
+            if entry is not None:
                 long = self._long_context(start)
                 for row in range(start + 1, self.batch_size):
-                    if not waiting[first, row] or self._long_context(row) != long:
+                    none_waits = self._watermarks[row][entry] == len(self._tokens[row])
+                    if none_waits or self._long_context(row) != long:
                         break
                     if wanted[row]:
-                        if (waiting[:, row] != waiting[:, start]).any():
+                        if self._entry(row, depth) != entry:
                             break
                         stop = row + 1
             if wanted[start]:
                 yield slice(start, stop)
             start = stop
 
-    def _deepen(self, rows: slice, depth: int, wanted: NDArray[np.bool_]) -> Float32:
+    def _entry(self, row: int, depth: int) -> int | None:
+        """The block before which a sequence's one token waits; None where it has more to run."""
+        length, marks = len(self._tokens[row]), self._watermarks[row]
+        if marks.all_at(length - 1, depth):
+            return 0
+        spans = list(marks.spans(depth))
+        if [mark for _, mark in spans] == [length, length - 1]:
+            return spans[1][0].start
+        return None
+
+    def _deepen(self, rows: slice, depth: int, wanted: Sequence[bool]) -> Float32:
         """Runs the first blocks on all that waits before them.
 
         Args:
@@ -361,49 +383,47 @@ class Session:
         Returns:
             Hidden states [rows, tokens, H] of the newest tokens after `depth` blocks.
         """
-        row, end = rows.start, int(self._lengths[rows.start])
-        starts, long = self._watermarks[0, rows].copy(), self._long_context(rows.start)
+        marks, end = self._watermarks[rows.start], len(self._tokens[rows.start])
+        starts = [marks[0] for marks in self._watermarks[rows]]
+        long = self._long_context(rows.start)
         hidden = self._embed(rows, starts)
-        for block, start in enumerate(self._watermarks[:depth, row].tolist()):
+        for blocks, start in marks.spans(depth):
             covered = end - hidden.shape[1]
             if start < covered:
-                starts = self._watermarks[block, rows].copy()
-                waiting = self._waited(block, rows, starts, covered - start)
+                starts = [each[blocks.start] for each in self._watermarks[rows]]
+                waiting = self._waited(blocks.start, rows, starts, covered - start)
                 hidden = np.concatenate([waiting, hidden], axis=1) if hidden.shape[1] else waiting
             if hidden.shape[1]:
-                hidden = self._cache.run_block(block, hidden, rows, starts, long_context=long)
+                hidden = self._cache.run_blocks(blocks, hidden, rows, starts, long_context=long)
         if depth < self.spec.blocks:
             self._wait(depth, rows, starts, hidden)
         # Raised together, when all is done: a pass that is interrupted can be run again.
-        done = np.flatnonzero(wanted[rows]) + rows.start
-        self._watermarks[:depth, done] = self._lengths[done]
+        for row in range(rows.start, rows.stop):
+            if wanted[row]:
+                self._watermarks[row].raise_to(len(self._tokens[row]), depth)
         return hidden
 
-    def _embed(self, rows: slice, starts: Int32) -> Float32:
+    def _embed(self, rows: slice, starts: list[int]) -> Float32:
         """Embeds what waits before the first block: nothing, where tokens wait only later."""
-        count = int(self._lengths[rows.start] - starts[0])
+        count = len(self._tokens[rows.start]) - starts[0]
         if not count:
-            return np.empty((rows.stop - rows.start, 0, self.spec.hidden_size), np.float32)
-        positions: Int32 = starts[:, None] + np.arange(count, dtype=np.int32)  # type: ignore[assignment]
-        ids = self._tokens[np.arange(rows.start, rows.stop)[:, None], positions]
-        return self._cache.embed(ids, positions)
+            return np.empty((len(starts), 0, self.spec.hidden_size), np.float32)
+        both = zip(self._tokens[rows], starts, strict=True)
+        new = [tokens[start : start + count] for tokens, start in both]
+        return self._cache.embed(np.array(new, np.int32), starts)
 
-    def _waited(self, depth: int, rows: slice, starts: Int32, count: int) -> Float32:
+    def _waited(self, depth: int, rows: slice, starts: list[int], count: int) -> Float32:
         """The hidden states that `_wait` kept: [rows, count, H], count 1 for several rows."""
-        if count == 1:
-            return self._waiting[depth][np.arange(rows.start, rows.stop), starts][:, None]
-        return self._waiting[depth][rows, starts[0] : starts[0] + count]
+        waiting = self._waiting[depth]
+        return np.stack([waiting[rows.start + i, at : at + count] for i, at in enumerate(starts)])
 
-    def _wait(self, depth: int, rows: slice, starts: Int32, hidden: Float32) -> None:
+    def _wait(self, depth: int, rows: slice, starts: list[int], hidden: Float32) -> None:
         """Keeps hidden states for a later pass that goes deeper."""
         if depth not in self._waiting:
             shape = (self.batch_size, self.max_length, self.spec.hidden_size)
             self._waiting[depth] = np.empty(shape, np.float32)
-        if hidden.shape[1] == 1:
-            self._waiting[depth][np.arange(rows.start, rows.stop), starts] = hidden[:, 0]
-        else:
-            start = int(starts[0])
-            self._waiting[depth][rows, start : start + hidden.shape[1]] = hidden
+        for row, start, states in zip(range(rows.start, rows.stop), starts, hidden, strict=True):
+            self._waiting[depth][row, start : start + len(states)] = states
 
 
 def resolve_exit(exit: Exit, blocks: int) -> int:

@@ -217,7 +217,7 @@ def compare_parts(
                 window.token_ids, positions, long_context=window.long_context
             )
             record("graph", embedded)
-            record("engine", engines.new_cache(batch, length).embed(window.token_ids, positions))
+            record("engine", engines.new_cache(batch, length).embed(window.token_ids, [0] * batch))
         else:
             for actual in _graph_in_pieces(graphs, depth - 1, previous, positions, rotations):
                 record("graph", actual)
@@ -267,11 +267,11 @@ def _engine_in_pieces(
             together = batch if stop - start == 1 else 1
             for row in range(0, batch, together):
                 rows = slice(row, row + together)
-                result[rows, start:stop] = cache.run_block(
-                    block,
+                result[rows, start:stop] = cache.run_blocks(
+                    range(block, block + 1),
                     np.ascontiguousarray(hidden[rows, start:stop]),
                     rows,
-                    np.full(together, start, np.int32),
+                    [start] * together,
                     long_context=long_context,
                 )
         results.append(result)

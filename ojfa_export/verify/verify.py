@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ojfa_export.bundle.bundle import Bundle
-from ojfa_export.errors import CheckpointError
+from ojfa_export.errors import BundleError, CheckpointError
 from ojfa_export.progress import Progress
 from ojfa_export.report.model import Check
 from ojfa_export.runtime.model import Model
@@ -41,6 +41,11 @@ def verify_bundle(
     model = Model(opened, backend)
     checks = verify_golden(model)
     if against is None:
+        if not checks:  # random weights, say: no token leads the others clearly
+            raise BundleError(
+                f"{bundle} has no golden tokens to verify with",
+                hint="compare it with its checkpoint: --against CHECKPOINT",
+            )
         return checks
     from ojfa_export.checkpoint.checkpoint import Checkpoint
     from ojfa_export.checkpoint.hub import resolve

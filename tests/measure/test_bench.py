@@ -35,13 +35,13 @@ class RecordingEngines:
 
     def new_cache(self, batch_size: int, capacity: int):
         cache = self.engines.new_cache(batch_size, capacity)
-        run_block = cache.run_block
+        run_blocks = cache.run_blocks
 
-        def recorded(block, hidden, *arguments, **named):
-            self.calls.append((block, hidden.shape[1]))
-            return run_block(block, hidden, *arguments, **named)
+        def recorded(blocks, hidden, *arguments, **named):
+            self.calls += [(block, hidden.shape[1]) for block in blocks]
+            return run_blocks(blocks, hidden, *arguments, **named)
 
-        cache.run_block = recorded
+        cache.run_blocks = recorded
         return cache
 
     def logits(self, hidden, *, final: bool):

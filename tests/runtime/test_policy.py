@@ -177,13 +177,13 @@ def test_sequences_that_go_on_run_together(chain_of, monkeypatch):
     session = chain.session(3, MAX_LENGTH)
     session.advance([[1, 2, 3], [4], [5, 6]])
     calls = []
-    run_block = session._cache.run_block
+    run_blocks = session._cache.run_blocks
 
-    def counted(block, hidden, rows, starts, **options):
-        calls.append((block, rows.stop - rows.start))
-        return run_block(block, hidden, rows, starts, **options)
+    def counted(blocks, hidden, rows, starts, **options):
+        calls.extend((block, rows.stop - rows.start) for block in blocks)
+        return run_blocks(blocks, hidden, rows, starts, **options)
 
-    monkeypatch.setattr(session._cache, "run_block", counted)
+    monkeypatch.setattr(session._cache, "run_blocks", counted)
     policy = ExitPolicy(exits=(1, 3), measure="top", thresholds=(2.0, 2.0))
     step = session.decide([[7], [8], [9]], policy)
     assert calls == [(block, 3) for block in range(4)]
@@ -208,13 +208,13 @@ def test_sequences_that_go_on_run_together_over_one_that_stopped(chain_of, monke
     session = chain.session(3, MAX_LENGTH)
     session.advance(prompts)
     calls = []
-    run_block = session._cache.run_block
+    run_blocks = session._cache.run_blocks
 
-    def counted(block, hidden, rows, starts, **options):
-        calls.append((block, rows.stop - rows.start))
-        return run_block(block, hidden, rows, starts, **options)
+    def counted(blocks, hidden, rows, starts, **options):
+        calls.extend((block, rows.stop - rows.start) for block in blocks)
+        return run_blocks(blocks, hidden, rows, starts, **options)
 
-    monkeypatch.setattr(session._cache, "run_block", counted)
+    monkeypatch.setattr(session._cache, "run_blocks", counted)
     poison(session)
     step = session.decide([[7], [token], [9]], between)
     assert step.blocks_run.tolist() == [4, 1, 4]

@@ -37,13 +37,11 @@ programs = st.lists(advance | decode | rewind, min_size=1, max_size=8)
 
 def poison(session) -> None:
     """Puts NaN wherever nothing that counts may lie: a step that reads it shows."""
-    marks, lengths = session.watermarks, session.lengths
+    marks = session.watermarks
     for block, arrays in session._cache._values.items():
         for array in arrays:
             for row in range(session.batch_size):
                 array[row, :, marks[block, row] :] = np.nan
-    for row in range(session.batch_size):
-        session._tokens[row, lengths[row] :] = -1
     for depth, waiting in session._waiting.items():
         for row in range(session.batch_size):
             waiting[row, : marks[depth, row]] = np.nan
@@ -199,15 +197,16 @@ def test_an_interrupted_step_can_be_taken_back(block, depth_before, chain_of, mo
     chain = chain_of("llama-gqa")
     session = chain.session(2, MAX_LENGTH)
     session.advance([[3, 4, 5], [6]], depth_before)
-    run_block = session._cache.run_block
+    run_blocks = session._cache.run_blocks
 
-    def interrupted(index, *args, **kwargs):
-        if index == block:
+    def interrupted(blocks, *args, **kwargs):
+        if block in blocks:
+            run_blocks(range(blocks.start, block), *args, **kwargs)
             raise KeyboardInterrupt
-        return run_block(index, *args, **kwargs)
+        return run_blocks(blocks, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session._cache, "run_block", interrupted)
+        patch.setattr(session._cache, "run_blocks", interrupted)
         with pytest.raises(KeyboardInterrupt):
             session.advance([[7], [8]])
     check_watermarks(session)

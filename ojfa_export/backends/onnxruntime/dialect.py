@@ -7,6 +7,9 @@ from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, MICROSOFT, Graph
 from ojfa_export.graphs.weights import TensorRef
 
+WIDENED_AT_ONCE = 64_000_000  # bytes
+SKIP_RMS_NORM = "SkipSimplifiedLayerNormalization"
+
 
 class OnnxRuntimeCpu(Portable):
     """ONNX Runtime's contrib operators, in fp32.
@@ -26,6 +29,24 @@ class OnnxRuntimeCpu(Portable):
         weight = super().matrix(graph, name, ref)
         return graph.cast(weight, FLOAT) if ref.dtype == FLOAT16 else weight
 
+    def vocabulary(self, graph: Graph, x: str, name: str, ref: TensorRef) -> str:
+        """The product x @ W^T; a wide fp16 matrix in parts.
+
+        Loading holds a matrix three times at its peak: as stored, widened, and packed. In parts,
+        only one part is held packed beside the widened whole.
+        """
+        rows = ref.dims[0]
+        step = max(1, WIDENED_AT_ONCE // (4 * ref.dims[1]))
+        if ref.dtype != FLOAT16 or rows <= step:
+            return super().vocabulary(graph, x, name, ref)
+        parts = [
+            super(OnnxRuntimeCpu, self).vocabulary(
+                graph, x, f"{name}.{start}", ref.rows(start, min(start + step, rows))
+            )
+            for start in range(0, rows, step)
+        ]
+        return str(graph.op("Concat", *parts, axis=1))
+
     def norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
         """RMSNorm as one node; LayerNorm is one node as it is."""
         if self.spec.norm == "layer":
@@ -37,6 +58,27 @@ class OnnxRuntimeCpu(Portable):
                 "SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon, stash_type=1
             )
         )
+
+    def add_and_norm(
+        self, graph: Graph, x: str, y: str, weights: Weights, name: str
+    ) -> tuple[str, str]:
+        """The sum x + y, and its norm, as one node."""
+        kind = "SkipLayerNormalization" if self.spec.norm == "layer" else SKIP_RMS_NORM
+        parameters = [
+            graph.weight(each, weights[each])
+            for each in (f"{name}.weight", f"{name}.bias")
+            if each in weights
+        ]
+        normed, _, _, total = graph.op(
+            kind,
+            x,
+            y,
+            *parameters,
+            outputs=4,
+            domain=MICROSOFT,
+            epsilon=self.spec.norm_epsilon,
+        )
+        return total, normed
 
     def activation(self, graph: Graph, x: str, kind: Activation) -> str:
         """An activation as one node where there is one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,49 +84,62 @@ class OnnxRuntimeCache:
         per_token = 4 * spec.heads * capacity
         self._prefill_tokens = max(16, SCORE_BYTES // per_token)
 
-    def embed(self, token_ids: Int32, positions: Int32) -> Float32:
-        """Embeds tokens: [rows, tokens] each, to hidden states [rows, tokens, H]."""
+    def embed(self, token_ids: Int32, starts: Sequence[int]) -> Float32:
+        """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
         feeds = {"token_ids": token_ids}
         if self._engines.spec.learned_positions:
-            feeds["positions"] = positions
+            tokens = np.arange(token_ids.shape[1])
+            feeds["positions"] = (np.array(starts)[:, None] + tokens).astype(np.int32)
         hidden: Float32 = self._engines.session("embed").run(None, feeds)[0]
         return hidden
 
-    def run_block(
-        self, block: int, hidden: Float32, rows: slice, starts: Int32, *, long_context: bool
+    def run_blocks(
+        self,
+        blocks: range,
+        hidden: Float32,
+        rows: slice,
+        starts: Sequence[int],
+        *,
+        long_context: bool,
     ) -> Float32:
-        """Runs a block on new tokens; see `backends.backend.Cache`."""
+        """Runs consecutive blocks on new tokens; see `backends.backend.Cache`."""
+        if hidden.shape[1] == 1:
+            return self._decode_steps(rows, long_context).run(blocks, hidden, starts)
+        for block in blocks:
+            hidden = self._run_prompt(block, hidden, rows, starts[0], long_context)
+        return hidden
+
+    def _run_prompt(
+        self, block: int, hidden: Float32, rows: slice, start: int, long_context: bool
+    ) -> Float32:
+        """Runs a block on several tokens of one sequence, a piece at a time."""
         tokens = hidden.shape[1]
-        if tokens == 1:
-            return self._run_decode(block, hidden, rows, starts, long_context)
         if tokens <= self._prefill_tokens:
-            return self._run_prefill(block, hidden, rows, int(starts[0]), long_context)
+            return self._run_prefill(block, hidden, rows, start, long_context)
         pieces = [
             self._run_prefill(
                 block,
                 np.ascontiguousarray(hidden[:, at : at + self._prefill_tokens]),
                 rows,
-                int(starts[0]) + at,
+                start + at,
                 long_context,
             )
             for at in range(0, tokens, self._prefill_tokens)
         ]
         return np.concatenate(pieces, axis=1)
 
+    def _decode_steps(self, rows: slice, long_context: bool) -> _DecodeSteps:
+        key = (rows.start, rows.stop, long_context)
+        if key not in self._decode:
+            hidden_size = self._engines.spec.hidden_size
+            self._decode[key] = _DecodeSteps(self, rows, hidden_size, long_context)
+        return self._decode[key]
+
     def unload(self, block: int) -> None:
         """Closes a block's session; its keys and values stay."""
         for steps in self._decode.values():
             steps.unbind(block)
         self._engines.close(block_name(block))
-
-    def _run_decode(
-        self, block: int, hidden: Float32, rows: slice, starts: Int32, long_context: bool
-    ) -> Float32:
-        key = (rows.start, rows.stop, long_context)
-        steps = self._decode.get(key)
-        if steps is None:
-            steps = self._decode[key] = _DecodeSteps(self, rows, hidden.shape[2], long_context)
-        return steps.run(block, hidden, starts)
 
     def _run_prefill(
         self, block: int, hidden: Float32, rows: slice, start: int, long_context: bool
@@ -210,31 +223,29 @@ class _DecodeSteps:
         self._hidden = tuple(np.empty((count, 1, hidden_size), np.float32) for _ in range(2))
         self._last_positions = np.empty(count, np.int32)
         self._total_length = np.empty((), np.int32)
-        self._bound_starts = b""
         self._runs: dict[int, Callable[[], None]] = {}
 
-    def run(self, block: int, hidden: Float32, starts: Int32) -> Float32:
-        """Runs a block; see `OnnxRuntimeCache.run_block`."""
-        source, target = self._hidden[block % 2], self._hidden[1 - block % 2]
-        if hidden is not source:
-            source[...] = hidden
-        # All blocks of a pass have the same starts: comparing is cheaper than writing them again.
-        if (current := starts.tobytes()) != self._bound_starts:
-            self._bound_starts = current
-            self._last_positions[...] = starts
-            self._total_length[...] = starts.max() + 1
-        if block not in self._runs:
-            self._runs[block] = self._cache.bind(
-                block,
-                source,
-                target,
-                self._rows,
-                self._last_positions,
-                self._total_length,
-                self._long_context,
-            )
-        self._runs[block]()
-        return target
+    def run(self, blocks: range, hidden: Float32, starts: Sequence[int]) -> Float32:
+        """Runs consecutive blocks; see `OnnxRuntimeCache.run_blocks`."""
+        self._hidden[blocks.start % 2][...] = hidden
+        self._last_positions[...] = starts
+        self._total_length[...] = max(starts) + 1
+        for block in blocks:
+            if block not in self._runs:
+                self._runs[block] = self._bind(block)
+            self._runs[block]()
+        return self._hidden[blocks.stop % 2]
+
+    def _bind(self, block: int) -> Callable[[], None]:
+        return self._cache.bind(
+            block,
+            self._hidden[block % 2],
+            self._hidden[1 - block % 2],
+            self._rows,
+            self._last_positions,
+            self._total_length,
+            self._long_context,
+        )
 
     def unbind(self, block: int) -> None:
         """Drops the binding to a block's session."""

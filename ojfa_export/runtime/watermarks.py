@@ -1,0 +1,51 @@
+"""How many tokens of one sequence each block has processed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+class Watermarks:
+    """Marks of all blocks, non-increasing with depth.
+
+    Blocks in a row mostly have the same mark, so they are kept as a few spans: what a pass does
+    per span it need not do per block.
+
+    Args:
+        blocks: How many; all marks begin at 0.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self._spans: list[tuple[int, int]] = [(blocks, 0)]  # (one past the last block, mark)
+
+    def __getitem__(self, block: int) -> int:
+        """The mark of a block."""
+        return next(mark for stop, mark in self._spans if block < stop)
+
+    def spans(self, depth: int) -> Iterator[tuple[range, int]]:
+        """Blocks 0 .. depth-1 in runs of equal marks, and the marks."""
+        start = 0
+        for stop, mark in self._spans:
+            if start >= depth:
+                return
+            yield range(start, min(stop, depth)), mark
+            start = stop
+
+    def all_at(self, mark: int, depth: int) -> bool:
+        """Whether the first blocks all have this mark."""
+        stop, first = self._spans[0]
+        return first == mark and stop >= depth
+
+    def raise_to(self, mark: int, depth: int) -> None:
+        """Raises the first blocks to a mark that none of all blocks exceeds."""
+        deeper = [span for span in self._spans if span[0] > depth]
+        if deeper and deeper[0][1] == mark:
+            self._spans = deeper
+        else:
+            self._spans = [(depth, mark), *deeper]
+
+    def lower_to(self, mark: int) -> None:
+        """Lowers every mark that is higher."""
+        higher = [stop for stop, each in self._spans if each >= mark]
+        lower = [span for span in self._spans if span[1] < mark]
+        self._spans = [(higher[-1], mark), *lower] if higher else lower
