@@ -15,14 +15,18 @@ if TYPE_CHECKING:
     from ojfa_export.errors import OjfaError
     from ojfa_export.runtime.generation import Completion, Generation, Token
     from ojfa_export.runtime.model import Model, load
+    from ojfa_export.runtime.policy import ExitPolicy
     from ojfa_export.runtime.session import Session
+    from ojfa_export.runtime.speculation import Speculation
 
 __all__ = [
     "Completion",
+    "ExitPolicy",
     "Generation",
     "Model",
     "OjfaError",
     "Session",
+    "Speculation",
     "Token",
     "__version__",
     "load",
@@ -30,10 +34,12 @@ __all__ = [
 
 _HOMES = {
     "Completion": "runtime.generation",
+    "ExitPolicy": "runtime.policy",
     "Generation": "runtime.generation",
     "Model": "runtime.model",
     "OjfaError": "errors",
     "Session": "runtime.session",
+    "Speculation": "runtime.speculation",
     "Token": "runtime.generation",
     "load": "runtime.model",
 }

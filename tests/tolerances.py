@@ -38,3 +38,9 @@ MULTIDOMAIN_LOSS_NATS = 0.18
 # Rotary tables against transformers' own, both fp32: frequencies (relative error 1e-7) times
 # positions of a few hundred radians at most, in cosines and sines of at most 1.5.
 ROTARY_FP32 = 1e-4
+# A confidence in fp32 with float64 sums against float64: fp32's rounding of a logit of the size of
+# those that have a part in it (up to 16 below the largest), 1e-6, times log V at most.
+CONFIDENCE = 1e-5
+# Logits of the likeliest tokens that may be ranked either way: two fp32 sums in different orders
+# of summation, each within LOGITS_FP32 of the exact one.
+NEAR_TIE = 2 * LOGITS_FP32

@@ -11,11 +11,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from ojfa_export.bundle.names import MANIFEST
-from ojfa_export.errors import BundleError
+from ojfa_export.errors import BundleError, UsageError
 from ojfa_export.families.spec import ModelSpec, Precision
+from ojfa_export.runtime.policy import ExitPolicy
 
 FORMAT = "ojfa-bundle"
 FORMAT_VERSION = 1
@@ -157,7 +166,10 @@ class Built(_Part):
 
 
 class Manifest(_Part):
-    """See the module. manifest.json holds these fields and `digest`: see `manifest_digest`."""
+    """See the module. manifest.json holds these fields and `digest`: see `manifest_digest`.
+
+    `auto` is what `--exit auto` means; bundles without it have no such exit.
+    """
 
     format: Literal["ojfa-bundle"] = "ojfa-bundle"
     format_version: Literal[1] = 1
@@ -169,10 +181,17 @@ class Manifest(_Part):
     graphs: tuple[GraphEntry, ...]
     engines: tuple[EngineSet, ...]
     shortcut: ShortcutEntry
+    auto: ExitPolicy | None = None
     calibration: Calibration
     golden: tuple[Golden, ...]
     files: dict[str, FileEntry]
     built: Built
+
+    @model_validator(mode="after")
+    def _auto_fits(self) -> Manifest:
+        if self.auto is not None:
+            self.auto.check_fits(self.model.spec.blocks)
+        return self
 
     def to_json(self) -> str:
         """The text of manifest.json."""
@@ -235,6 +254,8 @@ def read_manifest(directory: Path) -> Manifest:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         detail = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
         raise _damaged(path, detail) from error
+    except UsageError as error:
+        raise _damaged(path, error.message) from error
 
 
 def _damaged(path: Path, detail: str) -> BundleError:

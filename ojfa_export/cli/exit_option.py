@@ -7,6 +7,7 @@ from typing import Literal
 import click
 
 METAVAR = "full|N"
+METAVAR_WITH_AUTO = "full|auto|N"
 
 
 def parse_exit(value: str) -> int | Literal["full"]:
@@ -16,3 +17,8 @@ def parse_exit(value: str) -> int | Literal["full"]:
     if not value.isdecimal() or int(value) < 1:
         raise click.BadParameter(f"{value!r} is not 'full' or a number of blocks to run")
     return int(value)
+
+
+def parse_exit_or_auto(value: str) -> int | Literal["full", "auto"]:
+    """Reads what `parse_exit` does, or "auto"."""
+    return "auto" if value == "auto" else parse_exit(value)

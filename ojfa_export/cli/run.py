@@ -12,12 +12,12 @@ import click
 from ojfa_export import backends
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console
-from ojfa_export.cli.exit_option import METAVAR, parse_exit
+from ojfa_export.cli.exit_option import METAVAR_WITH_AUTO, parse_exit_or_auto
 from ojfa_export.errors import UsageError
 
 if TYPE_CHECKING:
     from ojfa_export.runtime.generation import Generation, Token
-    from ojfa_export.runtime.session import Exit
+    from ojfa_export.runtime.model import ExitChoice
 
 STDIN = "-"
 
@@ -35,7 +35,26 @@ STDIN = "-"
     "newline.",
 )
 @click.option(
-    "--exit", "depth", type=parse_exit, metavar=METAVAR, default="full", help="Blocks to run."
+    "--exit",
+    "depth",
+    type=parse_exit_or_auto,
+    metavar=METAVAR_WITH_AUTO,
+    default="full",
+    help="Blocks to run; 'auto' decides for each token by the bundle's policy.",
+)
+@click.option(
+    "--speculate",
+    is_flag=True,
+    help="Draft at an exit and check with the other blocks: the tokens of full depth.",
+)
+@click.option(
+    "--draft-exit", type=click.IntRange(min=1), metavar="N", help="Blocks that draft [half]."
+)
+@click.option(
+    "--draft-length",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens per draft [adapted to how many are accepted].",
 )
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), metavar="N", default=64, help="For each prompt."
@@ -54,7 +73,10 @@ def command(
     console: Console,
     bundle: Path,
     prompts: tuple[str, ...],
-    depth: Exit,
+    depth: ExitChoice,
+    speculate: bool,
+    draft_exit: int | None,
+    draft_length: int | None,
     backend: str,
     **settings: Any,
 ) -> None:
@@ -66,9 +88,15 @@ def command(
     texts = _read_prompts(prompts)
     if settings["temperature"] == 0 and (settings["top_p"] != 1 or settings["top_k"] is not None):
         console.note("note: --top-p and --top-k have no effect at --temperature 0")
+    if not speculate and (draft_exit, draft_length) != (None, None):
+        raise UsageError(
+            "--draft-exit and --draft-length are settings of speculation", hint="add --speculate"
+        )
     import ojfa_export
     from ojfa_export.runtime.generation import collect
 
+    if speculate:
+        settings["speculate"] = ojfa_export.Speculation(draft_exit, draft_length)
     model = ojfa_export.load(bundle, backend=backend)
     encoded = [model.encode(text) for text in texts]
     tokens = _Interruptible(model.stream(texts, exit=depth, **settings), _printer(console, texts))
@@ -78,7 +106,7 @@ def command(
             console.emit(_document(generation, texts, depth))
     else:
         _show(console, generation, texts)
-        console.note(_summary(generation, depth))
+        console.note(_summary(generation, depth, speculate))
     if tokens.interrupted:
         raise KeyboardInterrupt
 
@@ -143,15 +171,23 @@ def _show(console: Console, generation: Generation, texts: list[str]) -> None:
         console.print(completion.text)
 
 
-def _summary(generation: Generation, depth: Exit) -> str:
-    count = sum(len(completion.token_ids) for completion in generation.prompts)
+def _summary(generation: Generation, depth: ExitChoice, speculate: bool) -> str:
+    completions = generation.prompts
+    count = sum(len(completion.token_ids) for completion in completions)
+    how = f"exit {depth}"
+    if depth == "auto":
+        blocks = sum(sum(completion.exit_blocks) for completion in completions)
+        how += f", {blocks / max(count, 1):.1f} blocks/token"
+    if speculate:
+        passes = sum(completion.passes for completion in completions)
+        how += f", {count / max(passes, 1):.2f} tokens per full pass"
     return (
         f"{count} tokens, {generation.tokens_per_second:.1f} tokens/s, "
-        f"first token after {generation.time_to_first_token_ms:.1f} ms, exit {depth}"
+        f"first token after {generation.time_to_first_token_ms:.1f} ms, {how}"
     )
 
 
-def _document(generation: Generation, texts: list[str], depth: Exit) -> dict[str, Any]:
+def _document(generation: Generation, texts: list[str], depth: ExitChoice) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {

@@ -9,8 +9,11 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
+from ojfa_export.runtime.decoding import Decoder, StepByStep
+from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.session import Exit, Session, resolve_exit
+from ojfa_export.runtime.session import Exit, Session
+from ojfa_export.runtime.speculation import Speculation, Speculator
 from ojfa_export.runtime.text import TextStream
 
 FinishReason = Literal["end_of_text", "stop_string", "max_new_tokens", "cache_full"]
@@ -26,6 +29,7 @@ class Token:
         text: Text that became certain with it, perhaps none or of several tokens.
         blocks_run: Blocks that computed it.
         finish_reason: Why this is the prompt's last token, or None.
+        drafted: Whether speculation proposed it before the full model took it.
     """
 
     row: int
@@ -33,6 +37,7 @@ class Token:
     text: str
     blocks_run: int
     finish_reason: FinishReason | None
+    drafted: bool = False
 
 
 @dataclass
@@ -41,6 +46,8 @@ class Completion:
 
     Attributes:
         exit_blocks: Blocks run for each token.
+        passes: Passes that gave the tokens: as many as tokens, or fewer where drafts of
+            speculation were accepted.
     """
 
     prompt_token_ids: list[int]
@@ -48,6 +55,7 @@ class Completion:
     text: str = ""
     exit_blocks: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    passes: int = 0
 
 
 @dataclass
@@ -66,13 +74,14 @@ class Generation:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to generate; see `Model.generate`."""
+    """How to generate; see `Model.generate`. Speculation takes the place of the exit."""
 
-    exit: Exit
+    exit: Exit | ExitPolicy
     max_new_tokens: int
     sampling: Sampling
     stop: tuple[str, ...]
     eos_token_ids: tuple[int, ...]
+    speculation: Speculation | None = None
 
 
 def generate_tokens(
@@ -89,25 +98,34 @@ def generate_tokens(
     Yields:
         Tokens in the order in which they are known, prompt by prompt within a step.
     """
-    blocks_run = resolve_exit(settings.exit, session.spec.blocks)
+    decoder = _decoder(session, len(prompts), settings)
     streams = [TextStream(tokenizer, settings.stop, prompt) for prompt in prompts]
-    generators = [settings.sampling.generator(row) for row in range(len(prompts))]
     counts = [0] * len(prompts)
     pending: list[list[int]] = [list(prompt) for prompt in prompts]
     while any(pending):
-        logits = session.advance(pending, settings.exit)
-        active, pending = [bool(ids) for ids in pending], [[] for _ in prompts]
-        for row in (row for row, is_active in enumerate(active) if is_active):
-            token = settings.sampling.choose(logits[row], generators[row])
-            counts[row] += 1
-            text = "" if token in settings.eos_token_ids else streams[row].push(token)
-            room = session.max_length - session.lengths[row]
-            reason = _finish_reason(token, streams[row], counts[row], room, settings)
-            if reason is None:
-                pending[row] = [token]
-            else:
-                text += streams[row].finish()
-            yield Token(row, token, text, blocks_run, reason)
+        wanted = [settings.max_new_tokens - count for count in counts]
+        chosen, pending = decoder.step(pending, wanted), [[] for _ in prompts]
+        for row, tokens in enumerate(chosen):
+            for token in tokens:
+                counts[row] += 1
+                text = "" if token.id in settings.eos_token_ids else streams[row].push(token.id)
+                # The newest token isn't in the cache, and needs a row only if another follows.
+                room = session.max_length - (len(prompts[row]) + counts[row] - 1)
+                reason = _finish_reason(token.id, streams[row], counts[row], room, settings)
+                pending[row] = [token.id] if reason is None else []
+                if reason is not None:
+                    text += streams[row].finish()
+                yield Token(row, token.id, text, token.blocks_run, reason, token.drafted)
+                if reason is not None:
+                    break
+
+
+def _decoder(session: Session, rows: int, settings: Settings) -> Decoder:
+    sampling = settings.sampling
+    generators = [sampling.generator(row) for row in range(rows)]
+    if settings.speculation is None:
+        return StepByStep(session, settings.exit, sampling, generators)
+    return Speculator(session, settings.speculation, sampling, generators, settings.eos_token_ids)
 
 
 def _finish_reason(
@@ -134,6 +152,8 @@ def collect(prompts: Sequence[Sequence[int]], tokens: Iterator[Token]) -> Genera
         completion.token_ids.append(token.id)
         completion.text += token.text
         completion.exit_blocks.append(token.blocks_run)
+        # Each pass gives one token that wasn't drafted, unless the text ends before it.
+        completion.passes += not token.drafted or token.finish_reason is not None
         completion.finish_reason = token.finish_reason
     seconds = time.perf_counter() - start
     return Generation(completions, count / seconds if seconds else 0.0, first * 1000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import Tokenizer
 
@@ -13,8 +14,13 @@ from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.bundle.names import TOKENIZER
 from ojfa_export.errors import BundleError, UsageError
 from ojfa_export.runtime.generation import Generation, Settings, Token, collect, generate_tokens
+from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Exit, Session, resolve_exit
+from ojfa_export.runtime.speculation import Speculation
+
+# A fixed exit, a policy that decides for each token, or "auto", the bundle's own policy.
+ExitChoice = Exit | Literal["auto"] | ExitPolicy
 
 
 class Model:
@@ -78,7 +84,8 @@ class Model:
         self,
         prompts: str | Sequence[str],
         *,
-        exit: Exit = "full",
+        exit: ExitChoice = "full",
+        speculate: bool | Speculation = False,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -90,7 +97,10 @@ class Model:
 
         Args:
             prompts: Text before the generated text.
-            exit: Blocks to run for each token, or "full".
+            exit: Blocks to run for each token, or "full"; "auto" decides for each token by the
+                policy in the bundle, an `ExitPolicy` by that.
+            speculate: Whether, or how, to draft at an exit and check with the remaining blocks:
+                the tokens are those of full depth (sampled ones: their distribution).
             max_new_tokens: Tokens at most for each prompt.
             temperature: 0 for greedy decoding.
             top_k: Sample among this many most likely tokens.
@@ -100,16 +110,20 @@ class Model:
 
         Raises:
             UsageError: An argument out of range, an empty prompt, or one too long for the cache.
+            BundleError: "auto", of a bundle that has no policy.
         """
         encoded = [self.encode(prompt) for prompt in _listed(prompts)]
-        settings = self._settings(exit, max_new_tokens, stop, temperature, top_k, top_p, seed)
+        settings = self._settings(
+            exit, speculate, max_new_tokens, stop, Sampling(temperature, top_k, top_p, seed)
+        )
         return collect(encoded, self._tokens(encoded, settings))
 
     def stream(
         self,
         prompts: str | Sequence[str],
         *,
-        exit: Exit = "full",
+        exit: ExitChoice = "full",
+        speculate: bool | Speculation = False,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -119,7 +133,9 @@ class Model:
     ) -> Iterator[Token]:
         """Generates as `generate` does, and gives each token when it is known."""
         encoded = [self.encode(prompt) for prompt in _listed(prompts)]
-        settings = self._settings(exit, max_new_tokens, stop, temperature, top_k, top_p, seed)
+        settings = self._settings(
+            exit, speculate, max_new_tokens, stop, Sampling(temperature, top_k, top_p, seed)
+        )
         return self._tokens(encoded, settings)
 
     def encode(self, prompt: str) -> list[int]:
@@ -147,24 +163,49 @@ class Model:
             )
         return ids
 
+    def auto_policy(self) -> ExitPolicy:
+        """The policy behind the exit "auto".
+
+        Raises:
+            BundleError: The bundle has none.
+        """
+        if self.manifest.auto is None:
+            raise BundleError(
+                f"{self.bundle.directory} has no exit policy for 'auto'",
+                hint="build the bundle with one, give a fixed exit, or an ExitPolicy in Python",
+            )
+        return self.manifest.auto
+
     def _settings(
         self,
-        exit: Exit,
+        exit: ExitChoice,
+        speculate: bool | Speculation,
         max_new_tokens: int,
         stop: str | Sequence[str],
-        temperature: float,
-        top_k: int | None,
-        top_p: float,
-        seed: int,
+        sampling: Sampling,
     ) -> Settings:
         if max_new_tokens < 1:
             raise UsageError(f"max-new-tokens must be 1 or more, not {max_new_tokens}")
         stops = tuple(_listed(stop))
         if "" in stops:
             raise UsageError("a stop string is empty")
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        self.engines.load_blocks(resolve_exit(exit, self.blocks))
-        return Settings(exit, max_new_tokens, sampling, stops, self.spec.eos_token_ids)
+        speculation = Speculation() if speculate is True else speculate or None
+        chosen: Exit | ExitPolicy = self.auto_policy() if exit == "auto" else exit
+        depth = self.blocks
+        if isinstance(chosen, ExitPolicy):
+            chosen.check_fits(self.blocks)
+        else:
+            depth = resolve_exit(chosen, self.blocks)
+        if speculation is not None:
+            speculation.resolve_exit(self.blocks)
+            if chosen != "full" and chosen != self.blocks:
+                raise UsageError(
+                    "speculation gives the tokens of full depth, and an exit was asked for",
+                    hint="leave out one of them; the exit that drafts is a setting of speculation",
+                )
+        self.engines.load_blocks(depth)
+        eos = self.spec.eos_token_ids
+        return Settings(chosen, max_new_tokens, sampling, stops, eos, speculation)
 
     def _tokens(self, encoded: list[list[int]], settings: Settings) -> Iterator[Token]:
         if not encoded:

@@ -18,6 +18,7 @@ from ojfa_export.bundle.manifest import FORMAT_VERSION, TensorSlice, manifest_di
 from ojfa_export.bundle.names import MANIFEST, graph_names
 from ojfa_export.errors import BundleError
 from ojfa_export.runtime.model import Model, load
+from ojfa_export.runtime.policy import ExitPolicy
 
 Fields = dict[str, Any]
 
@@ -96,6 +97,9 @@ def test_number_that_no_file_digest_protects(copy: BundleCopy, path: str) -> Non
         ("model/spec/blocks", 5, "other than those of 5 blocks"),
         ("engines/0/files", {}, "onnxruntime engines other than"),
         ("graphs", [], "graphs other than"),
+        ("auto", {"exits": [1], "measure": "hope", "thresholds": [0.5]}, "auto.measure"),
+        ("auto", {"exits": [1], "measure": "top", "thresholds": []}, "1 exits and 0 thresholds"),
+        ("auto", {"exits": [4], "measure": "top", "thresholds": [0.5]}, "1..3"),
     ],
 )
 def test_manifest_that_breaks_the_contract(
@@ -103,6 +107,19 @@ def test_manifest_that_breaks_the_contract(
 ) -> None:
     copy.edit_manifest(_set(path, value), resign=True)
     refused(copy.directory, match)
+
+
+def test_bundles_from_before_there_were_policies_stay_readable(copy: BundleCopy) -> None:
+    copy.edit_manifest(lambda fields: fields.pop("auto"), resign=True)
+    assert Bundle(copy.directory).manifest.auto is None
+
+
+def test_policies_survive(copy: BundleCopy) -> None:
+    policy = {"exits": [1, 3], "measure": "entropy", "thresholds": [-0.5, -1.5]}
+    copy.edit_manifest(_set("auto", policy), resign=True)
+    assert Bundle(copy.directory).manifest.auto == ExitPolicy.model_validate(policy)
+    copy.edit_manifest(_set("auto/thresholds/1", -9.5), resign=False)
+    refused(copy.directory, "manifest.json was altered: its own digest differs")
 
 
 def test_newer_version_is_said_to_be_newer(copy: BundleCopy) -> None:

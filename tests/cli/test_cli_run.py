@@ -59,6 +59,50 @@ def test_sampling_options_reach_the_model(invoke, bundle: Path) -> None:
     assert json.loads(result.stdout)["prompts"][0]["token_ids"] == expected.prompts[0].token_ids
 
 
+def test_exit_auto_of_a_bundle_without_a_policy(invoke, bundle: Path) -> None:
+    result = invoke("run", bundle, "-p", PROMPT, "--exit", "auto")
+    assert result.exit_code == 1
+    assert "has no exit policy for 'auto'" in result.stderr
+
+
+def test_exit_auto_follows_the_bundles_policy(invoke, bundle_with_policy: Path) -> None:
+    model = ojfa_export.load(bundle_with_policy)
+    expected = model.generate(PROMPT, exit=model.manifest.auto, max_new_tokens=30).prompts[0]
+    assert len(set(expected.exit_blocks)) > 1
+    result = invoke("run", bundle_with_policy, "-p", PROMPT, "--exit", "auto", "--json",
+                    "--max-new-tokens", 30)  # fmt: skip
+    document = json.loads(result.stdout)
+    assert document["exit"] == "auto"
+    assert document["prompts"][0]["exit_blocks"] == expected.exit_blocks
+    assert document["prompts"][0]["token_ids"] == expected.token_ids
+    result = invoke("run", bundle_with_policy, "-p", PROMPT, "--exit", "auto",
+                    "--max-new-tokens", 30)  # fmt: skip
+    mean = sum(expected.exit_blocks) / len(expected.exit_blocks)
+    assert result.stderr.endswith(f"exit auto, {mean:.1f} blocks/token\n")
+
+
+@pytest.mark.parametrize("options", [[], ["--draft-exit", 3, "--draft-length", 2]])
+def test_speculation_gives_the_tokens_of_full_depth(invoke, bundle: Path, options) -> None:
+    expected = ojfa_export.load(bundle).generate(PROMPT, max_new_tokens=12).prompts[0]
+    result = invoke("run", bundle, "-p", PROMPT, "--max-new-tokens", 12, "--speculate", *options)
+    assert result.stdout == f"{PROMPT}{expected.text}\n"
+    assert result.stderr.endswith(" tokens per full pass\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--draft-exit", 2], "are settings of speculation"),
+        (["--speculate", "--exit", 2], "an exit was asked for"),
+        (["--speculate", "--draft-exit", 99], "exit 99 can't draft"),
+    ],
+)
+def test_speculation_options_that_make_no_sense(invoke, bundle: Path, options, message) -> None:
+    result = invoke("run", bundle, "-p", PROMPT, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
 def test_stop_strings_reach_the_model(invoke, bundle: Path) -> None:
     text = ojfa_export.load(bundle).generate(PROMPT, max_new_tokens=24).prompts[0].text
     stop = next(char for char in text if char.isprintable())

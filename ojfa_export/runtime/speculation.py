@@ -1,0 +1,231 @@
+"""Lossless self-speculation: an exit drafts, the remaining blocks check all drafts in one pass.
+
+Greedy decoding gives the tokens of full depth; sampling gives the full model's distribution by
+speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ojfa_export.backends.backend import Float32
+from ojfa_export.errors import UsageError
+from ojfa_export.runtime.decoding import Chosen
+from ojfa_export.runtime.sampling import Sampling
+from ojfa_export.runtime.session import Session
+
+MAX_DRAFT = 8
+# The acceptance that is believed before anything was drafted, and how many tokens' worth of it.
+PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.7, 4.0
+# A checked token counts this much less with each one after it: about 30 are remembered.
+MEMORY = 0.97
+# Where drafting doesn't pay, every so many rounds one token is drafted all the same.
+PROBE_ROUNDS = 16
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How to draft.
+
+    Attributes:
+        exit: Blocks that draft; None for half of them.
+        draft: Tokens per draft; None adapts it to each sequence's acceptance (`DraftLength`).
+        draft_cost: Time of drafting a token over that of a full step; None for the share of
+            blocks that it runs.
+        check_cost: What another token adds to the pass that checks, over the time of a full step.
+    """
+
+    exit: int | None = None
+    draft: int | None = None
+    draft_cost: float | None = None
+    check_cost: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.draft is not None and self.draft < 1:
+            raise UsageError(f"the draft length must be 1 or more, not {self.draft}")
+        for cost in (self.draft_cost, self.check_cost):
+            if cost is not None and not 0 <= cost < float("inf"):
+                raise UsageError(f"a cost of speculation must be 0 or more, not {cost}")
+
+    def resolve_exit(self, blocks: int) -> int:
+        """Blocks that draft, of a model with this many.
+
+        Raises:
+            UsageError: Not before the last block.
+        """
+        exit = max(1, blocks // 2) if self.exit is None else self.exit
+        if not 1 <= exit < blocks:
+            raise UsageError(
+                f"exit {exit} can't draft for this model of {blocks} blocks",
+                hint=f"drafts need an exit before the last block: 1..{blocks - 1}",
+            )
+        return exit
+
+
+class DraftLength:
+    """How many tokens to draft for one sequence, adapted to how many are accepted.
+
+    With acceptance a, a round of K drafts gives 1 + a + ... + a^K tokens (arXiv 2211.17192, eq. 1)
+    and costs 1 + K c full steps, c for drafting a token and for checking it: the K with the most
+    tokens per cost is taken. Costs are constants, so that a seed always gives the same tokens.
+
+    Args:
+        cost: c.
+    """
+
+    def __init__(self, cost: float) -> None:
+        self._cost = cost
+        self._accepted = PRIOR_ACCEPTANCE * PRIOR_WEIGHT
+        self._checked = PRIOR_WEIGHT
+        self._rounds_without = 0
+
+    @property
+    def acceptance(self) -> float:
+        """The running estimate of a."""
+        return self._accepted / self._checked
+
+    def next(self) -> int:
+        """The next round's draft length, 0 to MAX_DRAFT."""
+        tokens = np.cumsum(self.acceptance ** np.arange(MAX_DRAFT + 1))
+        length = int(np.argmax(tokens / (1 + np.arange(MAX_DRAFT + 1) * self._cost)))
+        self._rounds_without = 0 if length else self._rounds_without + 1
+        if self._rounds_without == PROBE_ROUNDS:
+            self._rounds_without, length = 0, 1
+        return length
+
+    def learn(self, accepted: int, drafted: int) -> None:
+        """Takes a round's result; what follows the first rejected token says nothing."""
+        for taken in [True] * accepted + [False] * (accepted < drafted):
+            self._accepted = MEMORY * self._accepted + taken
+            self._checked = MEMORY * self._checked + 1
+
+
+class Speculator:
+    """Several tokens per full pass; a `decoding.Decoder`.
+
+    Args:
+        session: With a sequence for each generator.
+        speculation: How to draft.
+        sampling: How tokens are chosen; drafts are drawn from the exit's distribution after the
+            same temperature, top-k and top-p.
+        generators: Random numbers of each sequence.
+        eos_token_ids: After one of these nothing is drafted.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        speculation: Speculation,
+        sampling: Sampling,
+        generators: Sequence[np.random.Generator],
+        eos_token_ids: Sequence[int] = (),
+    ) -> None:
+        self._session, self._sampling, self._generators = session, sampling, generators
+        self._exit = speculation.resolve_exit(session.spec.blocks)
+        self._fixed = speculation.draft
+        draft_cost = speculation.draft_cost
+        if draft_cost is None:
+            draft_cost = self._exit / session.spec.blocks
+        cost = draft_cost + speculation.check_cost
+        self._lengths = [DraftLength(cost) for _ in generators]
+        self._eos = frozenset(eos_token_ids)
+
+    def step(self, pending: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[list[Chosen]]:
+        """See `decoding.Decoder`: each sequence's accepted drafts, and one token of its own."""
+        session, blocks = self._session, self._session.spec.blocks
+        before = session.lengths
+        limits = [
+            self._draft_length(row, before[row] + len(ids), wanted[row]) if ids else 0
+            for row, ids in enumerate(pending)
+        ]
+        drafts, proposals = self._draft(pending, limits)
+        missing = [draft[-1:] or list(ids) for draft, ids in zip(drafts, pending, strict=True)]
+        counts = [len(draft) + 1 if ids else 0 for draft, ids in zip(drafts, pending, strict=True)]
+        logits = session.complete(missing, counts)
+        result: list[list[Chosen]] = [[] for _ in pending]
+        for row, draft in ((row, drafts[row]) for row, ids in enumerate(pending) if ids):
+            tokens = check(
+                draft, proposals[row], logits[row], self._sampling, self._generators[row]
+            )
+            accepted = len(tokens) - 1
+            session.rewind(before[row] + len(pending[row]) + accepted, row)
+            self._lengths[row].learn(accepted, len(draft))
+            session.stats.drafted += len(draft)
+            session.stats.accepted += accepted
+            session.stats.rounds += 1
+            result[row] = [Chosen(t, blocks, i < accepted) for i, t in enumerate(tokens)]
+        return result
+
+    def _draft_length(self, row: int, length: int, wanted: int) -> int:
+        """As many as pay, are wanted, and fit behind `length` tokens."""
+        limit = min(wanted - 1, self._session.max_length - length)
+        switch = self._session.spec.rotary_switch
+        if switch is not None and length <= switch:
+            # Longer, all positions would be rotated by the long factors, these ones too.
+            limit = min(limit, switch - length)
+        return min(limit, self._fixed or self._lengths[row].next())
+
+    def _draft(
+        self, pending: Sequence[Sequence[int]], limits: Sequence[int]
+    ) -> tuple[list[list[int]], list[list[Float64]]]:
+        """Drafts and the distributions they were drawn from; the last are not in the session."""
+        drafts: list[list[int]] = [[] for _ in pending]
+        proposals: list[list[Float64]] = [[] for _ in pending]
+        new = [list(ids) if limit else [] for ids, limit in zip(pending, limits, strict=True)]
+        while any(new):
+            logits = self._session.advance(new, self._exit)
+            for row in (row for row, ids in enumerate(new) if ids):
+                token = self._propose(logits[row], row, proposals[row])
+                drafts[row].append(token)
+                more = len(drafts[row]) < limits[row] and token not in self._eos
+                new[row] = [token] if more else []
+        return drafts, proposals
+
+    def _propose(self, logits: Float32, row: int, proposals: list[Float64]) -> int:
+        if self._sampling.temperature == 0:
+            return int(logits.argmax())
+        proposals.append(self._sampling.probabilities(logits))
+        return _draw(proposals[-1], self._generators[row])
+
+
+def check(
+    draft: Sequence[int],
+    proposals: Sequence[Float64],
+    logits: Float32,
+    sampling: Sampling,
+    generator: np.random.Generator,
+) -> list[int]:
+    """The drafts that the full model takes, and the one token that it gives itself.
+
+    A draft x, drawn from q, is taken with probability min(1, p(x) / q(x)); the first that isn't is
+    replaced by a draw from max(0, p - q), normalised. After the last comes a draw from p. Each
+    token is then distributed as p (arXiv 2211.17192, appendix A.1).
+
+    Args:
+        draft: K tokens.
+        proposals: K distributions q [V]; none for greedy decoding.
+        logits: [K + 1, V] of the full model before each draft and after the last.
+        sampling: Makes p of logits; at temperature 0 the likeliest token is the only one.
+        generator: Random numbers.
+    """
+    if sampling.temperature == 0:
+        best: list[int] = logits.argmax(axis=-1).tolist()
+        agreeing = (index for index, token in enumerate(draft) if token != best[index])
+        return best[: next(agreeing, len(draft)) + 1]
+    for index, (token, q) in enumerate(zip(draft, proposals, strict=True)):
+        p = sampling.probabilities(logits[index])
+        if generator.random() * q[token] >= p[token]:
+            rest = np.maximum(p - q, 0)
+            # p and q may differ by less than p - q can show.
+            return [*draft[:index], _draw(rest if rest.any() else p, generator)]
+    return [*draft, _draw(sampling.probabilities(logits[-1]), generator)]
+
+
+def _draw(weights: Float64, generator: np.random.Generator) -> int:
+    return int(generator.choice(len(weights), p=weights / weights.sum()))
