@@ -52,6 +52,7 @@ class Inputs:
                 self.texts, self.windows.rest, self.settings.limits
             )
         self._check_vocabulary()
+        self.checkpoint.check_shapes()
         self.model_sha256 = self.checkpoint.sha256()
 
     def _check_vocabulary(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.bundle.manifest import EngineSet, Manifest, TensorSlice, read_manifest
-from ojfa_export.bundle.names import GRAPHS, MANIFEST, graph_names
+from ojfa_export.bundle.names import GRAPHS, MANIFEST, SHORTCUT, TOKENIZER, graph_names
 from ojfa_export.digest import sha256_file
 from ojfa_export.errors import BundleError
 
@@ -115,6 +115,7 @@ class Bundle:
         wanted = {graph.file for graph in manifest.graphs}
         wanted |= {name for graph in manifest.graphs for name in graph.weights}
         wanted |= {file for engines in manifest.engines for file in engines.files.values()}
+        wanted |= {TOKENIZER, SHORTCUT}
         if manifest.rotary is not None:
             wanted |= {manifest.rotary.cos.file, manifest.rotary.sin.file}
         for name in sorted(wanted - set(manifest.files)):

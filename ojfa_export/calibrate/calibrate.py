@@ -139,7 +139,9 @@ def _choose(
         matrix = transfer_matrix(
             shortcuts, levels, head.norm, head.weight, head.bias, reference, report
         )
-    return choose(matrix), matrix
+    choice = choose(matrix)
+    measured = f" Measured on {len(sample.rows):,} held-out tokens."
+    return replace(choice, reason=choice.reason + measured), matrix
 
 
 def _moments(

@@ -165,7 +165,7 @@ def make_windows(
             raise CalibrationError(
                 f"{tokens} calibration tokens are too few: fitting needs {needed} and as many as "
                 "a third of that held out",
-                hint=f"use --calibration-tokens {2 * needed} or more",
+                hint=f"use --calibration-tokens {_enough(len(texts), length, needed)} or more",
             )
         raise CalibrationError(
             f"the calibration text has {taken} tokens in whole windows of {length}; fitting "
@@ -173,6 +173,14 @@ def make_windows(
             hint=f"give about {_characters(texts, tokenizer, needed):,} characters of text or more",
         )
     return windows
+
+
+def _enough(texts: int, length: int, needed: int) -> int:
+    """Tokens that leave `needed` to fit on, as `make_windows` shares them out."""
+    share = 2
+    while texts * length * (share - max(1, round(share * HELD_OUT_SHARE))) < needed:
+        share += 1
+    return texts * length * share
 
 
 def _characters(texts: Sequence[CalibrationText], tokenizer: Tokenizer, needed: int) -> int:

@@ -77,15 +77,39 @@ class Checkpoint:
             parts = [part.T for part in parts]
         return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=1)
 
+    def check_shapes(self) -> None:
+        """Checks from the files' headers that every tensor is there with the right shape.
+
+        Raises:
+            CheckpointError: Naming the first that isn't.
+        """
+        block = self.family.block
+        sources = [*self.family.ends(self.config, self.spec).values()]
+        for index in range(self.spec.blocks):
+            sources += block(self.config, self.spec, index).values()
+        wanted = {
+            self._stored_name(name): source.stored_shape(size)
+            for source in sources
+            for name, size in source.parts
+        }
+        for path in self.weight_files:
+            names = [name for name in wanted if self._files[name] == path]
+            for name, shape in _stored_shapes(path, names).items():
+                self._check_shape(name, shape, wanted[name])
+
+    def _check_shape(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if found != wanted:
+            raise CheckpointError(
+                f"tensor '{name}' in {self._files[name]} has shape {list(found)}, "
+                f"expected {list(wanted)}",
+                hint="config.json and the weights belong to different models, or one is damaged",
+            )
+
     def _part(self, name: str, shape: tuple[int, ...]) -> Array:
         stored_name = self._stored_name(name)
         array = self._load(stored_name)
         where = f"tensor '{stored_name}' in {self._files[stored_name]}"
-        if array.shape != shape:
-            raise CheckpointError(
-                f"{where} has shape {list(array.shape)}, expected {list(shape)}",
-                hint="config.json and the weights belong to different models, or one is damaged",
-            )
+        self._check_shape(stored_name, array.shape, shape)
         if not np.isfinite(array).all():
             raise CheckpointError(
                 f"{where} holds NaN or infinity",
@@ -115,6 +139,14 @@ class Checkpoint:
                 f"{path} can't be read: {error}",
                 hint="the file is missing, truncated or damaged; download it again",
             ) from error
+
+
+def _stored_shapes(path: Path, names: list[str]) -> dict[str, tuple[int, ...]]:
+    if path.suffix == ".bin":
+        tensors = read_torch_file(path)
+        return {name: tensors[name].shape for name in names}
+    with safe_open(path, framework="numpy") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
 
 def _slice_to_array(file: Any, path: Path, name: str) -> Array:

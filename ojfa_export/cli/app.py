@@ -42,6 +42,8 @@ class App(click.Group):
 
     def main(self, args: Any = None, *_: Any, **__: Any) -> NoReturn:
         """Runs the command line and leaves the process."""
+        # Closed by the caller: what is written there is meant for nobody.
+        sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
         if isinstance(sys.stdout, io.TextIOWrapper):
             # A terminal that can't show a character shows its code rather than nothing.
             sys.stdout.reconfigure(errors="backslashreplace")

@@ -99,6 +99,13 @@ def _describe_os(error: OSError) -> Description | None:
         where = error.filename or "the device that is written to"
         hint = "free some room and run the same command again"
         return Description(f"no space left on {where}", hint, ExitStatus.FAILURE)
+    if error.errno in (errno.EFBIG, errno.EDQUOT):
+        where = f" for {error.filename}" if error.filename else ""
+        return Description(
+            f"the file size limit or quota is reached{where}",
+            "raise it ('ulimit -f', 'quota'), or write elsewhere, and run the same command again",
+            ExitStatus.FAILURE,
+        )
     if error.filename is None or error.strerror is None:
         return None
     reason = error.strerror[:1].lower() + error.strerror[1:]

@@ -124,6 +124,8 @@ def _read_prompts(prompts: tuple[str, ...]) -> list[str]:
 
 
 def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise UsageError("standard input is closed", hint="pipe a prompt in, or give -p TEXT")
     try:
         return sys.stdin.buffer.read().decode().removesuffix("\n")
     except UnicodeDecodeError as error:

@@ -52,7 +52,7 @@ class Config:
             CheckpointError: Where it is absent without a default, or not a positive integer.
         """
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
             raise CheckpointError(
                 f"{self.source}: field '{name}' must be a positive integer, not {value!r}",
                 hint=COMPLETE,

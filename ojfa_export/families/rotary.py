@@ -142,6 +142,11 @@ def read_rotary(config: Config, head_dim: int, kinds: tuple[str, ...]) -> Rotary
         CheckpointError: For another scaling, or one whose parameters are incomplete.
     """
     parameters: dict[str, Any] = {}
+    if config.get("rope_scaling") and config.get("rope_parameters"):
+        raise CheckpointError(
+            f"{config.source}: both 'rope_scaling' and 'rope_parameters' are given",
+            hint="keep the one that the model was trained with",
+        )
     for name in ("rope_scaling", "rope_parameters"):
         given = config.get(name, {})
         if not isinstance(given, dict):

@@ -144,7 +144,13 @@ class Model:
         Raises:
             UsageError: It has none, or too many for the cache.
         """
-        ids: list[int] = self.tokenizer.encode(prompt).ids
+        try:
+            ids: list[int] = self.tokenizer.encode(prompt).ids
+        except TypeError as error:  # what tokenizers says of anything that is not UTF-8
+            raise UsageError(
+                f"a prompt is not text in UTF-8: {prompt!r:.40}",
+                hint="give a str of whole characters",
+            ) from error
         if not ids:
             raise UsageError(
                 "the prompt is empty", hint="give at least one character: -p 'def main('"

@@ -164,10 +164,8 @@ class Session:
             sure = asked[index, asked_rows] >= threshold
             stopped = asked_rows[sure]
             logits[stopped], blocks_run[stopped], going[stopped] = answers[sure], depth, False
-        logits[going], blocks_run[going] = (
-            self._answer(going.tolist(), self.spec.blocks),
-            self.spec.blocks,
-        )
+        logits[going] = self._answer(going.tolist(), self.spec.blocks)
+        blocks_run[going] = self.spec.blocks
         self.stats.exits.update(blocks_run[blocks_run > 0].tolist())
         return Step(logits, blocks_run, asked)
 
@@ -188,9 +186,8 @@ class Session:
         """
         new = self._check(token_ids)
         for row, (count, ids) in enumerate(zip(counts, new, strict=True)):
-            waiting = (
-                len(self._tokens[row]) - self._watermarks[row][self.spec.blocks - 1] + len(ids)
-            )
+            last_mark = self._watermarks[row][self.spec.blocks - 1]
+            waiting = len(self._tokens[row]) - last_mark + len(ids)
             if not min(len(ids), 1) <= count <= waiting:
                 raise UsageError(
                     f"asked for the logits of {count} tokens of sequence {row}, of which "
@@ -242,10 +239,10 @@ class Session:
         wanted = [count > 0 for count in counts]
         if not every_position:
             answers = self._answer(wanted, depth)
-            if all(wanted):
+            if len(answers) == self.batch_size:
                 return answers
             logits = np.zeros((self.batch_size, self.spec.vocab_size), np.float32)
-            logits[wanted] = answers
+            logits[np.array(wanted)] = answers
             return logits
         states = [np.zeros((0, self.spec.hidden_size), np.float32)] * self.batch_size
         for rows in self._groups(wanted, depth):
@@ -253,18 +250,19 @@ class Session:
             for row in range(rows.start, rows.stop):
                 if wanted[row]:
                     states[row] = hidden[row - rows.start, -counts[row] :].copy()
-        answers = self._head(np.concatenate(states), depth)
-        return np.split(answers, np.cumsum(counts)[:-1])
+        return np.split(self._head(np.concatenate(states), depth), np.cumsum(counts)[:-1])
 
     def _answer(self, wanted: Sequence[bool], depth: int) -> Float32:
         """Runs sequences through the first blocks; logits [wanted, V] of their newest tokens."""
-        groups = list(self._groups(wanted, depth))
-        if len(groups) == 1 and groups[0] == slice(0, self.batch_size) and all(wanted):
-            return self._head(self._deepen(groups[0], depth, wanted)[:, -1], depth)
-        newest = np.empty((self.batch_size, self.spec.hidden_size), np.float32)
-        for rows in groups:
-            newest[rows] = self._deepen(rows, depth, wanted)[:, -1]
-        return self._head(newest[np.flatnonzero(wanted)], depth)
+        newest = []
+        for rows in self._groups(wanted, depth):
+            last = self._deepen(rows, depth, wanted)[:, -1]
+            if len(last) == self.batch_size and all(wanted):
+                return self._head(np.ascontiguousarray(last), depth)
+            newest.append(last[np.array(wanted[rows])])
+        if not newest:
+            return np.zeros((0, self.spec.vocab_size), np.float32)
+        return self._head(np.concatenate(newest), depth)
 
     def _head(self, hidden: Float32, depth: int) -> Float32:
         """Logits [n, V] of hidden states [n, H] after `depth` blocks."""
@@ -275,7 +273,7 @@ class Session:
             self.stats.final_heads += len(hidden)
         else:
             self.stats.exit_heads += len(hidden)
-        return self._engines.logits(np.ascontiguousarray(hidden), final=final)
+        return self._engines.logits(hidden, final=final)
 
     def rewind(self, length: int, row: int = 0) -> None:
         """Drops the tokens after the first `length`: a change of numbers, nothing is computed.
@@ -349,26 +347,29 @@ class Session:
         start = 0
         while start < self.batch_size:
             stop = start + 1
-            if wanted[start] and stop < self.batch_size:
-                first, long = self._waits_before(start, depth), self._long_context(start)
-                for row in range(stop, self.batch_size if first is not None else stop):
-                    idle = self._watermarks[row][first or 0] == len(self._tokens[row])
-                    if idle or self._long_context(row) != long:
+            entry = self._entry(start, depth) if wanted[start] else None
+            if entry is not None:
+                long = self._long_context(start)
+                for row in range(start + 1, self.batch_size):
+                    none_waits = self._watermarks[row][entry] == len(self._tokens[row])
+                    if none_waits or self._long_context(row) != long:
                         break
                     if wanted[row]:
-                        if self._waits_before(row, depth) != first:
+                        if self._entry(row, depth) != entry:
                             break
                         stop = row + 1
             if wanted[start]:
                 yield slice(start, stop)
             start = stop
 
-    def _waits_before(self, row: int, depth: int) -> int | None:
-        """The block before which a sequence's newest token, and it alone, waits; None for more."""
-        length = len(self._tokens[row])
-        for blocks, mark in self._watermarks[row].spans(depth):
-            if mark != length:
-                return blocks.start if mark == length - 1 and blocks.stop == depth else None
+    def _entry(self, row: int, depth: int) -> int | None:
+        """The block before which a sequence's one token waits; None where it has more to run."""
+        length, marks = len(self._tokens[row]), self._watermarks[row]
+        if marks.all_at(length - 1, depth):
+            return 0
+        spans = list(marks.spans(depth))
+        if [mark for _, mark in spans] == [length, length - 1]:
+            return spans[1][0].start
         return None
 
     def _deepen(self, rows: slice, depth: int, wanted: Sequence[bool]) -> Float32:
@@ -383,9 +384,9 @@ class Session:
             Hidden states [rows, tokens, H] of the newest tokens after `depth` blocks.
         """
         marks, end = self._watermarks[rows.start], len(self._tokens[rows.start])
-        starts = [each[0] for each in self._watermarks[rows]]
+        starts = [marks[0] for marks in self._watermarks[rows]]
         long = self._long_context(rows.start)
-        hidden = self._embed(rows, starts, end - marks[0])
+        hidden = self._embed(rows, starts)
         for blocks, start in marks.spans(depth):
             covered = end - hidden.shape[1]
             if start < covered:
@@ -402,19 +403,19 @@ class Session:
                 self._watermarks[row].raise_to(len(self._tokens[row]), depth)
         return hidden
 
-    def _embed(self, rows: slice, starts: list[int], count: int) -> Float32:
+    def _embed(self, rows: slice, starts: list[int]) -> Float32:
         """Embeds what waits before the first block: nothing, where tokens wait only later."""
+        count = len(self._tokens[rows.start]) - starts[0]
         if not count:
-            return np.empty((rows.stop - rows.start, 0, self.spec.hidden_size), np.float32)
-        tokens = zip(self._tokens[rows], starts, strict=True)
-        new = [each[start : start + count] for each, start in tokens]
+            return np.empty((len(starts), 0, self.spec.hidden_size), np.float32)
+        both = zip(self._tokens[rows], starts, strict=True)
+        new = [tokens[start : start + count] for tokens, start in both]
         return self._cache.embed(np.array(new, np.int32), starts)
 
     def _waited(self, depth: int, rows: slice, starts: list[int], count: int) -> Float32:
         """The hidden states that `_wait` kept: [rows, count, H], count 1 for several rows."""
-        if count == 1:
-            return self._waiting[depth][np.arange(rows.start, rows.stop), starts][:, None]
-        return self._waiting[depth][rows, starts[0] : starts[0] + count]
+        waiting = self._waiting[depth]
+        return np.stack([waiting[rows.start + i, at : at + count] for i, at in enumerate(starts)])
 
     def _wait(self, depth: int, rows: slice, starts: list[int], hidden: Float32) -> None:
         """Keeps hidden states for a later pass that goes deeper."""

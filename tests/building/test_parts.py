@@ -135,12 +135,11 @@ def test_golden_tokens_fit_a_short_cache(options: Options, length: int) -> None:
     golden = Bundle(result.bundle).manifest.golden
     for each in golden:
         assert len(each.prompt_token_ids) + len(each.token_ids) <= length
-    assert bool(golden) == (length > 1)  # a prompt and a token need two positions
-    if not golden:
+    if not golden:  # no room for one, or no token that leads clearly
         with pytest.raises(BundleError, match="no golden tokens"):
             verify_bundle(result.bundle, None, "onnxruntime", SILENT)
-        return
-    assert all(c.passed for c in verify_bundle(result.bundle, None, "onnxruntime", SILENT))
+    else:
+        assert all(c.passed for c in verify_bundle(result.bundle, None, "onnxruntime", SILENT))
 
 
 def test_verify_against_another_checkpoint(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,28 @@ def test_too_few_tokens_asked_for() -> None:
     text = text_of("x" * 10_000)
     with pytest.raises(CalibrationError, match="64 calibration tokens are too few") as caught:
         make_windows([text], LETTERS, 16, 64, 128)
-    assert caught.value.hint == "use --calibration-tokens 256 or more"
-    assert make_windows([text], LETTERS, 16, 256, 128).fit.size >= 128
+    assert caught.value.hint == "use --calibration-tokens 160 or more"
+    assert make_windows([text], LETTERS, 16, 160, 128).fit.size >= 128
+
+
+@given(
+    sources=st.integers(1, 3),
+    length=st.integers(1, 64),
+    tokens=st.integers(1, 300),
+    needed=st.integers(100, 400),
+)
+def test_the_hint_of_too_few_tokens_is_enough(
+    sources: int, length: int, tokens: int, needed: int
+) -> None:
+    texts = [text_of("x" * 10_000)] * sources
+    with contextlib.suppress(CalibrationError):
+        make_windows(texts, LETTERS, length, tokens, needed)
+        return  # enough as it is
+    with pytest.raises(CalibrationError) as caught:
+        make_windows(texts, LETTERS, length, tokens, needed)
+    assert caught.value.hint is not None
+    enough = int(caught.value.hint.removeprefix("use --calibration-tokens ").split()[0])
+    assert make_windows(texts, LETTERS, length, enough, needed).fit.size >= needed
 
 
 @given(

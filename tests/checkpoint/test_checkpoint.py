@@ -304,6 +304,8 @@ def test_file_that_is_no_json_object(directory: Path, name: str, text: str) -> N
         ("rope_parameters", {"mscale": 1.0}, "has unknown mscale"),
         ("rope_parameters", "linear", "'rope_parameters' must be an object"),
         ("rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}, "both 'rope_scaling' and"),
+        ("num_hidden_layers", 10**30, "'num_hidden_layers' must be a positive integer"),
         ("hidden_size", "64", "'hidden_size' must be a positive integer, not '64'"),
         ("hidden_size", None, "'hidden_size' must be a positive integer, not None"),
         ("num_hidden_layers", 0, "'num_hidden_layers' must be a positive integer"),
@@ -336,6 +338,19 @@ def test_irrelevant_fields(directory: Path) -> None:
 def test_config_of_another_size(directory: Path) -> None:
     edit(directory / "config.json", intermediate_size=128)
     refused(directory, r"expected \[128, 64\]")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [({"intermediate_size": 128}, r"expected \[128, 64\]"), ({"num_hidden_layers": 9}, "missing")],
+)
+def test_shapes_are_checked_from_the_headers(
+    directory: Path, change: dict[str, int], match: str
+) -> None:
+    Checkpoint(directory).check_shapes()
+    edit(directory / "config.json", **change)
+    with pytest.raises(CheckpointError, match=match):
+        Checkpoint(directory).check_shapes()
 
 
 @pytest.mark.parametrize(("value", "expected"), [(5, (5,)), ([7, 9], (7, 9)), (None, (0,))])

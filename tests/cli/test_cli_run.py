@@ -211,3 +211,17 @@ def test_text_comes_as_it_is_made(invoke, bundle: Path, monkeypatch: pytest.Monk
     invoke("run", bundle, "-p", "count")
     assert before_the_second == ["count", " one"]
     assert written == ["count", " one", " two", "\n"]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams(tiny_bundle: Path, closed: str) -> None:
+    """A service manager may close them all: no internal error, and what can be said is said."""
+    prompt = "-" if closed == "<&-" else "x"
+    command = f"{sys.executable} -m ojfa_export run '{tiny_bundle}' -p {prompt} {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    if closed == "<&-":
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: standard input is closed\nhint: ")
+    else:
+        assert done.returncode == 0, done.stderr
+        assert bool(done.stdout) == (closed == "2>&-")

@@ -104,7 +104,7 @@ def test_wrong_thread_setting(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     ort_session.share_thread_pool.cache_clear()
     result = invoke("doctor")
     assert result.exit_code == 1
-    assert "OJFA_THREADS must be a positive integer, not 'many'" in result.stdout
+    assert "OJFA_THREADS must be a positive integer up to 1024, not 'many'" in result.stdout
     assert "hint: for example OJFA_THREADS=4" in result.stdout
 
 

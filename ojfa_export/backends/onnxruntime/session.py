@@ -13,6 +13,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from ojfa_export.errors import BackendError, UsageError
 
 THREADS_VARIABLE = "OJFA_THREADS"
+MOST_THREADS = 1024
 
 
 def default_threads() -> int:
@@ -20,9 +21,9 @@ def default_threads() -> int:
     value = os.environ.get(THREADS_VARIABLE, "")
     if not value:
         return len(os.sched_getaffinity(0))
-    if not value.isdigit() or int(value) < 1:
+    if not value.isdecimal() or not 1 <= int(value) <= MOST_THREADS:
         raise UsageError(
-            f"{THREADS_VARIABLE} must be a positive integer, not '{value}'",
+            f"{THREADS_VARIABLE} must be a positive integer up to {MOST_THREADS}, not '{value}'",
             hint=f"for example {THREADS_VARIABLE}=4",
         )
     return int(value)
