@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ojfa_export.backends.backend import Float32
 from ojfa_export.calibrate.hidden import HiddenStates
+from ojfa_export.errors import OjfaError
 from ojfa_export.progress import Progress
 from ojfa_export.shortcut import (
     Choice,
@@ -24,8 +27,13 @@ from ojfa_export.shortcut import (
     evaluate,
     fit_levels,
     fold,
+    rows_needed,
     transfer_matrix,
 )
+from ojfa_export.shortcut.choose import choose_kind
+from ojfa_export.shortcut.distil import distil, split_rows
+from ojfa_export.shortcut.kinds import Shipped
+from ojfa_export.shortcut.residual import fit_residual
 
 # Held-out tokens for the figures of each exit, within the logits in all that take a few minutes on
 # two cores: 4,000 give Precision@1 to within 0.008 (one standard error), 1,000 to within 0.016.
@@ -36,6 +44,10 @@ EXIT_TOKENS = 1_000, 4_000
 MATRIX_LOGITS = 40_000_000_000
 MATRIX_TOKENS = 250, 1_000
 ROWS_AT_ONCE = 4_096
+# Rows of the closed-form residual fit, where twice the hidden size is no more: it is only where
+# distillation begins.
+RESIDUAL_ROWS = 8_192
+WITHOUT_TORCH = "The shared residual jump was not tried: it needs torch, which is not installed."
 
 
 @dataclass(frozen=True)
@@ -43,23 +55,28 @@ class Calibrated:
     """What calibration found.
 
     Attributes:
-        shortcut: The one jump.
-        folded: The jump, the final norm and the LM head as one head.
-        choice: Its level and why.
-        matrix: Quality of each level's jump at each exit.
-        one_jump: Quality of the chosen jump, for exits 1..L-1.
-        multi_jump: Quality of each exit's own jump.
+        shortcut: The one jump that ships.
+        head: What its exit head is made of: the jump folded with final norm and LM head, or a
+            residual jump as it is.
+        choice: The level of the one narrow jump.
+        reason: Why that level and that kind.
+        matrix: Quality of each level's narrow jump at each exit.
+        one_jump: Quality of the chosen narrow jump, for exits 1..L-1.
+        multi_jump: Quality of each exit's own narrow jump.
         identity: Quality of no jump at all.
+        residual: Quality of the shared residual jump; None where it was not fitted.
         tokens_measured: Held-out tokens behind the figures of an exit.
     """
 
     shortcut: Shortcut
-    folded: FoldedHead
+    head: FoldedHead | Shortcut
     choice: Choice
+    reason: str
     matrix: TransferMatrix
     one_jump: list[ExitQuality]
     multi_jump: list[ExitQuality]
     identity: list[ExitQuality]
+    residual: list[ExitQuality] | None
     tokens_measured: int
 
 
@@ -69,10 +86,11 @@ def calibrate(
     fit_tokens: int,
     head: LanguageHead,
     rank: int,
+    kind: Shipped | None,
     scratch: Path,
     progress: Progress,
 ) -> Calibrated:
-    """Fits a jump at every level, measures each at every exit, and chooses one.
+    """Fits the narrow jumps and the residual one, measures them at every exit, and chooses.
 
     Args:
         states: Hidden states of all depths; the first `fit_tokens` rows are for fitting.
@@ -80,21 +98,27 @@ def calibrate(
         fit_tokens: Rows to fit on; the others are held out.
         head: The model's own norm and head.
         rank: Of the jump.
+        kind: What ships; None for the better one.
         scratch: Folder for the full model's log-probabilities.
         progress: Shows levels.
+
+    Raises:
+        OjfaError: A residual jump is asked for, and torch is not installed.
     """
     shortcuts = fit_levels(_moments(states, blocks, fit_tokens, progress), rank)
     held_out = states.shape[0] - fit_tokens
     budget = MATRIX_LOGITS // (max(1, blocks - 1) ** 2 * head.weight.shape[0])
     sample = _Sample(states, blocks, fit_tokens, min(held_out, _within(MATRIX_TOKENS, budget)))
     choice, matrix = _choose(shortcuts, sample, head, scratch, progress)
-    fitted = shortcuts[choice.fitted_at - 1]
-    one_jump = replace(fitted, kind="ojfa")
+    one_jump = replace(shortcuts[choice.fitted_at - 1], kind="ojfa")
     folded = fold(one_jump, head.norm, head.weight, head.bias)
+    distilled: Shortcut | None = None
+    if kind != "ojfa" and (kind == "residual" or _has_torch()):
+        distilled = fit_shared_residual(states, blocks, fit_tokens, head, rank, progress)
     budget = EXIT_LOGITS // (blocks * head.weight.shape[0])
     sample = _Sample(states, blocks, fit_tokens, min(held_out, _within(EXIT_TOKENS, budget)))
     reference = FullModelReference(sample.hidden(blocks), head, scratch)
-    one, multi, identity = [], [], []
+    one, multi, identity, residual = [], [], [], []
     with progress.task("calibrating: measuring exits", blocks - 1, "exits") as task:
         for depth, shortcut in enumerate(shortcuts, start=1):
             hidden = sample.hidden(depth)
@@ -102,8 +126,65 @@ def calibrate(
             one.append(evaluate(folded.logits, hidden, reference))
             multi.append(evaluate(own.logits, hidden, reference))
             identity.append(evaluate(head.logits, hidden, reference))
+            if distilled is not None:
+                residual.append(
+                    evaluate(partial(_jumped, distilled, head, depth), hidden, reference)
+                )
             task.advance()
-    return Calibrated(one_jump, folded, choice, matrix, one, multi, identity, len(sample.rows))
+    if distilled is None:
+        kind, why = "ojfa", "" if kind else WITHOUT_TORCH
+    else:
+        kind, why = choose_kind(kind, one, residual, one_jump, distilled, head.weight.shape)
+    ships = one_jump if distilled is None or kind == "ojfa" else distilled
+    return Calibrated(
+        shortcut=ships,
+        head=ships if ships.residual else folded,
+        choice=choice,
+        reason=f"{choice.reason} {why}".strip(),
+        matrix=matrix,
+        one_jump=one,
+        multi_jump=multi,
+        identity=identity,
+        residual=residual or None,
+        tokens_measured=len(sample.rows),
+    )
+
+
+def fit_shared_residual(
+    states: HiddenStates,
+    blocks: int,
+    fit_tokens: int,
+    head: LanguageHead,
+    rank: int,
+    progress: Progress,
+) -> Shortcut:
+    """Fits the shared residual jump in closed form, then distils it.
+
+    Raises:
+        OjfaError: torch is not installed.
+    """
+    if not _has_torch():
+        raise OjfaError(
+            "a residual shortcut is distilled with torch, which is not installed",
+            hint="pip install 'ojfa-export[verify]', or build with --shortcut ojfa",
+        )
+    rows, _ = split_rows(fit_tokens)
+    most = max(RESIDUAL_ROWS, rows_needed(states.shape[1]))
+    rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(np.int64)]
+    with progress.task("calibrating: fitting the residual jump", 1, "fits") as task:
+        begin = fit_residual(states.open, blocks, rows, rank)
+        task.advance()
+    return distil(begin, states.open, fit_tokens, head, progress=progress).shortcut
+
+
+def _jumped(shortcut: Shortcut, head: LanguageHead, depth: int, hidden: Float32) -> Float32:
+    """Logits of a jump through the model's own head."""
+    logits: Float32 = head.logits(shortcut.apply(hidden, depth))
+    return logits
+
+
+def _has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
 
 
 class _Sample:

@@ -39,6 +39,11 @@ def calibration_options(function: Decorated) -> Decorated:
             help="Rank of the shortcut.  [default: the paper's, hidden size / 100]",
         ),
         click.option(
+            "--shortcut",
+            type=click.Choice(["ojfa", "residual"]),
+            help="Kind of shortcut.  [default: the better one of this rank, as measured]",
+        ),
+        click.option(
             "--calibration-tokens", type=int, metavar="N", help="Tokens of that text to use."
         ),
         click.option(

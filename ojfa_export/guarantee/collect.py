@@ -68,7 +68,7 @@ def collect_statistics(
             if depth == 0:
                 continue
             for index in range(count):
-                logits = _logits(engines, states[index][places[index]], final=False)
+                logits = _logits(engines, states[index][places[index]], depth, spec.blocks)
                 tokens[index, :, depth - 1] = logits.argmax(axis=1)
                 confidence[:, index, :, depth - 1] = round_down(confidences(logits))
         agrees = np.empty(tokens.shape, np.bool_)
@@ -76,7 +76,7 @@ def collect_statistics(
         engines = open_engines()
         for index in range(count):
             hidden = _run(engines, spec.blocks - 1, states[index])[places[index]]
-            logits = _logits(engines, hidden, final=True)
+            logits = _logits(engines, hidden, spec.blocks, spec.blocks)
             agrees[index], extra[index] = compare(logits, tokens[index])
         task.advance()
     del states
@@ -132,12 +132,12 @@ def _run(engines: Engines, block: int, hidden: Float32) -> Float32:
     return result
 
 
-def _logits(engines: Engines, hidden: Float32, *, final: bool) -> Float32:
-    logits = engines.logits(np.ascontiguousarray(hidden), final=final)
+def _logits(engines: Engines, hidden: Float32, blocks_run: int, blocks: int) -> Float32:
+    logits = engines.logits(np.ascontiguousarray(hidden), blocks_run)
     if not np.isfinite(logits).all():
+        whose = "full model" if blocks_run == blocks else "exit head"
         raise CalibrationError(
-            f"the {'full model' if final else 'exit head'}'s logits hold NaN or infinity on the "
-            "calibration text",
+            f"the {whose}'s logits hold NaN or infinity on the calibration text",
             hint="build with --precision fp32, or check the checkpoint",
         )
     return logits

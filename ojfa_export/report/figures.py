@@ -17,6 +17,7 @@ _LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("ojfa", "one jump (OJFA)", {"color": "#0072B2", "marker": "o", "linewidth": 2.2}),
     ("multi_jump", "a jump per exit (N-NJTC)", {"color": "#D55E00", "marker": "s", "ls": "--"}),
     ("identity", "no jump (identity)", {"color": "#666666", "marker": "^", "ls": ":"}),
+    ("residual", "shared residual jump", {"color": "#009E73", "marker": "D", "ls": "-."}),
 )
 _STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
@@ -29,7 +30,7 @@ _STYLE: Any = {
 
 
 def precision_by_exit(report: CalibrationReport) -> bytes:
-    """Precision@1 of the three shortcuts at every exit."""
+    """Precision@1 of the shortcuts at every exit."""
     return _by_exit(
         report,
         measure="precision_at_1",
@@ -40,7 +41,7 @@ def precision_by_exit(report: CalibrationReport) -> bytes:
 
 
 def surprisal_by_exit(report: CalibrationReport) -> bytes:
-    """Mean surprisal of the three shortcuts at every exit."""
+    """Mean surprisal of the shortcuts at every exit."""
     return _by_exit(
         report,
         measure="surprisal",
@@ -110,14 +111,15 @@ def _by_exit(
         exits = [row.blocks for row in report.exits]
         size = 5 if len(exits) <= 24 else 3
         highest = 0.0
-        for name, legend, style in _LINES:
+        lines = [line for line in _LINES if getattr(report.exits[0], line[0]) is not None]
+        for name, legend, style in lines:
             values = [factor * getattr(getattr(row, name), measure) for row in report.exits]
             axes.plot(exits, values, label=legend, markersize=size, **style)
             highest = max(highest, *values)
         late = report.fitted_at > report.blocks / 2
         axes.axvline(report.fitted_at, color="#0072B2", linewidth=1, alpha=0.35, zorder=0)
         axes.annotate(
-            "jump fitted here",
+            "one jump fitted here",
             xy=(report.fitted_at, 1),
             xycoords=("data", "axes fraction"),
             xytext=(-4 if late else 4, -2),
@@ -134,7 +136,7 @@ def _by_exit(
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
         _whole_ticks(axes, len(exits))
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(loc="outside lower center", ncols=len(lines), frameon=False)
         return _png(figure)
 
 

@@ -268,12 +268,11 @@ class Session:
         """Logits [n, V] of hidden states [n, H] after `depth` blocks."""
         if not len(hidden):
             return np.zeros((0, self.spec.vocab_size), np.float32)
-        final = depth == self.spec.blocks
-        if final:
+        if depth == self.spec.blocks:
             self.stats.final_heads += len(hidden)
         else:
             self.stats.exit_heads += len(hidden)
-        return self._engines.logits(hidden, final=final)
+        return self._engines.logits(hidden, depth)
 
     def rewind(self, length: int, row: int = 0) -> None:
         """Drops the tokens after the first `length`: a change of numbers, nothing is computed.
