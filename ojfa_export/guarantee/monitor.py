@@ -4,6 +4,11 @@ A **unit** is one request, and its loss the share of its checked tokens that dif
 model's choice, in [0, 1]. Tokens of one request resemble each other, requests much less: alarm and
 interval hold for units whose losses have, given the units before, the promised mean at most,
 whatever else their distribution. Fed token by token, a long hard request would look like a drift.
+
+The alarm is a test by betting (Waudby-Smith and Ramdas, arXiv 2010.09686) of "the promise is kept",
+as Podkopaev and Ramdas (arXiv 2110.06177) watch a deployed model's risk, begun anew at every unit
+as in e-detectors (Shin, Ramdas and Rinaldo, arXiv 2203.03532), but with weights that sum to 1: so
+it is a bound on ever raising a false alarm, not on how often.
 """
 
 from __future__ import annotations
@@ -54,7 +59,8 @@ class DisagreementMonitor:
     """Keeps watch over every domain of a promise.
 
     The chance that any domain ever raises an alarm while all keep the promise is `alpha` at most,
-    over a run of any length: each domain has alpha / domains of it.
+    over a run of any length: each domain has an equal part of it. Requests whose domain isn't known
+    are watched by themselves: a mixture of domains that keep a limit keeps it too.
 
     Args:
         promise: What is watched; its domains are the monitor's.
@@ -72,7 +78,9 @@ class DisagreementMonitor:
             )
         self.alpha = alpha
         limit = promise.limits.max_disagreement
-        names = [domain.name for domain in promise.domains]
+        names: list[str | None] = [domain.name for domain in promise.domains]
+        if len(names) > 1:
+            names.append(None)
         self._domains = {name: _Domain(limit, alpha / len(names), alpha) for name in names}
 
     def update(self, losses: Iterable[float], domain: str | None = None) -> State:
@@ -80,7 +88,7 @@ class DisagreementMonitor:
 
         Args:
             losses: In [0, 1]. A token that ran at full depth counts as 0.
-            domain: Of the units; may be left out where the promise has one.
+            domain: Of the units; None where it isn't known, or the promise has only one.
 
         Raises:
             UsageError: An unknown domain, or a loss outside [0, 1].
@@ -104,16 +112,18 @@ class DisagreementMonitor:
         return self._find(domain).state()
 
     @property
-    def alarms(self) -> list[str]:
-        """The domains whose promise was seen to be broken."""
+    def alarms(self) -> list[str | None]:
+        """The domains whose promise was seen to be broken; None: requests of unknown domain."""
         return [name for name, domain in self._domains.items() if domain.alarm_at is not None]
 
     def _find(self, domain: str | None) -> _Domain:
         if domain is None and len(self._domains) == 1:
             return next(iter(self._domains.values()))
-        if domain is None or domain not in self._domains:
-            asked = "no domain was named" if domain is None else f"domain '{domain}' has no promise"
-            raise UsageError(asked, hint=f"the promise's domains: {', '.join(self._domains)}")
+        if domain not in self._domains:
+            raise UsageError(
+                f"domain '{domain}' has no promise",
+                hint=f"the promise's domains: {', '.join(filter(None, self._domains))}",
+            )
         return self._domains[domain]
 
 

@@ -239,7 +239,7 @@ class Session(Sequences):
         if self.shadow is None or self._final is None:
             raise UsageError(
                 "this session chooses no tokens for shadow checks",
-                hint="make it with Model.session(shadow_share=0.1)",
+                hint="make it with Model.session(monitor=...)",
             )
         if budget is not None and budget < 0:
             raise UsageError(f"the budget of shadow checks must be 0 or more, not {budget}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 @dataclass
@@ -35,6 +35,16 @@ class Stats:
     confidence_sums: dict[int, float] = field(default_factory=dict)
     shadow_checks: int = 0
     shadow_disagreements: int = 0
+
+    def add(self, other: Stats) -> None:
+        """Adds what another session counted."""
+        for each in fields(self):
+            mine, more = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(mine, int):
+                setattr(self, each.name, mine + more)
+            else:
+                for depth, count in more.items():
+                    mine[depth] = mine.get(depth, 0) + count
 
     def count_stopped(self, depth: int, count: int, confidence: float) -> None:
         """Counts tokens that a policy stopped after `depth` blocks, and their summed confidence."""

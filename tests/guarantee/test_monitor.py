@@ -155,7 +155,15 @@ def test_domains_are_the_promises() -> None:
     with pytest.raises(UsageError, match="domain 'poems' has no promise") as caught:
         monitor.update([0], "poems")
     assert "code, docs" in str(caught.value.hint)
-    with pytest.raises(UsageError, match="no domain was named"):
-        monitor.update([0])
     assert monitor.update([0.5], "docs").units == 1
     assert monitor.state("code").units == 0
+
+
+def test_requests_of_unknown_domain_are_watched_by_themselves() -> None:
+    monitor = DisagreementMonitor(promise("code", "docs"))
+    monitor.update(np.ones(100))
+    assert monitor.alarms == [None]
+    assert monitor.state("code").units == monitor.state("docs").units == 0
+    only = DisagreementMonitor(promise("code"))
+    only.update([1])
+    assert only.state("code").units == 1
