@@ -13,13 +13,13 @@ it is a bound on ever raising a false alarm, not on how often.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from ojfa_export.errors import UsageError
+from ojfa_export.guarantee.confidence_sequence import ConfidenceSequence
 from ojfa_export.guarantee.promise import Promise
 
 DEFAULT_FALSE_ALARMS = 0.01
@@ -28,9 +28,6 @@ _STAKE_SHARES = 0.5 ** np.arange(1, 8)
 # How quickly the weight of later starts falls, as t^-(1 + this): a drift that begins at unit t is
 # seen about (1 + this) ln(t) / growth units later than one at the start.
 _START_DECAY = 0.5
-# Tilts of the interval's exponential mixture: small for many units, large for few.
-_TILTS = np.geomspace(0.005, 8, 24)
-_BISECTIONS = 50
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,8 @@ class State:
     Attributes:
         units: Requests seen.
         estimate: Their mean loss; NaN before the first.
-        lower: Of a confidence sequence: with probability 1 - alpha the average of the units' true
-            mean losses so far is inside the bounds **at every moment** of an infinite run.
+        lower: Of a confidence sequence: with the promise's confidence the average of the units'
+            true mean losses so far is inside the bounds **at every moment** of an infinite run.
         upper: The other end.
         alarm: Whether the promise was seen to be broken; stays once it is raised.
         alarm_at: The unit that raised it, from 1.
@@ -77,11 +74,14 @@ class DisagreementMonitor:
                 hint="one run in a hundred is 0.01",
             )
         self.alpha = alpha
-        limit = promise.limits.max_disagreement
+        limits = promise.limits
         names: list[str | None] = [domain.name for domain in promise.domains]
         if len(names) > 1:
             names.append(None)
-        self._domains = {name: _Domain(limit, alpha / len(names), alpha) for name in names}
+        self._domains = {
+            name: _Domain(limits.max_disagreement, alpha / len(names), 1 - limits.confidence)
+            for name in names
+        }
 
     def update(self, losses: Iterable[float], domain: str | None = None) -> State:
         """Takes the losses of more units, in their order.
@@ -141,19 +141,16 @@ class _Domain:
         self.alarm_at: int | None = None
         self._limit = limit
         self._level = level
-        self._alpha = alpha
+        self._losses = ConfidenceSequence(alpha, guess=limit)
         self._stakes = _STAKE_SHARES / limit
         self._wealth = np.zeros(len(self._stakes))
-        self._units = 0
-        self._total = 0.0
 
     def add(self, loss: float) -> None:
         """Takes one unit's loss."""
-        self._units += 1
-        self._total += loss
+        self._losses.add(loss)
         if self.alarm_at is not None:
             return
-        t = self._units
+        t = self._losses.count
         unspent = (t + 1) ** -_START_DECAY
         starting = (t**-_START_DECAY - unspent) / len(self._stakes)
         self._wealth = (self._wealth + starting) * (1 + self._stakes * (loss - self._limit))
@@ -162,41 +159,12 @@ class _Domain:
 
     def state(self) -> State:
         """What is known now."""
-        n, total = self._units, self._total
+        lower, upper = self._losses.bounds()
         return State(
-            units=n,
-            estimate=total / n if n else math.nan,
-            lower=_lower_bound(total, n, self._alpha / 2),
-            upper=1 - _lower_bound(n - total, n, self._alpha / 2),
+            units=self._losses.count,
+            estimate=self._losses.mean,
+            lower=lower,
+            upper=upper,
             alarm=self.alarm_at is not None,
             alarm_at=self.alarm_at,
         )
-
-
-def _lower_bound(total: float, n: int, alpha: float) -> float:
-    """The lower end of a confidence sequence for the average conditional mean of n losses.
-
-    exp(tilt S_n - n ln(1 - m + m e^tilt)) is at most a supermartingale that starts at 1, m being
-    that average: e^(tilt x) lies below its chord on [0, 1], and the logarithm of a Bernoulli
-    distribution's moment generating function is concave in its mean (Howard et al., arXiv
-    1810.08240). A mixture over tilts keeps this; Ville's inequality bounds it at all times at once.
-    """
-    if n == 0:
-        return 0.0
-    shares = 1 / len(_TILTS)
-
-    def excess(mean: float) -> float:
-        exponents = _TILTS * total - n * np.log1p(mean * np.expm1(_TILTS))
-        largest = float(exponents.max())
-        return largest + math.log(shares * float(np.exp(exponents - largest).sum()) * alpha)
-
-    low, high = 0.0, total / n
-    if excess(low) <= 0:
-        return 0.0
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        if excess(middle) > 0:
-            low = middle
-        else:
-            high = middle
-    return low
