@@ -43,13 +43,16 @@ class Model:
         manifest = bundle.manifest
         self.spec = manifest.model.spec
         self.tokenizer = _read_tokenizer(bundle)
+        opener = backends.load(backend)  # first: an unknown name is no missing engine
         files = bundle.engines(backend).files
         tables = manifest.rotary
         rotary = (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None
         engines = {name: bundle.directory / file for name, file in files.items()}
-        self.engines = backends.load(backend).open_engines(
-            self.spec, bundle.graphs, engines, rotary
-        )
+        self.engines = opener.open_engines(self.spec, bundle.graphs, engines, rotary)
+
+    def __repr__(self) -> str:
+        model = self.manifest.model
+        return f"<ojfa_export.Model {model.name}: {model.spec.family}, {self.blocks} blocks>"
 
     @property
     def manifest(self) -> Manifest:

@@ -150,7 +150,7 @@ def test_dash_reads_standard_input(invoke, bundle: Path, stdin: str, prompt: str
         (["-p", "a" * 400], b"", "the prompt has "),
         (["-p", "a", "--exit", "5"], b"", "exit 5 is outside this model's 1..4"),
         (["-p", "a", "--temperature", "1", "--top-p", "0"], b"", "top-p must be above 0"),
-        (["-p", "a", "--backend", "abacus"], b"", "has no engines for backend 'abacus'"),
+        (["-p", "a", "--backend", "abacus"], b"", "backend 'abacus' is not known"),
     ],
 )
 def test_bad_input(invoke, bundle: Path, args, stdin: bytes, message: str) -> None:
