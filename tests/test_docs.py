@@ -13,7 +13,7 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = ("build", "run", "verify", "bench", "inspect", "calibrate", "export", "doctor")
+COMMANDS = tuple("build run verify monitor bench inspect calibrate export doctor".split())
 
 
 def blocks(language: str) -> list[str]:
