@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import tomllib
 
+from ojfa_export.cli.app import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = tuple("build run verify monitor bench inspect calibrate export doctor".split())
 
 
 def blocks(language: str) -> list[str]:
