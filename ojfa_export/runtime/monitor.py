@@ -68,7 +68,8 @@ class Monitor:
     def finish(self, session: Session, domain: str | None = None) -> None:
         """Runs the shadow checks that are left, and takes each sequence as one request.
 
-        A sequence of which no token was chosen says nothing and isn't taken.
+        A sequence of which no token was chosen says nothing and isn't taken. The session's counts
+        begin anew, and what its sequences do from here on is another request.
 
         Args:
             session: With a `shadow`; its sequences have ended.
@@ -78,9 +79,13 @@ class Monitor:
             UsageError: An unknown domain, or a session without a `shadow`.
         """
         session.run_shadow_checks()
-        shadow = session.shadow
-        losses = [] if shadow is None else [shadow.loss(row) for row in range(session.batch_size)]
+        losses = []
+        if session.shadow is not None:
+            for row in range(session.batch_size):
+                losses.append(session.shadow.loss(row))
+                session.shadow.forget(row, 0)
         with self._lock:
             self.stats.add(session.stats)
+            session.stats = Stats()
             if self.disagreement is not None:
                 self.disagreement.update([x for x in losses if x is not None], domain)

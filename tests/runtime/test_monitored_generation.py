@@ -107,7 +107,15 @@ def test_sessions_that_a_service_embeds(model):
     assert monitor.disagreement.state().units == 0
     monitor.finish(session)
     assert monitor.disagreement.state().units == 1
-    assert monitor.stats == session.stats
+    assert monitor.stats.exits == {2: 5}
+    assert session.stats == Stats()
+    monitor.finish(session)  # nothing has happened since
+    assert monitor.disagreement.state().units == 1
+    session.rewind(0)
+    session.advance(model.encode("x"), exit=2)
+    monitor.finish(session)
+    assert monitor.disagreement.state().units == 2
+    assert monitor.stats.exits == {2: 6}
 
 
 def test_many_threads(model):
