@@ -19,7 +19,7 @@ _LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("identity", "no jump (identity)", {"color": "#666666", "marker": "^", "ls": ":"}),
     ("residual", "shared residual jump", {"color": "#009E73", "marker": "D", "ls": "-."}),
 )
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
     "font.size": 10,
     "axes.spines.top": False,
@@ -61,7 +61,7 @@ def precision_matrix(report: CalibrationReport) -> bytes:
     percent = 100 * np.asarray(report.precision_at_1)
     levels = len(percent)
     side = min(7.0, 3.6 + 0.25 * levels)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(side + 1.5, side), layout="constrained")
         axes = figure.add_subplot()
         edges = (0.5, levels + 0.5)
@@ -105,7 +105,7 @@ def _by_exit(
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.9), layout="constrained")
         axes = figure.add_subplot()
         exits = [row.blocks for row in report.exits]
