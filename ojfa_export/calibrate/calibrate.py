@@ -31,8 +31,8 @@ from ojfa_export.shortcut import (
     transfer_matrix,
 )
 from ojfa_export.shortcut.choose import choose_kind
-from ojfa_export.shortcut.distil import distil, split_rows
-from ojfa_export.shortcut.kinds import Shipped
+from ojfa_export.shortcut.distil import Distilled, distil, split_rows
+from ojfa_export.shortcut.kinds import ExitMap, Shipped
 from ojfa_export.shortcut.residual import fit_residual
 
 # Held-out tokens for the figures of each exit, within the logits in all that take a few minutes on
@@ -106,17 +106,15 @@ def calibrate(
         OjfaError: A residual jump is asked for, and torch is not installed.
     """
     shortcuts = fit_levels(_moments(states, blocks, fit_tokens, progress), rank)
-    held_out = states.shape[0] - fit_tokens
-    budget = MATRIX_LOGITS // (max(1, blocks - 1) ** 2 * head.weight.shape[0])
-    sample = _Sample(states, blocks, fit_tokens, min(held_out, _within(MATRIX_TOKENS, budget)))
-    choice, matrix = _choose(shortcuts, sample, head, scratch, progress)
+    sample = matrix_sample(states, blocks, fit_tokens, head)
+    choice, matrix = choose_level(shortcuts, sample, head, scratch, progress)
     one_jump = replace(shortcuts[choice.fitted_at - 1], kind="ojfa")
     folded = fold(one_jump, head.norm, head.weight, head.bias)
     distilled: Shortcut | None = None
-    if kind != "ojfa" and (kind == "residual" or _has_torch()):
-        distilled = fit_shared_residual(states, blocks, fit_tokens, head, rank, progress)
-    budget = EXIT_LOGITS // (blocks * head.weight.shape[0])
-    sample = _Sample(states, blocks, fit_tokens, min(held_out, _within(EXIT_TOKENS, budget)))
+    if kind != "ojfa" and (kind == "residual" or has_torch()):
+        _, result = fit_shared_residual(states, blocks, fit_tokens, head, rank, progress)
+        distilled = result.shortcut
+    sample = exit_sample(states, blocks, fit_tokens, head)
     reference = FullModelReference(sample.hidden(blocks), head, scratch)
     one, multi, identity, residual = [], [], [], []
     with progress.task("calibrating: measuring exits", blocks - 1, "exits") as task:
@@ -128,7 +126,7 @@ def calibrate(
             identity.append(evaluate(head.logits, hidden, reference))
             if distilled is not None:
                 residual.append(
-                    evaluate(partial(_jumped, distilled, head, depth), hidden, reference)
+                    evaluate(partial(jumped, distilled, head, depth), hidden, reference)
                 )
             task.advance()
     if distilled is None:
@@ -157,13 +155,13 @@ def fit_shared_residual(
     head: LanguageHead,
     rank: int,
     progress: Progress,
-) -> Shortcut:
-    """Fits the shared residual jump in closed form, then distils it.
+) -> tuple[Shortcut, Distilled]:
+    """Fits the shared residual jump in closed form, then distils it: both.
 
     Raises:
         OjfaError: torch is not installed.
     """
-    if not _has_torch():
+    if not has_torch():
         raise OjfaError(
             "a residual shortcut is distilled with torch, which is not installed",
             hint="pip install 'ojfa-export[verify]', or build with --shortcut ojfa",
@@ -174,20 +172,21 @@ def fit_shared_residual(
     with progress.task("calibrating: fitting the residual jump", 1, "fits") as task:
         begin = fit_residual(states.open, blocks, rows, rank)
         task.advance()
-    return distil(begin, states.open, fit_tokens, head, progress=progress).shortcut
+    return begin, distil(begin, states.open, fit_tokens, head, progress=progress)
 
 
-def _jumped(shortcut: Shortcut, head: LanguageHead, depth: int, hidden: Float32) -> Float32:
+def jumped(shortcut: ExitMap, head: LanguageHead, depth: int, hidden: Float32) -> Float32:
     """Logits of a jump through the model's own head."""
     logits: Float32 = head.logits(shortcut.apply(hidden, depth))
     return logits
 
 
-def _has_torch() -> bool:
+def has_torch() -> bool:
+    """Whether a residual jump can be distilled here."""
     return importlib.util.find_spec("torch") is not None
 
 
-class _Sample:
+class Sample:
     """Held-out tokens, evenly spread over those that there are."""
 
     def __init__(self, states: HiddenStates, blocks: int, fit_tokens: int, count: int) -> None:
@@ -199,13 +198,28 @@ class _Sample:
         return np.asarray(self._states.open(depth)[self.rows])
 
 
-def _choose(
+def matrix_sample(states: HiddenStates, blocks: int, fit_tokens: int, head: LanguageHead) -> Sample:
+    """Held-out tokens that the matrix is measured on."""
+    budget = MATRIX_LOGITS // (max(1, blocks - 1) ** 2 * head.weight.shape[0])
+    count = min(states.shape[0] - fit_tokens, within(MATRIX_TOKENS, budget))
+    return Sample(states, blocks, fit_tokens, count)
+
+
+def exit_sample(states: HiddenStates, blocks: int, fit_tokens: int, head: LanguageHead) -> Sample:
+    """Held-out tokens that the exits are measured on."""
+    budget = EXIT_LOGITS // (blocks * head.weight.shape[0])
+    count = min(states.shape[0] - fit_tokens, within(EXIT_TOKENS, budget))
+    return Sample(states, blocks, fit_tokens, count)
+
+
+def choose_level(
     shortcuts: list[Shortcut],
-    sample: _Sample,
+    sample: Sample,
     head: LanguageHead,
     scratch: Path,
     progress: Progress,
 ) -> tuple[Choice, TransferMatrix]:
+    """Measures each level's narrow jump at every exit, and chooses the best for all of them."""
     blocks = len(shortcuts) + 1
     reference = FullModelReference(sample.hidden(blocks), head, scratch)
     levels = [sample.hidden(depth) for depth in range(1, blocks)]
@@ -240,6 +254,7 @@ def _moments(
             task.advance()
 
 
-def _within(bounds: tuple[int, int], value: int) -> int:
+def within(bounds: tuple[int, int], value: int) -> int:
+    """The value, or the bound that it is beyond."""
     least, most = bounds
     return max(least, min(value, most))

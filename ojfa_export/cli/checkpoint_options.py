@@ -39,11 +39,6 @@ def calibration_options(function: Decorated) -> Decorated:
             help="Rank of the shortcut.  [default: the paper's, hidden size / 100]",
         ),
         click.option(
-            "--shortcut",
-            type=click.Choice(["ojfa", "residual"]),
-            help="Kind of shortcut.  [default: the better one of this rank, as measured]",
-        ),
-        click.option(
             "--calibration-tokens", type=int, metavar="N", help="Tokens of that text to use."
         ),
         click.option(
@@ -106,4 +101,10 @@ def graph_options(function: Decorated) -> Decorated:
 
 overwrite_option: Decorator[Any] = click.option(
     "--overwrite", is_flag=True, help="Replace what is at the output."
+)
+
+shortcut_option: Decorator[Any] = click.option(
+    "--shortcut",
+    type=click.Choice(["ojfa", "residual"]),
+    help="Kind of shortcut.  [default: the better one of this rank, as measured]",
 )

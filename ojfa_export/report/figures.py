@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ojfa_export.report.model import CalibrationReport
@@ -53,12 +54,17 @@ def surprisal_by_exit(report: CalibrationReport) -> bytes:
 
 def precision_matrix(report: CalibrationReport) -> bytes:
     """Precision@1 of every level's jump at every exit, the chosen jump's row marked."""
+    return draw_matrix(report.precision_at_1, report.fitted_at)
+
+
+def draw_matrix(precision: Sequence[Sequence[float]], chosen: int) -> bytes:
+    """Precision@1 [fitted_at - 1][used_at - 1], the row of the chosen level (from 1) marked."""
     import matplotlib as mpl
     import numpy as np
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    percent = 100 * np.asarray(report.precision_at_1)
+    percent = 100 * np.asarray(precision)
     levels = len(percent)
     side = min(7.0, 3.6 + 0.25 * levels)
     with mpl.rc_context(STYLE):
@@ -71,13 +77,13 @@ def precision_matrix(report: CalibrationReport) -> bytes:
         )
         axes.add_patch(
             Rectangle(
-                (0.5, report.fitted_at - 0.5), levels, 1, fill=False, ec="#D55E00", lw=2.5,
+                (0.5, chosen - 0.5), levels, 1, fill=False, ec="#D55E00", lw=2.5,
                 clip_on=False,
             )
         )  # fmt: skip
         axes.annotate(
             "chosen",
-            xy=(levels + 0.5, report.fitted_at),
+            xy=(levels + 0.5, chosen),
             xytext=(5, 0),
             textcoords="offset points",
             color="#B04A00",
@@ -90,13 +96,13 @@ def precision_matrix(report: CalibrationReport) -> bytes:
         axes.set_title("Each level's jump at every exit")
         axes.set_xlabel("used at exit (blocks run)")
         axes.set_ylabel("fitted at exit (blocks run)")
-        _whole_ticks(axes, levels, both=True)
+        whole_ticks(axes, levels, both=True)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
         bar.set_label("Precision@1 (%)")
         bar.outline.set_visible(False)
-        return _png(figure)
+        return png(figure)
 
 
 def _by_exit(
@@ -135,9 +141,9 @@ def _by_exit(
         axes.set_ylabel(label)
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
-        _whole_ticks(axes, len(exits))
-        figure.legend(loc="outside lower center", ncols=len(lines), frameon=False)
-        return _png(figure)
+        whole_ticks(axes, len(exits))
+        figure.legend(loc="outside lower center", ncols=3 if len(lines) < 4 else 2, frameon=False)
+        return png(figure)
 
 
 def _write_cells(axes: Axes, numbers: list[list[int]], *, threshold: float) -> None:
@@ -147,7 +153,7 @@ def _write_cells(axes: Axes, numbers: list[list[int]], *, threshold: float) -> N
             axes.text(column, row, str(value), ha="center", va="center", color=colour, fontsize=8)
 
 
-def _whole_ticks(axes: Axes, levels: int, *, both: bool = False) -> None:
+def whole_ticks(axes: Axes, levels: int, *, both: bool = False) -> None:
     """Ticks at whole exits: every one where they fit, else the first and round numbers."""
     step = next(step for step in (1, 2, 4, 5, 10, 20, 50, 100) if levels / step <= 16)
     ticks = sorted({1, *range(step, levels + 1, step)})
@@ -156,7 +162,8 @@ def _whole_ticks(axes: Axes, levels: int, *, both: bool = False) -> None:
         axes.set_yticks(ticks)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file's bytes."""
     buffer = io.BytesIO()
     # Without metadata there is no library version or date in the bytes.
     figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
