@@ -91,7 +91,7 @@ def test_without_torch_the_narrow_jump_ships_and_the_report_says_so(options, mon
 
 
 def test_unknown_kind_is_refused(options):
-    with pytest.raises(UsageError, match="jtc.*can't be built"):
+    with pytest.raises(UsageError, match=r"jtc.*can't be built"):
         build(options(shortcut="jtc"))
 
 
