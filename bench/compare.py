@@ -1,6 +1,6 @@
 """Compares every kind of shortcut on a checkpoint at several ranks, and records the figures.
 
-python -m bench.compare CHECKPOINT --rank 2 --rank 16 --rank 64 --out bench/results/compare/NAME.json
+python -m bench.compare CHECKPOINT --rank 2 --rank 16 --out bench/results/compare/NAME.json
 
 Writes one JSON file with `ojfa-export compare`'s document for each rank, and for the last rank its
 picture of quality by exit.
