@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200, help="of each domain and log")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    measured = commit()  # now: the tree may change while this runs
     cases: dict[str, Any] = {}
     for name, bundle in arguments.case:
         model = load(bundle)
@@ -51,7 +52,7 @@ def main() -> None:
         }
         cases[name]["shadow_checks"] = cost(model, arguments.requests)
         print(name, json.dumps(cases[name], indent=1)[:2000], flush=True)
-    document = {"machine": describe_machine(), "commit": commit(), "cases": cases}
+    document = {"machine": describe_machine(), "commit": measured, "cases": cases}
     arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
