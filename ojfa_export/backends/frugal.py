@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ojfa_export.backends.backend import Cache, Engines, Float32, Int32
 from ojfa_export.families.spec import ModelSpec
+from ojfa_export.heap import trim_heap
 
 # Models whose blocks and head take less in fp32 stay loaded: opening them again would take
 # longer than the memory is worth.
@@ -41,6 +42,7 @@ class FrugalEngines:
         """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
         logits = self._engines.logits(hidden, blocks_run)
         self._engines.unload_heads()
+        trim_heap()
         return logits
 
     def unload_heads(self) -> None:
@@ -71,6 +73,7 @@ class FrugalCache:
             one = range(block, block + 1)
             hidden = self._cache.run_blocks(one, hidden, rows, starts, long_context=long_context)
             self._cache.unload(block)
+            trim_heap()
         return hidden
 
     def unload(self, block: int) -> None:
