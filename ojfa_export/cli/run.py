@@ -39,8 +39,8 @@ STDIN = "-"
     "depth",
     type=parse_exit_or_auto,
     metavar=METAVAR_WITH_AUTO,
-    default="full",
-    help="Blocks to run; 'auto' decides for each token by the bundle's policy.",
+    help="Blocks to run; 'auto' decides for each token by the bundle's policy.  [default: what the "
+    "build planned; 'inspect' shows it]",
 )
 @click.option(
     "--speculate",
@@ -73,7 +73,7 @@ def command(
     console: Console,
     bundle: Path,
     prompts: tuple[str, ...],
-    depth: ExitChoice,
+    depth: ExitChoice | None,
     speculate: bool,
     draft_exit: int | None,
     draft_length: int | None,
@@ -98,6 +98,13 @@ def command(
     if speculate:
         settings["speculate"] = ojfa_export.Speculation(draft_exit, draft_length)
     model = ojfa_export.load(bundle, backend=backend)
+    if depth is None and not speculate:
+        default = model.default(len(texts), settings["temperature"])
+        if default is not None:
+            depth, settings["speculate"] = default.exit, default.speculation or False
+            speculate = default.speculation is not None
+            console.note(f"default: {default.reason} (--exit full overrides)")
+    depth = "full" if depth is None else depth
     encoded = [model.encode(text) for text in texts]
     tokens = _Interruptible(model.stream(texts, exit=depth, **settings), _printer(console, texts))
     generation = collect(encoded, tokens)

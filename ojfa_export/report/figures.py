@@ -18,7 +18,7 @@ _LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("multi_jump", "a jump per exit (N-NJTC)", {"color": "#D55E00", "marker": "s", "ls": "--"}),
     ("identity", "no jump (identity)", {"color": "#666666", "marker": "^", "ls": ":"}),
 )
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
     "font.size": 10,
     "axes.spines.top": False,
@@ -60,7 +60,7 @@ def precision_matrix(report: CalibrationReport) -> bytes:
     percent = 100 * np.asarray(report.precision_at_1)
     levels = len(percent)
     side = min(7.0, 3.6 + 0.25 * levels)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(side + 1.5, side), layout="constrained")
         axes = figure.add_subplot()
         edges = (0.5, levels + 0.5)
@@ -95,7 +95,7 @@ def precision_matrix(report: CalibrationReport) -> bytes:
         bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
         bar.set_label("Precision@1 (%)")
         bar.outline.set_visible(False)
-        return _png(figure)
+        return png(figure)
 
 
 def _by_exit(
@@ -104,7 +104,7 @@ def _by_exit(
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.9), layout="constrained")
         axes = figure.add_subplot()
         exits = [row.blocks for row in report.exits]
@@ -135,7 +135,7 @@ def _by_exit(
         axes.set_axisbelow(True)
         _whole_ticks(axes, len(exits))
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
-        return _png(figure)
+        return png(figure)
 
 
 def _write_cells(axes: Axes, numbers: list[list[int]], *, threshold: float) -> None:
@@ -154,7 +154,8 @@ def _whole_ticks(axes: Axes, levels: int, *, both: bool = False) -> None:
         axes.set_yticks(ticks)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file, the same for the same figure."""
     buffer = io.BytesIO()
     # Without metadata there is no library version or date in the bytes.
     figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})

@@ -153,7 +153,7 @@ def test_files_that_are_no_statistics(population: Population, tmp_path: Path) ->
     path = tmp_path / "statistics.npz"
     with pytest.raises(BundleError, match="has no calibration statistics") as caught:
         load_statistics(path)
-    assert "--max-disagreement" in str(caught.value.hint)
+    assert "ojfa-export build" in str(caught.value.hint)
     save_statistics(path, {name: population(windows=3) for name in ("tuning", "certification")})
     whole = path.read_bytes()
     for damaged in (b"", b"PK", whole[:-300], whole[:200] + bytes(64) + whole[264:]):
