@@ -30,6 +30,7 @@ FEWEST_ROUNDS = 3
 QUARTILE = 0.25
 
 Float64 = NDArray[np.float64]
+Clock = Callable[[], float]
 
 
 class StepCosts(BaseModel):
@@ -86,6 +87,7 @@ def measure_costs(
     seconds: float,
     progress: Progress,
     most_bytes: float = float("inf"),
+    clock: Clock = time.perf_counter,
 ) -> StepCosts:
     """Times steps of every kind, the kinds taking turns.
 
@@ -98,6 +100,7 @@ def measure_costs(
         progress: Shows rounds.
         most_bytes: Of weights in fp32 to load: of a larger model, the first blocks are timed, two
             at least, and the others taken to cost as much.
+        clock: Seconds; another than the wall's where the machine is shared.
     """
     depth = int(min(spec.blocks, max(2.0, most_bytes / block_bytes(spec))))
     steps = _Steps(spec, engines, depth, min(max_length, spec.rotary_switch or max_length))
@@ -105,7 +108,7 @@ def measure_costs(
     with progress.task("timing blocks and heads", rounds, "rounds") as task:
         for turn in range(rounds):
             if turn < FEWEST_ROUNDS or time.perf_counter() < start + seconds:
-                steps.take_turns()
+                steps.take_turns(clock)
             task.advance()
     return steps.costs()
 
@@ -169,9 +172,8 @@ class _Steps:
             (("head", "rows"), head(len(hidden), True)),
         ]
 
-    def take_turns(self) -> None:
+    def take_turns(self, clock: Clock) -> None:
         """Some steps of each kind."""
-        clock = time.perf_counter
         for kind, step in self._kinds.items():
             for count in range(STEPS + 1):
                 start = clock()

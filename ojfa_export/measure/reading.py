@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ojfa_export.backends.backend import Int32
 from ojfa_export.calibrate.text import read_text
 from ojfa_export.errors import UsageError
+from ojfa_export.measure.costs import Clock
 from ojfa_export.measure.machine import describe_machine
 from ojfa_export.progress import Progress
 from ojfa_export.runtime.model import ExitChoice, Model, load
@@ -23,7 +24,7 @@ from ojfa_export.runtime.session import Session, resolve_exit
 from ojfa_export.runtime.speculation import Speculation, Speculator
 
 # Tokens of the text that are read before a way begins at another place.
-PIECE = 64
+PIECE = 32
 # Each piece is read so often; of a step's times this one counts: whatever else runs on the machine
 # only adds to them.
 REPEATS, QUARTILE = 5, 0.25
@@ -70,6 +71,7 @@ def read_pieces(
     prompt_length: int,
     progress: Progress,
     repeats: int = REPEATS,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, Reading]:
     """Times every way on the same pieces of text, the ways taking turns.
 
@@ -83,6 +85,7 @@ def read_pieces(
         prompt_length: How many of them; 1 or more.
         progress: Shows pieces.
         repeats: How often each piece is read each way.
+        clock: Seconds; another than the wall's where the machine is shared.
     """
     count, length = pieces.shape
     session = model.session(1, length)
@@ -96,7 +99,10 @@ def read_pieces(
             chosen += expected.argmax(axis=1).tolist()
             session.rewind(prompt_length)
             turns = [
-                {name: _read(session, piece, prompt_length, way) for name, way in ways.items()}
+                {
+                    name: _read(session, piece, prompt_length, way, clock)
+                    for name, way in ways.items()
+                }
                 for _ in range(repeats)
             ]
             for name, pieces_found in found.items():
@@ -106,11 +112,10 @@ def read_pieces(
     return {name: _summary(each, chosen, ways[name]) for name, each in found.items()}
 
 
-def _read(session: Session, piece: Sequence[int], start: int, way: Way) -> _Piece:
+def _read(session: Session, piece: Sequence[int], start: int, way: Way, clock: Clock) -> _Piece:
     step = _stepper(session, way)
     read = _Piece([], [], [], [])
     at, last = start, len(piece) - 1
-    clock = time.perf_counter
     while at < last:
         before = clock()
         tokens, depth = step(piece[at], last - at)

@@ -25,7 +25,7 @@ from ojfa_export.cli.app import app
 from ojfa_export.errors import BundleError, CalibrationError, UsageError
 from ojfa_export.guarantee import ExitPolicy, Limits, Promise, certify, load_statistics
 from ojfa_export.guarantee.p_values import windows_needed
-from ojfa_export.guarantee.windows import promise_windows
+from ojfa_export.guarantee.windows import planning_windows, promise_windows
 from ojfa_export.measure.costs import StepCosts
 
 # Of a model with four blocks, milliseconds.
@@ -183,3 +183,33 @@ def test_windows_of_a_promise_never_meet() -> None:
         for source in sources:  # tuning comes before certification in each source
             last = max(v for v in tuning.ravel() if v // 1000 == source)
             assert last < min(v for v in certification.ravel() if v // 1000 == source)
+
+
+def test_windows_to_plan_with() -> None:
+    texts = [
+        CalibrationText(name, ("x",), "0" * 64, 1000, domain)
+        for name, domain in (("a", "code"), ("b", "docs"), ("c", "code"), ("d", "few"))
+    ]
+    rest = [np.arange(at, at + 100, dtype=np.int32)[:, None] for at in (0, 1000, 2000)]
+    windows = planning_windows(texts, [*rest, np.arange(3000, 3003, dtype=np.int32)[:, None]])
+    assert windows is not None
+    assert windows.domains == ("code", "docs")  # three windows are too few to divide
+    assert [len(each) for each in windows.tuning] == [8, 8]
+    assert [len(each) for each in windows.certification] == [16, 16]
+    for tuning, certification in zip(windows.tuning, windows.certification, strict=True):
+        together = np.concatenate([tuning, certification]).ravel().tolist()
+        assert len(set(together)) == len(together)
+    assert planning_windows(texts[3:], [np.zeros((3, 1), np.int32)]) is None
+
+
+def test_too_little_text_to_plan_with_is_no_error(
+    options: Options, calibration_text: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "little.txt"
+    text.write_text(calibration_text.read_text()[:4000])
+    asked = options(calibration_data=(text,), max_disagreement=None, calibration_tokens=100_000)
+    document = plan(asked)
+    assert document["stages"] == ["export", "engines", "calibrate", "verify"]
+    result = build(asked)
+    assert result.decided.default is None
+    assert not (result.bundle / STATISTICS).exists()
