@@ -26,15 +26,13 @@ STEPS = 4
 # Exits whose steps are timed; those between two of them lie on a line.
 MOST_EXITS = 16
 FEWEST_ROUNDS = 3
-# Of a kind's times, this one counts: whatever else runs on the machine only adds to them.
-QUARTILE = 0.25
 
 Float64 = NDArray[np.float64]
 Clock = Callable[[], float]
 
 
 class StepCosts(BaseModel):
-    """Milliseconds of steps of one sequence, lower quartiles.
+    """Milliseconds of steps of one sequence, medians.
 
     A step at an exit is timed where steps at that exit follow each other. That is right for any
     mixture of exits too, as far as caches forget what was used longest ago: what a block costs
@@ -185,7 +183,7 @@ class _Steps:
 
     def costs(self) -> StepCosts:
         """What the times say."""
-        typical = {kind: float(np.quantile(t, QUARTILE)) for kind, t in self._times.items()}
+        typical = {kind: float(np.median(times)) for kind, times in self._times.items()}
         exit_head, final_head = typical["head", "exit"], typical["head", "final"]
         rows = AT_ONCE[-1] - 1
         exits = self._all_exits([typical["exit", int(e)] for e in self._exits])

@@ -25,9 +25,8 @@ from ojfa_export.runtime.speculation import Speculation, Speculator
 
 # Tokens of the text that are read before a way begins at another place.
 PIECE = 32
-# Each piece is read so often; of a step's times this one counts: whatever else runs on the machine
-# only adds to them.
-REPEATS, QUARTILE = 5, 0.25
+# Each piece is read so often, and the median of a step's times counts.
+REPEATS = 5
 
 # A fixed exit, a policy, or speculation.
 Way = int | ExitPolicy | Speculation
@@ -106,7 +105,7 @@ def read_pieces(
                 for _ in range(repeats)
             ]
             for name, pieces_found in found.items():
-                times = np.quantile([turn[name].seconds for turn in turns], QUARTILE, axis=0)
+                times = np.median([turn[name].seconds for turn in turns], axis=0)
                 pieces_found.append(_with_times(turns[0][name], times))
             task.advance()
     return {name: _summary(each, chosen, ways[name]) for name, each in found.items()}
