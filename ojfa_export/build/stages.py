@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +12,12 @@ import numpy as np
 import onnx
 from tokenizers import Tokenizer
 
-from ojfa_export._version import __version__
 from ojfa_export.backends.backend import Backend, Engines, Float32
 from ojfa_export.backends.frugal import frugal
 from ojfa_export.build.describe import describe_files, describe_graphs, describe_rotary
 from ojfa_export.build.golden import make_golden
 from ojfa_export.build.inputs import Inputs
+from ojfa_export.build.versions import tool_versions
 from ojfa_export.build.work import Work
 from ojfa_export.bundle.manifest import (
     Built,
@@ -53,8 +52,6 @@ from ojfa_export.shortcut import FinalNorm, LanguageHead, load, save
 
 if TYPE_CHECKING:
     from ojfa_export.build.exits import Decided
-
-RECORDED_PACKAGES = ("numpy", "onnx", "onnxruntime", "tokenizers", "torch", "transformers")
 
 
 def export(exporter: Exporter, progress: Progress) -> None:
@@ -247,17 +244,6 @@ def engine_set(bundle: Path, backend: Backend, names: list[str]) -> EngineSet:
         files={name: path.relative_to(bundle).as_posix() for name, path in files.items()},
         built_with=backend.versions(),
     )
-
-
-def tool_versions() -> dict[str, str]:
-    """Versions of this tool and of the libraries that decide its results."""
-    versions = {"ojfa-export": __version__, "python": platform.python_version()}
-    for package in RECORDED_PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def write_tokenizer(tokenizer: Tokenizer, bundle: Path) -> None:

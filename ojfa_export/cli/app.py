@@ -24,6 +24,7 @@ COMMANDS = (
     "verify",
     "run",
     "plan",
+    "monitor",
     "bench",
     "inspect",
     "doctor",

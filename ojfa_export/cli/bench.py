@@ -92,6 +92,10 @@ def command(
         raise UsageError(
             "--draft-exit and --draft-length are settings of speculation", hint="add --speculate"
         )
+    from ojfa_export.shortcut.atomic import check_writable
+
+    if output is not None:
+        check_writable(output)
     if text is not None:
         from ojfa_export.measure.reading import read_bundle
         from ojfa_export.runtime.speculation import Speculation

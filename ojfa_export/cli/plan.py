@@ -62,10 +62,12 @@ def check_picture(path: Path) -> None:
 
     Raises:
         UsageError: Another ending than .png, or matplotlib isn't installed.
+        OSError: It can't be written.
     """
     from importlib.util import find_spec
 
     from ojfa_export.errors import UsageError
+    from ojfa_export.shortcut.atomic import check_writable
 
     if path.suffix.lower() != ".png":
         raise UsageError(f"{path} is no PNG file by its name", hint="call it frontier.png")
@@ -74,6 +76,7 @@ def check_picture(path: Path) -> None:
             "a picture needs matplotlib, which is not installed",
             hint="pip install 'ojfa-export[build]'",
         )
+    check_writable(path)
 
 
 def _show(console: Console, plan: Plan) -> None:

@@ -16,6 +16,7 @@ from pydantic import ConfigDict
 from ojfa_export.backends.backend import Float32
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.decoding import Chosen
+from ojfa_export.runtime.events import DraftChecked
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
 
@@ -176,6 +177,8 @@ class Speculator:
             session.stats.drafted += len(draft)
             session.stats.accepted += accepted
             session.stats.rounds += 1
+            if session.on_event is not None:
+                session.on_event(DraftChecked(row, len(draft), accepted))
             result[row] = [Chosen(t, blocks, i < accepted) for i, t in enumerate(tokens)]
         return result
 
