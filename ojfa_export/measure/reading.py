@@ -25,6 +25,8 @@ from ojfa_export.runtime.speculation import Speculation, Speculator
 
 # Tokens of the text that are read before a way begins at another place.
 PIECE = 32
+# Tokens at the end of the prompt that a way reads beforehand, untimed: the caches are then its own.
+SETTLING = 8
 # Each piece is read so often, and the median of a step's times counts.
 REPEATS = 5
 
@@ -96,7 +98,6 @@ def read_pieces(
             session.advance(piece[:prompt_length])
             expected = session.advance(piece[prompt_length:-1], every_position=True)[0]
             chosen += expected.argmax(axis=1).tolist()
-            session.rewind(prompt_length)
             turns = [
                 {
                     name: _read(session, piece, prompt_length, way, clock)
@@ -114,20 +115,30 @@ def read_pieces(
 def _read(session: Session, piece: Sequence[int], start: int, way: Way, clock: Clock) -> _Piece:
     step = _stepper(session, way)
     read = _Piece([], [], [], [])
-    at, last = start, len(piece) - 1
+    at, last = start - settling(start), len(piece) - 1
+    session.rewind(at)
     while at < last:
+        # No draft reaches from the settling into what is timed.
+        wanted = (start if at < start else last) - at
         before = clock()
-        tokens, depth = step(piece[at], last - at)
-        read.seconds.append(clock() - before)
-        read.tokens.append(len(tokens))
-        read.depths.append(depth)
-        read.choices.append(tokens[0])
+        tokens, depth = step(piece[at], wanted)
+        seconds = clock() - before
+        if at >= start:
+            read.seconds.append(seconds)
+            read.tokens.append(len(tokens))
+            read.depths.append(depth)
+            read.choices.append(tokens[0])
         if isinstance(way, Speculation):
             session.rewind(at)
             session.advance(piece[at : at + len(tokens)])
         at += len(tokens)
-    session.rewind(start)
+    session.rewind(start - settling(start))
     return read
+
+
+def settling(prompt_length: int) -> int:
+    """How many of a prompt's tokens a way reads before it is timed."""
+    return min(SETTLING, prompt_length - 1)
 
 
 def _stepper(session: Session, way: Way) -> Callable[[int, int], tuple[list[int], int]]:

@@ -38,17 +38,18 @@ def depths_of(statistics: ExitStatistics, policy: ExitPolicy) -> np.ndarray:
     return depths
 
 
-def replay(depths: np.ndarray, policy: ExitPolicy, blocks: int) -> float:
+def replay(depths: np.ndarray, policy: ExitPolicy, blocks: int, untimed: int = 0) -> float:
     """Milliseconds per token of one sequence, with a watermark for each block."""
     marks, total = [0] * blocks, 0.0
     for position, depth in enumerate(depths.tolist()):
         checks = sum(exit <= depth for exit in policy.exits)
+        total = total if position > untimed else 0.0
         total += 0.1 + 0.2 * checks + (0.4 if depth == blocks else 0)
         for block in range(depth):
             waiting = position - marks[block]
             total += 1 + 0.5 * (waiting > 0) + 0.25 * waiting
             marks[block] = position + 1
-    return total / len(depths)
+    return total / (len(depths) - untimed)
 
 
 def test_policies_against_replayed_sequences(make_statistics: Make) -> None:

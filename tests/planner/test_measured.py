@@ -12,7 +12,7 @@ from test_frontier import replay
 import ojfa_export
 from ojfa_export.errors import CalibrationError, UsageError
 from ojfa_export.measure.costs import block_bytes, measure_costs
-from ojfa_export.measure.reading import PIECE, cut_pieces, read_bundle, read_pieces
+from ojfa_export.measure.reading import PIECE, cut_pieces, read_bundle, read_pieces, settling
 from ojfa_export.planner.frontier import round_ms
 from ojfa_export.progress import SILENT
 from ojfa_export.runtime.model import Model
@@ -81,16 +81,18 @@ def test_readings_are_the_engines_time(
     session, depths, agreed = model.session(1, 41), [], []
     for piece in pieces.tolist():
         session.rewind(0)
-        session.advance(piece[:8])
-        steps = [session.decide([token], policy) for token in piece[8:-1]]
+        session.advance(piece[: 8 - settling(8)])
+        steps = [session.decide([token], policy) for token in piece[8 - settling(8) : -1]]
         depths.append([int(step.blocks_run[0]) for step in steps])
         session.rewind(8)
         full = [int(session.advance([token])[0].argmax()) for token in piece[8:-1]]
-        chosen = [int(step.logits[0].argmax()) for step in steps]
+        chosen = [int(step.logits[0].argmax()) for step in steps[settling(8) :]]
         agreed += [one == other for one, other in zip(chosen, full, strict=True)]
-    expected = np.mean([replay(np.array(piece), policy, 4) for piece in depths])
+    expected = np.mean([replay(np.array(piece), policy, 4, settling(8)) for piece in depths])
     assert found["policy"].ms_per_token == pytest.approx(expected)
-    assert found["policy"].blocks == pytest.approx(np.mean(depths))
+    assert found["policy"].blocks == pytest.approx(
+        np.mean([piece[settling(8) :] for piece in depths])
+    )
     assert found["policy"].agreement == pytest.approx(np.mean(agreed))
     drafting = found["drafting"]
     assert sum(drafting.steps_tokens) == 3 * 32
