@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     help="Draw the frontier here too.",
 )
 def command(console: Console, bundle: Path, confidence: float, output: Path | None) -> None:
-    """Plan how to decode BUNDLE on this machine, and whether to exit early.
+    """Predict what each way of running BUNDLE costs and gives here.
 
     Times blocks and heads here and now, and joins that with what every exit said on the
     calibration text: milliseconds per token against agreement with the full model, of fixed
