@@ -32,7 +32,7 @@ from ojfa_export.runtime.speculation import Speculation
 PROMPT_TOKENS = 128
 # Of timing in each round, and of each piece of text: little of either before it is the other's
 # turn, so that what else the machine does hits both.
-ROUNDS, REPEATS = 4, 4
+ROUNDS, REPEATS = 8, 2
 # Shares of tokens that may differ, for the policies that are tried whether or not they pay.
 DISAGREEMENTS = (0.05, 0.15, 0.4)
 DRAFTS = (1, 4)
@@ -46,8 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     names = ("NAME", "BUNDLE", "TEXT[,TEXT]")
     parser.add_argument("--case", nargs=3, action="append", required=True, metavar=names)
-    parser.add_argument("--rounds", type=int, default=6, help="of predicting, then measuring")
-    parser.add_argument("--tokens", type=int, default=192, help="read each way in a round")
+    parser.add_argument("--rounds", type=int, default=2, help="of predicting, then measuring")
+    parser.add_argument("--tokens", type=int, default=576, help="read each way in a round")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="see CLOCKS")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()

@@ -60,7 +60,15 @@ def certify(
     if count == 0:
         reason = _too_little(candidates[0], certification, limits)
         return _promise(None, certification, limits, costs, [], reason)
-    return _promise(path, certification, limits, costs, candidates[:count], None)
+    promise = _promise(path, certification, limits, costs, candidates[:count], None)
+    if promise.relative_cost < 1:
+        return promise
+    # Full depth keeps every limit, whatever the certification split says of others.
+    reason = (
+        "full depth: the exits that could be shown to keep the limits "
+        f"({_describe(limits)}) save no time"
+    )
+    return _promise(None, certification, limits, costs, [], reason)
 
 
 def choose_path(tuning: ExitStatistics, limits: Limits, costs: Costs, slack: float) -> Path | None:

@@ -39,7 +39,7 @@ def frontier(points: Sequence[Point], own: Point | None = None) -> bytes:
             _note(axes, point, str(point.exit or "full"), (0, -13), "#0072B2")
         if per_token:
             axes.plot(
-                [p.ms for p in per_token], [p.agreement for p in per_token], "s--",
+                [p.ms for p in per_token], [p.agreement for p in per_token], "s",
                 color="#D55E00", markersize=5, label="exits per token (share that may differ)",
             )  # fmt: skip
             for point in per_token:

@@ -179,6 +179,23 @@ def test_checks_that_cost_much_are_not_bought(population: Population) -> None:
     assert cheap.policy is not None
 
 
+def test_what_saves_nothing_is_full_depth(population: Population) -> None:
+    """Tuning text so easy that exits look worthwhile, and certification text that isn't."""
+    easy, _ = halves(population(windows=600, ease=2.0))
+    _, hard = halves(population(windows=600, ease=0.3))
+    costs = replace(COSTS, catch_up=0.8)
+    promise = certify(easy, hard, Limits(max_disagreement=0.3), costs)
+    if promise.policy is None:
+        assert promise.relative_cost == 1
+        assert promise.reason.startswith("full depth")
+    else:
+        assert promise.relative_cost < 1
+    same = certify(easy, easy, Limits(max_disagreement=0.3), COSTS)
+    assert same.policy is not None
+    dear = apply(hard, same.policy, replace(COSTS, catch_up=9.0), CLIP)
+    assert dear.cost.mean() > COSTS.full, "catching up makes the same policy dearer than none"
+
+
 @pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, math.nan])
 def test_promises_outside_their_range(value: float) -> None:
     with pytest.raises(UsageError, match="max-disagreement must be between 0 and 1"):
