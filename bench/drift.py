@@ -34,14 +34,15 @@ SERVICE_SHARE = 0.1
 
 
 def main() -> None:
-    """Runs every case, writes one JSON file, and draws each log beside it."""
+    """Runs every case, writes one JSON file after each, and draws each log beside it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--case", nargs=2, action="append", required=True, metavar=("NAME", "BUNDLE")
     )
-    parser.add_argument("--requests", type=int, default=200, help="of each domain and log")
+    parser.add_argument("--requests", type=int, default=100, help="of each domain and log")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    measured = commit()  # now: the tree may change while this runs
     cases: dict[str, Any] = {}
     for name, bundle in arguments.case:
         model = load(bundle)
@@ -50,9 +51,9 @@ def main() -> None:
             for log, requests in logs(arguments.requests).items()
         }
         cases[name]["shadow_checks"] = cost(model, arguments.requests)
-        print(name, json.dumps(cases[name], indent=1)[:2000], flush=True)
-    document = {"machine": describe_machine(), "commit": commit(), "cases": cases}
-    arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        document = {"machine": describe_machine(), "commit": measured, "cases": cases}
+        arguments.out.write_text(json.dumps(document) + "\n", encoding="utf-8")
+        print(name, flush=True)
 
 
 def logs(count: int) -> dict[str, list[Request]]:

@@ -138,4 +138,4 @@ def _summary(report: DriftReport) -> str:
               if drift.disagreement.alarm]  # fmt: skip
     if broken:
         return f"the promise is broken in: {', '.join(broken)}"
-    return "no alarm: the log does not contradict the promise"
+    return "no alarm; the intervals say what the log leaves open"

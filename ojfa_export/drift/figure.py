@@ -113,9 +113,9 @@ def _disagreement(axes: Axes, drift: DomainDrift) -> None:
     if found.alarm_at is not None:
         axes.axvline(found.alarm_at, color=LIMIT, lw=1.2, ls=":", label="alarm")
     # Wide open at the beginning, where little is known: what matters is near the limit.
-    highest = max(2.5 * 100 * found.limit, *(1.6 * value for value in percent["estimate"][-1:]))
+    highest = max(2.5 * 100 * found.limit, *(2.2 * value for value in percent["estimate"][-1:]))
     axes.set_ylim(0, min(100, highest))
     axes.set_xlabel("requests")
     axes.set_ylabel("% of tokens that differ")
     axes.set_title("Disagreement, ALARM" if found.alarm else "Disagreement, no alarm")
-    axes.legend(frameon=False, loc="best", fontsize=8.5)
+    axes.legend(loc="upper right", fontsize=8.5, framealpha=0.85, edgecolor="none")
