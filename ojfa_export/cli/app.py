@@ -23,6 +23,7 @@ COMMANDS = (
     "export",
     "verify",
     "run",
+    "plan",
     "monitor",
     "bench",
     "inspect",

@@ -95,7 +95,7 @@ def precision_matrix(report: CalibrationReport) -> bytes:
         bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
         bar.set_label("Precision@1 (%)")
         bar.outline.set_visible(False)
-        return _png(figure)
+        return png(figure)
 
 
 def _by_exit(
@@ -135,7 +135,7 @@ def _by_exit(
         axes.set_axisbelow(True)
         _whole_ticks(axes, len(exits))
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
-        return _png(figure)
+        return png(figure)
 
 
 def _write_cells(axes: Axes, numbers: list[list[int]], *, threshold: float) -> None:
@@ -154,7 +154,8 @@ def _whole_ticks(axes: Axes, levels: int, *, both: bool = False) -> None:
         axes.set_yticks(ticks)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file, the same for the same figure."""
     buffer = io.BytesIO()
     # Without metadata there is no library version or date in the bytes.
     figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
