@@ -179,7 +179,7 @@ def check_milliseconds(model: Model, ids: list[int], exit: int) -> dict[str, flo
     session = model.session(1, PROMPT_TOKENS)
     logits = session.advance(ids[:PROMPT_TOKENS], exit)
     hidden = np.random.default_rng(0).normal(size=(1, model.spec.hidden_size)).astype(np.float32)
-    result = {"head": median_ms(lambda: model.engines.logits(hidden, final=False))}
+    result = {"head": median_ms(lambda: model.engines.logits(hidden, 1))}
     result["top"] = median_ms(lambda: confidence(logits, "top"))
     result["margin"] = median_ms(lambda: confidence(logits, "margin"))
     result["entropy"] = median_ms(lambda: confidence(logits, "entropy"))

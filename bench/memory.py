@@ -127,7 +127,8 @@ def _generate_and_weigh(bundle: Path, exit: int | None) -> dict[str, Any]:
         session.advance([token], depth)
     gc.collect()
     resident = _resident("self", "VmRSS") - before
-    needed = bytes_needed(spec, depth, 2 * NEW_TOKENS, model.manifest.shortcut.rank)
+    shortcut = model.manifest.shortcut
+    needed = bytes_needed(spec, depth, 2 * NEW_TOKENS, shortcut.rank, shortcut.residual)
     return {
         "blocks": depth,
         "resident_bytes": resident,
@@ -140,14 +141,14 @@ def _generate_and_weigh(bundle: Path, exit: int | None) -> dict[str, Any]:
     }
 
 
-def bytes_needed(spec: ModelSpec, blocks: int, tokens: int, exit_rank: int) -> int:
+def bytes_needed(spec: ModelSpec, blocks: int, tokens: int, exit_rank: int, residual: bool) -> int:
     """Weights once, in fp32, of what an exit runs, and the cache of so many tokens.
 
     Of a tied embedding table, which is also the head, the one copy counts; of an embedding that is
     only looked up, the rows of these tokens.
     """
     rows = 4 * spec.hidden_size * tokens * (2 if spec.learned_positions else 1)
-    head = head_bytes(spec, None if blocks == spec.blocks else exit_rank)
+    head = head_bytes(spec, None if blocks == spec.blocks else exit_rank, residual=residual)
     return rows + head + blocks * (block_bytes(spec) + cache_bytes(spec, tokens))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +78,7 @@ def build_chain(
     max_length: int = 128,
     rank: int = 8,
     seed: int = 0,
+    residual: bool = False,
 ) -> Chain:
     """Exports a checkpoint into tmp_path/graphs and builds engines in tmp_path/engines.
 
@@ -88,6 +89,7 @@ def build_chain(
         max_length: Positions of the rotary tables and of a session's cache.
         rank: Of the random shortcut.
         seed: Of the random shortcut.
+        residual: Whether the shortcut is a residual one, with gates.
     """
     checkpoint = Checkpoint(Path(checkpoint_dir))
     graphs, engine_directory = tmp_path / "graphs", tmp_path / "engines"
@@ -99,8 +101,14 @@ def build_chain(
         exporter.block(index)
     exporter.final_head()
     shortcut = random_shortcut(checkpoint.spec.hidden_size, rank, seed)
-    head = language_head(checkpoint)
-    exporter.exit_head(fold(shortcut, head.norm, head.weight, head.bias))
+    if residual:
+        gates = np.random.default_rng(seed).normal(size=checkpoint.spec.blocks - 1)
+        gates = gates.astype(np.float32)
+        shortcut = replace(shortcut, kind="residual", residual=True, gates=gates)
+        exporter.exit_head(shortcut)
+    else:
+        head = language_head(checkpoint)
+        exporter.exit_head(fold(shortcut, head.norm, head.weight, head.bias))
     files = {}
     for name in graph_names(checkpoint.spec.blocks):
         files[name] = engine_directory / f"{name}.onnx"

@@ -45,6 +45,7 @@ def tiny_bundle(tiny_checkpoint: Path, calibration_text: Path) -> Path:
         str(tiny_checkpoint),
         tiny_checkpoint.with_name("tiny.ojfa"),
         rank=8,
+        shortcut="ojfa",
         calibration_data=(calibration_text,),
         calibration_tokens=1024,
         max_cache_length=64,

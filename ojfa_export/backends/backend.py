@@ -70,8 +70,12 @@ class Engines(Protocol):
         """Makes a cache for this many sequences of at most this many tokens."""
         ...
 
-    def logits(self, hidden: Float32, *, final: bool) -> Float32:
-        """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
+    def logits(self, hidden: Float32, blocks_run: int) -> Float32:
+        """Applies a head to the output of so many blocks: [rows, H] to [rows, V].
+
+        After all blocks this is the model's own head, otherwise the exit head. An exit head with a
+        gate for each exit has an input `blocks_run`, [rows] int32, beside `hidden`.
+        """
         ...
 
     def unload_heads(self) -> None:

@@ -38,9 +38,9 @@ class FrugalEngines:
         """Makes a cache for this many sequences of at most this many tokens."""
         return FrugalCache(self._engines.new_cache(batch_size, capacity))
 
-    def logits(self, hidden: Float32, *, final: bool) -> Float32:
+    def logits(self, hidden: Float32, blocks_run: int) -> Float32:
         """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
-        logits = self._engines.logits(hidden, final=final)
+        logits = self._engines.logits(hidden, blocks_run)
         self._engines.unload_heads()
         trim_heap()
         return logits

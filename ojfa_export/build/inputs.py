@@ -79,6 +79,7 @@ class Inputs:
             [settings.precision, settings.rank, settings.max_cache_length],
             [settings.max_batch_size, settings.calibration_tokens, settings.window],
             settings.limits and settings.limits.model_dump(),
+            settings.shortcut,
             tool_versions(),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

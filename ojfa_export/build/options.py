@@ -14,6 +14,7 @@ from ojfa_export.errors import UsageError
 from ojfa_export.families.rotary import Rotary
 from ojfa_export.families.spec import ModelSpec, Precision
 from ojfa_export.guarantee.promise import DEFAULT_CONFIDENCE, Limits, check_limits
+from ojfa_export.shortcut.kinds import SHIPPED, Shipped
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,6 +41,7 @@ class BuildOptions:
         backend: Engines to build.
         precision: "fp32" or "fp16".
         rank: Of the shortcut; default the paper's, floor(H/100).
+        shortcut: "ojfa" or "residual"; default the better one of this rank, as measured.
         max_cache_length: Tokens of a sequence at most.
         max_batch_size: Sequences of a session at most.
         calibration_data: Text or JSONL files, FILE or DOMAIN=FILE; default the text that ships.
@@ -60,6 +62,7 @@ class BuildOptions:
     backend: str = "onnxruntime"
     precision: str | None = None
     rank: int | None = None
+    shortcut: str | None = None
     max_cache_length: int | None = None
     max_batch_size: int | None = None
     calibration_data: tuple[Path, ...] = ()
@@ -110,6 +113,7 @@ class Settings:
     calibration_tokens: int
     window: int
     limits: Limits | None = None
+    shortcut: Shipped | None = None
 
 
 def recipes_directory() -> Path:
@@ -180,6 +184,7 @@ def settle(options: BuildOptions, spec: ModelSpec, rotary: Rotary | None) -> Set
         ),
         window=min(recipe.window if recipe else DEFAULT_WINDOW, *limits),
         limits=_limits(options),
+        shortcut=_shortcut(options.shortcut),
     )
     _check(settings, spec, rotary)
     return settings
@@ -209,6 +214,17 @@ def _precision(name: str) -> Precision:
         if name == precision:
             return precision  # type: ignore[no-any-return]
     raise UsageError(f"precision '{name}' is not known", hint="known: fp32, fp16")
+
+
+def _shortcut(name: str | None) -> Shipped | None:
+    for kind in SHIPPED:
+        if name == kind:
+            return kind
+    if name is None:
+        return None
+    raise UsageError(
+        f"shortcut '{name}' can't be built into a bundle", hint=f"known: {', '.join(SHIPPED)}"
+    )
 
 
 def _check_recipe(recipe: Recipe, spec: ModelSpec, name: str) -> None:

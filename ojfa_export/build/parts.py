@@ -93,7 +93,7 @@ def _export_exit_head(exporter: Exporter, shortcut: Path, inputs: Inputs) -> Non
             hint="fit it again with 'ojfa-export calibrate'",
         )
     head = stages.language_head(inputs.checkpoint, exporter.directory)
-    exporter.exit_head(fold(jump, head.norm, head.weight, head.bias))
+    exporter.exit_head(jump if jump.residual else fold(jump, head.norm, head.weight, head.bias))
 
 
 def _exporter(inputs: Inputs, directory: Path) -> Exporter:

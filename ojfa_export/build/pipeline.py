@@ -57,6 +57,7 @@ class BuildResult:
             "model": report.model,
             "blocks": report.blocks,
             "rank": report.rank,
+            "shortcut": report.kind,
             "fitted_at": report.fitted_at,
             "reason": report.reason,
             "stages": [asdict(stage) for stage in self.stages],
@@ -70,8 +71,7 @@ class BuildResult:
         report, default = self.report, self.decided.default
         verified = f"{len(report.checks)} checks passed" if report.checks else "not verified"
         return (
-            f"{self.bundle}: {report.blocks} blocks, shortcut of rank {report.rank} "
-            f"fitted after block {report.fitted_at}, {verified}\n"
+            f"{self.bundle}: {report.blocks} blocks, {report.shortcut}, {verified}\n"
             + (f"exit auto: {self.promise.reason}\n" if self.promise else "")
             + (f"default: {default.reason}\n" if default else "")
             + f"report: {self.bundle / REPORT / 'report.html'}"
@@ -110,7 +110,7 @@ def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
     with work.stage("calibrate") as needed:
         if needed:
             calibrated = stages.run_calibration(inputs, work, progress)
-            exporter.exit_head(calibrated.folded)
+            exporter.exit_head(calibrated.head)
             stages.build_engines(work.bundle, ["exit_head"], spec, backend, progress)
             report = stages.make_report(inputs, calibrated)
             stages.save_report(report, work.scratch / "report.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +49,7 @@ from ojfa_export.graphs.graph import OPSET
 from ojfa_export.graphs.weights import references
 from ojfa_export.progress import Progress
 from ojfa_export.report.model import CalibrationReport, Check, ExitReport
-from ojfa_export.shortcut import FinalNorm, LanguageHead, load, save
+from ojfa_export.shortcut import ExitQuality, FinalNorm, LanguageHead, load, save
 
 if TYPE_CHECKING:
     from ojfa_export.build.exits import Decided
@@ -140,8 +141,16 @@ def run_calibration(inputs: Inputs, work: Work, progress: Progress) -> Calibrate
         progress,
     )
     head = language_head(checkpoint, work.bundle / GRAPHS)
+    settings = inputs.settings
     calibrated = calibrate(
-        states, spec.blocks, windows.fit.size, head, inputs.settings.rank, work.scratch, progress
+        states,
+        spec.blocks,
+        windows.fit.size,
+        head,
+        settings.rank,
+        settings.shortcut,
+        work.scratch,
+        progress,
     )
     save(calibrated.shortcut, work.bundle / SHORTCUT, inputs.model_sha256)
     return calibrated
@@ -150,23 +159,27 @@ def run_calibration(inputs: Inputs, work: Work, progress: Progress) -> Calibrate
 def make_report(inputs: Inputs, calibrated: Calibrated) -> CalibrationReport:
     """The report of a calibration."""
     spec, shortcut = inputs.checkpoint.spec, calibrated.shortcut
-    exits = zip(calibrated.one_jump, calibrated.multi_jump, calibrated.identity, strict=True)
+    levels = spec.blocks - 1
+    residual: Sequence[ExitQuality | None] = calibrated.residual or [None] * levels
+    exits = zip(
+        calibrated.one_jump, calibrated.multi_jump, calibrated.identity, residual, strict=True
+    )
     return CalibrationReport(
         model=inputs.name,
         blocks=spec.blocks,
         hidden_size=spec.hidden_size,
         rank=shortcut.rank,
         kind=shortcut.kind,
-        fitted_at=shortcut.fitted_at,
-        reason=calibrated.choice.reason,
+        fitted_at=calibrated.choice.fitted_at,
+        reason=calibrated.reason,
         parameters=shortcut.parameters,
-        parameters_multi_jump=shortcut.parameters * (spec.blocks - 1),
+        parameters_multi_jump=2 * spec.hidden_size * (shortcut.rank + 1) * levels,
         calibration_sources=[text.name for text in inputs.texts],
         tokens_fitted=inputs.windows.fit.size,
         tokens_held_out=calibrated.tokens_measured,
         exits=[
-            ExitReport(blocks=depth, ojfa=one, multi_jump=multi, identity=identity)
-            for depth, (one, multi, identity) in enumerate(exits, start=1)
+            ExitReport(blocks=depth, ojfa=one, multi_jump=multi, identity=identity, residual=shared)
+            for depth, (one, multi, identity, shared) in enumerate(exits, start=1)
         ],
         precision_at_1=calibrated.matrix.precision_at_1.tolist(),
         surprisal=calibrated.matrix.surprisal.tolist(),
@@ -214,6 +227,7 @@ def write_manifest(
             fitted_at=shortcut.fitted_at,
             residual=shortcut.residual,
             parameters=shortcut.parameters,
+            gates=None if shortcut.gates is None else tuple(shortcut.gates.tolist()),
         ),
         calibration=Calibration(
             sources=tuple(

@@ -118,13 +118,21 @@ class EngineSet(_Part):
 
 
 class ShortcutEntry(_Part):
-    """The one jump."""
+    """The one jump.
+
+    Attributes:
+        kind: "ojfa" or "residual".
+        residual: Whether the jump is added to its input; the exit head then has an input
+            `blocks_run`.
+        gates: Of a residual jump, for exits 1..L-1; 0 is the identity.
+    """
 
     kind: str
     rank: PositiveInt
     fitted_at: PositiveInt
     residual: bool
     parameters: PositiveInt
+    gates: tuple[float, ...] | None = None
 
 
 class CalibrationSource(_Part):

@@ -20,6 +20,7 @@ PROGRAM = "ojfa-export"
 COMMANDS = (
     "build",
     "calibrate",
+    "compare",
     "export",
     "verify",
     "run",

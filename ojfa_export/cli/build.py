@@ -15,6 +15,7 @@ from ojfa_export.cli.checkpoint_options import (
     graph_options,
     overwrite_option,
     promise_options,
+    shortcut_option,
 )
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console, readable_bytes, readable_seconds
@@ -27,6 +28,7 @@ from ojfa_export.cli.errors import resumable
     "-o", "--output", type=click.Path(path_type=Path), metavar="BUNDLE", help="Bundle to write."
 )
 @calibration_options
+@shortcut_option
 @promise_options
 @graph_options
 @click.option(

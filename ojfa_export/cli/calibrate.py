@@ -11,6 +11,7 @@ from ojfa_export.cli.checkpoint_options import (
     calibration_options,
     checkpoint_options,
     overwrite_option,
+    shortcut_option,
 )
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console
@@ -33,6 +34,7 @@ from ojfa_export.cli.console import Console
     help="Folder for the report (JSON, HTML and pictures).",
 )
 @calibration_options
+@shortcut_option
 @checkpoint_options
 @overwrite_option
 def command(

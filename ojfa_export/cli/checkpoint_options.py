@@ -102,3 +102,9 @@ def graph_options(function: Decorated) -> Decorated:
 overwrite_option: Decorator[Any] = click.option(
     "--overwrite", is_flag=True, help="Replace what is at the output."
 )
+
+shortcut_option: Decorator[Any] = click.option(
+    "--shortcut",
+    type=click.Choice(["ojfa", "residual"]),
+    help="Kind of shortcut.  [default: the better one of this rank, as measured]",
+)

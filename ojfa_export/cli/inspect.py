@@ -96,9 +96,11 @@ def _show_model(console: Console, manifest: Manifest) -> None:
             "vocabulary": f"{spec.vocab_size}" + (", tied to the head" if spec.tied_head else ""),
             "cache": f"{cache.max_length} tokens, {cache.max_batch_size} sequences, "
             f"axes {', '.join(cache.axes)}",
-            "shortcut": f"{shortcut.kind}, rank {shortcut.rank}, fitted after block "
-            f"{shortcut.fitted_at}, {shortcut.parameters:,} parameters"
+            "shortcut": f"{shortcut.kind}, rank {shortcut.rank}, "
+            + ("" if shortcut.gates else f"fitted after block {shortcut.fitted_at}, ")
+            + f"{shortcut.parameters:,} parameters"
             + (", residual" if shortcut.residual else ""),
+            "gates": ", ".join(f"{gate:.2f}" for gate in shortcut.gates or ()),
         }
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from ojfa_export.bundle.names import block_name
@@ -14,9 +15,10 @@ from ojfa_export.families.tensors import Source
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.embed import embed_graph
-from ojfa_export.graphs.heads import exit_head_graph, final_head_graph
+from ojfa_export.graphs.heads import exit_head_graph, final_head_graph, residual_head_graph
 from ojfa_export.graphs.weights import TensorRef, WeightFile, references
 from ojfa_export.shortcut.fold import FoldedHead
+from ojfa_export.shortcut.shortcut import Shortcut
 
 
 class Exporter:
@@ -79,8 +81,17 @@ class Exporter:
             weights["head"] = self._embedding_ref()
         self._write("final_head", final_head_graph(self.checkpoint.spec, weights, self.dialect))
 
-    def exit_head(self, folded: FoldedHead) -> None:
-        """Exports the folded shortcut head."""
+    def exit_head(self, head: FoldedHead | Shortcut) -> None:
+        """Exports the exit head: a narrow shortcut folded, or a residual one as it is.
+
+        Of a residual shortcut the final head must have been exported: its weights are shared.
+        """
+        if isinstance(head, Shortcut):
+            self._residual_head(head)
+        else:
+            self._folded_head(head)
+
+    def _folded_head(self, folded: FoldedHead) -> None:
         with WeightFile(self.directory, "exit_head.bin", self.precision) as file:
             weights = {
                 "project": file.add("project", folded.project, "fp32"),
@@ -90,6 +101,22 @@ class Exporter:
             if folded.logit_bias is not None:
                 weights["vocabulary.bias"] = file.add("vocabulary.bias", folded.logit_bias)
         self._write("exit_head", exit_head_graph(self.checkpoint.spec, weights, self.dialect))
+
+    def _residual_head(self, shortcut: Shortcut) -> None:
+        gates = shortcut.gates
+        if gates is None:
+            gates = np.ones(self.checkpoint.spec.blocks - 1, np.float32)
+        down = shortcut.down.astype(np.float64)
+        with WeightFile(self.directory, "exit_head.bin", "fp32") as file:
+            weights = {
+                "project": file.add("project", shortcut.scale[:, None] * down),
+                "project.bias": file.add("project.bias", shortcut.shift @ down),
+                "up": file.add("up", shortcut.up),
+                "gates": file.add("gates", gates),
+            }
+        weights |= references(self._load("final_head"))
+        model = residual_head_graph(self.checkpoint.spec, weights, self.dialect)
+        self._write("exit_head", model)
 
     def _ends(self) -> Mapping[str, Source]:
         return self.checkpoint.family.ends(self.checkpoint.config, self.checkpoint.spec)
@@ -106,8 +133,10 @@ class Exporter:
             }
 
     def _embedding_ref(self) -> TensorRef:
-        model = onnx.load(self.directory / "embed.onnx", load_external_data=False)
-        return references(model)["token_embedding"]
+        return references(self._load("embed"))["token_embedding"]
+
+    def _load(self, name: str) -> onnx.ModelProto:
+        return onnx.load(self.directory / f"{name}.onnx", load_external_data=False)
 
     def _finished(self, name: str) -> bool:
         return (self.directory / f"{name}.onnx").exists()

@@ -1,12 +1,13 @@
-"""Hidden states to logits: the model's own head, and the shortcut folded into one."""
+"""Hidden states to logits: the model's own head, and the shortcut's."""
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.graphs.dialect import Portable, Weights
-from ojfa_export.graphs.graph import FLOAT, Graph
+from ojfa_export.graphs.graph import FLOAT, INT32, Graph
 
 
 def final_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.ModelProto:
@@ -43,5 +44,32 @@ def exit_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onn
     if "vocabulary.bias" in weights:
         bias = graph.weight("vocabulary.bias", weights["vocabulary.bias"])
         logits = graph.op("Add", logits, bias)
+    graph.output(logits, "logits", FLOAT, "rows", spec.vocab_size)
+    return graph.model()
+
+
+def residual_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.ModelProto:
+    """The residual shortcut, then final norm and LM head: its output has no low rank to fold.
+
+    Each row says after how many blocks it comes, which picks its gate.
+
+    Args:
+        spec: The model.
+        weights: `project` [H, r], `project.bias` [r], `up` [r, H] and `gates` [L-1], fp32; and
+            those of the final head.
+        dialect: The operators to write it in.
+    """
+    graph = Graph("exit_head", "Any block's output to logits: shortcut, final norm and LM head")
+    hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
+    blocks_run = graph.input("blocks_run", INT32, "rows")
+    projected = graph.op("MatMul", hidden, graph.weight("project", weights["project"]))
+    projected = graph.op("Add", projected, graph.weight("project.bias", weights["project.bias"]))
+    jump = graph.op("MatMul", projected, graph.weight("up", weights["up"]))
+    index = graph.op("Sub", blocks_run, graph.constant(1, np.int32))
+    gate = graph.op("Gather", graph.weight("gates", weights["gates"]), index)
+    gate = graph.op("Unsqueeze", gate, graph.constant([1], np.int64))
+    jumped = graph.op("Add", hidden, graph.op("Mul", jump, gate))
+    normed = dialect.to_compute(graph, dialect.norm(graph, jumped, weights, "final_norm"))
+    logits = dialect.vocabulary(graph, normed, "head", weights["head"])
     graph.output(logits, "logits", FLOAT, "rows", spec.vocab_size)
     return graph.model()

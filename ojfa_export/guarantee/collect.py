@@ -71,7 +71,7 @@ def collect_statistics(
                 if depth == 0:
                     continue
                 hidden = states[index][places[index]]
-                logits = _logits(engines, hidden, final=depth == spec.blocks)
+                logits = _logits(engines, hidden, depth, spec.blocks)
                 if depth < spec.blocks:
                     tokens[index, :, depth - 1] = logits.argmax(axis=1)
                     confidence[:, index, :, depth - 1] = round_down(confidences(logits))
@@ -146,12 +146,12 @@ def _deepen(cache: Cache, text: Int32, hidden: Float32, depth: int) -> Float32:
     return result
 
 
-def _logits(engines: Engines, hidden: Float32, *, final: bool) -> Float32:
-    logits = engines.logits(np.ascontiguousarray(hidden), final=final)
+def _logits(engines: Engines, hidden: Float32, blocks_run: int, blocks: int) -> Float32:
+    logits = engines.logits(np.ascontiguousarray(hidden), blocks_run)
     if not np.isfinite(logits).all():
+        whose = "full model" if blocks_run == blocks else "exit head"
         raise CalibrationError(
-            f"the {'full model' if final else 'exit head'}'s logits hold NaN or infinity on the "
-            "calibration text",
+            f"the {whose}'s logits hold NaN or infinity on the calibration text",
             hint="build with --precision fp32, or check the checkpoint",
         )
     return logits

@@ -120,8 +120,19 @@ def bench_bundle(
         bandwidth = read_bandwidth()
         task.advance()
     samples = time_exits(spec, model.engines, depths, settings, progress)
-    rank = model.manifest.shortcut.rank
-    latencies = [summarise(spec, e, samples[e], settings, rank, bandwidth) for e in depths]
+    shortcut = model.manifest.shortcut
+    latencies = [
+        summarise(
+            spec,
+            e,
+            samples[e],
+            settings,
+            shortcut.rank,
+            bandwidth,
+            residual=shortcut.residual,
+        )
+        for e in depths
+    ]
     machine = {**describe_machine(), "bandwidth_bytes_per_second": bandwidth}
     return BenchResult(machine, settings, latencies, samples)
 
@@ -201,11 +212,14 @@ def summarise(
     settings: Settings,
     exit_rank: int,
     bandwidth: float,
+    *,
+    residual: bool = False,
 ) -> ExitLatency:
     """Medians and percentiles of an exit's samples (milliseconds)."""
     decode, decode_p95 = np.percentile(samples["decode"], [50, 95]).tolist()
     prefill, prefill_p95 = np.percentile(samples["prefill"], [50, 95]).tolist()
-    touched = decode_bytes(spec, exit, settings.prompt_length + 1 + BURST // 2, exit_rank)
+    length = settings.prompt_length + 1 + BURST // 2
+    touched = decode_bytes(spec, exit, length, exit_rank, residual=residual)
     return ExitLatency(
         blocks=exit,
         decode_ms_median=decode,

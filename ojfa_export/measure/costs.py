@@ -157,17 +157,17 @@ class _Steps:
 
             return run
 
-        def head(count: int, final: bool) -> Callable[[], object]:
-            return lambda: self._engines.logits(hidden[:count], final=final)
+        def head(count: int, blocks_run: int) -> Callable[[], object]:
+            return lambda: self._engines.logits(hidden[:count], blocks_run)
 
         return [
             *((("exit", int(exit)), at_exit(int(exit))) for exit in self._exits),
             *((("ask", m), asking(self._asked, m)) for m in MEASURES),
             (("ask", "one"), asking(self._asked[-1:], "top")),
             *((("at once", size), catching_up(size)) for size in self._sizes),
-            (("head", "exit"), head(1, False)),
-            (("head", "final"), head(1, True)),
-            (("head", "rows"), head(len(hidden), True)),
+            (("head", "exit"), head(1, 1)),
+            (("head", "final"), head(1, self._spec.blocks)),
+            (("head", "rows"), head(len(hidden), self._spec.blocks)),
         ]
 
     def take_turns(self, clock: Clock) -> None:

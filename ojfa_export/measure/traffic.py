@@ -17,10 +17,16 @@ def block_bytes(spec: ModelSpec) -> int:
     return FLOAT_BYTES * (hidden * (qkv + attended) + mlp + 2 * hidden)
 
 
-def head_bytes(spec: ModelSpec, exit_rank: int | None) -> int:
-    """Weights of the exit head of this rank, or of the model's own head."""
+def head_bytes(spec: ModelSpec, exit_rank: int | None, *, residual: bool = False) -> int:
+    """Weights of the exit head of this rank, or of the model's own head.
+
+    A residual exit head is the model's own with the jump before it.
+    """
+    own = FLOAT_BYTES * spec.hidden_size * (spec.vocab_size + 1)
     if exit_rank is None:
-        return FLOAT_BYTES * spec.hidden_size * (spec.vocab_size + 1)
+        return own
+    if residual:
+        return own + FLOAT_BYTES * exit_rank * (2 * spec.hidden_size + 1)
     return FLOAT_BYTES * exit_rank * (spec.vocab_size + spec.hidden_size + 1)
 
 
@@ -30,15 +36,18 @@ def cache_bytes(spec: ModelSpec, length: int) -> int:
     return FLOAT_BYTES * 2 * spec.kv_heads * spec.head_dim * seen
 
 
-def decode_bytes(spec: ModelSpec, blocks: int, length: int, exit_rank: int) -> int:
+def decode_bytes(
+    spec: ModelSpec, blocks: int, length: int, exit_rank: int, *, residual: bool = False
+) -> int:
     """Everything that one token reads.
 
     Args:
         spec: The model.
         blocks: Blocks run; all of them means the model's own head.
         length: Tokens of the sequence, the new one included.
-        exit_rank: Width of the folded exit head.
+        exit_rank: Of the shortcut.
+        residual: Whether the exit head is that of a residual shortcut.
     """
     rows = (2 if spec.learned_positions else 1) * FLOAT_BYTES * spec.hidden_size
-    head = head_bytes(spec, None if blocks == spec.blocks else exit_rank)
+    head = head_bytes(spec, None if blocks == spec.blocks else exit_rank, residual=residual)
     return rows + blocks * (block_bytes(spec) + cache_bytes(spec, length)) + head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ojfa_export.report.model import CalibrationReport
@@ -17,6 +18,7 @@ _LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("ojfa", "one jump (OJFA)", {"color": "#0072B2", "marker": "o", "linewidth": 2.2}),
     ("multi_jump", "a jump per exit (N-NJTC)", {"color": "#D55E00", "marker": "s", "ls": "--"}),
     ("identity", "no jump (identity)", {"color": "#666666", "marker": "^", "ls": ":"}),
+    ("residual", "shared residual jump", {"color": "#009E73", "marker": "D", "ls": "-."}),
 )
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
@@ -29,7 +31,7 @@ STYLE: Any = {
 
 
 def precision_by_exit(report: CalibrationReport) -> bytes:
-    """Precision@1 of the three shortcuts at every exit."""
+    """Precision@1 of the shortcuts at every exit."""
     return _by_exit(
         report,
         measure="precision_at_1",
@@ -40,7 +42,7 @@ def precision_by_exit(report: CalibrationReport) -> bytes:
 
 
 def surprisal_by_exit(report: CalibrationReport) -> bytes:
-    """Mean surprisal of the three shortcuts at every exit."""
+    """Mean surprisal of the shortcuts at every exit."""
     return _by_exit(
         report,
         measure="surprisal",
@@ -52,12 +54,17 @@ def surprisal_by_exit(report: CalibrationReport) -> bytes:
 
 def precision_matrix(report: CalibrationReport) -> bytes:
     """Precision@1 of every level's jump at every exit, the chosen jump's row marked."""
+    return draw_matrix(report.precision_at_1, report.fitted_at)
+
+
+def draw_matrix(precision: Sequence[Sequence[float]], chosen: int) -> bytes:
+    """Precision@1 [fitted_at - 1][used_at - 1], the row of the chosen level (from 1) marked."""
     import matplotlib as mpl
     import numpy as np
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    percent = 100 * np.asarray(report.precision_at_1)
+    percent = 100 * np.asarray(precision)
     levels = len(percent)
     side = min(7.0, 3.6 + 0.25 * levels)
     with mpl.rc_context(STYLE):
@@ -70,13 +77,13 @@ def precision_matrix(report: CalibrationReport) -> bytes:
         )
         axes.add_patch(
             Rectangle(
-                (0.5, report.fitted_at - 0.5), levels, 1, fill=False, ec="#D55E00", lw=2.5,
+                (0.5, chosen - 0.5), levels, 1, fill=False, ec="#D55E00", lw=2.5,
                 clip_on=False,
             )
         )  # fmt: skip
         axes.annotate(
             "chosen",
-            xy=(levels + 0.5, report.fitted_at),
+            xy=(levels + 0.5, chosen),
             xytext=(5, 0),
             textcoords="offset points",
             color="#B04A00",
@@ -89,7 +96,7 @@ def precision_matrix(report: CalibrationReport) -> bytes:
         axes.set_title("Each level's jump at every exit")
         axes.set_xlabel("used at exit (blocks run)")
         axes.set_ylabel("fitted at exit (blocks run)")
-        _whole_ticks(axes, levels, both=True)
+        whole_ticks(axes, levels, both=True)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
         bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
@@ -110,14 +117,15 @@ def _by_exit(
         exits = [row.blocks for row in report.exits]
         size = 5 if len(exits) <= 24 else 3
         highest = 0.0
-        for name, legend, style in _LINES:
+        lines = [line for line in _LINES if getattr(report.exits[0], line[0]) is not None]
+        for name, legend, style in lines:
             values = [factor * getattr(getattr(row, name), measure) for row in report.exits]
             axes.plot(exits, values, label=legend, markersize=size, **style)
             highest = max(highest, *values)
         late = report.fitted_at > report.blocks / 2
         axes.axvline(report.fitted_at, color="#0072B2", linewidth=1, alpha=0.35, zorder=0)
         axes.annotate(
-            "jump fitted here",
+            "one jump fitted here",
             xy=(report.fitted_at, 1),
             xycoords=("data", "axes fraction"),
             xytext=(-4 if late else 4, -2),
@@ -133,8 +141,8 @@ def _by_exit(
         axes.set_ylabel(label)
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
-        _whole_ticks(axes, len(exits))
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        whole_ticks(axes, len(exits))
+        figure.legend(loc="outside lower center", ncols=3 if len(lines) < 4 else 2, frameon=False)
         return png(figure)
 
 
@@ -145,7 +153,7 @@ def _write_cells(axes: Axes, numbers: list[list[int]], *, threshold: float) -> N
             axes.text(column, row, str(value), ha="center", va="center", color=colour, fontsize=8)
 
 
-def _whole_ticks(axes: Axes, levels: int, *, both: bool = False) -> None:
+def whole_ticks(axes: Axes, levels: int, *, both: bool = False) -> None:
     """Ticks at whole exits: every one where they fit, else the first and round numbers."""
     step = next(step for step in (1, 2, 4, 5, 10, 20, 50, 100) if levels / step <= 16)
     ticks = sorted({1, *range(step, levels + 1, step)})

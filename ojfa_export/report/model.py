@@ -17,19 +17,21 @@ class _Strict(BaseModel):
 
 
 class ExitReport(_Strict):
-    """Quality of the three shortcuts at one exit, on held-out tokens.
+    """Quality of the shortcuts at one exit, on held-out tokens.
 
     Attributes:
         blocks: Blocks run before the exit.
         ojfa: The one jump that serves every exit.
         multi_jump: A jump of the same rank for each exit (N-NJTC).
         identity: No jump: the hidden state read as if it were the last one.
+        residual: The shared residual jump, where it was fitted.
     """
 
     blocks: int = Field(ge=1)
     ojfa: ExitQuality
     multi_jump: ExitQuality
     identity: ExitQuality
+    residual: ExitQuality | None = None
 
 
 class Check(_Strict):
@@ -57,10 +59,10 @@ class CalibrationReport(_Strict):
         blocks: L, the number of blocks.
         hidden_size: H.
         rank: r of every jump.
-        kind: Of the chosen shortcut, "ojfa".
-        fitted_at: Blocks run before the hidden states that the chosen jump was fitted on.
-        reason: Why that level, in words.
-        parameters: Weights of the one jump.
+        kind: Of the shortcut in the bundle, "ojfa" or "residual".
+        fitted_at: Blocks run before the hidden states that the one narrow jump was fitted on.
+        reason: Why that level and that kind, in words.
+        parameters: Weights of the shortcut in the bundle.
         parameters_multi_jump: Weights of a jump for every exit.
         calibration_sources: Where the calibration text comes from.
         tokens_fitted: Tokens that the jumps were fitted on.
@@ -92,6 +94,13 @@ class CalibrationReport(_Strict):
     surprisal: list[list[Nats]]
     checks: list[Check] = []
     latency: list[LatencyRow] = []
+
+    @property
+    def shortcut(self) -> str:
+        """The shortcut in the bundle, in words."""
+        if self.kind == "residual":
+            return f"shared residual shortcut of rank {self.rank}"
+        return f"shortcut of rank {self.rank} fitted after block {self.fitted_at}"
 
     @model_validator(mode="after")
     def _levels_agree(self) -> CalibrationReport:

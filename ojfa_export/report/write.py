@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from pathlib import Path
+
+from pydantic import BaseModel
 
 from ojfa_export.report.model import CalibrationReport
 from ojfa_export.shortcut.atomic import write_atomically
@@ -29,7 +32,7 @@ def write_report(report: CalibrationReport, directory: Path) -> list[Path]:
         "precision_matrix": figures.precision_matrix(report),
     }
     contents = {f"{name}.png": picture for name, picture in pictures.items()}
-    contents["report.html"] = _render(report, pictures).encode()
+    contents["report.html"] = render("ojfa_export.report", report, pictures).encode()
     contents["report.json"] = (report.model_dump_json(indent=2) + "\n").encode()
     paths = [directory / name for name in contents]
     for path, data in zip(paths, contents.values(), strict=True):
@@ -37,11 +40,12 @@ def write_report(report: CalibrationReport, directory: Path) -> list[Path]:
     return paths
 
 
-def _render(report: CalibrationReport, pictures: dict[str, bytes]) -> str:
+def render(package: str, report: BaseModel, pictures: Mapping[str, bytes]) -> str:
+    """Fills a package's template.html with a report and its pictures."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("ojfa_export.report", "."),
+        loader=PackageLoader(package, "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

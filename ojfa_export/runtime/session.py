@@ -348,12 +348,11 @@ class Session(Sequences):
         """Logits [n, V] of hidden states [n, H] after `depth` blocks."""
         if not len(hidden):
             return np.zeros((0, self.spec.vocab_size), np.float32)
-        final = depth == self.spec.blocks
-        if final:
+        if depth == self.spec.blocks:
             self.stats.final_heads += len(hidden)
         else:
             self.stats.exit_heads += len(hidden)
-        return self._engines.logits(hidden, final=final)
+        return self._engines.logits(hidden, depth)
 
 
 def resolve_exit(exit: Exit, blocks: int) -> int:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ojfa_export.shortcut.fold import fold
 from ojfa_export.shortcut.head import FinalNorm
+from ojfa_export.shortcut.kinds import Shipped
 from ojfa_export.shortcut.metrics import ExitQuality, FullModelReference, evaluate
 from ojfa_export.shortcut.shortcut import Shortcut
 
@@ -131,3 +132,46 @@ def choose(matrix: TransferMatrix) -> Choice:
         f"{abs(gap):.1f} percentage points {direction}, for 1/{levels} of the parameters."
     )
     return Choice(best + 1, reason)
+
+
+def choose_kind(
+    asked: Shipped | None,
+    narrow: Sequence[ExitQuality],
+    residual: Sequence[ExitQuality],
+    one_jump: Shortcut,
+    distilled: Shortcut,
+    head_shape: tuple[int, ...],
+) -> tuple[Shipped, str]:
+    """The kind of the one jump that ships: of two with the same rank, the better.
+
+    Better is a higher mean Precision@1 over the exits; ties go to the lower mean surprisal.
+    Quality comes first, but the price of a check is said: a residual jump needs the whole LM head.
+
+    Args:
+        asked: What a user asked for, which is then taken; None for the better.
+        narrow: Quality of the one narrow jump at every exit.
+        residual: Quality of the shared residual jump.
+        one_jump: The narrow jump.
+        distilled: The residual jump.
+        head_shape: [V, H] of the LM head.
+
+    Returns:
+        The kind, and the reason in words, with the numbers.
+    """
+
+    def score(exits: Sequence[ExitQuality]) -> tuple[float, float]:
+        precision = float(np.mean([each.precision_at_1 for each in exits]))
+        return precision, -float(np.mean([each.surprisal for each in exits]))
+
+    kind: Shipped = asked or ("residual" if score(residual) > score(narrow) else "ojfa")
+    vocabulary, hidden = head_shape
+    folded = one_jump.rank * (vocabulary + hidden + 1)
+    whole = vocabulary * hidden + 2 * hidden * distilled.rank
+    (narrow_precision, narrow_surprisal), (precision, surprisal) = score(narrow), score(residual)
+    return kind, (
+        f"One shared residual jump of the same rank, with a gate for each exit, reaches "
+        f"{precision:.1%} ({-surprisal:.2f} nats) where the narrow one reaches "
+        f"{narrow_precision:.1%} ({-narrow_surprisal:.2f} nats) on the exits' own sample. "
+        f"{'Asked for' if asked else 'Chosen'}: {kind}. A check of an exit reads {whole:,} weights "
+        f"with the residual jump and {folded:,} with the narrow one, which is folded into the head."
+    )

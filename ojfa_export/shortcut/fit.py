@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from ojfa_export.errors import CalibrationError, UsageError
 from ojfa_export.shortcut.moments import Moments
+from ojfa_export.shortcut.regression import EPS32, EPS64, whitening_matrix
 from ojfa_export.shortcut.shortcut import Shortcut
 
-_EPS32 = float(np.finfo(np.float32).eps)
-_EPS64 = float(np.finfo(np.float64).eps)
 # Below this share of the constant's norm outside the kept directions, `shift` needs entries so
 # large (about its inverse, in standard deviations of h) that their rounding to fp32 costs more than
 # 1e-6 of the loss.
@@ -59,7 +58,7 @@ def fit_n_njtc(moments: Moments, rank: int, *, fitted_at: int, eps: float = 1e-5
     """
     _check(moments, rank, fitted_at)
     variance = np.diagonal(moments.xx) / moments.count
-    varies = variance > (_EPS32 * moments.mean_x) ** 2
+    varies = variance > (EPS32 * moments.mean_x) ** 2
     fit = _regress(moments, rank, varies, eps, fitted_at)
     constant: int | None = None
     if not varies.all():
@@ -140,7 +139,7 @@ def _regress(
     covariance = moments.xx[np.ix_(used, used)] / (moments.count * np.outer(std, std))
     cross = moments.xy[used] / (moments.count * std[:, None])
 
-    whitener = _whitener(covariance)
+    whitener = whitening_matrix(covariance)
     if whitener.shape[1] == 0:
         raise CalibrationError(
             f"The hidden states after block {fitted_at} are the same for all "
@@ -156,28 +155,17 @@ def _regress(
     up = up * np.sign(leading)[:, None]
 
     # Where the fit itself has fewer than r directions, the others are noise: they map to 0.
-    present = values > values[0] * hidden * _EPS64
+    present = values > values[0] * hidden * EPS64
     down = np.zeros((hidden, rank))
     down[used] = whitener @ (whitened_cross @ up.T) * present
     offset = (up @ moments.mean_y) * present
     margin = 1 - float((offset[present] ** 2 / values[present]).sum())
     # A feature's variance given the others is 1 / (C^-1)_jj.
-    precision = np.maximum((whitener**2).sum(axis=1), _EPS64)
+    precision = np.maximum((whitener**2).sum(axis=1), EPS64)
     cost = np.zeros(hidden)
     cost[used] = (down[used] ** 2).sum(axis=1) / precision
     cost[~used] = np.inf
     return _Regression(down, offset, up, float(np.sqrt(max(margin, 0.0))), cost)
-
-
-def _whitener(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """K with K^T C K = 1 and K K^T = C's pseudo-inverse; [H, number of directions kept]."""
-    if covariance.size == 0:
-        return covariance
-    values, vectors = np.linalg.eigh(covariance)
-    smallest = max(_EPS32 * values.mean(), values[-1] * values.size * _EPS64)
-    kept = values > smallest
-    whitener: NDArray[np.float64] = vectors[:, kept] / np.sqrt(values[kept])
-    return whitener
 
 
 def _check(moments: Moments, rank: int, fitted_at: int) -> None:

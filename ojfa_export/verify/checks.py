@@ -233,10 +233,10 @@ def compare_parts(
     logits = reference.forward(window.token_ids, visit)
     last, flat = previous.reshape(batch * length, -1), logits.reshape(batch * length, -1)
     name = f"final_head{window.label}"
-    comparisons.record(f"graph {name}", "logits", graphs.logits(last, final=True), flat)
+    comparisons.record(f"graph {name}", "logits", graphs.logits(last, parts.spec.blocks), flat)
     graphs.close()
     engines = parts.open_engines()
-    comparisons.record(f"engine {name}", "logits", engines.logits(last, final=True), flat)
+    comparisons.record(f"engine {name}", "logits", engines.logits(last, parts.spec.blocks), flat)
     return Reference(logits, exits)
 
 
@@ -322,13 +322,13 @@ def compare_exits(
         batch, count, size = hidden.shape
         flat = hidden.reshape(batch * count, size)
         exact = flat.astype(np.float64)
-        target = head.logits(parts.shortcut.apply(exact))
+        target = head.logits(parts.shortcut.apply(exact, blocks_run))
         allowance = exit_allowance(
             parts.shortcut, head.norm, exact, target, parts.precision, blocks_run
         )
         for what, actual in (
-            ("graph exit_head", graphs.logits(flat, final=False)),
-            ("engine exit_head", engines.logits(flat, final=False)),
+            ("graph exit_head", graphs.logits(flat, blocks_run)),
+            ("engine exit_head", engines.logits(flat, blocks_run)),
         ):
             comparisons.record(what, "logits", actual, target, allowance)
         if blocks_run == 1:

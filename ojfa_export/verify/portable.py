@@ -11,6 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Float32, Int32
+from ojfa_export.backends.onnxruntime.engines import head_inputs
 from ojfa_export.backends.onnxruntime.session import share_thread_pool
 from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import BackendError
@@ -90,10 +91,11 @@ class PortableGraphs:
             np.concatenate([past[1], value], axis=2),
         )
 
-    def logits(self, hidden: Float32, *, final: bool) -> Float32:
+    def logits(self, hidden: Float32, blocks_run: int) -> Float32:
         """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
-        session = self._session("final_head" if final else "exit_head")
-        logits: Float32 = session.run(["logits"], {"hidden": hidden})[0]
+        session = self._session("final_head" if blocks_run == self.spec.blocks else "exit_head")
+        inputs = head_inputs(session, hidden, blocks_run)
+        logits: Float32 = session.run(["logits"], inputs)[0]
         return logits
 
     def close(self) -> None:

@@ -72,7 +72,8 @@ def exit_allowance(
     A jump keeps few directions of a hidden state h. Where its output y is small, the norm after
     it enlarges the rounding that y inherits from h: with independent errors of deviation e in
     the features of h, y = (h s + t) D U is off by e ||diag(s) D U|| (Frobenius) in the root mean
-    square, and the logits of norm(y) by that share of ||y||.
+    square, and the logits of norm(y) by that share of ||y||. For a residual jump with gate g the
+    map is 1 + g diag(s) D U.
 
     Args:
         shortcut: The jump.
@@ -86,10 +87,16 @@ def exit_allowance(
         [n] absolute differences of logits.
     """
     scaled = shortcut.scale.astype(np.float64)[:, None] * shortcut.down
-    up, y = shortcut.up.astype(np.float64), shortcut.apply(hidden)
+    up, y = shortcut.up.astype(np.float64), shortcut.apply(hidden, blocks_run)
     if norm.kind == "layer":
         up, y = (each - each.mean(axis=-1, keepdims=True) for each in (up, y))
-    gain = np.sqrt(np.sum((scaled.T @ scaled) * (up @ up.T)))
+    squared_gain = np.sum((scaled.T @ scaled) * (up @ up.T))
+    if shortcut.residual:
+        gate = float(shortcut.gate(blocks_run))
+        # The square of the norm of 1 + g P; a norm that takes the mean leaves H - 1 of 1's.
+        ones = len(scaled) - (norm.kind == "layer")
+        squared_gain = ones + 2 * gate * np.sum(scaled * up.T) + gate**2 * squared_gain
+    gain = np.sqrt(squared_gain)
     error = BLOCK_ROUNDING[precision] * np.sqrt(blocks_run * np.mean(hidden**2, axis=1))
     share = error * gain / np.linalg.norm(y, axis=1)
     allowed: NDArray[np.float64] = share * np.abs(logits).max(axis=1)

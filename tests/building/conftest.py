@@ -56,6 +56,7 @@ def options(tiny_checkpoint: Path, calibration_text: Path, tmp_path: Path) -> Op
             "checkpoint": str(tiny_checkpoint),
             "output": tmp_path / "out.ojfa",
             "rank": 8,
+            "shortcut": "ojfa",
             "calibration_data": (calibration_text,),
             "calibration_tokens": 1024,
             "max_cache_length": 64,

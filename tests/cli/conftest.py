@@ -36,6 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(checkpoint: Path) -> Path:
     output = checkpoint.parent / "tiny.ojfa"
     args = ["build", str(checkpoint), "-o", str(output), "--skip-verification", "-q"]
+    args += ["--shortcut", "ojfa"]
     result = CliRunner().invoke(app, [*args, "--calibration-tokens", "4096", "--rank", "3"])
     assert result.exit_code == 0, result.stderr
     # What is planned depends on how fast the machine is just now.

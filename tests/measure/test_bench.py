@@ -44,9 +44,9 @@ class RecordingEngines:
         cache.run_blocks = recorded
         return cache
 
-    def logits(self, hidden, *, final: bool):
-        self.finals.append(final)
-        return self.engines.logits(hidden, final=final)
+    def logits(self, hidden, blocks_run: int):
+        self.finals.append(blocks_run == self.spec.blocks)
+        return self.engines.logits(hidden, blocks_run)
 
 
 def test_each_exit_decodes_one_token_at_a_time_and_prefills_the_whole_prompt(compiled):

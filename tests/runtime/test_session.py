@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chain import build_chain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import VOCAB_SIZE
+from tiny_models import VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_FP32
 
 from ojfa_export.errors import UsageError
+from ojfa_export.runtime.policy import ExitPolicy, confidence
 from ojfa_export.verify.checks import language_head
 
 BATCH = 3
@@ -130,6 +132,26 @@ def test_exit_logits_are_the_shortcut_and_the_head_in_float64(chain_of, rng):
         normed = jumped / np.sqrt(mean_square + chain.spec.norm_epsilon) * head.norm.weight
         expected = normed @ head.weight.astype(np.float64).T
         np.testing.assert_allclose(logits, expected, atol=LOGITS_FP32, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
+def test_each_row_of_a_batch_has_the_gate_of_its_own_exit(name, rng, tmp_path):
+    """A policy stops rows at different exits; each must read the head as a session alone does."""
+    checkpoint = make_checkpoint(name, tmp_path / "checkpoint", seed=int(rng.integers(2**31)))
+    chain = build_chain(checkpoint, tmp_path, residual=True)
+    exits = range(1, chain.spec.blocks)
+    prompts = rng.integers(VOCAB_SIZE, size=(6, 9)).tolist()
+    alone = np.array([[chain.session().advance(ids, exit)[0] for ids in prompts] for exit in exits])
+    tops = confidence(alone.reshape(-1, VOCAB_SIZE), "top").reshape(alone.shape[:2])
+    policy = ExitPolicy(
+        exits=tuple(exits), measure="top", thresholds=tuple(np.median(tops, axis=1).tolist())
+    )
+    step = chain.session(6).decide(prompts, policy)
+    assert len(set(step.blocks_run.tolist())) > 1
+    for row, blocks_run in enumerate(step.blocks_run):
+        if blocks_run < chain.spec.blocks:
+            expected = alone[blocks_run - 1, row]
+            np.testing.assert_allclose(step.logits[row], expected, atol=LOGITS_FP32, rtol=0)
 
 
 def jump64(shortcut, hidden: np.ndarray) -> np.ndarray:

@@ -93,7 +93,8 @@ def test_failed_save_leaves_the_old_file(saved, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"format_version": "2"}, "format version '2'"),
+        ({"format_version": "3"}, "format version '3'"),
+        ({"format_version": "2"}, "lacks gates"),
         ({"format_version": None}, "lacks format_version"),
         ({"model_sha256": None, "kind": None}, "lacks kind, model_sha256"),
         ({"rank": "4"}, "metadata says rank 4, down has 3"),

@@ -83,6 +83,18 @@ def test_right_parts_pass(precision, rng, tmp_path):
         assert all(check.max_abs_diff <= 1e-4 for check in logits)
 
 
+@pytest.mark.parametrize(
+    ("name", "precision"), [("gpt2", "fp32"), ("llama-gqa", "fp32"), ("phi3", "fp16")]
+)
+def test_right_residual_parts_pass_and_a_wrong_gate_does_not(name, precision, rng, tmp_path):
+    chain = make_chain(name, rng, tmp_path, precision=precision, residual=True)
+    checks = verify(chain, rng)
+    assert not failed(checks)
+    assert {"graph exit_head", "engine exit_head", "logits exit 2"} <= {c.name for c in checks}
+    perturb(chain, "exit_head", "gates", lambda value: value + 1)  # of exit 2, the middle one
+    assert failed(verify(chain, rng)) == {"graph exit_head", "engine exit_head", "logits exit 2"}
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "phi3-sliding-window"])
 @pytest.mark.parametrize("shape", [(1, 8), (2, 100), (5, 12)])
 def test_any_window_passes(name, shape, rng, tmp_path):

@@ -11,7 +11,7 @@ from ojfa_export.errors import BackendError
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.embed import embed_graph
-from ojfa_export.graphs.heads import exit_head_graph, final_head_graph
+from ojfa_export.graphs.heads import exit_head_graph, final_head_graph, residual_head_graph
 from ojfa_export.graphs.weights import references
 
 
@@ -35,7 +35,8 @@ def build_engine(spec: ModelSpec, graph: Path, engine: Path) -> None:
     elif name == "final_head":
         model = final_head_graph(spec, weights, dialect)
     elif name == "exit_head":
-        model = exit_head_graph(spec, weights, dialect)
+        make = residual_head_graph if "gates" in weights else exit_head_graph
+        model = make(spec, weights, dialect)
     else:
         model = block_graph(spec, int(name.removeprefix("block_")), weights, dialect)
     engine.write_bytes(model.SerializeToString(deterministic=True))

@@ -62,16 +62,26 @@ class OnnxRuntimeEngines:
         """Makes a cache; memory is taken as positions are written."""
         return OnnxRuntimeCache(self, batch_size, capacity)
 
-    def logits(self, hidden: Float32, *, final: bool) -> Float32:
+    def logits(self, hidden: Float32, blocks_run: int) -> Float32:
         """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
-        session = self.session("final_head" if final else "exit_head")
-        result: Float32 = session.run(None, {"hidden": hidden})[0]
+        session = self.session("final_head" if blocks_run == self.spec.blocks else "exit_head")
+        result: Float32 = session.run(None, head_inputs(session, hidden, blocks_run))[0]
         return result
 
     def unload_heads(self) -> None:
         """Closes both heads; they are opened again when used."""
         for name in ("exit_head", "final_head"):
             self.close(name)
+
+
+def head_inputs(
+    session: ort.InferenceSession, hidden: Float32, blocks_run: int
+) -> dict[str, Float32 | Int32]:
+    """What a head takes: hidden states [rows, H], and where it has gates, each row's exit."""
+    inputs: dict[str, Float32 | Int32] = {"hidden": hidden}
+    if len(session.get_inputs()) > 1:
+        inputs["blocks_run"] = np.full(len(hidden), blocks_run, np.int32)
+    return inputs
 
 
 class OnnxRuntimeCache:

@@ -1,0 +1,107 @@
+"""Bundles with a residual shortcut: built, verified, run and described like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import ojfa_export
+from ojfa_export.build import parts
+from ojfa_export.build.options import BuildOptions
+from ojfa_export.build.pipeline import build
+from ojfa_export.bundle.names import SHORTCUT
+from ojfa_export.calibrate import calibrate
+from ojfa_export.cli.app import app
+from ojfa_export.errors import OjfaError, UsageError
+from ojfa_export.report.model import CalibrationReport
+from ojfa_export.shortcut import load
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Tiny models gain nothing from threads, and lose much where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def report_of(bundle) -> CalibrationReport:
+    text = (bundle / "report" / "report.json").read_text(encoding="utf-8")
+    return CalibrationReport.model_validate_json(text)
+
+
+def test_residual_bundle_is_verified_and_runs(options, tmp_path):
+    result = build(options(shortcut="residual", skip_verification=False))
+    assert result.report.checks
+    assert all(check.passed for check in result.report.checks)
+    shortcut, _ = load(result.bundle / SHORTCUT)
+    model = ojfa_export.load(result.bundle)
+    entry = model.manifest.shortcut
+    assert (entry.kind, entry.residual, entry.rank) == ("residual", True, 8)
+    assert entry.parameters == shortcut.parameters == 2 * shortcut.hidden_size * 9 + 3
+    np.testing.assert_array_equal(np.float32(entry.gates), shortcut.gates)
+    exit_head = next(graph for graph in model.manifest.graphs if graph.name == "exit_head")
+    assert [port.name for port in exit_head.inputs] == ["hidden", "blocks_run"]
+    # The LM head is not stored twice: the exit head refers to the final head's file.
+    size = (result.bundle / "graphs" / "exit_head.bin").stat().st_size
+    assert size < 4 * 1.2 * shortcut.parameters
+    done = model.generate(["def main(", "import "], exit=2, max_new_tokens=4)
+    assert all(len(each.token_ids) == 4 for each in done.prompts)
+    shown = CliRunner().invoke(app, ["inspect", str(result.bundle)])
+    assert "residual, rank 8" in shown.stdout
+    assert "gates" in shown.stdout
+
+
+def test_the_same_build_twice_gives_the_same_shortcut(options, tmp_path):
+    files = []
+    for name in ("one.ojfa", "two.ojfa"):
+        bundle = build(options(shortcut="residual", output=tmp_path / name)).bundle
+        files.append([(bundle / each).read_bytes() for each in (SHORTCUT, "graphs/exit_head.bin")])
+    assert files[0] == files[1]
+
+
+def test_default_is_the_better_kind_as_measured(options):
+    bundle = build(options(shortcut=None)).bundle
+    report = report_of(bundle)
+    ojfa, residual = (
+        np.mean([getattr(row, kind).precision_at_1 for row in report.exits])
+        for kind in ("ojfa", "residual")
+    )
+    if residual != ojfa:
+        assert report.kind == ("residual" if residual > ojfa else "ojfa")
+    assert f"Chosen: {report.kind}" in report.reason
+    assert report.kind == load(bundle / SHORTCUT)[0].kind
+    assert report.parameters_multi_jump == 3 * 2 * report.hidden_size * (report.rank + 1)
+
+
+def test_without_torch_the_narrow_jump_ships_and_the_report_says_so(options, monkeypatch):
+    monkeypatch.setattr(calibrate, "has_torch", lambda: False)
+    report = report_of(build(options(shortcut=None)).bundle)
+    assert report.kind == "ojfa"
+    assert report.exits[0].residual is None
+    assert "torch" in report.reason
+    with pytest.raises(OjfaError, match="torch") as caught:
+        build(options(shortcut="residual", overwrite=True))
+    assert "--shortcut ojfa" in caught.value.hint
+
+
+def test_unknown_kind_is_refused(options):
+    with pytest.raises(UsageError, match=r"jtc.*can't be built"):
+        build(options(shortcut="jtc"))
+
+
+def test_exit_head_of_a_residual_shortcut_file(options, tmp_path):
+    """`calibrate` and `export` pass it on; the graph is the one that `build` writes."""
+    bundle = build(options(shortcut="residual")).bundle
+    plain = options()
+    exported = BuildOptions(checkpoint=plain.checkpoint, output=tmp_path / "graphs",
+                            calibration_data=plain.calibration_data, calibration_tokens=1024,
+                            max_cache_length=64)  # fmt: skip
+    parts.export_only(exported, bundle / SHORTCUT, ojfa_export.progress.SILENT)
+    for name in ("exit_head.bin", "exit_head.onnx"):
+        assert (tmp_path / "graphs" / name).read_bytes() == (bundle / "graphs" / name).read_bytes()
