@@ -115,6 +115,7 @@ def test_policies_keep_what_they_were_chosen_for(make_statistics: Make) -> None:
     for point in found:
         assert point.limit is not None
         assert 1 - point.worst_agreement <= point.limit
-    few = {name: split.select(np.arange(30)) for name, split in splits.items()}
+    # 8 windows without a loss are too few for 20%: 1 / 0.8 ** 8 is below 1 / 0.05.
+    few = {name: split.select(np.arange(8)) for name, split in splits.items()}
     estimates = policies(few, free, 0.95, SILENT, (0.05, 0.2))
     assert [point.certified for point in estimates] == [False, False]
