@@ -39,7 +39,7 @@ def main() -> None:
         progress=SILENT,
     ).to_json()
     report = json.loads((arguments.bundle / "report" / "report.json").read_text(encoding="utf-8"))
-    result = {"bench": measured, "report": {key: report[key] for key in ("rank", "exits")}}
+    result = {"bench": measured, "report": {key: report[key] for key in ("rank", "kind", "exits")}}
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(measured, report, arguments.out.with_suffix(".png"))
 
@@ -61,7 +61,7 @@ def draw(measured: dict[str, Any], report: dict[str, Any], path: Path) -> None:
     )
     depths = [*(row["blocks"] for row in report["exits"]), report["blocks"]]
     styles = (
-        ("ojfa", "one jump for all exits", "o-", GAIN),
+        (report["kind"], "one jump for all exits", "o-", GAIN),
         ("multi_jump", "a jump per exit", "s--", MUTED),
     )
     for key, label, style, colour in styles:

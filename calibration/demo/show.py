@@ -66,7 +66,7 @@ def quoted(argument: str) -> str:
 
 def show_table(report: dict[str, Any], measured: dict[str, Any]) -> None:
     """Prints exit, ms/token and agreement with the full model."""
-    agreement = {row["blocks"]: row["ojfa"]["precision_at_1"] for row in report["exits"]}
+    agreement = {row["blocks"]: row[report["kind"]]["precision_at_1"] for row in report["exits"]}
     agreement[report["blocks"]] = 1.0
     print("\n exit  ms/token  agreement with the full model")
     for row in measured["exits"]:

@@ -51,6 +51,7 @@ def options(tiny_checkpoint: Path, calibration_text: Path, prose: Path, tmp_path
         str(tiny_checkpoint),
         tmp_path / "out.ojfa",
         rank=8,
+        shortcut="ojfa",
         calibration_data=(Path(f"code={calibration_text}"), Path(f"docs={prose}")),
         calibration_tokens=1024,
         max_cache_length=32,
