@@ -12,7 +12,8 @@ from ojfa_export.build.work import Work
 from ojfa_export.bundle.names import STATISTICS
 from ojfa_export.guarantee import ExitStatistics, Promise, certify, load_statistics, save_statistics
 from ojfa_export.guarantee.collect import collect_statistics
-from ojfa_export.measure.costs import measure_costs
+from ojfa_export.heap import trim_heap
+from ojfa_export.measure.costs import block_bytes, measure_costs
 from ojfa_export.planner.plan import plan_default
 from ojfa_export.progress import Progress
 from ojfa_export.runtime.default import Default
@@ -24,6 +25,8 @@ SAMPLING_SEED = 0
 FULL_DEPTH = ExitPolicy(exits=(), measure="top", thresholds=())
 # Turns of timing, and when to stop beginning them.
 ROUNDS, SECONDS = 12, 10.0
+# Of a large model's blocks that are timed: many times what caches hold, a few blocks of memory.
+TIMED_BYTES = LARGE_BYTES // 2
 
 
 class Decided(BaseModel):
@@ -65,6 +68,7 @@ def collect(inputs: Inputs, work: Work, progress: Progress) -> None:
         "certification": statistics.select(np.flatnonzero(~tuned)),
     }
     save_statistics(work.bundle / STATISTICS, splits)
+    trim_heap()
 
 
 def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
@@ -72,15 +76,18 @@ def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
 
     What was decided is kept in the scratch directory for the manifest.
     """
+    spec = inputs.checkpoint.spec
+    large = spec.blocks * block_bytes(spec) > LARGE_BYTES
     costs = measure_costs(
-        inputs.checkpoint.spec,
+        spec,
         open_engines(inputs, work),
         inputs.settings.max_cache_length,
         rounds=ROUNDS,
         seconds=SECONDS,
         progress=progress,
-        most_bytes=LARGE_BYTES,
+        most_bytes=TIMED_BYTES if large else LARGE_BYTES,
     )
+    trim_heap()
     splits, limits = load_statistics(work.bundle / STATISTICS), inputs.settings.limits
     promise = None
     if limits is not None:
