@@ -99,7 +99,7 @@ def _show_model(console: Console, manifest: Manifest) -> None:
             "shortcut": f"{shortcut.kind}, rank {shortcut.rank}, "
             + ("" if shortcut.gates else f"fitted after block {shortcut.fitted_at}, ")
             + f"{shortcut.parameters:,} parameters"
-            + (", residual" if shortcut.residual else ""),
+            + (", residual" if shortcut.residual and shortcut.kind != "residual" else ""),
             "gates": ", ".join(f"{gate:.2f}" for gate in shortcut.gates or ()),
         }
     )
