@@ -6,7 +6,7 @@ import onnx
 
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.graphs.dialect import Portable, Weights
-from ojfa_export.graphs.graph import FLOAT, Graph
+from ojfa_export.graphs.graph import FLOAT
 
 
 def final_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.ModelProto:
@@ -17,7 +17,7 @@ def final_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> on
         weights: `final_norm.weight` (and `.bias`), `head` [V, H].
         dialect: The operators to write it in.
     """
-    graph = Graph("final_head", "The last block's output to logits: final norm and LM head")
+    graph = dialect.graph("final_head", "The last block's output to logits: final norm and LM head")
     hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
     normed = dialect.to_compute(graph, dialect.norm(graph, hidden, weights, "final_norm"))
     logits = dialect.vocabulary(graph, normed, "head", weights["head"])
@@ -34,7 +34,9 @@ def exit_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onn
             models `vocabulary.bias` [V].
         dialect: The operators to write it in.
     """
-    graph = Graph("exit_head", "Any block's output to logits: shortcut, final norm and LM head")
+    graph = dialect.graph(
+        "exit_head", "Any block's output to logits: shortcut, final norm and LM head"
+    )
     hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
     projected = graph.op("MatMul", hidden, graph.weight("project", weights["project"]))
     projected = graph.op("Add", projected, graph.weight("project.bias", weights["project.bias"]))

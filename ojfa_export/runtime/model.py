@@ -39,13 +39,12 @@ class Model:
         manifest = bundle.manifest
         self.spec = manifest.model.spec
         self.tokenizer = _read_tokenizer(bundle)
-        files = bundle.engines(backend).files
+        built, loaded = bundle.engines(backend), backends.load(backend)
+        loaded.check(built.built_with)
         tables = manifest.rotary
         rotary = (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None
-        engines = {name: bundle.directory / file for name, file in files.items()}
-        self.engines = backends.load(backend).open_engines(
-            self.spec, bundle.graphs, engines, rotary
-        )
+        engines = {name: bundle.directory / file for name, file in built.files.items()}
+        self.engines = loaded.open_engines(self.spec, bundle.graphs, engines, rotary)
 
     @property
     def manifest(self) -> Manifest:

@@ -9,7 +9,7 @@ from typing import Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.backends.backend import Engines, Float32, Int32
+from ojfa_export.backends.backend import Engines, Float32, Hidden, Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.policy import ExitPolicy, confidence
@@ -68,7 +68,7 @@ class Session:
         self._tokens: list[list[int]] = [[] for _ in range(batch_size)]
         self._watermarks = [Watermarks(spec.blocks) for _ in range(batch_size)]
         # Hidden states that came out of `depth` blocks and wait for the next: row p is position p.
-        self._waiting: dict[int, Float32] = {}
+        self._waiting: dict[int, Hidden] = {}
 
     @property
     def lengths(self) -> list[int]:
@@ -244,27 +244,28 @@ class Session:
             logits = np.zeros((self.batch_size, self.spec.vocab_size), np.float32)
             logits[np.array(wanted)] = answers
             return logits
-        states = [np.zeros((0, self.spec.hidden_size), np.float32)] * self.batch_size
+        arrays = self._cache.arrays
+        states = [arrays.empty((0, self.spec.hidden_size), np.float32)] * self.batch_size
         for rows in self._groups(wanted, depth):
             hidden = self._deepen(rows, depth, wanted)
             for row in range(rows.start, rows.stop):
                 if wanted[row]:
                     states[row] = hidden[row - rows.start, -counts[row] :].copy()
-        return np.split(self._head(np.concatenate(states), depth), np.cumsum(counts)[:-1])
+        return np.split(self._head(arrays.concatenate(states), depth), np.cumsum(counts)[:-1])
 
     def _answer(self, wanted: Sequence[bool], depth: int) -> Float32:
         """Runs sequences through the first blocks; logits [wanted, V] of their newest tokens."""
-        newest = []
+        arrays, newest = self._cache.arrays, []
         for rows in self._groups(wanted, depth):
             last = self._deepen(rows, depth, wanted)[:, -1]
             if len(last) == self.batch_size and all(wanted):
-                return self._head(np.ascontiguousarray(last), depth)
-            newest.append(last[np.array(wanted[rows])])
+                return self._head(arrays.ascontiguousarray(last), depth)
+            newest.append(last[np.flatnonzero(wanted[rows])])
         if not newest:
             return np.zeros((0, self.spec.vocab_size), np.float32)
-        return self._head(np.concatenate(newest), depth)
+        return self._head(arrays.concatenate(newest), depth)
 
-    def _head(self, hidden: Float32, depth: int) -> Float32:
+    def _head(self, hidden: Hidden, depth: int) -> Float32:
         """Logits [n, V] of hidden states [n, H] after `depth` blocks."""
         if not len(hidden):
             return np.zeros((0, self.spec.vocab_size), np.float32)
@@ -372,7 +373,7 @@ class Session:
             return spans[1][0].start
         return None
 
-    def _deepen(self, rows: slice, depth: int, wanted: Sequence[bool]) -> Float32:
+    def _deepen(self, rows: slice, depth: int, wanted: Sequence[bool]) -> Hidden:
         """Runs the first blocks on all that waits before them.
 
         Args:
@@ -392,7 +393,8 @@ class Session:
             if start < covered:
                 starts = [each[blocks.start] for each in self._watermarks[rows]]
                 waiting = self._waited(blocks.start, rows, starts, covered - start)
-                hidden = np.concatenate([waiting, hidden], axis=1) if hidden.shape[1] else waiting
+                join = self._cache.arrays.concatenate
+                hidden = join([waiting, hidden], axis=1) if hidden.shape[1] else waiting
             if hidden.shape[1]:
                 hidden = self._cache.run_blocks(blocks, hidden, rows, starts, long_context=long)
         if depth < self.spec.blocks:
@@ -403,25 +405,27 @@ class Session:
                 self._watermarks[row].raise_to(len(self._tokens[row]), depth)
         return hidden
 
-    def _embed(self, rows: slice, starts: list[int]) -> Float32:
+    def _embed(self, rows: slice, starts: list[int]) -> Hidden:
         """Embeds what waits before the first block: nothing, where tokens wait only later."""
         count = len(self._tokens[rows.start]) - starts[0]
         if not count:
-            return np.empty((len(starts), 0, self.spec.hidden_size), np.float32)
+            return self._cache.arrays.empty((len(starts), 0, self.spec.hidden_size), np.float32)
         both = zip(self._tokens[rows], starts, strict=True)
         new = [tokens[start : start + count] for tokens, start in both]
         return self._cache.embed(np.array(new, np.int32), starts)
 
-    def _waited(self, depth: int, rows: slice, starts: list[int], count: int) -> Float32:
+    def _waited(self, depth: int, rows: slice, starts: list[int], count: int) -> Hidden:
         """The hidden states that `_wait` kept: [rows, count, H], count 1 for several rows."""
         waiting = self._waiting[depth]
-        return np.stack([waiting[rows.start + i, at : at + count] for i, at in enumerate(starts)])
+        return self._cache.arrays.stack(
+            [waiting[rows.start + i, at : at + count] for i, at in enumerate(starts)]
+        )
 
-    def _wait(self, depth: int, rows: slice, starts: list[int], hidden: Float32) -> None:
+    def _wait(self, depth: int, rows: slice, starts: list[int], hidden: Hidden) -> None:
         """Keeps hidden states for a later pass that goes deeper."""
         if depth not in self._waiting:
             shape = (self.batch_size, self.max_length, self.spec.hidden_size)
-            self._waiting[depth] = np.empty(shape, np.float32)
+            self._waiting[depth] = self._cache.arrays.empty(shape, np.float32)
         for row, start, states in zip(range(rows.start, rows.stop), starts, hidden, strict=True):
             self._waiting[depth][row, start : start + len(states)] = states
 
