@@ -22,8 +22,10 @@ from cuda.bindings import driver
 
 from bench.gpu_shapes import SHAPES, RandomGraphs
 from ojfa_export.backends.tensorrt.backend import BACKEND
+from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.device import Device, Memory, check, the_device
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
+from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
 from ojfa_export.bundle.names import graph_names
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.session import Session
@@ -80,6 +82,7 @@ def measure_shape(
     for batch in options.batch:
         for kernels in (True, False):
             engines.decode_kernels = kernels
+            engines._recorder.clear()
             if batch > 4 and kernels:
                 continue  # more tokens than the kernels take: the engines run either way
             rows += decode(engines, spec, batch, options, length)
@@ -167,38 +170,50 @@ def prefill(engines: TensorRtEngines, spec: ModelSpec, tokens: int) -> dict[str,
 
 
 def parts(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
-    """Microseconds of the parts of a step, each over all blocks in one CUDA graph."""
-    from ojfa_export.backends.tensorrt.blocks import Block, Workspace
-
-    device = engines.device
-    results: dict[str, float] = {}
+    """Microseconds of a block and of its parts, each over all blocks in one CUDA graph."""
     shape = (16, spec.kv_heads, 1024, spec.head_dim)
     blocks = [Block(engines, index, shape) for index in range(spec.blocks)]
-    for tokens in (1, 2, 4, 8, 16):
-        workspace = Workspace(engines, tokens)
-        workspace.place([512] * tokens, list(range(tokens)))
-        device.clear(workspace.hidden[0].pointer, workspace.hidden[0].nbytes)
-        device.clear(workspace.hidden[1].pointer, workspace.hidden[1].nbytes)
-        methods = ["_qkv_by_engine", "_mlp_by_engine"]
-        if tokens <= 4:
-            methods += ["_qkv_by_kernels", "_mlp_by_kernels"]
-        for method in methods:
+    results: dict[str, float] = {}
 
-            def work(method: str = method, workspace: Workspace = workspace) -> None:
-                for block in blocks:
-                    getattr(block, method)(workspace)
-
-            results[f"{method.strip('_')} {tokens}"] = graph_time(device, work) / spec.blocks
-
-        def attend(workspace: Workspace = workspace) -> None:
+    def measure(name: str, work: Callable[[Block], None]) -> None:
+        def chain() -> None:
             for block in blocks:
-                block._attend(workspace, False, together=True)
+                work(block)
 
-        results[f"attention past 512 {tokens}"] = graph_time(device, attend) / spec.blocks
+        results[name] = graph_time(engines.device, chain) / spec.blocks
+
+    for tokens in (1, 2, 4, 8, 16):
+        space = workspace(engines, tokens, 512)
+        measure(f"qkv by engine {tokens}", lambda block, w=space: block._qkv_by_engine(w))
+        measure(f"mlp by engine {tokens}", lambda block, w=space: block._mlp_by_engine(w))
+        if tokens <= MOST_TOKENS:
+            measure(f"qkv by kernels {tokens}", lambda block, w=space: block._qkv_by_kernels(w))
+            measure(f"mlp by kernels {tokens}", lambda block, w=space: block._mlp_by_kernels(w))
+        measure(
+            f"attention past 512 {tokens}",
+            lambda block, w=space: block._attend(w, False, together=True),
+        )
+    for past in (128, 512, 1000):
+        space = workspace(engines, 1, past)
+        for engines.decode_kernels in (False, True):
+            how = "kernels" if engines.decode_kernels else "engines"
+            measure(
+                f"block by {how} past {past}",
+                lambda block, w=space: block.run(w, False, together=True),
+            )
     results |= head_times(engines, spec)
     for name, value in results.items():
         print(f"  {name}: {value:.1f} us", flush=True)
     return results
+
+
+def workspace(engines: TensorRtEngines, tokens: int, past: int) -> Workspace:
+    """Buffers of a step in which each sequence has this many tokens behind it."""
+    result = Workspace(engines, tokens)
+    result.place([past] * tokens, list(range(tokens)))
+    for buffer in result.hidden:
+        engines.device.clear(buffer.pointer, buffer.nbytes)
+    return result
 
 
 def head_times(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
@@ -207,19 +222,23 @@ def head_times(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
     for kernels in (True, False):
         engines.decode_kernels = kernels
         engines._heads.clear()
+        engines._recorder.clear()
         for final in (True, False):
             hidden = engines.arrays.asarray(np.ones((1, spec.hidden_size), np.float32))
             engines.logits(hidden, final=final)
             head = engines._heads[final]
             name = f"{'final' if final else 'exit'} head by {'kernels' if kernels else 'engine'}"
 
-            def work(head: Any = head, hidden: Any = hidden) -> None:
+            logits = engines._logits[:1]
+
+            def work(head: Any = head, hidden: Any = hidden, logits: Any = logits) -> None:
                 for _ in range(20):
-                    head.run(hidden)
+                    head.run(hidden, logits)
 
             results[name] = graph_time(engines.device, work) / 20
     engines.decode_kernels = True
     engines._heads.clear()
+    engines._recorder.clear()
     return results
 
 

@@ -126,8 +126,6 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)
     __shared__ unsigned is_last;
     const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, token = blockIdx.z;
     const int team = threadIdx.x / KEY_LANES, lane = threadIdx.x % KEY_LANES;
-    wait_for_previous();
-    let_next_start();
     const int position = positions[token], sequence = sequences[token];
     const float* cosine = cosines + position * (ROTARY_DIM / 2);
     const float* sine = sines + position * (ROTARY_DIM / 2);
@@ -135,6 +133,15 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)
     const int oldest = WINDOW ? max(0, position + 1 - WINDOW) : 0;
     const int each = (position + 1 - oldest + splits - 1) / splits;
     const int first = oldest + split * each, stop = min(first + each, position + 1);
+    const long long base = cache_place(sequence, kv_head, capacity, 0);
+    // Older keys and values don't depend on the kernel before.
+    constexpr int LINE = 128 / sizeof(Element);
+    for (int at = threadIdx.x * LINE; at < (stop - first) * HEAD_DIM; at += ATTENTION_THREADS * LINE) {
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + (base + first) * HEAD_DIM + at));
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(values + (base + first) * HEAD_DIM + at));
+    }
+    wait_for_previous();
+    let_next_start();
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += blockDim.x)
         queries[i / HEAD_DIM][i % HEAD_DIM] =
             scale * rotated(qkv + (kv_head * GROUP + i / HEAD_DIM) * HEAD_DIM, i % HEAD_DIM, cosine, sine);
@@ -153,7 +160,6 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)
                 query[head][piece * WIDE + i] = feature < HEAD_DIM ? queries[head][feature] : 0.0f;
             }
     Seen seen[GROUP];
-    const long long base = cache_place(sequence, kv_head, capacity, 0);
     for (int at = first; at < stop; at += TEAMS * AHEAD) {
         Chunk key[AHEAD][PIECES], value[AHEAD][PIECES];
 #pragma unroll

@@ -3,7 +3,22 @@
 // several rows, the tokens' inputs lie in shared memory.
 #include "common.cuh"
 
-constexpr int LINEAR_THREADS = 512;
+#ifndef LINEAR_THREADS_VARIANT
+#define LINEAR_THREADS_VARIANT 512
+#endif
+#ifndef LOADS
+#define LOADS 8
+#endif
+#ifndef MINBLOCKS
+#define MINBLOCKS 2
+#endif
+#ifndef PREFETCH
+#define PREFETCH 1
+#endif
+#ifndef LATE
+#define LATE 0
+#endif
+constexpr int LINEAR_THREADS = LINEAR_THREADS_VARIANT;
 constexpr int LINEAR_WARPS = LINEAR_THREADS / LANES;
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -11,10 +26,6 @@ extern __shared__ __align__(16) unsigned char shared_memory[];
 // Rows of a warp's task: with more tokens an input that was read from shared memory serves more rows.
 template <int TOKENS>
 constexpr int ROWS = TOKENS > 2 ? 4 : 2;
-
-// Thread blocks of a multiprocessor: registers allow two, and sums of many tokens one.
-template <int TOKENS>
-constexpr int RESIDENT = TOKENS > 1 ? 1 : 2;
 
 template <int TOKENS, int COUNT>
 struct Sums {
@@ -40,11 +51,11 @@ struct Sums {
     }
 };
 
-// Products of COUNT rows with the inputs in shared memory; eight loads of a thread are in flight.
+// Products of COUNT rows with the inputs in shared memory; LOADS loads of a thread are in flight.
 template <int TOKENS, int COUNT>
 __device__ __forceinline__ Sums<TOKENS, COUNT> dot_rows(const Element* const (&rows)[COUNT],
                                                         const Element* inputs, int columns) {
-    constexpr int AHEAD = 8 / COUNT;
+    constexpr int AHEAD = LOADS / COUNT;
     const int chunks = columns / WIDE;
     Sums<TOKENS, COUNT> sums;
     int chunk = threadIdx.x % LANES;
@@ -78,26 +89,54 @@ __device__ __forceinline__ void prefetch(const Element* const (&rows)[COUNT], in
             asm volatile("prefetch.global.L2 [%0];" ::"l"(rows[row] + at));
 }
 
+// Shared memory: the inputs [tokens, columns], then what a norm needs of them, fp32: the hidden
+// states of a token [columns] and the norm's weight [columns].
+template <int TOKENS>
+__device__ __forceinline__ float* norm_memory(int columns) {
+    return reinterpret_cast<float*>(shared_memory + sizeof(Element) * TOKENS * columns);
+}
+
+// The norm's weight into shared memory; it does not depend on the kernel before. A thread writes
+// and reads the same places, so that no barrier is needed.
+template <int TOKENS>
+__device__ void stage_norm_weight(const float* weight, int width, int columns) {
+    float* kept = norm_memory<TOKENS>(columns) + columns;
+    if (weight)
+        for (int i = threadIdx.x; i < width; i += LINEAR_THREADS) kept[i] = weight[i];
+}
+
 // Normalised inputs, rounded to the type of the matrix, into shared memory. Without weight: x / rms.
 // `width` is the number of features that the mean is over; those from there to `columns` are zero.
 template <int TOKENS>
 __device__ void stage_normed(const float* hidden, const float* weight, const float* bias, float epsilon,
                              int width, int columns) {
     Element* inputs = reinterpret_cast<Element*>(shared_memory);
+    float* raw = norm_memory<TOKENS>(columns);
+    const float* kept = raw + columns;
     for (int token = 0; token < TOKENS; ++token) {
-        const float* x = hidden + token * width;
         float mean = 0.0f, square = 0.0f;
+#pragma unroll 8
+        for (int i = threadIdx.x; i < width; i += LINEAR_THREADS) {
+            const float x = hidden[token * width + i];
+            raw[i] = x;
+            mean += x;
+            square += x * x;
+        }
 #if NORM_LAYER
         if (weight) {
-            for (int i = threadIdx.x; i < width; i += blockDim.x) mean += x[i];
             mean = block_sum(mean) / width;
+            square = 0.0f;
+            for (int i = threadIdx.x; i < width; i += LINEAR_THREADS) square += (raw[i] - mean) * (raw[i] - mean);
+        } else {
+            mean = 0.0f;
         }
+#else
+        mean = 0.0f;
 #endif
-        for (int i = threadIdx.x; i < width; i += blockDim.x) square += (x[i] - mean) * (x[i] - mean);
         const float scale = 1.0f / sqrtf(block_sum(square) / width + epsilon);
-        for (int i = threadIdx.x; i < columns; i += blockDim.x) {
-            float y = i < width ? (x[i] - mean) * scale : 0.0f;
-            if (weight) y *= weight[i];
+        for (int i = threadIdx.x; i < columns; i += LINEAR_THREADS) {
+            float y = i < width ? (raw[i] - mean) * scale : 0.0f;
+            if (weight) y *= kept[i];
             if (bias) y += bias[i];
             store(inputs + token * columns + i, y);
         }
@@ -126,21 +165,24 @@ __device__ __forceinline__ float activate(float x) {
 }
 
 // Calls use(task, sums) for every task of `COUNT` rows, those of this warp; row_of(task, i) names a
-// task's rows. `inputs` are brought into shared memory by prepare(), which waits for the kernel before.
-template <int TOKENS, int COUNT, class RowOf, class Prepare, class Use>
+// task's rows. before() does what can be done while the kernel before still runs; prepare() brings
+// the inputs into shared memory.
+template <int TOKENS, int COUNT, class RowOf, class Before, class Prepare, class Use>
 __device__ __forceinline__ void each_task(const Element* matrix, int columns, int tasks, RowOf row_of,
-                                          Prepare prepare, Use use) {
+                                          Before before, Prepare prepare, Use use) {
     const int first = blockIdx.x * LINEAR_WARPS + threadIdx.x / LANES;
     const Element* rows[COUNT];
     if (first < tasks) {
         for (int i = 0; i < COUNT; ++i) rows[i] = matrix + static_cast<long long>(row_of(first, i)) * columns;
-        prefetch(rows, columns);
+        if (PREFETCH) prefetch(rows, columns);
     }
+    before();
     wait_for_previous();
-    let_next_start();
+    if (!LATE) let_next_start();
     prepare();
     const Element* inputs = reinterpret_cast<const Element*>(shared_memory);
     for (int task = first; task < tasks; task += gridDim.x * LINEAR_WARPS) {
+        if (LATE && task + gridDim.x * LINEAR_WARPS >= tasks) let_next_start();
         for (int i = 0; i < COUNT; ++i) rows[i] = matrix + static_cast<long long>(row_of(task, i)) * columns;
         use(task, dot_rows<TOKENS, COUNT>(rows, inputs, columns));
     }
@@ -155,6 +197,7 @@ __device__ void norm_linear(float* out, const float* hidden, const float* norm_w
     each_task<TOKENS, COUNT>(
         matrix, columns, (outputs + COUNT - 1) / COUNT,
         [=](int task, int i) { return min(task * COUNT + i, outputs - 1); },
+        [=] { stage_norm_weight<TOKENS>(norm_weight, width, columns); },
         [=] { stage_normed<TOKENS>(hidden, norm_weight, norm_bias, epsilon, width, columns); },
         [=](int task, const Sums<TOKENS, COUNT>& sums) {
 #pragma unroll
@@ -180,6 +223,7 @@ __device__ void norm_up(Element* inner, const float* hidden, const float* norm_w
             const int feature = min(task * FEATURES + i % FEATURES, width_out - 1);
             return i < FEATURES ? feature : width_out + feature;
         },
+        [=] { stage_norm_weight<TOKENS>(norm_weight, columns, columns); },
         [=] { stage_normed<TOKENS>(hidden, norm_weight, norm_bias, epsilon, columns, columns); },
         [=](int task, const Sums<TOKENS, COUNT>& sums) {
 #pragma unroll
@@ -204,7 +248,7 @@ __device__ void linear(float* out, const float* residual, const Element* x, cons
     each_task<TOKENS, COUNT>(
         matrix, columns, (outputs + COUNT - 1) / COUNT,
         [=](int task, int i) { return min(task * COUNT + i, outputs - 1); },
-        [=] { stage<TOKENS>(x, columns); },
+        [] {}, [=] { stage<TOKENS>(x, columns); },
         [=](int task, const Sums<TOKENS, COUNT>& sums) {
 #pragma unroll
             for (int i = 0; i < COUNT; ++i)
@@ -218,18 +262,18 @@ __device__ void linear(float* out, const float* residual, const Element* x, cons
 }
 
 #define FOR_TOKENS(TOKENS)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(LINEAR_THREADS, RESIDENT<TOKENS>) norm_linear_##TOKENS(                       \
+    extern "C" __global__ void __launch_bounds__(LINEAR_THREADS, TOKENS > 1 ? 1 : MINBLOCKS) norm_linear_##TOKENS(                       \
         float* out, const float* hidden, const float* norm_weight, const float* norm_bias, float epsilon,       \
         int width, const Element* matrix, const float* bias, int columns, int outputs) {                        \
         norm_linear<TOKENS>(out, hidden, norm_weight, norm_bias, epsilon, width, matrix, bias, columns,         \
                             outputs);                                                                           \
     }                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(LINEAR_THREADS, RESIDENT<TOKENS>) norm_up_##TOKENS(                           \
+    extern "C" __global__ void __launch_bounds__(LINEAR_THREADS, TOKENS > 1 ? 1 : MINBLOCKS) norm_up_##TOKENS(                           \
         Element* inner, const float* hidden, const float* norm_weight, const float* norm_bias, float epsilon,   \
         const Element* matrix, const float* bias, int columns, int width_out) {                                 \
         norm_up<TOKENS>(inner, hidden, norm_weight, norm_bias, epsilon, matrix, bias, columns, width_out);      \
     }                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(LINEAR_THREADS, RESIDENT<TOKENS>)                              \
+    extern "C" __global__ void __launch_bounds__(LINEAR_THREADS, TOKENS > 1 ? 1 : MINBLOCKS)                              \
         linear_##TOKENS(float* out, const float* residual, const Element* x, const Element* matrix,             \
                         const float* bias, int columns, int outputs) {                                          \
         linear<TOKENS>(out, residual, x, matrix, bias, columns, outputs);                                       \

@@ -40,7 +40,9 @@ class DeviceArray:
 
     def __getitem__(self, key: Any) -> DeviceArray:
         rows, shape = self._rows(key)
-        if rows.size == 0 or int(rows[-1]) - int(rows[0]) == rows.size - 1:
+        # As in NumPy, rows named one by one are a copy.
+        is_copy = isinstance(key, list | np.ndarray)
+        if not is_copy and (rows.size == 0 or int(rows[-1] - rows[0]) == rows.size - 1):
             first = int(rows[0]) if rows.size else 0
             return self._view(first, shape)
         result = DeviceArrays(self._device).empty(shape, self.dtype)

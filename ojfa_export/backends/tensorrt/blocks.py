@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ojfa_export.backends.backend import Int32
 from ojfa_export.backends.tensorrt.arrays import DeviceArray
 from ojfa_export.backends.tensorrt.kernels import integer, number, pointer
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, Norm
@@ -35,6 +36,9 @@ class Workspace:
         qkv: [tokens, (heads + 2 kv_heads) head_dim] fp32.
         mixed: [tokens, heads * head_dim], what attention gives.
         inner: [tokens, intermediate size], of the MLP.
+        ids: Address of the token ids, as far as they were embedded here.
+        positions: Address of the tokens' positions.
+        sequences: Address of the sequences that they belong to.
     """
 
     def __init__(self, engines: TensorRtEngines, tokens: int) -> None:
@@ -51,25 +55,27 @@ class Workspace:
         self.parts = arrays.empty((tokens, spec.heads, self.splits, spec.head_dim + 2), np.float32)
         self.finished = arrays.empty((tokens, spec.kv_heads), np.uint32)
         self._device.clear(self.finished.pointer, self.finished.nbytes)
-        self._places = arrays.empty((2, tokens), np.int32)
-        self._placed: tuple[list[int], list[int]] | None = None
+        described = arrays.empty((3, tokens), np.int32)
+        self._described = described
+        row = 4 * tokens
+        self.ids, self.positions, self.sequences = (described.pointer + i * row for i in range(3))
+        self._positions: list[int] = []
+        self._sequences: list[int] = []
 
-    @property
-    def positions(self) -> int:
-        """Address of the tokens' positions."""
-        return self._places.pointer
-
-    @property
-    def sequences(self) -> int:
-        """Address of the sequences that the tokens belong to."""
-        return self._places.pointer + 4 * self.tokens
+    def name(self, token_ids: Int32, positions: Sequence[int]) -> None:
+        """Says which tokens they are, and where: one copy to the device."""
+        self._positions = list(positions)
+        both = np.array([token_ids.reshape(-1), self._positions], np.int32)
+        self._device.upload(both, self.ids)
 
     def place(self, positions: Sequence[int], sequences: Sequence[int]) -> None:
-        """Says where the tokens are."""
-        placed = list(positions), list(sequences)
-        if placed != self._placed:
-            self._device.upload(np.array(placed, np.int32), self._places.pointer)
-            self._placed = placed
+        """Says where the tokens are, and of which sequences; what is known is not copied again."""
+        if (wanted := list(positions)) != self._positions:
+            self._device.upload(np.array(wanted, np.int32), self.positions)
+            self._positions = wanted
+        if (wanted := list(sequences)) != self._sequences:
+            self._device.upload(np.array(wanted, np.int32), self.sequences)
+            self._sequences = wanted
 
     def take(self, hidden: DeviceArray, block: int) -> None:
         """Puts hidden states where a block reads them."""

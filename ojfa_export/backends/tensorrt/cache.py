@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ojfa_export.backends.backend import Float32, Int32
 from ojfa_export.backends.tensorrt.arrays import DeviceArray
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
-from ojfa_export.backends.tensorrt.device import Graph
-from ojfa_export.backends.tensorrt.kernels import integer, pointer
+from ojfa_export.backends.tensorrt.device import Recorder
 from ojfa_export.backends.tensorrt.plan import PREFILL_TOKENS
 
 if TYPE_CHECKING:
     from ojfa_export.backends.tensorrt.engines import TensorRtEngines
-
-EMBED_THREADS = 256
 
 
 class TensorRtCache:
@@ -43,31 +38,21 @@ class TensorRtCache:
         self._shape = (batch_size, engines.spec.kv_heads, capacity, engines.spec.head_dim)
         self._blocks: dict[int, Block] = {}
         self._workspaces: dict[int, Workspace] = {}
-        self._graphs: dict[tuple[range, int, bool], Graph | None] = {}
+        self._recorder = Recorder(engines.device)
 
     def embed(self, token_ids: Int32, starts: Sequence[int]) -> DeviceArray:
         """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
         rows, tokens = token_ids.shape
-        spec, weights = self._engines.spec, self._engines.weights("embed")
-        places = np.array(starts)[:, None] + np.arange(tokens)
-        both = np.stack([token_ids.reshape(-1), places.reshape(-1)]).astype(np.int32)
-        described = self.arrays.asarray(both)
-        hidden = self.arrays.empty((rows, tokens, spec.hidden_size), np.float32)
-        learned = weights.get("position_embedding")
-        self._engines.kernels[self._engines.precision].launch(
-            "embed",
-            (rows * tokens, 1, 1),
-            (EMBED_THREADS, 1, 1),
-            (
-                pointer(hidden.pointer),
-                pointer(weights["token_embedding"].pointer),
-                pointer(None if learned is None else learned.pointer),
-                pointer(described[0].pointer),
-                pointer(described[1].pointer),
-                integer(spec.hidden_size),
-            ),
-        )
-        return hidden
+        places = [start + token for start in starts for token in range(tokens)]
+        if tokens > 1:
+            workspace = Workspace(self._engines, rows * tokens)
+            workspace.name(token_ids, places)
+            self._engines.embed(workspace)
+        else:
+            workspace = self._workspace(rows)
+            workspace.name(token_ids, places)
+            self._recorder.run(("embed", rows), lambda: self._engines.embed(workspace))
+        return workspace.hidden[0].reshape(rows, tokens, self._engines.spec.hidden_size)
 
     def run_blocks(
         self,
@@ -94,9 +79,15 @@ class TensorRtCache:
 
     def unload(self, block: int) -> None:
         """Lets go of a block's weights; its keys and values stay."""
-        self._graphs.clear()
+        self._recorder.clear()
         if block in self._blocks:
             self._blocks[block].unload()
+
+    def _workspace(self, count: int) -> Workspace:
+        """The buffers of steps with this many sequences, kept as recordings refer to them."""
+        if count not in self._workspaces:
+            self._workspaces[count] = Workspace(self._engines, count)
+        return self._workspaces[count]
 
     def _decode(
         self,
@@ -107,9 +98,7 @@ class TensorRtCache:
         long_context: bool,
     ) -> DeviceArray:
         count = len(hidden)
-        if count not in self._workspaces:
-            self._workspaces[count] = Workspace(self._engines, count)
-        workspace = self._workspaces[count]
+        workspace = self._workspace(count)
         workspace.place(starts, range(rows.start, rows.stop))
         workspace.take(hidden, blocks.start)
 
@@ -117,16 +106,7 @@ class TensorRtCache:
             for block in blocks:
                 self._blocks[block].run(workspace, long_context, together=True)
 
-        key = (blocks, count, long_context)
-        if key not in self._graphs:
-            # TensorRT wants to have run once with these shapes before it is recorded.
-            self._graphs[key] = None
-            work()
-        else:
-            graph = self._graphs[key]
-            if graph is None:
-                graph = self._graphs[key] = self._device.capture(work)
-            graph.launch()
+        self._recorder.run((blocks, count, long_context), work)
         return workspace.hidden[blocks.stop % 2].reshape(*hidden.shape)
 
     def _prefill(

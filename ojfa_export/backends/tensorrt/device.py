@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -173,6 +173,44 @@ class Graph:
     def __del__(self) -> None:
         with suppress(Exception):
             driver.cuGraphExecDestroy(self._executable)
+
+
+class Recorder:
+    """Runs work the first time, records it the second, and replays the recording from then on.
+
+    TensorRT wants to have run once with the shapes and addresses of a recording.
+
+    Args:
+        device: Where it runs.
+        most: Recordings that are kept; when there are more, all begin anew.
+    """
+
+    def __init__(self, device: Device, most: int = 256) -> None:
+        self._device, self._most = device, most
+        self._graphs: dict[Hashable, Graph | None] = {}
+
+    def run(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Runs work that does the same whenever its key is the same.
+
+        Args:
+            key: Holds every address and shape that the work is given.
+            work: Puts something on the stream; nothing that waits for it.
+        """
+        if key not in self._graphs:
+            if len(self._graphs) >= self._most:
+                self.clear()
+            self._graphs[key] = None
+            work()
+            return
+        graph = self._graphs[key]
+        if graph is None:
+            graph = self._graphs[key] = self._device.capture(work)
+        graph.launch()
+
+    def clear(self) -> None:
+        """Forgets all recordings: they refer to memory that may be given back now."""
+        self._device.synchronize()
+        self._graphs.clear()
 
 
 class PinnedArray:

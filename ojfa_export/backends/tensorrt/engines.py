@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Float32
 from ojfa_export.backends.tensorrt.arrays import DeviceArray, DeviceArrays
+from ojfa_export.backends.tensorrt.blocks import Workspace
 from ojfa_export.backends.tensorrt.cache import TensorRtCache
-from ojfa_export.backends.tensorrt.device import Device, PinnedArray
+from ojfa_export.backends.tensorrt.device import Device, PinnedArray, Recorder
 from ojfa_export.backends.tensorrt.engine import Engine, EngineSet
 from ojfa_export.backends.tensorrt.heads import ExitHead, FinalHead, Head
-from ojfa_export.backends.tensorrt.kernels import Kernels
+from ojfa_export.backends.tensorrt.kernels import Kernels, integer, pointer
 from ojfa_export.backends.tensorrt.linear import LinearKernels
 from ojfa_export.backends.tensorrt.plan import GraphPlan, read_plan
 from ojfa_export.backends.tensorrt.weights import DTYPES, WeightStore
@@ -27,6 +26,7 @@ from ojfa_export.families.spec import ModelSpec, Precision
 DECODE_VARIABLE = "OJFA_DECODE"
 # Rows of logits that are on the device at once.
 HEAD_ROWS = 16
+EMBED_THREADS = 256
 
 
 class TensorRtEngines:
@@ -70,7 +70,9 @@ class TensorRtEngines:
         self._engines: EngineSet | None = None
         self._weights: dict[str, dict[str, DeviceArray]] = {}
         self._heads: dict[bool, Head] = {}
-        self._pinned: dict[int, PinnedArray] = {}
+        self._recorder = Recorder(device)
+        self._logits = self.arrays.lasting((HEAD_ROWS, spec.vocab_size), np.float32)
+        self._pinned = PinnedArray((HEAD_ROWS, spec.vocab_size), np.float32)
 
     def plan(self, name: str) -> GraphPlan:
         """A graph's plan."""
@@ -95,8 +97,27 @@ class TensorRtEngines:
 
     def close(self, name: str) -> None:
         """Lets go of a graph's weights."""
+        self._recorder.clear()
         self._weights.pop(name, None)
         self.store.forget(self._plans[name])
+
+    def embed(self, workspace: Workspace) -> None:
+        """Puts the embedding of a workspace's tokens on the stream, into its first buffer."""
+        weights = self.weights("embed")
+        learned = weights.get("position_embedding")
+        self.kernels[self.precision].launch(
+            "embed",
+            (workspace.tokens, 1, 1),
+            (EMBED_THREADS, 1, 1),
+            (
+                pointer(workspace.hidden[0].pointer),
+                pointer(weights["token_embedding"].pointer),
+                pointer(None if learned is None else learned.pointer),
+                pointer(workspace.ids),
+                pointer(workspace.positions),
+                integer(self.spec.hidden_size),
+            ),
+        )
 
     def load_blocks(self, depth: int) -> None:
         """Uploads the weights of the embedding and the first blocks."""
@@ -115,17 +136,16 @@ class TensorRtEngines:
         result = np.empty((len(states), self.spec.vocab_size), np.float32)
         for at in range(0, len(states), HEAD_ROWS):
             part = states[at : at + HEAD_ROWS]
-            logits = self._heads[final].run(part)
-            self._download(logits, result[at : at + HEAD_ROWS])
-        return result
+            count, size = len(part), result[at : at + HEAD_ROWS].nbytes
 
-    def _download(self, source: DeviceArray, target: NDArray[Any]) -> None:
-        if source.nbytes not in self._pinned:
-            self._pinned[source.nbytes] = PinnedArray(source.shape, source.dtype)
-        pinned = self._pinned[source.nbytes]
-        self.device.download(source.pointer, pinned.pointer, source.nbytes)
-        self.device.synchronize()
-        target[...] = pinned.array.reshape(target.shape)
+            def work(part: DeviceArray = part, count: int = count, size: int = size) -> None:
+                self._heads[final].run(part, self._logits[:count])
+                self.device.download(self._logits.pointer, self._pinned.pointer, size)
+
+            self._recorder.run((final, count, part.pointer), work)
+            self.device.synchronize()
+            result[at : at + HEAD_ROWS] = self._pinned.array[:count]
+        return result
 
     def _lasting(self, array: Float32) -> DeviceArray:
         result = self.arrays.lasting(array.shape, array.dtype)

@@ -19,14 +19,15 @@ FOLDED = {"project", "project.bias", "vocabulary", "vocabulary.bias"}
 class Head(Protocol):
     """The model's own head, or the exit head."""
 
-    def run(self, hidden: DeviceArray) -> DeviceArray:
-        """Logits [rows, V] fp32 on the device, of hidden states [rows, H]."""
+    def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
+        """Writes logits [rows, V] fp32 of hidden states [rows, H]."""
         ...
 
 
-def _run_engine(engines: TensorRtEngines, name: str, hidden: DeviceArray) -> DeviceArray:
+def _run_engine(
+    engines: TensorRtEngines, name: str, hidden: DeviceArray, logits: DeviceArray
+) -> None:
     rows, width = hidden.shape
-    logits = engines.arrays.empty((rows, engines.spec.vocab_size), np.float32)
     # Addresses must be multiples of 256; a row of hidden states may lie anywhere.
     aligned = hidden if hidden.pointer % 256 == 0 else hidden.copy()
     engines.engine(name, name).run(
@@ -34,7 +35,6 @@ def _run_engine(engines: TensorRtEngines, name: str, hidden: DeviceArray) -> Dev
         {"hidden": (aligned.pointer, width), "logits": (logits.pointer, 0)},
         {key: array.pointer for key, array in engines.weights(name).items()},
     )
-    return logits
 
 
 class FinalHead:
@@ -55,14 +55,13 @@ class FinalHead:
         self._matrix = weights["head"]
         self._linear = engines.linear(engines.precision)
 
-    def run(self, hidden: DeviceArray) -> DeviceArray:
+    def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
         """See `Head`."""
         engines = self._engines
         if len(hidden) > MOST_TOKENS or not engines.decode_kernels:
-            return _run_engine(engines, "final_head", hidden)
-        logits = engines.arrays.empty((len(hidden), engines.spec.vocab_size), np.float32)
-        self._linear.norm_linear(logits, hidden, self._norm, self._matrix, None)
-        return logits
+            _run_engine(engines, "final_head", hidden, logits)
+        else:
+            self._linear.norm_linear(logits, hidden, self._norm, self._matrix, None)
 
 
 class ExitHead:
@@ -82,7 +81,7 @@ class ExitHead:
         # Copies with whole 16-byte rows: two or three megabytes for a model of 7B.
         self._project = engines.store.padded(project, turned=True)
         self._vocabulary = engines.store.padded(vocabulary, turned=False)
-        self._width = project.shape[1]
+        self._z = engines.arrays.lasting((MOST_TOKENS, project.shape[1]), np.float32)
         small = engines.weights("exit_head")
         self._project_bias = small["project.bias"]
         self._bias = small.get("vocabulary.bias")
@@ -92,14 +91,13 @@ class ExitHead:
             engines.linear(vocabulary.precision),
         )
 
-    def run(self, hidden: DeviceArray) -> DeviceArray:
+    def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
         """See `Head`."""
-        engines, rows = self._engines, len(hidden)
-        if self._kernels is None or rows > MOST_TOKENS:
-            return _run_engine(engines, "exit_head", hidden)
-        z = engines.arrays.empty((rows, self._width), np.float32)
-        logits = engines.arrays.empty((rows, engines.spec.vocab_size), np.float32)
+        rows = len(hidden)
+        if self._kernels is None or rows > MOST_TOKENS or not self._engines.decode_kernels:
+            _run_engine(self._engines, "exit_head", hidden, logits)
+            return
         first, second = self._kernels
+        z = self._z[:rows]
         first.linear(z, None, hidden, self._project, self._project_bias)
         second.norm_linear(logits, z, self._norm, self._vocabulary, self._bias)
-        return logits

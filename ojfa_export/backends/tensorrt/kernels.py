@@ -20,6 +20,8 @@ PLACES = (
 SOURCES = ("linear.cu", "attention.cu", "embed.cu")
 HEADERS = ("common.cuh",)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+# Dynamic shared memory that needs no permission: 48 KiB less what kernels declare themselves.
+PLAIN_SHARED_BYTES = 32 << 10
 Argument = tuple[Any, Any]  # a value and its ctypes type
 
 
@@ -139,7 +141,7 @@ class Kernels:
             function = check(driver.cuModuleGetFunction(self._module, name.encode()))
             self._functions[name] = function
         function = self._functions[name]
-        if shared_bytes > 48 << 10:
+        if shared_bytes > PLAIN_SHARED_BYTES:
             which = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             check(driver.cuFuncSetAttribute(function, which, shared_bytes))
         return function

@@ -12,6 +12,8 @@ from ojfa_export.backends.tensorrt.kernels import Argument, Kernels, integer, nu
 # Of a step in these kernels; with more, TensorRT's tensor-core kernels read weights as fast.
 MOST_TOKENS = 4
 THREADS, WARPS = 512, 16
+# Thread blocks on a multiprocessor: one, and the next kernel's first one beside it.
+RESIDENT = 1
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,14 @@ class LinearKernels:
         self, kind: str, tokens: int, columns: int, outputs: int, arguments: tuple[Argument, ...]
     ) -> None:
         rows = 4 if tokens > 2 else 2  # of a warp's task, as in the kernel
-        resident = 2 if tokens == 1 else 1
         blocks = math.ceil(outputs / rows / WARPS)
         self._kernels.launch(
             f"{kind}_{tokens}",
-            (min(blocks, resident * self._device.multiprocessors), 1, 1),
+            (min(blocks, RESIDENT * self._device.multiprocessors), 1, 1),
             (THREADS, 1, 1),
             arguments,
-            shared_bytes=tokens * columns * self._bytes,
+            # The inputs; for a norm a token's hidden states and the norm's weight beside them.
+            shared_bytes=columns * (tokens * self._bytes + (0 if kind == "linear" else 8)),
             overlapping=True,
         )
 
