@@ -83,7 +83,7 @@ def measure_shape(
         for kernels in (True, False):
             engines.decode_kernels = kernels
             engines._recorder.clear()
-            if batch > 4 and kernels:
+            if batch > MOST_TOKENS and kernels:
                 continue  # more tokens than the kernels take: the engines run either way
             rows += decode(engines, spec, batch, options, length)
     return {

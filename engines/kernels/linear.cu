@@ -7,13 +7,13 @@
 #define LINEAR_THREADS_VARIANT 512
 #endif
 #ifndef LOADS
-#define LOADS 8
+#define LOADS 16
 #endif
 #ifndef MINBLOCKS
-#define MINBLOCKS 2
+#define MINBLOCKS 1
 #endif
 #ifndef PREFETCH
-#define PREFETCH 1
+#define PREFETCH 0
 #endif
 #ifndef LATE
 #define LATE 0

@@ -10,7 +10,7 @@ from ojfa_export.backends.tensorrt.device import Device
 from ojfa_export.backends.tensorrt.kernels import Argument, Kernels, integer, number, pointer
 
 # Of a step in these kernels; with more, TensorRT's tensor-core kernels read weights as fast.
-MOST_TOKENS = 4
+MOST_TOKENS = 2
 THREADS, WARPS = 512, 16
 # Thread blocks on a multiprocessor: one, and the next kernel's first one beside it.
 RESIDENT = 1
