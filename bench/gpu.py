@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,14 +185,14 @@ def parts(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
 
     for tokens in (1, 2, 4, 8, 16):
         space = workspace(engines, tokens, 512)
-        measure(f"qkv by engine {tokens}", lambda block, w=space: block._qkv_by_engine(w))
-        measure(f"mlp by engine {tokens}", lambda block, w=space: block._mlp_by_engine(w))
+        measure(f"qkv by engine {tokens}", partial(Block._qkv_by_engine, workspace=space))
+        measure(f"mlp by engine {tokens}", partial(Block._mlp_by_engine, workspace=space))
         if tokens <= MOST_TOKENS:
-            measure(f"qkv by kernels {tokens}", lambda block, w=space: block._qkv_by_kernels(w))
-            measure(f"mlp by kernels {tokens}", lambda block, w=space: block._mlp_by_kernels(w))
+            measure(f"qkv by kernels {tokens}", partial(Block._qkv_by_kernels, workspace=space))
+            measure(f"mlp by kernels {tokens}", partial(Block._mlp_by_kernels, workspace=space))
         measure(
             f"attention past 512 {tokens}",
-            lambda block, w=space: block._attend(w, False, together=True),
+            partial(Block._attend, workspace=space, long_context=False, together=True),
         )
     for past in (128, 512, 1000):
         space = workspace(engines, 1, past)
@@ -199,7 +200,7 @@ def parts(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
             how = "kernels" if engines.decode_kernels else "engines"
             measure(
                 f"block by {how} past {past}",
-                lambda block, w=space: block.run(w, False, together=True),
+                partial(Block.run, workspace=space, long_context=False, together=True),
             )
     results |= head_times(engines, spec)
     for name, value in results.items():

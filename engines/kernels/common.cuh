@@ -39,27 +39,15 @@ struct alignas(16) Chunk {
     Element values[WIDE];
 };
 
-#ifndef EVICT
-#define EVICT 0
-#endif
-
 // A load of weights: each is read once, so that it need not stay in the first-level cache.
 __device__ __forceinline__ Chunk load_once(const Element* at) {
     union {
         uint4 words;
         Chunk chunk;
     } loaded;
-#if EVICT
-    unsigned long long policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=r"(loaded.words.x), "=r"(loaded.words.y), "=r"(loaded.words.z), "=r"(loaded.words.w)
-                 : "l"(at), "l"(policy));
-#else
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(loaded.words.x), "=r"(loaded.words.y), "=r"(loaded.words.z), "=r"(loaded.words.w)
                  : "l"(at));
-#endif
     return loaded.chunk;
 }
 

@@ -3,29 +3,13 @@
 // several rows, the tokens' inputs lie in shared memory.
 #include "common.cuh"
 
-#ifndef LINEAR_THREADS_VARIANT
-#define LINEAR_THREADS_VARIANT 512
-#endif
-#ifndef LOADS
-#define LOADS 16
-#endif
-#ifndef MINBLOCKS
-#define MINBLOCKS 1
-#endif
-#ifndef PREFETCH
-#define PREFETCH 0
-#endif
-#ifndef LATE
-#define LATE 0
-#endif
-constexpr int LINEAR_THREADS = LINEAR_THREADS_VARIANT;
+constexpr int LINEAR_THREADS = 512;
 constexpr int LINEAR_WARPS = LINEAR_THREADS / LANES;
+// Rows of a warp's task, and 16-byte loads of a thread that are in flight (bench/NOTES.md).
+constexpr int ROWS = 2;
+constexpr int LOADS = 16;
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
-
-// Rows of a warp's task: with more tokens an input that was read from shared memory serves more rows.
-template <int TOKENS>
-constexpr int ROWS = TOKENS > 2 ? 4 : 2;
 
 template <int TOKENS, int COUNT>
 struct Sums {
@@ -77,16 +61,6 @@ __device__ __forceinline__ Sums<TOKENS, COUNT> dot_rows(const Element* const (&r
     }
     sums.reduce();
     return sums;
-}
-
-// Starts bringing a warp's first rows into the second-level cache.
-template <int COUNT>
-__device__ __forceinline__ void prefetch(const Element* const (&rows)[COUNT], int columns) {
-    constexpr int LINE = 128 / sizeof(Element);
-#pragma unroll
-    for (int row = 0; row < COUNT; ++row)
-        for (int at = (threadIdx.x % LANES) * LINE; at < columns; at += LANES * LINE)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(rows[row] + at));
 }
 
 // Shared memory: the inputs [tokens, columns], then what a norm needs of them, fp32: the hidden
@@ -172,17 +146,12 @@ __device__ __forceinline__ void each_task(const Element* matrix, int columns, in
                                           Before before, Prepare prepare, Use use) {
     const int first = blockIdx.x * LINEAR_WARPS + threadIdx.x / LANES;
     const Element* rows[COUNT];
-    if (first < tasks) {
-        for (int i = 0; i < COUNT; ++i) rows[i] = matrix + static_cast<long long>(row_of(first, i)) * columns;
-        if (PREFETCH) prefetch(rows, columns);
-    }
     before();
     wait_for_previous();
-    if (!LATE) let_next_start();
+    let_next_start();
     prepare();
     const Element* inputs = reinterpret_cast<const Element*>(shared_memory);
     for (int task = first; task < tasks; task += gridDim.x * LINEAR_WARPS) {
-        if (LATE && task + gridDim.x * LINEAR_WARPS >= tasks) let_next_start();
         for (int i = 0; i < COUNT; ++i) rows[i] = matrix + static_cast<long long>(row_of(task, i)) * columns;
         use(task, dot_rows<TOKENS, COUNT>(rows, inputs, columns));
     }
@@ -193,7 +162,7 @@ template <int TOKENS>
 __device__ void norm_linear(float* out, const float* hidden, const float* norm_weight, const float* norm_bias,
                             float epsilon, int width, const Element* matrix, const float* bias, int columns,
                             int outputs) {
-    constexpr int COUNT = ROWS<TOKENS>;
+    constexpr int COUNT = ROWS;
     each_task<TOKENS, COUNT>(
         matrix, columns, (outputs + COUNT - 1) / COUNT,
         [=](int task, int i) { return min(task * COUNT + i, outputs - 1); },
@@ -216,7 +185,7 @@ __device__ void norm_linear(float* out, const float* hidden, const float* norm_w
 template <int TOKENS>
 __device__ void norm_up(Element* inner, const float* hidden, const float* norm_weight, const float* norm_bias,
                         float epsilon, const Element* matrix, const float* bias, int columns, int width_out) {
-    constexpr int COUNT = ROWS<TOKENS>, FEATURES = GATED ? COUNT / 2 : COUNT;
+    constexpr int COUNT = ROWS, FEATURES = GATED ? COUNT / 2 : COUNT;
     each_task<TOKENS, COUNT>(
         matrix, columns, (width_out + FEATURES - 1) / FEATURES,
         [=](int task, int i) {
@@ -244,7 +213,7 @@ __device__ void norm_up(Element* inner, const float* hidden, const float* norm_w
 template <int TOKENS>
 __device__ void linear(float* out, const float* residual, const Element* x, const Element* matrix,
                        const float* bias, int columns, int outputs) {
-    constexpr int COUNT = ROWS<TOKENS>;
+    constexpr int COUNT = ROWS;
     each_task<TOKENS, COUNT>(
         matrix, columns, (outputs + COUNT - 1) / COUNT,
         [=](int task, int i) { return min(task * COUNT + i, outputs - 1); },
@@ -262,18 +231,18 @@ __device__ void linear(float* out, const float* residual, const Element* x, cons
 }
 
 #define FOR_TOKENS(TOKENS)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(LINEAR_THREADS, TOKENS > 1 ? 1 : MINBLOCKS) norm_linear_##TOKENS(                       \
+    extern "C" __global__ void __launch_bounds__(LINEAR_THREADS, 1) norm_linear_##TOKENS(                       \
         float* out, const float* hidden, const float* norm_weight, const float* norm_bias, float epsilon,       \
         int width, const Element* matrix, const float* bias, int columns, int outputs) {                        \
         norm_linear<TOKENS>(out, hidden, norm_weight, norm_bias, epsilon, width, matrix, bias, columns,         \
                             outputs);                                                                           \
     }                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(LINEAR_THREADS, TOKENS > 1 ? 1 : MINBLOCKS) norm_up_##TOKENS(                           \
+    extern "C" __global__ void __launch_bounds__(LINEAR_THREADS, 1) norm_up_##TOKENS(                           \
         Element* inner, const float* hidden, const float* norm_weight, const float* norm_bias, float epsilon,   \
         const Element* matrix, const float* bias, int columns, int width_out) {                                 \
         norm_up<TOKENS>(inner, hidden, norm_weight, norm_bias, epsilon, matrix, bias, columns, width_out);      \
     }                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(LINEAR_THREADS, TOKENS > 1 ? 1 : MINBLOCKS)                              \
+    extern "C" __global__ void __launch_bounds__(LINEAR_THREADS, 1)                              \
         linear_##TOKENS(float* out, const float* residual, const Element* x, const Element* matrix,             \
                         const float* bias, int columns, int outputs) {                                          \
         linear<TOKENS>(out, residual, x, matrix, bias, columns, outputs);                                       \
@@ -281,5 +250,3 @@ __device__ void linear(float* out, const float* residual, const Element* x, cons
 
 FOR_TOKENS(1)
 FOR_TOKENS(2)
-FOR_TOKENS(3)
-FOR_TOKENS(4)

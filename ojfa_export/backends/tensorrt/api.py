@@ -7,8 +7,8 @@
   in 8.6; the strategy USER_MANAGED and `set_device_memory` from 10.
 - cuDNN as a source of tactics: to be left out in 8.6, gone in 11.
 
-8.6.0 was run; 10.16 and 11.4 were checked against the names in their published bindings only
-(tests/backends/test_tensorrt_api.py).
+8.6.0 was run on a GPU. 10.16 and 11.4 were not: for them tests/backends/test_tensorrt_api.py shows
+that every name used here is in their published bindings.
 """
 
 from __future__ import annotations
@@ -162,13 +162,11 @@ def activation_bytes(engine: Any) -> int:
 
 def create_context(engine: Any, profile: int, stream: int) -> Any:
     """A context for one profile, without memory of its own: see `set_activations`."""
-    older = getattr(engine, "create_execution_context_without_device_memory", None)
-    if older is not None:
-        context = older()
+    strategies = getattr(trt, "ExecutionContextAllocationStrategy", None)
+    if strategies is None:
+        context = engine.create_execution_context_without_device_memory()
     else:
-        context = engine.create_execution_context(
-            trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        )
+        context = engine.create_execution_context(strategies.USER_MANAGED)
     context.set_optimization_profile_async(profile, stream)
     return context
 

@@ -9,12 +9,8 @@ from ojfa_export.backends.backend import Backend, Float32
 from ojfa_export.backends.tensorrt import api
 from ojfa_export.backends.tensorrt.device import the_device
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
-from ojfa_export.backends.tensorrt.plan import PROFILES
-from ojfa_export.errors import BackendError
+from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for
 from ojfa_export.families.spec import ModelSpec
-
-# What an engine file must agree with; the driver may be newer than the one it was built with.
-DECISIVE = ("tensorrt", "gpu", "compute capability")
 
 
 class TensorRt:
@@ -38,15 +34,7 @@ class TensorRt:
 
     def check(self, built_with: Mapping[str, str]) -> None:
         """Refuses engines of another GPU or TensorRT before any is opened."""
-        here = self.versions()
-        if wrong := [name for name in DECISIVE if built_with.get(name) != here[name]]:
-            differs = ", ".join(
-                f"{name} {built_with.get(name, 'unknown')} (here: {here[name]})" for name in wrong
-            )
-            raise BackendError(
-                f"the TensorRT engines were built for {differs}",
-                hint="rebuild them here with 'ojfa-export build BUNDLE --backend tensorrt'",
-            )
+        check_built_for(built_with, self.versions())
 
     def build_engine(self, spec: ModelSpec, graph: Path, engine: Path) -> None:
         """Builds what one portable graph needs; see `build.build_engine`."""

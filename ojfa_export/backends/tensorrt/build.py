@@ -10,8 +10,9 @@ import onnx
 from ojfa_export.backends.tensorrt import api
 from ojfa_export.backends.tensorrt.device import the_device
 from ojfa_export.backends.tensorrt.graphs import parts, transposed
-from ojfa_export.backends.tensorrt.kernels import compile_kernels, definitions
+from ojfa_export.backends.tensorrt.kernels import compile_kernels
 from ojfa_export.backends.tensorrt.plan import PROFILES, GraphPlan, Weight
+from ojfa_export.backends.tensorrt.sources import definitions
 from ojfa_export.families.spec import ModelSpec, Precision
 from ojfa_export.graphs.weights import references
 

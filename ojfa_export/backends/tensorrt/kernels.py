@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 from typing import Any
 
 from cuda.bindings import driver, nvrtc
 
 from ojfa_export.backends.tensorrt.device import Device, check
+from ojfa_export.backends.tensorrt.sources import HEADERS, SOURCES, source_directory
 from ojfa_export.errors import BackendError
-from ojfa_export.families.spec import ModelSpec
 
-# In a checkout the sources lie beside the package; a wheel carries them inside.
-PLACES = (
-    Path(__file__).parents[3] / "engines" / "kernels",
-    Path(__file__).parents[2] / "_engines" / "kernels",
-)
-SOURCES = ("linear.cu", "attention.cu", "embed.cu")
-HEADERS = ("common.cuh",)
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 # Dynamic shared memory that needs no permission: 48 KiB less what kernels declare themselves.
 PLAIN_SHARED_BYTES = 32 << 10
 Argument = tuple[Any, Any]  # a value and its ctypes type
-
-
-def definitions(spec: ModelSpec, *, half: bool) -> dict[str, int]:
-    """The macros that the kernels are compiled with."""
-    return {
-        "HALF": int(half),
-        "HEAD_DIM": spec.head_dim,
-        "HEADS": spec.heads,
-        "KV_HEADS": spec.kv_heads,
-        "ROTARY_DIM": spec.rotary_dim,
-        "WINDOW": spec.window or 0,
-        "NORM_LAYER": int(spec.norm == "layer"),
-        "ACTIVATION": ACTIVATIONS[spec.activation],
-        "GATED": int(spec.gated),
-    }
 
 
 def compile_kernels(macros: dict[str, int], compute_capability: tuple[int, int]) -> bytes:
@@ -46,9 +22,7 @@ def compile_kernels(macros: dict[str, int], compute_capability: tuple[int, int])
     Raises:
         BackendError: The sources are missing or don't compile.
     """
-    directory = next((place for place in PLACES if place.is_dir()), None)
-    if directory is None:
-        raise BackendError("the CUDA kernels are missing", hint="install ojfa-export again")
+    directory = source_directory()
     names = [*SOURCES, *HEADERS]
     texts = [(directory / name).read_bytes() for name in names]
     whole = "".join(f'#include "{name}"\n' for name in SOURCES).encode()

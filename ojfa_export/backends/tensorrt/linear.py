@@ -9,9 +9,10 @@ from ojfa_export.backends.tensorrt.arrays import DeviceArray
 from ojfa_export.backends.tensorrt.device import Device
 from ojfa_export.backends.tensorrt.kernels import Argument, Kernels, integer, number, pointer
 
-# Of a step in these kernels; with more, TensorRT's tensor-core kernels read weights as fast.
+# Of a step in these kernels; with more, TensorRT's tensor-core kernels are faster (bench/NOTES.md).
 MOST_TOKENS = 2
-THREADS, WARPS = 512, 16
+# As in the kernel: threads and warps of a block, matrix rows of a warp's task.
+THREADS, WARPS, ROWS = 512, 16, 2
 # Thread blocks on a multiprocessor: one, and the next kernel's first one beside it.
 RESIDENT = 1
 
@@ -104,8 +105,7 @@ class LinearKernels:
     def _launch(
         self, kind: str, tokens: int, columns: int, outputs: int, arguments: tuple[Argument, ...]
     ) -> None:
-        rows = 4 if tokens > 2 else 2  # of a warp's task, as in the kernel
-        blocks = math.ceil(outputs / rows / WARPS)
+        blocks = math.ceil(outputs / ROWS / WARPS)
         self._kernels.launch(
             f"{kind}_{tokens}",
             (min(blocks, RESIDENT * self._device.multiprocessors), 1, 1),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
-from ojfa_export.errors import BundleError
+from ojfa_export.errors import BackendError, BundleError
 from ojfa_export.families.spec import Precision
 
 # Tokens of one call of an engine: few, as when sequences decode together, and many, as of a
@@ -16,6 +17,30 @@ PREFILL_TOKENS = (1, 512, 1024)
 # The parts of a block, before and after its attention.
 QKV, MLP = "qkv", "mlp"
 PROFILES = (DECODE_TOKENS, PREFILL_TOKENS)
+
+
+# What an engine file must agree with; the driver may be newer than the one it was built with.
+DECISIVE = ("tensorrt", "gpu", "compute capability")
+
+
+def check_built_for(built_with: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """Refuses engines of another GPU or TensorRT.
+
+    Args:
+        built_with: What the manifest says.
+        here: The same of this machine.
+
+    Raises:
+        BackendError: They differ in what engines depend on.
+    """
+    if wrong := [name for name in DECISIVE if built_with.get(name) != here[name]]:
+        differs = ", ".join(
+            f"{name} {built_with.get(name, 'unknown')} (here: {here[name]})" for name in wrong
+        )
+        raise BackendError(
+            f"the TensorRT engines were built for {differs}",
+            hint="rebuild them here with 'ojfa-export build BUNDLE --backend tensorrt'",
+        )
 
 
 def profile_for(tokens: int) -> int:
