@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ojfa_export.errors import OjfaError
     from ojfa_export.runtime.generation import Completion, Generation, Token
     from ojfa_export.runtime.model import Model, load
+    from ojfa_export.runtime.monitor import Monitor
     from ojfa_export.runtime.policy import ExitPolicy
     from ojfa_export.runtime.session import Session
     from ojfa_export.runtime.speculation import Speculation
@@ -24,6 +25,7 @@ __all__ = [
     "ExitPolicy",
     "Generation",
     "Model",
+    "Monitor",
     "OjfaError",
     "Session",
     "Speculation",
@@ -37,6 +39,7 @@ _HOMES = {
     "ExitPolicy": "runtime.policy",
     "Generation": "runtime.generation",
     "Model": "runtime.model",
+    "Monitor": "runtime.monitor",
     "OjfaError": "errors",
     "Session": "runtime.session",
     "Speculation": "runtime.speculation",

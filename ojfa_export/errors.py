@@ -45,6 +45,10 @@ class CalibrationError(OjfaError):
     """Calibration text or statistics that can't give a shortcut."""
 
 
+class LogError(OjfaError):
+    """A log of requests that can't be replayed."""
+
+
 class BundleError(OjfaError):
     """A bundle that is incomplete, altered, or of another version."""
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import tomllib
 
+from ojfa_export.cli.app import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = ("build", "run", "verify", "bench", "inspect", "calibrate", "export", "doctor")
 
 
 def blocks(language: str) -> list[str]:

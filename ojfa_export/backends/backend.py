@@ -86,6 +86,10 @@ class Engines(Protocol):
         """Applies the model's own head, or the exit head: [rows, H] to NumPy's [rows, V]."""
         ...
 
+    def unload_heads(self) -> None:
+        """Closes both heads; they are opened again when used."""
+        ...
+
 
 class Backend(Protocol):
     """A backend: what a package in backends/ exports as BACKEND.

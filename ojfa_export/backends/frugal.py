@@ -1,6 +1,6 @@
-"""Engines that keep one block loaded at a time, for building and verifying large models.
+"""Engines that keep one block or head loaded at a time, for building and verifying large models.
 
-Every token then opens every block again: right for a few passes, never for serving.
+Every token then opens each of them again: right for a few passes, never for serving.
 """
 
 from __future__ import annotations
@@ -9,21 +9,24 @@ from collections.abc import Sequence
 
 from ojfa_export.backends.backend import Cache, Engines, Float32, Hidden, Int32
 from ojfa_export.families.spec import ModelSpec
+from ojfa_export.heap import trim_heap
 
-# Models whose blocks take less in fp32 stay loaded: opening them again would take longer than
-# the memory is worth.
+# Models whose blocks and head take less in fp32 stay loaded: opening them again would take
+# longer than the memory is worth.
 LARGE_BYTES = 500_000_000
 
 
 def frugal(engines: Engines, spec: ModelSpec) -> Engines:
-    """The engines, keeping one block loaded at a time where the model is large."""
+    """The engines, keeping one block or head loaded at a time where the model is large."""
     attention = spec.hidden_size * spec.head_dim * 2 * (spec.heads + spec.kv_heads)
     mlp = spec.hidden_size * spec.intermediate_size * (3 if spec.gated else 2)
-    return FrugalEngines(engines) if 4 * spec.blocks * (attention + mlp) > LARGE_BYTES else engines
+    head = spec.hidden_size * spec.vocab_size
+    large = 4 * (spec.blocks * (attention + mlp) + head) > LARGE_BYTES
+    return FrugalEngines(engines) if large else engines
 
 
 class FrugalEngines:
-    """Engines whose caches close each block after it has run."""
+    """Engines that close each block and head after it has run."""
 
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
@@ -37,7 +40,13 @@ class FrugalEngines:
 
     def logits(self, hidden: Hidden, *, final: bool) -> Float32:
         """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
-        return self._engines.logits(hidden, final=final)
+        logits = self._engines.logits(hidden, final=final)
+        self._engines.unload_heads()
+        trim_heap()
+        return logits
+
+    def unload_heads(self) -> None:
+        """Nothing is left to close."""
 
 
 class FrugalCache:
@@ -65,6 +74,7 @@ class FrugalCache:
             one = range(block, block + 1)
             hidden = self._cache.run_blocks(one, hidden, rows, starts, long_context=long_context)
             self._cache.unload(block)
+            trim_heap()
         return hidden
 
     def unload(self, block: int) -> None:

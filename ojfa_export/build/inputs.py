@@ -9,9 +9,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ojfa_export import backends
-from ojfa_export._version import __version__
 from ojfa_export.backends.backend import Backend
 from ojfa_export.build.options import BuildOptions, Settings, settle
+from ojfa_export.build.versions import tool_versions
 from ojfa_export.calibrate.text import CalibrationText, Windows, make_windows, read_source
 from ojfa_export.checkpoint.checkpoint import Checkpoint
 from ojfa_export.checkpoint.hub import resolve
@@ -70,7 +70,6 @@ class Inputs:
         """Digest of everything that decides the result."""
         settings = self.settings
         parts = [
-            __version__,
             self.model_sha256,
             [self.name, self.options.revision],
             self.backend.name,
@@ -79,5 +78,6 @@ class Inputs:
             [settings.precision, settings.rank, settings.max_cache_length],
             [settings.max_batch_size, settings.calibration_tokens, settings.window],
             settings.limits and settings.limits.model_dump(),
+            tool_versions(),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -6,19 +6,18 @@ import json
 import math
 import platform
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import onnx
 from tokenizers import Tokenizer
 
-from ojfa_export._version import __version__
 from ojfa_export.backends.backend import Backend, Float32
 from ojfa_export.backends.frugal import frugal
 from ojfa_export.build.describe import describe_files, describe_graphs, describe_rotary
 from ojfa_export.build.golden import make_golden
 from ojfa_export.build.inputs import Inputs
+from ojfa_export.build.versions import tool_versions
 from ojfa_export.build.work import Work
 from ojfa_export.bundle.manifest import (
     Built,
@@ -59,7 +58,6 @@ from ojfa_export.shortcut import FinalNorm, LanguageHead, load, save
 SAMPLING_SEED = 0
 # What `--exit auto` means where no early exit keeps the promise.
 FULL_DEPTH = ExitPolicy(exits=(), measure="top", thresholds=())
-RECORDED_PACKAGES = ("numpy", "onnx", "onnxruntime", "tokenizers", "torch", "transformers")
 
 
 def export(exporter: Exporter, progress: Progress) -> None:
@@ -306,17 +304,6 @@ def engine_set(bundle: Path, backend: Backend, names: list[str]) -> EngineSet:
         files={name: path.relative_to(bundle).as_posix() for name, path in files.items()},
         built_with=backend.versions(),
     )
-
-
-def tool_versions() -> dict[str, str]:
-    """Versions of this tool and of the libraries that decide its results."""
-    versions = {"ojfa-export": __version__, "python": platform.python_version()}
-    for package in RECORDED_PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def write_tokenizer(tokenizer: Tokenizer, bundle: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -57,7 +58,7 @@ class Work:
     def open(self) -> Iterator[Work]:
         """Takes hold of the directory; another build of the same bundle is refused."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / "lock").open("w") as lock:
+        with _full_disk_at(self.directory), (self.directory / "lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -136,6 +137,17 @@ def flush(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def _full_disk_at(directory: Path) -> Iterator[None]:
+    """Says where there is no space left: a failing write to an open file doesn't."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC and error.filename is None:
+            error.filename = str(directory)
+        raise
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -197,6 +197,21 @@ class Manifest(_Part):
             self.auto.check_fits(self.model.spec.blocks)
         return self
 
+    @model_validator(mode="after")
+    def _rotary_fits(self) -> Manifest:
+        spec, tables = self.model.spec, self.rotary
+        if (tables is None) != (spec.rotary_dim == 0):
+            raise ValueError("rotary tables must be there exactly where the model rotates")
+        if tables is not None:
+            rows = self.cache.max_length * (1 if spec.rotary_switch is None else 2)
+            for shape in (tables.cos.shape, tables.sin.shape):
+                if len(shape) != 2 or shape[0] < rows or shape[1] != spec.rotary_dim // 2:
+                    raise ValueError(
+                        f"rotary tables {list(shape)} must be [{rows} or more, "
+                        f"{spec.rotary_dim // 2}]"
+                    )
+        return self
+
     def to_json(self) -> str:
         """The text of manifest.json."""
         fields = self.model_dump(mode="json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ojfa_export.errors import CheckpointError
+from ojfa_export.errors import CheckpointError, UsageError
 
 PATTERNS = ["*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer.model", "merges.txt"]
 
@@ -18,9 +18,15 @@ def resolve(checkpoint: str, revision: str | None = None) -> Path:
 
     Raises:
         CheckpointError: Neither a directory nor a model that can be downloaded.
+        UsageError: A revision of a directory.
     """
     path = Path(checkpoint)
     if path.is_dir():
+        if revision is not None:
+            raise UsageError(
+                f"revision '{revision}' is of a hub id, and {checkpoint} is a directory",
+                hint="leave --revision out, or name a hub id",
+            )
         return path
     if path.exists() or checkpoint.count("/") > 1 or checkpoint.startswith((".", "/", "~")):
         raise CheckpointError(

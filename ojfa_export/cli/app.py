@@ -17,7 +17,17 @@ from ojfa_export.errors import ExitStatus
 
 PROGRAM = "ojfa-export"
 # In the order in which they are used. Each is a module beside this one.
-COMMANDS = ("build", "calibrate", "export", "verify", "run", "bench", "inspect", "doctor")
+COMMANDS = (
+    "build",
+    "calibrate",
+    "export",
+    "verify",
+    "run",
+    "monitor",
+    "bench",
+    "inspect",
+    "doctor",
+)
 
 
 class App(click.Group):

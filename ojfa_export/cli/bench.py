@@ -61,8 +61,10 @@ def command(
     The number of threads is set by OJFA_THREADS.
     """
     from ojfa_export.measure.bench import bench_bundle
-    from ojfa_export.shortcut.atomic import write_atomically
+    from ojfa_export.shortcut.atomic import check_writable, write_atomically
 
+    if output is not None:
+        check_writable(output)
     result = bench_bundle(bundle, exits, prompt_length, warmup, iterations, console.progress())
     document = result.to_json()
     if output is not None:

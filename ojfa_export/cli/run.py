@@ -18,6 +18,7 @@ from ojfa_export.errors import UsageError
 if TYPE_CHECKING:
     from ojfa_export.runtime.generation import Generation, Token
     from ojfa_export.runtime.model import ExitChoice
+    from ojfa_export.runtime.monitor import Monitor
 
 STDIN = "-"
 
@@ -68,6 +69,12 @@ STDIN = "-"
 @click.option("--top-k", type=int, metavar="N", help="Sample among this many tokens.")
 @click.option("--seed", type=int, metavar="N", default=0, help="Of sampling.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
+@click.option(
+    "--shadow-share",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="X",
+    help="Afterwards compare this share of the tokens with the full model.",
+)
 @click.option("--backend", metavar="NAME", default=backends.DEFAULT, help="Engines to run.")
 def command(
     console: Console,
@@ -77,6 +84,7 @@ def command(
     speculate: bool,
     draft_exit: int | None,
     draft_length: int | None,
+    shadow_share: float | None,
     backend: str,
     **settings: Any,
 ) -> None:
@@ -97,16 +105,22 @@ def command(
 
     if speculate:
         settings["speculate"] = ojfa_export.Speculation(draft_exit, draft_length)
+    monitor = None
+    if shadow_share is not None:
+        monitor = settings["monitor"] = ojfa_export.Monitor(shadow_share, seed=settings["seed"])
     model = ojfa_export.load(bundle, backend=backend)
     encoded = [model.encode(text) for text in texts]
     tokens = _Interruptible(model.stream(texts, exit=depth, **settings), _printer(console, texts))
     generation = collect(encoded, tokens)
     if console.json:
         if not tokens.interrupted:
-            console.emit(_document(generation, texts, depth))
+            shadow = {} if monitor is None else {"shadow": _shadow(monitor)}
+            console.emit(_document(generation, texts, depth) | shadow)
     else:
         _show(console, generation, texts)
         console.note(_summary(generation, depth, speculate))
+        if monitor is not None and not tokens.interrupted:
+            console.note(_shadow_summary(monitor))
     if tokens.interrupted:
         raise KeyboardInterrupt
 
@@ -184,6 +198,19 @@ def _summary(generation: Generation, depth: ExitChoice, speculate: bool) -> str:
     return (
         f"{count} tokens, {generation.tokens_per_second:.1f} tokens/s, "
         f"first token after {generation.time_to_first_token_ms:.1f} ms, {how}"
+    )
+
+
+def _shadow(monitor: Monitor) -> dict[str, Any]:
+    stats = monitor.stats
+    return {"checks": stats.shadow_checks, "disagreements": stats.shadow_disagreements}
+
+
+def _shadow_summary(monitor: Monitor) -> str:
+    found = _shadow(monitor)
+    return (
+        f"{found['checks']} early tokens were compared with the full model, "
+        f"{found['disagreements']} differ"
     )
 
 

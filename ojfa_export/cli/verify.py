@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import click
 from ojfa_export import backends
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console
-from ojfa_export.errors import ExitStatus
+from ojfa_export.errors import ExitStatus, UsageError
 
 if TYPE_CHECKING:
     from ojfa_export.report.model import Check
@@ -50,6 +51,10 @@ def command(
     """
     from ojfa_export.verify.verify import verify_bundle
 
+    if atol is not None and not math.isfinite(atol):
+        raise UsageError(
+            f"--atol must be a finite number, not {atol}", hint="leave it out, or try --atol 1e-3"
+        )
     checks = verify_bundle(
         bundle,
         against,

@@ -4,17 +4,22 @@ A **unit** is one request, and its loss the share of its checked tokens that dif
 model's choice, in [0, 1]. Tokens of one request resemble each other, requests much less: alarm and
 interval hold for units whose losses have, given the units before, the promised mean at most,
 whatever else their distribution. Fed token by token, a long hard request would look like a drift.
+
+The alarm is a test by betting (Waudby-Smith and Ramdas, arXiv 2010.09686) of "the promise is kept",
+as Podkopaev and Ramdas (arXiv 2110.06177) watch a deployed model's risk, begun anew at every unit
+as in e-detectors (Shin, Ramdas and Rinaldo, arXiv 2203.03532), but with weights that sum to 1: so
+it is a bound on ever raising a false alarm, not on how often.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from ojfa_export.errors import UsageError
+from ojfa_export.guarantee.confidence_sequence import ConfidenceSequence
 from ojfa_export.guarantee.promise import Promise
 
 DEFAULT_FALSE_ALARMS = 0.01
@@ -23,9 +28,6 @@ _STAKE_SHARES = 0.5 ** np.arange(1, 8)
 # How quickly the weight of later starts falls, as t^-(1 + this): a drift that begins at unit t is
 # seen about (1 + this) ln(t) / growth units later than one at the start.
 _START_DECAY = 0.5
-# Tilts of the interval's exponential mixture: small for many units, large for few.
-_TILTS = np.geomspace(0.005, 8, 24)
-_BISECTIONS = 50
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class State:
     Attributes:
         units: Requests seen.
         estimate: Their mean loss; NaN before the first.
-        lower: Of a confidence sequence: with probability 1 - alpha the average of the units' true
-            mean losses so far is inside the bounds **at every moment** of an infinite run.
+        lower: Of a confidence sequence: with the promise's confidence the average of the units'
+            true mean losses so far is inside the bounds **at every moment** of an infinite run.
         upper: The other end.
         alarm: Whether the promise was seen to be broken; stays once it is raised.
         alarm_at: The unit that raised it, from 1.
@@ -54,7 +56,8 @@ class DisagreementMonitor:
     """Keeps watch over every domain of a promise.
 
     The chance that any domain ever raises an alarm while all keep the promise is `alpha` at most,
-    over a run of any length: each domain has alpha / domains of it.
+    over a run of any length: each domain has an equal part of it. Requests whose domain isn't known
+    are watched by themselves: a mixture of domains that keep a limit keeps it too.
 
     Args:
         promise: What is watched; its domains are the monitor's.
@@ -71,16 +74,21 @@ class DisagreementMonitor:
                 hint="one run in a hundred is 0.01",
             )
         self.alpha = alpha
-        limit = promise.limits.max_disagreement
-        names = [domain.name for domain in promise.domains]
-        self._domains = {name: _Domain(limit, alpha / len(names), alpha) for name in names}
+        limits = promise.limits
+        names: list[str | None] = [domain.name for domain in promise.domains]
+        if len(names) > 1:
+            names.append(None)
+        self._domains = {
+            name: _Domain(limits.max_disagreement, alpha / len(names), 1 - limits.confidence)
+            for name in names
+        }
 
     def update(self, losses: Iterable[float], domain: str | None = None) -> State:
         """Takes the losses of more units, in their order.
 
         Args:
             losses: In [0, 1]. A token that ran at full depth counts as 0.
-            domain: Of the units; may be left out where the promise has one.
+            domain: Of the units; None where it isn't known, or the promise has only one.
 
         Raises:
             UsageError: An unknown domain, or a loss outside [0, 1].
@@ -104,16 +112,18 @@ class DisagreementMonitor:
         return self._find(domain).state()
 
     @property
-    def alarms(self) -> list[str]:
-        """The domains whose promise was seen to be broken."""
+    def alarms(self) -> list[str | None]:
+        """The domains whose promise was seen to be broken; None: requests of unknown domain."""
         return [name for name, domain in self._domains.items() if domain.alarm_at is not None]
 
     def _find(self, domain: str | None) -> _Domain:
         if domain is None and len(self._domains) == 1:
             return next(iter(self._domains.values()))
-        if domain is None or domain not in self._domains:
-            asked = "no domain was named" if domain is None else f"domain '{domain}' has no promise"
-            raise UsageError(asked, hint=f"the promise's domains: {', '.join(self._domains)}")
+        if domain not in self._domains:
+            raise UsageError(
+                f"domain '{domain}' has no promise",
+                hint=f"the promise's domains: {', '.join(filter(None, self._domains))}",
+            )
         return self._domains[domain]
 
 
@@ -131,19 +141,16 @@ class _Domain:
         self.alarm_at: int | None = None
         self._limit = limit
         self._level = level
-        self._alpha = alpha
+        self._losses = ConfidenceSequence(alpha, guess=limit)
         self._stakes = _STAKE_SHARES / limit
         self._wealth = np.zeros(len(self._stakes))
-        self._units = 0
-        self._total = 0.0
 
     def add(self, loss: float) -> None:
         """Takes one unit's loss."""
-        self._units += 1
-        self._total += loss
+        self._losses.add(loss)
         if self.alarm_at is not None:
             return
-        t = self._units
+        t = self._losses.count
         unspent = (t + 1) ** -_START_DECAY
         starting = (t**-_START_DECAY - unspent) / len(self._stakes)
         self._wealth = (self._wealth + starting) * (1 + self._stakes * (loss - self._limit))
@@ -152,41 +159,12 @@ class _Domain:
 
     def state(self) -> State:
         """What is known now."""
-        n, total = self._units, self._total
+        lower, upper = self._losses.bounds()
         return State(
-            units=n,
-            estimate=total / n if n else math.nan,
-            lower=_lower_bound(total, n, self._alpha / 2),
-            upper=1 - _lower_bound(n - total, n, self._alpha / 2),
+            units=self._losses.count,
+            estimate=self._losses.mean,
+            lower=lower,
+            upper=upper,
             alarm=self.alarm_at is not None,
             alarm_at=self.alarm_at,
         )
-
-
-def _lower_bound(total: float, n: int, alpha: float) -> float:
-    """The lower end of a confidence sequence for the average conditional mean of n losses.
-
-    exp(tilt S_n - n ln(1 - m + m e^tilt)) is at most a supermartingale that starts at 1, m being
-    that average: e^(tilt x) lies below its chord on [0, 1], and the logarithm of a Bernoulli
-    distribution's moment generating function is concave in its mean (Howard et al., arXiv
-    1810.08240). A mixture over tilts keeps this; Ville's inequality bounds it at all times at once.
-    """
-    if n == 0:
-        return 0.0
-    shares = 1 / len(_TILTS)
-
-    def excess(mean: float) -> float:
-        exponents = _TILTS * total - n * np.log1p(mean * np.expm1(_TILTS))
-        largest = float(exponents.max())
-        return largest + math.log(shares * float(np.exp(exponents - largest).sum()) * alpha)
-
-    low, high = 0.0, total / n
-    if excess(low) <= 0:
-        return 0.0
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        if excess(middle) > 0:
-            low = middle
-        else:
-            high = middle
-    return low

@@ -18,7 +18,7 @@ _LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("multi_jump", "a jump per exit (N-NJTC)", {"color": "#D55E00", "marker": "s", "ls": "--"}),
     ("identity", "no jump (identity)", {"color": "#666666", "marker": "^", "ls": ":"}),
 )
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
     "font.size": 10,
     "axes.spines.top": False,
@@ -60,7 +60,7 @@ def precision_matrix(report: CalibrationReport) -> bytes:
     percent = 100 * np.asarray(report.precision_at_1)
     levels = len(percent)
     side = min(7.0, 3.6 + 0.25 * levels)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(side + 1.5, side), layout="constrained")
         axes = figure.add_subplot()
         edges = (0.5, levels + 0.5)
@@ -104,7 +104,7 @@ def _by_exit(
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.9), layout="constrained")
         axes = figure.add_subplot()
         exits = [row.blocks for row in report.exits]

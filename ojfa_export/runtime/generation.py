@@ -10,6 +10,7 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from ojfa_export.runtime.decoding import Decoder, StepByStep
+from ojfa_export.runtime.monitor import Monitor
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Exit, Session
@@ -74,7 +75,12 @@ class Generation:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to generate; see `Model.generate`. Speculation takes the place of the exit."""
+    """How to generate; see `Model.generate`. Speculation takes the place of the exit.
+
+    Attributes:
+        monitor: Takes the session when all prompts have ended.
+        domain: Of the prompts, for the monitor.
+    """
 
     exit: Exit | ExitPolicy
     max_new_tokens: int
@@ -82,6 +88,8 @@ class Settings:
     stop: tuple[str, ...]
     eos_token_ids: tuple[int, ...]
     speculation: Speculation | None = None
+    monitor: Monitor | None = None
+    domain: str | None = None
 
 
 def generate_tokens(
@@ -90,7 +98,7 @@ def generate_tokens(
     """Generates for a batch of prompts; each ends by itself.
 
     Args:
-        session: A new session with a sequence for each prompt.
+        session: A new session with a sequence for each prompt; with a `shadow` for a monitor.
         prompts: Token ids, at least one each.
         tokenizer: Turns ids into text.
         settings: How.
@@ -118,6 +126,8 @@ def generate_tokens(
                 yield Token(row, token.id, text, token.blocks_run, reason, token.drafted)
                 if reason is not None:
                     break
+    if settings.monitor is not None:
+        settings.monitor.finish(session, settings.domain)
 
 
 def _decoder(session: Session, rows: int, settings: Settings) -> Decoder:
@@ -141,12 +151,13 @@ def _finish_reason(
 
 
 def collect(prompts: Sequence[Sequence[int]], tokens: Iterator[Token]) -> Generation:
-    """Runs a generation to its end."""
+    """Runs a generation to its end; shadow checks after the last token take none of its time."""
     completions = [Completion(list(prompt)) for prompt in prompts]
     start = time.perf_counter()
-    first = count = 0.0
+    first = seconds = count = 0.0
     for token in tokens:
-        first = first or time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        first = first or seconds
         count += 1
         completion = completions[token.row]
         completion.token_ids.append(token.id)
@@ -155,5 +166,4 @@ def collect(prompts: Sequence[Sequence[int]], tokens: Iterator[Token]) -> Genera
         # Each pass gives one token that wasn't drafted, unless the text ends before it.
         completion.passes += not token.drafted or token.finish_reason is not None
         completion.finish_reason = token.finish_reason
-    seconds = time.perf_counter() - start
     return Generation(completions, count / seconds if seconds else 0.0, first * 1000)

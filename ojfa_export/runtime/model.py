@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,10 @@ from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.bundle.names import TOKENIZER
 from ojfa_export.errors import BundleError, UsageError
+from ojfa_export.guarantee.monitor import DEFAULT_FALSE_ALARMS, DisagreementMonitor
+from ojfa_export.runtime.events import Listener
 from ojfa_export.runtime.generation import Generation, Settings, Token, collect, generate_tokens
+from ojfa_export.runtime.monitor import Monitor
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Exit, Session, resolve_exit
@@ -39,12 +43,17 @@ class Model:
         manifest = bundle.manifest
         self.spec = manifest.model.spec
         self.tokenizer = _read_tokenizer(bundle)
-        built, loaded = bundle.engines(backend), backends.load(backend)
-        loaded.check(built.built_with)
+        opener = backends.load(backend)  # first: an unknown name is no missing engine
+        built = bundle.engines(backend)
+        opener.check(built.built_with)
         tables = manifest.rotary
         rotary = (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None
         engines = {name: bundle.directory / file for name, file in built.files.items()}
-        self.engines = loaded.open_engines(self.spec, bundle.graphs, engines, rotary)
+        self.engines = opener.open_engines(self.spec, bundle.graphs, engines, rotary)
+
+    def __repr__(self) -> str:
+        model = self.manifest.model
+        return f"<ojfa_export.Model {model.name}: {model.spec.family}, {self.blocks} blocks>"
 
     @property
     def manifest(self) -> Manifest:
@@ -56,12 +65,16 @@ class Model:
         """Blocks of the model: exits are 1 to this, or "full"."""
         return self.spec.blocks
 
-    def session(self, batch_size: int = 1, max_length: int | None = None) -> Session:
+    def session(
+        self, batch_size: int = 1, max_length: int | None = None, *, monitor: Monitor | None = None
+    ) -> Session:
         """Starts sequences that the caller advances by itself.
 
         Args:
             batch_size: Sequences.
             max_length: Tokens that each may hold; default: what the bundle was built for.
+            monitor: Chooses tokens for shadow checks: call `Session.run_shadow_checks` when
+                there is time, and `Monitor.finish` at the end of the requests.
 
         Raises:
             UsageError: More than the bundle was built for.
@@ -77,7 +90,42 @@ class Model:
                     f"{what} {value} is outside this bundle's 1..{limit}",
                     hint=f"build it with a larger --max-{what.replace(' ', '-')}",
                 )
-        return Session(self.spec, self.engines, batch_size, length)
+        if monitor is None:
+            return Session(self.spec, self.engines, batch_size, length)
+        session = Session(self.spec, self.engines, batch_size, length, monitor.shadow())
+        monitor.watch(session)
+        return session
+
+    def monitor(
+        self,
+        share: float = 0.1,
+        *,
+        false_alarms: float = DEFAULT_FALSE_ALARMS,
+        on_event: Listener | None = None,
+        seed: int | None = None,
+    ) -> Monitor:
+        """Starts to watch the bundle's promise; give it to `generate`, `stream` or `session`.
+
+        Args:
+            share: The probability that a token is chosen to be compared with the full model, when
+                its request has ended.
+            false_alarms: The probability that it ever raises an alarm while the promise is kept.
+            on_event: Called with each `ExitTaken`, `DraftChecked` and `ShadowCheck`.
+            seed: Of the choice of tokens; None for another one every time.
+
+        Raises:
+            UsageError: A share or a probability out of range.
+            BundleError: The bundle has no promise.
+        """
+        promise = self.manifest.promise
+        if promise is None:
+            raise BundleError(
+                f"{self.bundle.directory} has no promise to watch",
+                hint="build it with --max-disagreement, or count without one: Monitor(share)",
+            )
+        return Monitor(
+            share, DisagreementMonitor(promise, false_alarms), on_event=on_event, seed=seed
+        )
 
     def generate(
         self,
@@ -91,6 +139,8 @@ class Model:
         top_p: float = 1.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
+        monitor: Monitor | None = None,
+        domain: str | None = None,
     ) -> Generation:
         """Generates for one prompt or a batch of them.
 
@@ -106,6 +156,9 @@ class Model:
             top_p: Sample among the fewest tokens with this much probability.
             seed: Of sampling.
             stop: Strings that end a text.
+            monitor: Takes each prompt as a request; its shadow checks run after the last token,
+                and a stream must be read to its end for that.
+            domain: Of the prompts, one of the promise's; None where it isn't known.
 
         Raises:
             UsageError: An argument out of range, an empty prompt, or one too long for the cache.
@@ -115,6 +168,7 @@ class Model:
         settings = self._settings(
             exit, speculate, max_new_tokens, stop, Sampling(temperature, top_k, top_p, seed)
         )
+        settings = _monitored(settings, monitor, domain)
         return collect(encoded, self._tokens(encoded, settings))
 
     def stream(
@@ -129,12 +183,15 @@ class Model:
         top_p: float = 1.0,
         seed: int = 0,
         stop: str | Sequence[str] = (),
+        monitor: Monitor | None = None,
+        domain: str | None = None,
     ) -> Iterator[Token]:
         """Generates as `generate` does, and gives each token when it is known."""
         encoded = [self.encode(prompt) for prompt in _listed(prompts)]
         settings = self._settings(
             exit, speculate, max_new_tokens, stop, Sampling(temperature, top_k, top_p, seed)
         )
+        settings = _monitored(settings, monitor, domain)
         return self._tokens(encoded, settings)
 
     def encode(self, prompt: str) -> list[int]:
@@ -211,7 +268,7 @@ class Model:
             raise UsageError("no prompt was given")
         longest = max(map(len, encoded)) + settings.max_new_tokens
         length = min(longest, self.manifest.cache.max_length)
-        session = self.session(len(encoded), length)
+        session = self.session(len(encoded), length, monitor=settings.monitor)
         return generate_tokens(session, encoded, self.tokenizer, settings)
 
 
@@ -227,6 +284,27 @@ def load(bundle: str | Path, *, backend: str = backends.DEFAULT) -> Model:
         BackendError: The backend doesn't work here.
     """
     return Model(Bundle(Path(bundle)), backend)
+
+
+def _monitored(settings: Settings, monitor: Monitor | None, domain: str | None) -> Settings:
+    """The settings with a monitor, if there is one.
+
+    Raises:
+        UsageError: Nothing that it could watch.
+    """
+    if monitor is None:
+        if domain is not None:
+            raise UsageError(
+                f"domain '{domain}' was named, and nothing is monitored", hint="give a monitor"
+            )
+        return settings
+    if settings.speculation is not None:
+        raise UsageError(
+            "speculation gives the tokens of full depth: there is nothing to monitor",
+            hint="leave out one of them",
+        )
+    monitor.check_domain(domain)
+    return replace(settings, monitor=monitor, domain=domain)
 
 
 def _listed(value: str | Sequence[str]) -> list[str]:

@@ -31,13 +31,24 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"temperature must be 0 or more, not {self.temperature}")
+            raise UsageError(
+                f"temperature must be finite and 0 or more, not {self.temperature}",
+                hint="0 is greedy decoding, 1 the model's own distribution",
+            )
         if self.top_k is not None and self.top_k < 1:
-            raise UsageError(f"top-k must be 1 or more, not {self.top_k}")
+            raise UsageError(
+                f"top-k must be 1 or more, not {self.top_k}",
+                hint="leave it out to sample among all tokens",
+            )
         if not 0 < self.top_p <= 1:
-            raise UsageError(f"top-p must be above 0 and at most 1, not {self.top_p}")
+            raise UsageError(
+                f"top-p must be above 0 and at most 1, not {self.top_p}",
+                hint="leave it out, or give 1, to sample among all tokens",
+            )
         if self.seed < 0:
-            raise UsageError(f"seed must be 0 or more, not {self.seed}")
+            raise UsageError(
+                f"seed must be 0 or more, not {self.seed}", hint="leave it out for seed 0"
+            )
 
     def generator(self, row: int) -> np.random.Generator:
         """The random numbers of one sequence."""

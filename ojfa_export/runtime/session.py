@@ -1,8 +1,8 @@
-"""A session: sequences, their watermarks, and the one step that everything else is made of."""
+"""A session: advancing sequences to an exit, fixed or decided, and checks in the shadow."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -12,11 +12,15 @@ from numpy.typing import NDArray
 from ojfa_export.backends.backend import Engines, Float32, Hidden, Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec
+from ojfa_export.runtime.events import ExitTaken, Listener, ShadowCheck
 from ojfa_export.runtime.policy import ExitPolicy, confidence
+from ojfa_export.runtime.sequences import Sequences
+from ojfa_export.runtime.shadow import Due, Shadow
 from ojfa_export.runtime.stats import Stats
-from ojfa_export.runtime.watermarks import Watermarks
 
 Exit = int | Literal["full"]
+# Rows of logits that a comparison holds at a time: one takes 4 V bytes.
+_ROWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,8 @@ class Step:
     confidence: NDArray[np.float64]
 
 
-class Session:
-    """Sequences in progress.
-
-    Each block has a watermark per sequence: how many of its tokens the block has processed.
-    Deeper blocks are never ahead of shallower ones. Running a block means taking the hidden states
-    between its watermark and the block's before it, as one batch, and raising the watermark. A
-    token that stopped at an exit waits there; when a later one goes deeper, it catches up in the
-    same pass, so that whatever came before, a token that reaches the last block sees exactly the
-    cache that the full model would have.
+class Session(Sequences):
+    """Sequences in progress: see `Sequences` for what passes do.
 
     Not thread-safe; make a session per thread.
 
@@ -52,38 +49,28 @@ class Session:
         engines: The opened engines.
         batch_size: Sequences.
         max_length: Tokens that a sequence may hold.
+        shadow: Chooses tokens to be compared with the full model; see `run_shadow_checks`.
 
     Attributes:
         stats: What the session has done.
+        shadow: As given.
+        on_event: Called with each `ExitTaken`, `DraftChecked` and `ShadowCheck`, in the middle of
+            the step; it must not use the session.
     """
 
-    def __init__(self, spec: ModelSpec, engines: Engines, batch_size: int, max_length: int) -> None:
-        self.spec = spec
-        self.batch_size = batch_size
-        self.max_length = max_length
+    def __init__(
+        self,
+        spec: ModelSpec,
+        engines: Engines,
+        batch_size: int,
+        max_length: int,
+        shadow: Shadow | None = None,
+    ) -> None:
+        super().__init__(spec, engines, batch_size, max_length, keep_final=shadow is not None)
         self.stats = Stats()
+        self.shadow = shadow
+        self.on_event: Listener | None = None
         self._engines = engines
-        self._cache = engines.new_cache(batch_size, max_length)
-        # Plain lists: arrays of a few numbers would cost each step more than they hold.
-        self._tokens: list[list[int]] = [[] for _ in range(batch_size)]
-        self._watermarks = [Watermarks(spec.blocks) for _ in range(batch_size)]
-        # Hidden states that came out of `depth` blocks and wait for the next: row p is position p.
-        self._waiting: dict[int, Hidden] = {}
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
-        return [len(tokens) for tokens in self._tokens]
-
-    @property
-    def watermarks(self) -> Int32:
-        """Tokens that each block has processed, [blocks, sequences]."""
-        marks = [[row[block] for row in self._watermarks] for block in range(self.spec.blocks)]
-        return np.array(marks, np.int32)
-
-    def tokens(self, row: int = 0) -> list[int]:
-        """Token ids of a sequence so far."""
-        return list(self._tokens[row])
 
     @overload
     def advance(
@@ -129,7 +116,11 @@ class Session:
         depth = resolve_exit(exit, self.spec.blocks)
         counts = self._append(token_ids)
         self.stats.exits[depth] += sum(count > 0 for count in counts)
-        return self._run(counts, depth, every_position)
+        answers = self._run(counts, depth, every_position)
+        if self.on_event is not None or (self.shadow is not None and not every_position):
+            for row in (row for row, count in enumerate(counts) if count):
+                self._watch(row, depth, None if every_position else answers[row])
+        return answers
 
     def decide(
         self, token_ids: Sequence[int] | Sequence[Sequence[int]], policy: ExitPolicy
@@ -164,9 +155,15 @@ class Session:
             sure = asked[index, asked_rows] >= threshold
             stopped = asked_rows[sure]
             logits[stopped], blocks_run[stopped], going[stopped] = answers[sure], depth, False
+            if len(stopped):
+                self.stats.count_stopped(depth, len(stopped), float(asked[index, stopped].sum()))
         logits[going] = self._answer(going.tolist(), self.spec.blocks)
         blocks_run[going] = self.spec.blocks
         self.stats.exits.update(blocks_run[blocks_run > 0].tolist())
+        if self.on_event is not None or self.shadow is not None:
+            for row in np.flatnonzero(blocks_run).tolist():
+                said = asked[:, row][~np.isnan(asked[:, row])]
+                self._watch(row, int(blocks_run[row]), logits[row], tuple(said.tolist()))
         return Step(logits, blocks_run, asked)
 
     def complete(self, token_ids: Sequence[Sequence[int]], counts: Sequence[int]) -> list[Float32]:
@@ -222,6 +219,89 @@ class Session:
         waiting = [len(tokens) - marks[depth - 1] for tokens, marks in rows]
         return self._run(waiting, depth, every_position)
 
+    def run_shadow_checks(self, budget: int | None = None) -> list[ShadowCheck]:
+        """Completes chosen early tokens to full depth and compares them with the full model.
+
+        To be called when the machine has nothing better to do: between tokens, or after the
+        sequence. Completing is the catching up that a later, deeper token would have caused, so
+        that later tokens are the same with checks as without. All tokens of a sequence that wait
+        are completed in one pass.
+
+        Args:
+            budget: Comparisons at most, oldest tokens first; None for all that are due.
+
+        Returns:
+            The comparisons; `stats` counts them.
+
+        Raises:
+            UsageError: The session was made without a `shadow`, or a negative budget.
+        """
+        if self.shadow is None or self._final is None:
+            raise UsageError(
+                "this session chooses no tokens for shadow checks",
+                hint="make it with Model.session(monitor=...)",
+            )
+        if budget is not None and budget < 0:
+            raise UsageError(f"the budget of shadow checks must be 0 or more, not {budget}")
+        due, blocks = self.shadow.due[:budget], self.spec.blocks
+        waiting = [False] * self.batch_size
+        for each in due:
+            waiting[each.row] |= self._watermarks[each.row][blocks - 1] <= each.position
+        for rows in self._groups(waiting, blocks):
+            self._deepen(rows, blocks, waiting)
+        checks = []
+        for start in range(0, len(due), _ROWS_AT_ONCE):
+            part = due[start : start + _ROWS_AT_ONCE]
+            states = self._final[[each.row for each in part], [each.position for each in part]]
+            choices = self._head(states, blocks).argmax(axis=1).tolist()
+            for each, choice in zip(part, choices, strict=True):
+                agrees = each.choice == choice
+                checks.append(ShadowCheck(each.row, each.position, each.blocks_run, agrees))
+                self._checked(self.shadow, checks[-1])
+        return checks
+
+    def rewind(self, length: int, row: int = 0) -> None:
+        """Drops the tokens after the first `length`: a change of numbers, nothing is computed.
+
+        Raises:
+            UsageError: A row that isn't there, or more tokens than it has.
+        """
+        long = self._long_context(row) if 0 <= row < self.batch_size else False
+        super().rewind(length, row)
+        if self.shadow is not None:
+            # What was said with the long factors can't be compared once they no longer apply.
+            self.shadow.forget(row, 0 if long != self._long_context(row) else length)
+
+    def _append(self, token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[int]:
+        switch = self.spec.rotary_switch
+        if self.shadow is not None and self.shadow.due and switch is not None:
+            both = zip(self.lengths, self._check(token_ids), strict=True)
+            if any(length <= switch < length + len(ids) for length, ids in both):
+                self.run_shadow_checks()  # beyond the switch the full model's past is another
+        return super()._append(token_ids)
+
+    def _watch(
+        self, row: int, depth: int, logits: Float32 | None, confidence: tuple[float, ...] = ()
+    ) -> None:
+        """Tells of a sequence's newest token, whose logits are [V], and may choose it."""
+        position = len(self._tokens[row]) - 1
+        if self.on_event is not None:
+            self.on_event(ExitTaken(row, position, depth, confidence))
+        if self.shadow is None or logits is None or not self.shadow.choose():
+            return
+        if depth < self.spec.blocks:
+            self.shadow.add(Due(row, position, depth, int(logits.argmax())))
+        else:
+            self._checked(self.shadow, ShadowCheck(row, position, depth, True))
+
+    def _checked(self, shadow: Shadow, check: ShadowCheck) -> None:
+        shadow.record(check)
+        if check.blocks_run < self.spec.blocks:
+            self.stats.shadow_checks += 1
+            self.stats.shadow_disagreements += not check.agrees
+        if self.on_event is not None:
+            self.on_event(check)
+
     @overload
     def _run(
         self, counts: Sequence[int], depth: int, every_position: Literal[True]
@@ -275,159 +355,6 @@ class Session:
         else:
             self.stats.exit_heads += len(hidden)
         return self._engines.logits(hidden, final=final)
-
-    def rewind(self, length: int, row: int = 0) -> None:
-        """Drops the tokens after the first `length`: a change of numbers, nothing is computed.
-
-        Raises:
-            UsageError: A row that isn't there, or more tokens than it has.
-        """
-        if not 0 <= row < self.batch_size:
-            raise UsageError(f"row {row} is outside 0..{self.batch_size - 1}")
-        if not 0 <= length <= len(self._tokens[row]):
-            raise UsageError(
-                f"can't rewind to {length} tokens: the sequence has {len(self._tokens[row])}",
-                hint="rewind only shortens a sequence",
-            )
-        self._resize(row, length)
-        del self._tokens[row][length:]
-
-    def _append(self, token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[int]:
-        """Takes new tokens, which then wait before the first block; how many of each sequence."""
-        new = self._check(token_ids)
-        for row, ids in enumerate(new):
-            if len(ids):
-                self._resize(row, len(self._tokens[row]) + len(ids))
-                self._tokens[row].extend(map(int, ids))
-        return [len(ids) for ids in new]
-
-    def _check(self, token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        nested = len(token_ids) > 0 and not isinstance(token_ids[0], int | np.integer)
-        new: list[Sequence[int]] = list(token_ids) if nested else [token_ids]  # type: ignore[arg-type, list-item]
-        if len(new) != self.batch_size:
-            raise UsageError(
-                f"got tokens for {len(new)} sequences, the session has {self.batch_size}",
-                hint="give one list of token ids per sequence",
-            )
-        for row, ids in enumerate(new):
-            length = len(self._tokens[row]) + len(ids)
-            if length > self.max_length:
-                raise UsageError(
-                    f"sequence {row} would have {length} tokens, the cache holds {self.max_length}",
-                    hint="shorten it, or build the bundle with a larger --max-cache-length",
-                )
-            if len(ids) and not 0 <= min(ids) <= max(ids) < self.spec.vocab_size:
-                raise UsageError(
-                    f"sequence {row} has token ids outside 0..{self.spec.vocab_size - 1}",
-                    hint="was the text encoded with another model's tokenizer?",
-                )
-        return new
-
-    def _resize(self, row: int, length: int) -> None:
-        """Makes the marks fit a sequence's new length.
-
-        LongRoPE rotates every position by the sequence's length class: a change starts over.
-        """
-        switch = self.spec.rotary_switch
-        if switch is not None and (length > switch) != self._long_context(row):
-            self._watermarks[row].lower_to(0)
-        elif length < len(self._tokens[row]):
-            self._watermarks[row].lower_to(length)
-
-    def _long_context(self, row: int) -> bool:
-        switch = self.spec.rotary_switch
-        return switch is not None and len(self._tokens[row]) > switch
-
-    def _groups(self, wanted: Sequence[bool], depth: int) -> Iterator[slice]:
-        """Sequences that can run together: those whose one token waits before the same block.
-
-        Rows must be neighbours in the cache. One between them that stopped earlier runs along, as
-        that costs less than another pass: it computes something at a position that no block from
-        there on has processed, and what it writes is overwritten before it is read.
-        """
-        start = 0
-        while start < self.batch_size:
-            stop = start + 1
-            entry = self._entry(start, depth) if wanted[start] else None
-            if entry is not None:
-                long = self._long_context(start)
-                for row in range(start + 1, self.batch_size):
-                    none_waits = self._watermarks[row][entry] == len(self._tokens[row])
-                    if none_waits or self._long_context(row) != long:
-                        break
-                    if wanted[row]:
-                        if self._entry(row, depth) != entry:
-                            break
-                        stop = row + 1
-            if wanted[start]:
-                yield slice(start, stop)
-            start = stop
-
-    def _entry(self, row: int, depth: int) -> int | None:
-        """The block before which a sequence's one token waits; None where it has more to run."""
-        length, marks = len(self._tokens[row]), self._watermarks[row]
-        if marks.all_at(length - 1, depth):
-            return 0
-        spans = list(marks.spans(depth))
-        if [mark for _, mark in spans] == [length, length - 1]:
-            return spans[1][0].start
-        return None
-
-    def _deepen(self, rows: slice, depth: int, wanted: Sequence[bool]) -> Hidden:
-        """Runs the first blocks on all that waits before them.
-
-        Args:
-            rows: One sequence, or several: see `_groups`.
-            depth: Blocks to run.
-            wanted: [sequences] those of which the result counts.
-
-        Returns:
-            Hidden states [rows, tokens, H] of the newest tokens after `depth` blocks.
-        """
-        marks, end = self._watermarks[rows.start], len(self._tokens[rows.start])
-        starts = [marks[0] for marks in self._watermarks[rows]]
-        long = self._long_context(rows.start)
-        hidden = self._embed(rows, starts)
-        for blocks, start in marks.spans(depth):
-            covered = end - hidden.shape[1]
-            if start < covered:
-                starts = [each[blocks.start] for each in self._watermarks[rows]]
-                waiting = self._waited(blocks.start, rows, starts, covered - start)
-                join = self._cache.arrays.concatenate
-                hidden = join([waiting, hidden], axis=1) if hidden.shape[1] else waiting
-            if hidden.shape[1]:
-                hidden = self._cache.run_blocks(blocks, hidden, rows, starts, long_context=long)
-        if depth < self.spec.blocks:
-            self._wait(depth, rows, starts, hidden)
-        # Raised together, when all is done: a pass that is interrupted can be run again.
-        for row in range(rows.start, rows.stop):
-            if wanted[row]:
-                self._watermarks[row].raise_to(len(self._tokens[row]), depth)
-        return hidden
-
-    def _embed(self, rows: slice, starts: list[int]) -> Hidden:
-        """Embeds what waits before the first block: nothing, where tokens wait only later."""
-        count = len(self._tokens[rows.start]) - starts[0]
-        if not count:
-            return self._cache.arrays.empty((len(starts), 0, self.spec.hidden_size), np.float32)
-        both = zip(self._tokens[rows], starts, strict=True)
-        new = [tokens[start : start + count] for tokens, start in both]
-        return self._cache.embed(np.array(new, np.int32), starts)
-
-    def _waited(self, depth: int, rows: slice, starts: list[int], count: int) -> Hidden:
-        """The hidden states that `_wait` kept: [rows, count, H], count 1 for several rows."""
-        waiting = self._waiting[depth]
-        return self._cache.arrays.stack(
-            [waiting[rows.start + i, at : at + count] for i, at in enumerate(starts)]
-        )
-
-    def _wait(self, depth: int, rows: slice, starts: list[int], hidden: Hidden) -> None:
-        """Keeps hidden states for a later pass that goes deeper."""
-        if depth not in self._waiting:
-            shape = (self.batch_size, self.max_length, self.spec.hidden_size)
-            self._waiting[depth] = self._cache.arrays.empty(shape, np.float32)
-        for row, start, states in zip(range(rows.start, rows.stop), starts, hidden, strict=True):
-            self._waiting[depth][row, start : start + len(states)] = states
 
 
 def resolve_exit(exit: Exit, blocks: int) -> int:

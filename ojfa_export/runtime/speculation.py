@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ojfa_export.backends.backend import Float32
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.decoding import Chosen
+from ojfa_export.runtime.events import DraftChecked
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
 
@@ -159,6 +160,8 @@ class Speculator:
             session.stats.drafted += len(draft)
             session.stats.accepted += accepted
             session.stats.rounds += 1
+            if session.on_event is not None:
+                session.on_event(DraftChecked(row, len(draft), accepted))
             result[row] = [Chosen(t, blocks, i < accepted) for i, t in enumerate(tokens)]
         return result
 

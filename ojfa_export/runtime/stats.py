@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 @dataclass
@@ -18,6 +18,10 @@ class Stats:
         drafted: Tokens that speculation proposed.
         accepted: Those of them that the full model took.
         rounds: Full passes that checked drafts; each gives one token beside the accepted.
+        stopped: Tokens that a policy stopped before the last block, by blocks run.
+        confidence_sums: Their confidence, summed, by blocks run.
+        shadow_checks: Early tokens that were completed and compared with the full model.
+        shadow_disagreements: Those of them that differ from it.
     """
 
     exits: Counter[int] = field(default_factory=Counter)
@@ -27,6 +31,25 @@ class Stats:
     drafted: int = 0
     accepted: int = 0
     rounds: int = 0
+    stopped: Counter[int] = field(default_factory=Counter)
+    confidence_sums: dict[int, float] = field(default_factory=dict)
+    shadow_checks: int = 0
+    shadow_disagreements: int = 0
+
+    def add(self, other: Stats) -> None:
+        """Adds what another session counted."""
+        for each in fields(self):
+            mine, more = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(mine, int):
+                setattr(self, each.name, mine + more)
+            else:
+                for depth, count in more.items():
+                    mine[depth] = mine.get(depth, 0) + count
+
+    def count_stopped(self, depth: int, count: int, confidence: float) -> None:
+        """Counts tokens that a policy stopped after `depth` blocks, and their summed confidence."""
+        self.stopped[depth] += count
+        self.confidence_sums[depth] = self.confidence_sums.get(depth, 0.0) + confidence
 
     @property
     def mean_blocks(self) -> float:
@@ -43,3 +66,9 @@ class Stats:
     def tokens_per_full_pass(self) -> float:
         """Tokens that a full pass of speculation gives, on average; 0 before the first."""
         return (self.accepted + self.rounds) / self.rounds if self.rounds else 0.0
+
+    @property
+    def mean_confidence(self) -> dict[int, float]:
+        """Mean confidence of the tokens that a policy stopped at each exit, by blocks run."""
+        sums = self.confidence_sums
+        return {depth: sums[depth] / count for depth, count in sorted(self.stopped.items())}

@@ -226,12 +226,15 @@ def compare_parts(
         if 0 < depth < parts.spec.blocks:
             exits[depth] = hidden[:, :per_row].copy()
         previous = hidden.copy()
+        if depth == parts.spec.blocks:
+            graphs.close()  # its memory goes before the reference takes its head's
         task.advance()
 
     logits = reference.forward(window.token_ids, visit)
     last, flat = previous.reshape(batch * length, -1), logits.reshape(batch * length, -1)
     name = f"final_head{window.label}"
     comparisons.record(f"graph {name}", "logits", graphs.logits(last, final=True), flat)
+    graphs.close()
     engines = parts.open_engines()
     comparisons.record(f"engine {name}", "logits", engines.logits(last, final=True), flat)
     return Reference(logits, exits)

@@ -96,6 +96,10 @@ class PortableGraphs:
         logits: Float32 = session.run(["logits"], {"hidden": hidden})[0]
         return logits
 
+    def close(self) -> None:
+        """Closes the graph that is open; what runs next opens its own."""
+        self._open = None
+
     def _empty_past(self, session: ort.InferenceSession, batch: int) -> KeysValues:
         dtype = next(DTYPES[port.type] for port in session.get_inputs() if port.name == "past_key")
         empty = np.zeros((batch, self.spec.kv_heads, 0, self.spec.head_dim), dtype)
@@ -103,7 +107,7 @@ class PortableGraphs:
 
     def _session(self, name: str) -> ort.InferenceSession:
         if self._open is None or self._open[0] != name:
-            self._open = None  # its memory goes before the next one's is taken
+            self.close()  # its memory goes before the next one's is taken
             self._open = name, _open(self._directory / f"{name}.onnx")
         return self._open[1]
 

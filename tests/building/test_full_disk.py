@@ -49,8 +49,9 @@ def test_write_that_fails(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, no_space)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left") as caught:
             build(options())
+        assert caught.value.filename == str(tmp_path / "out.ojfa.partial")
         with pytest.raises(OSError, match="No space left"):
             build(options())  # trying again without room changes nothing
         if name != "write_text":  # these two write no text

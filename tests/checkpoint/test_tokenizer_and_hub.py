@@ -11,7 +11,7 @@ import pytest
 from ojfa_export.checkpoint import hub
 from ojfa_export.checkpoint.hub import resolve
 from ojfa_export.checkpoint.tokenizer import read_tokenizer
-from ojfa_export.errors import CheckpointError
+from ojfa_export.errors import CheckpointError, UsageError
 
 Fields = dict[str, Any]
 
@@ -73,6 +73,13 @@ def test_hub_id_without_a_network(
         resolve("some-owner/some-model", revision="main")
     assert "some-owner/some-model" in caught.value.message
     assert "network" in str(caught.value.hint)
+
+
+def test_revision_of_a_directory(tmp_path: Path) -> None:
+    assert resolve(str(tmp_path)) == tmp_path
+    with pytest.raises(UsageError, match="revision 'main' is of a hub id") as caught:
+        resolve(str(tmp_path), "main")
+    assert "--revision" in str(caught.value.hint)
 
 
 def test_name_that_no_hub_has(monkeypatch: pytest.MonkeyPatch) -> None:

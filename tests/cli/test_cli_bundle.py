@@ -98,6 +98,13 @@ def test_atol_replaces_tolerances(
     assert invoke("verify", "any", "--atol", atol).exit_code == status
 
 
+@pytest.mark.parametrize("atol", ["nan", "inf"])
+def test_atol_must_be_a_number_that_can_fail(invoke, atol: str) -> None:
+    result = invoke("verify", "any", "--atol", atol)
+    assert result.exit_code == 2
+    assert f"--atol must be a finite number, not {atol}" in result.stderr
+
+
 def test_atol_does_not_excuse_other_tokens(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     _with_checks(monkeypatch, ("golden tokens", 1, 0))
     assert invoke("verify", "any", "--atol", "5").exit_code == 3
@@ -171,6 +178,14 @@ def test_calibrate_then_export(invoke, checkpoint: Path, tmp_path: Path) -> None
     assert exported.exit_code == 0, exported.stderr
     assert "exit_head" in json.loads(exported.stdout)["graphs"]
     assert (graphs / "exit_head.onnx").is_file()
+
+
+def test_bench_finds_out_at_once_that_it_can_t_write(invoke, tmp_path: Path) -> None:
+    for output, reason in ((tmp_path / "none" / "a.json", "no such file"), (tmp_path, "directory")):
+        result = invoke("bench", "any", "-o", output)  # before it looks for the bundle
+        assert result.exit_code == 1
+        assert f"can't use {tmp_path}" in result.stderr
+        assert reason in result.stderr
 
 
 def test_bench_measures_the_exits_asked_for(invoke, bundle: Path, tmp_path: Path) -> None:

@@ -103,6 +103,20 @@ def test_speculation_options_that_make_no_sense(invoke, bundle: Path, options, m
     assert message in result.stderr
 
 
+def test_shadow_checks_are_told(invoke, bundle: Path) -> None:
+    args = ["run", bundle, "-p", PROMPT, "--exit", 1, "--max-new-tokens", 9, "--shadow-share", 1]
+    monitor = ojfa_export.Monitor(1.0)
+    model = ojfa_export.load(bundle)
+    expected = model.generate(PROMPT, exit=1, max_new_tokens=9, monitor=monitor).prompts[0]
+    document = json.loads(invoke(*args, "--json").stdout)
+    differ = monitor.stats.shadow_disagreements
+    assert document["prompts"][0]["token_ids"] == expected.token_ids
+    assert document["shadow"] == {"checks": 9, "disagreements": differ}
+    told = invoke(*args).stderr
+    assert told.endswith(f"9 early tokens were compared with the full model, {differ} differ\n")
+    assert invoke(*args[:-1], 1.5).exit_code == 2
+
+
 def test_stop_strings_reach_the_model(invoke, bundle: Path) -> None:
     text = ojfa_export.load(bundle).generate(PROMPT, max_new_tokens=24).prompts[0].text
     stop = next(char for char in text if char.isprintable())
@@ -136,7 +150,7 @@ def test_dash_reads_standard_input(invoke, bundle: Path, stdin: str, prompt: str
         (["-p", "a" * 400], b"", "the prompt has "),
         (["-p", "a", "--exit", "5"], b"", "exit 5 is outside this model's 1..4"),
         (["-p", "a", "--temperature", "1", "--top-p", "0"], b"", "top-p must be above 0"),
-        (["-p", "a", "--backend", "abacus"], b"", "has no engines for backend 'abacus'"),
+        (["-p", "a", "--backend", "abacus"], b"", "backend 'abacus' is not known"),
     ],
 )
 def test_bad_input(invoke, bundle: Path, args, stdin: bytes, message: str) -> None:

@@ -8,10 +8,18 @@ from collections.abc import Callable
 import mpmath
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from often import assert_at_most
 
 from ojfa_export.errors import UsageError
 from ojfa_export.guarantee import DisagreementMonitor, DomainEvidence, Limits, Promise
-from ojfa_export.guarantee.monitor import _TILTS, _lower_bound
+from ojfa_export.guarantee.confidence_sequence import (
+    SLOPES,
+    TILTS,
+    ConfidenceSequence,
+    lower_bound,
+)
 
 LIMIT = 0.05
 
@@ -38,10 +46,6 @@ def promise(*domains: str) -> Promise:
     )
 
 
-def allowed(rate: float, runs: int) -> float:
-    return rate + 5 * math.sqrt(rate * (1 - rate) / runs)
-
-
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 AT_THE_LIMIT: dict[str, Draw] = {
     "requests that differ much": lambda rng, n: rng.beta(0.1, 1.9, n),
@@ -53,24 +57,36 @@ AT_THE_LIMIT: dict[str, Draw] = {
 
 @pytest.mark.parametrize("name", AT_THE_LIMIT)
 def test_false_alarms_over_a_whole_run(rng: np.random.Generator, name: str) -> None:
-    runs, alpha = 120, 0.1
+    runs, alpha = 200, 0.1
     alarms = sum(
-        DisagreementMonitor(promise("all"), alpha).update(AT_THE_LIMIT[name](rng, 1000)).alarm
+        DisagreementMonitor(promise("all"), alpha).update(AT_THE_LIMIT[name](rng, 600)).alarm
         for _ in range(runs)
     )
-    print(f"{name}: {alarms} false alarms in {runs} runs of 1000 units, promised {alpha:.0%}")
-    assert alarms / runs <= allowed(alpha, runs)
+    assert_at_most(alpha, alarms, runs, f"false alarms in 600 units, {name}")
+
+
+def test_what_the_simulation_would_catch(rng: np.random.Generator) -> None:
+    """A test that is made once for each unit, with the same level, is no sequential test."""
+    runs, alpha, z = 200, 0.1, 1.2816  # the normal distribution's quantile
+    alarms = 0
+    for _ in range(runs):
+        losses = AT_THE_LIMIT["requests alike"](rng, 600)
+        n = np.arange(10, 601)
+        means = np.cumsum(losses)[9:] / n
+        alarms += bool((means > LIMIT + z * losses.std() / np.sqrt(n)).any())
+    with pytest.raises(AssertionError, match=r"said: 0\.1"):
+        assert_at_most(alpha, alarms, runs, "false alarms of a test made anew for each unit")
 
 
 def test_domains_share_the_false_alarms(rng: np.random.Generator) -> None:
-    runs, alpha, names = 60, 0.1, ("a", "b", "c")
+    runs, alpha, names = 200, 0.1, ("a", "b", "c")
     alarmed = 0
     for _ in range(runs):
         monitor = DisagreementMonitor(promise(*names), alpha)
         for name in names:
-            monitor.update(rng.beta(0.5, 9.5, 500), name)
+            monitor.update(rng.random(150) < LIMIT, name)
         alarmed += bool(monitor.alarms)
-    assert alarmed / runs <= allowed(alpha, runs)
+    assert_at_most(alpha, alarmed, runs, "runs with a false alarm in any domain")
 
 
 @pytest.mark.parametrize("before", [0, 2000])
@@ -101,19 +117,48 @@ def test_alarm_stays(rng: np.random.Generator) -> None:
 
 def test_interval_covers_at_every_moment_under_drift(rng: np.random.Generator) -> None:
     """The average of the true means so far stays inside, while they move and repeat themselves."""
-    runs, alpha, units = 60, 0.1, 600
-    missed = 0
+    runs, alpha, units = 200, 0.1, 400
+    missed = {"as in the trial of a coin": 0, "alike": 0}
     for _ in range(runs):
         means = 0.05 + 0.04 * np.sin(np.arange(units) / rng.uniform(20, 200))
-        losses = rng.random(units) < means
-        monitor = DisagreementMonitor(promise("all"), alpha)
         averages = np.cumsum(means) / np.arange(1, units + 1)
-        outside = False
-        for start in range(0, units, 10):
-            state = monitor.update(losses[start : start + 10])
-            outside |= not state.lower <= averages[start + 9] <= state.upper
-        missed += outside
-    assert missed / runs <= allowed(alpha, runs)
+        for name, losses in (
+            ("as in the trial of a coin", rng.random(units) < means),
+            ("alike", rng.beta(20 * means, 20 * (1 - means))),
+        ):
+            sequence = ConfidenceSequence(alpha, guess=0.05)
+            outside = False
+            for index, loss in enumerate(losses):
+                sequence.add(float(loss))
+                if index % 40 == 39:
+                    lower, upper = sequence.bounds()
+                    outside |= not lower <= averages[index] <= upper
+            missed[name] += outside
+    for name, count in missed.items():
+        assert_at_most(alpha, count, runs, f"runs outside the interval, losses {name}")
+
+
+def test_interval_has_the_promises_confidence(rng: np.random.Generator) -> None:
+    losses = rng.beta(1, 19, 50)
+    sequence = ConfidenceSequence(1 - 0.95, guess=LIMIT)
+    for loss in losses:
+        sequence.add(loss)
+    for alpha in (0.001, 0.2):  # the alarm's is another
+        state = DisagreementMonitor(promise("all"), alpha).update(losses)
+        assert (state.lower, state.upper) == pytest.approx(sequence.bounds())
+
+
+def test_losses_that_vary_little_narrow_the_interval(rng: np.random.Generator) -> None:
+    """A hundred tokens in each request are worth more than one."""
+    widths = []
+    for losses in (rng.random(1000) < 0.05, rng.binomial(100, 0.05, 1000) / 100):
+        sequence = ConfidenceSequence(0.05, guess=0.05)
+        for loss in losses:
+            sequence.add(float(loss))
+        lower, upper = sequence.bounds()
+        assert lower <= 0.05 <= upper
+        widths.append(upper - lower)
+    assert widths[1] < widths[0] / 2
 
 
 def test_interval_narrows_around_the_estimate(rng: np.random.Generator) -> None:
@@ -128,14 +173,34 @@ def test_interval_narrows_around_the_estimate(rng: np.random.Generator) -> None:
     assert widths[2] < widths[0] < 0.05
 
 
-@pytest.mark.parametrize(("total", "n"), [(3.5, 40), (250.0, 4000), (39.9, 40)])
-def test_lower_bound_solves_its_equation(total: float, n: int) -> None:
-    bound, alpha = mpmath.mpf(_lower_bound(total, n, 0.025)), mpmath.mpf("0.025")
-    mixture = mpmath.fsum(
-        mpmath.exp(tilt * total - n * mpmath.log(1 - bound + bound * mpmath.exp(tilt)))
-        for tilt in map(mpmath.mpf, _TILTS.tolist())
-    ) / len(_TILTS)
-    assert float(mixture * alpha) == pytest.approx(1, rel=1e-6)
+@pytest.mark.parametrize(
+    ("total", "n", "squares"), [(3.5, 40, 1.2), (250.0, 4000, 3.0), (39.9, 40, 0.01)]
+)
+def test_lower_bound_solves_its_equation(total: float, n: int, squares: float) -> None:
+    found = mpmath.mpf(lower_bound(total, n, squares, 0.025))
+    parts = [
+        mpmath.exp(tilt * total - n * mpmath.log(1 - found + found * mpmath.exp(tilt)))
+        for tilt in map(mpmath.mpf, TILTS.tolist())
+    ]
+    parts += [
+        mpmath.exp(slope * (total - n * found) + (mpmath.log(1 - slope) + slope) * squares)
+        for slope in map(mpmath.mpf, SLOPES.tolist())
+    ]
+    assert float(mpmath.fsum(parts) / len(parts) * 0.025) == pytest.approx(1, rel=1e-6)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.floats(0, 1), st.floats(0.001, 0.5))
+def test_bounds_are_about_the_mean_and_mirror_each_other(
+    losses: list[float], guess: float, alpha: float
+) -> None:
+    sequence, mirrored = ConfidenceSequence(alpha, guess), ConfidenceSequence(alpha, 1 - guess)
+    for loss in losses:
+        sequence.add(loss)
+        mirrored.add(1 - loss)
+    lower, upper = sequence.bounds()
+    assert 0 <= lower <= sequence.mean + 1e-12
+    assert sequence.mean - 1e-12 <= upper <= 1
+    assert mirrored.bounds() == pytest.approx((1 - upper, 1 - lower), abs=1e-9)
 
 
 @pytest.mark.parametrize("loss", [-0.1, 1.1, math.nan])
@@ -155,7 +220,15 @@ def test_domains_are_the_promises() -> None:
     with pytest.raises(UsageError, match="domain 'poems' has no promise") as caught:
         monitor.update([0], "poems")
     assert "code, docs" in str(caught.value.hint)
-    with pytest.raises(UsageError, match="no domain was named"):
-        monitor.update([0])
     assert monitor.update([0.5], "docs").units == 1
     assert monitor.state("code").units == 0
+
+
+def test_requests_of_unknown_domain_are_watched_by_themselves() -> None:
+    monitor = DisagreementMonitor(promise("code", "docs"))
+    monitor.update(np.ones(100))
+    assert monitor.alarms == [None]
+    assert monitor.state("code").units == monitor.state("docs").units == 0
+    only = DisagreementMonitor(promise("code"))
+    only.update([1])
+    assert only.state("code").units == 1

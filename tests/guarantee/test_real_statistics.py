@@ -1,7 +1,8 @@
 """Promises on real statistics: the demo checkpoint's exits on the text that ships.
 
 demo_statistics.npz is statistics.npz of the demo's bundle (rank 96), thinned to every fourth
-sampled token and the exits 3, 4, 5, 8 and 11. Windows are drawn independently, as the promise
+sampled token and the exits 3, 4, 5, 8 and 11 by demo_statistics.py (on another machine a confidence
+may be one float16 step off). Windows are drawn independently, as the promise
 assumes; what neighbours have in common is not in this simulation.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from test_certify import check_failures
+from often import assert_at_most
 
 from ojfa_export.guarantee import Costs, ExitStatistics, Limits, load_statistics
 from ojfa_export.guarantee.simulate import simulate
@@ -37,6 +38,6 @@ def test_promises_on_the_demo_break_no_more_often_than_they_say(rng: np.random.G
         certification_windows=150,
         rng=rng,
     )
-    check_failures("the demo checkpoint", result.broken, result.draws)
+    assert_at_most(0.05, result.broken, result.draws, "promises on the demo broken")
     print(f"{result.early} early, at {result.relative_cost:.3f} of the cost")
     assert result.early > result.draws / 2

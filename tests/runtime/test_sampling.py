@@ -107,9 +107,9 @@ def test_every_row_and_seed_has_its_own_random_numbers():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": -0.1}, "temperature must be 0 or more, not -0.1"),
-        ({"temperature": math.nan}, "temperature must be 0 or more, not nan"),
-        ({"temperature": math.inf}, "temperature must be 0 or more, not inf"),
+        ({"temperature": -0.1}, "temperature must be finite and 0 or more, not -0.1"),
+        ({"temperature": math.nan}, "temperature must be finite and 0 or more, not nan"),
+        ({"temperature": math.inf}, "temperature must be finite and 0 or more, not inf"),
         ({"top_k": 0}, "top-k must be 1 or more, not 0"),
         ({"top_k": -3}, "top-k must be 1 or more, not -3"),
         ({"top_p": 0.0}, "top-p must be above 0 and at most 1, not 0"),
@@ -119,5 +119,6 @@ def test_every_row_and_seed_has_its_own_random_numbers():
     ],
 )
 def test_parameters_out_of_range(arguments, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=message) as caught:
         Sampling(**arguments)
+    assert caught.value.hint

@@ -69,6 +69,11 @@ class OnnxRuntimeEngines:
         result: Float32 = session.run(None, {"hidden": hidden})[0]
         return result
 
+    def unload_heads(self) -> None:
+        """Closes both heads; they are opened again when used."""
+        for name in ("exit_head", "final_head"):
+            self.close(name)
+
 
 class OnnxRuntimeCache:
     """Keys and values [batch, kv_heads, capacity, head_dim] of each block, written in place.

@@ -87,7 +87,7 @@ def build(
             profile.set_shape(tensor, least, best, most)
         config.add_optimization_profile(profile)
     known = timing_cache.read_bytes() if timing_cache.exists() else b""
-    times = config.create_timing_cache(known)
+    times = config.create_timing_cache(known) or config.create_timing_cache(b"")
     config.set_timing_cache(times, ignore_mismatch=False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:

@@ -41,7 +41,8 @@ class DeviceArray:
     def __getitem__(self, key: Any) -> DeviceArray:
         rows, shape = self._rows(key)
         # As in NumPy, rows named one by one are a copy.
-        is_copy = isinstance(key, list | np.ndarray)
+        keys = key if isinstance(key, tuple) else (key,)
+        is_copy = any(isinstance(each, list | np.ndarray) for each in keys)
         if not is_copy and (rows.size == 0 or int(rows[-1] - rows[0]) == rows.size - 1):
             first = int(rows[0]) if rows.size else 0
             return self._view(first, shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import os
 from pathlib import Path
 
 import onnx
@@ -15,8 +15,6 @@ from ojfa_export.backends.tensorrt.plan import PROFILES, GraphPlan, Weight
 from ojfa_export.backends.tensorrt.sources import definitions
 from ojfa_export.families.spec import ModelSpec, Precision
 from ojfa_export.graphs.weights import references
-
-TIMING_CACHE = "ojfa-export.tensorrt.timing"
 
 
 def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
@@ -61,7 +59,7 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
 def _build(name: str, model: onnx.ModelProto, file: Path, *, half: bool) -> None:
     if file.exists():
         return
-    timing_cache = Path(tempfile.gettempdir()) / f"{TIMING_CACHE}.{api.version()}"
+    timing_cache = cache_directory() / f"tensorrt-{api.version()}.timing"
     shapes = _shapes(model)
     profiles = [
         {
@@ -75,6 +73,14 @@ def _build(name: str, model: onnx.ModelProto, file: Path, *, half: bool) -> None
         name, model.SerializeToString(), profiles, half=half, timing_cache=timing_cache
     )
     _write(file, engine)
+
+
+def cache_directory() -> Path:
+    """Where measured times are kept from one build to the next; nothing that is run."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(home) / "ojfa-export"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int | str, ...]]:

@@ -124,6 +124,12 @@ class TensorRtEngines:
         for name in ("embed", *map(block_name, range(depth))):
             self.weights(name)
 
+    def unload_heads(self) -> None:
+        """Lets go of the heads' weights; they are uploaded again when used."""
+        self._heads.clear()
+        for name in ("exit_head", "final_head"):
+            self.close(name)
+
     def new_cache(self, batch_size: int, capacity: int) -> TensorRtCache:
         """Makes a cache; a block's keys and values take memory when it is first used."""
         return TensorRtCache(self, batch_size, capacity)

@@ -1,0 +1,1 @@
+"""Replays logged requests through a bundle and compares them with its calibration."""
