@@ -42,6 +42,7 @@ class TensorRtCache:
 
     def embed(self, token_ids: Int32, starts: Sequence[int]) -> DeviceArray:
         """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
+        self._device.make_current()  # the caller's thread may be another each time
         rows, tokens = token_ids.shape
         places = [start + token for start in starts for token in range(tokens)]
         if tokens > 1:
@@ -64,6 +65,7 @@ class TensorRtCache:
         long_context: bool,
     ) -> DeviceArray:
         """Runs consecutive blocks on new tokens; see `backends.backend.Cache`."""
+        self._device.make_current()
         states = self.arrays.asarray(hidden)
         for block in blocks:
             if block not in self._blocks:

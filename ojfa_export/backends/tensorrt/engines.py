@@ -136,6 +136,7 @@ class TensorRtEngines:
 
     def logits(self, hidden: Float32 | DeviceArray, *, final: bool) -> Float32:
         """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
+        self.device.make_current()
         states = self.arrays.asarray(hidden)
         if final not in self._heads:
             self._heads[final] = (FinalHead if final else ExitHead)(self)

@@ -13,7 +13,7 @@ from ojfa_export.backends.tensorrt.kernels import Argument, Kernels, integer, nu
 MOST_TOKENS = 2
 # As in the kernel: threads and warps of a block, matrix rows of a warp's task.
 THREADS, WARPS, ROWS = 512, 16, 2
-# Thread blocks on a multiprocessor: one, and the next kernel's first one beside it.
+# Thread blocks on a multiprocessor: measured (bench/NOTES.md).
 RESIDENT = 1
 
 
