@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(arguments)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    gpu = torch.cuda.get_device_name() if options.device == "cuda" else options.device
     rows = []
     for name in options.shapes:
         model = make_model(SHAPES[name], options.device)
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         }
                     )
                     print({k: v for k, v in rows[-1].items() if k != "samples_ms"}, flush=True)
-                    result = {"versions": versions, "peers": rows}
+                    result = {"gpu": gpu, "versions": versions, "peers": rows}
                     write_atomically(options.out, (json.dumps(result) + "\n").encode())
 
 
