@@ -76,14 +76,15 @@ def build_engines(
     directory.mkdir(parents=True, exist_ok=True)
     with progress.task(f"building {backend.name} engines", len(names), "engines") as task:
         for name in names:
-            file = f"{name}.onnx"
-            backend.build_engine(spec, bundle / GRAPHS / file, directory / file)
+            engine = directory / f"{name}{backend.suffix}"
+            backend.build_engine(spec, bundle / GRAPHS / f"{name}.onnx", engine)
             task.advance()
 
 
 def engine_files(bundle: Path, backend: Backend, names: list[str]) -> dict[str, Path]:
     """Engine files by graph name."""
-    return {name: bundle / ENGINES / backend.name / f"{name}.onnx" for name in names}
+    directory = bundle / ENGINES / backend.name
+    return {name: directory / f"{name}{backend.suffix}" for name in names}
 
 
 def open_engines(inputs: Inputs, work: Work) -> Engines:

@@ -45,10 +45,11 @@ class Model:
         self.spec = manifest.model.spec
         self.tokenizer = _read_tokenizer(bundle)
         opener = backends.load(backend)  # first: an unknown name is no missing engine
-        files = bundle.engines(backend).files
+        built = bundle.engines(backend)
+        opener.check(built.built_with)
         tables = manifest.rotary
         rotary = (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None
-        engines = {name: bundle.directory / file for name, file in files.items()}
+        engines = {name: bundle.directory / file for name, file in built.files.items()}
         self.engines = opener.open_engines(self.spec, bundle.graphs, engines, rotary)
 
     def __repr__(self) -> str:
