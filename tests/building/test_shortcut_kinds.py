@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import ojfa_export
 from ojfa_export.build import parts
 from ojfa_export.build.options import BuildOptions
-from ojfa_export.build.pipeline import build
+from ojfa_export.build.pipeline import BuildResult, build
 from ojfa_export.bundle.names import SHORTCUT
 from ojfa_export.calibrate import calibrate
 from ojfa_export.cli.app import app
@@ -30,13 +30,29 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def residual(tiny_checkpoint, calibration_text, tmp_path_factory) -> BuildResult:
+    """A verified bundle with a residual shortcut; not to be written to."""
+    return build(
+        BuildOptions(
+            str(tiny_checkpoint),
+            tmp_path_factory.mktemp("residual") / "out.ojfa",
+            rank=8,
+            shortcut="residual",
+            calibration_data=(calibration_text,),
+            calibration_tokens=1024,
+            max_cache_length=64,
+        )
+    )
+
+
 def report_of(bundle) -> CalibrationReport:
     text = (bundle / "report" / "report.json").read_text(encoding="utf-8")
     return CalibrationReport.model_validate_json(text)
 
 
-def test_residual_bundle_is_verified_and_runs(options, tmp_path):
-    result = build(options(shortcut="residual", skip_verification=False))
+def test_residual_bundle_is_verified_and_runs(residual):
+    result = residual
     assert result.report.checks
     assert all(check.passed for check in result.report.checks)
     shortcut, _ = load(result.bundle / SHORTCUT)
@@ -57,12 +73,10 @@ def test_residual_bundle_is_verified_and_runs(options, tmp_path):
     assert "gates" in shown.stdout
 
 
-def test_the_same_build_twice_gives_the_same_shortcut(options, tmp_path):
-    files = []
-    for name in ("one.ojfa", "two.ojfa"):
-        bundle = build(options(shortcut="residual", output=tmp_path / name)).bundle
-        files.append([(bundle / each).read_bytes() for each in (SHORTCUT, "graphs/exit_head.bin")])
-    assert files[0] == files[1]
+def test_the_same_build_gives_the_same_shortcut(residual, options):
+    bundle = build(options(shortcut="residual")).bundle
+    for name in (SHORTCUT, "graphs/exit_head.bin"):
+        assert (bundle / name).read_bytes() == (residual.bundle / name).read_bytes()
 
 
 def test_default_is_the_better_kind_as_measured(options):
@@ -95,9 +109,9 @@ def test_unknown_kind_is_refused(options):
         build(options(shortcut="jtc"))
 
 
-def test_exit_head_of_a_residual_shortcut_file(options, tmp_path):
+def test_exit_head_of_a_residual_shortcut_file(residual, options, tmp_path):
     """`calibrate` and `export` pass it on; the graph is the one that `build` writes."""
-    bundle = build(options(shortcut="residual")).bundle
+    bundle = residual.bundle
     plain = options()
     exported = BuildOptions(checkpoint=plain.checkpoint, output=tmp_path / "graphs",
                             calibration_data=plain.calibration_data, calibration_tokens=1024,
