@@ -16,13 +16,17 @@ from ojfa_export.heap import trim_heap
 LARGE_BYTES = 500_000_000
 
 
-def frugal(engines: Engines, spec: ModelSpec) -> Engines:
-    """The engines, keeping one block or head loaded at a time where the model is large."""
+def is_large(spec: ModelSpec) -> bool:
+    """Whether a model's blocks and head take more than LARGE_BYTES in fp32."""
     attention = spec.hidden_size * spec.head_dim * 2 * (spec.heads + spec.kv_heads)
     mlp = spec.hidden_size * spec.intermediate_size * (3 if spec.gated else 2)
     head = spec.hidden_size * spec.vocab_size
-    large = 4 * (spec.blocks * (attention + mlp) + head) > LARGE_BYTES
-    return FrugalEngines(engines) if large else engines
+    return 4 * (spec.blocks * (attention + mlp) + head) > LARGE_BYTES
+
+
+def frugal(engines: Engines, spec: ModelSpec) -> Engines:
+    """The engines, keeping one block or head loaded at a time where the model is large."""
+    return FrugalEngines(engines) if is_large(spec) else engines
 
 
 class FrugalEngines:

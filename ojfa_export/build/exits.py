@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from ojfa_export.backends.frugal import LARGE_BYTES
+from ojfa_export.backends.frugal import LARGE_BYTES, is_large
 from ojfa_export.build.inputs import Inputs
 from ojfa_export.build.stages import open_engines
 from ojfa_export.build.work import Work
@@ -13,7 +15,7 @@ from ojfa_export.bundle.names import STATISTICS
 from ojfa_export.guarantee import ExitStatistics, Promise, certify, load_statistics, save_statistics
 from ojfa_export.guarantee.collect import collect_statistics
 from ojfa_export.heap import trim_heap
-from ojfa_export.measure.costs import block_bytes, measure_costs
+from ojfa_export.measure.costs import measure_costs
 from ojfa_export.planner.plan import plan_default
 from ojfa_export.progress import Progress
 from ojfa_export.runtime.default import Default
@@ -74,10 +76,14 @@ def collect(inputs: Inputs, work: Work, progress: Progress) -> None:
 def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
     """Times steps on this machine, certifies the promise that was asked, and plans the default.
 
-    What was decided is kept in the scratch directory for the manifest.
+    What was decided is kept in the scratch directory for the manifest. Timing takes both heads and
+    some blocks at once: of a large model that is more than a build may take, and is done only
+    where a promise needs it. Such a model's default is full depth; `plan` tells more.
     """
-    spec = inputs.checkpoint.spec
-    large = spec.blocks * block_bytes(spec) > LARGE_BYTES
+    spec, limits = inputs.checkpoint.spec, inputs.settings.limits
+    large = is_large(spec)
+    if large and limits is None:
+        return
     costs = measure_costs(
         spec,
         open_engines(inputs, work),
@@ -87,8 +93,9 @@ def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
         progress=progress,
         most_bytes=TIMED_BYTES if large else LARGE_BYTES,
     )
+    gc.collect()  # what was timed refers to itself
     trim_heap()
-    splits, limits = load_statistics(work.bundle / STATISTICS), inputs.settings.limits
+    splits = load_statistics(work.bundle / STATISTICS)
     promise = None
     if limits is not None:
         of_policies = costs.of_policies()
