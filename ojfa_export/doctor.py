@@ -39,6 +39,7 @@ INSTALL = {
     "run": "pip install ojfa-export",
     "build": "pip install 'ojfa-export[build]'",
     "verify": "pip install 'ojfa-export[verify]'",
+    "gpu": "pip install 'ojfa-export[gpu]'",
 }
 
 # y = x + x for one float, so that a session can be tried without the onnx package. Made with
@@ -135,7 +136,7 @@ def diagnose() -> Diagnosis:
             for part, packages in PACKAGES.items()
             for name, minimum in packages.items()
         ],
-        backends=[try_onnxruntime(), *_gpu_backends()],
+        backends=[try_onnxruntime(), try_tensorrt()],
     )
 
 
@@ -195,9 +196,18 @@ def look_at_machine() -> Machine:
     )
 
 
-def _gpu_backends() -> list[BackendState]:
-    detail = "not part of this release: GPU backends come later"
-    return [BackendState(name, False, detail, None) for name in ("cuda", "tensorrt")]
+def try_tensorrt() -> BackendState:
+    """Finds the GPU and TensorRT."""
+    name = "tensorrt"
+    try:
+        from ojfa_export import backends
+
+        versions = backends.load("tensorrt").versions()
+    except OjfaError as error:
+        missing = isinstance(error.__cause__, ImportError)
+        return BackendState(name, False, error.message, INSTALL["gpu"] if missing else error.hint)
+    detail = f"version {versions['tensorrt']} on {versions['gpu']}, {versions['driver']}"
+    return BackendState(name, True, detail, None)
 
 
 def _release(text: str) -> tuple[int, ...]:

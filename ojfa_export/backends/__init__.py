@@ -10,7 +10,10 @@ from ojfa_export.errors import BackendError, UsageError
 if TYPE_CHECKING:
     from ojfa_export.backends.backend import Backend
 
-PACKAGES = {"onnxruntime": "ojfa_export.backends.onnxruntime.backend"}
+PACKAGES = {
+    "onnxruntime": "ojfa_export.backends.onnxruntime.backend",
+    "tensorrt": "ojfa_export.backends.tensorrt.backend",
+}
 DEFAULT = "onnxruntime"
 
 

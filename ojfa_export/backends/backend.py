@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,31 +19,43 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 
+# Hidden states, [rows, tokens, H] or part of it: an array of NumPy's, or one in the memory of a
+# device with as much of its interface as a session uses (`Cache.arrays` makes them).
+Hidden = Any
+
+
 class Cache(Protocol):
     """The keys and values of one session's sequences, and the buffers of its decode steps.
 
     Made by `Engines.new_cache`; rows are positions, so that dropping tokens is a matter of the
     session's watermarks alone.
+
+    Attributes:
+        arrays: NumPy, or a namespace like it for hidden states elsewhere: `empty`, `stack`,
+            `concatenate`, `ascontiguousarray`.
     """
 
-    def embed(self, token_ids: Int32, starts: Sequence[int]) -> Float32:
+    arrays: Any
+
+    def embed(self, token_ids: Int32, starts: Sequence[int]) -> Hidden:
         """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
         ...
 
     def run_blocks(
         self,
         blocks: range,
-        hidden: Float32,
+        hidden: Hidden,
         rows: slice,
         starts: Sequence[int],
         *,
         long_context: bool,
-    ) -> Float32:
+    ) -> Hidden:
         """Runs consecutive blocks on new tokens, each appending its keys and values.
 
         Args:
             blocks: Which blocks, from 0.
-            hidden: [rows, tokens, H]; several rows only with one token each.
+            hidden: [rows, tokens, H], of NumPy or of `arrays`; several rows only with one token
+                each.
             rows: Which sequences.
             starts: Position of each sequence's first token here; cache rows from there on are
                 overwritten.
@@ -70,8 +82,8 @@ class Engines(Protocol):
         """Makes a cache for this many sequences of at most this many tokens."""
         ...
 
-    def logits(self, hidden: Float32, blocks_run: int) -> Float32:
-        """Applies a head to the output of so many blocks: [rows, H] to [rows, V].
+    def logits(self, hidden: Hidden, blocks_run: int) -> Float32:
+        """Applies a head to the output of so many blocks: [rows, H] to NumPy's [rows, V].
 
         After all blocks this is the model's own head, otherwise the exit head. An exit head with a
         gate for each exit has an input `blocks_run`, [rows] int32, beside `hidden`.
@@ -84,16 +96,33 @@ class Engines(Protocol):
 
 
 class Backend(Protocol):
-    """A backend: what a package in backends/ exports as BACKEND."""
+    """A backend: what a package in backends/ exports as BACKEND.
+
+    Attributes:
+        name: As in --backend.
+        suffix: Of the file that a graph's engine is opened by.
+    """
 
     name: str
+    suffix: str
 
     def versions(self) -> dict[str, str]:
         """What the engines depend on, recorded with them."""
         ...
 
+    def check(self, built_with: Mapping[str, str]) -> None:
+        """Says whether engines can be opened here, before any is.
+
+        Args:
+            built_with: What `versions` gave when they were built.
+
+        Raises:
+            BackendError: They were built for something else.
+        """
+        ...
+
     def build_engine(self, spec: ModelSpec, graph: Path, engine: Path) -> None:
-        """Builds the engine of one portable graph.
+        """Builds the engine of one portable graph; other files may come beside it.
 
         Raises:
             BackendError: The backend can't run this graph.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ojfa_export.backends.backend import Cache, Engines, Float32, Int32
+from ojfa_export.backends.backend import Cache, Engines, Float32, Hidden, Int32
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.heap import trim_heap
 
@@ -16,13 +16,17 @@ from ojfa_export.heap import trim_heap
 LARGE_BYTES = 500_000_000
 
 
-def frugal(engines: Engines, spec: ModelSpec) -> Engines:
-    """The engines, keeping one block or head loaded at a time where the model is large."""
+def is_large(spec: ModelSpec) -> bool:
+    """Whether a model's blocks and head take more than LARGE_BYTES in fp32."""
     attention = spec.hidden_size * spec.head_dim * 2 * (spec.heads + spec.kv_heads)
     mlp = spec.hidden_size * spec.intermediate_size * (3 if spec.gated else 2)
     head = spec.hidden_size * spec.vocab_size
-    large = 4 * (spec.blocks * (attention + mlp) + head) > LARGE_BYTES
-    return FrugalEngines(engines) if large else engines
+    return 4 * (spec.blocks * (attention + mlp) + head) > LARGE_BYTES
+
+
+def frugal(engines: Engines, spec: ModelSpec) -> Engines:
+    """The engines, keeping one block or head loaded at a time where the model is large."""
+    return FrugalEngines(engines) if is_large(spec) else engines
 
 
 class FrugalEngines:
@@ -38,7 +42,7 @@ class FrugalEngines:
         """Makes a cache for this many sequences of at most this many tokens."""
         return FrugalCache(self._engines.new_cache(batch_size, capacity))
 
-    def logits(self, hidden: Float32, blocks_run: int) -> Float32:
+    def logits(self, hidden: Hidden, blocks_run: int) -> Float32:
         """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
         logits = self._engines.logits(hidden, blocks_run)
         self._engines.unload_heads()
@@ -54,20 +58,21 @@ class FrugalCache:
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
+        self.arrays = cache.arrays
 
-    def embed(self, token_ids: Int32, starts: Sequence[int]) -> Float32:
+    def embed(self, token_ids: Int32, starts: Sequence[int]) -> Hidden:
         """See `Cache`."""
         return self._cache.embed(token_ids, starts)
 
     def run_blocks(
         self,
         blocks: range,
-        hidden: Float32,
+        hidden: Hidden,
         rows: slice,
         starts: Sequence[int],
         *,
         long_context: bool,
-    ) -> Float32:
+    ) -> Hidden:
         """See `Cache`."""
         for block in blocks:
             one = range(block, block + 1)

@@ -17,7 +17,7 @@ from ojfa_export.checkpoint.checkpoint import Checkpoint
 from ojfa_export.checkpoint.hub import resolve
 from ojfa_export.checkpoint.tokenizer import read_tokenizer
 from ojfa_export.errors import CheckpointError
-from ojfa_export.guarantee.windows import PromiseWindows, promise_windows
+from ojfa_export.guarantee.windows import PromiseWindows, planning_windows, promise_windows
 from ojfa_export.shortcut import rows_needed
 
 
@@ -46,11 +46,12 @@ class Inputs:
             self.settings.calibration_tokens,
             rows_needed(self.checkpoint.spec.hidden_size),
         )
-        self.promise_windows: PromiseWindows | None = None
-        if self.settings.limits is not None:
-            self.promise_windows = promise_windows(
-                self.texts, self.windows.rest, self.settings.limits
-            )
+        limits, rest = self.settings.limits, self.windows.rest
+        self.statistics_windows: PromiseWindows | None = (
+            planning_windows(self.texts, rest)
+            if limits is None
+            else promise_windows(self.texts, rest, limits)
+        )
         self._check_vocabulary()
         self.checkpoint.check_shapes()
         self.model_sha256 = self.checkpoint.sha256()

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ojfa_export.build import stages
+from ojfa_export.build import exits, stages
+from ojfa_export.build.exits import Decided
 from ojfa_export.build.inputs import Inputs
 from ojfa_export.build.options import BuildOptions
 from ojfa_export.build.work import StageRecord, Work, check_output
@@ -35,13 +36,18 @@ class BuildResult:
         bundle: Its directory.
         report: The calibration report, with the verification's checks.
         stages: What was done, and what it cost.
-        promise: What was asked and shown of `--exit auto`, if anything.
+        decided: What was asked and shown of `--exit auto`, and what is done where no way is named.
     """
 
     bundle: Path
     report: CalibrationReport
     stages: list[StageRecord]
-    promise: Promise | None
+    decided: Decided
+
+    @property
+    def promise(self) -> Promise | None:
+        """What was asked and shown of `--exit auto`, if anything."""
+        return self.decided.promise
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -56,17 +62,18 @@ class BuildResult:
             "reason": report.reason,
             "stages": [asdict(stage) for stage in self.stages],
             "checks": [check.model_dump() for check in report.checks],
-            "promise": self.promise and self.promise.model_dump(mode="json"),
+            **self.decided.model_dump(mode="json"),
             "report": str(self.bundle / REPORT / "report.html"),
         }
 
     def summary(self) -> str:
         """A few lines for people."""
-        report = self.report
+        report, default = self.report, self.decided.default
         verified = f"{len(report.checks)} checks passed" if report.checks else "not verified"
         return (
             f"{self.bundle}: {report.blocks} blocks, {report.shortcut}, {verified}\n"
             + (f"exit auto: {self.promise.reason}\n" if self.promise else "")
+            + (f"default: {default.reason}\n" if default else "")
             + f"report: {self.bundle / REPORT / 'report.html'}"
         )
 
@@ -81,10 +88,10 @@ def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
     inputs = Inputs(options)
     with Work(options.output, inputs.fingerprint()).open() as work:
         _make_parts(inputs, work, progress)
-        report, promise = _verify(inputs, work, progress)
+        report, decided = _verify(inputs, work, progress)
         check_output(options.output, options.overwrite)  # it may have come to be meanwhile
         work.publish()
-    return BuildResult(options.output, report, work.records, promise)
+    return BuildResult(options.output, report, work.records, decided)
 
 
 def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
@@ -109,29 +116,30 @@ def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
             stages.save_report(report, work.scratch / "report.json")
             for path in work.scratch.glob("*.f32"):
                 path.unlink()
-    if settings.limits is not None:
-        with work.stage("promise") as needed:
+    if inputs.statistics_windows is not None:
+        with work.stage("statistics") as needed:
             if needed:
-                stages.make_promise(inputs, work, progress)
+                exits.collect(inputs, work, progress)
+        with work.stage("exits") as needed:
+            if needed:
+                exits.decide(inputs, work, progress)
 
 
-def _verify(
-    inputs: Inputs, work: Work, progress: Progress
-) -> tuple[CalibrationReport, Promise | None]:
+def _verify(inputs: Inputs, work: Work, progress: Progress) -> tuple[CalibrationReport, Decided]:
     """Compares with transformers, and finishes report and manifest."""
     kept = work.scratch / "report.json"
     checks: list[Check] = []
     with work.stage("verify"):
         golden = stages.find_golden(inputs, work)
-        report, promise = stages.load_report(kept, []), stages.load_promise(work)
+        report, decided = stages.load_report(kept, []), exits.load_decided(work)
         if not inputs.options.skip_verification:
-            stages.write_manifest(work.bundle, inputs, report, golden, promise)
+            stages.write_manifest(work.bundle, inputs, report, golden, decided)
             checks = _compare(inputs, work.bundle, progress)
             report = stages.load_report(kept, checks)
         write_report(report, work.bundle / REPORT)
         (work.bundle / MANIFEST).unlink(missing_ok=True)
-        stages.write_manifest(work.bundle, inputs, report, golden, promise)
-    return report, promise
+        stages.write_manifest(work.bundle, inputs, report, golden, decided)
+    return report, decided
 
 
 def _compare(inputs: Inputs, bundle: Path, progress: Progress) -> list[Check]:
@@ -167,7 +175,7 @@ def plan(options: BuildOptions) -> dict[str, Any]:
     inputs = Inputs(options)
     spec, settings = inputs.checkpoint.spec, inputs.settings
     tokens = inputs.windows.fit.size + inputs.windows.held_out.size
-    promising = [] if inputs.promise_windows is None else ["promise"]
+    deciding = [] if inputs.statistics_windows is None else ["statistics", "exits"]
     stored = sum(path.stat().st_size for path in inputs.checkpoint.weight_files)
     return {
         "checkpoint": inputs.name,
@@ -178,7 +186,7 @@ def plan(options: BuildOptions) -> dict[str, Any]:
             "limits": settings.limits and settings.limits.model_dump(),
             "calibration_data": [str(path) for path in settings.calibration_data],
         },
-        "stages": ["export", "engines", "calibrate", *promising, "verify"],
+        "stages": ["export", "engines", "calibrate", *deciding, "verify"],
         "graphs": graph_names(spec.blocks),
         "checkpoint_bytes": stored,
         "calibration_tokens": tokens,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 from tokenizers import Tokenizer
 
-from ojfa_export.backends.backend import Backend, Float32
+from ojfa_export.backends.backend import Backend, Engines, Float32
 from ojfa_export.backends.frugal import frugal
 from ojfa_export.build.describe import describe_files, describe_graphs, describe_rotary
 from ojfa_export.build.golden import make_golden
@@ -36,7 +36,6 @@ from ojfa_export.bundle.names import (
     GRAPHS,
     MANIFEST,
     SHORTCUT,
-    STATISTICS,
     TOKENIZER,
     block_name,
     graph_names,
@@ -48,17 +47,12 @@ from ojfa_export.families.spec import ModelSpec
 from ojfa_export.graphs.export import Exporter
 from ojfa_export.graphs.graph import OPSET
 from ojfa_export.graphs.weights import references
-from ojfa_export.guarantee import Costs, ExitStatistics, Promise, certify, save_statistics
-from ojfa_export.guarantee.collect import collect_statistics
 from ojfa_export.progress import Progress
 from ojfa_export.report.model import CalibrationReport, Check, ExitReport
-from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.shortcut import ExitQuality, FinalNorm, LanguageHead, load, save
 
-# Of the tokens that a promise is measured on: the same in every build.
-SAMPLING_SEED = 0
-# What `--exit auto` means where no early exit keeps the promise.
-FULL_DEPTH = ExitPolicy(exits=(), measure="top", thresholds=())
+if TYPE_CHECKING:
+    from ojfa_export.build.exits import Decided
 
 
 def export(exporter: Exporter, progress: Progress) -> None:
@@ -82,14 +76,22 @@ def build_engines(
     directory.mkdir(parents=True, exist_ok=True)
     with progress.task(f"building {backend.name} engines", len(names), "engines") as task:
         for name in names:
-            file = f"{name}.onnx"
-            backend.build_engine(spec, bundle / GRAPHS / file, directory / file)
+            engine = directory / f"{name}{backend.suffix}"
+            backend.build_engine(spec, bundle / GRAPHS / f"{name}.onnx", engine)
             task.advance()
 
 
 def engine_files(bundle: Path, backend: Backend, names: list[str]) -> dict[str, Path]:
     """Engine files by graph name."""
-    return {name: bundle / ENGINES / backend.name / f"{name}.onnx" for name in names}
+    directory = bundle / ENGINES / backend.name
+    return {name: directory / f"{name}{backend.suffix}" for name in names}
+
+
+def open_engines(inputs: Inputs, work: Work) -> Engines:
+    """Opens the engines that ship, exit head included."""
+    spec, bundle = inputs.checkpoint.spec, work.bundle
+    files = engine_files(bundle, inputs.backend, graph_names(spec.blocks))
+    return inputs.backend.open_engines(spec, bundle / GRAPHS, files, rotary_tables(bundle))
 
 
 def rotary_tables(bundle: Path) -> tuple[Float32, Float32] | None:
@@ -155,61 +157,6 @@ def run_calibration(inputs: Inputs, work: Work, progress: Progress) -> Calibrate
     return calibrated
 
 
-def make_promise(inputs: Inputs, work: Work, progress: Progress) -> None:
-    """Certifies when tokens may leave early, and writes statistics.npz.
-
-    The promise is kept in the scratch directory for the manifest.
-    """
-    windows, limits = inputs.promise_windows, inputs.settings.limits
-    if windows is None or limits is None:
-        return
-    spec, backend, bundle = inputs.checkpoint.spec, inputs.backend, work.bundle
-    files, rotary = engine_files(bundle, backend, graph_names(spec.blocks)), rotary_tables(bundle)
-    pairs = [np.concatenate(p) for p in zip(windows.tuning, windows.certification, strict=True)]
-    statistics = collect_statistics(
-        spec,
-        lambda: backend.open_engines(spec, bundle / GRAPHS, files, rotary),
-        windows.domains,
-        pairs,
-        work.scratch,
-        progress,
-        np.random.default_rng(SAMPLING_SEED),
-    )
-    tuned = np.concatenate(
-        [
-            np.arange(len(pair)) < len(tuning)
-            for pair, tuning in zip(pairs, windows.tuning, strict=True)
-        ]
-    )
-    splits: dict[str, ExitStatistics] = {
-        "tuning": statistics.select(np.flatnonzero(tuned)),
-        "certification": statistics.select(np.flatnonzero(~tuned)),
-    }
-    promise = certify(splits["tuning"], splits["certification"], limits, token_costs(bundle, spec))
-    save_statistics(bundle / STATISTICS, splits)
-    (work.scratch / "promise.json").write_text(promise.model_dump_json(), encoding="utf-8")
-
-
-def load_promise(work: Work) -> Promise | None:
-    """The promise that `make_promise` kept, if there is one."""
-    path = work.scratch / "promise.json"
-    if not path.exists():
-        return None
-    return Promise.model_validate_json(path.read_text(encoding="utf-8"))
-
-
-def token_costs(bundle: Path, spec: ModelSpec) -> Costs:
-    """Costs by the bytes of weights read, which bound decoding."""
-
-    def read(name: str) -> float:
-        model = onnx.load(bundle / GRAPHS / f"{name}.onnx", load_external_data=False)
-        refs = references(model).values()
-        return float(sum(math.prod(ref.dims) for ref in refs))
-
-    blocks = [read(block_name(index)) for index in range(spec.blocks)]
-    return Costs(block=sum(blocks) / len(blocks), check=read("exit_head"), final=read("final_head"))
-
-
 def make_report(inputs: Inputs, calibrated: Calibrated) -> CalibrationReport:
     """The report of a calibration."""
     spec, shortcut = inputs.checkpoint.spec, calibrated.shortcut
@@ -242,13 +189,7 @@ def make_report(inputs: Inputs, calibrated: Calibrated) -> CalibrationReport:
 
 def find_golden(inputs: Inputs, work: Work) -> tuple[Golden, ...]:
     """Tokens that the finished engines must reproduce."""
-    spec, backend = inputs.checkpoint.spec, inputs.backend
-    engines = backend.open_engines(
-        spec,
-        work.bundle / GRAPHS,
-        engine_files(work.bundle, backend, graph_names(spec.blocks)),
-        rotary_tables(work.bundle),
-    )
+    spec, engines = inputs.checkpoint.spec, open_engines(inputs, work)
     return make_golden(
         spec, frugal(engines, spec), inputs.windows.held_out, inputs.settings.max_cache_length
     )
@@ -259,7 +200,7 @@ def write_manifest(
     inputs: Inputs,
     report: CalibrationReport,
     golden: tuple[Golden, ...],
-    promise: Promise | None,
+    decided: Decided,
 ) -> Manifest:
     """Writes the manifest over everything that is in the bundle."""
     checkpoint, settings, spec = inputs.checkpoint, inputs.settings, inputs.checkpoint.spec
@@ -298,8 +239,9 @@ def write_manifest(
             tokens_held_out=report.tokens_held_out,
         ),
         golden=golden,
-        auto=(promise.policy or FULL_DEPTH) if promise else None,
-        promise=promise,
+        auto=decided.auto,
+        promise=decided.promise,
+        default=decided.default,
         files=describe_files(bundle),
         built=Built(
             time=datetime.now(timezone.utc), host=platform.node(), versions=tool_versions()

@@ -25,6 +25,7 @@ from ojfa_export.bundle.names import MANIFEST
 from ojfa_export.errors import BundleError, UsageError
 from ojfa_export.families.spec import ModelSpec, Precision
 from ojfa_export.guarantee.promise import Promise
+from ojfa_export.runtime.default import Default
 from ojfa_export.runtime.policy import ExitPolicy
 
 FORMAT = "ojfa-bundle"
@@ -165,8 +166,9 @@ class Golden(_Part):
 class Built(_Part):
     """Provenance.
 
-    `time` and `host` are the only fields that differ between two equal builds, and with them the
-    manifest's own digest.
+    `time` and `host` differ between two equal builds, and so does what depends on how fast the
+    machine is: `Manifest.default` and, where a promise was asked, `auto` and `promise`. With them
+    the manifest's own digest. Nothing else does.
     """
 
     time: datetime
@@ -180,6 +182,7 @@ class Manifest(_Part):
     Attributes:
         auto: When tokens leave early under `--exit auto`; None where the build chose nothing.
         promise: What `auto` was shown to keep; None where nothing was asked.
+        default: What happens where a user names no way of decoding; None is full depth.
     """
 
     format: Literal["ojfa-bundle"] = "ojfa-bundle"
@@ -196,13 +199,20 @@ class Manifest(_Part):
     golden: tuple[Golden, ...]
     auto: ExitPolicy | None = None
     promise: Promise | None = None
+    default: Default | None = None
     files: dict[str, FileEntry]
     built: Built
 
     @model_validator(mode="after")
-    def _auto_fits(self) -> Manifest:
+    def _exits_fit(self) -> Manifest:
+        blocks = self.model.spec.blocks
         if self.auto is not None:
-            self.auto.check_fits(self.model.spec.blocks)
+            self.auto.check_fits(blocks)
+        if self.default is not None:
+            if self.default.exit == "auto" and self.auto is None:
+                raise ValueError("the default is auto, which the bundle doesn't have")
+            if self.default.speculation is not None:
+                self.default.speculation.resolve_exit(blocks)
         return self
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ COMMANDS = (
     "export",
     "verify",
     "run",
+    "plan",
     "monitor",
     "bench",
     "inspect",

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console, readable_bytes
-from ojfa_export.cli.exit_option import METAVAR, parse_exit
+from ojfa_export.cli.exit_option import METAVAR_WITH_AUTO, parse_exit_or_auto
+from ojfa_export.errors import UsageError
 
 if TYPE_CHECKING:
     from ojfa_export.measure.bench import BenchResult
-    from ojfa_export.runtime.session import Exit
+    from ojfa_export.measure.reading import ReadingResult
+    from ojfa_export.runtime.model import ExitChoice
+
+# Steps of an exit, and tokens of a text, where none are asked for: exits per token and drafts
+# take other times on other tokens.
+ITERATIONS, TEXT_TOKENS = 50, 1024
 
 
 @define("bench")
@@ -22,10 +29,24 @@ if TYPE_CHECKING:
 @click.option(
     "--exit",
     "exits",
-    type=parse_exit,
-    metavar=METAVAR,
+    type=parse_exit_or_auto,
+    metavar=METAVAR_WITH_AUTO,
     multiple=True,
-    help="Exit to measure; repeatable.  [default: every exit]",
+    help="Exit to measure; repeatable. 'auto' needs --text.  [default: every exit]",
+)
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Measure milliseconds per token while reading this text: exits that decide for each "
+    "token, and speculation, too.",
+)
+@click.option("--speculate", is_flag=True, help="Measure speculation; needs --text.")
+@click.option(
+    "--draft-exit", type=click.IntRange(min=1), metavar="N", help="Blocks that draft [half]."
+)
+@click.option(
+    "--draft-length", type=click.IntRange(min=1), metavar="N", help="Tokens per draft [adapted]."
 )
 @click.option(
     "--prompt-length",
@@ -38,7 +59,10 @@ if TYPE_CHECKING:
     "--warmup", type=click.IntRange(min=0), metavar="N", default=10, help="Steps not counted."
 )
 @click.option(
-    "--iterations", type=click.IntRange(min=1), metavar="N", default=50, help="Steps counted."
+    "--iterations",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"Steps counted, tokens of a text.  [default: {ITERATIONS}, of a text {TEXT_TOKENS}]",
 )
 @click.option(
     "-o",
@@ -50,42 +74,101 @@ if TYPE_CHECKING:
 def command(
     console: Console,
     bundle: Path,
-    exits: tuple[Exit, ...],
+    exits: tuple[ExitChoice, ...],
+    text: Path | None,
+    speculate: bool,
+    draft_exit: int | None,
+    draft_length: int | None,
     prompt_length: int,
     warmup: int,
-    iterations: int,
+    iterations: int | None,
     output: Path | None,
 ) -> None:
     """Measure the latency of BUNDLE at every exit, on this machine.
 
     The number of threads is set by OJFA_THREADS.
     """
-    from ojfa_export.measure.bench import bench_bundle
-    from ojfa_export.shortcut.atomic import check_writable, write_atomically
+    if not speculate and (draft_exit, draft_length) != (None, None):
+        raise UsageError(
+            "--draft-exit and --draft-length are settings of speculation", hint="add --speculate"
+        )
+    from ojfa_export.shortcut.atomic import check_writable
 
     if output is not None:
         check_writable(output)
-    result = bench_bundle(bundle, exits, prompt_length, warmup, iterations, console.progress())
-    document = result.to_json()
+    if text is not None:
+        from ojfa_export.measure.reading import read_bundle
+        from ojfa_export.runtime.speculation import Speculation
+
+        speculation = Speculation(draft_exit, draft_length) if speculate else None
+        reading = read_bundle(
+            bundle, text, exits, speculation, prompt_length, iterations or TEXT_TOKENS,
+            console.progress(),
+        )  # fmt: skip
+        _emit(console, reading.to_json(), output, lambda: _show_reading(console, reading))
+    else:
+        fixed = [exit for exit in exits if exit == "full" or isinstance(exit, int)]
+        if speculate or len(fixed) < len(exits):
+            raise UsageError(
+                "exits that decide for each token, and speculation, are measured on a text",
+                hint="add --text FILE",
+            )
+        from ojfa_export.measure.bench import bench_bundle
+
+        result = bench_bundle(
+            bundle, fixed, prompt_length, warmup, iterations or ITERATIONS, console.progress()
+        )
+        _emit(console, result.to_json(), output, lambda: _show(console, result))
+
+
+def _emit(
+    console: Console, document: dict[str, Any], output: Path | None, show: Callable[[], None]
+) -> None:
+    from ojfa_export.shortcut.atomic import write_atomically
+
     if output is not None:
         write_atomically(output, (json.dumps(document, indent=2) + "\n").encode())
     if console.json:
         console.emit(document)
-        return
-    _show(console, result)
+    else:
+        show()
+
+
+def _show_reading(console: Console, result: ReadingResult) -> None:
+    _show_machine(console, result.machine, {"read": f"{result.tokens:,} tokens, each way"})
+    full = result.ways["full"].ms_per_token
+    console.table(
+        ("way", "ms/token", "of full", "agrees", "blocks/token", "tokens/pass"),
+        [
+            (
+                name,
+                f"{way.ms_per_token:.3f}",
+                f"{100 * way.ms_per_token / full:.0f}%",
+                f"{100 * way.agreement:.1f}%",
+                f"{way.blocks:.1f}",
+                f"{way.tokens_per_pass:.2f}",
+            )
+            for name, way in result.ways.items()
+        ],
+    )
+
+
+def _show_machine(console: Console, machine: dict[str, Any], facts: dict[str, str]) -> None:
+    about = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    console.facts({"CPU": about, **facts})
+    console.print()
 
 
 def _show(console: Console, result: BenchResult) -> None:
-    machine = result.machine
-    console.facts(
+    bandwidth = readable_bytes(result.machine["bandwidth_bytes_per_second"])
+    _show_machine(
+        console,
+        result.machine,
         {
-            "CPU": f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads",
-            "read bandwidth": readable_bytes(machine["bandwidth_bytes_per_second"])
-            + "/s, measured",
+            "read bandwidth": f"{bandwidth}/s, measured",
             "prompt": f"{result.settings.prompt_length} tokens",
-        }
+        },
     )
-    console.print()
     console.table(
         ("exit", "decode ms", "p95", "tokens/s", "prefill ms", "p95", "tokens/s", "reads",
          "of bandwidth"),

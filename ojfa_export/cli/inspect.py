@@ -151,6 +151,7 @@ def _show_origin(console: Console, manifest: Manifest) -> None:
             "tokens": f"{calibration.tokens_fit:,} to fit on, "
             f"{calibration.tokens_held_out:,} held out",
             "exit auto": manifest.promise.reason if manifest.promise else "",
+            "default": manifest.default.reason if manifest.default else "full depth: not planned",
         },
     )
     _section(

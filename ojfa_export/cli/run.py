@@ -17,7 +17,7 @@ from ojfa_export.errors import UsageError
 
 if TYPE_CHECKING:
     from ojfa_export.runtime.generation import Generation, Token
-    from ojfa_export.runtime.model import ExitChoice
+    from ojfa_export.runtime.model import ExitChoice, Model
     from ojfa_export.runtime.monitor import Monitor
 
 STDIN = "-"
@@ -40,8 +40,8 @@ STDIN = "-"
     "depth",
     type=parse_exit_or_auto,
     metavar=METAVAR_WITH_AUTO,
-    default="full",
-    help="Blocks to run; 'auto' decides for each token by the bundle's policy.",
+    help="Blocks to run; 'auto' decides for each token by the bundle's policy.  [default: what the "
+    "build planned; 'inspect' shows it]",
 )
 @click.option(
     "--speculate",
@@ -80,7 +80,7 @@ def command(
     console: Console,
     bundle: Path,
     prompts: tuple[str, ...],
-    depth: ExitChoice,
+    depth: ExitChoice | None,
     speculate: bool,
     draft_exit: int | None,
     draft_length: int | None,
@@ -109,6 +109,8 @@ def command(
     if shadow_share is not None:
         monitor = settings["monitor"] = ojfa_export.Monitor(shadow_share, seed=settings["seed"])
     model = ojfa_export.load(bundle, backend=backend)
+    if depth is None:
+        depth = "full" if speculate else _take_default(console, model, len(texts), settings)
     encoded = [model.encode(text) for text in texts]
     tokens = _Interruptible(model.stream(texts, exit=depth, **settings), _printer(console, texts))
     generation = collect(encoded, tokens)
@@ -118,11 +120,24 @@ def command(
             console.emit(_document(generation, texts, depth) | shadow)
     else:
         _show(console, generation, texts)
-        console.note(_summary(generation, depth, speculate))
+        console.note(_summary(generation, depth, bool(settings.get("speculate"))))
         if monitor is not None and not tokens.interrupted:
             console.note(_shadow_summary(monitor))
     if tokens.interrupted:
         raise KeyboardInterrupt
+
+
+def _take_default(
+    console: Console, model: Model, prompts: int, settings: dict[str, Any]
+) -> ExitChoice:
+    """What the build planned: the exit, and into the settings how to draft."""
+    default = model.default(prompts, settings["temperature"])
+    if default is None:
+        return "full"
+    if default.exit != "full" or default.speculation is not None:
+        console.note(f"default: {default.reason} (--exit full overrides)")
+    settings["speculate"] = default.speculation or False
+    return default.exit
 
 
 def _read_prompts(prompts: tuple[str, ...]) -> list[str]:

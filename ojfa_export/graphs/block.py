@@ -34,6 +34,27 @@ def block_graph(
     dialect.attention_inputs(graph)
     normed = dialect.to_compute(graph, dialect.norm(graph, hidden, weights, "attention.norm"))
     mixed = dialect.attention(graph, dialect.linear(graph, normed, weights, "attention.qkv"), index)
+    result = after_attention(graph, hidden, mixed, weights, dialect)
+    graph.output(result, "hidden_out", FLOAT, "batch", "tokens", spec.hidden_size)
+    return graph.model()
+
+
+def after_attention(
+    graph: Graph, hidden: str, mixed: str, weights: Weights, dialect: Portable
+) -> str:
+    """Output projection, residual, norm, MLP, residual.
+
+    Args:
+        graph: The block's graph.
+        hidden: The block's input, fp32.
+        mixed: What attention gave, in compute precision.
+        weights: The block's weights.
+        dialect: The operators to write it in.
+
+    Returns:
+        The block's output, fp32.
+    """
+    spec = dialect.spec
     out = dialect.linear(graph, mixed, weights, "attention.out")
     attended, normed = dialect.add_and_norm(graph, hidden, out, weights, "mlp.norm")
     up = dialect.linear(graph, dialect.to_compute(graph, normed), weights, "mlp.up")
@@ -44,6 +65,4 @@ def block_graph(
     else:
         inner = dialect.activation(graph, up, spec.activation)
     down = dialect.linear(graph, dialect.to_compute(graph, inner), weights, "mlp.down")
-    result = graph.op("Add", attended, down)
-    graph.output(result, "hidden_out", FLOAT, "batch", "tokens", spec.hidden_size)
-    return graph.model()
+    return str(graph.op("Add", attended, down))

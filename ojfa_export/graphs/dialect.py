@@ -35,6 +35,10 @@ class Portable:
         self.spec = spec
         self.compute = FLOAT16 if precision == "fp16" else FLOAT
 
+    def graph(self, name: str, description: str) -> Graph:
+        """A new graph, whose weights are where this dialect wants them."""
+        return Graph(name, description)
+
     def to_compute(self, graph: Graph, value: str) -> str:
         """fp32 to the precision of matrix products."""
         return value if self.compute == FLOAT else graph.cast(value, self.compute)

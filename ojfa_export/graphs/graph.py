@@ -49,6 +49,10 @@ class Graph:
         self._inputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
 
+    def has_input(self, name: str) -> bool:
+        """Whether an input of this name was declared."""
+        return any(each.name == name for each in self._inputs)
+
     def output(self, value: str, name: str, dtype: int, *shape: Dim) -> str:
         """Declares a node's result as an output; it is called by this name from here on."""
         for node in self._nodes:

@@ -7,7 +7,7 @@ import onnx
 
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.graphs.dialect import Portable, Weights
-from ojfa_export.graphs.graph import FLOAT, INT32, Graph
+from ojfa_export.graphs.graph import FLOAT, INT32
 
 
 def final_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.ModelProto:
@@ -18,7 +18,7 @@ def final_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> on
         weights: `final_norm.weight` (and `.bias`), `head` [V, H].
         dialect: The operators to write it in.
     """
-    graph = Graph("final_head", "The last block's output to logits: final norm and LM head")
+    graph = dialect.graph("final_head", "The last block's output to logits: final norm and LM head")
     hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
     normed = dialect.to_compute(graph, dialect.norm(graph, hidden, weights, "final_norm"))
     logits = dialect.vocabulary(graph, normed, "head", weights["head"])
@@ -35,7 +35,9 @@ def exit_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onn
             models `vocabulary.bias` [V].
         dialect: The operators to write it in.
     """
-    graph = Graph("exit_head", "Any block's output to logits: shortcut, final norm and LM head")
+    graph = dialect.graph(
+        "exit_head", "Any block's output to logits: shortcut, final norm and LM head"
+    )
     hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
     projected = graph.op("MatMul", hidden, graph.weight("project", weights["project"]))
     projected = graph.op("Add", projected, graph.weight("project.bias", weights["project.bias"]))
@@ -59,7 +61,9 @@ def residual_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) ->
             those of the final head.
         dialect: The operators to write it in.
     """
-    graph = Graph("exit_head", "Any block's output to logits: shortcut, final norm and LM head")
+    graph = dialect.graph(
+        "exit_head", "Any block's output to logits: shortcut, final norm and LM head"
+    )
     hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
     blocks_run = graph.input("blocks_run", INT32, "rows")
     projected = graph.op("MatMul", hidden, graph.weight("project", weights["project"]))

@@ -45,7 +45,10 @@ def certify(
         limits: What is promised.
         costs: Of a token; they decide what is worthwhile, not what is certified.
     """
-    path = choose_path(tuning, certification, limits, costs)
+    # What the certification split can't tell from the limits.
+    windows = min(len(rows) for rows in certification.members())
+    slack = -math.log1p(-limits.confidence) / windows
+    path = choose_path(tuning, limits, costs, slack)
     if path is None:
         reason = (
             "full depth: on the tuning text no exits save time within the limits "
@@ -57,34 +60,38 @@ def certify(
     if count == 0:
         reason = _too_little(candidates[0], certification, limits)
         return _promise(None, certification, limits, costs, [], reason)
-    return _promise(path, certification, limits, costs, candidates[:count], None)
+    promise = _promise(path, certification, limits, costs, candidates[:count], None)
+    if promise.relative_cost < 1:
+        return promise
+    # Full depth keeps every limit, whatever the certification split says of others.
+    reason = (
+        "full depth: the exits that could be shown to keep the limits "
+        f"({_describe(limits)}) save no time"
+    )
+    return _promise(None, certification, limits, costs, [], reason)
 
 
-def choose_path(
-    tuning: ExitStatistics, certification: ExitStatistics, limits: Limits, costs: Costs
-) -> Path | None:
+def choose_path(tuning: ExitStatistics, limits: Limits, costs: Costs, slack: float) -> Path | None:
     """The measure and the exits that are cheapest within the limits, on the tuning split.
 
-    Exits are added greedily. The limits are lowered by what the certification split can't tell
-    from them: about ln(1 / (1 - confidence)) / windows.
+    Exits are added greedily.
 
     Args:
         tuning: The split to choose on.
-        certification: Only its number of windows is looked at.
         limits: What is promised.
         costs: Of a token.
+        slack: To stay below the limits by: about ln(1 / (1 - confidence)) / windows is what
+            certification needs.
 
     Returns:
         None where full depth is the cheapest.
     """
-    windows = min(len(rows) for rows in certification.members())
-    slack = -math.log1p(-limits.confidence) / windows
     targets = [max(0.0, limit - slack) for limit in limits.shares()]
     best_path: Path | None = None
-    best = costs.block * tuning.blocks + costs.final
+    best = costs.full
     for everything in paths(tuning):
         chosen: tuple[int, ...] = ()
-        cheapest = costs.block * tuning.blocks + costs.final
+        cheapest = costs.full
         while len(chosen) < len(everything.exits):
             options = [
                 tuple(sorted((*chosen, depth))) for depth in everything.exits if depth not in chosen
@@ -101,26 +108,32 @@ def choose_path(
     return best_path
 
 
-def _price(
+def most_eager(
     path: Path, tuning: ExitStatistics, limits: Limits, targets: list[float], costs: Costs
-) -> float:
-    """A token's cost at the most eager step that keeps the targets, found by bisection."""
+) -> int | None:
+    """The most eager step that keeps the targets in every domain, found by bisection."""
     members = tuning.members()
-    price = costs.block * tuning.blocks + costs.final
     low, high = -1, EAGERNESS.size
     while high - low > 1:
         step = (low + high) // 2
-        outcome = path.apply(step, tuning, costs, limits.surprisal_clip)
+        risks = _risks(path.apply(step, tuning, costs, limits.surprisal_clip), limits)
         kept = all(
             risk[rows].mean() <= target
-            for risk, target in zip(_risks(outcome, limits), targets, strict=True)
+            for risk, target in zip(risks, targets, strict=True)
             for rows in members
         )
-        if kept:
-            low, price = step, float(outcome.cost.mean())
-        else:
-            high = step
-    return price
+        low, high = (step, high) if kept else (low, step)
+    return None if low < 0 else low
+
+
+def _price(
+    path: Path, tuning: ExitStatistics, limits: Limits, targets: list[float], costs: Costs
+) -> float:
+    """A token's cost at the most eager step that keeps the targets."""
+    step = most_eager(path, tuning, limits, targets, costs)
+    if step is None:
+        return costs.full
+    return float(path.apply(step, tuning, costs, limits.surprisal_clip).cost.mean())
 
 
 def _candidates(
@@ -169,7 +182,6 @@ def _promise(
     certified: Sequence[Candidate],
     reason: str | None,
 ) -> Promise:
-    full = costs.block * certification.blocks + costs.final
     members = certification.members()
     outcome, policy = None, None
     if path is not None:
@@ -192,7 +204,7 @@ def _promise(
                 p_value=None if outcome is None else certified[-1].p_values[index],
             )
         )
-    relative = 1.0 if outcome is None else float(outcome.cost.mean()) / full
+    relative = 1.0 if outcome is None else float(outcome.cost.mean()) / costs.full
     return Promise(
         limits=limits,
         policy=policy,

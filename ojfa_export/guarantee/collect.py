@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.backends.backend import Engines, Float32, Int32
+from ojfa_export.backends.backend import Cache, Engines, Float32, Int32
 from ojfa_export.errors import CalibrationError
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.guarantee.confidence import MEASURES, confidences, round_down, round_up
@@ -19,6 +19,8 @@ from ojfa_export.progress import Progress
 # Sampled from each window. Its mean is as good a loss as the mean over all tokens: of the same
 # expectation, in [0, 1], and little more varied, since windows differ more than this rounds.
 TOKENS_PER_WINDOW = 64
+# Neighbours among them: how often an exit agrees several times running is what drafting needs.
+RUN = 8
 
 
 def collect_statistics(
@@ -50,35 +52,32 @@ def collect_statistics(
     """
     text = np.concatenate(windows)
     count, length = text.shape
-    sampled = min(TOKENS_PER_WINDOW, length)
-    places = np.sort(rng.permuted(np.tile(np.arange(length), (count, 1)), axis=1)[:, :sampled])
-    levels = spec.blocks - 1
+    places, run = sample_places(rng, count, length)
+    sampled, levels = places.shape[1], spec.blocks - 1
     confidence = np.empty((len(MEASURES), count, sampled, levels), np.float16)
     tokens = np.empty((count, sampled, levels), np.int64)
+    agrees = np.empty(tokens.shape, np.bool_)
+    extra = np.empty(tokens.shape, np.float16)
     path = scratch / "promise.f32"
     with path.open("wb") as file:  # a full disk is an error here, and a crash in a map without room
         os.posix_fallocate(file.fileno(), 0, 4 * count * length * spec.hidden_size)
     states = np.memmap(path, np.float32, "r+", 0, (count, length, spec.hidden_size))
-    with progress.task("promising: running text", spec.blocks + 1, "blocks") as task:
-        for depth in range(spec.blocks):
+    with progress.task("running text through every exit", spec.blocks + 1, "blocks") as task:
+        for depth in range(spec.blocks + 1):
             engines = open_engines()
+            cache = engines.new_cache(1, length)
             for index in range(count):
-                states[index] = _deepen(engines, text[index], states[index], depth)
+                states[index] = _deepen(cache, text[index], states[index], depth)
+                if depth == 0:
+                    continue
+                hidden = states[index][places[index]]
+                logits = _logits(engines, hidden, depth, spec.blocks)
+                if depth < spec.blocks:
+                    tokens[index, :, depth - 1] = logits.argmax(axis=1)
+                    confidence[:, index, :, depth - 1] = round_down(confidences(logits))
+                else:
+                    agrees[index], extra[index] = compare(logits, tokens[index])
             task.advance()
-            if depth == 0:
-                continue
-            for index in range(count):
-                logits = _logits(engines, states[index][places[index]], depth, spec.blocks)
-                tokens[index, :, depth - 1] = logits.argmax(axis=1)
-                confidence[:, index, :, depth - 1] = round_down(confidences(logits))
-        agrees = np.empty(tokens.shape, np.bool_)
-        extra = np.empty(tokens.shape, np.float16)
-        engines = open_engines()
-        for index in range(count):
-            hidden = _run(engines, spec.blocks - 1, states[index])[places[index]]
-            logits = _logits(engines, hidden, spec.blocks, spec.blocks)
-            agrees[index], extra[index] = compare(logits, tokens[index])
-        task.advance()
     del states
     path.unlink()
     return ExitStatistics(
@@ -89,7 +88,31 @@ def collect_statistics(
         confidence=confidence,
         agrees=agrees,
         extra_surprisal=extra,
+        run=run,
     )
+
+
+def sample_places(
+    rng: np.random.Generator, count: int, length: int
+) -> tuple[NDArray[np.int64], int]:
+    """Positions to look at in each window, every position as likely as any other.
+
+    Args:
+        rng: Random numbers.
+        count: Windows.
+        length: Tokens of a window.
+
+    Returns:
+        [count, sampled] positions in runs of neighbours, and the length of a run. A window's
+        runs begin at a random position and go round its end.
+    """
+    if length <= TOKENS_PER_WINDOW:
+        return np.tile(np.arange(length), (count, 1)), length
+    runs = np.tile(np.arange(length // RUN), (count, 1))
+    chosen = np.sort(rng.permuted(runs, axis=1)[:, : TOKENS_PER_WINDOW // RUN])
+    first = RUN * chosen + rng.integers(length, size=(count, 1))
+    places = (first[:, :, None] + np.arange(RUN)) % length
+    return places.reshape(count, -1), RUN
 
 
 def compare(
@@ -112,23 +135,14 @@ def compare(
     return tokens == choice[:, None], round_up(np.minimum(behind, np.float32(1000)))
 
 
-def _deepen(engines: Engines, text: Int32, hidden: Float32, depth: int) -> Float32:
-    """Hidden states [length, H] after `depth` blocks, of those after one less."""
-    if depth > 0:
-        return _run(engines, depth - 1, hidden)
-    embedded: Float32 = engines.new_cache(1, len(text)).embed(text[None], [0])[0]
-    return embedded
-
-
-def _run(engines: Engines, block: int, hidden: Float32) -> Float32:
-    """A block on one window."""
-    result: Float32 = engines.new_cache(1, len(hidden)).run_blocks(
-        range(block, block + 1),
-        np.ascontiguousarray(hidden[None]),
-        slice(0, 1),
-        [0],
-        long_context=False,
-    )[0]
+def _deepen(cache: Cache, text: Int32, hidden: Float32, depth: int) -> Float32:
+    """Hidden states [length, H] of a window after `depth` blocks, of those after one less."""
+    if depth == 0:
+        embedded: Float32 = cache.embed(text[None], [0])[0]
+        return embedded
+    block = range(depth - 1, depth)
+    source = np.ascontiguousarray(hidden[None])
+    result: Float32 = cache.run_blocks(block, source, slice(0, 1), [0], long_context=False)[0]
     return result
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.runtime.policy import Measure, confidence
+from ojfa_export.runtime import policy
+from ojfa_export.runtime.policy import Measure
 
 MEASURES: tuple[Measure, ...] = ("top", "margin", "entropy")
 
@@ -22,7 +23,7 @@ def confidences(logits: NDArray[Any]) -> NDArray[np.float64]:
         [3, n] in the order of MEASURES: the top token's probability, its lead over the second's,
         and the entropy in nats **negated**, so that for each measure more is surer.
     """
-    return np.stack([confidence(logits, measure) for measure in MEASURES])
+    return policy.confidences(logits, MEASURES)
 
 
 def round_down(values: NDArray[np.floating[Any]]) -> NDArray[np.float16]:

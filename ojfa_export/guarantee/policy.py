@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,14 +24,41 @@ class Costs:
     """What a token costs, in any one unit.
 
     Attributes:
-        block: Of a block.
-        check: Of the exit head, at each exit that is asked.
+        depths: [L] of its first 1..L blocks, with all that it costs beside blocks and heads.
+        checks: Of asking one exit, head and confidence, by the measure of confidence.
         final: Of the model's own head.
+        catch_up: What a block costs more when it runs any tokens that waited beside the newest.
+        waiting: What each of them adds to that.
     """
 
-    block: float
-    check: float
+    depths: tuple[float, ...]
+    checks: Mapping[Measure, float]
     final: float
+    catch_up: float = 0.0
+    waiting: float = 0.0
+
+    @classmethod
+    def even(cls, blocks: int, block: float, check: float, final: float) -> Costs:
+        """Of equal blocks, where catching up is free."""
+        depths = tuple(block * depth for depth in range(1, blocks + 1))
+        return cls(depths, dict.fromkeys(MEASURES, check), final)
+
+    @property
+    def full(self) -> float:
+        """Of full depth without an exit that is asked."""
+        return self.depths[-1] + self.final
+
+    def catching_up(self, reach: Float64, neighbours: Float64) -> Float64:
+        """What waiting tokens add to one block, per token of the text.
+
+        Every token that waits runs in the end, beside the next that comes so deep by itself.
+
+        Args:
+            reach: Shares of the tokens that come to the block by themselves.
+            neighbours: Shares that do so right after another that did: for them nothing waits.
+        """
+        late = np.where(reach > 0, 1 - reach, 0)
+        return self.catch_up * np.maximum(reach - neighbours, 0) + self.waiting * late
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,20 +106,23 @@ def _apply(
     cost = np.zeros(windows)
     depth = np.zeros(windows)
     confidence = statistics.of(measure)
-    for column, threshold in zip(columns, thresholds, strict=True):
-        if not np.isfinite(threshold):  # an exit that is never taken is not asked
-            continue
-        cost += costs.check * remaining.sum(axis=1)
-        leaves = remaining & (confidence[..., column] >= threshold)
+    asked = [i for i, threshold in enumerate(thresholds) if np.isfinite(threshold)]
+    ends = [*(statistics.exits[columns[i]] for i in asked), statistics.blocks]
+    for i, next_depth in zip(asked, ends[1:], strict=True):
+        column, here = columns[i], statistics.exits[columns[i]]
+        cost += costs.checks[measure] * remaining.sum(axis=1)
+        leaves = remaining & (confidence[..., column] >= thresholds[i])
         remaining &= ~leaves
         left = leaves.sum(axis=1)
         differs += (leaves & ~statistics.agrees[..., column]).sum(axis=1)
         extra = np.minimum(statistics.extra_surprisal[..., column].astype(np.float64), clip)
         surprisal += (extra * leaves).sum(axis=1)
-        cost += costs.block * statistics.exits[column] * left
-        depth += statistics.exits[column] * left
+        cost += costs.depths[here - 1] * left
+        depth += here * left
+        late = costs.catching_up(remaining.mean(axis=1), statistics.neighbours(remaining))
+        cost += (next_depth - here) * late * tokens
     stayed = remaining.sum(axis=1)
-    cost += (costs.block * statistics.blocks + costs.final) * stayed
+    cost += costs.full * stayed
     depth += statistics.blocks * stayed
     return Outcome(differs / tokens, surprisal / (tokens * clip), cost / tokens, depth / tokens)
 

@@ -60,7 +60,6 @@ def simulate(
     def draw(count: int) -> ExitStatistics:
         return population.select(np.concatenate([rng.choice(rows, count) for rows in members]))
 
-    full = costs.block * population.blocks + costs.final
     broken, early = 0, 0
     relative, worst = [], []
     for _ in range(draws):
@@ -71,7 +70,7 @@ def simulate(
             continue
         early += 1
         outcome = apply(population, promise.policy, costs, limits.surprisal_clip)
-        relative.append(float(outcome.cost.mean()) / full)
+        relative.append(float(outcome.cost.mean()) / costs.full)
         worst.append(max(float(outcome.disagreement[rows].mean()) for rows in members))
         surprisal = max(float(outcome.extra_surprisal[rows].mean()) for rows in members)
         risks = [worst[-1], surprisal]

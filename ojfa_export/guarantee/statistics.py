@@ -41,6 +41,8 @@ class ExitStatistics:
         agrees: [W, m, E] bool: the exit's token is the full model's first choice.
         extra_surprisal: [W, m, E] float16, rounded up: ln p_full(the full model's first choice) -
             ln p_full(the exit's token) in nats, 0 or more.
+        run: So many tokens of a window, from its first on, are neighbours in the text, and so many
+            after them; m is a multiple of it.
     """
 
     blocks: int
@@ -50,6 +52,7 @@ class ExitStatistics:
     confidence: NDArray[np.float16]
     agrees: NDArray[np.bool_]
     extra_surprisal: NDArray[np.float16]
+    run: int = 1
 
     def __post_init__(self) -> None:
         shape = self.agrees.shape
@@ -59,6 +62,8 @@ class ExitStatistics:
             or self.domain.shape != shape[:1]
             or self.confidence.shape != (len(MEASURES), *shape)
             or self.extra_surprisal.shape != shape
+            or self.run < 1
+            or shape[1] % self.run
         ):
             raise ValueError(f"statistics of {len(self.exits)} exits do not fit shape {shape}")
 
@@ -78,6 +83,23 @@ class ExitStatistics:
         values: NDArray[np.float16] = self.confidence[MEASURES.index(measure)]
         return values
 
+    def neighbours(self, chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """How often two tokens in a row are chosen, a share for each window.
+
+        Args:
+            chosen: [W, m].
+
+        Returns:
+            [W]: over the neighbours in the statistics' runs; where none are known, the square of
+            the share that is chosen.
+        """
+        runs = chosen.reshape(len(chosen), -1, self.run)
+        if self.run == 1:
+            square: NDArray[np.float64] = chosen.mean(axis=1) ** 2
+            return square
+        both: NDArray[np.float64] = (runs[..., 1:] & runs[..., :-1]).mean(axis=(1, 2))
+        return both
+
     def select(self, windows: NDArray[Any]) -> ExitStatistics:
         """Some windows, by number (with repetitions) or by a mask [W]."""
         return ExitStatistics(
@@ -88,6 +110,7 @@ class ExitStatistics:
             self.confidence[:, windows],
             self.agrees[windows],
             self.extra_surprisal[windows],
+            self.run,
         )
 
     def members(self) -> list[NDArray[np.intp]]:
@@ -108,6 +131,7 @@ def save_statistics(path: Path, splits: Mapping[str, ExitStatistics]) -> None:
         "blocks": np.array(first.blocks, np.int32),
         "exits": np.array(first.exits, np.int32),
         "domains": np.array(first.domains, np.str_),
+        "run": np.array(first.run, np.int32),
     }
     for split in SPLITS:
         for name in _ARRAYS:
@@ -128,17 +152,19 @@ def load_statistics(path: Path) -> dict[str, ExitStatistics]:
             domains = tuple(str(name) for name in file["domains"])
             exits = tuple(int(depth) for depth in file["exits"])
             blocks = int(file["blocks"])
+            run = int(file["run"]) if "run" in file.files else 1  # tokens far apart, once
             splits = {}
             for split in SPLITS:
                 arrays = {name: file[f"{split}_{name}"] for name in _ARRAYS}
                 for name, (dtype, axes) in _ARRAYS.items():
                     if arrays[name].dtype != dtype or arrays[name].ndim != axes:
                         raise ValueError(f"{split}_{name} is not {dtype} with {axes} axes")
-                splits[split] = ExitStatistics(blocks, exits, domains, **arrays)
+                splits[split] = ExitStatistics(blocks, exits, domains, **arrays, run=run)
     except FileNotFoundError:
         raise BundleError(
             f"{path.parent} has no calibration statistics of its exits",
-            hint="build it with --max-disagreement",
+            hint="add them with 'ojfa-export build CHECKPOINT -o BUNDLE --overwrite' and more "
+            "text (--calibration-data FILE): they come from what fitting leaves over",
         ) from None
     except _DAMAGE as error:
         raise BundleError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,9 @@ TUNING_SHARE = 0.25
 # about 3 / windows at a confidence of 95%.
 TUNING_WINDOWS = 64
 CERTIFICATION_WINDOWS = 256
+# The same without a promise, to plan with: 1,000 tokens of a domain give a share to within 0.02 or
+# 0.03 (one standard error), for a tenth of the time.
+PLANNING_WINDOWS = 8, 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,25 +57,56 @@ def promise_windows(
         CalibrationError: A domain has fewer windows than the promise needs at the least.
     """
     needed = max(windows_needed(limit, limits.confidence) for limit in limits.shares())
-    domains = tuple(dict.fromkeys(text.domain for text in texts))
-    tuning, certification = [], []
-    for domain in domains:
-        sources = [
-            windows for text, windows in zip(texts, rest, strict=True) if text.domain == domain
-        ]
-        found = sum(map(len, sources))
-        counts = [int(TUNING_SHARE * len(windows)) for windows in sources]
-        if found - sum(counts) < needed:
+    for domain, sources in _by_domain(texts, rest).items():
+        if sum(len(windows) - _tuning(windows) for windows in sources) < needed:
             raise _too_little(domain, texts, sources, needed, limits)
-        tuning.append(
-            _spread([windows[:n] for windows, n in zip(sources, counts, strict=True)],
-                    TUNING_WINDOWS)
-        )  # fmt: skip
-        certification.append(
-            _spread([windows[n:] for windows, n in zip(sources, counts, strict=True)],
-                    CERTIFICATION_WINDOWS)
-        )  # fmt: skip
-    return PromiseWindows(domains, tuple(tuning), tuple(certification))
+    return _divide(_by_domain(texts, rest), TUNING_WINDOWS, CERTIFICATION_WINDOWS)
+
+
+def planning_windows(
+    texts: Sequence[CalibrationText], rest: Sequence[Int32]
+) -> PromiseWindows | None:
+    """A few windows of what is left, divided in the same way, where nothing is to be promised.
+
+    Args:
+        texts: The sources.
+        rest: Of each source, the windows that are free.
+
+    Returns:
+        Those of the domains that have some for both splits; None where no domain has.
+    """
+    enough = {
+        domain: sources
+        for domain, sources in _by_domain(texts, rest).items()
+        if any(map(_tuning, sources))
+    }
+    return _divide(enough, *PLANNING_WINDOWS) if enough else None
+
+
+def _by_domain(texts: Sequence[CalibrationText], rest: Sequence[Int32]) -> dict[str, list[Int32]]:
+    """The free windows of each domain's sources."""
+    domains: dict[str, list[Int32]] = {}
+    for text, windows in zip(texts, rest, strict=True):
+        domains.setdefault(text.domain, []).append(windows)
+    return domains
+
+
+def _tuning(windows: Int32) -> int:
+    """How many of a source's windows are for tuning, from its beginning."""
+    return int(TUNING_SHARE * len(windows))
+
+
+def _divide(
+    domains: Mapping[str, Sequence[Int32]], most_tuning: int, most_certification: int
+) -> PromiseWindows:
+    return PromiseWindows(
+        tuple(domains),
+        tuple(_spread([w[: _tuning(w)] for w in each], most_tuning) for each in domains.values()),
+        tuple(
+            _spread([w[_tuning(w) :] for w in each], most_certification)
+            for each in domains.values()
+        ),
+    )
 
 
 def _spread(sources: Sequence[Int32], count: int) -> Int32:

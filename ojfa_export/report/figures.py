@@ -163,7 +163,7 @@ def whole_ticks(axes: Axes, levels: int, *, both: bool = False) -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as a PNG file's bytes."""
+    """A figure as the bytes of a PNG file, the same for the same figure."""
     buffer = io.BytesIO()
     # Without metadata there is no library version or date in the bytes.
     figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})

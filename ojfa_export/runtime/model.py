@@ -15,6 +15,7 @@ from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.bundle.names import TOKENIZER
 from ojfa_export.errors import BundleError, UsageError
 from ojfa_export.guarantee.monitor import DEFAULT_FALSE_ALARMS, DisagreementMonitor
+from ojfa_export.runtime.default import Default
 from ojfa_export.runtime.events import Listener
 from ojfa_export.runtime.generation import Generation, Settings, Token, collect, generate_tokens
 from ojfa_export.runtime.monitor import Monitor
@@ -44,10 +45,11 @@ class Model:
         self.spec = manifest.model.spec
         self.tokenizer = _read_tokenizer(bundle)
         opener = backends.load(backend)  # first: an unknown name is no missing engine
-        files = bundle.engines(backend).files
+        built = bundle.engines(backend)
+        opener.check(built.built_with)
         tables = manifest.rotary
         rotary = (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None
-        engines = {name: bundle.directory / file for name, file in files.items()}
+        engines = {name: bundle.directory / file for name, file in built.files.items()}
         self.engines = opener.open_engines(self.spec, bundle.graphs, engines, rotary)
 
     def __repr__(self) -> str:
@@ -130,7 +132,7 @@ class Model:
         self,
         prompts: str | Sequence[str],
         *,
-        exit: ExitChoice = "full",
+        exit: ExitChoice | None = None,
         speculate: bool | Speculation = False,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -146,7 +148,7 @@ class Model:
         Args:
             prompts: Text before the generated text.
             exit: Blocks to run for each token, or "full"; "auto" decides for each token by the
-                policy in the bundle, an `ExitPolicy` by that.
+                policy in the bundle, an `ExitPolicy` by that. None takes `default`.
             speculate: Whether, or how, to draft at an exit and check with the remaining blocks:
                 the tokens are those of full depth (sampled ones: their distribution).
             max_new_tokens: Tokens at most for each prompt.
@@ -165,7 +167,12 @@ class Model:
         """
         encoded = [self.encode(prompt) for prompt in _listed(prompts)]
         settings = self._settings(
-            exit, speculate, max_new_tokens, stop, Sampling(temperature, top_k, top_p, seed)
+            exit,
+            speculate,
+            max_new_tokens,
+            stop,
+            Sampling(temperature, top_k, top_p, seed),
+            len(encoded),
         )
         settings = _monitored(settings, monitor, domain)
         return collect(encoded, self._tokens(encoded, settings))
@@ -174,7 +181,7 @@ class Model:
         self,
         prompts: str | Sequence[str],
         *,
-        exit: ExitChoice = "full",
+        exit: ExitChoice | None = None,
         speculate: bool | Speculation = False,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -188,7 +195,12 @@ class Model:
         """Generates as `generate` does, and gives each token when it is known."""
         encoded = [self.encode(prompt) for prompt in _listed(prompts)]
         settings = self._settings(
-            exit, speculate, max_new_tokens, stop, Sampling(temperature, top_k, top_p, seed)
+            exit,
+            speculate,
+            max_new_tokens,
+            stop,
+            Sampling(temperature, top_k, top_p, seed),
+            len(encoded),
         )
         settings = _monitored(settings, monitor, domain)
         return self._tokens(encoded, settings)
@@ -231,14 +243,33 @@ class Model:
             )
         return self.manifest.auto
 
+    def default(self, prompts: int = 1, temperature: float = 0.0) -> Default | None:
+        """What is done where neither an exit nor speculation is asked for.
+
+        Args:
+            prompts: How many run together.
+            temperature: Of sampling.
+
+        Returns:
+            What the build planned; None, which is full depth, where it planned nothing, for a
+            batch, and for sampling.
+        """
+        planned = self.manifest.default
+        return planned if prompts == 1 and temperature == 0 else None
+
     def _settings(
         self,
-        exit: ExitChoice,
+        exit: ExitChoice | None,
         speculate: bool | Speculation,
         max_new_tokens: int,
         stop: str | Sequence[str],
         sampling: Sampling,
+        prompts: int,
     ) -> Settings:
+        if exit is None:
+            default = None if speculate else self.default(prompts, sampling.temperature)
+            exit = default.exit if default else "full"
+            speculate = default.speculation or False if default else speculate
         if max_new_tokens < 1:
             raise UsageError(f"max-new-tokens must be 1 or more, not {max_new_tokens}")
         stops = tuple(_listed(stop))

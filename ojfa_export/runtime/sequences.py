@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ojfa_export.backends.backend import Engines, Float32, Int32
+from ojfa_export.backends.backend import Engines, Hidden, Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.watermarks import Watermarks
@@ -47,7 +47,7 @@ class Sequences:
         self._tokens: list[list[int]] = [[] for _ in range(batch_size)]
         self._watermarks = [Watermarks(spec.blocks) for _ in range(batch_size)]
         # Hidden states that came out of `depth` blocks and wait for the next: row p is position p.
-        self._waiting: dict[int, Float32] = {}
+        self._waiting: dict[int, Hidden] = {}
         # The same of the last block, for which nothing waits.
         self._final = self._new_states() if keep_final else None
 
@@ -163,7 +163,7 @@ class Sequences:
             return spans[1][0].start
         return None
 
-    def _deepen(self, rows: slice, depth: int, wanted: Sequence[bool]) -> Float32:
+    def _deepen(self, rows: slice, depth: int, wanted: Sequence[bool]) -> Hidden:
         """Runs the first blocks on all that waits before them.
 
         Args:
@@ -183,7 +183,8 @@ class Sequences:
             if start < covered:
                 starts = [each[blocks.start] for each in self._watermarks[rows]]
                 waiting = self._waited(blocks.start, rows, starts, covered - start)
-                hidden = np.concatenate([waiting, hidden], axis=1) if hidden.shape[1] else waiting
+                join = self._cache.arrays.concatenate
+                hidden = join([waiting, hidden], axis=1) if hidden.shape[1] else waiting
             if hidden.shape[1]:
                 hidden = self._cache.run_blocks(blocks, hidden, rows, starts, long_context=long)
         if depth < self.spec.blocks:
@@ -198,26 +199,29 @@ class Sequences:
                 self._watermarks[row].raise_to(len(self._tokens[row]), depth)
         return hidden
 
-    def _embed(self, rows: slice, starts: list[int]) -> Float32:
+    def _embed(self, rows: slice, starts: list[int]) -> Hidden:
         """Embeds what waits before the first block: nothing, where tokens wait only later."""
         count = len(self._tokens[rows.start]) - starts[0]
         if not count:
-            return np.empty((len(starts), 0, self.spec.hidden_size), np.float32)
+            return self._cache.arrays.empty((len(starts), 0, self.spec.hidden_size), np.float32)
         both = zip(self._tokens[rows], starts, strict=True)
         new = [tokens[start : start + count] for tokens, start in both]
         return self._cache.embed(np.array(new, np.int32), starts)
 
-    def _waited(self, depth: int, rows: slice, starts: list[int], count: int) -> Float32:
+    def _waited(self, depth: int, rows: slice, starts: list[int], count: int) -> Hidden:
         """Hidden states that wait before a block, [rows, count, H]; count 1 for several rows."""
         waiting = self._waiting[depth]
-        return np.stack([waiting[rows.start + i, at : at + count] for i, at in enumerate(starts)])
+        return self._cache.arrays.stack(
+            [waiting[rows.start + i, at : at + count] for i, at in enumerate(starts)]
+        )
 
-    def _new_states(self) -> Float32:
+    def _new_states(self) -> Hidden:
         """Room for the hidden states of every position; untouched memory until it is used."""
-        return np.empty((self.batch_size, self.max_length, self.spec.hidden_size), np.float32)
+        shape = (self.batch_size, self.max_length, self.spec.hidden_size)
+        return self._cache.arrays.empty(shape, np.float32)
 
 
-def _keep(kept: Float32, rows: slice, starts: list[int], hidden: Float32) -> None:
+def _keep(kept: Hidden, rows: slice, starts: list[int], hidden: Hidden) -> None:
     """Keeps hidden states [rows, tokens, H] for later, from these positions on."""
     for row, start, states in zip(range(rows.start, rows.stop), starts, hidden, strict=True):
         kept[row, start : start + len(states)] = states

@@ -9,7 +9,7 @@ from typing import Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.backends.backend import Engines, Float32, Int32
+from ojfa_export.backends.backend import Engines, Float32, Hidden, Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.events import ExitTaken, Listener, ShadowCheck
@@ -324,27 +324,28 @@ class Session(Sequences):
             logits = np.zeros((self.batch_size, self.spec.vocab_size), np.float32)
             logits[np.array(wanted)] = answers
             return logits
-        states = [np.zeros((0, self.spec.hidden_size), np.float32)] * self.batch_size
+        arrays = self._cache.arrays
+        states = [arrays.empty((0, self.spec.hidden_size), np.float32)] * self.batch_size
         for rows in self._groups(wanted, depth):
             hidden = self._deepen(rows, depth, wanted)
             for row in range(rows.start, rows.stop):
                 if wanted[row]:
                     states[row] = hidden[row - rows.start, -counts[row] :].copy()
-        return np.split(self._head(np.concatenate(states), depth), np.cumsum(counts)[:-1])
+        return np.split(self._head(arrays.concatenate(states), depth), np.cumsum(counts)[:-1])
 
     def _answer(self, wanted: Sequence[bool], depth: int) -> Float32:
         """Runs sequences through the first blocks; logits [wanted, V] of their newest tokens."""
-        newest = []
+        arrays, newest = self._cache.arrays, []
         for rows in self._groups(wanted, depth):
             last = self._deepen(rows, depth, wanted)[:, -1]
             if len(last) == self.batch_size and all(wanted):
-                return self._head(np.ascontiguousarray(last), depth)
-            newest.append(last[np.array(wanted[rows])])
+                return self._head(arrays.ascontiguousarray(last), depth)
+            newest.append(last[np.flatnonzero(wanted[rows])])
         if not newest:
             return np.zeros((0, self.spec.vocab_size), np.float32)
-        return self._head(np.concatenate(newest), depth)
+        return self._head(arrays.concatenate(newest), depth)
 
-    def _head(self, hidden: Float32, depth: int) -> Float32:
+    def _head(self, hidden: Hidden, depth: int) -> Float32:
         """Logits [n, V] of hidden states [n, H] after `depth` blocks."""
         if not len(hidden):
             return np.zeros((0, self.spec.vocab_size), np.float32)

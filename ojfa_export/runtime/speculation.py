@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict
 
 from ojfa_export.backends.backend import Float32
 from ojfa_export.errors import UsageError
@@ -40,19 +41,27 @@ class Speculation:
         draft_cost: Time of drafting a token over that of a full step; None for the share of
             blocks that it runs.
         check_cost: What another token adds to the pass that checks, over the time of a full step.
+        round_cost: What a pass that checks any drafts takes beside that, over the same.
+        acceptance: Share of drafts that is expected to be accepted before any were.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     exit: int | None = None
     draft: int | None = None
     draft_cost: float | None = None
     check_cost: float = 0.1
+    round_cost: float = 0.0
+    acceptance: float = PRIOR_ACCEPTANCE
 
     def __post_init__(self) -> None:
         if self.draft is not None and self.draft < 1:
             raise UsageError(f"the draft length must be 1 or more, not {self.draft}")
-        for cost in (self.draft_cost, self.check_cost):
+        for cost in (self.draft_cost, self.check_cost, self.round_cost):
             if cost is not None and not 0 <= cost < float("inf"):
                 raise UsageError(f"a cost of speculation must be 0 or more, not {cost}")
+        if not 0 <= self.acceptance <= 1:
+            raise UsageError(f"an acceptance must be between 0 and 1, not {self.acceptance}")
 
     def resolve_exit(self, blocks: int) -> int:
         """Blocks that draft, of a model with this many.
@@ -73,16 +82,22 @@ class DraftLength:
     """How many tokens to draft for one sequence, adapted to how many are accepted.
 
     With acceptance a, a round of K drafts gives 1 + a + ... + a^K tokens (arXiv 2211.17192, eq. 1)
-    and costs 1 + K c full steps, c for drafting a token and for checking it: the K with the most
-    tokens per cost is taken. Costs are constants, so that a seed always gives the same tokens.
+    and costs 1 + r + K c full steps, r for checking at all, c for drafting a token and for checking
+    it; with K = 0, a full step. The K with the most tokens per cost is taken. Costs are constants,
+    so that a seed always gives the same tokens.
 
     Args:
         cost: c.
+        round_cost: r.
+        acceptance: a, before anything was drafted.
     """
 
-    def __init__(self, cost: float) -> None:
-        self._cost = cost
-        self._accepted = PRIOR_ACCEPTANCE * PRIOR_WEIGHT
+    def __init__(
+        self, cost: float, round_cost: float = 0.0, acceptance: float = PRIOR_ACCEPTANCE
+    ) -> None:
+        lengths = np.arange(MAX_DRAFT + 1)
+        self._costs = 1 + np.where(lengths > 0, round_cost, 0.0) + lengths * cost
+        self._accepted = acceptance * PRIOR_WEIGHT
         self._checked = PRIOR_WEIGHT
         self._rounds_without = 0
 
@@ -94,7 +109,7 @@ class DraftLength:
     def next(self) -> int:
         """The next round's draft length, 0 to MAX_DRAFT."""
         tokens = np.cumsum(self.acceptance ** np.arange(MAX_DRAFT + 1))
-        length = int(np.argmax(tokens / (1 + np.arange(MAX_DRAFT + 1) * self._cost)))
+        length = int(np.argmax(tokens / self._costs))
         self._rounds_without = 0 if length else self._rounds_without + 1
         if self._rounds_without == PROBE_ROUNDS:
             self._rounds_without, length = 0, 1
@@ -134,7 +149,9 @@ class Speculator:
         if draft_cost is None:
             draft_cost = self._exit / session.spec.blocks
         cost = draft_cost + speculation.check_cost
-        self._lengths = [DraftLength(cost) for _ in generators]
+        self._lengths = [
+            DraftLength(cost, speculation.round_cost, speculation.acceptance) for _ in generators
+        ]
         self._eos = frozenset(eos_token_ids)
 
     def step(self, pending: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[list[Chosen]]:

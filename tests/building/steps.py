@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ojfa_export.build.exits import ROUNDS
 from ojfa_export.build.options import BuildOptions
 from ojfa_export.build.pipeline import build
 from ojfa_export.bundle.names import MANIFEST
 
-# Exporting 6 graphs, building 6 engines, 5 depths of hidden states, 3 fits, 9 pairs, 3 exits, and
-# the exit head's engine: the steps of a model with four blocks. Verification has none of its own.
-STEPS = 33
+# Exporting 6 graphs, building 6 engines, 5 depths of hidden states, 3 fits, 9 pairs, 3 exits, the
+# exit head's engine, 5 depths of statistics and the rounds of timing: the steps of a model with
+# four blocks. Verification has none of its own.
+STEPS = 38 + ROUNDS
 
 
 class Steps:
@@ -67,7 +69,7 @@ def contents(bundle: Path) -> dict[str, Any]:
         if path.is_file()
     }
     fields = json.loads(files[MANIFEST])
-    del fields["built"]["time"], fields["built"]["host"], fields["digest"]
+    del fields["built"]["time"], fields["built"]["host"], fields["digest"], fields["default"]
     return {**files, MANIFEST: fields}
 
 

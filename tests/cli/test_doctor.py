@@ -12,8 +12,9 @@ import onnx
 import pytest
 import tomllib
 
-from ojfa_export import doctor
+from ojfa_export import backends, doctor
 from ojfa_export.backends.onnxruntime import session as ort_session
+from ojfa_export.errors import BackendError
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
@@ -42,8 +43,24 @@ def test_healthy(invoke) -> None:
     result = invoke("doctor")
     assert result.exit_code == 0
     assert re.search(r"^  onnxruntime +works: version ", result.stdout, re.MULTILINE)
-    for backend in ("cuda", "tensorrt"):
-        assert re.search(rf"^  {backend} +-: not part of this release", result.stdout, re.MULTILINE)
+    assert re.search(r"^  tensorrt +(works: version |-: )", result.stdout, re.MULTILINE)
+
+
+def test_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found:
+        def versions(self) -> dict[str, str]:
+            return {"tensorrt": "8.6.0", "gpu": "A GPU", "driver": "CUDA 13.0"}
+
+    monkeypatch.setattr(backends, "load", lambda name: Found())
+    state = doctor.try_tensorrt()
+    assert (state.works, state.detail) == (True, "version 8.6.0 on A GPU, CUDA 13.0")
+
+    def missing(name: str) -> None:
+        raise BackendError("no package", hint="see doctor") from ImportError(name)
+
+    monkeypatch.setattr(backends, "load", missing)
+    state = doctor.try_tensorrt()
+    assert (state.works, state.hint) == (False, "pip install 'ojfa-export[gpu]'")
 
 
 @pytest.mark.parametrize(

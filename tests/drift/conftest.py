@@ -8,8 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from ojfa_export.build import exits
 from ojfa_export.build.options import BuildOptions
 from ojfa_export.build.pipeline import build
+from ojfa_export.guarantee import MEASURES
+from ojfa_export.measure.costs import StepCosts
+
+# Of four blocks: equal ones, and nothing is as dear.
+COSTS = StepCosts(
+    exits=(1.1, 2.1, 3.1, 4.3), exit_head=0.1, final_head=0.3, final_row=0.1, decide=0.0,
+    checks=dict.fromkeys(MEASURES, 0.1), catch_up=0.0, waiting=0.0,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -28,4 +37,7 @@ def promised(tiny_checkpoint: Path, calibration_text: Path) -> Path:
         skip_verification=True,
         max_disagreement=0.5,
     )
-    return build(options).bundle
+    with pytest.MonkeyPatch.context() as patch:
+        # Measured times decide whether any token should leave early; here some must.
+        patch.setattr(exits, "measure_costs", lambda *_, **__: COSTS)
+        return build(options).bundle

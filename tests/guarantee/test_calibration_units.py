@@ -49,7 +49,7 @@ def test_windows_token_by_token(
             assert unit.blocks_run[token] == depth
             np.testing.assert_array_equal(unit.confidence[token], asked)
         assert unit.loss == pytest.approx(differ / 8)
-    outcome = apply(text, policy, Costs(1, 0.1, 0.3), 10)
+    outcome = apply(text, policy, Costs.even(12, 1, 0.1, 0.3), 10)
     np.testing.assert_allclose([unit.loss for unit in units], outcome.disagreement)
     np.testing.assert_allclose([unit.blocks_run.mean() for unit in units], outcome.depth)
 

@@ -28,7 +28,7 @@ from ojfa_export.guarantee import (
 from ojfa_export.guarantee.policy import EAGERNESS, isotonic, paths
 from ojfa_export.guarantee.simulate import simulate
 
-COSTS = Costs(block=1.0, check=0.1, final=0.3)
+COSTS = Costs.even(12, block=1.0, check=0.1, final=0.3)
 LIMITS = Limits(max_disagreement=0.05)
 CLIP = LIMITS.surprisal_clip
 
@@ -54,7 +54,7 @@ def one_by_one(statistics: ExitStatistics, policy: ExitPolicy) -> list[tuple[flo
                     depth, column = exit_, at
                     break
             head = COSTS.final if column is None else 0
-            sums[2] += depth * COSTS.block + checks * COSTS.check + head
+            sums[2] += COSTS.depths[depth - 1] + checks * COSTS.checks[policy.measure] + head
             sums[3] += depth
             if column is not None:
                 extra = float(statistics.extra_surprisal[window, token, column])
@@ -156,7 +156,7 @@ def test_exits_that_know_nothing_give_full_depth(
     guesses = rng.random(plain.agrees.shape) < 0.3
     tuning, certification = halves(replace(plain, agrees=guesses))
     # Some 7% of the tokens may leave for nothing, so that a check must cost more than they save.
-    promise = certify(tuning, certification, LIMITS, Costs(block=1, check=0.8, final=0.3))
+    promise = certify(tuning, certification, LIMITS, Costs.even(12, block=1, check=0.8, final=0.3))
     assert promise.policy is None
     assert promise.relative_cost == 1
     assert promise.reason.startswith("full depth")
@@ -173,10 +173,27 @@ def test_too_few_windows_say_how_many_would_do(population: Population) -> None:
 
 def test_checks_that_cost_much_are_not_bought(population: Population) -> None:
     tuning, certification = halves(population(windows=600))
-    dear = certify(tuning, certification, LIMITS, Costs(block=1, check=12, final=0.3))
+    dear = certify(tuning, certification, LIMITS, Costs.even(12, block=1, check=12, final=0.3))
     assert dear.policy is None
-    cheap = certify(tuning, certification, LIMITS, Costs(block=1, check=0, final=0.3))
+    cheap = certify(tuning, certification, LIMITS, Costs.even(12, block=1, check=0, final=0.3))
     assert cheap.policy is not None
+
+
+def test_what_saves_nothing_is_full_depth(population: Population) -> None:
+    """Tuning text so easy that exits look worthwhile, and certification text that isn't."""
+    easy, _ = halves(population(windows=600, ease=2.0))
+    _, hard = halves(population(windows=600, ease=0.3))
+    costs = replace(COSTS, catch_up=0.8)
+    promise = certify(easy, hard, Limits(max_disagreement=0.3), costs)
+    if promise.policy is None:
+        assert promise.relative_cost == 1
+        assert promise.reason.startswith("full depth")
+    else:
+        assert promise.relative_cost < 1
+    same = certify(easy, easy, Limits(max_disagreement=0.3), COSTS)
+    assert same.policy is not None
+    dear = apply(hard, same.policy, replace(COSTS, catch_up=9.0), CLIP)
+    assert dear.cost.mean() > COSTS.full, "catching up makes the same policy dearer than none"
 
 
 @pytest.mark.parametrize("value", [0, 1, -0.1, 1.5, math.nan])

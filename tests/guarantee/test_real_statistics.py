@@ -32,7 +32,7 @@ def test_promises_on_the_demo_break_no_more_often_than_they_say(rng: np.random.G
     result = simulate(
         population,
         Limits(max_disagreement=0.1),
-        Costs(block=1, check=0.1, final=1),
+        Costs.even(12, block=1, check=0.1, final=1),
         draws=200,
         tuning_windows=60,
         certification_windows=150,

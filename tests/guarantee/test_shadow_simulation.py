@@ -77,7 +77,7 @@ def test_losses_of_chosen_tokens_are_unbiased(
     text: ExitStatistics, rng: np.random.Generator
 ) -> None:
     early, differs = early_and_differs(text)
-    outcome = apply(text, POLICY, Costs(1, 0.1, 0.3), 10)
+    outcome = apply(text, POLICY, Costs.even(12, 1, 0.1, 0.3), 10)
     np.testing.assert_allclose(differs.mean(axis=1), outcome.disagreement)
     rows = np.flatnonzero(differs.any(axis=1))[:5]
     for row in rows:

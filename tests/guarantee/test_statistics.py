@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from ojfa_export.guarantee import (
     load_statistics,
     save_statistics,
 )
-from ojfa_export.guarantee.collect import collect_statistics, compare
+from ojfa_export.guarantee.collect import collect_statistics, compare, sample_places
 from ojfa_export.guarantee.confidence import round_down, round_up
 from ojfa_export.progress import SILENT
 from ojfa_export.runtime.model import Model
@@ -153,7 +154,7 @@ def test_files_that_are_no_statistics(population: Population, tmp_path: Path) ->
     path = tmp_path / "statistics.npz"
     with pytest.raises(BundleError, match="has no calibration statistics") as caught:
         load_statistics(path)
-    assert "--max-disagreement" in str(caught.value.hint)
+    assert "ojfa-export build" in str(caught.value.hint)
     save_statistics(path, {name: population(windows=3) for name in ("tuning", "certification")})
     whole = path.read_bytes()
     for damaged in (b"", b"PK", whole[:-300], whole[:200] + bytes(64) + whole[264:]):
@@ -173,3 +174,38 @@ def test_shapes_must_fit(population: Population) -> None:
             12, (4, 8), plain.domains, plain.domain, plain.confidence, plain.agrees,
             plain.extra_surprisal,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [65, 100, 512])
+def test_sampled_places_are_all_as_likely(rng: np.random.Generator, length: int) -> None:
+    count = 20_000
+    places, run = sample_places(rng, count, length)
+    assert places.shape == (count, 64)
+    assert run == 8
+    assert all(len(set(row)) == 64 for row in places[:200].tolist())
+    steps = np.diff(places.reshape(count, -1, run), axis=2) % length
+    assert (steps == 1).all()
+    shares = np.bincount(places.ravel(), minlength=length) / count
+    expected = 64 / length
+    # Six standard errors of a binomial share.
+    assert abs(shares - expected).max() < 6 * np.sqrt(expected * (1 - expected) / count)
+
+
+@pytest.mark.parametrize("length", [1, 12, 64])
+def test_short_windows_are_sampled_whole(rng: np.random.Generator, length: int) -> None:
+    places, run = sample_places(rng, 3, length)
+    np.testing.assert_array_equal(places, np.tile(np.arange(length), (3, 1)))
+    assert run == length
+
+
+def test_neighbours_are_counted(population: Population, rng: np.random.Generator) -> None:
+    plain = replace(population(windows=5, tokens=24), run=6)
+    chosen = rng.random((10, 24)) < 0.6
+    expected = [
+        np.mean([row[i] and row[i + 1] for i in range(23) if i % 6 != 5]) for row in chosen.tolist()
+    ]
+    np.testing.assert_allclose(plain.neighbours(chosen), expected)
+    alone = replace(plain, run=1)
+    np.testing.assert_allclose(alone.neighbours(chosen), chosen.mean(axis=1) ** 2)
+    with pytest.raises(ValueError, match="do not fit"):
+        replace(plain, run=7)

@@ -16,10 +16,14 @@ class OnnxRuntime:
     """ONNX Runtime's CPU provider."""
 
     name = "onnxruntime"
+    suffix = ".onnx"
 
     def versions(self) -> dict[str, str]:
         """What the engines depend on."""
         return {"onnxruntime": ort.__version__}
+
+    def check(self, built_with: Mapping[str, str]) -> None:
+        """Nothing to refuse: the graphs are built anew for the machine when they are opened."""
 
     def build_engine(self, spec: ModelSpec, graph: Path, engine: Path) -> None:
         """Builds the engine of one portable graph."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -89,6 +90,8 @@ class OnnxRuntimeCache:
 
     One-token steps reuse bindings (`_DecodeSteps`); prompts are bound as they come.
     """
+
+    arrays: Any = np
 
     def __init__(self, engines: OnnxRuntimeEngines, batch_size: int, capacity: int) -> None:
         spec = engines.spec

@@ -1,0 +1,298 @@
+"""Latency on an NVIDIA GPU: `python -m bench.gpu --out bench/results/gpu.json`.
+
+Times the TensorRT backend at the shapes of published models with random weights: every exit, batch
+sizes, lengths of the cache, prefill, and the parts of a step. Written to one JSON file with the
+machine, versions, commit and raw samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cuda.bindings import driver
+
+from bench.gpu_shapes import SHAPES, RandomGraphs
+from ojfa_export.backends.tensorrt.backend import BACKEND
+from ojfa_export.backends.tensorrt.blocks import Block, Workspace
+from ojfa_export.backends.tensorrt.device import Device, Memory, check, the_device
+from ojfa_export.backends.tensorrt.engines import TensorRtEngines
+from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
+from ojfa_export.bundle.names import graph_names
+from ojfa_export.families.spec import ModelSpec
+from ojfa_export.runtime.session import Session
+from ojfa_export.shortcut.atomic import write_atomically
+
+PREFILL = 512
+COPY_BYTES = 4 << 30
+WARMUP = 4
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Times the TensorRT backend on this GPU.")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llama2-7b"])
+    parser.add_argument("--past", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--tokens", type=int, default=40, help="timed tokens of each setting")
+    parser.add_argument("--commit", default=commit(), help="where this is no checkout")
+    parser.add_argument("--exits", type=int, nargs="*", help="default: all")
+    options = parser.parse_args(arguments)
+    device = the_device()
+    result: dict[str, Any] = {
+        "commit": options.commit,
+        "machine": {**BACKEND.versions(), "nvidia_smi": nvidia_smi()},
+        "copy_bytes_per_second": copy_bandwidth(device),
+        "settings": {"tokens": options.tokens, "warmup": WARMUP, "precision": "fp16"},
+        "shapes": [],
+    }
+    print(f"{device.name}: copies {result['copy_bytes_per_second'] / 1e12:.2f} TB/s", flush=True)
+    for name in options.shapes:
+        with tempfile.TemporaryDirectory(prefix="ojfa-gpu-") as folder:
+            result["shapes"].append(measure_shape(device, name, Path(folder), options))
+            write_atomically(options.out, (json.dumps(result) + "\n").encode())
+
+
+def measure_shape(
+    device: Device, name: str, directory: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Builds a shape's engines and times them."""
+    spec = SHAPES[name]
+    length = max(options.past) + options.tokens + 2 * WARMUP
+    graphs = RandomGraphs(spec, directory / "graphs", length)
+    graphs.write()
+    plans, seconds = build(spec, directory)
+    print(f"{name}: built in {sum(seconds.values()):.0f} s: {seconds}", flush=True)
+    engines = BACKEND.open_engines(spec, directory / "graphs", plans, graphs.rotary)
+    assert isinstance(engines, TensorRtEngines)
+    start = time.perf_counter()
+    engines.load_blocks(spec.blocks)
+    device.synchronize()
+    loading = time.perf_counter() - start
+    print(f"{name}: weights loaded in {loading:.1f} s", flush=True)
+    rows = []
+    for batch in options.batch:
+        for kernels in (True, False):
+            engines.decode_kernels = kernels
+            engines._recorder.clear()
+            if batch > MOST_TOKENS and kernels:
+                continue  # more tokens than the kernels take: the engines run either way
+            rows += decode(engines, spec, batch, options, length)
+    return {
+        "shape": name,
+        "spec": spec.model_dump(mode="json"),
+        "build_seconds": seconds,
+        "load_seconds": loading,
+        "decode": rows,
+        "prefill": [prefill(engines, spec, tokens) for tokens in (PREFILL,)],
+        "parts_us": parts(engines, spec),
+    }
+
+
+def build(spec: ModelSpec, directory: Path) -> tuple[dict[str, Path], dict[str, float]]:
+    """Builds all engines; the seconds of each that took any."""
+    plans, seconds = {}, {}
+    (directory / "engines").mkdir()
+    for name in graph_names(spec.blocks):
+        plans[name] = directory / "engines" / f"{name}.json"
+        start = time.perf_counter()
+        BACKEND.build_engine(spec, directory / "graphs" / f"{name}.onnx", plans[name])
+        taken = time.perf_counter() - start
+        if taken > 1:
+            seconds[name] = round(taken, 2)
+    return plans, seconds
+
+
+def decode(
+    engines: TensorRtEngines, spec: ModelSpec, batch: int, options: argparse.Namespace, length: int
+) -> list[dict[str, Any]]:
+    """Milliseconds per step of every exit and past length."""
+    session = Session(spec, engines, batch, length)
+    rng = np.random.default_rng(1)
+    rows: list[dict[str, Any]] = []
+    for past in options.past:
+        for sequence in range(batch):
+            session.rewind(0, sequence)
+        session.advance(rng.integers(0, spec.vocab_size, (batch, past)).tolist())
+        exits = [e for e in options.exits or range(1, spec.blocks + 1) if e <= spec.blocks]
+        for exit in exits:
+            samples = steps(session, exit, past, options.tokens)
+            rows.append(
+                {
+                    "decode": "kernels" if engines.decode_kernels else "engines",
+                    "batch": batch,
+                    "past": past,
+                    "blocks": exit,
+                    "ms_median": float(np.median(samples)),
+                    "ms_p95": float(np.percentile(samples, 95)),
+                    "samples_ms": [round(sample, 4) for sample in samples],
+                }
+            )
+        shown = ", ".join(f"{r['blocks']}: {r['ms_median']:.3f}" for r in rows[-len(exits) :])
+        print(f"{rows[-1]['decode']} batch {batch} past {past}: {shown}", flush=True)
+    return rows
+
+
+def steps(session: Session, exit: int, past: int, tokens: int) -> list[float]:
+    """Milliseconds of each step at an exit, logits on the host included."""
+    samples = []
+    pending = [[1]] * session.batch_size
+    for step in range(WARMUP + tokens):
+        start = time.perf_counter()
+        session.advance(pending, exit)
+        if step >= WARMUP:
+            samples.append((time.perf_counter() - start) * 1e3)
+    for row in range(session.batch_size):
+        session.rewind(past, row)
+    return samples
+
+
+def prefill(engines: TensorRtEngines, spec: ModelSpec, tokens: int) -> dict[str, Any]:
+    """Milliseconds of a prompt, to the logits of its last token."""
+    session = Session(spec, engines, 1, tokens)
+    ids = np.random.default_rng(2).integers(0, spec.vocab_size, tokens).tolist()
+    samples = []
+    for _ in range(6):
+        start = time.perf_counter()
+        session.advance(ids)
+        samples.append((time.perf_counter() - start) * 1e3)
+        session.rewind(0)
+    print(f"prefill of {tokens}: {np.median(samples[1:]):.1f} ms", flush=True)
+    return {"tokens": tokens, "ms_median": float(np.median(samples[1:])), "samples_ms": samples}
+
+
+def parts(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
+    """Microseconds of a block and of its parts, each over all blocks in one CUDA graph."""
+    shape = (16, spec.kv_heads, 1024, spec.head_dim)
+    blocks = [Block(engines, index, shape) for index in range(spec.blocks)]
+    results: dict[str, float] = {}
+
+    def measure(name: str, work: Callable[[Block], None]) -> None:
+        def chain() -> None:
+            for block in blocks:
+                work(block)
+
+        results[name] = graph_time(engines.device, chain) / spec.blocks
+
+    for tokens in (1, 2, 4, 8, 16):
+        space = workspace(engines, tokens, 512)
+        measure(f"qkv by engine {tokens}", partial(Block._qkv_by_engine, workspace=space))
+        measure(f"mlp by engine {tokens}", partial(Block._mlp_by_engine, workspace=space))
+        if tokens <= MOST_TOKENS:
+            measure(f"qkv by kernels {tokens}", partial(Block._qkv_by_kernels, workspace=space))
+            measure(f"mlp by kernels {tokens}", partial(Block._mlp_by_kernels, workspace=space))
+        measure(
+            f"attention past 512 {tokens}",
+            partial(Block._attend, workspace=space, long_context=False, together=True),
+        )
+    for past in (128, 512, 1000):
+        space = workspace(engines, 1, past)
+        for engines.decode_kernels in (False, True):
+            how = "kernels" if engines.decode_kernels else "engines"
+            measure(
+                f"block by {how} past {past}",
+                partial(Block.run, workspace=space, long_context=False, together=True),
+            )
+    results |= head_times(engines, spec)
+    for name, value in results.items():
+        print(f"  {name}: {value:.1f} us", flush=True)
+    return results
+
+
+def workspace(engines: TensorRtEngines, tokens: int, past: int) -> Workspace:
+    """Buffers of a step in which each sequence has this many tokens behind it."""
+    result = Workspace(engines, tokens)
+    result.place([past] * tokens, list(range(tokens)))
+    for buffer in result.hidden:
+        engines.device.clear(buffer.pointer, buffer.nbytes)
+    return result
+
+
+def head_times(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
+    """Microseconds of the heads, logits left on the device."""
+    results = {}
+    for kernels in (True, False):
+        engines.decode_kernels = kernels
+        engines._heads.clear()
+        engines._recorder.clear()
+        for final in (True, False):
+            hidden = engines.arrays.asarray(np.ones((1, spec.hidden_size), np.float32))
+            blocks_run = spec.blocks if final else 1
+            engines.logits(hidden, blocks_run)
+            head = engines._heads[blocks_run]
+            name = f"{'final' if final else 'exit'} head by {'kernels' if kernels else 'engine'}"
+
+            logits = engines._logits[:1]
+
+            def work(head: Any = head, hidden: Any = hidden, logits: Any = logits) -> None:
+                for _ in range(20):
+                    head.run(hidden, logits)
+
+            results[name] = graph_time(engines.device, work) / 20
+    engines.decode_kernels = True
+    engines._heads.clear()
+    engines._recorder.clear()
+    return results
+
+
+def graph_time(device: Device, work: Callable[[], None]) -> float:
+    """Microseconds of what `work` puts on the stream, as a CUDA graph."""
+    work()
+    device.synchronize()
+    graph = device.capture(work)
+    graph.launch()
+    return event_time(device, graph.launch)
+
+
+def event_time(device: Device, work: Callable[[], None], repeats: int = 11) -> float:
+    """Median microseconds on the device of what `work` puts on the stream."""
+    first, last = (check(driver.cuEventCreate(0)) for _ in range(2))
+    samples = []
+    for _ in range(repeats):
+        check(driver.cuEventRecord(first, device.stream))
+        work()
+        check(driver.cuEventRecord(last, device.stream))
+        device.synchronize()
+        samples.append(float(check(driver.cuEventElapsedTime(first, last))) * 1e3)
+    return float(np.median(samples))
+
+
+def copy_bandwidth(device: Device) -> float:
+    """Bytes per second read and written by a copy on the device."""
+    source, target = (Memory(device, COPY_BYTES // 2, pooled=False) for _ in range(2))
+
+    def copy() -> None:
+        device.copy(source.pointer, target.pointer, COPY_BYTES // 2)
+
+    copy()
+    return COPY_BYTES / (event_time(device, copy) / 1e6)
+
+
+def commit() -> str:
+    """The commit that is measured; "-dirty" where files differ from it."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def nvidia_smi() -> str:
+    """Name, driver, clocks and power as nvidia-smi tells."""
+    fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,memory.total"
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Published models' shapes with random weights, as graphs: decode time depends on shapes alone.
+
+All blocks share one file of random numbers on the disk (hard links) and have their own memory on
+the device, so that every block is read from there as a real one would be.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ojfa_export.bundle.names import block_name
+from ojfa_export.families.rotary import Rotary
+from ojfa_export.families.spec import ModelSpec, Precision
+from ojfa_export.graphs.block import block_graph
+from ojfa_export.graphs.dialect import Portable
+from ojfa_export.graphs.embed import embed_graph
+from ojfa_export.graphs.heads import exit_head_graph, final_head_graph
+from ojfa_export.graphs.weights import TensorRef, WeightFile
+
+PRECISION: Precision = "fp16"
+# Enough numbers that no cache sees a pattern, few enough to be drawn in a second.
+POOL = 1 << 24
+
+
+def _spec(family: str, blocks: int, hidden: int, heads: int, inner: int, vocab: int) -> ModelSpec:
+    gpt2 = family == "gpt2"
+    return ModelSpec(
+        family=family,
+        blocks=blocks,
+        hidden_size=hidden,
+        vocab_size=vocab,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=hidden // heads,
+        intermediate_size=inner,
+        attention_scales=((hidden // heads) ** -0.5,) * blocks,
+        window=2047 if family == "phi3" else None,
+        rotary_dim=0 if gpt2 else hidden // heads,
+        rotary_switch=None,
+        activation="gelu_tanh" if gpt2 else "silu",
+        gated=not gpt2,
+        norm="layer" if gpt2 else "rms",
+        norm_epsilon=1e-5,
+        max_positions=4096,
+        tied_head=False,
+        eos_token_ids=(),
+    )
+
+
+SHAPES = {
+    "llama2-7b": _spec("llama", 32, 4096, 32, 11008, 32000),
+    "phi3-mini": _spec("phi3", 32, 3072, 32, 8192, 32064),
+    "gpt2-xl": _spec("gpt2", 48, 1600, 25, 6400, 50257),
+}
+
+
+class RandomGraphs:
+    """Writes a shape's portable graphs and weights.
+
+    Args:
+        spec: The shape.
+        directory: Where to.
+        max_length: Positions.
+    """
+
+    def __init__(self, spec: ModelSpec, directory: Path, max_length: int) -> None:
+        self.spec, self.directory, self.max_length = spec, directory, max_length
+        self.rotary: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+        if spec.rotary_dim:
+            self.rotary = Rotary(spec.rotary_dim, "default", 1e4, max_length, {}).tables(max_length)
+        self._pool = np.random.default_rng(0).standard_normal(POOL, np.float32)
+        self._dialect = Portable(spec, PRECISION)
+
+    def write(self) -> None:
+        """Writes embed, blocks, exit_head and final_head."""
+        self.directory.mkdir(parents=True)
+        self._embed()
+        self._blocks()
+        self._heads()
+
+    def _values(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> NDArray[np.float32]:
+        size = int(np.prod(shape))
+        repeated = np.resize(self._pool * np.float32(scale) + np.float32(mean), size)
+        return repeated.reshape(shape)
+
+    def _embed(self) -> None:
+        spec = self.spec
+        with WeightFile(self.directory, "embed.bin", PRECISION) as file:
+            table = self._values(spec.vocab_size, spec.hidden_size)
+            weights = {"token_embedding": file.add("token_embedding", table)}
+            if spec.learned_positions:
+                rows = self._values(self.max_length, spec.hidden_size, scale=0.1)
+                weights["position_embedding"] = file.add("position_embedding", rows)
+        if self.rotary:
+            with WeightFile(self.directory, "rotary.bin", "fp32") as file:
+                names = ("rotary_cos", "rotary_sin")
+                for name, table in zip(names, self.rotary, strict=True):
+                    weights[name] = file.add(name, table)
+        graph = embed_graph(spec, weights, self.max_length)
+        (self.directory / "embed.onnx").write_bytes(graph.SerializeToString())
+
+    def _blocks(self) -> None:
+        spec = self.spec
+        first = self._block_weights(f"{block_name(0)}.bin")
+        for index in range(spec.blocks):
+            name = block_name(index)
+            if index:
+                os.link(self.directory / f"{block_name(0)}.bin", self.directory / f"{name}.bin")
+            weights = {key: replace(ref, location=f"{name}.bin") for key, ref in first.items()}
+            graph = block_graph(spec, index, weights, self._dialect)
+            (self.directory / f"{name}.onnx").write_bytes(graph.SerializeToString())
+
+    def _block_weights(self, name: str) -> dict[str, TensorRef]:
+        spec, hidden, inner = self.spec, self.spec.hidden_size, self.spec.intermediate_size
+        width = spec.heads * spec.head_dim
+        qkv = width + 2 * spec.kv_heads * spec.head_dim
+        matrices = {
+            "attention.qkv": (hidden, qkv),
+            "attention.out": (width, hidden),
+            "mlp.up": (hidden, inner * (2 if spec.gated else 1)),
+            "mlp.down": (inner, hidden),
+        }
+        refs = {}
+        layer = spec.norm == "layer"
+        with WeightFile(self.directory, name, PRECISION) as file:
+            for key in ("attention.norm", "mlp.norm"):
+                refs[f"{key}.weight"] = file.add(key, self._values(hidden, scale=0.1, mean=1.0))
+                if layer:
+                    refs[f"{key}.bias"] = file.add(key, self._values(hidden, scale=0.1))
+            for key, (rows, columns) in matrices.items():
+                # Small, so that the sum over 32 blocks stays within fp16.
+                scale = 0.3 * rows**-0.5
+                refs[f"{key}.weight"] = file.add(key, self._values(rows, columns, scale=scale))
+                if layer:
+                    refs[f"{key}.bias"] = file.add(key, self._values(columns, scale=0.1))
+        return refs
+
+    def _heads(self) -> None:
+        spec = self.spec
+        k = max(1, spec.hidden_size // 100) + 1
+        layer = spec.norm == "layer"
+        with WeightFile(self.directory, "final_head.bin", PRECISION) as file:
+            weights = {
+                "final_norm.weight": file.add("norm", self._values(spec.hidden_size, mean=1.0)),
+                "head": file.add(
+                    "head",
+                    self._values(spec.vocab_size, spec.hidden_size, scale=spec.hidden_size**-0.5),
+                ),
+            }
+            if layer:
+                weights["final_norm.bias"] = file.add("bias", self._values(spec.hidden_size))
+        graph = final_head_graph(spec, weights, self._dialect)
+        (self.directory / "final_head.onnx").write_bytes(graph.SerializeToString())
+        with WeightFile(self.directory, "exit_head.bin", PRECISION) as file:
+            weights = {
+                "project": file.add(
+                    "project", self._values(spec.hidden_size, k, scale=0.02), "fp32"
+                ),
+                "project.bias": file.add("bias", self._values(k)),
+                "vocabulary": file.add("vocabulary", self._values(spec.vocab_size, k)),
+            }
+            if layer:
+                weights["vocabulary.bias"] = file.add("bias", self._values(spec.vocab_size))
+        graph = exit_head_graph(spec, weights, self._dialect)
+        (self.directory / "exit_head.onnx").write_bytes(graph.SerializeToString())

@@ -1,0 +1,85 @@
+// What every kernel shares: the stored number type, 16-byte loads, reductions.
+//
+// A program is compiled for one model (NVRTC for Python, nvcc for C++) with
+//   HALF           1 where matrices and the cache are fp16, 0 for fp32
+//   HEAD_DIM, HEADS, KV_HEADS, ROTARY_DIM, WINDOW (0: all keys)
+//   NORM_LAYER     1 LayerNorm, 0 RMSNorm
+//   ACTIVATION     0 SiLU, 1 GELU, 2 GELU by tanh, 3 ReLU;  GATED 1 for act(gate) * up
+// No header of the CUDA toolkit is needed.
+#pragma once
+
+struct Half {
+    unsigned short bits;
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(Half x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+
+__device__ __forceinline__ void store(float* at, float x) { *at = x; }
+__device__ __forceinline__ void store(Half* at, float x) {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(at->bits) : "f"(x));
+}
+
+#if HALF
+typedef Half Element;
+#else
+typedef float Element;
+#endif
+
+// Elements of one 16-byte load.
+constexpr int WIDE = 16 / sizeof(Element);
+constexpr int LANES = 32;
+constexpr unsigned ALL = 0xffffffffu;
+
+struct alignas(16) Chunk {
+    Element values[WIDE];
+};
+
+// A load of weights: each is read once, so that it need not stay in the first-level cache.
+__device__ __forceinline__ Chunk load_once(const Element* at) {
+    union {
+        uint4 words;
+        Chunk chunk;
+    } loaded;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(loaded.words.x), "=r"(loaded.words.y), "=r"(loaded.words.z), "=r"(loaded.words.w)
+                 : "l"(at));
+    return loaded.chunk;
+}
+
+__device__ __forceinline__ Chunk load(const Element* at) { return *reinterpret_cast<const Chunk*>(at); }
+
+template <int WIDTH = LANES>
+__device__ __forceinline__ float lanes_sum(float x) {
+#pragma unroll
+    for (int offset = WIDTH / 2; offset; offset /= 2) x += __shfl_xor_sync(ALL, x, offset);
+    return x;
+}
+
+// Sum over a thread block of at most 1024 threads; every thread gets it.
+__device__ inline float block_sum(float x) {
+    __shared__ float sums[LANES];
+    x = lanes_sum(x);
+    __syncthreads();  // the sums of a call before may still be read
+    if (threadIdx.x % LANES == 0) sums[threadIdx.x / LANES] = x;
+    __syncthreads();
+    return lanes_sum(threadIdx.x % LANES < blockDim.x / LANES ? sums[threadIdx.x % LANES] : 0.0f);
+}
+
+// Where the launch allows it, a kernel starts while the one before it ends: what does not depend
+// on that one's results comes before this call.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}

@@ -1,0 +1,252 @@
+// Matrix-vector products for the few tokens of a decode step, with norm, activation and residual
+// in the same pass. Bound by the memory that holds the weights [outputs, inputs]: a warp takes
+// several rows, the tokens' inputs lie in shared memory.
+#include "common.cuh"
+
+constexpr int LINEAR_THREADS = 512;
+constexpr int LINEAR_WARPS = LINEAR_THREADS / LANES;
+// Rows of a warp's task, and 16-byte loads of a thread that are in flight (bench/NOTES.md).
+constexpr int ROWS = 2;
+constexpr int LOADS = 16;
+
+extern __shared__ __align__(16) unsigned char shared_memory[];
+
+template <int TOKENS, int COUNT>
+struct Sums {
+    float values[COUNT][TOKENS] = {};
+
+    __device__ void add(const Chunk (&weights)[COUNT], const Element* inputs, int columns, int chunk) {
+#pragma unroll
+        for (int token = 0; token < TOKENS; ++token) {
+            const Chunk input = load(inputs + token * columns + chunk * WIDE);
+#pragma unroll
+            for (int row = 0; row < COUNT; ++row)
+#pragma unroll
+                for (int i = 0; i < WIDE; ++i)
+                    values[row][token] += to_float(weights[row].values[i]) * to_float(input.values[i]);
+        }
+    }
+
+    __device__ void reduce() {
+#pragma unroll
+        for (int row = 0; row < COUNT; ++row)
+#pragma unroll
+            for (int token = 0; token < TOKENS; ++token) values[row][token] = lanes_sum(values[row][token]);
+    }
+};
+
+// Products of COUNT rows with the inputs in shared memory; LOADS loads of a thread are in flight.
+template <int TOKENS, int COUNT>
+__device__ __forceinline__ Sums<TOKENS, COUNT> dot_rows(const Element* const (&rows)[COUNT],
+                                                        const Element* inputs, int columns) {
+    constexpr int AHEAD = LOADS / COUNT;
+    const int chunks = columns / WIDE;
+    Sums<TOKENS, COUNT> sums;
+    int chunk = threadIdx.x % LANES;
+    for (; chunk + LANES * (AHEAD - 1) < chunks; chunk += LANES * AHEAD) {
+        Chunk weights[AHEAD][COUNT];
+#pragma unroll
+        for (int step = 0; step < AHEAD; ++step)
+#pragma unroll
+            for (int row = 0; row < COUNT; ++row)
+                weights[step][row] = load_once(rows[row] + (chunk + LANES * step) * WIDE);
+#pragma unroll
+        for (int step = 0; step < AHEAD; ++step) sums.add(weights[step], inputs, columns, chunk + LANES * step);
+    }
+    for (; chunk < chunks; chunk += LANES) {
+        Chunk weights[COUNT];
+#pragma unroll
+        for (int row = 0; row < COUNT; ++row) weights[row] = load_once(rows[row] + chunk * WIDE);
+        sums.add(weights, inputs, columns, chunk);
+    }
+    sums.reduce();
+    return sums;
+}
+
+// Shared memory: the inputs [tokens, columns], then what a norm needs of them, fp32: the hidden
+// states of a token [columns] and the norm's weight [columns].
+template <int TOKENS>
+__device__ __forceinline__ float* norm_memory(int columns) {
+    return reinterpret_cast<float*>(shared_memory + sizeof(Element) * TOKENS * columns);
+}
+
+// The norm's weight into shared memory; it does not depend on the kernel before. A thread writes
+// and reads the same places, so that no barrier is needed.
+template <int TOKENS>
+__device__ void stage_norm_weight(const float* weight, int width, int columns) {
+    float* kept = norm_memory<TOKENS>(columns) + columns;
+    if (weight)
+        for (int i = threadIdx.x; i < width; i += LINEAR_THREADS) kept[i] = weight[i];
+}
+
+// Normalised inputs, rounded to the type of the matrix, into shared memory. Without weight: x / rms.
+// `width` is the number of features that the mean is over; those from there to `columns` are zero.
+template <int TOKENS>
+__device__ void stage_normed(const float* hidden, const float* weight, const float* bias, float epsilon,
+                             int width, int columns) {
+    Element* inputs = reinterpret_cast<Element*>(shared_memory);
+    float* raw = norm_memory<TOKENS>(columns);
+    const float* kept = raw + columns;
+    for (int token = 0; token < TOKENS; ++token) {
+        float mean = 0.0f, square = 0.0f;
+#pragma unroll 8
+        for (int i = threadIdx.x; i < width; i += LINEAR_THREADS) {
+            const float x = hidden[token * width + i];
+            raw[i] = x;
+            mean += x;
+            square += x * x;
+        }
+#if NORM_LAYER
+        if (weight) {
+            mean = block_sum(mean) / width;
+            square = 0.0f;
+            for (int i = threadIdx.x; i < width; i += LINEAR_THREADS) square += (raw[i] - mean) * (raw[i] - mean);
+        } else {
+            mean = 0.0f;
+        }
+#else
+        mean = 0.0f;
+#endif
+        const float scale = 1.0f / sqrtf(block_sum(square) / width + epsilon);
+        for (int i = threadIdx.x; i < columns; i += LINEAR_THREADS) {
+            float y = i < width ? (raw[i] - mean) * scale : 0.0f;
+            if (weight) y *= kept[i];
+            if (bias) y += bias[i];
+            store(inputs + token * columns + i, y);
+        }
+    }
+    __syncthreads();
+}
+
+template <int TOKENS>
+__device__ void stage(const Element* x, int columns) {
+    Chunk* inputs = reinterpret_cast<Chunk*>(shared_memory);
+    const Chunk* from = reinterpret_cast<const Chunk*>(x);
+    for (int i = threadIdx.x; i < TOKENS * columns / WIDE; i += blockDim.x) inputs[i] = from[i];
+    __syncthreads();
+}
+
+__device__ __forceinline__ float activate(float x) {
+#if ACTIVATION == 0
+    return x / (1.0f + __expf(-x));
+#elif ACTIVATION == 1
+    return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+#elif ACTIVATION == 2
+    return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+#else
+    return fmaxf(x, 0.0f);
+#endif
+}
+
+// Calls use(task, sums) for every task of `COUNT` rows, those of this warp; row_of(task, i) names a
+// task's rows. before() does what can be done while the kernel before still runs; prepare() brings
+// the inputs into shared memory.
+template <int TOKENS, int COUNT, class RowOf, class Before, class Prepare, class Use>
+__device__ __forceinline__ void each_task(const Element* matrix, int columns, int tasks, RowOf row_of,
+                                          Before before, Prepare prepare, Use use) {
+    const int first = blockIdx.x * LINEAR_WARPS + threadIdx.x / LANES;
+    const Element* rows[COUNT];
+    before();
+    wait_for_previous();
+    let_next_start();
+    prepare();
+    const Element* inputs = reinterpret_cast<const Element*>(shared_memory);
+    for (int task = first; task < tasks; task += gridDim.x * LINEAR_WARPS) {
+        for (int i = 0; i < COUNT; ++i) rows[i] = matrix + static_cast<long long>(row_of(task, i)) * columns;
+        use(task, dot_rows<TOKENS, COUNT>(rows, inputs, columns));
+    }
+}
+
+// out [TOKENS, outputs] fp32 = norm(hidden) matrix^T + bias
+template <int TOKENS>
+__device__ void norm_linear(float* out, const float* hidden, const float* norm_weight, const float* norm_bias,
+                            float epsilon, int width, const Element* matrix, const float* bias, int columns,
+                            int outputs) {
+    constexpr int COUNT = ROWS;
+    each_task<TOKENS, COUNT>(
+        matrix, columns, (outputs + COUNT - 1) / COUNT,
+        [=](int task, int i) { return min(task * COUNT + i, outputs - 1); },
+        [=] { stage_norm_weight<TOKENS>(norm_weight, width, columns); },
+        [=] { stage_normed<TOKENS>(hidden, norm_weight, norm_bias, epsilon, width, columns); },
+        [=](int task, const Sums<TOKENS, COUNT>& sums) {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i)
+#pragma unroll
+                for (int token = 0; token < TOKENS; ++token) {
+                    const int row = task * COUNT + i;
+                    if (threadIdx.x % LANES == i * TOKENS + token && row < outputs)
+                        out[token * outputs + row] = sums.values[i][token] + (bias ? bias[row] : 0.0f);
+                }
+        });
+}
+
+// inner [TOKENS, width_out] = act(norm(hidden) gate^T) * (norm(hidden) up^T), gate's rows before up's;
+// without a gate act(norm(hidden) up^T)
+template <int TOKENS>
+__device__ void norm_up(Element* inner, const float* hidden, const float* norm_weight, const float* norm_bias,
+                        float epsilon, const Element* matrix, const float* bias, int columns, int width_out) {
+    constexpr int COUNT = ROWS, FEATURES = GATED ? COUNT / 2 : COUNT;
+    each_task<TOKENS, COUNT>(
+        matrix, columns, (width_out + FEATURES - 1) / FEATURES,
+        [=](int task, int i) {
+            const int feature = min(task * FEATURES + i % FEATURES, width_out - 1);
+            return i < FEATURES ? feature : width_out + feature;
+        },
+        [=] { stage_norm_weight<TOKENS>(norm_weight, columns, columns); },
+        [=] { stage_normed<TOKENS>(hidden, norm_weight, norm_bias, epsilon, columns, columns); },
+        [=](int task, const Sums<TOKENS, COUNT>& sums) {
+#pragma unroll
+            for (int i = 0; i < FEATURES; ++i)
+#pragma unroll
+                for (int token = 0; token < TOKENS; ++token) {
+                    const int feature = task * FEATURES + i;
+                    if (threadIdx.x % LANES != i * TOKENS + token || feature >= width_out) continue;
+                    float y = activate(sums.values[i][token] + (bias ? bias[feature] : 0.0f));
+                    if (GATED)
+                        y *= sums.values[i + FEATURES * GATED][token] + (bias ? bias[width_out + feature] : 0.0f);
+                    store(inner + token * width_out + feature, y);
+                }
+        });
+}
+
+// out [TOKENS, outputs] fp32 = residual + x matrix^T + bias; out may be the residual itself
+template <int TOKENS>
+__device__ void linear(float* out, const float* residual, const Element* x, const Element* matrix,
+                       const float* bias, int columns, int outputs) {
+    constexpr int COUNT = ROWS;
+    each_task<TOKENS, COUNT>(
+        matrix, columns, (outputs + COUNT - 1) / COUNT,
+        [=](int task, int i) { return min(task * COUNT + i, outputs - 1); },
+        [] {}, [=] { stage<TOKENS>(x, columns); },
+        [=](int task, const Sums<TOKENS, COUNT>& sums) {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i)
+#pragma unroll
+                for (int token = 0; token < TOKENS; ++token) {
+                    const int row = task * COUNT + i, at = token * outputs + row;
+                    if (threadIdx.x % LANES == i * TOKENS + token && row < outputs)
+                        out[at] = sums.values[i][token] + (bias ? bias[row] : 0.0f) + (residual ? residual[at] : 0.0f);
+                }
+        });
+}
+
+#define FOR_TOKENS(TOKENS)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(LINEAR_THREADS, 1) norm_linear_##TOKENS(                       \
+        float* out, const float* hidden, const float* norm_weight, const float* norm_bias, float epsilon,       \
+        int width, const Element* matrix, const float* bias, int columns, int outputs) {                        \
+        norm_linear<TOKENS>(out, hidden, norm_weight, norm_bias, epsilon, width, matrix, bias, columns,         \
+                            outputs);                                                                           \
+    }                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(LINEAR_THREADS, 1) norm_up_##TOKENS(                           \
+        Element* inner, const float* hidden, const float* norm_weight, const float* norm_bias, float epsilon,   \
+        const Element* matrix, const float* bias, int columns, int width_out) {                                 \
+        norm_up<TOKENS>(inner, hidden, norm_weight, norm_bias, epsilon, matrix, bias, columns, width_out);      \
+    }                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(LINEAR_THREADS, 1)                              \
+        linear_##TOKENS(float* out, const float* residual, const Element* x, const Element* matrix,             \
+                        const float* bias, int columns, int outputs) {                                          \
+        linear<TOKENS>(out, residual, x, matrix, bias, columns, outputs);                                       \
+    }
+
+FOR_TOKENS(1)
+FOR_TOKENS(2)

@@ -1,0 +1,1 @@
+"""TensorRT engines and CUDA kernels on an NVIDIA GPU."""

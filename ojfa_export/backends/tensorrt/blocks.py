@@ -1,0 +1,242 @@
+"""One block on the GPU: what goes on the stream for it, by kernels alone or with engines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ojfa_export.backends.backend import Int32
+from ojfa_export.backends.tensorrt.arrays import DeviceArray
+from ojfa_export.backends.tensorrt.kernels import integer, number, pointer
+from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, Norm
+from ojfa_export.backends.tensorrt.plan import MLP, QKV
+from ojfa_export.backends.tensorrt.weights import DTYPES
+from ojfa_export.bundle.names import block_name
+
+if TYPE_CHECKING:
+    from ojfa_export.backends.tensorrt.engines import TensorRtEngines
+
+ATTENTION_THREADS = 128
+MOST_SPLITS = 16
+# Thread blocks of attention per multiprocessor, above which keys need not be split further.
+ATTENTION_BLOCKS = 4
+
+
+class Workspace:
+    """Buffers of a step with this many tokens, whatever sequences they belong to.
+
+    Args:
+        engines: The opened model.
+        tokens: How many.
+
+    Attributes:
+        hidden: Two buffers [tokens, H] fp32; block i reads the (i % 2)th and writes the other.
+        qkv: [tokens, (heads + 2 kv_heads) head_dim] fp32.
+        mixed: [tokens, heads * head_dim], what attention gives.
+        inner: [tokens, intermediate size], of the MLP.
+        ids: Address of the token ids, as far as they were embedded here.
+        positions: Address of the tokens' positions.
+        sequences: Address of the sequences that they belong to.
+    """
+
+    def __init__(self, engines: TensorRtEngines, tokens: int) -> None:
+        spec, self._device = engines.spec, engines.device
+        arrays, dtype = engines.arrays, DTYPES[engines.precision]
+        self.tokens = tokens
+        self.hidden = tuple(arrays.empty((tokens, spec.hidden_size), np.float32) for _ in range(2))
+        width = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+        self.qkv = arrays.empty((tokens, width), np.float32)
+        self.mixed = arrays.empty((tokens, spec.heads * spec.head_dim), dtype)
+        self.inner = arrays.empty((tokens, spec.intermediate_size), dtype)
+        wanted = ATTENTION_BLOCKS * self._device.multiprocessors
+        self.splits = max(1, min(MOST_SPLITS, wanted // (tokens * spec.kv_heads)))
+        self.parts = arrays.empty((tokens, spec.heads, self.splits, spec.head_dim + 2), np.float32)
+        self.finished = arrays.empty((tokens, spec.kv_heads), np.uint32)
+        self._device.clear(self.finished.pointer, self.finished.nbytes)
+        described = arrays.empty((3, tokens), np.int32)
+        self._described = described
+        row = 4 * tokens
+        self.ids, self.positions, self.sequences = (described.pointer + i * row for i in range(3))
+        self._positions: list[int] = []
+        self._sequences: list[int] = []
+
+    def name(self, token_ids: Int32, positions: Sequence[int]) -> None:
+        """Says which tokens they are, and where: one copy to the device."""
+        self._positions = list(positions)
+        both = np.array([token_ids.reshape(-1), self._positions], np.int32)
+        self._device.upload(both, self.ids)
+
+    def place(self, positions: Sequence[int], sequences: Sequence[int]) -> None:
+        """Says where the tokens are, and of which sequences; what is known is not copied again."""
+        if (wanted := list(positions)) != self._positions:
+            self._device.upload(np.array(wanted, np.int32), self.positions)
+            self._positions = wanted
+        if (wanted := list(sequences)) != self._sequences:
+            self._device.upload(np.array(wanted, np.int32), self.sequences)
+            self._sequences = wanted
+
+    def take(self, hidden: DeviceArray, block: int) -> None:
+        """Puts hidden states where a block reads them."""
+        target = self.hidden[block % 2]
+        if hidden.pointer != target.pointer:
+            self._device.copy(hidden.pointer, target.pointer, target.nbytes)
+
+
+class Block:
+    """A block and its part of one cache.
+
+    Args:
+        engines: The opened model.
+        index: Which block.
+        shape: Of keys and of values: [batch, kv_heads, capacity, head_dim].
+    """
+
+    def __init__(
+        self, engines: TensorRtEngines, index: int, shape: tuple[int, int, int, int]
+    ) -> None:
+        self._engines, self._index, self._shape = engines, index, shape
+        self._name = block_name(index)
+        dtype = DTYPES[engines.precision]
+        self._keys = engines.arrays.lasting(shape, dtype)
+        self._values = engines.arrays.lasting(shape, dtype)
+        self._kernels = engines.kernels[engines.precision]
+        self._linear = engines.linear(engines.precision)
+
+    def unload(self) -> None:
+        """Lets go of the weights."""
+        self._engines.close(self._name)
+
+    def run(self, workspace: Workspace, long_context: bool, *, together: bool) -> None:
+        """Puts the block on the stream.
+
+        Args:
+            workspace: Holds the tokens' hidden states.
+            long_context: Whether LongRoPE's long factors apply.
+            together: Whether the tokens are of different sequences, one each.
+        """
+        few = workspace.tokens <= MOST_TOKENS and self._engines.decode_kernels
+        if few:
+            self._qkv_by_kernels(workspace)
+        else:
+            self._qkv_by_engine(workspace)
+        self._attend(workspace, long_context, together=together)
+        if few:
+            self._mlp_by_kernels(workspace)
+        else:
+            self._mlp_by_engine(workspace)
+
+    def _qkv_by_kernels(self, workspace: Workspace) -> None:
+        weights, source = self._engines.weights(self._name), workspace.hidden[self._index % 2]
+        self._linear.norm_linear(
+            workspace.qkv,
+            source,
+            self._norm("attention.norm"),
+            weights["attention.qkv.weight"],
+            weights.get("attention.qkv.bias"),
+        )
+
+    def _mlp_by_kernels(self, workspace: Workspace) -> None:
+        weights = self._engines.weights(self._name)
+        source = workspace.hidden[self._index % 2]
+        target = workspace.hidden[1 - self._index % 2]
+        out, up, down = "attention.out", "mlp.up", "mlp.down"
+        self._linear.linear(
+            target, source, workspace.mixed, weights[f"{out}.weight"], weights.get(f"{out}.bias")
+        )
+        self._linear.norm_up(
+            workspace.inner,
+            target,
+            self._norm("mlp.norm"),
+            weights[f"{up}.weight"],
+            weights.get(f"{up}.bias"),
+        )
+        self._linear.linear(
+            target, target, workspace.inner, weights[f"{down}.weight"], weights.get(f"{down}.bias")
+        )
+
+    def _qkv_by_engine(self, workspace: Workspace) -> None:
+        self._run_engine(
+            QKV,
+            workspace.tokens,
+            {
+                "hidden": workspace.hidden[self._index % 2],
+                "qkv": workspace.qkv,
+            },
+            ("attention.norm", "attention.qkv"),
+        )
+
+    def _mlp_by_engine(self, workspace: Workspace) -> None:
+        self._run_engine(
+            MLP,
+            workspace.tokens,
+            {
+                "hidden": workspace.hidden[self._index % 2],
+                "mixed": workspace.mixed,
+                "hidden_out": workspace.hidden[1 - self._index % 2],
+            },
+            ("attention.out", "mlp."),
+        )
+
+    def _run_engine(
+        self, part: str, tokens: int, arrays: dict[str, DeviceArray], prefixes: tuple[str, ...]
+    ) -> None:
+        results = ("qkv", "hidden_out")
+        self._engines.engine(self._name, part).run(
+            tokens,
+            {
+                name: (array.pointer, 0 if name in results else array.shape[-1])
+                for name, array in arrays.items()
+            },
+            {
+                name: array.pointer
+                for name, array in self._engines.weights(self._name).items()
+                if name.startswith(prefixes)
+            },
+        )
+
+    def _norm(self, name: str) -> Norm:
+        weights = self._engines.weights(self._name)
+        epsilon = self._engines.spec.norm_epsilon
+        return Norm(weights[f"{name}.weight"], weights.get(f"{name}.bias"), epsilon)
+
+    def _attend(self, workspace: Workspace, long_context: bool, *, together: bool) -> None:
+        spec, capacity = self._engines.spec, self._shape[2]
+        cosines, sines = self._rotations(long_context)
+        cache = (
+            pointer(workspace.qkv.pointer),
+            pointer(self._keys.pointer),
+            pointer(self._values.pointer),
+            pointer(cosines),
+            pointer(sines),
+            pointer(workspace.positions),
+            pointer(workspace.sequences),
+            integer(capacity),
+        )
+        if not together:
+            grid = (spec.kv_heads, workspace.tokens, 1)
+            self._kernels.launch("append", grid, (ATTENTION_THREADS, 1, 1), cache)
+        self._kernels.launch(
+            "attention",
+            (workspace.splits, spec.kv_heads, workspace.tokens),
+            (ATTENTION_THREADS, 1, 1),
+            (
+                pointer(workspace.mixed.pointer),
+                *cache,
+                number(spec.attention_scales[self._index]),
+                pointer(workspace.parts.pointer),
+                pointer(workspace.finished.pointer),
+                integer(int(together)),
+            ),
+            overlapping=together,
+        )
+
+    def _rotations(self, long_context: bool) -> tuple[int, int]:
+        tables = self._engines.rotary
+        if tables is None:
+            return 0, 0
+        cosines, sines = tables
+        long = long_context and self._engines.spec.rotary_switch is not None
+        skipped = cosines.nbytes // 2 if long else 0
+        return cosines.pointer + skipped, sines.pointer + skipped

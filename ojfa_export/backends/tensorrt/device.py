@@ -1,0 +1,238 @@
+"""The GPU: one context, one stream, memory, CUDA graphs. A thin layer over cuda-python."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import numpy as np
+from cuda.bindings import driver
+from numpy.typing import NDArray
+
+from ojfa_export.errors import BackendError
+
+GIB = 1 << 30
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """Takes the results of a driver call: none, one, or a tuple of them.
+
+    Raises:
+        BackendError: The call failed.
+    """
+    status, *values = result
+    if status != driver.CUresult.CUDA_SUCCESS:
+        _, text = driver.cuGetErrorString(status)
+        detail = text.decode() if isinstance(text, bytes) else str(status)
+        raise BackendError(
+            f"CUDA: {detail} ({status.name})",
+            hint="'nvidia-smi' shows the GPU's state; after an error of a kernel, start anew",
+        )
+    return values[0] if len(values) == 1 else tuple(values) if values else None
+
+
+class Memory:
+    """Device memory that is freed with its last user.
+
+    Args:
+        device: Whose memory.
+        size: Bytes.
+        pooled: Whether it comes from the stream-ordered pool: quick, for what lives for a step.
+    """
+
+    def __init__(self, device: Device, size: int, *, pooled: bool) -> None:
+        self._device, self._pooled = device, pooled
+        size = max(size, 1)
+        stream = device.stream
+        result = driver.cuMemAllocAsync(size, stream) if pooled else driver.cuMemAlloc(size)
+        if result[0] == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            free, total = device.memory()
+            raise BackendError(
+                f"{device.name} has {free / GIB:.2f} of {total / GIB:.1f} GiB free, and "
+                f"{size / GIB:.2f} GiB more are needed",
+                hint="use fewer sequences, a shorter cache (max_length), or an earlier fixed exit: "
+                "blocks past it take no memory",
+            )
+        self.pointer = int(check(result))
+
+    def __del__(self) -> None:
+        # At the interpreter's end the driver may be gone already.
+        with suppress(Exception):
+            if hasattr(self, "pointer"):
+                if self._pooled:
+                    driver.cuMemFreeAsync(self.pointer, self._device.stream)
+                else:
+                    driver.cuMemFree(self.pointer)
+
+
+class Device:
+    """The first visible GPU, its primary context and the one stream that all work goes to.
+
+    Attributes:
+        name: As the driver calls it.
+        compute_capability: For example (9, 0).
+        driver_version: CUDA version of the driver, for example "13.0".
+        multiprocessors: How many.
+
+    Raises:
+        BackendError: There is no GPU, or the driver doesn't work.
+    """
+
+    def __init__(self) -> None:
+        try:
+            check(driver.cuInit(0))
+        except RuntimeError as error:  # cuda-python's, where the driver's library isn't there
+            raise BackendError(
+                f"no NVIDIA driver was found: {error}", hint="see 'ojfa-export doctor'"
+            ) from error
+        handle = check(driver.cuDeviceGet(0))
+        self._context = check(driver.cuDevicePrimaryCtxRetain(handle))
+        check(driver.cuCtxSetCurrent(self._context))
+        self.name = check(driver.cuDeviceGetName(128, handle)).split(b"\0")[0].decode()
+        version = int(check(driver.cuDriverGetVersion()))
+        self.driver_version = f"{version // 1000}.{version % 1000 // 10}"
+        attributes = driver.CUdevice_attribute
+
+        def attribute(which: Any) -> int:
+            return int(check(driver.cuDeviceGetAttribute(which, handle)))
+
+        self.compute_capability = (
+            attribute(attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
+            attribute(attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+        )
+        self.multiprocessors = attribute(attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+        self.stream = check(
+            driver.cuStreamCreate(int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        )
+        # Memory of one step is kept for the next.
+        pool = check(driver.cuDeviceGetDefaultMemPool(handle))
+        threshold = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+        check(driver.cuMemPoolSetAttribute(pool, threshold, driver.cuuint64_t(4 * GIB)))
+
+    def make_current(self) -> None:
+        """Makes the context that of this thread."""
+        check(driver.cuCtxSetCurrent(self._context))
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes."""
+        free, total = check(driver.cuMemGetInfo())
+        return int(free), int(total)
+
+    def upload(self, array: NDArray[Any], pointer: int) -> None:
+        """Copies host memory to the device; the host memory may be reused at once."""
+        check(driver.cuMemcpyHtoDAsync(pointer, array.ctypes.data, array.nbytes, self.stream))
+
+    def download(self, pointer: int, host: int, size: int) -> None:
+        """Copies to pinned host memory; there after `synchronize`."""
+        check(driver.cuMemcpyDtoHAsync(host, pointer, size, self.stream))
+
+    def copy(self, source: int, target: int, size: int) -> None:
+        """Copies on the device."""
+        check(driver.cuMemcpyDtoDAsync(target, source, size, self.stream))
+
+    def clear(self, pointer: int, size: int) -> None:
+        """Fills with zeros."""
+        check(driver.cuMemsetD8Async(pointer, 0, size, self.stream))
+
+    def synchronize(self) -> None:
+        """Waits for all work."""
+        check(driver.cuStreamSynchronize(self.stream))
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Records what `work` puts on the stream, without running it."""
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        check(driver.cuStreamBeginCapture(self.stream, mode))
+        try:
+            work()
+        finally:
+            ended = driver.cuStreamEndCapture(self.stream)
+        return Graph(self, check(ended))
+
+
+class Graph:
+    """A recorded sequence of kernels.
+
+    Args:
+        device: Where it runs.
+        recorded: A CUgraph; owned by this object.
+    """
+
+    def __init__(self, device: Device, recorded: Any) -> None:
+        self._device = device
+        self._executable = check(driver.cuGraphInstantiate(recorded, 0))
+        check(driver.cuGraphDestroy(recorded))
+        check(driver.cuGraphUpload(self._executable, device.stream))
+
+    def launch(self) -> None:
+        """Puts the whole sequence on the stream."""
+        check(driver.cuGraphLaunch(self._executable, self._device.stream))
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            driver.cuGraphExecDestroy(self._executable)
+
+
+class Recorder:
+    """Runs work the first time, records it the second, and replays the recording from then on.
+
+    TensorRT wants to have run once with the shapes and addresses of a recording.
+
+    Args:
+        device: Where it runs.
+        most: Recordings that are kept; when there are more, all begin anew.
+    """
+
+    def __init__(self, device: Device, most: int = 256) -> None:
+        self._device, self._most = device, most
+        self._graphs: dict[Hashable, Graph | None] = {}
+
+    def run(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Runs work that does the same whenever its key is the same.
+
+        Args:
+            key: Holds every address and shape that the work is given.
+            work: Puts something on the stream; nothing that waits for it.
+        """
+        if key not in self._graphs:
+            if len(self._graphs) >= self._most:
+                self.clear()
+            self._graphs[key] = None
+            work()
+            return
+        graph = self._graphs[key]
+        if graph is None:
+            graph = self._graphs[key] = self._device.capture(work)
+        graph.launch()
+
+    def clear(self) -> None:
+        """Forgets all recordings: they refer to memory that may be given back now."""
+        self._device.synchronize()
+        self._graphs.clear()
+
+
+class PinnedArray:
+    """A host array that the device copies to without a detour.
+
+    Args:
+        shape: Of the array.
+        dtype: Of the array.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self.pointer = int(check(driver.cuMemAllocHost(max(size, 1))))
+        buffer = (ctypes.c_char * size).from_address(self.pointer)
+        self.array: NDArray[Any] = np.frombuffer(buffer, dtype).reshape(shape)
+
+    def __del__(self) -> None:
+        with suppress(Exception):
+            driver.cuMemFreeHost(self.pointer)
+
+
+@cache
+def the_device() -> Device:
+    """The process's one GPU."""
+    return Device()

@@ -1,0 +1,184 @@
+"""An opened model on the GPU: weights, engines and kernels, loaded when first used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ojfa_export.backends.backend import Float32
+from ojfa_export.backends.tensorrt.arrays import DeviceArray, DeviceArrays
+from ojfa_export.backends.tensorrt.blocks import Workspace
+from ojfa_export.backends.tensorrt.cache import TensorRtCache
+from ojfa_export.backends.tensorrt.device import Device, PinnedArray, Recorder
+from ojfa_export.backends.tensorrt.engine import Engine, EngineSet
+from ojfa_export.backends.tensorrt.heads import (
+    HEAD_ROWS,
+    ExitHead,
+    FinalHead,
+    Head,
+    ResidualExitHead,
+)
+from ojfa_export.backends.tensorrt.kernels import Kernels, integer, pointer
+from ojfa_export.backends.tensorrt.linear import LinearKernels
+from ojfa_export.backends.tensorrt.plan import GraphPlan, read_plan
+from ojfa_export.backends.tensorrt.weights import DTYPES, WeightStore
+from ojfa_export.bundle.names import block_name
+from ojfa_export.errors import UsageError
+from ojfa_export.families.spec import ModelSpec, Precision
+
+DECODE_VARIABLE = "OJFA_DECODE"
+EMBED_THREADS = 256
+
+
+class TensorRtEngines:
+    """An opened model.
+
+    Args:
+        device: The GPU.
+        spec: The model.
+        weights: Directory of the weight files.
+        engines: Plans by graph name.
+        rotary: Cosines and sines [rows, rotary_dim/2], or None.
+
+    Attributes:
+        decode_kernels: Whether steps of a few tokens run in CUDA kernels of ours rather than in
+            TensorRT's engines (OJFA_DECODE=engines).
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        spec: ModelSpec,
+        weights: Path,
+        engines: Mapping[str, Path],
+        rotary: tuple[Float32, Float32] | None,
+    ) -> None:
+        device.make_current()
+        self.device, self.spec = device, spec
+        self.arrays = DeviceArrays(device)
+        self.decode_kernels = _decode_kernels()
+        self._directory = next(iter(engines.values())).parent
+        self._plans = {name: read_plan(path) for name, path in engines.items()}
+        embed = self._plans["embed"]
+        self.precision: Precision = embed.precision
+        self.kernels: dict[Precision, Kernels] = {
+            kind: Kernels(device, (self._directory / file).read_bytes())
+            for kind, file in embed.kernels.items()
+        }
+        self.store = WeightStore(device, weights, self.kernels)
+        self.rotary = tuple(map(self._lasting, rotary)) if rotary else None
+        self.rotary_rows = len(rotary[0]) if rotary else 0
+        self._engines: EngineSet | None = None
+        self._weights: dict[str, dict[str, DeviceArray]] = {}
+        self._heads: dict[int, Head] = {}  # by blocks run
+        self._recorder = Recorder(device)
+        self._logits = self.arrays.lasting((HEAD_ROWS, spec.vocab_size), np.float32)
+        self._pinned = PinnedArray((HEAD_ROWS, spec.vocab_size), np.float32)
+
+    def plan(self, name: str) -> GraphPlan:
+        """A graph's plan."""
+        return self._plans[name]
+
+    def weights(self, name: str) -> dict[str, DeviceArray]:
+        """A graph's weights, uploaded on first use."""
+        if name not in self._weights:
+            self._weights[name] = self.store.load(self._plans[name])
+        return self._weights[name]
+
+    def engine(self, name: str, part: str) -> Engine:
+        """An engine; equal blocks share theirs. All are opened when one is first used."""
+        if self._engines is None:
+            files = {file for plan in self._plans.values() for file in plan.engines.values()}
+            self._engines = EngineSet(self.device, [self._directory / file for file in files])
+        return self._engines[self._plans[name].engines[part]]
+
+    def linear(self, precision: Precision) -> LinearKernels:
+        """The matrix-vector kernels for matrices of a precision."""
+        return LinearKernels(self.device, self.kernels[precision], DTYPES[precision].itemsize)
+
+    def close(self, name: str) -> None:
+        """Lets go of a graph's weights."""
+        self._recorder.clear()
+        self._weights.pop(name, None)
+        self.store.forget(self._plans[name])
+
+    def embed(self, workspace: Workspace) -> None:
+        """Puts the embedding of a workspace's tokens on the stream, into its first buffer."""
+        weights = self.weights("embed")
+        learned = weights.get("position_embedding")
+        self.kernels[self.precision].launch(
+            "embed",
+            (workspace.tokens, 1, 1),
+            (EMBED_THREADS, 1, 1),
+            (
+                pointer(workspace.hidden[0].pointer),
+                pointer(weights["token_embedding"].pointer),
+                pointer(None if learned is None else learned.pointer),
+                pointer(workspace.ids),
+                pointer(workspace.positions),
+                integer(self.spec.hidden_size),
+            ),
+        )
+
+    def load_blocks(self, depth: int) -> None:
+        """Uploads the weights of the embedding and the first blocks."""
+        for name in ("embed", *map(block_name, range(depth))):
+            self.weights(name)
+
+    def unload_heads(self) -> None:
+        """Lets go of the heads' weights; they are uploaded again when used."""
+        self._heads.clear()
+        for name in ("exit_head", "final_head"):
+            self.close(name)
+
+    def new_cache(self, batch_size: int, capacity: int) -> TensorRtCache:
+        """Makes a cache; a block's keys and values take memory when it is first used."""
+        return TensorRtCache(self, batch_size, capacity)
+
+    def logits(self, hidden: Float32 | DeviceArray, blocks_run: int) -> Float32:
+        """Applies the head after so many blocks: [rows, H] to [rows, V]."""
+        self.device.make_current()
+        states = self.arrays.asarray(hidden)
+        head = self._head(blocks_run)
+        result = np.empty((len(states), self.spec.vocab_size), np.float32)
+        for at in range(0, len(states), HEAD_ROWS):
+            part = states[at : at + HEAD_ROWS]
+            count, size = len(part), result[at : at + HEAD_ROWS].nbytes
+
+            def work(part: DeviceArray = part, count: int = count, size: int = size) -> None:
+                head.run(part, self._logits[:count])
+                self.device.download(self._logits.pointer, self._pinned.pointer, size)
+
+            self._recorder.run((head, count, part.pointer), work)
+            self.device.synchronize()
+            result[at : at + HEAD_ROWS] = self._pinned.array[:count]
+        return result
+
+    def _head(self, blocks_run: int) -> Head:
+        if blocks_run not in self._heads:
+            self._heads[blocks_run] = self._open_head(blocks_run)
+        return self._heads[blocks_run]
+
+    def _open_head(self, blocks_run: int) -> Head:
+        if blocks_run == self.spec.blocks:
+            return FinalHead(self)
+        if "gates" in self._plans["exit_head"].weights:
+            return ResidualExitHead(self, blocks_run)
+        # Every exit's head is the same: none but a residual jump knows of exits.
+        others = (head for head in self._heads.values() if isinstance(head, ExitHead))
+        return next(others, None) or ExitHead(self)
+
+    def _lasting(self, array: Float32) -> DeviceArray:
+        result = self.arrays.lasting(array.shape, array.dtype)
+        self.device.upload(np.ascontiguousarray(array), result.pointer)
+        return result
+
+
+def _decode_kernels() -> bool:
+    value = os.environ.get(DECODE_VARIABLE, "") or "kernels"
+    if value not in ("kernels", "engines"):
+        raise UsageError(f"{DECODE_VARIABLE} must be 'kernels' or 'engines', not '{value}'")
+    return value == "kernels"

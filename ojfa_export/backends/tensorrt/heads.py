@@ -1,0 +1,140 @@
+"""Hidden states to logits on the device: by kernels for a few rows, else by an engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from ojfa_export.backends.tensorrt.arrays import DeviceArray
+from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
+from ojfa_export.backends.tensorrt.weights import ROW_BYTES
+
+if TYPE_CHECKING:
+    from ojfa_export.backends.tensorrt.engines import TensorRtEngines
+
+# Rows of logits that are on the device at once.
+HEAD_ROWS = 16
+ROW_ELEMENTS = ROW_BYTES // 4  # of fp32, as a kernel loads them
+# What the folded exit head consists of; another exit head runs in its engine.
+FOLDED = {"project", "project.bias", "vocabulary", "vocabulary.bias"}
+
+
+class Head(Protocol):
+    """The model's own head, or the exit head."""
+
+    def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
+        """Writes logits [rows, V] fp32 of hidden states [rows, H]."""
+        ...
+
+
+def _run_engine(
+    engines: TensorRtEngines, name: str, hidden: DeviceArray, logits: DeviceArray
+) -> None:
+    rows, width = hidden.shape
+    # Addresses must be multiples of 256; a row of hidden states may lie anywhere.
+    aligned = hidden if hidden.pointer % 256 == 0 else hidden.copy()
+    engines.engine(name, name).run(
+        rows,
+        {"hidden": (aligned.pointer, width), "logits": (logits.pointer, 0)},
+        {key: array.pointer for key, array in engines.weights(name).items()},
+    )
+
+
+class FinalHead:
+    """Final norm and LM head.
+
+    Args:
+        engines: The opened model.
+    """
+
+    def __init__(self, engines: TensorRtEngines) -> None:
+        self._engines = engines
+        weights = engines.weights("final_head")
+        self._norm = Norm(
+            weights["final_norm.weight"],
+            weights.get("final_norm.bias"),
+            engines.spec.norm_epsilon,
+        )
+        self._matrix = weights["head"]
+        self._linear = engines.linear(engines.precision)
+
+    def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
+        """See `Head`."""
+        engines = self._engines
+        if len(hidden) > MOST_TOKENS or not engines.decode_kernels:
+            _run_engine(engines, "final_head", hidden, logits)
+        else:
+            self._linear.norm_linear(logits, hidden, self._norm, self._matrix, None)
+
+
+class ExitHead:
+    """The shortcut, folded with final norm and LM head: z = h P + b; logits = z / rms(z) V^T.
+
+    Args:
+        engines: The opened model.
+    """
+
+    def __init__(self, engines: TensorRtEngines) -> None:
+        self._engines = engines
+        weights = engines.plan("exit_head").weights
+        self._kernels: tuple[LinearKernels, LinearKernels] | None = None
+        if not engines.decode_kernels or not set(weights) <= FOLDED:
+            return
+        project, vocabulary = weights["project"], weights["vocabulary"]
+        # Copies with whole 16-byte rows: two or three megabytes for a model of 7B.
+        self._project = engines.store.padded(project, turned=True)
+        self._vocabulary = engines.store.padded(vocabulary, turned=False)
+        self._z = engines.arrays.lasting((MOST_TOKENS, project.shape[1]), np.float32)
+        small = engines.weights("exit_head")
+        self._project_bias = small["project.bias"]
+        self._bias = small.get("vocabulary.bias")
+        self._norm = Norm(None, None, engines.spec.norm_epsilon)
+        self._kernels = (
+            engines.linear(project.precision),
+            engines.linear(vocabulary.precision),
+        )
+
+    def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
+        """See `Head`."""
+        rows = len(hidden)
+        if self._kernels is None or rows > MOST_TOKENS or not self._engines.decode_kernels:
+            _run_engine(self._engines, "exit_head", hidden, logits)
+            return
+        first, second = self._kernels
+        z = self._z[:rows]
+        first.linear(z, None, hidden, self._project, self._project_bias)
+        second.norm_linear(logits, z, self._norm, self._vocabulary, self._bias)
+
+
+class ResidualExitHead:
+    """One exit's residual shortcut, then the model's own head: y = h + (h P + b) (gate U).
+
+    The jump runs in kernels, a few rows at a time; what it adds to reading the head is little.
+
+    Args:
+        engines: The opened model.
+        blocks_run: The exit, which picks the gate.
+    """
+
+    def __init__(self, engines: TensorRtEngines, blocks_run: int) -> None:
+        self._final = FinalHead(engines)
+        store, plan = engines.store, engines.plan("exit_head")
+        project, up, gates = (store.mapped(plan.weights[n]) for n in ("project", "up", "gates"))
+        bias = store.mapped(plan.weights["project.bias"])
+        rank = -(-len(up) // ROW_ELEMENTS) * ROW_ELEMENTS  # filled up with zeros
+        self._project = store.filled(project.T, (rank, project.shape[0]))
+        self._bias = store.filled(bias, (rank,))
+        self._up = store.filled(gates[blocks_run - 1] * up.T, (up.shape[1], rank))
+        self._kernels = engines.linear("fp32")
+        self._z = engines.arrays.lasting((MOST_TOKENS, rank), np.float32)
+        self._y = engines.arrays.lasting((HEAD_ROWS, up.shape[1]), np.float32)
+
+    def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
+        """See `Head`; at most HEAD_ROWS rows."""
+        for at in range(0, len(hidden), MOST_TOKENS):
+            part = hidden[at : at + MOST_TOKENS]
+            z = self._z[: len(part)]
+            self._kernels.linear(z, None, part, self._project, self._bias)
+            self._kernels.linear(self._y[at : at + len(part)], part, z, self._up, None)
+        self._final.run(self._y[: len(hidden)], logits)

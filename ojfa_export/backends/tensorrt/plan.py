@@ -1,0 +1,103 @@
+"""What the backend keeps for each graph: which engines it is made of, and where its weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from ojfa_export.errors import BackendError, BundleError
+from ojfa_export.families.spec import Precision
+
+# Tokens of one call of an engine: few, as when sequences decode together, and many, as of a
+# prompt; least, best, most. A longer prompt runs in pieces.
+DECODE_TOKENS = (1, 1, 16)
+PREFILL_TOKENS = (1, 512, 1024)
+# The parts of a block, before and after its attention.
+QKV, MLP = "qkv", "mlp"
+PROFILES = (DECODE_TOKENS, PREFILL_TOKENS)
+
+
+# What an engine file must agree with; the driver may be newer than the one it was built with.
+DECISIVE = ("tensorrt", "gpu", "compute capability")
+
+
+def check_built_for(built_with: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """Refuses engines of another GPU or TensorRT.
+
+    Args:
+        built_with: What the manifest says.
+        here: The same of this machine.
+
+    Raises:
+        BackendError: They differ in what engines depend on.
+    """
+    if wrong := [name for name in DECISIVE if built_with.get(name) != here[name]]:
+        differs = ", ".join(
+            f"{name} {built_with.get(name, 'unknown')} (here: {here[name]})" for name in wrong
+        )
+        raise BackendError(
+            f"the TensorRT engines were built for {differs}",
+            hint="rebuild them here with 'ojfa-export build BUNDLE --backend tensorrt'",
+        )
+
+
+def profile_for(tokens: int) -> int:
+    """Which of PROFILES serves this many tokens; at most the prefill profile's."""
+    return 0 if tokens <= DECODE_TOKENS[-1] else 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Weight(_Part):
+    """A weight in a file of the bundle's graphs, little-endian.
+
+    Attributes:
+        transposed: Whether it goes to the device as [columns, rows].
+    """
+
+    file: str
+    offset: NonNegativeInt
+    shape: tuple[PositiveInt, ...]
+    precision: Precision
+    transposed: bool
+
+
+class GraphPlan(_Part):
+    """One graph.
+
+    Attributes:
+        precision: Of matrix products and of the cache.
+        engines: Engine files, in this file's directory, by part: "qkv" and "mlp" of a block.
+        kernels: Files of compiled CUDA kernels by precision, in this file's directory.
+        weights: By their names in the graph.
+    """
+
+    precision: Precision
+    engines: dict[str, str]
+    kernels: dict[Precision, str]
+    weights: dict[str, Weight]
+
+
+def read_plan(path: Path) -> GraphPlan:
+    """Reads a graph's plan.
+
+    Raises:
+        BundleError: It is damaged, or names files elsewhere.
+    """
+    try:
+        plan = GraphPlan.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError, ValueError) as error:
+        raise BundleError(
+            f"{path} can't be read: {str(error).splitlines()[0]}",
+            hint="rebuild the engines with 'ojfa-export build BUNDLE --backend tensorrt'",
+        ) from error
+    names = [*plan.engines.values(), *plan.kernels.values()]
+    names += [weight.file for weight in plan.weights.values()]
+    for name in names:
+        if Path(name).name != name:
+            raise BundleError(f"{path} names a file elsewhere: {name!r}", hint="don't use it")
+    return plan

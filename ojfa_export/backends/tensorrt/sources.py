@@ -1,0 +1,44 @@
+"""The CUDA sources, and what they are compiled with for a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ojfa_export.errors import BackendError
+from ojfa_export.families.spec import ModelSpec
+
+# In a checkout the sources lie beside the package; a wheel carries them inside.
+PLACES = (
+    Path(__file__).parents[3] / "engines" / "kernels",
+    Path(__file__).parents[2] / "_engines" / "kernels",
+)
+SOURCES = ("linear.cu", "attention.cu", "embed.cu")
+HEADERS = ("common.cuh",)
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+
+
+def definitions(spec: ModelSpec, *, half: bool) -> dict[str, int]:
+    """The macros that the kernels are compiled with."""
+    return {
+        "HALF": int(half),
+        "HEAD_DIM": spec.head_dim,
+        "HEADS": spec.heads,
+        "KV_HEADS": spec.kv_heads,
+        "ROTARY_DIM": spec.rotary_dim,
+        "WINDOW": spec.window or 0,
+        "NORM_LAYER": int(spec.norm == "layer"),
+        "ACTIVATION": ACTIVATIONS[spec.activation],
+        "GATED": int(spec.gated),
+    }
+
+
+def source_directory() -> Path:
+    """Where the sources are.
+
+    Raises:
+        BackendError: They are missing.
+    """
+    for place in PLACES:
+        if place.is_dir():
+            return place
+    raise BackendError("the CUDA kernels are missing", hint="install ojfa-export again")

@@ -1,0 +1,230 @@
+"""What a step costs on this machine: its blocks, heads, checks, and tokens that catch up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from ojfa_export.backends.backend import Engines
+from ojfa_export.families.spec import ModelSpec
+from ojfa_export.guarantee.confidence import MEASURES
+from ojfa_export.guarantee.policy import Costs
+from ojfa_export.progress import Progress
+from ojfa_export.runtime.policy import ExitPolicy, Measure
+from ojfa_export.runtime.session import Session
+
+# Tokens in the cache while steps are timed.
+PAST = 128
+# Tokens that a block runs at once where some waited.
+AT_ONCE = (2, 3, 5, 9)
+# Of each kind of step: the first of each turn finds another kind's caches and isn't counted.
+STEPS = 4
+# Exits whose steps are timed; those between two of them lie on a line.
+MOST_EXITS = 16
+FEWEST_ROUNDS = 3
+
+Float64 = NDArray[np.float64]
+Clock = Callable[[], float]
+
+
+class StepCosts(BaseModel):
+    """Milliseconds of steps of one sequence, medians.
+
+    A step at an exit is timed where steps at that exit follow each other. That is right for any
+    mixture of exits too, as far as caches forget what was used longest ago: what a block costs
+    depends on how many blocks ran since it ran last, and over a whole text the sum of these costs
+    is that of the exits, each by itself.
+
+    Attributes:
+        exits: [L] a step at each exit: embedding, blocks, head, choice of the token.
+        exit_head: The exit head on one row.
+        final_head: The model's own head on one row.
+        final_row: What another row adds to that.
+        decide: What a policy adds to a step, whatever it asks.
+        checks: Asking one exit that doesn't stop, by the measure of confidence.
+        catch_up: What a block costs more when it runs any tokens that waited.
+        waiting: What each of them adds to that.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    exits: tuple[float, ...]
+    exit_head: float
+    final_head: float
+    final_row: float
+    decide: float
+    checks: dict[Measure, float]
+    catch_up: float
+    waiting: float
+
+    @property
+    def full(self) -> float:
+        """A step of full depth."""
+        return self.exits[-1]
+
+    def of_policies(self) -> Costs:
+        """Costs of a token whose depth is decided."""
+        heads = [*[self.exit_head] * (len(self.exits) - 1), self.final_head]
+        depths = [ms - head + self.decide for ms, head in zip(self.exits, heads, strict=True)]
+        return Costs(
+            tuple(depths), self.checks, self.final_head, catch_up=self.catch_up,
+            waiting=self.waiting,
+        )  # fmt: skip
+
+
+def measure_costs(
+    spec: ModelSpec,
+    engines: Engines,
+    max_length: int,
+    *,
+    rounds: int,
+    seconds: float,
+    progress: Progress,
+    most_bytes: float = float("inf"),
+    clock: Clock = time.perf_counter,
+) -> StepCosts:
+    """Times steps of every kind, the kinds taking turns.
+
+    Args:
+        spec: The model.
+        engines: Its engines.
+        max_length: Tokens that the cache may hold.
+        rounds: Turns of each kind.
+        seconds: No new round is begun after so many, but for the first three.
+        progress: Shows rounds.
+        most_bytes: Of weights in fp32 to load: of a larger model, the first blocks are timed, two
+            at least, and the others taken to cost as much.
+        clock: Seconds; another than the wall's where the machine is shared.
+    """
+    depth = int(min(spec.blocks, max(2.0, most_bytes / block_bytes(spec))))
+    steps = _Steps(spec, engines, depth, min(max_length, spec.rotary_switch or max_length))
+    start = time.perf_counter()
+    with progress.task("timing blocks and heads", rounds, "rounds") as task:
+        for turn in range(rounds):
+            if turn < FEWEST_ROUNDS or time.perf_counter() < start + seconds:
+                steps.take_turns(clock)
+            task.advance()
+    return steps.costs()
+
+
+def block_bytes(spec: ModelSpec) -> float:
+    """Weights of a block in fp32, norms and biases left out."""
+    attention = spec.hidden_size * spec.head_dim * 2 * (spec.heads + spec.kv_heads)
+    mlp = spec.hidden_size * spec.intermediate_size * (3 if spec.gated else 2)
+    return 4.0 * (attention + mlp)
+
+
+class _Steps:
+    """Every kind of step, and the times that each took (milliseconds)."""
+
+    def __init__(self, spec: ModelSpec, engines: Engines, depth: int, max_length: int) -> None:
+        self._spec, self._engines, self._depth = spec, engines, depth
+        self._past = min(PAST, max(0, max_length - AT_ONCE[-1]))
+        max_length = min(max_length, self._past + AT_ONCE[-1])
+        self._session = Session(spec, engines, 1, max_length)
+        self._sizes = [size for size in AT_ONCE if self._past + size <= max_length]
+        self._exits = np.unique(np.linspace(1, depth, min(depth, MOST_EXITS)).round()).astype(int)
+        # The last check of a policy always stops, so that no block beyond `depth` is needed.
+        self._asked = range(1, min(depth, spec.blocks - 1) + 1)
+        self._shallow = max(1, depth // 2)
+        self._kinds = dict(self._make_kinds())
+        self._times: dict[object, list[float]] = {kind: [] for kind in self._kinds}
+        if self._past:
+            self._session.advance([0] * self._past, depth)
+
+    def _make_kinds(self) -> list[tuple[object, Callable[[], object]]]:
+        session, shallow, depth = self._session, self._shallow, self._depth
+        rows = np.random.default_rng(0).normal(size=(AT_ONCE[-1], self._spec.hidden_size))
+        hidden = rows.astype(np.float32)
+
+        def at_exit(exit: int) -> Callable[[], object]:
+            return lambda: session.advance([0], exit)[0].argmax()
+
+        def asking(exits: Sequence[int], measure: Measure) -> Callable[[], object]:
+            never_but_last = (*[2.0] * (len(exits) - 1), -1e9)
+            policy = ExitPolicy(exits=tuple(exits), measure=measure, thresholds=never_but_last)
+            return lambda: session.decide([0], policy).logits[0].argmax()
+
+        def catching_up(size: int) -> Callable[[], object]:
+            def run() -> object:
+                for _ in range(size - 1):
+                    session.advance([0], shallow)[0].argmax()
+                return session.advance([0], depth)[0].argmax()
+
+            return run
+
+        def head(count: int, blocks_run: int) -> Callable[[], object]:
+            return lambda: self._engines.logits(hidden[:count], blocks_run)
+
+        return [
+            *((("exit", int(exit)), at_exit(int(exit))) for exit in self._exits),
+            *((("ask", m), asking(self._asked, m)) for m in MEASURES),
+            (("ask", "one"), asking(self._asked[-1:], "top")),
+            *((("at once", size), catching_up(size)) for size in self._sizes),
+            (("head", "exit"), head(1, 1)),
+            (("head", "final"), head(1, self._spec.blocks)),
+            (("head", "rows"), head(len(hidden), self._spec.blocks)),
+        ]
+
+    def take_turns(self, clock: Clock) -> None:
+        """Some steps of each kind."""
+        for kind, step in self._kinds.items():
+            for count in range(STEPS + 1):
+                start = clock()
+                step()
+                milliseconds = (clock() - start) * 1e3
+                self._session.rewind(self._past)
+                if count:
+                    self._times[kind].append(milliseconds)
+
+    def costs(self) -> StepCosts:
+        """What the times say."""
+        typical = {kind: float(np.median(times)) for kind, times in self._times.items()}
+        exit_head, final_head = typical["head", "exit"], typical["head", "final"]
+        rows = AT_ONCE[-1] - 1
+        exits = self._all_exits([typical["exit", int(e)] for e in self._exits])
+        if self._depth < self._spec.blocks:
+            exits[-1] += final_head - exit_head
+        last, asked = self._asked[-1], len(self._asked)
+        one = typical["ask", "one"]
+        checks = {m: (typical["ask", m] - one) / max(asked - 1, 1) for m in MEASURES}
+        if asked == 1:  # nothing to tell the check from the rest of the step
+            checks = dict.fromkeys(MEASURES, exit_head)
+        decide = one - exits[last - 1] + exit_head - checks["top"]
+        catch_up, waiting = self._catching_up(exits, typical)
+        return StepCosts(
+            exits=tuple(exits.tolist()),
+            exit_head=exit_head,
+            final_head=final_head,
+            final_row=max(0.0, (typical["head", "rows"] - final_head) / rows),
+            decide=max(0.0, decide),
+            checks={measure: max(0.0, ms) for measure, ms in checks.items()},
+            catch_up=catch_up,
+            waiting=waiting,
+        )
+
+    def _all_exits(self, measured: list[float]) -> Float64:
+        """A step at each exit of the model; beyond the timed blocks all cost the same."""
+        first, last = float(measured[0]), float(measured[-1])
+        slope = (last - first) / max(self._depth - 1, 1)
+        blocks = np.arange(1, self._spec.blocks + 1)
+        beyond = np.maximum(blocks - self._depth, 0) * slope
+        result: Float64 = np.interp(blocks, self._exits, measured) + beyond
+        return result
+
+    def _catching_up(self, exits: Float64, typical: dict[object, float]) -> tuple[float, float]:
+        """The line through what blocks cost more on several tokens."""
+        deep, shallow = exits[self._depth - 1], exits[self._shallow - 1]
+        blocks = self._depth - self._shallow
+        extra = [
+            (typical["at once", size] - (size - 1) * shallow - deep) / blocks
+            for size in self._sizes
+        ]
+        if len(extra) < 2:
+            return max(0.0, sum(extra)), 0.0
+        slope, start = np.polyfit(np.array(self._sizes) - 1, extra, 1)
+        return max(0.0, float(start)), max(0.0, float(slope))

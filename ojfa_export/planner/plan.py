@@ -1,0 +1,144 @@
+"""The planner: times a bundle here and now, and joins that with what its exits say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ojfa_export.bundle.names import STATISTICS
+from ojfa_export.guarantee import ExitStatistics, load_statistics
+from ojfa_export.guarantee.promise import DEFAULT_CONFIDENCE
+from ojfa_export.measure.costs import StepCosts, measure_costs
+from ojfa_export.measure.machine import describe_machine
+from ojfa_export.planner.frontier import Point, fixed_exits, policies, policy_point, speculation
+from ojfa_export.planner.recommend import advice, choose_default
+from ojfa_export.progress import SILENT, Progress
+from ojfa_export.runtime.default import Default
+from ojfa_export.runtime.model import load
+from ojfa_export.runtime.policy import ExitPolicy
+
+# Turns of timing, and when to stop beginning them.
+ROUNDS, SECONDS = 40, 30.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `ojfa-export plan` says.
+
+    Attributes:
+        machine: See `measure.machine`.
+        costs: Of steps, measured.
+        points: The frontier.
+        own: The bundle's policy, where it has one.
+        default: What the bundle should do here where its user names no way.
+        advice: In plain words, the verdict first.
+        windows: Pieces of text behind the agreements.
+        tokens: Looked at in them.
+    """
+
+    machine: dict[str, Any]
+    costs: StepCosts
+    points: list[Point]
+    own: Point | None
+    default: Default
+    advice: list[str]
+    windows: int
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON's types."""
+        return {
+            "machine": self.machine,
+            "costs_ms": self.costs.model_dump(),
+            "frontier": [_as_json(point) for point in self.points],
+            "bundle_policy": self.own and _as_json(self.own),
+            "default": self.default.model_dump(mode="json"),
+            "advice": self.advice,
+            "windows": self.windows,
+            "tokens": self.tokens,
+        }
+
+
+def _as_json(point: Point) -> dict[str, Any]:
+    policy = point.policy and point.policy.model_dump(mode="json")
+    return {"name": point.name, **asdict(point), "policy": policy}
+
+
+def plan_bundle(
+    bundle: Path, progress: Progress = SILENT, confidence: float = DEFAULT_CONFIDENCE
+) -> Plan:
+    """Plans for a bundle on this machine.
+
+    Args:
+        bundle: Its directory.
+        progress: Shows what is under way.
+        confidence: With which a policy must be shown to keep its limit to count as certified.
+
+    Raises:
+        BundleError: It can't be opened, or has no statistics of its exits.
+    """
+    model = load(bundle)
+    splits = load_statistics(bundle / STATISTICS)
+    manifest = model.manifest
+    length = manifest.cache.max_length
+    costs = measure_costs(
+        model.spec, model.engines, length, rounds=ROUNDS, seconds=SECONDS, progress=progress
+    )
+    policy = manifest.auto if manifest.promise is not None else None
+    return make_plan(splits, costs, policy, confidence, progress)
+
+
+def make_plan(
+    splits: Mapping[str, ExitStatistics],
+    costs: StepCosts,
+    policy: ExitPolicy | None,
+    confidence: float,
+    progress: Progress = SILENT,
+) -> Plan:
+    """The plan that follows from statistics and costs.
+
+    Args:
+        splits: Of the statistics.
+        costs: Of steps.
+        policy: That keeps the bundle's promise, if it has one.
+        confidence: Of certification.
+        progress: Shows what is under way.
+    """
+    certification = splits["certification"]
+    points = basic_points(splits, costs) + policies(splits, costs, confidence, progress)
+    own = own_point(splits, costs, policy)
+    return Plan(
+        machine=describe_machine(),
+        costs=costs,
+        points=points,
+        own=own,
+        default=choose_default(points, own, splits, costs),
+        advice=advice(points, own),
+        windows=certification.windows,
+        tokens=certification.windows * certification.tokens_per_window,
+    )
+
+
+def basic_points(splits: Mapping[str, ExitStatistics], costs: StepCosts) -> list[Point]:
+    """Fixed exits, full depth and speculation, which no split chose."""
+    certification = splits["certification"]
+    return fixed_exits(certification, costs) + speculation(certification, costs)
+
+
+def own_point(
+    splits: Mapping[str, ExitStatistics], costs: StepCosts, policy: ExitPolicy | None
+) -> Point | None:
+    """The bundle's policy; None where it has none, or one without exits."""
+    if policy is None or not policy.exits:
+        return None
+    return policy_point(policy, splits["certification"], costs)
+
+
+def plan_default(
+    splits: Mapping[str, ExitStatistics], costs: StepCosts, policy: ExitPolicy | None
+) -> Default:
+    """What a bundle should do where its user names no way: a part of `make_plan`."""
+    points = basic_points(splits, costs)
+    return choose_default(points, own_point(splits, costs, policy), splits, costs)

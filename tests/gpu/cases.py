@@ -1,0 +1,23 @@
+"""What the cases of the GPU tests are made of."""
+
+SEED = 23
+LENGTH, SEQUENCES, EXIT = 48, 2, 2
+RANK = 7
+# One of each kind of norm, activation, position, head grouping, bias and window, by precision.
+CASES = {
+    "llama-gqa": "fp32",
+    "llama-gqa-fp16": "fp16",
+    "llama-mqa": "fp32",
+    "llama-attention-bias": "fp32",
+    "llama-head-dim": "fp32",
+    "gpt2": "fp32",
+    "gpt2-fp16": "fp16",
+    "gpt2-gelu": "fp32",
+    "gpt2-inverse-layer-scale": "fp32",
+    "phi3-sliding-window": "fp32",
+    "phi3-longrope": "fp32",
+    "phi3-partial-rotary": "fp32",
+    # The same with a residual shortcut; its rank is no multiple of what a kernel loads at once.
+    "llama-gqa-residual": "fp32",
+    "gpt2-residual-fp16": "fp16",
+}

@@ -1,0 +1,99 @@
+"""Cases of `tests.gpu.prepare`, compiled for the GPU at hand.
+
+python -m tests.gpu.prepare DIRECTORY            # anywhere with torch
+OJFA_GPU_CASES=DIRECTORY pytest -m gpu tests/gpu  # on the machine with the GPU
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ojfa_export.bundle.names import graph_names
+from ojfa_export.families.spec import ModelSpec
+from ojfa_export.runtime.session import Session
+
+VARIABLE = "OJFA_GPU_CASES"
+
+
+@dataclass
+class Case:
+    """An exported model, and what the CPU runtime computed with it."""
+
+    name: str
+    directory: Path
+    spec: ModelSpec
+    precision: str
+    expected: dict[str, np.ndarray]
+    plans: dict[str, Path]
+
+    @property
+    def graphs(self) -> Path:
+        return self.directory / "graphs"
+
+    def open(self):
+        from ojfa_export.backends.tensorrt.backend import BACKEND
+
+        rotary = None
+        if "cosines" in self.expected:
+            rotary = self.expected["cosines"], self.expected["sines"]
+        return BACKEND.open_engines(self.spec, self.graphs, self.plans, rotary)
+
+    def session(self, batch: int = 1) -> Session:
+        return Session(self.spec, self.open(), batch, 2 * self.expected["token_ids"].shape[1])
+
+
+def case_names() -> list[str]:
+    directory = os.environ.get(VARIABLE)
+    return sorted(path.name for path in Path(directory).iterdir()) if directory else []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case_name" in metafunc.fixturenames:
+        metafunc.parametrize("case_name", case_names(), scope="session")
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """A case by name, its engines built when it is first asked for."""
+    opened: dict[str, Case] = {}
+
+    def open_case(name: str) -> Case:
+        if name not in opened:
+            opened[name] = load_case(
+                Path(os.environ[VARIABLE]) / name, tmp_path_factory.mktemp(name)
+            )
+        return opened[name]
+
+    return open_case
+
+
+def load_case(directory: Path, built: Path) -> Case:
+    from ojfa_export.backends.tensorrt.backend import BACKEND
+
+    described = json.loads((directory / "case.json").read_text())
+    spec = ModelSpec.model_validate_json(json.dumps(described["spec"]))
+    plans = {name: built / f"{name}.json" for name in graph_names(spec.blocks)}
+    for name, plan in plans.items():
+        BACKEND.build_engine(spec, directory / "graphs" / f"{name}.onnx", plan)
+    with np.load(directory / "expected.npz") as arrays:
+        expected = dict(arrays)
+    return Case(directory.name, directory, spec, described["precision"], expected, plans)
+
+
+@pytest.fixture
+def case(cases: Callable[[str], Case], case_name: str) -> Case:
+    return cases(case_name)
+
+
+@pytest.fixture(params=["kernels", "engines"])
+def decode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Steps of few tokens in our kernels, or everything in TensorRT's engines."""
+    monkeypatch.setenv("OJFA_DECODE", request.param)
+    return str(request.param)

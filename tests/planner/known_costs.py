@@ -1,0 +1,55 @@
+"""Known costs, and engines that take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ojfa_export.guarantee.confidence import MEASURES
+from ojfa_export.measure.costs import StepCosts
+
+
+def step_costs(blocks: int = 12, **changes: Any) -> StepCosts:
+    """Of equal blocks: embedding 0.1, a block 1, the exit head 0.2, the model's own 0.4."""
+    exits = [0.3 + depth for depth in range(1, blocks)] + [0.5 + blocks]
+    plain: dict[str, Any] = {
+        "exits": exits, "exit_head": 0.2, "final_head": 0.4, "final_row": 0.1, "decide": 0.0,
+        "checks": dict.fromkeys(MEASURES, 0.2), "catch_up": 0.5, "waiting": 0.25,
+    }  # fmt: skip
+    return StepCosts.model_validate({**plain, **changes})
+
+
+class ClockedEngines:
+    """Engines whose work takes the time of `step_costs` on a clock of their own (seconds)."""
+
+    def __init__(self, engines: Any) -> None:
+        self._engines = engines
+        self.now = 0.0
+
+    def clock(self) -> float:
+        return self.now / 1e3
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engines, name)
+
+    def logits(self, hidden: np.ndarray, blocks_run: int) -> np.ndarray:
+        final = blocks_run == self._engines.spec.blocks
+        self.now += 0.4 + 0.1 * (len(hidden) - 1) if final else 0.2
+        return self._engines.logits(hidden, blocks_run)
+
+    def new_cache(self, batch_size: int, capacity: int) -> Any:
+        cache = self._engines.new_cache(batch_size, capacity)
+        embed, run_blocks = cache.embed, cache.run_blocks
+
+        def clocked_embed(token_ids: np.ndarray, starts: Any) -> np.ndarray:
+            self.now += 0.1
+            return embed(token_ids, starts)
+
+        def clocked(blocks: range, hidden: np.ndarray, *arguments: Any, **named: Any) -> np.ndarray:
+            more = hidden.shape[1] - 1
+            self.now += len(blocks) * (1 + 0.5 * (more > 0) + 0.25 * more)
+            return run_blocks(blocks, hidden, *arguments, **named)
+
+        cache.embed, cache.run_blocks = clocked_embed, clocked
+        return cache
