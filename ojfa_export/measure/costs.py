@@ -48,6 +48,8 @@ class StepCosts(BaseModel):
         checks: Asking one exit that doesn't stop, by the measure of confidence.
         catch_up: What a block costs more when it runs any tokens that waited.
         waiting: What each of them adds to that.
+        late_pass: What a pass costs more than those two say, timed at half depth, where tokens
+            waited before the last block alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,11 +62,26 @@ class StepCosts(BaseModel):
     checks: dict[Measure, float]
     catch_up: float
     waiting: float
+    late_pass: float = 0.0
 
     @property
     def full(self) -> float:
         """A step of full depth."""
         return self.exits[-1]
+
+    def catching_up(self, blocks: int, waited: int) -> float:
+        """What a pass of full depth costs more if tokens waited before its last blocks.
+
+        Between one block and half of them, where it was timed, what a pass costs whatever it runs
+        is taken to fade from `late_pass` to nothing.
+
+        Args:
+            blocks: How many blocks run the tokens that waited.
+            waited: How many tokens did.
+        """
+        half = len(self.exits) - len(self.exits) // 2
+        fading = max(0.0, 1 - (blocks - 1) / max(half - 1, 1))
+        return blocks * (self.catch_up + self.waiting * waited) + self.late_pass * fading
 
     def of_policies(self) -> Costs:
         """Costs of a token whose depth is decided."""
@@ -131,6 +148,8 @@ class _Steps:
         # The last check of a policy always stops, so that no block beyond `depth` is needed.
         self._asked = range(1, min(depth, spec.blocks - 1) + 1)
         self._shallow = max(1, depth // 2)
+        # Where the last block isn't the one after half depth, and the cache has room.
+        self._late = self._sizes[:1] if depth - 1 > self._shallow else []
         self._kinds = dict(self._make_kinds())
         self._times: dict[object, list[float]] = {kind: [] for kind in self._kinds}
         if self._past:
@@ -149,10 +168,10 @@ class _Steps:
             policy = ExitPolicy(exits=tuple(exits), measure=measure, thresholds=never_but_last)
             return lambda: session.decide([0], policy).logits[0].argmax()
 
-        def catching_up(size: int) -> Callable[[], object]:
+        def catching_up(size: int, exit: int = shallow) -> Callable[[], object]:
             def run() -> object:
                 for _ in range(size - 1):
-                    session.advance([0], shallow)[0].argmax()
+                    session.advance([0], exit)[0].argmax()
                 return session.advance([0], depth)[0].argmax()
 
             return run
@@ -165,6 +184,7 @@ class _Steps:
             *((("ask", m), asking(self._asked, m)) for m in MEASURES),
             (("ask", "one"), asking(self._asked[-1:], "top")),
             *((("at once", size), catching_up(size)) for size in self._sizes),
+            *((("late", size), catching_up(size, depth - 1)) for size in self._late),
             (("head", "exit"), head(1, 1)),
             (("head", "final"), head(1, self._spec.blocks)),
             (("head", "rows"), head(len(hidden), self._spec.blocks)),
@@ -205,7 +225,13 @@ class _Steps:
             checks={measure: max(0.0, ms) for measure, ms in checks.items()},
             catch_up=catch_up,
             waiting=waiting,
+            late_pass=self._late_pass(exits, typical, catch_up + waiting),
         )
+
+    def _late_pass(self, exits: Float64, typical: dict[object, float], block: float) -> float:
+        """What a pass of two tokens through the last block costs beyond `block`."""
+        alone = float(exits[self._depth - 2] + exits[self._depth - 1])
+        return max([0.0, *(typical["late", size] - alone - block for size in self._late)])
 
     def _all_exits(self, measured: list[float]) -> Float64:
         """A step at each exit of the model; beyond the timed blocks all cost the same."""

@@ -152,8 +152,7 @@ def speculation(statistics: ExitStatistics, costs: StepCosts) -> list[Point]:
 
 def round_ms(costs: StepCosts, exit: int, draft: int) -> float:
     """A round of speculation: K steps at the exit, and the pass that checks K + 1 tokens."""
-    deep = len(costs.exits) - exit
-    catching_up = deep * (costs.catch_up + costs.waiting * draft)
+    catching_up = costs.catching_up(len(costs.exits) - exit, draft)
     return draft * costs.exits[exit - 1] + costs.full + catching_up + draft * costs.final_row
 
 
@@ -190,7 +189,7 @@ def as_speculation(point: Point, statistics: ExitStatistics, costs: StepCosts) -
         exit=point.exit,
         draft_cost=costs.exits[point.exit - 1] / full,
         check_cost=(deep * costs.waiting + costs.final_row) / full,
-        round_cost=deep * costs.catch_up / full,
+        round_cost=costs.catching_up(deep, 0) / full,
         acceptance=float(statistics.agrees[..., statistics.exits.index(point.exit)].mean()),
     )
 

@@ -191,3 +191,14 @@ def _shared() -> ExitStatistics:
 
 
 SHARED = _shared()
+
+
+@given(late=st.floats(0, 3), waited=st.integers(0, 8))
+def test_a_pass_costs_most_beyond_its_blocks_where_it_is_one_block(
+    late: float, waited: int
+) -> None:
+    costs = step_costs(late_pass=late)
+    beyond = [costs.catching_up(b, waited) - b * (0.5 + 0.25 * waited) for b in range(1, 12)]
+    np.testing.assert_allclose(beyond[0], late, atol=1e-9)
+    np.testing.assert_allclose(beyond[5:], 0, atol=1e-9)  # half of twelve blocks, and more
+    assert all(np.diff(beyond) <= 1e-9)
