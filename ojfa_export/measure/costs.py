@@ -13,6 +13,7 @@ from ojfa_export.backends.backend import Engines
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.guarantee.confidence import MEASURES
 from ojfa_export.guarantee.policy import Costs
+from ojfa_export.measure.traffic import block_bytes
 from ojfa_export.progress import Progress
 from ojfa_export.runtime.policy import ExitPolicy, Measure
 from ojfa_export.runtime.session import Session
@@ -126,13 +127,6 @@ def measure_costs(
                 steps.take_turns(clock)
             task.advance()
     return steps.costs()
-
-
-def block_bytes(spec: ModelSpec) -> float:
-    """Weights of a block in fp32, norms and biases left out."""
-    attention = spec.hidden_size * spec.head_dim * 2 * (spec.heads + spec.kv_heads)
-    mlp = spec.hidden_size * spec.intermediate_size * (3 if spec.gated else 2)
-    return 4.0 * (attention + mlp)
 
 
 class _Steps:

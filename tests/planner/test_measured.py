@@ -11,8 +11,9 @@ from test_frontier import replay
 
 import ojfa_export
 from ojfa_export.errors import CalibrationError, UsageError
-from ojfa_export.measure.costs import block_bytes, measure_costs
+from ojfa_export.measure.costs import measure_costs
 from ojfa_export.measure.reading import PIECE, cut_pieces, read_bundle, read_pieces, settling
+from ojfa_export.measure.traffic import block_bytes
 from ojfa_export.planner.frontier import round_ms
 from ojfa_export.progress import SILENT
 from ojfa_export.runtime.model import Model
