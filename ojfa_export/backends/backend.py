@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.families.spec import ModelSpec, Precision
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -144,4 +144,39 @@ class Backend(Protocol):
             engines: Engine files by graph name.
             rotary: Cosines and sines [rows, rotary_dim/2], or None.
         """
+        ...
+
+
+@runtime_checkable
+class Tracing(Protocol):
+    """A backend that shows what is inside a block, so that verification can name a tensor."""
+
+    def trace_block(self, engines: Engines, block: int, hidden: Float32) -> dict[str, Float32]:
+        """Runs a block on one whole sequence, as a prompt.
+
+        Args:
+            engines: What `open_engines` gave.
+            block: Which block, from 0; loaded for this and let go of.
+            hidden: [tokens, H].
+
+        Returns:
+            Some of the tensors of `verify.exact.ExactModel.block`, [tokens, features], in order.
+        """
+        ...
+
+
+@runtime_checkable
+class Accelerated(Protocol):
+    """A backend whose weights lie in the memory of a device: what measurements compare with."""
+
+    def device(self) -> dict[str, str]:
+        """What the device is, and the versions that matter for speed."""
+        ...
+
+    def copy_bandwidth(self) -> float:
+        """Bytes per second that a copy within the device reads and writes, measured."""
+        ...
+
+    def weight_bytes(self, precision: Precision) -> int:
+        """Of one number of a matrix of weights, as it lies in the device's memory."""
         ...
