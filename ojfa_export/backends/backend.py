@@ -148,6 +148,15 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class SharesEngines(Protocol):
+    """A backend with engines that several graphs share, and that take long to build."""
+
+    def engine_names(self, spec: ModelSpec, graph: Path) -> list[str]:
+        """The engines that a graph needs; what two graphs share has the same name for both."""
+        ...
+
+
+@runtime_checkable
 class Tracing(Protocol):
     """A backend that shows what is inside a block, so that verification can name a tensor."""
 

@@ -51,6 +51,11 @@ def version() -> str:
     return str(trt.__version__)
 
 
+def settings() -> dict[str, Any]:
+    """What an engine depends on beside its graph, its profiles and the GPU."""
+    return {"tensorrt": version(), "level": LEVEL, "workspace": WORKSPACE_BYTES}
+
+
 def build(
     name: str, model: bytes, profiles: list[Profile], *, half: bool, timing_cache: Path
 ) -> bytes:
@@ -128,7 +133,10 @@ def _set_precision(network: Any, config: Any, *, half: bool) -> None:
             continue
         if layer.get_output(0).dtype not in (trt.float32, trt.float16):
             continue
-        kind = trt.float16 if layer.type == kinds.MATRIX_MULTIPLY else trt.float32
+        # The exit head's projection is in fp32 in fp16 bundles too.
+        half_inputs = layer.get_input(0) is not None and layer.get_input(0).dtype == trt.float16
+        product = layer.type == kinds.MATRIX_MULTIPLY
+        kind = trt.float16 if product and half_inputs else trt.float32
         layer.precision = kind
         for output in range(layer.num_outputs):
             layer.set_output_type(output, kind)

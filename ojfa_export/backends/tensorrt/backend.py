@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ojfa_export.backends.backend import Backend, Float32
+from ojfa_export.backends.backend import Backend, Engines, Float32
 from ojfa_export.backends.tensorrt import api
 from ojfa_export.backends.tensorrt.device import the_device
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.backends.tensorrt.probe import copy_bandwidth, trace_block
+from ojfa_export.backends.tensorrt.weights import DTYPES
+from ojfa_export.families.spec import ModelSpec, Precision
 
 
 class TensorRt:
@@ -51,6 +53,29 @@ class TensorRt:
     ) -> TensorRtEngines:
         """Opens built engines."""
         return TensorRtEngines(the_device(), spec, weights, engines, rotary)
+
+    def engine_names(self, spec: ModelSpec, graph: Path) -> list[str]:
+        """Engines that a graph needs, equal ones of several graphs by the same name."""
+        from ojfa_export.backends.tensorrt.build import engine_names  # needs onnx
+
+        return engine_names(spec, graph)
+
+    def trace_block(self, engines: Engines, block: int, hidden: Float32) -> dict[str, Float32]:
+        """See `backends.backend.Tracing`."""
+        assert isinstance(engines, TensorRtEngines)
+        return trace_block(engines, block, hidden)
+
+    def device(self) -> dict[str, str]:
+        """GPU, driver and TensorRT's version."""
+        return {name: each for name, each in self.versions().items() if name != "profiles"}
+
+    def copy_bandwidth(self) -> float:
+        """Bytes per second that a copy on the GPU reads and writes."""
+        return copy_bandwidth(the_device())
+
+    def weight_bytes(self, precision: Precision) -> int:
+        """Of one number of a matrix of weights."""
+        return int(DTYPES[precision].itemsize)
 
 
 BACKEND: Backend = TensorRt()
