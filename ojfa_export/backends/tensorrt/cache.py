@@ -9,6 +9,7 @@ from ojfa_export.backends.backend import Float32, Int32
 from ojfa_export.backends.tensorrt.arrays import DeviceArray
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.device import Recorder
+from ojfa_export.backends.tensorrt.memory import Request
 from ojfa_export.backends.tensorrt.plan import PREFILL_TOKENS
 
 if TYPE_CHECKING:
@@ -67,8 +68,11 @@ class TensorRtCache:
         """Runs consecutive blocks on new tokens; see `backends.backend.Cache`."""
         self._device.make_current()
         states = self.arrays.asarray(hidden)
-        for block in blocks:
-            if block not in self._blocks:
+        if new := [block for block in blocks if block not in self._blocks]:
+            batch, _, capacity, _ = self._shape
+            request = Request(blocks, batch, capacity, states.shape[0] * states.shape[1])
+            self._engines.check_room(request, self._blocks)
+            for block in new:
                 self._blocks[block] = Block(self._engines, block, self._shape)
         if states.shape[1] == 1:
             return self._decode(blocks, states, rows, starts, long_context)

@@ -12,9 +12,8 @@ import numpy as np
 from cuda.bindings import driver
 from numpy.typing import NDArray
 
+from ojfa_export.backends.tensorrt.memory import GIB, readable
 from ojfa_export.errors import BackendError
-
-GIB = 1 << 30
 
 
 def check(result: tuple[Any, ...]) -> Any:
@@ -46,17 +45,24 @@ class Memory:
     def __init__(self, device: Device, size: int, *, pooled: bool) -> None:
         self._device, self._pooled = device, pooled
         size = max(size, 1)
-        stream = device.stream
-        result = driver.cuMemAllocAsync(size, stream) if pooled else driver.cuMemAlloc(size)
+        result = self._allocate(size)
+        if result[0] == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            device.trim()  # what the pool kept for the next step may be enough
+            result = self._allocate(size)
         if result[0] == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             free, total = device.memory()
             raise BackendError(
-                f"{device.name} has {free / GIB:.2f} of {total / GIB:.1f} GiB free, and "
-                f"{size / GIB:.2f} GiB more are needed",
+                f"{device.name} has {readable(free)} of {readable(total)} free, and "
+                f"{readable(size)} more are needed",
                 hint="use fewer sequences, a shorter cache (max_length), or an earlier fixed exit: "
                 "blocks past it take no memory",
             )
         self.pointer = int(check(result))
+
+    def _allocate(self, size: int) -> tuple[Any, ...]:
+        if self._pooled:
+            return tuple(driver.cuMemAllocAsync(size, self._device.stream))
+        return tuple(driver.cuMemAlloc(size))
 
     def __del__(self) -> None:
         # At the interpreter's end the driver may be gone already.
@@ -108,7 +114,7 @@ class Device:
             driver.cuStreamCreate(int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
         )
         # Memory of one step is kept for the next.
-        pool = check(driver.cuDeviceGetDefaultMemPool(handle))
+        self._pool = pool = check(driver.cuDeviceGetDefaultMemPool(handle))
         threshold = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
         check(driver.cuMemPoolSetAttribute(pool, threshold, driver.cuuint64_t(4 * GIB)))
 
@@ -120,6 +126,23 @@ class Device:
         """Free and total bytes."""
         free, total = check(driver.cuMemGetInfo())
         return int(free), int(total)
+
+    def available(self) -> int:
+        """Bytes that can be taken: what is free, and what the pool keeps without using it."""
+        attributes = driver.CUmemPool_attribute
+        reserved, used = (
+            int(check(driver.cuMemPoolGetAttribute(self._pool, which)))
+            for which in (
+                attributes.CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT,
+                attributes.CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
+            )
+        )
+        return self.memory()[0] + reserved - used
+
+    def trim(self) -> None:
+        """Gives back what the pool keeps without using it."""
+        self.synchronize()
+        check(driver.cuMemPoolTrimTo(self._pool, 0))
 
     def upload(self, array: NDArray[Any], pointer: int) -> None:
         """Copies host memory to the device; the host memory may be reused at once."""

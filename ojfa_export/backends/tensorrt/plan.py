@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,6 +53,10 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# Where a weight is in the bundle: its file and offset. One tensor may be part of several graphs.
+Place = tuple[str, int]
+
+
 class Weight(_Part):
     """A weight in a file of the bundle's graphs, little-endian.
 
@@ -64,6 +69,16 @@ class Weight(_Part):
     shape: tuple[PositiveInt, ...]
     precision: Precision
     transposed: bool
+
+    @property
+    def place(self) -> Place:
+        """Where it is."""
+        return self.file, self.offset
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * (2 if self.precision == "fp16" else 4)
 
 
 class GraphPlan(_Part):
