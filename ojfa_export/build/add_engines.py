@@ -17,6 +17,7 @@ from ojfa_export.build.versions import tool_versions
 from ojfa_export.build.work import Work
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import ENGINES, MANIFEST, graph_names
+from ojfa_export.errors import VerificationError
 from ojfa_export.progress import Progress
 from ojfa_export.runtime.model import Model
 from ojfa_export.verify.outcome import raise_failed
@@ -62,7 +63,11 @@ def add_engines(
         if not skip_verification:
             fresh = Bundle(work.bundle)
             checks = compare_blocks(fresh, Model(fresh, backend.name), backend.name, progress)
-            raise_failed(checks, "float64 on the bundle's weights", manifest.precision)
+            try:
+                raise_failed(checks, "float64 on the bundle's weights", manifest.precision)
+            except VerificationError:
+                shutil.rmtree(work.directory)  # these engines are of no use
+                raise
         work.publish()
     return {
         "bundle": str(bundle),

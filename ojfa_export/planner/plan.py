@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ojfa_export import backends
 from ojfa_export.bundle.names import STATISTICS
 from ojfa_export.guarantee import ExitStatistics, load_statistics
 from ojfa_export.guarantee.promise import DEFAULT_CONFIDENCE
@@ -67,7 +68,10 @@ def _as_json(point: Point) -> dict[str, Any]:
 
 
 def plan_bundle(
-    bundle: Path, progress: Progress = SILENT, confidence: float = DEFAULT_CONFIDENCE
+    bundle: Path,
+    progress: Progress = SILENT,
+    confidence: float = DEFAULT_CONFIDENCE,
+    backend: str = backends.DEFAULT,
 ) -> Plan:
     """Plans for a bundle on this machine.
 
@@ -75,11 +79,12 @@ def plan_bundle(
         bundle: Its directory.
         progress: Shows what is under way.
         confidence: With which a policy must be shown to keep its limit to count as certified.
+        backend: Which of its engines to run.
 
     Raises:
         BundleError: It can't be opened, or has no statistics of its exits.
     """
-    model = load(bundle)
+    model = load(bundle, backend=backend)
     splits = load_statistics(bundle / STATISTICS)
     manifest = model.manifest
     length = manifest.cache.max_length
@@ -87,7 +92,8 @@ def plan_bundle(
         model.spec, model.engines, length, rounds=ROUNDS, seconds=SECONDS, progress=progress
     )
     policy = manifest.auto if manifest.promise is not None else None
-    return make_plan(splits, costs, policy, confidence, progress)
+    machine = describe_machine(backend=backends.load(backend))
+    return make_plan(splits, costs, policy, confidence, progress, machine)
 
 
 def make_plan(
@@ -96,6 +102,7 @@ def make_plan(
     policy: ExitPolicy | None,
     confidence: float,
     progress: Progress = SILENT,
+    machine: dict[str, Any] | None = None,
 ) -> Plan:
     """The plan that follows from statistics and costs.
 
@@ -105,12 +112,13 @@ def make_plan(
         policy: That keeps the bundle's promise, if it has one.
         confidence: Of certification.
         progress: Shows what is under way.
+        machine: That the costs were measured on; default: this one.
     """
     certification = splits["certification"]
     points = basic_points(splits, costs) + policies(splits, costs, confidence, progress)
     own = own_point(splits, costs, policy)
     return Plan(
-        machine=describe_machine(),
+        machine=describe_machine() if machine is None else machine,
         costs=costs,
         points=points,
         own=own,

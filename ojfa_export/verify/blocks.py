@@ -188,9 +188,7 @@ def _compare_head(
     return comparisons.checks()
 
 
-def _compare_chain(
-    subject: Subject, exact: ExactModel, ids: Int32, hidden: Float32
-) -> list[Check]:
+def _compare_chain(subject: Subject, exact: ExactModel, ids: Int32, hidden: Float32) -> list[Check]:
     """Full depth: a prompt at once, then tokens one by one."""
     spec, comparisons = subject.spec, Comparisons(subject.precision)
     batch, length = ids.shape

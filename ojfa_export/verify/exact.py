@@ -109,7 +109,8 @@ class ExactModel:
         if self._spec.norm == "layer":
             x = x - x.mean(axis=-1, keepdims=True)
         normed: Float64 = x / _root_mean_square(x, self._spec.norm_epsilon)
-        return normed * weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0)
+        scaled: Float64 = normed * weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0)
+        return scaled
 
     def _activate(self, up: Float64) -> Float64:
         """The MLP's activation, gated where the model's is."""

@@ -70,6 +70,8 @@ class Fake:
 
         def call(*arguments: Any, **named: Any) -> Any:
             self._module.calls.append((member, arguments))
+            if member == "ILayer.get_input":
+                return types.SimpleNamespace(dtype=self._module.input_dtype)
             given = GIVES.get(member)
             return Fake(self._module, given) if isinstance(given, str) else given
 
@@ -86,6 +88,7 @@ class FakeTensorRt(types.ModuleType):
         super().__init__("tensorrt")
         self.names = {kind: set(names) for kind, names in surface["names"].items()}
         self.calls: list[tuple[str, Any]] = []
+        self.input_dtype = "float16"  # of a matrix product's
         self.__version__ = surface["version"]
         logger = type("ILogger", (), {})
         logger.Severity = enum.Enum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE")  # type: ignore[attr-defined]
@@ -123,9 +126,13 @@ def called(fake: FakeTensorRt, member: str) -> list[Any]:
     return [arguments for name, arguments in fake.calls if name == member]
 
 
-@pytest.mark.parametrize("half", [True, False])
-def test_building(bindings, tmp_path, half):
+@pytest.mark.parametrize(
+    ("half", "inputs"), [(True, "float16"), (True, "float32"), (False, "float32")]
+)
+def test_building(bindings, tmp_path, half, inputs):
+    """A product of fp32 inputs, as of the exit head's projection, stays in fp32."""
     fake, api = bindings
+    fake.input_dtype = inputs
     cache = tmp_path / "timing"
     profile = {"hidden": ((1, 8), (1, 8), (16, 8))}
     assert api.build("block", b"model", [profile], half=half, timing_cache=cache) == b"plan"
@@ -136,7 +143,7 @@ def test_building(bindings, tmp_path, half):
     wanted = "STRONGLY_TYPED" if typed else "EXPLICIT_BATCH"
     assert flags == 1 << fake.NetworkDefinitionCreationFlag[wanted]
     chosen = called(fake, "ILayer.precision")
-    assert chosen == ([("float16",)] if half and not typed else [])
+    assert chosen == ([(inputs,)] if half and not typed else [])
     for (sources,) in called(fake, "IBuilderConfig.set_tactic_sources"):
         assert not sources & 1 << fake.TacticSource.CUDNN
 

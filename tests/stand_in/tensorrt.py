@@ -8,7 +8,7 @@ import json
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -72,7 +72,7 @@ class Builder:
         built: Names of the graphs that engines were built of, in all builders.
     """
 
-    built: list[str] = []
+    built: ClassVar[list[str]] = []
 
     def __init__(self, logger: ILogger) -> None:
         self._logger = logger
@@ -133,7 +133,7 @@ class Engine:
 
 
 class Context:
-    """Refuses what TensorRT refuses: no profile, shapes outside it, unaligned or missing addresses."""
+    """Refuses what TensorRT refuses: shapes outside the profile, addresses that aren't aligned."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._driver = engine, engine.driver

@@ -1,8 +1,8 @@
 """Building engines for the GPU at hand, from a bundle's portable graphs.
 
 Files are named by a digest of all that they depend on: graph, profiles, precision, settings,
-TensorRT, GPU. One that is there is therefore the right one, and a build that was interrupted goes on
-with what it had finished.
+TensorRT, GPU. One that is there is therefore the right one, and a build that was interrupted goes
+on with what it had finished.
 """
 
 from __future__ import annotations

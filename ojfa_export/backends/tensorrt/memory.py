@@ -55,9 +55,7 @@ class Room:
         plans: Of every graph: its weights.
     """
 
-    def __init__(
-        self, spec: ModelSpec, element_bytes: int, plans: Mapping[str, GraphPlan]
-    ) -> None:
+    def __init__(self, spec: ModelSpec, element_bytes: int, plans: Mapping[str, GraphPlan]) -> None:
         self._spec, self._element = spec, element_bytes
         self._weights = {
             name: {weight.place: _paged(weight.nbytes) for weight in plan.weights.values()}
@@ -150,9 +148,7 @@ class Room:
             hint=self._hint(request, free + begun, held, opened=opened),
         )
 
-    def _hint(
-        self, request: Request, free: int, held: Collection[Place], *, opened: bool
-    ) -> str:
+    def _hint(self, request: Request, free: int, held: Collection[Place], *, opened: bool) -> str:
         def fits(smaller: Request) -> bool:
             return self.need(smaller, held, opened=opened).total <= free
 

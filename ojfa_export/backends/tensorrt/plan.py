@@ -115,4 +115,11 @@ def read_plan(path: Path) -> GraphPlan:
     for name in names:
         if Path(name).name != name:
             raise BundleError(f"{path} names a file elsewhere: {name!r}", hint="don't use it")
+    # The bundle holds no file but those that its manifest names with their digests.
+    for name in (*plan.engines.values(), *plan.kernels.values()):
+        if not (path.parent / name).is_file():
+            raise BundleError(
+                f"{path} names {name!r}, which the bundle doesn't hold",
+                hint="rebuild the engines with 'ojfa-export build BUNDLE --backend tensorrt'",
+            )
     return plan
