@@ -188,6 +188,7 @@ def make_tensorrt(driver: Driver) -> ModuleType:
         "Runtime": partial(Runtime, driver),
         "NetworkDefinitionCreationFlag": enum.IntEnum("Flags", {"EXPLICIT_BATCH": 0}),
         "MemoryPoolType": enum.Enum("MemoryPoolType", "WORKSPACE"),
+        "ProfilingVerbosity": enum.Enum("ProfilingVerbosity", "DETAILED"),
         "BuilderFlag": enum.Enum("BuilderFlag", "TF32 FP16 OBEY_PRECISION_CONSTRAINTS"),
         "LayerType": enum.Enum("LayerType", "CONSTANT CAST SHAPE SHUFFLE MATRIX_MULTIPLY"),
         "float32": "float32",

@@ -82,6 +82,7 @@ def build(
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
     config.builder_optimization_level = LEVEL
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for `inspect -v`
     config.clear_flag(trt.BuilderFlag.TF32)
     config.max_aux_streams = 0  # one stream, in whose order memory is reused
     _leave_out_cudnn(config)
