@@ -157,6 +157,22 @@ class SharesEngines(Protocol):
 
 
 @runtime_checkable
+class ShowsLayers(Protocol):
+    """A backend whose compiler can be asked what it made of a graph."""
+
+    def describe_layers(self, engines: Mapping[str, Path]) -> dict[str, str]:
+        """Layers of every engine file, for people.
+
+        Args:
+            engines: As `open_engines` takes them; digests have been checked.
+
+        Raises:
+            BackendError: They can't be looked at here.
+        """
+        ...
+
+
+@runtime_checkable
 class Tracing(Protocol):
     """A backend that shows what is inside a block, so that verification can name a tensor."""
 

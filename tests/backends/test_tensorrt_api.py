@@ -192,7 +192,7 @@ ABSENT = {
 
 
 def named_in_source() -> set[str]:
-    """Every `trt.Class` and `trt.Class.member` in api.py, and those that it asks for by a string."""
+    """Every `trt.Class` and `trt.Class.member` in api.py, and what it asks for by a string."""
     source = Path("ojfa_export/backends/tensorrt/api.py")
     tree = ast.parse((Path(__file__).parents[2] / source).read_text(encoding="utf-8"))
     found = set()

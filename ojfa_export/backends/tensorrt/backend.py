@@ -9,7 +9,7 @@ from ojfa_export.backends.backend import Backend, Engines, Float32
 from ojfa_export.backends.tensorrt import api
 from ojfa_export.backends.tensorrt.device import the_device
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
-from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for
+from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for, read_plan
 from ojfa_export.backends.tensorrt.probe import copy_bandwidth, trace_block
 from ojfa_export.backends.tensorrt.weights import DTYPES
 from ojfa_export.families.spec import ModelSpec, Precision
@@ -59,6 +59,17 @@ class TensorRt:
         from ojfa_export.backends.tensorrt.build import engine_names  # needs onnx
 
         return engine_names(spec, graph)
+
+    def describe_layers(self, engines: Mapping[str, Path]) -> dict[str, str]:
+        """See `backends.backend.ShowsLayers`; what graphs share is told once."""
+        from ojfa_export.backends.tensorrt.layers import describe_layers  # needs Polygraphy
+
+        files = {
+            plan.parent / file
+            for plan in engines.values()
+            for file in read_plan(plan).engines.values()
+        }
+        return {path.name: describe_layers(path) for path in sorted(files)}
 
     def trace_block(self, engines: Engines, block: int, hidden: Float32) -> dict[str, Float32]:
         """See `backends.backend.Tracing`."""
