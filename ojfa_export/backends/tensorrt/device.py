@@ -12,12 +12,17 @@ import numpy as np
 from cuda.bindings import driver
 from numpy.typing import NDArray
 
+from ojfa_export.backends.tensorrt.failures import failure
 from ojfa_export.backends.tensorrt.memory import GIB, readable
 from ojfa_export.errors import BackendError
 
 
-def check(result: tuple[Any, ...]) -> Any:
+def check(result: tuple[Any, ...], what: str | None = None) -> Any:
     """Takes the results of a driver call: none, one, or a tuple of them.
+
+    Args:
+        result: What the call gave.
+        what: Was being done, for the message.
 
     Raises:
         BackendError: The call failed.
@@ -26,10 +31,7 @@ def check(result: tuple[Any, ...]) -> Any:
     if status != driver.CUresult.CUDA_SUCCESS:
         _, text = driver.cuGetErrorString(status)
         detail = text.decode() if isinstance(text, bytes) else str(status)
-        raise BackendError(
-            f"CUDA: {detail} ({status.name})",
-            hint="'nvidia-smi' shows the GPU's state; after an error of a kernel, start anew",
-        )
+        raise failure(status.name, detail, what)
     return values[0] if len(values) == 1 else tuple(values) if values else None
 
 
