@@ -72,7 +72,7 @@ class Fake:
 
         def call(*arguments: Any, **named: Any) -> Any:
             self._module.calls.append((member, arguments))
-            if member == "ILayer.get_input":
+            if member == "ILayer.get_input" and arguments == (1,):
                 return types.SimpleNamespace(dtype=self._module.input_dtype)
             given = GIVES.get(member)
             return Fake(self._module, given) if isinstance(given, str) else given
@@ -90,7 +90,7 @@ class FakeTensorRt(types.ModuleType):
         super().__init__("tensorrt")
         self.names = {kind: set(names) for kind, names in surface["names"].items()}
         self.calls: list[tuple[str, Any]] = []
-        self.input_dtype = "float16"  # of a matrix product's
+        self.input_dtype = "float16"  # of a matrix product's weights
         self.__version__ = surface["version"]
         logger = type("ILogger", (), {})
         logger.Severity = enum.Enum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE")  # type: ignore[attr-defined]
@@ -132,7 +132,7 @@ def called(fake: FakeTensorRt, member: str) -> list[Any]:
     ("half", "inputs"), [(True, "float16"), (True, "float32"), (False, "float32")]
 )
 def test_building(bindings, tmp_path, half, inputs):
-    """A product of fp32 inputs, as of the exit head's projection, stays in fp32."""
+    """A product with fp32 weights, as of the exit head's projection, stays in fp32."""
     fake, api = bindings
     fake.input_dtype = inputs
     cache = tmp_path / "timing"

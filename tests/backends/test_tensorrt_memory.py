@@ -14,6 +14,7 @@ SPEC = SHAPES["llama2-7b"]
 HIDDEN, INNER, VOCABULARY = 4096, 11008, 32000
 BLOCK = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER)
 MEBI = 1 << 20
+ACTIVATIONS = 100 * MEBI
 
 
 def weight(file: str, *shape: int) -> Weight:
@@ -22,7 +23,9 @@ def weight(file: str, *shape: int) -> Weight:
 
 def plan(*weights: Weight) -> GraphPlan:
     named = {f"{index}": each for index, each in enumerate(weights)}
-    return GraphPlan(precision="fp16", engines={}, kernels={}, weights=named)
+    return GraphPlan(
+        precision="fp16", engines={}, kernels={}, weights=named, activation_bytes=ACTIVATIONS
+    )
 
 
 @pytest.fixture
@@ -47,6 +50,8 @@ def test_a_request_takes_its_weights_cache_and_buffers(room: Room) -> None:
     assert need.weights == pytest.approx(32 * BLOCK + ends, rel=1e-3)
     assert need.cache == 32 * 2 * 2 * 4096 * HIDDEN  # blocks, keys and values, bytes, positions
     assert need.workspace < MEBI
+    closed = room.need(Request(range(32), batch=1, capacity=4096, tokens=1))
+    assert closed.workspace == need.workspace + ACTIVATIONS
 
 
 def test_blocks_past_an_exit_take_nothing_but_what_waits_there(room: Room) -> None:
@@ -104,7 +109,7 @@ def test_before_there_is_a_cache_the_depth_is_what_can_be_less(room: Room) -> No
     with pytest.raises(BackendError) as caught:
         room.check(Request(range(32)), 8 * GIB, "Some GPU")
     assert str(caught.value).startswith("32 blocks take ")
-    assert str(caught.value.hint).startswith("this would fit: exit 20 instead of 32 blocks")
+    assert str(caught.value.hint).startswith("this would fit: exit 19 instead of 32 blocks")
     assert "sequence" not in str(caught.value.hint)
 
 

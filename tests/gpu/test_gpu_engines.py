@@ -42,9 +42,8 @@ def infer(case, graph, part, profile, **inputs):
     with loaders.TrtRunner(
         loaders.EngineFromBytes(path.read_bytes()), optimization_profile=profile
     ) as runner:
-        wanted = runner.get_input_metadata()
         feeds = {}
-        for name in wanted:
+        for name in runner.get_input_metadata(use_numpy_dtypes=False):
             if name in inputs:
                 feeds[name] = np.ascontiguousarray(inputs[name])
                 continue

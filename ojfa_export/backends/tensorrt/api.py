@@ -134,10 +134,11 @@ def _set_precision(network: Any, config: Any, *, half: bool) -> None:
             continue
         if layer.get_output(0).dtype not in (trt.float32, trt.float16):
             continue
-        # The exit head's projection is in fp32 in fp16 bundles too.
-        half_inputs = layer.get_input(0) is not None and layer.get_input(0).dtype == trt.float16
+        # By the weights: the exit head's projection is in fp32 in fp16 bundles too. (What was cast
+        # to fp16 before still says fp32 here.)
         product = layer.type == kinds.MATRIX_MULTIPLY
-        kind = trt.float16 if product and half_inputs else trt.float32
+        half_weights = product and layer.get_input(1).dtype == trt.float16
+        kind = trt.float16 if half_weights else trt.float32
         layer.precision = kind
         for output in range(layer.num_outputs):
             layer.set_output_type(output, kind)
@@ -158,9 +159,13 @@ def deserialize(name: str, plan: bytes) -> Any:
     return engine
 
 
-def failure(name: str) -> BackendError:
-    """What to raise where an engine doesn't run."""
-    return BackendError(f"TensorRT {version()} can't run engine '{name}': {LOG.take()}")
+def failure(name: str, free: str) -> BackendError:
+    """What to raise where an engine doesn't run, with so much GPU memory free."""
+    return BackendError(
+        f"TensorRT {version()} can't run engine '{name}': {LOG.take()}",
+        hint=f"{free} of GPU memory are free; where that is little, free some: TensorRT loads its "
+        "kernels when they are first used",
+    )
 
 
 def activation_bytes(engine: Any) -> int:

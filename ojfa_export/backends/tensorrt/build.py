@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
         BackendError: TensorRT can't build it.
     """
     refs, precision = _references(graph)
+    # By part: a name without what comes before it, "qkv" and "mlp" of a block.
     engines = {
         name.split(".")[-1]: _build(name, model, plan.parent, precision)
         for name, model in parts(graph.stem, spec, refs, precision).items()
@@ -61,6 +63,9 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
             )
             for name, ref in refs.items()
         },
+        activation_bytes=max(
+            (_activation_bytes(plan.with_name(file)) for file in engines.values()), default=0
+        ),
     )
     _write(plan, described.model_dump_json(indent=2).encode())
 
@@ -101,6 +106,12 @@ def _build(name: str, model: onnx.ModelProto, directory: Path, precision: Precis
         )
         _write(file, engine)
     return file.name
+
+
+@cache
+def _activation_bytes(engine: Path) -> int:
+    """What an engine that was just built works in; its name says what it is."""
+    return api.activation_bytes(api.deserialize(engine.stem, engine.read_bytes()))
 
 
 def _digest(content: bytes, settings: Mapping[str, Any]) -> str:

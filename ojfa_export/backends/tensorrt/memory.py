@@ -13,6 +13,8 @@ from ojfa_export.families.spec import ModelSpec
 GIB = 1 << 30
 # Of an allocation: what the driver rounds up to.
 PAGE = 2 << 20
+# Left free by what is said to fit: TensorRT and the driver load kernels when they first run.
+RESERVE = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Room:
 
     def __init__(self, spec: ModelSpec, element_bytes: int, plans: Mapping[str, GraphPlan]) -> None:
         self._spec, self._element = spec, element_bytes
+        self._activations = max((plan.activation_bytes for plan in plans.values()), default=0)
         self._weights = {
             name: {weight.place: _paged(weight.nbytes) for weight in plan.weights.values()}
             for name, plan in plans.items()
@@ -94,7 +97,7 @@ class Room:
         return Need(
             weights=sum(missing.values()),
             cache=each * sum(block not in cached for block in request.blocks) + waiting,
-            workspace=self._workspace(request.tokens) + (0 if opened else self._in_engines()),
+            workspace=self._workspace(request.tokens) + (0 if opened else self._activations),
         )
 
     def _workspace(self, tokens: int) -> int:
@@ -105,11 +108,6 @@ class Room:
         each = 4 * (2 * spec.hidden_size + qkv) + self._element * rest
         # The embedding's workspace and the results of pieces hold every token.
         return min(tokens, PREFILL_TOKENS[-1]) * each + 3 * 4 * tokens * spec.hidden_size
-
-    def _in_engines(self) -> int:
-        """What TensorRT's engines work in at least: the MLP's widest product of a whole piece."""
-        up = (2 if self._spec.gated else 1) * self._spec.intermediate_size
-        return PREFILL_TOKENS[-1] * up * self._element
 
     def check(
         self,
@@ -150,7 +148,7 @@ class Room:
 
     def _hint(self, request: Request, free: int, held: Collection[Place], *, opened: bool) -> str:
         def fits(smaller: Request) -> bool:
-            return self.need(smaller, held, opened=opened).total <= free
+            return self.need(smaller, held, opened=opened).total + RESERVE <= free
 
         start, stop = request.blocks.start, request.blocks.stop
         ways = []

@@ -89,12 +89,14 @@ class GraphPlan(_Part):
         engines: Engine files, in this file's directory, by part: "qkv" and "mlp" of a block.
         kernels: Files of compiled CUDA kernels by precision, in this file's directory.
         weights: By their names in the graph.
+        activation_bytes: Memory that the largest of the engines works in.
     """
 
     precision: Precision
     engines: dict[str, str]
     kernels: dict[Precision, str]
     weights: dict[str, Weight]
+    activation_bytes: NonNegativeInt
 
 
 def read_plan(path: Path) -> GraphPlan:
