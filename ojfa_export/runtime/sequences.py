@@ -190,9 +190,9 @@ class Sequences:
         if depth < self.spec.blocks:
             if depth not in self._waiting:
                 self._waiting[depth] = self._new_states()
-            _keep(self._waiting[depth], rows, starts, hidden)
+            self._cache.keep(self._waiting[depth], rows, starts, hidden)
         elif self._final is not None:
-            _keep(self._final, rows, starts, hidden)
+            self._cache.keep(self._final, rows, starts, hidden)
         # Raised together, when all is done: a pass that is interrupted can be run again.
         for row in range(rows.start, rows.stop):
             if wanted[row]:
@@ -219,9 +219,3 @@ class Sequences:
         """Room for the hidden states of every position; untouched memory until it is used."""
         shape = (self.batch_size, self.max_length, self.spec.hidden_size)
         return self._cache.arrays.empty(shape, np.float32)
-
-
-def _keep(kept: Hidden, rows: slice, starts: list[int], hidden: Hidden) -> None:
-    """Keeps hidden states [rows, tokens, H] for later, from these positions on."""
-    for row, start, states in zip(range(rows.start, rows.stop), starts, hidden, strict=True):
-        kept[row, start : start + len(states)] = states

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ojfa_export.backends.backend import Float32, Int32
+from ojfa_export.backends.backend import Float32, Int32, keep
 from ojfa_export.backends.tensorrt.arrays import DeviceArray
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.device import Recorder
@@ -78,6 +78,12 @@ class TensorRtCache:
             for at in range(0, states.shape[1], most)
         ]
         return pieces[0] if len(pieces) == 1 else self.arrays.concatenate(pieces, axis=1)
+
+    def keep(
+        self, kept: DeviceArray, rows: slice, starts: Sequence[int], hidden: DeviceArray
+    ) -> None:
+        """Copies hidden states for later; see `backends.backend.Cache`."""
+        keep(kept, rows, starts, hidden)
 
     def unload(self, block: int) -> None:
         """Lets go of a block's weights; its keys and values stay."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ojfa_export.backends.backend import Float32
+from ojfa_export.backends.choice import ChoosesOnHost
 from ojfa_export.backends.tensorrt.arrays import DeviceArray, DeviceArrays
 from ojfa_export.backends.tensorrt.blocks import Workspace
 from ojfa_export.backends.tensorrt.cache import TensorRtCache
@@ -33,7 +34,7 @@ DECODE_VARIABLE = "OJFA_DECODE"
 EMBED_THREADS = 256
 
 
-class TensorRtEngines:
+class TensorRtEngines(ChoosesOnHost):
     """An opened model.
 
     Args:
