@@ -195,7 +195,8 @@ PARAMETERS: dict[str, list[str]] = {}
 for _source in SOURCES:
     _text = (source_directory() / _source).read_text().replace("\\\n", "\n")
     for _found in re.finditer(
-        r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+?)(?:_##TOKENS)?\(([^)]*)\)", _text
+        r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+?)(?:_##TOKENS)?\(([^)]*)\)",
+        _text,
     ):
         PARAMETERS[_found[1]] = re.findall(r"(\w+)\s*(?:,|$)", _found[2].strip())
 
@@ -227,13 +228,17 @@ class StandInKernels:
         return x.astype(self.element).astype(np.float32)
 
     def transpose(self, a: Any) -> None:
-        self._elements(a.out, a.columns, a.rows)[...] = self._elements(getattr(a, "in"), a.rows, a.columns).T
+        self._elements(a.out, a.columns, a.rows)[...] = self._elements(
+            getattr(a, "in"), a.rows, a.columns
+        ).T
 
     def embed(self, a: Any) -> None:
         count = a.grid[0]
         positions = view(a.positions, np.int32, count) + a.steps
         view(a.positions_out, np.int32, count)[...] = positions
-        for token, (id_, position) in enumerate(zip(view(a.ids, np.int32, count), positions, strict=True)):
+        for token, (id_, position) in enumerate(
+            zip(view(a.ids, np.int32, count), positions, strict=True)
+        ):
             out = self._floats(a.hidden + 4 * token * a.features, a.features)
             size = self.element().itemsize * a.features
             out[...] = self._elements(a.table + int(id_) * size, a.features)
@@ -304,7 +309,12 @@ class StandInKernels:
         sequence = int(view(a.sequences + 4 * token, np.int32, 1)[0])
         shape = (m.KV_HEADS, a.capacity, m.HEAD_DIM)
         at = sequence * int(np.prod(shape)) * self.element().itemsize
-        return qkv, position, self._elements(a.keys + at, *shape), self._elements(a.values + at, *shape)
+        return (
+            qkv,
+            position,
+            self._elements(a.keys + at, *shape),
+            self._elements(a.values + at, *shape),
+        )
 
     def append(self, a: Any) -> None:
         for token in range(a.grid[1]):
@@ -357,7 +367,9 @@ class StandInKernels:
         said = confidences(logits, ("top", "margin", "entropy"))
         view(a.desk, np.int32, len(logits))[...] = best
         for row in range(len(logits)):
-            self._write(a.mail, mailbox, int(turn[0]), row, int(best[row]), int(best[row]), *said[:, row])
+            self._write(
+                a.mail, mailbox, int(turn[0]), row, int(best[row]), int(best[row]), *said[:, row]
+            )
         if a.measure >= 0 and (said[a.measure] >= a.threshold).all():
             self.called_off = True
         if not a.sampled:
@@ -380,7 +392,9 @@ class StandInKernels:
         rows = a.grid[0]
         turn = int(view(a.desk + mailbox.TURN_OFFSET, np.uint32, 1)[0])
         answers = mailbox.SLOTS * mailbox.ROWS * mailbox.ANSWER.size
-        draws = view(a.mail + answers, np.float64, mailbox.SLOTS, mailbox.ROWS)[turn % mailbox.SLOTS]
+        draws = view(a.mail + answers, np.float64, mailbox.SLOTS, mailbox.ROWS)[
+            turn % mailbox.SLOTS
+        ]
         sampling = Sampling(a.temperature, a.top_k, a.top_p)
         logits = self._floats(a.logits, rows, a.vocabulary)
         for row in range(rows):
@@ -425,7 +439,9 @@ class StandInEngine:
                 shape = [tokens if isinstance(dim, str) else dim for dim in each.shape]
                 dtype = np.float16 if "float16" in each.type else np.float32
                 feeds[each.name] = view(addresses[each.name], dtype, *shape)
-            for each, value in zip(self._session.get_outputs(), self._session.run(None, feeds), strict=True):
+            for each, value in zip(
+                self._session.get_outputs(), self._session.run(None, feeds), strict=True
+            ):
                 view(addresses[each.name], value.dtype, *value.shape)[...] = value
 
         self._driver.put(work)

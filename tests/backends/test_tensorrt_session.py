@@ -6,14 +6,13 @@ import json
 import sys
 import types
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 from backends.stand_in_gpu import StandInDriver, StandInEngine
 from chain import Chain, build_chain
 from tiny_models import VOCAB_SIZE, make_checkpoint
-from tolerances import LOGITS_FP32, PROBABILITY
+from tolerances import LOGITS_FP32
 
 from ojfa_export.bundle.names import graph_names
 from ojfa_export.runtime.policy import ExitPolicy
@@ -140,7 +139,9 @@ def test_choices_are_those_of_the_host(case, rng, batch, sampling):
             policy = ExitPolicy(exits=asked, measure=measure, thresholds=(9.0, 9.0))
             said = probe.decide(pending, policy).confidence
             # Between what the sequences say, so that some stop and some go on.
-            thresholds = [float(said[i].mean()) if batch > 1 else rng.choice([-9.0, 9.0]) for i in (0, 1)]
+            thresholds = [
+                float(said[i].mean()) if batch > 1 else rng.choice([-9.0, 9.0]) for i in (0, 1)
+            ]
             exit = ExitPolicy(exits=asked, measure=measure, thresholds=thresholds)
         mine = session.choose(pending, exit, sampling, draws)
         theirs = reference.choose(pending, exit, sampling, draws)
