@@ -1,4 +1,4 @@
-"""A GPU for machines without one: cuda-python's driver, our kernels and TensorRT's engines by NumPy.
+"""A GPU for machines without one: the driver, our kernels and TensorRT's engines by NumPy.
 
 What is put on the stream runs as late as it may, some of it whenever the host looks for an answer,
 so that code which reads or overwrites something too early finds the wrong bytes; fresh and freed
