@@ -15,6 +15,7 @@ from tiny_models import VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_FP32
 
 from ojfa_export.bundle.names import graph_names
+from ojfa_export.runtime.decoding import StepByStep
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
@@ -157,3 +158,37 @@ def test_choices_are_those_of_the_host(case, rng, batch, sampling):
                 each.rewind(5, batch - 1)
     new = [[5]] * batch
     assert_close(case, session.advance(new), reference.advance(new))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 20, 0.9, seed=2)])
+def test_steps_begun_ahead_change_nothing(case, rng, batch, sampling):
+    """Token by token, with now and then another token than the one that was chosen, or none."""
+    if case.chain.precision == "fp16":
+        pytest.skip("tokens of fp16 are not those of fp32")
+    exit = int(rng.integers(1, case.chain.spec.blocks + 1))
+    sessions = case.session(batch), case.reference(batch)
+    decoders = [
+        StepByStep(each, exit, sampling, [sampling.generator(row) for row in range(batch)])
+        for each in sessions
+    ]
+    started = []
+    follow = sessions[0].follow
+    sessions[0].follow = lambda *arguments: started.append(1) or follow(*arguments)
+    pending = [[row + 1, 5, 6] for row in range(batch)]
+    for step in range(20):
+        mine, theirs = (each.step(pending, [20 - step] * batch) for each in decoders)
+        assert mine == theirs
+        assert sessions[0].tokens()[: sessions[1].lengths[0]] == sessions[1].tokens()
+        pending = [[token.id for token in tokens] for tokens in theirs]
+        if step % 5 == 3:
+            pending[int(rng.integers(batch))] = [7]
+        if step % 7 == 5 and batch > 1:
+            pending[int(rng.integers(batch))] = []
+    assert len(started) > 5
+    for each in decoders:
+        each.end()
+    assert sessions[0].tokens() == sessions[1].tokens()
+    np.testing.assert_array_equal(sessions[0].watermarks, sessions[1].watermarks)
+    new = [[5]] * batch
+    assert_close(case, sessions[0].advance(new), sessions[1].advance(new))
