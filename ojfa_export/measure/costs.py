@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from ojfa_export.backends.backend import Engines
+from ojfa_export.backends.choice import Choosing
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.guarantee.confidence import MEASURES
 from ojfa_export.guarantee.policy import Costs
@@ -152,23 +153,23 @@ class _Steps:
         hidden = rows.astype(np.float32)
 
         def at_exit(exit: int) -> Step:
-            return lambda: session.advance([token()], exit)[0].argmax()
+            return lambda: session.choose([token()], exit)
 
         def asking(exits: Sequence[int], measure: Measure) -> Step:
             never_but_last = (*[2.0] * (len(exits) - 1), -1e9)
             policy = ExitPolicy(exits=tuple(exits), measure=measure, thresholds=never_but_last)
-            return lambda: session.decide([token()], policy).logits[0].argmax()
+            return lambda: session.choose([token()], policy)
 
         def catching_up(size: int, exit: int = shallow) -> Step:
             def run() -> object:
                 for _ in range(size - 1):
-                    session.advance([token()], exit)[0].argmax()
-                return session.advance([token()], depth)[0].argmax()
+                    session.choose([token()], exit)
+                return session.choose([token()], depth)
 
             return run
 
         def head(count: int, blocks_run: int) -> Step:
-            return lambda: self._engines.logits(hidden[:count], blocks_run)
+            return lambda: self._engines.choose(hidden[:count], blocks_run, Choosing()).tokens()
 
         return [
             *((("exit", int(exit)), at_exit(int(exit))) for exit in self._exits),

@@ -127,7 +127,7 @@ def _deciding(policy: ExitPolicy, depths: NDArray[np.int32], turns: Turns) -> li
     def stopping(depth: int) -> Step:
         thresholds = tuple(2.0 if exit < depth else -1e9 for exit in policy.exits)
         forced = policy.model_copy(update={"thresholds": thresholds})
-        return lambda: session.decide([token()], forced).logits[0].argmax()
+        return lambda: session.choose([token()], forced)
 
     steps: Mapping[int, Step] = {depth: stopping(depth) for depth in np.unique(depths).tolist()}
     return [steps[depth] for depth in depths.ravel().tolist()]
