@@ -358,7 +358,7 @@ def fill(device: Any, leaving: int, where: str) -> list[Any]:
     """Takes device memory until so much is left."""
     if where != GPU:
         driver: Any = sys.modules["cuda.bindings.driver"]
-        driver.memory = driver.used + leaving
+        driver.total = driver.used + leaving
         return []
     module = importlib.import_module("ojfa_export.backends.tensorrt.device")
     held = []

@@ -11,50 +11,54 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
+from stand_in.compiler import make_compiler
 from stand_in.driver import Driver
-from stand_in.kernels import KERNELS, compiler
 from stand_in.tensorrt import make_tensorrt
 
 PACKAGE = "ojfa_export.backends.tensorrt"
 
 
 @contextmanager
-def stand_in_gpu(**device: object) -> Iterator[Driver]:
-    """Puts the stand-ins where the SDKs would be, and takes the backend's modules away after.
-
-    Args:
-        device: Of `Driver`: name, memory, compute capability.
-    """
-    driver = Driver(KERNELS, **device)
-    cuda, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
-    bindings.driver, bindings.nvrtc = driver, compiler()  # type: ignore[attr-defined]
-    cuda.bindings = bindings  # type: ignore[attr-defined]
+def stand_in_gpu() -> Iterator[Driver]:
+    """Puts the stand-ins where the SDKs would be, and takes the backend's modules away after."""
+    driver, compiler = Driver(), make_compiler()
+    cuda: Any = ModuleType("cuda")
+    bindings: Any = ModuleType("cuda.bindings")
+    cuda.bindings, bindings.driver, bindings.nvrtc = bindings, driver, compiler
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OJFA_DECODE", "engines")  # of the kernels, those that every step needs
         for name, module in (
             ("cuda", cuda),
             ("cuda.bindings", bindings),
             ("cuda.bindings.driver", driver),
-            ("cuda.bindings.nvrtc", bindings.nvrtc),
+            ("cuda.bindings.nvrtc", compiler),
             ("tensorrt", make_tensorrt(driver)),
         ):
             module.__spec__ = ModuleSpec(name, None)  # what asks for packages looks at it
             patch.setitem(sys.modules, name, module)
-        _forget()
+        before = _take_away()
         try:
+            from ojfa_export.backends.tensorrt import mailbox
+
+            def look_again(_: float) -> None:  # who waits for an answer lets the stream go on
+                driver.progress(int(driver.rng.integers(1, 4)))
+
+            patch.setattr(mailbox, "time", SimpleNamespace(sleep=look_again))
             yield driver
         finally:
-            _forget()
+            _take_away()
+            sys.modules.update(before)
 
 
-def _forget() -> None:
+def _take_away() -> dict[str, ModuleType]:
+    """Removes the backend's modules, so that they are imported anew."""
     import ojfa_export.backends as package
 
-    for name in [name for name in sys.modules if name.startswith(PACKAGE)]:
-        del sys.modules[name]
+    names = [name for name in sys.modules if name.startswith(PACKAGE)]
     if hasattr(package, "tensorrt"):
         del package.tensorrt
+    return {name: sys.modules.pop(name) for name in names}

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnx
+from backends.stand_in_gpu import view
 
 from ojfa_export.backends.onnxruntime.session import open_session
 from stand_in.driver import ALIGNMENT, Driver
-from stand_in.kernels import at
 
 MAGIC = b"stand-in engine "
 ACTIVATION_BYTES = 4096
@@ -164,17 +164,17 @@ class Context:
         assert self.device_memory, "no memory for activations"
         self._driver.check_inside(self.device_memory, ACTIVATION_BYTES)
         addresses, shapes = dict(self._addresses), dict(self._shapes)
-        self._driver.do(lambda: self._run(addresses, shapes))
+        self._driver.put(lambda: self._run(addresses, shapes))
         return True
 
     def _run(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
         feeds = {
-            name: at(addresses[name], dtype, *shapes.get(name, tuple(dims)))
+            name: view(addresses[name], dtype, *shapes.get(name, tuple(dims)))
             for name, (dtype, dims) in self._engine.inputs.items()
         }
         [result] = self._engine.session.run(None, feeds)
         self._driver.check_inside(addresses[self._engine.output], result.nbytes)
-        at(addresses[self._engine.output], result.dtype, *result.shape)[:] = result
+        view(addresses[self._engine.output], result.dtype, *result.shape)[:] = result
 
 
 def make_tensorrt(driver: Driver) -> ModuleType:
