@@ -22,9 +22,9 @@ import numpy as np
 from cuda.bindings import driver
 
 from bench.gpu_shapes import SHAPES, RandomGraphs
+from ojfa_export.backends.cuda.device import Device, Memory, check, the_device
 from ojfa_export.backends.tensorrt.backend import BACKEND
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
-from ojfa_export.backends.tensorrt.device import Device, Memory, check, the_device
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
 from ojfa_export.bundle.names import graph_names

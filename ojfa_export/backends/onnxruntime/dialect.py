@@ -11,53 +11,23 @@ WIDENED_AT_ONCE = 64_000_000  # bytes
 SKIP_RMS_NORM = "SkipSimplifiedLayerNormalization"
 
 
-class OnnxRuntimeCpu(Portable):
-    """ONNX Runtime's contrib operators, in fp32.
+class OnnxRuntimeDialect(Portable):
+    """What ONNX Runtime's providers share of its contrib operators."""
 
-    The CPU provider has no fp16 matrix product on x86, so fp16 weights are widened when a graph
-    is loaded.
-
-    Args:
-        spec: The model.
-    """
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__(spec, "fp32")
-
-    def matrix(self, graph: Graph, name: str, ref: TensorRef) -> str:
-        """A weight matrix, widened where it is stored in fp16."""
-        weight = super().matrix(graph, name, ref)
-        return graph.cast(weight, FLOAT) if ref.dtype == FLOAT16 else weight
-
-    def vocabulary(self, graph: Graph, x: str, name: str, ref: TensorRef) -> str:
-        """The product x @ W^T; a wide fp16 matrix in parts.
-
-        Loading holds a matrix three times at its peak: as stored, widened, and packed. In parts,
-        only one part is held packed beside the widened whole.
-        """
-        rows = ref.dims[0]
-        step = max(1, WIDENED_AT_ONCE // (4 * ref.dims[1]))
-        if ref.dtype != FLOAT16 or rows <= step:
-            return super().vocabulary(graph, x, name, ref)
-        parts = [
-            super(OnnxRuntimeCpu, self).vocabulary(
-                graph, x, f"{name}.{start}", ref.rows(start, min(start + step, rows))
-            )
-            for start in range(0, rows, step)
-        ]
-        return str(graph.op("Concat", *parts, axis=1))
+    def vector(self, graph: Graph, name: str, ref: TensorRef) -> str:
+        """A norm's weight or bias, in the precision that the norm's result has."""
+        return graph.weight(name, ref)
 
     def norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
-        """RMSNorm as one node; LayerNorm is one node as it is."""
+        """RMSNorm or LayerNorm as one node."""
+        kind = "SimplifiedLayerNormalization"
+        names = [f"{name}.weight"]
         if self.spec.norm == "layer":
-            return super().norm(graph, x, weights, name)
-        weight = graph.weight(f"{name}.weight", weights[f"{name}.weight"])
+            kind = "LayerNormalization"
+            names.append(f"{name}.bias")
+        parameters = [self.vector(graph, each, weights[each]) for each in names]
         epsilon = self.spec.norm_epsilon
-        return str(
-            graph.op(
-                "SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon, stash_type=1
-            )
-        )
+        return str(graph.op(kind, x, *parameters, axis=-1, epsilon=epsilon, stash_type=1))
 
     def add_and_norm(
         self, graph: Graph, x: str, y: str, weights: Weights, name: str
@@ -96,10 +66,10 @@ class OnnxRuntimeCpu(Portable):
         graph.input("last_positions", INT32, "batch")
         graph.input("total_length", INT32)
         if spec.rotary_dim:
-            graph.input("rotary_cos_table", FLOAT, "rows", spec.rotary_dim // 2)
-            graph.input("rotary_sin_table", FLOAT, "rows", spec.rotary_dim // 2)
+            graph.input("rotary_cos_table", self.compute, "rows", spec.rotary_dim // 2)
+            graph.input("rotary_sin_table", self.compute, "rows", spec.rotary_dim // 2)
         for name in ("past_key", "past_value"):
-            graph.input(name, FLOAT, "batch", spec.kv_heads, "capacity", spec.head_dim)
+            graph.input(name, self.compute, "batch", spec.kv_heads, "capacity", spec.head_dim)
 
     def attention(self, graph: Graph, qkv: str, block: int) -> str:
         """GroupQueryAttention: rotates, appends to the cache, attends."""
@@ -123,6 +93,48 @@ class OnnxRuntimeCpu(Portable):
             do_rotary=int(bool(spec.rotary_dim)),
             local_window_size=-1 if spec.window is None else spec.window,
         )
-        for result, name in ((key, "key"), (value, "value")):
-            graph.output(result, name, FLOAT, "batch", spec.kv_heads, "capacity", spec.head_dim)
+        self.cache_outputs(graph, key, value)
         return str(mixed)
+
+    def cache_outputs(self, graph: Graph, key: str, value: str) -> None:
+        """Declares the cache with its new rows: the same memory as the inputs'."""
+        spec = self.spec
+        for result, name in ((key, "key"), (value, "value")):
+            shape = ("batch", spec.kv_heads, "capacity", spec.head_dim)
+            graph.output(result, name, self.compute, *shape)
+
+
+class OnnxRuntimeCpu(OnnxRuntimeDialect):
+    """For the CPU provider, in fp32.
+
+    It has no fp16 matrix product on x86, so fp16 weights are widened when a graph is loaded.
+
+    Args:
+        spec: The model.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec, "fp32")
+
+    def matrix(self, graph: Graph, name: str, ref: TensorRef) -> str:
+        """A weight matrix, widened where it is stored in fp16."""
+        weight = super().matrix(graph, name, ref)
+        return graph.cast(weight, FLOAT) if ref.dtype == FLOAT16 else weight
+
+    def vocabulary(self, graph: Graph, x: str, name: str, ref: TensorRef) -> str:
+        """The product x @ W^T; a wide fp16 matrix in parts.
+
+        Loading holds a matrix three times at its peak: as stored, widened, and packed. In parts,
+        only one part is held packed beside the widened whole.
+        """
+        rows = ref.dims[0]
+        step = max(1, WIDENED_AT_ONCE // (4 * ref.dims[1]))
+        if ref.dtype != FLOAT16 or rows <= step:
+            return super().vocabulary(graph, x, name, ref)
+        parts = [
+            super(OnnxRuntimeCpu, self).vocabulary(
+                graph, x, f"{name}.{start}", ref.rows(start, min(start + step, rows))
+            )
+            for start in range(0, rows, step)
+        ]
+        return str(graph.op("Concat", *parts, axis=1))

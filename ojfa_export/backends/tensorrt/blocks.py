@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ojfa_export.backends.backend import Int32
-from ojfa_export.backends.tensorrt.arrays import DeviceArray
+from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.tensorrt.kernels import integer, number, pointer
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, Norm
 from ojfa_export.backends.tensorrt.plan import MLP, QKV

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ojfa_export.backends.backend import Float32, Int32
-from ojfa_export.backends.tensorrt.arrays import DeviceArray
+from ojfa_export.backends.cuda.arrays import DeviceArray
+from ojfa_export.backends.cuda.device import Recorder
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
-from ojfa_export.backends.tensorrt.device import Recorder
 from ojfa_export.backends.tensorrt.plan import PREFILL_TOKENS
 
 if TYPE_CHECKING:

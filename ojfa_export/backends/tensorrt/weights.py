@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.backends.tensorrt.arrays import DeviceArray, DeviceArrays
-from ojfa_export.backends.tensorrt.device import Device
+from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.tensorrt.kernels import Kernels, integer, pointer
 from ojfa_export.backends.tensorrt.plan import GraphPlan, Weight
 from ojfa_export.families.spec import Precision

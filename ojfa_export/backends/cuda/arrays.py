@@ -10,7 +10,7 @@ import numpy as np
 from cuda.bindings import driver
 from numpy.typing import NDArray
 
-from ojfa_export.backends.tensorrt.device import Device, Memory, check
+from ojfa_export.backends.cuda.device import Device, Memory, check
 
 
 class DeviceArray:
@@ -105,6 +105,12 @@ class DeviceArrays:
     def lasting(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
         """A new array that stays: weights, caches."""
         return self._new(shape, dtype, pooled=False)
+
+    def upload(self, array: NDArray[Any]) -> DeviceArray:
+        """A host array on the device, to stay."""
+        result = self.lasting(array.shape, array.dtype)
+        self._device.upload(np.ascontiguousarray(array), result.pointer)
+        return result
 
     def asarray(self, array: NDArray[Any] | DeviceArray) -> DeviceArray:
         """An array on the device."""
