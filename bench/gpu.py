@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cuda.bindings import driver
 
 from bench.gpu_shapes import SHAPES, RandomGraphs
-from ojfa_export.backends.cuda.device import Device, Memory, check, the_device
+from bench.gpu_timing import WARMUP, commit, copy_bandwidth, graph_time, nvidia_smi, prefill, steps
+from ojfa_export.backends.cuda.device import Device, the_device
 from ojfa_export.backends.tensorrt.backend import BACKEND
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
@@ -33,8 +31,6 @@ from ojfa_export.runtime.session import Session
 from ojfa_export.shortcut.atomic import write_atomically
 
 PREFILL = 512
-COPY_BYTES = 4 << 30
-WARMUP = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -142,34 +138,6 @@ def decode(
     return rows
 
 
-def steps(session: Session, exit: int, past: int, tokens: int) -> list[float]:
-    """Milliseconds of each step at an exit, logits on the host included."""
-    samples = []
-    pending = [[1]] * session.batch_size
-    for step in range(WARMUP + tokens):
-        start = time.perf_counter()
-        session.advance(pending, exit)
-        if step >= WARMUP:
-            samples.append((time.perf_counter() - start) * 1e3)
-    for row in range(session.batch_size):
-        session.rewind(past, row)
-    return samples
-
-
-def prefill(engines: TensorRtEngines, spec: ModelSpec, tokens: int) -> dict[str, Any]:
-    """Milliseconds of a prompt, to the logits of its last token."""
-    session = Session(spec, engines, 1, tokens)
-    ids = np.random.default_rng(2).integers(0, spec.vocab_size, tokens).tolist()
-    samples = []
-    for _ in range(6):
-        start = time.perf_counter()
-        session.advance(ids)
-        samples.append((time.perf_counter() - start) * 1e3)
-        session.rewind(0)
-    print(f"prefill of {tokens}: {np.median(samples[1:]):.1f} ms", flush=True)
-    return {"tokens": tokens, "ms_median": float(np.median(samples[1:])), "samples_ms": samples}
-
-
 def parts(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
     """Microseconds of a block and of its parts, each over all blocks in one CUDA graph."""
     shape = (16, spec.kv_heads, 1024, spec.head_dim)
@@ -242,56 +210,6 @@ def head_times(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
     engines._heads.clear()
     engines._recorder.clear()
     return results
-
-
-def graph_time(device: Device, work: Callable[[], None]) -> float:
-    """Microseconds of what `work` puts on the stream, as a CUDA graph."""
-    work()
-    device.synchronize()
-    graph = device.capture(work)
-    graph.launch()
-    return event_time(device, graph.launch)
-
-
-def event_time(device: Device, work: Callable[[], None], repeats: int = 11) -> float:
-    """Median microseconds on the device of what `work` puts on the stream."""
-    first, last = (check(driver.cuEventCreate(0)) for _ in range(2))
-    samples = []
-    for _ in range(repeats):
-        check(driver.cuEventRecord(first, device.stream))
-        work()
-        check(driver.cuEventRecord(last, device.stream))
-        device.synchronize()
-        samples.append(float(check(driver.cuEventElapsedTime(first, last))) * 1e3)
-    return float(np.median(samples))
-
-
-def copy_bandwidth(device: Device) -> float:
-    """Bytes per second read and written by a copy on the device."""
-    source, target = (Memory(device, COPY_BYTES // 2, pooled=False) for _ in range(2))
-
-    def copy() -> None:
-        device.copy(source.pointer, target.pointer, COPY_BYTES // 2)
-
-    copy()
-    return COPY_BYTES / (event_time(device, copy) / 1e6)
-
-
-def commit() -> str:
-    """The commit that is measured; "-dirty" where files differ from it."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
-
-
-def nvidia_smi() -> str:
-    """Name, driver, clocks and power as nvidia-smi tells."""
-    fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,memory.total"
-    if shutil.which("nvidia-smi") is None:
-        return "unknown"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
