@@ -1,7 +1,7 @@
 """A GPU that is the CPU: what of cuda-python the device layer calls, on host memory.
 
-For the logic of backends on a GPU where there is none. Work happens at once; a recorded graph is the
-work itself, done again at each launch, so that what a recording must not depend on shows.
+For the logic of backends on a GPU where there is none. Work happens at once; a recorded graph is
+the work itself, done again at each launch, so that what a recording must not depend on shows.
 """
 
 from __future__ import annotations
