@@ -11,6 +11,12 @@ from cuda.bindings import driver
 from numpy.typing import NDArray
 
 from ojfa_export.backends.cuda.device import Device, Memory, check
+from ojfa_export.families.spec import Precision
+
+DTYPES: dict[Precision, np.dtype[Any]] = {
+    "fp16": np.dtype(np.float16),
+    "fp32": np.dtype(np.float32),
+}
 
 
 class DeviceArray:

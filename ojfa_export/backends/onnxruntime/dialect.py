@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ojfa_export.errors import BackendError
 from ojfa_export.families.spec import Activation, ModelSpec
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, MICROSOFT, Graph
@@ -9,6 +10,21 @@ from ojfa_export.graphs.weights import TensorRef
 
 WIDENED_AT_ONCE = 64_000_000  # bytes
 SKIP_RMS_NORM = "SkipSimplifiedLayerNormalization"
+
+
+def check_fused_attention(spec: ModelSpec, hint: str) -> None:
+    """Refuses shapes that GroupQueryAttention doesn't take.
+
+    Raises:
+        BackendError: With this hint.
+    """
+    multiple = 16 if spec.rotary_dim else 8
+    if spec.head_dim % multiple or spec.rotary_dim % 16:
+        raise BackendError(
+            f"head size {spec.head_dim} with {spec.rotary_dim} rotated features: ONNX Runtime's "
+            f"fused attention needs multiples of {multiple}",
+            hint=hint,
+        )
 
 
 class OnnxRuntimeDialect(Portable):

@@ -10,6 +10,7 @@ import onnxruntime as ort
 from ojfa_export.backends.backend import Backend, Float32
 from ojfa_export.backends.cuda.device import the_device
 from ojfa_export.backends.onnxruntime_cuda.engines import OnnxRuntimeCudaEngines
+from ojfa_export.backends.onnxruntime_cuda.plan import NAME
 from ojfa_export.backends.onnxruntime_cuda.provider import check_provider
 from ojfa_export.families.spec import ModelSpec
 
@@ -17,7 +18,7 @@ from ojfa_export.families.spec import ModelSpec
 class OnnxRuntimeCuda:
     """ONNX Runtime's CUDA provider on the first visible GPU."""
 
-    name = "onnxruntime-cuda"
+    name = NAME
     suffix = ".json"
 
     def versions(self) -> dict[str, str]:

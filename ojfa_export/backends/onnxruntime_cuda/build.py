@@ -6,16 +6,17 @@ from pathlib import Path
 
 import onnx
 
+from ojfa_export.backends.onnxruntime.dialect import check_fused_attention
 from ojfa_export.backends.onnxruntime_cuda.dialect import CudaGraph, OnnxRuntimeCuda
-from ojfa_export.backends.onnxruntime_cuda.plan import GraphPlan, Weight
+from ojfa_export.backends.onnxruntime_cuda.plan import NAME, GraphPlan, Weight
 from ojfa_export.bundle.names import block_name
-from ojfa_export.errors import BackendError
 from ojfa_export.families.spec import ModelSpec, Precision
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.dialect import Weights
 from ojfa_export.graphs.embed import embed_graph
 from ojfa_export.graphs.heads import exit_head_graph, final_head_graph, residual_head_graph
 from ojfa_export.graphs.weights import references
+from ojfa_export.shortcut.atomic import write_atomically
 
 PRECISIONS: dict[int, Precision] = {
     onnx.TensorProto.FLOAT: "fp32",
@@ -37,11 +38,12 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
     refs = references(onnx.load(graph, load_external_data=False))
     half = any(ref.dtype == onnx.TensorProto.FLOAT16 for ref in refs.values())
     if half:
-        _check(spec)
+        hint = f"build this model with --precision fp32 for the {NAME} backend"
+        check_fused_attention(spec, hint)
     name, model = _model(graph.stem, spec, refs, "fp16" if half else "fp32")
     file = plan.with_name(f"{name}.onnx")
     if not file.exists():
-        _write(file, model.SerializeToString(deterministic=True))
+        write_atomically(file, model.SerializeToString(deterministic=True))
     inputs = {each.name: each.type.tensor_type.elem_type for each in model.graph.input}
     described = GraphPlan(
         precision="fp16" if half else "fp32",
@@ -58,7 +60,7 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
             if key in inputs
         },
     )
-    _write(plan, described.model_dump_json(indent=2).encode())
+    write_atomically(plan, described.model_dump_json(indent=2).encode())
 
 
 def _model(
@@ -77,19 +79,3 @@ def _model(
     index = int(name.removeprefix("block_"))
     first = spec.attention_scales.index(spec.attention_scales[index])
     return block_name(first), block_graph(spec, first, weights, dialect)
-
-
-def _check(spec: ModelSpec) -> None:
-    multiple = 16 if spec.rotary_dim else 8
-    if spec.head_dim % multiple or spec.rotary_dim % 16:
-        raise BackendError(
-            f"head size {spec.head_dim} with {spec.rotary_dim} rotated features: ONNX Runtime's "
-            f"fused attention needs multiples of {multiple}",
-            hint="build this model with --precision fp32 for the onnxruntime-cuda backend",
-        )
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    partial.rename(path)

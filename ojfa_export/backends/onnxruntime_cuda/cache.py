@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ojfa_export.backends.backend import Float32, Int32
-from ojfa_export.backends.cuda.arrays import DeviceArray
+from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
 from ojfa_export.backends.cuda.device import Recorder
 from ojfa_export.backends.onnxruntime_cuda.provider import Array, Work
-from ojfa_export.backends.onnxruntime_cuda.weights import DTYPES
 from ojfa_export.bundle.names import block_name
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ import numpy as np
 import onnxruntime as ort
 
 from ojfa_export.backends.backend import Float32
-from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device, PinnedArray, Recorder
 from ojfa_export.backends.onnxruntime_cuda.cache import OnnxRuntimeCudaCache
 from ojfa_export.backends.onnxruntime_cuda.plan import read_plan
 from ojfa_export.backends.onnxruntime_cuda.provider import Array, Work, open_session
-from ojfa_export.backends.onnxruntime_cuda.weights import DTYPES, Weights
+from ojfa_export.backends.onnxruntime_cuda.weights import Weights
 from ojfa_export.bundle.names import block_name
 from ojfa_export.families.spec import ModelSpec, Precision
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import NonNegativeInt, PositiveInt
 
-from ojfa_export.errors import BundleError
+from ojfa_export.backends.cuda.plan import Part, read
 from ojfa_export.families.spec import Precision
 
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+NAME = "onnxruntime-cuda"  # as in --backend
 
 
-class Weight(_Part):
+class Weight(Part):
     """A weight in a file of the bundle's graphs, little-endian.
 
     Attributes:
@@ -29,7 +28,7 @@ class Weight(_Part):
     used: Precision
 
 
-class GraphPlan(_Part):
+class GraphPlan(Part):
     """One graph.
 
     Attributes:
@@ -49,14 +48,10 @@ def read_plan(path: Path) -> GraphPlan:
     Raises:
         BundleError: It is damaged, or names files elsewhere.
     """
-    try:
-        plan = GraphPlan.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError, ValueError) as error:
-        raise BundleError(
-            f"{path} can't be read: {str(error).splitlines()[0]}",
-            hint="rebuild the engines with 'ojfa-export build BUNDLE --backend onnxruntime-cuda'",
-        ) from error
-    for name in (plan.graph, *(weight.file for weight in plan.weights.values())):
-        if Path(name).name != name:
-            raise BundleError(f"{path} names a file elsewhere: {name!r}", hint="don't use it")
-    return plan
+    return read(path, GraphPlan, _files, NAME)
+
+
+def _files(plan: GraphPlan) -> Iterator[str]:
+    yield plan.graph
+    for weight in plan.weights.values():
+        yield weight.file

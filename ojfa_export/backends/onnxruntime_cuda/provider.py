@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.onnxruntime.session import session_options
+from ojfa_export.backends.onnxruntime_cuda.plan import NAME
 from ojfa_export.errors import BackendError
 
 PROVIDER = "CUDAExecutionProvider"
@@ -69,7 +70,7 @@ def open_session(model: bytes, name: str, stream: int) -> ort.InferenceSession:
         raise BackendError(
             f"ONNX Runtime {ort.__version__} can't open '{name}': {str(error).splitlines()[0]}",
             hint="the engines may be of another version: rebuild them with "
-            "'ojfa-export build BUNDLE --backend onnxruntime-cuda'",
+            f"'ojfa-export build BUNDLE --backend {NAME}'",
         ) from error
     if PROVIDER not in session.get_providers():
         raise BackendError(

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.onnxruntime_cuda.plan import GraphPlan, Weight
 from ojfa_export.families.spec import Precision
 
-DTYPES: dict[Precision, np.dtype[Any]] = {
-    "fp16": np.dtype(np.float16),
-    "fp32": np.dtype(np.float32),
-}
 _Key = tuple[str, int, Precision]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ojfa_export.backends.backend import Float32
-from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device, PinnedArray, Recorder
 from ojfa_export.backends.tensorrt.blocks import Workspace
 from ojfa_export.backends.tensorrt.cache import TensorRtCache
@@ -24,7 +24,7 @@ from ojfa_export.backends.tensorrt.heads import (
 from ojfa_export.backends.tensorrt.kernels import Kernels, integer, pointer
 from ojfa_export.backends.tensorrt.linear import LinearKernels
 from ojfa_export.backends.tensorrt.plan import GraphPlan, read_plan
-from ojfa_export.backends.tensorrt.weights import DTYPES, WeightStore
+from ojfa_export.backends.tensorrt.weights import WeightStore
 from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec, Precision
