@@ -6,6 +6,7 @@ tests/gpu has the same comparisons on a GPU.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -20,8 +21,12 @@ from tolerances import LOGITS_FP16_RELATIVE, LOGITS_FP32
 
 from ojfa_export import backends
 from ojfa_export.backends.frugal import FrugalEngines
+from ojfa_export.build.add_engines import add_engines
+from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import block_name, graph_names
 from ojfa_export.errors import BackendError, BundleError
+from ojfa_export.progress import SILENT
+from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
@@ -276,3 +281,19 @@ def test_a_provider_that_does_not_load(driver, both_of, monkeypatch):
     with pytest.raises(BackendError, match="doesn't load") as raised:
         both.engines.load_blocks(1)
     assert "cudnn" in raised.value.hint
+
+
+def test_engines_are_added_to_a_bundle_and_run(driver, tiny_bundle, tmp_path):
+    """Built from the graphs alone, recorded with what they were built with; the same tokens."""
+    bundle = tmp_path / "copy.ojfa"
+    shutil.copytree(tiny_bundle, bundle)
+    add_engines(bundle, NAME, SILENT)
+    opened = Bundle(bundle)
+    built_with = opened.engines(NAME).built_with
+    assert built_with["onnxruntime"] == ort.__version__
+    assert (built_with["provider"], built_with["gpu"]) == ("CUDA", "A stand-in")
+    here, there = Model(opened), Model(opened, NAME)
+    prompts = ["def main(", "import "]
+    for options in ({"exit": "full"}, {"exit": 2}, {"speculate": True}):
+        expected, actual = (each.generate(prompts, **options) for each in (here, there))
+        assert [p.text for p in actual.prompts] == [p.text for p in expected.prompts]
