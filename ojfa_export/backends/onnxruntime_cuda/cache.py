@@ -39,17 +39,18 @@ class Tokens:
         self._engines = engines
         shape = (rows, tokens, spec.hidden_size)
         self.hidden = tuple(arrays.empty(shape, np.float32) for _ in range(2))
-        self._ids = arrays.empty((rows, tokens), np.int32)
-        self._positions = arrays.empty((rows, tokens), np.int32)
-        self._last = arrays.empty((rows, 1), np.int32)
+        self._described = arrays.empty((2, rows, tokens), np.int32)
+        self._ids, self._positions = self._described[0], self._described[1]
+        # With one token each, the last positions are the positions.
+        self._last = self._positions if tokens == 1 else arrays.empty((rows, 1), np.int32)
         self._slots = arrays.empty((rows, spec.kv_heads, tokens, 3), np.int64)
         self._starts: list[int] = []
         self.works: dict[tuple[int, int, bool], Work] = {}
 
     def name(self, token_ids: Int32, starts: Sequence[int]) -> None:
-        """Says which tokens they are, and where."""
-        self.place(starts)
-        self._engines.device.upload(np.ascontiguousarray(token_ids), self._ids.pointer)
+        """Says which tokens they are, and where: one copy to the device."""
+        positions = self._place(starts)
+        self._engines.device.upload(np.stack([token_ids, positions]), self._described.pointer)
 
     def embed(self) -> None:
         """Puts the embedding on the stream, into the first buffer."""
@@ -58,14 +59,17 @@ class Tokens:
 
     def place(self, starts: Sequence[int]) -> None:
         """Says at which position of its sequence each row begins; what is known isn't copied."""
-        if (wanted := list(starts)) == self._starts:
-            return
-        self._starts = wanted
+        if list(starts) != self._starts:
+            self._engines.device.upload(self._place(starts), self._positions.pointer)
+
+    def _place(self, starts: Sequence[int]) -> Int32:
+        """Positions [rows, tokens], not uploaded yet; what follows from them is."""
+        self._starts = list(starts)
         rows, tokens = self._positions.shape
         positions = np.array(starts, np.int32)[:, None] + np.arange(tokens, dtype=np.int32)
         upload = self._engines.device.upload
-        upload(positions, self._positions.pointer)
-        upload(positions[:, -1].copy(), self._last.pointer)
+        if tokens > 1:
+            upload(positions[:, -1].copy(), self._last.pointer)
         if self._engines.precision == "fp32":
             heads = self._engines.spec.kv_heads
             slots = np.empty((rows, heads, tokens, 3), np.int64)
@@ -73,6 +77,7 @@ class Tokens:
             slots[..., 1] = np.arange(heads)[:, None]
             slots[..., 2] = positions[:, None]
             upload(slots, self._slots.pointer)
+        return positions
 
     def inputs(self, block: int) -> dict[str, Array]:
         """What a block takes of these tokens."""
