@@ -66,7 +66,9 @@ class Tokens:
         """Positions [rows, tokens], not uploaded yet; what follows from them is."""
         self._starts = list(starts)
         rows, tokens = self._positions.shape
-        positions = np.array(starts, np.int32)[:, None] + np.arange(tokens, dtype=np.int32)
+        positions: Int32 = np.add.outer(
+            np.array(starts, np.int32), np.arange(tokens, dtype=np.int32)
+        )
         upload = self._engines.device.upload
         if tokens > 1:
             upload(positions[:, -1].copy(), self._last.pointer)
