@@ -79,7 +79,7 @@ def measure_shape(
     for batch in options.batch:
         for kernels in (True, False):
             engines.decode_kernels = kernels
-            engines._recorder.clear()
+            engines.device.recorder.clear()
             if batch > MOST_TOKENS and kernels:
                 continue  # more tokens than the kernels take: the engines run either way
             rows += decode(engines, spec, batch, options, length)
@@ -191,7 +191,7 @@ def head_times(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
     for kernels in (True, False):
         engines.decode_kernels = kernels
         engines._heads.clear()
-        engines._recorder.clear()
+        engines.device.recorder.clear()
         for final in (True, False):
             hidden = engines.arrays.asarray(np.ones((1, spec.hidden_size), np.float32))
             blocks_run = spec.blocks if final else 1
@@ -208,7 +208,7 @@ def head_times(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
             results[name] = graph_time(engines.device, work) / 20
     engines.decode_kernels = True
     engines._heads.clear()
-    engines._recorder.clear()
+    engines.device.recorder.clear()
     return results
 
 

@@ -83,3 +83,14 @@ __device__ __forceinline__ void let_next_start() {
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+
+// Set where a pass that was begun ahead of an exit's check is not wanted: its kernels return at once.
+__device__ int called_off;
+
+// For a kernel whose predecessor has waited for the check: may be asked before waiting oneself. Not
+// from the first-level cache, which may be older.
+__device__ __forceinline__ int is_called_off() {
+    int value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(&called_off) : "memory");
+    return value;
+}

@@ -147,8 +147,10 @@ __device__ __forceinline__ void each_task(const Element* matrix, int columns, in
     const int first = blockIdx.x * LINEAR_WARPS + threadIdx.x / LANES;
     const Element* rows[COUNT];
     before();
+    const int not_wanted = is_called_off();
     wait_for_previous();
     let_next_start();
+    if (not_wanted) return;
     prepare();
     const Element* inputs = reinterpret_cast<const Element*>(shared_memory);
     for (int task = first; task < tasks; task += gridDim.x * LINEAR_WARPS) {

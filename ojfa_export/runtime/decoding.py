@@ -10,7 +10,7 @@ import numpy as np
 
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.session import Exit, Session, resolve_exit
+from ojfa_export.runtime.session import Exit, Session
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,12 @@ class StepByStep:
 
     def step(self, pending: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[list[Chosen]]:
         """See `Decoder`."""
-        if isinstance(self._exit, ExitPolicy):
-            decided = self._session.decide(pending, self._exit)
-            logits, blocks = decided.logits, decided.blocks_run.tolist()
-        else:
-            logits = self._session.advance(pending, self._exit)
-            blocks = [resolve_exit(self._exit, self._session.spec.blocks)] * len(pending)
+        draws = [
+            self._sampling.draw(generator) if ids else 0.0
+            for ids, generator in zip(pending, self._generators, strict=True)
+        ]
+        choice = self._session.choose(pending, self._exit, self._sampling, draws)
         return [
-            [Chosen(self._sampling.choose(logits[row], self._generators[row]), blocks[row])]
-            if ids
-            else []
+            [Chosen(choice.tokens[row], choice.blocks_run[row])] if ids else []
             for row, ids in enumerate(pending)
         ]

@@ -48,6 +48,8 @@ class Sequences:
         self._watermarks = [Watermarks(spec.blocks) for _ in range(batch_size)]
         # Hidden states that came out of `depth` blocks and wait for the next: row p is position p.
         self._waiting: dict[int, Hidden] = {}
+        # What the newest pass gave, where no other came since: depth, rows, positions, states.
+        self._newest_pass: tuple[int, slice, list[int], Hidden] | None = None
         # The same of the last block, for which nothing waits.
         self._final = self._new_states() if keep_final else None
 
@@ -118,6 +120,7 @@ class Sequences:
 
         LongRoPE rotates every position by the sequence's length class: a change starts over.
         """
+        self._newest_pass = None
         switch = self.spec.rotary_switch
         if switch is not None and (length > switch) != self._long_context(row):
             self._watermarks[row].lower_to(0)
@@ -178,6 +181,8 @@ class Sequences:
         starts = [marks[0] for marks in self._watermarks[rows]]
         long = self._long_context(rows.start)
         hidden = self._embed(rows, starts)
+        if hidden.shape[1]:
+            self._newest_pass = None
         for blocks, start in marks.spans(depth):
             covered = end - hidden.shape[1]
             if start < covered:
@@ -190,9 +195,10 @@ class Sequences:
         if depth < self.spec.blocks:
             if depth not in self._waiting:
                 self._waiting[depth] = self._new_states()
-            _keep(self._waiting[depth], rows, starts, hidden)
+            self._cache.keep(self._waiting[depth], rows, starts, hidden)
         elif self._final is not None:
-            _keep(self._final, rows, starts, hidden)
+            self._cache.keep(self._final, rows, starts, hidden)
+        self._newest_pass = (depth, rows, starts, hidden) if hidden.shape[1] == 1 else None
         # Raised together, when all is done: a pass that is interrupted can be run again.
         for row in range(rows.start, rows.stop):
             if wanted[row]:
@@ -210,6 +216,8 @@ class Sequences:
 
     def _waited(self, depth: int, rows: slice, starts: list[int], count: int) -> Hidden:
         """Hidden states that wait before a block, [rows, count, H]; count 1 for several rows."""
+        if self._newest_pass is not None and self._newest_pass[:3] == (depth, rows, starts):
+            return self._newest_pass[3]  # still where it was computed
         waiting = self._waiting[depth]
         return self._cache.arrays.stack(
             [waiting[rows.start + i, at : at + count] for i, at in enumerate(starts)]
@@ -219,9 +227,3 @@ class Sequences:
         """Room for the hidden states of every position; untouched memory until it is used."""
         shape = (self.batch_size, self.max_length, self.spec.hidden_size)
         return self._cache.arrays.empty(shape, np.float32)
-
-
-def _keep(kept: Hidden, rows: slice, starts: list[int], hidden: Hidden) -> None:
-    """Keeps hidden states [rows, tokens, H] for later, from these positions on."""
-    for row, start, states in zip(range(rows.start, rows.stop), starts, hidden, strict=True):
-        kept[row, start : start + len(states)] = states

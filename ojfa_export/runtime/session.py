@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Generic, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Engines, Float32, Hidden, Int32
+from ojfa_export.backends.choice import Choices, Choosing, Stop
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec
+from ojfa_export.runtime.answers import Answers
 from ojfa_export.runtime.events import ExitTaken, Listener, ShadowCheck
-from ojfa_export.runtime.policy import ExitPolicy, confidence
-from ojfa_export.runtime.sequences import Sequences
+from ojfa_export.runtime.policy import ExitPolicy
+from ojfa_export.runtime.sampling import GREEDY, Sampling
 from ojfa_export.runtime.shadow import Due, Shadow
-from ojfa_export.runtime.stats import Stats
 
 Exit = int | Literal["full"]
-# Rows of logits that a comparison holds at a time: one takes 4 V bytes.
+# Rows that a comparison takes at a time: the logits of one take 4 V bytes.
 _ROWS_AT_ONCE = 32
 
 
@@ -39,7 +40,38 @@ class Step:
     confidence: NDArray[np.float64]
 
 
-class Session(Sequences):
+@dataclass(frozen=True)
+class Choice:
+    """What `Session.choose` gave.
+
+    Attributes:
+        tokens: [sequences] each sequence's next token; -1 for sequences without new tokens.
+        blocks_run: [sequences] blocks run; 0 for sequences without new tokens.
+        confidence: As of `Step`.
+    """
+
+    tokens: list[int]
+    blocks_run: list[int]
+    confidence: NDArray[np.float64]
+
+
+C = TypeVar("C", bound=Choices)
+
+
+@dataclass(frozen=True)
+class _Taken(Generic[C]):
+    """The answer that a sequence stopped at: a row of a head's choices."""
+
+    choices: C
+    index: int
+
+
+def _of(draws: Sequence[float], wanted: Sequence[bool]) -> list[float]:
+    """The draws of some sequences; none where tokens aren't sampled."""
+    return [draw for draw, each in zip(draws, wanted, strict=True) if each] if draws else []
+
+
+class Session(Answers):
     """Sequences in progress: see `Sequences` for what passes do.
 
     Not thread-safe; make a session per thread.
@@ -67,10 +99,8 @@ class Session(Sequences):
         shadow: Shadow | None = None,
     ) -> None:
         super().__init__(spec, engines, batch_size, max_length, keep_final=shadow is not None)
-        self.stats = Stats()
         self.shadow = shadow
         self.on_event: Listener | None = None
-        self._engines = engines
 
     @overload
     def advance(
@@ -119,7 +149,8 @@ class Session(Sequences):
         answers = self._run(counts, depth, every_position)
         if self.on_event is not None or (self.shadow is not None and not every_position):
             for row in (row for row, count in enumerate(counts) if count):
-                self._watch(row, depth, None if every_position else answers[row])
+                likeliest = None if every_position else int(answers[row].argmax())
+                self._watch(row, depth, likeliest)
         return answers
 
     def decide(
@@ -138,60 +169,98 @@ class Session(Sequences):
             UsageError: An exit or a token outside the model, or no room in the cache; the session
                 is unchanged.
         """
-        policy.check_fits(self.spec.blocks)
-        going = np.array(self._append(token_ids)) > 0
+        taken, blocks_run, asked = self._decide(token_ids, policy, self._choose_on_host)
         logits = np.zeros((self.batch_size, self.spec.vocab_size), np.float32)
-        blocks_run = np.zeros(self.batch_size, np.int32)
-        asked = np.full((len(policy.exits), self.batch_size), np.nan)
-        for index, (depth, threshold) in enumerate(
-            zip(policy.exits, policy.thresholds, strict=True)
-        ):
-            if not going.any():
-                break
-            asked_rows = np.flatnonzero(going)
-            answers = self._answer(going.tolist(), depth)
-            asked[index, asked_rows] = confidence(answers, policy.measure)
-            self.stats.checks += len(asked_rows)
-            sure = asked[index, asked_rows] >= threshold
-            stopped = asked_rows[sure]
-            logits[stopped], blocks_run[stopped], going[stopped] = answers[sure], depth, False
-            if len(stopped):
-                self.stats.count_stopped(depth, len(stopped), float(asked[index, stopped].sum()))
-        logits[going] = self._answer(going.tolist(), self.spec.blocks)
-        blocks_run[going] = self.spec.blocks
-        self.stats.exits.update(blocks_run[blocks_run > 0].tolist())
-        if self.on_event is not None or self.shadow is not None:
-            for row in np.flatnonzero(blocks_run).tolist():
-                said = asked[:, row][~np.isnan(asked[:, row])]
-                self._watch(row, int(blocks_run[row]), logits[row], tuple(said.tolist()))
-        return Step(logits, blocks_run, asked)
+        for row, answer in enumerate(taken):
+            if answer is not None:
+                logits[row] = answer.choices.logits[answer.index]
+        return Step(logits, np.array(blocks_run, np.int32), asked)
 
-    def complete(self, token_ids: Sequence[Sequence[int]], counts: Sequence[int]) -> list[Float32]:
-        """Appends tokens and runs all that waits, and them, through all blocks.
+    def choose(
+        self,
+        token_ids: Sequence[int] | Sequence[Sequence[int]],
+        exit: Exit | ExitPolicy = "full",
+        sampling: Sampling = GREEDY,
+        draws: Sequence[float] = (),
+    ) -> Choice:
+        """Appends tokens and chooses the next, as `advance` and `decide` with `Sampling.pick`.
+
+        Where the model runs on a device it is done there, and no logits come to the host.
 
         Args:
-            token_ids: New tokens of each sequence.
-            counts: For how many of each sequence's last tokens to give logits: no more than the
-                last block hasn't processed. A sequence with 0 and no new tokens is left alone.
-
-        Returns:
-            Logits [count, V] of the model's own head for each sequence.
+            token_ids: As of `advance`.
+            exit: Blocks to run, or the policy that decides.
+            sampling: How tokens are chosen.
+            draws: A number from [0, 1) for each sequence, where they are sampled.
 
         Raises:
-            UsageError: A token outside the model, no room in the cache, or too large a count; the
-                session is unchanged.
+            UsageError: An exit or a token outside the model, or no room in the cache; the session
+                is unchanged.
         """
-        new = self._check(token_ids)
-        for row, (count, ids) in enumerate(zip(counts, new, strict=True)):
-            last_mark = self._watermarks[row][self.spec.blocks - 1]
-            waiting = len(self._tokens[row]) - last_mark + len(ids)
-            if not min(len(ids), 1) <= count <= waiting:
-                raise UsageError(
-                    f"asked for the logits of {count} tokens of sequence {row}, of which "
-                    f"{waiting} wait for the last block"
-                )
-        self._append(new)
-        return self._run(counts, self.spec.blocks, True)
+        if isinstance(exit, ExitPolicy):
+            taken, blocks_run, asked = self._decide(token_ids, exit, self._choose, sampling, draws)
+            tokens = [-1 if each is None else each.choices.tokens()[each.index] for each in taken]
+            return Choice(tokens, blocks_run, asked)
+        depth = resolve_exit(exit, self.spec.blocks)
+        wanted = [count > 0 for count in self._append(token_ids)]
+        self.stats.exits[depth] += sum(wanted)
+        tokens, blocks_run = [-1] * self.batch_size, [0] * self.batch_size
+        if any(wanted):
+            hidden = self._newest(wanted, depth)
+            choices = self._choose(hidden, depth, Choosing(sampling, _of(draws, wanted)))
+            rows = [row for row, each in enumerate(wanted) if each]
+            for row, token in zip(rows, choices.tokens(), strict=True):
+                tokens[row], blocks_run[row] = token, depth
+            if self.on_event is not None or self.shadow is not None:
+                for row, likeliest in zip(rows, choices.likeliest(), strict=True):
+                    self._watch(row, depth, likeliest)
+        return Choice(tokens, blocks_run, np.empty((0, self.batch_size)))
+
+    def _decide(
+        self,
+        token_ids: Sequence[int] | Sequence[Sequence[int]],
+        policy: ExitPolicy,
+        choose: Callable[[Hidden, int, Choosing], C],
+        sampling: Sampling = GREEDY,
+        draws: Sequence[float] = (),
+    ) -> tuple[list[_Taken[C] | None], list[int], NDArray[np.float64]]:
+        """What each sequence's new tokens ended in, blocks run, and confidence at each exit."""
+        policy.check_fits(self.spec.blocks)
+        going = [count > 0 for count in self._append(token_ids)]
+        taken: list[_Taken[C] | None] = [None] * self.batch_size
+        blocks_run = [0] * self.batch_size
+        asked = np.full((len(policy.exits), self.batch_size), np.nan)
+        exits = (*policy.exits, self.spec.blocks)
+        for index, depth in enumerate(exits):
+            rows = [row for row, each in enumerate(going) if each]
+            if not rows:
+                break
+            stop = None
+            if depth < self.spec.blocks:
+                then = range(depth, exits[index + 1])
+                stop = Stop(policy.measure, policy.thresholds[index], then)
+            how = Choosing(sampling, _of(draws, going), stop)
+            choices = choose(self._newest(going, depth), depth, how)
+            stopped = list(range(len(rows)))
+            if stop is not None:
+                said = choices.confidence(stop.measure)
+                asked[index, rows] = said
+                self.stats.checks += len(rows)
+                stopped = [at for at in stopped if said[at] >= stop.threshold]
+                if stopped:
+                    total = float(said[stopped].sum())
+                    self.stats.count_stopped(depth, len(stopped), total)
+            for at in stopped:
+                row = rows[at]
+                taken[row], blocks_run[row], going[row] = _Taken(choices, at), depth, False
+        self.stats.exits.update(blocks for blocks in blocks_run if blocks)
+        if self.on_event is not None or self.shadow is not None:
+            for row, answer in enumerate(taken):
+                if answer is not None:
+                    said = asked[:, row][~np.isnan(asked[:, row])]
+                    likeliest = answer.choices.likeliest()[answer.index]
+                    self._watch(row, blocks_run[row], likeliest, tuple(said.tolist()))
+        return taken, blocks_run, asked
 
     @overload
     def deepen(self, exit: Exit = ..., *, every_position: Literal[False] = ...) -> Float32: ...
@@ -253,7 +322,7 @@ class Session(Sequences):
         for start in range(0, len(due), _ROWS_AT_ONCE):
             part = due[start : start + _ROWS_AT_ONCE]
             states = self._final[[each.row for each in part], [each.position for each in part]]
-            choices = self._head(states, blocks).argmax(axis=1).tolist()
+            choices = self._choose(states, blocks, Choosing()).likeliest()
             for each, choice in zip(part, choices, strict=True):
                 agrees = each.choice == choice
                 checks.append(ShadowCheck(each.row, each.position, each.blocks_run, agrees))
@@ -281,16 +350,16 @@ class Session(Sequences):
         return super()._append(token_ids)
 
     def _watch(
-        self, row: int, depth: int, logits: Float32 | None, confidence: tuple[float, ...] = ()
+        self, row: int, depth: int, likeliest: int | None, confidence: tuple[float, ...] = ()
     ) -> None:
-        """Tells of a sequence's newest token, whose logits are [V], and may choose it."""
+        """Tells of a sequence's newest token and what its head found likeliest; may choose it."""
         position = len(self._tokens[row]) - 1
         if self.on_event is not None:
             self.on_event(ExitTaken(row, position, depth, confidence))
-        if self.shadow is None or logits is None or not self.shadow.choose():
+        if self.shadow is None or likeliest is None or not self.shadow.choose():
             return
         if depth < self.spec.blocks:
-            self.shadow.add(Due(row, position, depth, int(logits.argmax())))
+            self.shadow.add(Due(row, position, depth, likeliest))
         else:
             self._checked(self.shadow, ShadowCheck(row, position, depth, True))
 
@@ -301,59 +370,6 @@ class Session(Sequences):
             self.stats.shadow_disagreements += not check.agrees
         if self.on_event is not None:
             self.on_event(check)
-
-    @overload
-    def _run(
-        self, counts: Sequence[int], depth: int, every_position: Literal[True]
-    ) -> list[Float32]: ...
-
-    @overload
-    def _run(
-        self, counts: Sequence[int], depth: int, every_position: bool
-    ) -> Float32 | list[Float32]: ...
-
-    def _run(
-        self, counts: Sequence[int], depth: int, every_position: bool
-    ) -> Float32 | list[Float32]:
-        """Runs the first blocks and a head; logits of each sequence's last `counts` tokens."""
-        wanted = [count > 0 for count in counts]
-        if not every_position:
-            answers = self._answer(wanted, depth)
-            if len(answers) == self.batch_size:
-                return answers
-            logits = np.zeros((self.batch_size, self.spec.vocab_size), np.float32)
-            logits[np.array(wanted)] = answers
-            return logits
-        arrays = self._cache.arrays
-        states = [arrays.empty((0, self.spec.hidden_size), np.float32)] * self.batch_size
-        for rows in self._groups(wanted, depth):
-            hidden = self._deepen(rows, depth, wanted)
-            for row in range(rows.start, rows.stop):
-                if wanted[row]:
-                    states[row] = hidden[row - rows.start, -counts[row] :].copy()
-        return np.split(self._head(arrays.concatenate(states), depth), np.cumsum(counts)[:-1])
-
-    def _answer(self, wanted: Sequence[bool], depth: int) -> Float32:
-        """Runs sequences through the first blocks; logits [wanted, V] of their newest tokens."""
-        arrays, newest = self._cache.arrays, []
-        for rows in self._groups(wanted, depth):
-            last = self._deepen(rows, depth, wanted)[:, -1]
-            if len(last) == self.batch_size and all(wanted):
-                return self._head(arrays.ascontiguousarray(last), depth)
-            newest.append(last[np.flatnonzero(wanted[rows])])
-        if not newest:
-            return np.zeros((0, self.spec.vocab_size), np.float32)
-        return self._head(arrays.concatenate(newest), depth)
-
-    def _head(self, hidden: Hidden, depth: int) -> Float32:
-        """Logits [n, V] of hidden states [n, H] after `depth` blocks."""
-        if not len(hidden):
-            return np.zeros((0, self.spec.vocab_size), np.float32)
-        if depth == self.spec.blocks:
-            self.stats.final_heads += len(hidden)
-        else:
-            self.stats.exit_heads += len(hidden)
-        return self._engines.logits(hidden, depth)
 
 
 def resolve_exit(exit: Exit, blocks: int) -> int:

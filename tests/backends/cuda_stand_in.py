@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -79,24 +81,27 @@ class Driver(ModuleType):
         return (OK,)
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    """Puts the stand-in where cuda-python would be; modules that import it are imported anew."""
-    driver = Driver()
-    for name, module in (
-        ("cuda", ModuleType("cuda")),
-        ("cuda.bindings", ModuleType("cuda.bindings")),
-        ("cuda.bindings.driver", driver),
-    ):
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(sys.modules["cuda.bindings"], "driver", driver, raising=False)
+@contextmanager
+def installed() -> Iterator[Driver]:
+    """Puts the stand-in where cuda-python would be, for modules that are then imported anew."""
+    driver, bindings = Driver(), ModuleType("cuda.bindings")
+    bindings.driver = driver
+    modules = {"cuda": ModuleType("cuda"), "cuda.bindings": bindings}
+    _forget()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in {**modules, "cuda.bindings.driver": driver}.items():
+            patch.setitem(sys.modules, name, module)
+        from ojfa_export.backends.cuda import device
+
+        def capture(self: object, work: Callable[[], None]) -> SimpleNamespace:
+            return SimpleNamespace(launch=work)
+
+        patch.setattr(device.Device, "capture", capture)
+        yield driver
+        _forget()
+
+
+def _forget() -> None:
     packages = ("ojfa_export.backends.cuda", "ojfa_export.backends.onnxruntime_cuda")
     for name in [each for each in sys.modules if each.startswith(packages)]:
-        monkeypatch.delitem(sys.modules, name)
-    from ojfa_export.backends.cuda import device
-
-    class Graph:
-        def __init__(self, work):
-            self.launch = work
-
-    monkeypatch.setattr(device.Device, "capture", lambda self, work: Graph(work))
-    return driver
+        del sys.modules[name]

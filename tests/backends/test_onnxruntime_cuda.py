@@ -15,7 +15,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from chain import Chain, build_chain
-from cuda_stand_in import install
+from cuda_stand_in import installed
 from tiny_models import VARIANTS, VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_FP16_RELATIVE, LOGITS_FP32
 
@@ -41,7 +41,12 @@ FP16 = ["llama-gqa", "gpt2", "phi3-sliding-window", "phi3-partial-rotary"]
 @pytest.fixture
 def driver(monkeypatch):
     """A device in host memory, and the CPU provider where the CUDA provider would be."""
-    stand_in = install(monkeypatch)
+    with installed() as stand_in:
+        on_cpu(monkeypatch)
+        yield stand_in
+
+
+def on_cpu(monkeypatch):
     from ojfa_export.backends.onnxruntime_cuda import provider
 
     class OnCpu(ort.InferenceSession):
@@ -58,7 +63,6 @@ def driver(monkeypatch):
     for_cuda.preload_dlls = lambda: print("this must not be seen")
     monkeypatch.setattr(provider, "ort", for_cuda)
     monkeypatch.setattr(provider, "DEVICE", "cpu")
-    return stand_in
 
 
 @pytest.fixture(scope="module")
@@ -265,9 +269,8 @@ def test_head_size_that_fused_attention_does_not_take(both_of, tmp_path):
 
 
 def test_onnxruntime_without_cuda(monkeypatch):
-    install(monkeypatch)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(BackendError, match="has no CUDA provider") as raised:
+    with installed(), pytest.raises(BackendError, match="has no CUDA provider") as raised:
         backends.load(NAME).check({})
     assert "onnxruntime-gpu" in raised.value.hint
 

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from cuda.bindings import driver
 from numpy.typing import NDArray
 
-from ojfa_export.backends.cuda.device import Device, Memory, check
+from ojfa_export.backends.cuda.device import Device, Memory
 from ojfa_export.families.spec import Precision
 
 DTYPES: dict[Precision, np.dtype[Any]] = {
@@ -41,6 +40,11 @@ class DeviceArray:
         """Its size."""
         return int(math.prod(self.shape) * self.dtype.itemsize)
 
+    @property
+    def lasts(self) -> bool:
+        """Whether its memory is of lasting use, not of the pool of the moment."""
+        return not self._memory.pooled
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -65,7 +69,9 @@ class DeviceArray:
         self._device.copy(value.pointer, target.pointer, value.nbytes)
 
     def reshape(self, *shape: int) -> DeviceArray:
-        """The same elements in another shape; the last axis stays."""
+        """The same elements in another shape; a last axis of -1 is that of the array."""
+        if shape[-1] == -1:
+            shape = (*shape[:-1], self.shape[-1])
         return DeviceArray(self._device, self._memory, self.pointer, shape, self.dtype)
 
     def copy(self) -> DeviceArray:
@@ -76,11 +82,7 @@ class DeviceArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         host = np.empty(self.shape, self.dtype)
-        check(
-            driver.cuMemcpyDtoHAsync(
-                host.ctypes.data, self.pointer, self.nbytes, self._device.stream
-            )
-        )
+        self._device.download(self.pointer, host.ctypes.data, self.nbytes)
         self._device.synchronize()
         return host if dtype is None else host.astype(dtype, copy=False)
 

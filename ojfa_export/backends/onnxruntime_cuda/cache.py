@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ojfa_export.backends.backend import Float32, Int32
+from ojfa_export.backends.backend import Float32, Int32, keep
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
-from ojfa_export.backends.cuda.device import Recorder
 from ojfa_export.backends.onnxruntime_cuda.provider import Array, Work
 from ojfa_export.bundle.names import block_name
 
@@ -28,22 +28,26 @@ class Tokens:
         engines: The opened model.
         rows: Sequences.
         tokens: Of each.
+        lasting: Whether recordings refer to them.
 
     Attributes:
         hidden: Two buffers [rows, tokens, H] fp32; block i reads the (i % 2)th and writes the
             other.
     """
 
-    def __init__(self, engines: OnnxRuntimeCudaEngines, rows: int, tokens: int) -> None:
-        spec, arrays = engines.spec, engines.arrays
+    def __init__(
+        self, engines: OnnxRuntimeCudaEngines, rows: int, tokens: int, *, lasting: bool = False
+    ) -> None:
+        spec = engines.spec
         self._engines = engines
+        new = engines.arrays.lasting if lasting else engines.arrays.empty
         shape = (rows, tokens, spec.hidden_size)
-        self.hidden = tuple(arrays.empty(shape, np.float32) for _ in range(2))
-        self._described = arrays.empty((2, rows, tokens), np.int32)
+        self.hidden = tuple(new(shape, np.float32) for _ in range(2))
+        self._described = new((2, rows, tokens), np.int32)
         self._ids, self._positions = self._described[0], self._described[1]
         # With one token each, the last positions are the positions.
-        self._last = self._positions if tokens == 1 else arrays.empty((rows, 1), np.int32)
-        self._slots = arrays.empty((rows, spec.kv_heads, tokens, 3), np.int64)
+        self._last = self._positions if tokens == 1 else new((rows, 1), np.int32)
+        self._slots = new((rows, spec.kv_heads, tokens, 3), np.int64)
         self._starts: list[int] = []
         self.works: dict[tuple[int, int, bool], Work] = {}
 
@@ -120,7 +124,8 @@ class OnnxRuntimeCudaCache:
         self._shape = (batch_size, spec.kv_heads, capacity, spec.head_dim)
         self._values: dict[int, tuple[DeviceArray, DeviceArray]] = {}
         self._steps: dict[int, Tokens] = {}  # by sequences
-        self._recorder = Recorder(engines.device)
+        self._recorder = engines.device.recorder
+        self._key = object()  # of this cache's recordings
         self._key_positions = self.arrays.upload(np.arange(capacity, dtype=np.int32))
         self._most_tokens = MOST_TOKENS
         if engines.precision == "fp32":
@@ -131,13 +136,16 @@ class OnnxRuntimeCudaCache:
         """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
         self._device.make_current()  # the caller's thread may be another each time
         rows, tokens = token_ids.shape
-        buffers = self._step(rows) if tokens == 1 else Tokens(self._engines, rows, tokens)
-        buffers.name(token_ids, starts)
         if tokens == 1:
-            self._run(("embed", rows), buffers.embed)
-        else:
-            buffers.embed()
-        return buffers.hidden[0]
+            step = self._step(rows)
+            step.name(token_ids, starts)
+            self._add(("embed", rows), step.embed)
+            return step.hidden[0]
+        prompt = Tokens(self._engines, rows, tokens)
+        prompt.name(token_ids, starts)
+        self._recorder.flush()
+        prompt.embed()
+        return prompt.hidden[0]
 
     def run_blocks(
         self,
@@ -160,6 +168,12 @@ class OnnxRuntimeCudaCache:
         ]
         return pieces[0] if len(pieces) == 1 else self.arrays.concatenate(pieces, axis=1)
 
+    def keep(
+        self, kept: DeviceArray, rows: slice, starts: Sequence[int], hidden: DeviceArray
+    ) -> None:
+        """Copies hidden states for later; see `backends.backend.Cache`."""
+        keep(kept, rows, starts, hidden)
+
     def unload(self, block: int) -> None:
         """Lets go of a block's weights; its keys and values stay."""
         self._recorder.clear()
@@ -167,10 +181,14 @@ class OnnxRuntimeCudaCache:
             tokens.works = {key: work for key, work in tokens.works.items() if key[0] != block}
         self._engines.close(block_name(block))
 
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self._recorder.forget(self._key)
+
     def _step(self, rows: int) -> Tokens:
         """The buffers of steps with this many sequences, kept as recordings refer to them."""
         if rows not in self._steps:
-            self._steps[rows] = Tokens(self._engines, rows, 1)
+            self._steps[rows] = Tokens(self._engines, rows, 1, lasting=True)
         return self._steps[rows]
 
     def _decode(
@@ -194,7 +212,7 @@ class OnnxRuntimeCudaCache:
                     step.works[key] = self._bind(block, step, rows, self._shape[2], long_context)
                 step.works[key].run()
 
-        self._run((blocks, rows.start, rows.stop, long_context), work)
+        self._add((blocks, rows.start, rows.stop, long_context), work)
         return step.hidden[blocks.stop % 2]
 
     def _prefill(
@@ -204,6 +222,7 @@ class OnnxRuntimeCudaCache:
         tokens = Tokens(self._engines, 1, count)
         tokens.place([start])
         tokens.take(hidden, blocks.start)
+        self._recorder.flush()
         for block in blocks:
             self._bind(block, tokens, rows, start + count, long_context).run()
         return tokens.hidden[blocks.stop % 2]
@@ -241,9 +260,6 @@ class OnnxRuntimeCudaCache:
         self._device.clear(array.pointer, array.nbytes)
         return array
 
-    def _run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Puts on the stream what is the same whenever its key is."""
-        if self._engines.record:
-            self._recorder.run(key, work)
-        else:
-            work()
+    def _add(self, key: tuple[Hashable, ...], work: Callable[[], None]) -> None:
+        """Adds to the step what is the same whenever its key is."""
+        self._engines.add((self._key, *key), work)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
 from ojfa_export.backends.backend import Float32
+from ojfa_export.backends.choice import ChoosesOnHost
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
-from ojfa_export.backends.cuda.device import Device, PinnedArray, Recorder
+from ojfa_export.backends.cuda.device import Device, PinnedArray
 from ojfa_export.backends.onnxruntime_cuda.cache import OnnxRuntimeCudaCache
 from ojfa_export.backends.onnxruntime_cuda.plan import read_plan
 from ojfa_export.backends.onnxruntime_cuda.provider import Array, Work, open_session
@@ -22,7 +23,7 @@ from ojfa_export.families.spec import ModelSpec, Precision
 HEAD_ROWS = 16
 
 
-class OnnxRuntimeCudaEngines:
+class OnnxRuntimeCudaEngines(ChoosesOnHost):
     """An opened model.
 
     Args:
@@ -54,7 +55,8 @@ class OnnxRuntimeCudaEngines:
         self._weights: dict[str, Mapping[str, DeviceArray]] = {}
         self._sessions: dict[str, ort.InferenceSession] = {}  # by graph file
         self._rotary = self._upload_rotary(rotary)
-        self._recorder = Recorder(device)
+        self._key = object()  # of this model's recordings
+        self._states = self.arrays.lasting((HEAD_ROWS, spec.hidden_size), np.float32)
         self._logits = self.arrays.lasting((HEAD_ROWS, spec.vocab_size), np.float32)
         exits = np.arange(spec.blocks + 1, dtype=np.int32)[:, None, None]
         self._exits = self.arrays.upload(np.repeat(exits, HEAD_ROWS, axis=1))
@@ -63,6 +65,19 @@ class OnnxRuntimeCudaEngines:
     def work(self, name: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Work:
         """A graph with its weights, on these inputs and outputs."""
         return Work(self._session(name), {**self.weights(name), **inputs}, outputs)
+
+    def add(self, key: tuple[Hashable, ...], work: Callable[[], None]) -> None:
+        """Adds work to the step, or does it at once where steps aren't recorded.
+
+        Args:
+            key: As of `Recorder.add`.
+            work: Puts something on the stream.
+        """
+        if self.record:
+            self.device.recorder.add(key, work)
+        else:
+            self.device.recorder.flush()
+            work()
 
     def rotary(self, *, long_context: bool) -> Mapping[str, DeviceArray]:
         """The tables of rotations, as blocks take them; LongRoPE has a second set of rows."""
@@ -82,7 +97,7 @@ class OnnxRuntimeCudaEngines:
 
     def close(self, name: str) -> None:
         """Lets go of a graph's weights; work with them must be dropped as well."""
-        self._recorder.clear()
+        self.device.recorder.clear()
         self._weights.pop(name, None)
         self._store.forget(self._plans[name])
 
@@ -107,7 +122,7 @@ class OnnxRuntimeCudaEngines:
         states = self.arrays.asarray(hidden)
         result = np.empty((len(states), self.spec.vocab_size), np.float32)
         for at in range(0, len(states), HEAD_ROWS):
-            part = states[at : at + HEAD_ROWS]
+            part = self._in_place(states[at : at + HEAD_ROWS])
             self._apply_head(part, blocks_run)
             self.device.synchronize()
             result[at : at + HEAD_ROWS] = self._pinned.array[: len(part)]
@@ -124,11 +139,15 @@ class OnnxRuntimeCudaEngines:
             self.work(name, {"hidden": hidden, "blocks_run": exits}, {"logits": logits}).run()
             self.device.download(logits.pointer, self._pinned.pointer, logits.nbytes)
 
-        if self.record:
-            key = (name, blocks_run if gated else None, count, hidden.pointer)
-            self._recorder.run(key, work)
-        else:
-            work()
+        self.add((self._key, name, blocks_run if gated else None, count, hidden.pointer), work)
+
+    def _in_place(self, states: DeviceArray) -> DeviceArray:
+        """Hidden states where they lie for long, as recordings refer to them."""
+        if states.lasts:
+            return states
+        target = self._states[: len(states)]
+        self.device.copy(states.pointer, target.pointer, states.nbytes)
+        return target
 
     def _session(self, name: str) -> ort.InferenceSession:
         file = self._plans[name].graph

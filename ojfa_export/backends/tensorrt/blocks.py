@@ -9,6 +9,7 @@ import numpy as np
 
 from ojfa_export.backends.backend import Int32
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
+from ojfa_export.backends.cuda.device import PinnedArray
 from ojfa_export.backends.tensorrt.kernels import integer, number, pointer
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, Norm
 from ojfa_export.backends.tensorrt.plan import MLP, QKV
@@ -29,20 +30,21 @@ class Workspace:
     Args:
         engines: The opened model.
         tokens: How many.
+        lasting: Whether recordings refer to it.
 
     Attributes:
         hidden: Two buffers [tokens, H] fp32; block i reads the (i % 2)th and writes the other.
         qkv: [tokens, (heads + 2 kv_heads) head_dim] fp32.
         mixed: [tokens, heads * head_dim], what attention gives.
         inner: [tokens, intermediate size], of the MLP.
-        ids: Address of the token ids, as far as they were embedded here.
-        positions: Address of the tokens' positions.
+        positions: Address of the tokens' positions, for all other kernels.
         sequences: Address of the sequences that they belong to.
     """
 
-    def __init__(self, engines: TensorRtEngines, tokens: int) -> None:
+    def __init__(self, engines: TensorRtEngines, tokens: int, *, lasting: bool = False) -> None:
         spec, self._device = engines.spec, engines.device
         arrays, dtype = engines.arrays, DTYPES[engines.precision]
+        self._arrays = arrays
         self.tokens = tokens
         self.hidden = tuple(arrays.empty((tokens, spec.hidden_size), np.float32) for _ in range(2))
         width = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
@@ -54,18 +56,32 @@ class Workspace:
         self.parts = arrays.empty((tokens, spec.heads, self.splits, spec.head_dim + 2), np.float32)
         self.finished = arrays.empty((tokens, spec.kv_heads), np.uint32)
         self._device.clear(self.finished.pointer, self.finished.nbytes)
-        described = arrays.empty((3, tokens), np.int32)
-        self._described = described
-        row = 4 * tokens
-        self.ids, self.positions, self.sequences = (described.pointer + i * row for i in range(3))
+        self._places = arrays.empty((2, tokens), np.int32)
+        self.positions, self.sequences = (self._places.pointer + i * 4 * tokens for i in range(2))
+        # For the tokens of a step: the device reads them from the host's memory, as late as it can.
+        self._named = PinnedArray((2, tokens), np.int32) if lasting else None
+        self._named_here: DeviceArray | None = None
+        self._named_with = 0  # the launch that reads them
         self._positions: list[int] = []
         self._sequences: list[int] = []
 
+    @property
+    def named_at(self) -> tuple[int, int]:
+        """Addresses of token ids and positions for the embedding."""
+        start = (self._named or self._named_here).pointer  # type: ignore[union-attr]
+        return start, start + 4 * self.tokens
+
     def name(self, token_ids: Int32, positions: Sequence[int]) -> None:
-        """Says which tokens they are, and where: one copy to the device."""
+        """Says which tokens they are, and where, to the embedding, which tells the others where."""
         self._positions = list(positions)
+        if self._named is not None:
+            if self._device.recorder.done < self._named_with:
+                self._device.synchronize()  # the tokens before may not have been read yet
+            self._named_with = self._device.recorder.launches + 1
+            self._named.array[0], self._named.array[1] = token_ids.reshape(-1), self._positions
+            return
         both = np.array([token_ids.reshape(-1), self._positions], np.int32)
-        self._device.upload(both, self.ids)
+        self._named_here = self._arrays.asarray(both)
 
     def place(self, positions: Sequence[int], sequences: Sequence[int]) -> None:
         """Says where the tokens are, and of which sequences; what is known is not copied again."""

@@ -134,3 +134,8 @@ def integer(value: int) -> Argument:
 def number(value: float) -> Argument:
     """A float argument."""
     return value, ctypes.c_float
+
+
+def wide_number(value: float) -> Argument:
+    """A double argument."""
+    return value, ctypes.c_double
