@@ -12,7 +12,7 @@ import numpy as np
 from cuda.bindings import driver
 from numpy.typing import NDArray
 
-from ojfa_export.backends.tensorrt.recorder import Recorder
+from ojfa_export.backends.cuda.recorder import Recorder
 from ojfa_export.errors import BackendError
 
 GIB = 1 << 30
