@@ -198,13 +198,10 @@ class Portable:
         q, k, v = graph.op("Split", heads, sizes, axis=1, outputs=3)
         if spec.rotary_dim:
             axis = graph.constant([1], np.int64)
-            cos, sin = (graph.op("Unsqueeze", x, axis) for x in self._rotations(graph))
+            cos = graph.op("Unsqueeze", "rotary_cos", axis)
+            sin = graph.op("Unsqueeze", "rotary_sin", axis)
             q, k = (self._rotate(graph, x, cos, sin) for x in (q, k))
         return q, self.to_compute(graph, k), self.to_compute(graph, v)
-
-    def _rotations(self, graph: Graph) -> tuple[str, str]:
-        """Cosines and sines [batch, tokens, rotary_dim/2] of the new tokens."""
-        return "rotary_cos", "rotary_sin"
 
     def _rotate(self, graph: Graph, x: str, cos: str, sin: str) -> str:
         """Rotates feature i with feature i + rotary_dim/2, as transformers lays them out."""

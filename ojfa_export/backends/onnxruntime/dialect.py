@@ -49,6 +49,12 @@ class OnnxRuntimeDialect(Portable):
         self, graph: Graph, x: str, y: str, weights: Weights, name: str
     ) -> tuple[str, str]:
         """The sum x + y, and its norm, as one node."""
+        return self.skip_norm(graph, x, y, weights, name, self.spec.norm_epsilon)
+
+    def skip_norm(
+        self, graph: Graph, x: str, y: str, weights: Weights, name: str, epsilon: float
+    ) -> tuple[str, str]:
+        """The sum of fp32 values, and its norm in fp32, as one node."""
         kind = "SkipLayerNormalization" if self.spec.norm == "layer" else SKIP_RMS_NORM
         parameters = [
             graph.weight(each, weights[each])
@@ -62,7 +68,7 @@ class OnnxRuntimeDialect(Portable):
             *parameters,
             outputs=4,
             domain=MICROSOFT,
-            epsilon=self.spec.norm_epsilon,
+            epsilon=epsilon,
         )
         return total, normed
 

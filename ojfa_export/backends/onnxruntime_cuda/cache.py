@@ -47,7 +47,6 @@ class Tokens:
         self._ids, self._positions = self._described[0], self._described[1]
         # With one token each, the last positions are the positions.
         self._last = self._positions if tokens == 1 else new((rows, 1), np.int32)
-        self._slots = new((rows, spec.kv_heads, tokens, 3), np.int64)
         self._starts: list[int] = []
         self.works: dict[tuple[int, int, bool], Work] = {}
 
@@ -69,20 +68,12 @@ class Tokens:
     def _place(self, starts: Sequence[int]) -> Int32:
         """Positions [rows, tokens], not uploaded yet; what follows from them is."""
         self._starts = list(starts)
-        rows, tokens = self._positions.shape
+        tokens = self._positions.shape[1]
         positions: Int32 = np.add.outer(
             np.array(starts, np.int32), np.arange(tokens, dtype=np.int32)
         )
-        upload = self._engines.device.upload
         if tokens > 1:
-            upload(positions[:, -1].copy(), self._last.pointer)
-        if self._engines.precision == "fp32":
-            heads = self._engines.spec.kv_heads
-            slots = np.empty((rows, heads, tokens, 3), np.int64)
-            slots[..., 0] = np.arange(rows)[:, None, None]
-            slots[..., 1] = np.arange(heads)[:, None]
-            slots[..., 2] = positions[:, None]
-            upload(slots, self._slots.pointer)
+            self._engines.device.upload(positions[:, -1].copy(), self._last.pointer)
         return positions
 
     def inputs(self, block: int) -> dict[str, Array]:
@@ -91,7 +82,6 @@ class Tokens:
             "hidden": self.hidden[block % 2],
             "positions": self._positions,
             "last_positions": self._last.reshape(len(self._last)),
-            "slots": self._slots,
         }
 
     def take(self, hidden: DeviceArray, block: int) -> None:

@@ -36,6 +36,8 @@ def check_provider() -> None:
         raise BackendError(
             f"ONNX Runtime {ort.__version__} as installed here has no CUDA provider", hint=INSTALL
         )
+    # It warns at every session that it looked for a plugin of this name before its own provider.
+    ort.set_default_logger_severity(3)
     if hasattr(ort, "preload_dlls"):
         # Finds CUDA's libraries where pip installs them; prints what it doesn't find, which other
         # places may have.
@@ -65,7 +67,9 @@ def open_session(model: bytes, name: str, stream: int) -> ort.InferenceSession:
         "arena_extend_strategy": "kSameAsRequested",
     }
     try:
-        session = ort.InferenceSession(model, options, providers=[(PROVIDER, provider)])
+        session = ort.InferenceSession(
+            model, options, providers=[(PROVIDER, provider)], enable_fallback=0
+        )
     except Exception as error:  # onnxruntime's exceptions share no base class but this
         raise BackendError(
             f"ONNX Runtime {ort.__version__} can't open '{name}': {str(error).splitlines()[0]}",
