@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,11 @@ class OnnxRuntimeCudaEngines(ChoosesOnHost):
         exits = np.arange(spec.blocks + 1, dtype=np.int32)[:, None, None]
         self._exits = self.arrays.upload(np.repeat(exits, HEAD_ROWS, axis=1))
         self._pinned = PinnedArray((HEAD_ROWS, spec.vocab_size), np.float32)
+
+    def __del__(self) -> None:
+        # Work that is under way still uses memory that sessions free at their end.
+        with suppress(Exception):
+            self.device.synchronize()
 
     def work(self, name: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Work:
         """A graph with its weights, on these inputs and outputs."""
