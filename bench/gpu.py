@@ -18,19 +18,25 @@ from typing import Any
 
 import numpy as np
 
+from bench.gpu_clock import copy_bandwidth, graph_time
+from bench.gpu_machine import commit, nvidia_smi
 from bench.gpu_shapes import SHAPES, RandomGraphs
-from bench.gpu_timing import WARMUP, commit, copy_bandwidth, graph_time, nvidia_smi, prefill, steps
+from bench.gpu_steps import WARMUP, checks, decoding, host_work, prefill
+from ojfa_export.backends.choice import Choosing
 from ojfa_export.backends.cuda.device import Device, the_device
 from ojfa_export.backends.tensorrt.backend import BACKEND
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
+from ojfa_export.backends.tensorrt.mailbox import Asked
 from ojfa_export.bundle.names import graph_names
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.session import Session
 from ojfa_export.shortcut.atomic import write_atomically
 
-PREFILL = 512
+PREFILL = CHECKED_PAST = 512
+# Positions beyond those that are timed: recordings are replayed to time them, and each moves on.
+SPARE = 256
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,7 +69,7 @@ def measure_shape(
 ) -> dict[str, Any]:
     """Builds a shape's engines and times them."""
     spec = SHAPES[name]
-    length = max(options.past) + options.tokens + 2 * WARMUP
+    length = max(options.past) + options.tokens + 2 * WARMUP + SPARE
     graphs = RandomGraphs(spec, directory / "graphs", length)
     graphs.write()
     plans, seconds = build(spec, directory)
@@ -91,6 +97,20 @@ def measure_shape(
         "decode": rows,
         "prefill": [prefill(engines, spec, tokens) for tokens in (PREFILL,)],
         "parts_us": parts(engines, spec),
+        **beside_kernels(engines, spec, options, length),
+    }
+
+
+def beside_kernels(
+    engines: TensorRtEngines, spec: ModelSpec, options: argparse.Namespace, length: int
+) -> dict[str, Any]:
+    """What the host adds to a token, and what checks after every block do, batch 1."""
+    session = Session(spec, engines, 1, length)
+    past = CHECKED_PAST if CHECKED_PAST in options.past else options.past[0]
+    session.advance(np.random.default_rng(1).integers(0, spec.vocab_size, past).tolist())
+    return {
+        "host_us": host_work(session, engines, past, options.tokens),
+        "checks": checks(session, past, options.tokens),
     }
 
 
@@ -111,7 +131,7 @@ def build(spec: ModelSpec, directory: Path) -> tuple[dict[str, Path], dict[str, 
 def decode(
     engines: TensorRtEngines, spec: ModelSpec, batch: int, options: argparse.Namespace, length: int
 ) -> list[dict[str, Any]]:
-    """Milliseconds per step of every exit and past length."""
+    """Milliseconds per token of every exit and past length."""
     session = Session(spec, engines, batch, length)
     rng = np.random.default_rng(1)
     rows: list[dict[str, Any]] = []
@@ -121,7 +141,7 @@ def decode(
         session.advance(rng.integers(0, spec.vocab_size, (batch, past)).tolist())
         exits = [e for e in options.exits or range(1, spec.blocks + 1) if e <= spec.blocks]
         for exit in exits:
-            samples = steps(session, exit, past, options.tokens)
+            samples = decoding(session, exit, past, options.tokens)
             rows.append(
                 {
                     "decode": "kernels" if engines.decode_kernels else "engines",
@@ -186,8 +206,9 @@ def workspace(engines: TensorRtEngines, tokens: int, past: int) -> Workspace:
 
 
 def head_times(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
-    """Microseconds of the heads, logits left on the device."""
+    """Microseconds of the heads, logits left on the device, and of checks: a head and a choice."""
     results = {}
+    asked = Asked.of(Choosing(), spec.vocab_size)
     for kernels in (True, False):
         engines.decode_kernels = kernels
         engines._heads.clear()
@@ -197,15 +218,20 @@ def head_times(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
             blocks_run = spec.blocks if final else 1
             engines.logits(hidden, blocks_run)
             head = engines._heads[blocks_run]
-            name = f"{'final' if final else 'exit'} head by {'kernels' if kernels else 'engine'}"
-
+            which, how = "final" if final else "exit", "kernels" if kernels else "engine"
             logits = engines._logits[:1]
+            works = {
+                f"{which} head by {how}": partial(head.run, hidden, logits),
+                f"{which} check by {how}": partial(head.choose, hidden, logits, asked),
+            }
+            for name, each in works.items():
 
-            def work(head: Any = head, hidden: Any = hidden, logits: Any = logits) -> None:
-                for _ in range(20):
-                    head.run(hidden, logits)
+                def work(each: Callable[[], None] = each) -> None:
+                    for _ in range(20):
+                        each()
 
-            results[name] = graph_time(engines.device, work) / 20
+                results[name] = graph_time(engines.device, work) / 20
+            engines.mailbox.reset()  # nobody reads these answers
     engines.decode_kernels = True
     engines._heads.clear()
     engines.device.recorder.clear()

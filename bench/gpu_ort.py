@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from bench.gpu_clock import copy_bandwidth
+from bench.gpu_machine import commit, nvidia_smi
 from bench.gpu_shapes import SHAPES, RandomGraphs
-from bench.gpu_timing import WARMUP, commit, copy_bandwidth, nvidia_smi, prefill, steps
+from bench.gpu_steps import WARMUP, decoding, prefill
 from ojfa_export.backends.cuda.device import Device, the_device
 from ojfa_export.backends.onnxruntime_cuda.backend import BACKEND
 from ojfa_export.backends.onnxruntime_cuda.engines import OnnxRuntimeCudaEngines
@@ -103,7 +105,7 @@ def build(spec: ModelSpec, directory: Path) -> dict[str, Path]:
 def decode(
     engines: OnnxRuntimeCudaEngines, session: Session, past: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Milliseconds per step of the exits after `past` tokens, recorded or not; turns by exit."""
+    """Milliseconds per token of the exits after `past` tokens, recorded or not; turns by exit."""
     blocks = session.spec.blocks
     for sequence in range(session.batch_size):
         session.rewind(0, sequence)
@@ -112,7 +114,7 @@ def decode(
     rows: list[dict[str, Any]] = []
     for exit in [each for each in options.exits or range(1, blocks + 1) if each <= blocks]:
         for name, engines.record in RECORDED.items():
-            samples = steps(session, exit, past, options.tokens)
+            samples = decoding(session, exit, past, options.tokens)
             rows.append(
                 {
                     "decode": name,

@@ -25,6 +25,8 @@ Int32 = NDArray[np.int32]
 # Hidden states, [rows, tokens, H] or part of it: an array of NumPy's, or one in the memory of a
 # device with as much of its interface as a session uses (`Cache.arrays` makes them).
 Hidden = Any
+# Token ids [rows, tokens] int32 of NumPy; where `Engines.follows`, also choices of one token a row.
+Tokens = Any
 
 
 def keep(kept: Hidden, rows: slice, starts: Sequence[int], hidden: Hidden) -> None:
@@ -46,7 +48,7 @@ class Cache(Protocol):
 
     arrays: Any
 
-    def embed(self, token_ids: Int32, starts: Sequence[int]) -> Hidden:
+    def embed(self, token_ids: Tokens, starts: Sequence[int]) -> Hidden:
         """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
         ...
 
@@ -92,7 +94,13 @@ class Cache(Protocol):
 
 
 class Engines(Protocol):
-    """An opened model. Blocks are loaded when first used, or by `load_blocks`."""
+    """An opened model. Blocks are loaded when first used, or by `load_blocks`.
+
+    Attributes:
+        follows: Whether `Cache.embed` takes choices in place of token ids, before they are known.
+    """
+
+    follows: bool
 
     def load_blocks(self, depth: int) -> None:
         """Loads the first blocks."""

@@ -98,6 +98,8 @@ class _GivesLogits(Protocol):
 class ChoosesOnHost:
     """The part of `Engines` that chooses, for engines whose logits are on the host anyway."""
 
+    follows = False
+
     def choose(self: _GivesLogits, hidden: Hidden, blocks_run: int, how: Choosing) -> HostChoices:
         """See `Engines.choose`."""
         return HostChoices(self.logits(hidden, blocks_run), how)

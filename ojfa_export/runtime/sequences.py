@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ojfa_export.backends.backend import Engines, Hidden, Int32
+from ojfa_export.backends.choice import Choices
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.watermarks import Watermarks
@@ -48,10 +49,12 @@ class Sequences:
         self._watermarks = [Watermarks(spec.blocks) for _ in range(batch_size)]
         # Hidden states that came out of `depth` blocks and wait for the next: row p is position p.
         self._waiting: dict[int, Hidden] = {}
-        # What the newest pass gave, where no other came since: depth, rows, positions, states.
-        self._newest_pass: tuple[int, slice, list[int], Hidden] | None = None
         # The same of the last block, for which nothing waits.
         self._final = self._new_states() if keep_final else None
+        # What the newest pass gave, where no other came since: depth, rows, positions, states.
+        self._newest_pass: tuple[int, slice, list[int], Hidden] | None = None
+        # What chooses the newest tokens, in a pass that begins before they are known.
+        self._following: Choices | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -210,6 +213,8 @@ class Sequences:
         count = len(self._tokens[rows.start]) - starts[0]
         if not count:
             return self._cache.arrays.empty((len(starts), 0, self.spec.hidden_size), np.float32)
+        if self._following is not None:
+            return self._cache.embed(self._following, starts)
         both = zip(self._tokens[rows], starts, strict=True)
         new = [tokens[start : start + count] for tokens, start in both]
         return self._cache.embed(np.array(new, np.int32), starts)

@@ -9,19 +9,14 @@ from typing import Generic, Literal, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.backends.backend import Engines, Float32, Hidden, Int32
+from ojfa_export.backends.backend import Float32, Hidden, Int32
 from ojfa_export.backends.choice import Choices, Choosing, Stop
 from ojfa_export.errors import UsageError
-from ojfa_export.families.spec import ModelSpec
-from ojfa_export.runtime.answers import Answers
-from ojfa_export.runtime.events import ExitTaken, Listener, ShadowCheck
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import GREEDY, Sampling
-from ojfa_export.runtime.shadow import Due, Shadow
+from ojfa_export.runtime.watched import Watched
 
 Exit = int | Literal["full"]
-# Rows that a comparison takes at a time: the logits of one take 4 V bytes.
-_ROWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,25 @@ class Choice:
     confidence: NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class Started:
+    """A step whose tokens may not be known yet.
+
+    Attributes:
+        choices: What chooses them; None where no sequence has new tokens.
+        rows: Sequences with new tokens.
+        lengths: Tokens of each of them.
+        depth: Blocks run.
+    """
+
+    choices: Choices | None
+    rows: list[int]
+    lengths: list[int]
+    depth: int
+
+
+# In place of a token that is not known yet.
+UNKNOWN = -1
 C = TypeVar("C", bound=Choices)
 
 
@@ -71,7 +85,7 @@ def _of(draws: Sequence[float], wanted: Sequence[bool]) -> list[float]:
     return [draw for draw, each in zip(draws, wanted, strict=True) if each] if draws else []
 
 
-class Session(Answers):
+class Session(Watched):
     """Sequences in progress: see `Sequences` for what passes do.
 
     Not thread-safe; make a session per thread.
@@ -89,18 +103,6 @@ class Session(Answers):
         on_event: Called with each `ExitTaken`, `DraftChecked` and `ShadowCheck`, in the middle of
             the step; it must not use the session.
     """
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        engines: Engines,
-        batch_size: int,
-        max_length: int,
-        shadow: Shadow | None = None,
-    ) -> None:
-        super().__init__(spec, engines, batch_size, max_length, keep_final=shadow is not None)
-        self.shadow = shadow
-        self.on_event: Listener | None = None
 
     @overload
     def advance(
@@ -201,20 +203,79 @@ class Session(Answers):
             taken, blocks_run, asked = self._decide(token_ids, exit, self._choose, sampling, draws)
             tokens = [-1 if each is None else each.choices.tokens()[each.index] for each in taken]
             return Choice(tokens, blocks_run, asked)
+        return self.finish(self.start(token_ids, exit, sampling, draws))
+
+    def start(
+        self,
+        token_ids: Sequence[int] | Sequence[Sequence[int]],
+        exit: Exit = "full",
+        sampling: Sampling = GREEDY,
+        draws: Sequence[float] = (),
+    ) -> Started:
+        """Begins what `choose` does at a fixed exit; `finish` ends it, and must come next.
+
+        Only `follow` may come between.
+        """
         depth = resolve_exit(exit, self.spec.blocks)
         wanted = [count > 0 for count in self._append(token_ids)]
-        self.stats.exits[depth] += sum(wanted)
+        return self._start(wanted, depth, Choosing(sampling, _of(draws, wanted)))
+
+    def can_follow(self, started: Started) -> bool:
+        """Whether the step after a step can begin before that one's tokens are known.
+
+        That is where a device chooses them, every sequence goes on and has room, and nobody looks
+        at what is chosen.
+        """
+        return (
+            self._engines.follows
+            and len(started.rows) == self.batch_size
+            and max(self.lengths) < self.max_length
+            and self.spec.rotary_switch is None
+            and self.on_event is None
+            and self.shadow is None
+        )
+
+    def follow(
+        self, started: Started, sampling: Sampling = GREEDY, draws: Sequence[float] = ()
+    ) -> Started:
+        """Begins the step after a step; see `can_follow`.
+
+        Where another token comes than the one that was chosen, `rewind` to the length before.
+        """
+        everyone = [True] * self.batch_size
+        for tokens in self._tokens:
+            tokens.append(UNKNOWN)
+        self._newest_pass = None
+        self._following = started.choices
+        try:
+            return self._start(everyone, started.depth, Choosing(sampling, draws))
+        finally:
+            self._following = None
+
+    def finish(self, started: Started) -> Choice:
+        """Waits for the tokens that a step chooses."""
+        rows, depth = started.rows, started.depth
         tokens, blocks_run = [-1] * self.batch_size, [0] * self.batch_size
-        if any(wanted):
-            hidden = self._newest(wanted, depth)
-            choices = self._choose(hidden, depth, Choosing(sampling, _of(draws, wanted)))
-            rows = [row for row, each in enumerate(wanted) if each]
-            for row, token in zip(rows, choices.tokens(), strict=True):
+        if started.choices is not None:
+            for row, length, token in zip(
+                rows, started.lengths, started.choices.tokens(), strict=True
+            ):
                 tokens[row], blocks_run[row] = token, depth
+                if len(self._tokens[row]) > length:  # of the step that follows
+                    self._tokens[row][length] = token
+            self._count(len(rows), depth)
+            self.stats.exits[depth] += len(rows)
             if self.on_event is not None or self.shadow is not None:
-                for row, likeliest in zip(rows, choices.likeliest(), strict=True):
+                for row, likeliest in zip(rows, started.choices.likeliest(), strict=True):
                     self._watch(row, depth, likeliest)
         return Choice(tokens, blocks_run, np.empty((0, self.batch_size)))
+
+    def _start(self, wanted: Sequence[bool], depth: int, how: Choosing) -> Started:
+        rows = [row for row, each in enumerate(wanted) if each]
+        choices = None
+        if rows:
+            choices = self._engines.choose(self._newest(wanted, depth), depth, how)
+        return Started(choices, rows, [len(self._tokens[row]) for row in rows], depth)
 
     def _decide(
         self,
@@ -287,89 +348,6 @@ class Session(Answers):
         rows = zip(self._tokens, self._watermarks, strict=True)
         waiting = [len(tokens) - marks[depth - 1] for tokens, marks in rows]
         return self._run(waiting, depth, every_position)
-
-    def run_shadow_checks(self, budget: int | None = None) -> list[ShadowCheck]:
-        """Completes chosen early tokens to full depth and compares them with the full model.
-
-        To be called when the machine has nothing better to do: between tokens, or after the
-        sequence. Completing is the catching up that a later, deeper token would have caused, so
-        that later tokens are the same with checks as without. All tokens of a sequence that wait
-        are completed in one pass.
-
-        Args:
-            budget: Comparisons at most, oldest tokens first; None for all that are due.
-
-        Returns:
-            The comparisons; `stats` counts them.
-
-        Raises:
-            UsageError: The session was made without a `shadow`, or a negative budget.
-        """
-        if self.shadow is None or self._final is None:
-            raise UsageError(
-                "this session chooses no tokens for shadow checks",
-                hint="make it with Model.session(monitor=...)",
-            )
-        if budget is not None and budget < 0:
-            raise UsageError(f"the budget of shadow checks must be 0 or more, not {budget}")
-        due, blocks = self.shadow.due[:budget], self.spec.blocks
-        waiting = [False] * self.batch_size
-        for each in due:
-            waiting[each.row] |= self._watermarks[each.row][blocks - 1] <= each.position
-        for rows in self._groups(waiting, blocks):
-            self._deepen(rows, blocks, waiting)
-        checks = []
-        for start in range(0, len(due), _ROWS_AT_ONCE):
-            part = due[start : start + _ROWS_AT_ONCE]
-            states = self._final[[each.row for each in part], [each.position for each in part]]
-            choices = self._choose(states, blocks, Choosing()).likeliest()
-            for each, choice in zip(part, choices, strict=True):
-                agrees = each.choice == choice
-                checks.append(ShadowCheck(each.row, each.position, each.blocks_run, agrees))
-                self._checked(self.shadow, checks[-1])
-        return checks
-
-    def rewind(self, length: int, row: int = 0) -> None:
-        """Drops the tokens after the first `length`: a change of numbers, nothing is computed.
-
-        Raises:
-            UsageError: A row that isn't there, or more tokens than it has.
-        """
-        long = self._long_context(row) if 0 <= row < self.batch_size else False
-        super().rewind(length, row)
-        if self.shadow is not None:
-            # What was said with the long factors can't be compared once they no longer apply.
-            self.shadow.forget(row, 0 if long != self._long_context(row) else length)
-
-    def _append(self, token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[int]:
-        switch = self.spec.rotary_switch
-        if self.shadow is not None and self.shadow.due and switch is not None:
-            both = zip(self.lengths, self._check(token_ids), strict=True)
-            if any(length <= switch < length + len(ids) for length, ids in both):
-                self.run_shadow_checks()  # beyond the switch the full model's past is another
-        return super()._append(token_ids)
-
-    def _watch(
-        self, row: int, depth: int, likeliest: int | None, confidence: tuple[float, ...] = ()
-    ) -> None:
-        """Tells of a sequence's newest token and what its head found likeliest; may choose it."""
-        position = len(self._tokens[row]) - 1
-        if self.on_event is not None:
-            self.on_event(ExitTaken(row, position, depth, confidence))
-        if self.shadow is None or likeliest is None or not self.shadow.choose():
-            return
-        if depth < self.spec.blocks:
-            self.shadow.add(Due(row, position, depth, likeliest))
-        else:
-            self._checked(self.shadow, ShadowCheck(row, position, depth, True))
-
-    def _checked(self, shadow: Shadow, check: ShadowCheck) -> None:
-        shadow.record(check)
-        if check.blocks_run < self.spec.blocks:
-            self.stats.shadow_checks += 1
-            self.stats.shadow_disagreements += not check.agrees
-        if self.on_event is not None:
-            self.on_event(check)
 
 
 def resolve_exit(exit: Exit, blocks: int) -> int:

@@ -185,6 +185,9 @@ class Speculator:
             result[row] = [Chosen(t, blocks, i < accepted) for i, t in enumerate(tokens)]
         return result
 
+    def end(self) -> None:
+        """See `decoding.Decoder`: nothing is begun ahead."""
+
     def _complete(
         self, missing: Sequence[Sequence[int]], counts: Sequence[int]
     ) -> tuple[list[list[int]], list[Float32]]:

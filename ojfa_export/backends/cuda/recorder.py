@@ -26,12 +26,14 @@ class Recorder:
     Attributes:
         launches: How often work was launched.
         done: How many of those launches are known to have ended.
+        newest: The recording that was launched last, for whoever measures.
     """
 
     def __init__(self, device: Device, most: int = 512) -> None:
         self._device, self._most = device, most
         self._graphs: dict[Key, Graph | None] = {}
         self.launches = self.done = 0
+        self.newest: Graph | None = None
         self._keys: list[tuple[Hashable, ...]] = []
         self._work: list[Work] = []
 
@@ -66,6 +68,7 @@ class Recorder:
                 _run(work)
                 return
             graph = self._graphs[key] = self._device.capture(lambda: _run(work))
+        self.newest = graph
         graph.launch()
 
     def forget(self, owner: object) -> None:
@@ -80,6 +83,7 @@ class Recorder:
         """Forgets all recordings: they refer to memory that may be given back now."""
         self._device.synchronize()
         self._graphs.clear()
+        self.newest = None
 
 
 def _run(work: list[Work]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from ojfa_export.backends.backend import Int32
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
 from ojfa_export.backends.cuda.device import PinnedArray
-from ojfa_export.backends.tensorrt.kernels import integer, number, pointer
+from ojfa_export.backends.tensorrt.kernels import Argument, integer, number, pointer
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, Norm
 from ojfa_export.backends.tensorrt.plan import MLP, QKV
 from ojfa_export.bundle.names import block_name
@@ -66,10 +66,10 @@ class Workspace:
         self._sequences: list[int] = []
 
     @property
-    def named_at(self) -> tuple[int, int]:
-        """Addresses of token ids and positions for the embedding."""
+    def named_at(self) -> tuple[Argument, Argument]:
+        """Token ids and positions for the embedding."""
         start = (self._named or self._named_here).pointer  # type: ignore[union-attr]
-        return start, start + 4 * self.tokens
+        return pointer(start), pointer(start + 4 * self.tokens)
 
     def name(self, token_ids: Int32, positions: Sequence[int]) -> None:
         """Says which tokens they are, and where, to the embedding, which tells the others where."""
@@ -91,6 +91,14 @@ class Workspace:
         if (wanted := list(sequences)) != self._sequences:
             self._device.upload(np.array(wanted, np.int32), self.sequences)
             self._sequences = wanted
+
+    def is_placed(self, positions: list[int]) -> bool:
+        """Whether the device has these positions."""
+        return positions == self._positions
+
+    def moved_to(self, positions: list[int]) -> None:
+        """Tells of positions that the device gave the tokens."""
+        self._positions = positions
 
     def take(self, hidden: DeviceArray, block: int) -> None:
         """Puts hidden states where a block reads them."""

@@ -7,7 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ojfa_export.backends.backend import Float32, Int32, keep
+from ojfa_export.backends.choice import Choices
 from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.kernels import integer, pointer
@@ -75,9 +78,13 @@ class TensorRtCache:
         self._recorder = engines.device.recorder
         self._key = object()  # of this cache's recordings
 
-    def embed(self, token_ids: Int32, starts: Sequence[int]) -> DeviceArray:
+    def embed(self, token_ids: Int32 | Choices, starts: Sequence[int]) -> DeviceArray:
         """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
         self._device.make_current()  # the caller's thread may be another each time
+        if not isinstance(token_ids, np.ndarray):
+            if self._follows(token_ids, starts):
+                return self._embed_following(list(starts))
+            token_ids = np.array(token_ids.tokens(), np.int32)[:, None]
         rows, tokens = token_ids.shape
         self._engines.call_off()
         if tokens > 1:
@@ -92,6 +99,24 @@ class TensorRtCache:
             key = ("embed", self._key, rows)
             self._recorder.add(key, lambda: self._engines.embed(workspace))
         return workspace.hidden[0].reshape(rows, tokens, self._engines.spec.hidden_size)
+
+    def _follows(self, choices: Choices, starts: Sequence[int]) -> bool:
+        """Whether tokens are the newest answer's, at the positions after those of the last step."""
+        before = [start - 1 for start in starts]
+        return self._engines.mailbox.is_newest(choices) and self._workspace(len(starts)).is_placed(
+            before
+        )
+
+    def _embed_following(self, starts: list[int]) -> DeviceArray:
+        """Embeds the newest answer's tokens, known to the device alone."""
+        self._engines.call_off()
+        rows, tokens = len(starts), pointer(self._engines.mailbox.tokens)
+        workspace = self._workspace(rows)
+        before = pointer(workspace.positions)
+        key = ("follow", self._key, rows)
+        self._recorder.add(key, lambda: self._engines.embed(workspace, (tokens, before), steps=1))
+        workspace.moved_to(starts)
+        return workspace.hidden[0].reshape(rows, 1, self._engines.spec.hidden_size)
 
     def run_blocks(
         self,

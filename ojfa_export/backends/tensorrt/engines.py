@@ -24,7 +24,7 @@ from ojfa_export.backends.tensorrt.heads import (
     Head,
     ResidualExitHead,
 )
-from ojfa_export.backends.tensorrt.kernels import Kernels, integer, pointer
+from ojfa_export.backends.tensorrt.kernels import Argument, Kernels, integer, pointer
 from ojfa_export.backends.tensorrt.linear import LinearKernels
 from ojfa_export.backends.tensorrt.mailbox import Asked, DeviceChoices, JoinedChoices, Mailbox
 from ojfa_export.backends.tensorrt.plan import GraphPlan, read_plan
@@ -48,9 +48,12 @@ class TensorRtEngines:
         rotary: Cosines and sines [rows, rotary_dim/2], or None.
 
     Attributes:
+        follows: See `backends.backend.Engines`.
         decode_kernels: Whether steps of a few tokens run in CUDA kernels of ours rather than in
             TensorRT's engines (OJFA_DECODE=engines).
     """
+
+    follows = True
 
     def __init__(
         self,
@@ -116,8 +119,17 @@ class TensorRtEngines:
         self._weights.pop(name, None)
         self.store.forget(self._plans[name])
 
-    def embed(self, workspace: Workspace) -> None:
-        """Puts the embedding of a workspace's tokens on the stream, into its first buffer."""
+    def embed(
+        self, workspace: Workspace, named: tuple[Argument, Argument] | None = None, steps: int = 0
+    ) -> None:
+        """Puts the embedding of a workspace's tokens on the stream, into its first buffer.
+
+        Args:
+            workspace: The tokens'.
+            named: Where ids and positions are, if not where the workspace names them.
+            steps: Added to the positions.
+        """
+        ids, positions = named or workspace.named_at
         weights = self.weights("embed")
         learned = weights.get("position_embedding")
         self.kernels[self.precision].launch(
@@ -128,9 +140,10 @@ class TensorRtEngines:
                 pointer(workspace.hidden[0].pointer),
                 pointer(weights["token_embedding"].pointer),
                 pointer(None if learned is None else learned.pointer),
-                *(pointer(address) for address in workspace.named_at),
+                ids,
+                positions,
                 pointer(workspace.positions),
-                integer(0),
+                integer(steps),
                 integer(self.spec.hidden_size),
             ),
             overlapping=True,

@@ -105,7 +105,7 @@ class Kernels:
             attribute.value.programmaticStreamSerializationAllowed = 1
             config.attrs = [attribute]
             config.numAttrs = 1
-        values, types = zip(*arguments, strict=True)
+        values, types = (tuple(argument[i] for argument in arguments) for i in (0, 1))
         check(
             driver.cuLaunchKernelEx(config, self._function(name, shared_bytes), (values, types), 0)
         )

@@ -113,6 +113,10 @@ class Mailbox:
         slot, self._turn = self._turn % SLOTS, (self._turn + 1) & 0xFFFFFFFF
         return DeviceChoices(self, slot, self._turn, rows, self._device.recorder.launches)
 
+    def is_newest(self, choices: object) -> bool:
+        """Whether choices are the last that were launched, so that `tokens` will be theirs."""
+        return isinstance(choices, DeviceChoices) and choices.turn == self._turn
+
     def read(self, slot: int, turn: int, rows: int, launch: int) -> list[Row]:
         """Waits for an answer."""
         ready, looks = self._ready, 0
@@ -142,6 +146,7 @@ class DeviceChoices:
 
     def __init__(self, mailbox: Mailbox, slot: int, turn: int, rows: int, launch: int) -> None:
         self._mailbox, self._awaited = mailbox, (slot, turn, rows, launch)
+        self.turn = turn
         self._answers: list[Row] | None = None
 
     def answers(self) -> list[Row]:
