@@ -125,7 +125,8 @@ def describe(shape: dict[str, Any], speed: float, peers: list[dict[str, Any]]) -
     for row in shape.get("checks", []):
         each = (row["checked_ms_median"] - row["plain_ms_median"]) / row["checks"] * 1e3
         print(
-            f"  {row['checks']} checks in {row['blocks']} blocks: {row['share']:+.1%}, {each:.1f} us each"
+            f"  {row['checks']} checks in {row['blocks']} blocks: {row['share']:+.1%}, "
+            f"{each:.1f} us each"
         )
     for peer in peers:
         times = peer["ms_median"] / full["ms_median"]
