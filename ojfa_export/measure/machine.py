@@ -11,7 +11,7 @@ from typing import Any
 from ojfa_export._version import __version__
 from ojfa_export.backends.backend import Accelerated, Backend
 
-PACKAGES = ("numpy", "onnxruntime", "tokenizers")
+PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers")
 
 
 def describe_machine(

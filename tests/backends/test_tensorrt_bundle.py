@@ -360,7 +360,7 @@ def fill(device: Any, leaving: int, where: str) -> list[Any]:
         driver: Any = sys.modules["cuda.bindings.driver"]
         driver.total = driver.used + leaving
         return []
-    module = importlib.import_module("ojfa_export.backends.tensorrt.device")
+    module = importlib.import_module("ojfa_export.backends.cuda.device")
     held = []
     while (spare := device.available() - leaving) > (4 << 20):
         held.append(module.Memory(device, min(spare, 1 << 34), pooled=False))

@@ -19,7 +19,7 @@ def driver():
 
 
 def kernels(driver: Driver):
-    from ojfa_export.backends.tensorrt.device import the_device
+    from ojfa_export.backends.cuda.device import the_device
     from ojfa_export.backends.tensorrt.kernels import Kernels
 
     return Kernels(the_device(), b'{"HALF": 0}')
@@ -39,21 +39,21 @@ def test_a_kernel_that_fails_is_named(driver):
 def test_a_kernel_that_is_missing(driver):
     with pytest.raises(BackendError, match="kernel 'unknown'") as caught:
         launch(kernels(driver), "unknown")
-    assert "--backend tensorrt" in caught.value.hint
+    assert "rebuild the engines" in caught.value.hint
 
 
 def test_kernels_that_do_not_load(driver):
-    from ojfa_export.backends.tensorrt.device import the_device
+    from ojfa_export.backends.cuda.device import the_device
     from ojfa_export.backends.tensorrt.kernels import Kernels
 
     with pytest.raises(BackendError, match="loading the kernels") as caught:
         Kernels(the_device(), b"damaged")
-    assert "--backend tensorrt" in caught.value.hint
+    assert "rebuild the engines" in caught.value.hint
 
 
 def test_no_gpu(driver, monkeypatch):
     monkeypatch.setattr(driver, "cuDeviceGet", lambda _: (driver.status("CUDA_ERROR_NO_DEVICE"), 0))
-    module = importlib.import_module("ojfa_export.backends.tensorrt.device")
+    module = importlib.import_module("ojfa_export.backends.cuda.device")
     with pytest.raises(BackendError, match="CUDA: no_device") as caught:
         module.Device()
     assert "CUDA_VISIBLE_DEVICES" in caught.value.hint

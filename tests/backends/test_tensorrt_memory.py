@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bench.gpu_shapes import SHAPES
-from ojfa_export.backends.tensorrt.memory import GIB, Request, Room, readable
+from ojfa_export.backends.cuda.sizes import GIB, readable
+from ojfa_export.backends.tensorrt.memory import Request, Room
 from ojfa_export.backends.tensorrt.plan import GraphPlan, Weight
 from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import BackendError

@@ -32,7 +32,7 @@ def exact(case):
 def infer(case, graph, part, profile, **inputs):
     """An engine's output, its weights as the device has them."""
     loaders = pytest.importorskip("polygraphy.backend.trt")
-    from ojfa_export.backends.tensorrt.device import the_device
+    from ojfa_export.backends.cuda.device import the_device
     from ojfa_export.backends.tensorrt.plan import read_plan
     from ojfa_export.backends.tensorrt.weights import DTYPES
 

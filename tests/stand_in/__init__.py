@@ -20,7 +20,8 @@ from stand_in.compiler import make_compiler
 from stand_in.driver import Driver
 from stand_in.tensorrt import make_tensorrt
 
-PACKAGE = "ojfa_export.backends.tensorrt"
+PACKAGE = "ojfa_export.backends"
+FOLDERS = ("cuda", "tensorrt")
 
 
 @contextmanager
@@ -58,7 +59,9 @@ def _take_away() -> dict[str, ModuleType]:
     """Removes the backend's modules, so that they are imported anew."""
     import ojfa_export.backends as package
 
-    names = [name for name in sys.modules if name.startswith(PACKAGE)]
-    if hasattr(package, "tensorrt"):
-        del package.tensorrt
+    folders = [f"{PACKAGE}.{folder}" for folder in FOLDERS]
+    names = [name for name in sys.modules if ".".join(name.split(".")[:3]) in folders]
+    for folder in FOLDERS:
+        if hasattr(package, folder):
+            delattr(package, folder)
     return {name: sys.modules.pop(name) for name in names}

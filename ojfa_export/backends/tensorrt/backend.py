@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ojfa_export.backends.backend import Backend, Engines, Float32
+from ojfa_export.backends.cuda.arrays import DTYPES
+from ojfa_export.backends.cuda.bandwidth import copy_bandwidth
+from ojfa_export.backends.cuda.device import the_device
 from ojfa_export.backends.tensorrt import api
-from ojfa_export.backends.tensorrt.device import the_device
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for, read_plan
-from ojfa_export.backends.tensorrt.probe import copy_bandwidth, trace_block
-from ojfa_export.backends.tensorrt.weights import DTYPES
+from ojfa_export.backends.tensorrt.probe import trace_block
 from ojfa_export.families.spec import ModelSpec, Precision
 
 

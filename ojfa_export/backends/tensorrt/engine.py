@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ojfa_export.backends.cuda.device import Device, Memory
+from ojfa_export.backends.cuda.sizes import readable
 from ojfa_export.backends.tensorrt import api
-from ojfa_export.backends.tensorrt.device import Device, Memory
-from ojfa_export.backends.tensorrt.memory import readable
 from ojfa_export.backends.tensorrt.plan import PROFILES, profile_for
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ojfa_export.backends.tensorrt.arrays import DeviceArray
+from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.tensorrt.kernels import Kernels, integer, number, pointer, wide_number
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
 from ojfa_export.backends.tensorrt.mailbox import Asked, Mailbox

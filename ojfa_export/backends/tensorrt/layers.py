@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ojfa_export.backends.cuda.device import the_device
 from ojfa_export.backends.tensorrt import api
-from ojfa_export.backends.tensorrt.device import the_device
 from ojfa_export.errors import BackendError
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+from ojfa_export.backends.cuda.sizes import readable
 from ojfa_export.backends.tensorrt.plan import PREFILL_TOKENS, GraphPlan, Place
 from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import BackendError
 from ojfa_export.families.spec import ModelSpec
 
-GIB = 1 << 30
 # Of an allocation: what the driver rounds up to.
 PAGE = 2 << 20
 # Left free by what is said to fit: TensorRT and the driver load kernels when they first run.
@@ -182,8 +182,3 @@ def _halves(value: int) -> list[int]:
 def _paged(size: int) -> int:
     """What an allocation takes: small ones share a page."""
     return size if size < PAGE else -(-size // PAGE) * PAGE
-
-
-def readable(size: int) -> str:
-    """Bytes as people read them."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / (1 << 20):.2f} MiB"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ojfa_export.errors import BackendError
 
-REBUILD = "rebuild the engines with 'ojfa-export build BUNDLE --backend tensorrt'"
+REBUILD = "rebuild the engines with 'ojfa-export build BUNDLE --backend NAME'"
 BROKEN = (
     "a kernel failed, and nothing runs on the GPU in this process any more: start it anew; if it "
     "happens again, please report it with what OJFA_DECODE=engines gives"
