@@ -26,7 +26,7 @@ Tensors = dict[str, Float64]
 # The last tensor of a block: what it hands on.
 HIDDEN = "hidden"
 # Elements of a weight matrix that are widened at a time.
-CHUNK = 1 << 24
+CHUNK = 1 << 22
 
 
 class ExactModel:

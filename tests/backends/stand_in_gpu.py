@@ -214,7 +214,8 @@ class StandInKernels:
         named = dict(zip(PARAMETERS[kind], values, strict=True))
         if self.called_off and kind in ("norm_linear", "norm_up", "linear", "attention"):
             return
-        getattr(self, kind)(types.SimpleNamespace(**named, grid=grid, tokens=int(tokens)))
+        with np.errstate(over="ignore", invalid="ignore"):  # as on a GPU
+            getattr(self, kind)(types.SimpleNamespace(**named, grid=grid, tokens=int(tokens)))
 
     def _floats(self, pointer: int, *shape: int) -> np.ndarray:
         return view(pointer, np.float32, *shape)

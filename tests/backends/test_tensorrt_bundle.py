@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 from bundle.bundle_copy import BundleCopy
+from click.testing import CliRunner
 from gpu.cases import BUNDLES
 
 import ojfa_export
 from ojfa_export.build.add_engines import add_engines
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import EngineSet
+from ojfa_export.cli.app import app
 from ojfa_export.digest import sha256_file
 from ojfa_export.errors import BackendError, BundleError, CalibrationError, VerificationError
 from ojfa_export.measure.bench import bench_bundle
@@ -146,6 +148,19 @@ def test_engines_say_what_they_were_built_for(built: Path) -> None:
     assert set(built_with) == {"tensorrt", "gpu", "compute capability", "driver", "profiles"}
     assert "1 to 16 tokens" in built_with["profiles"]
     assert len(list((built / "engines" / "tensorrt").glob("*.engine"))) == 4
+
+
+def test_inspect_shows_layers_where_polygraphy_is(built: Path) -> None:
+    shown = CliRunner().invoke(app, ["inspect", str(built), "-v"]).stdout
+    assert "1 to 16 tokens, best 1" in shown
+    if importlib.util.find_spec("polygraphy") is None:
+        assert "Layers of tensorrt\n" in shown
+        assert "pip install" not in shown  # the reason alone
+        assert "not shown  an engine's layers are shown by Polygraphy" in shown
+        return
+    for name in ("block.qkv-", "block.mlp-", "final_head-", "exit_head-"):
+        assert f"Layers of {name}" in shown
+    assert "MatrixMultiply" in shown or "Gemm" in shown
 
 
 def test_a_build_that_was_killed_keeps_its_engines(
