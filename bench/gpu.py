@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cuda.bindings import driver
 
 from bench.gpu_shapes import SHAPES, RandomGraphs
+from bench.gpu_timing import copy_bandwidth, graph_time
 from ojfa_export.backends.tensorrt.backend import BACKEND
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
-from ojfa_export.backends.tensorrt.device import Device, Memory, check, the_device
+from ojfa_export.backends.tensorrt.device import Device, the_device
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
 from ojfa_export.bundle.names import graph_names
@@ -33,7 +33,6 @@ from ojfa_export.runtime.session import Session
 from ojfa_export.shortcut.atomic import write_atomically
 
 PREFILL = 512
-COPY_BYTES = 4 << 30
 WARMUP = 4
 
 
@@ -242,39 +241,6 @@ def head_times(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
     engines._heads.clear()
     engines._recorder.clear()
     return results
-
-
-def graph_time(device: Device, work: Callable[[], None]) -> float:
-    """Microseconds of what `work` puts on the stream, as a CUDA graph."""
-    work()
-    device.synchronize()
-    graph = device.capture(work)
-    graph.launch()
-    return event_time(device, graph.launch)
-
-
-def event_time(device: Device, work: Callable[[], None], repeats: int = 11) -> float:
-    """Median microseconds on the device of what `work` puts on the stream."""
-    first, last = (check(driver.cuEventCreate(0)) for _ in range(2))
-    samples = []
-    for _ in range(repeats):
-        check(driver.cuEventRecord(first, device.stream))
-        work()
-        check(driver.cuEventRecord(last, device.stream))
-        device.synchronize()
-        samples.append(float(check(driver.cuEventElapsedTime(first, last))) * 1e3)
-    return float(np.median(samples))
-
-
-def copy_bandwidth(device: Device) -> float:
-    """Bytes per second read and written by a copy on the device."""
-    source, target = (Memory(device, COPY_BYTES // 2, pooled=False) for _ in range(2))
-
-    def copy() -> None:
-        device.copy(source.pointer, target.pointer, COPY_BYTES // 2)
-
-    copy()
-    return COPY_BYTES / (event_time(device, copy) / 1e6)
 
 
 def commit() -> str:

@@ -12,8 +12,8 @@ PLACES = (
     Path(__file__).parents[3] / "engines" / "kernels",
     Path(__file__).parents[2] / "_engines" / "kernels",
 )
-SOURCES = ("linear.cu", "attention.cu", "embed.cu")
-HEADERS = ("common.cuh",)
+SOURCES = ("linear.cu", "attention.cu", "prompt.cu", "embed.cu")
+HEADERS = ("common.cuh", "instructions.cuh", "tiles.cuh")
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
