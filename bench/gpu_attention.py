@@ -1,7 +1,7 @@
 """Attention's kernels alone, and in a block of our kernels: `python -m bench.gpu_attention`.
 
-Needs no TensorRT: kernels, random weights and caches, one CUDA graph over all blocks, each of which
-has its own memory. Prints microseconds a block, and what attention reads against a copy's bandwidth.
+Needs no TensorRT: kernels, random weights and caches, one CUDA graph over all blocks, each of
+which has its own memory. Prints microseconds a block, and what attention reads against a copy's bandwidth.
 """
 
 from __future__ import annotations

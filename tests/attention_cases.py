@@ -46,7 +46,7 @@ class Variant:
         }
 
 
-# Every width of a row in shared memory, heads that fill no tile, groups larger and smaller than one.
+# Every width of a row in shared memory, heads and groups that fill no tile, or more than one.
 VARIANTS = {
     "mha": Variant(4, 4, 64, 64, 0, half=True),
     "gqa": Variant(8, 2, 128, 128, 0, half=True),
@@ -87,10 +87,10 @@ class Example:
         self.variant = variant
         self.scale = float(variant.head_dim**-0.5 * rng.uniform(0.5, 2))
         count = len(pasts) * tokens
-        self.qkv = rng.normal(size=(count, variant.width)).astype(np.float32)
+        self.qkv = rng.standard_normal((count, variant.width), np.float32)
         shape = (len(pasts), variant.kv_heads, capacity, variant.head_dim)
-        self.keys = rng.normal(size=shape).astype(variant.dtype)
-        self.values = rng.normal(size=shape).astype(variant.dtype)
+        self.keys = rng.standard_normal(shape, np.float32).astype(variant.dtype)
+        self.values = rng.standard_normal(shape, np.float32).astype(variant.dtype)
         for row, past in enumerate(pasts):  # what was never written is anything
             self.keys[row, :, past:] = np.nan
             self.values[row, :, past:] = np.nan
@@ -143,7 +143,9 @@ class Example:
     ) -> None:
         """Compares with float64, relative to the largest number."""
         expected = self.expected()
-        for actual, wanted, name in zip((out, keys, values), expected, ("out", "keys", "values")):
+        for actual, wanted, name in zip(
+            (out, keys, values), expected, ("out", "keys", "values"), strict=True
+        ):
             largest = np.nanmax(np.abs(wanted))
             np.testing.assert_allclose(
                 actual, wanted, rtol=0, atol=tolerance * largest, equal_nan=True, err_msg=name

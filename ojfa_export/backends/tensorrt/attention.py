@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from ojfa_export.backends.tensorrt.device import Device
     from ojfa_export.backends.tensorrt.kernels import Argument, Kernels
 
-# As in the kernels: threads of a warp, rows of queries of a warp; of a step's thread block, the warps at
-# most, the keys that one takes at a time, and the stages that these have in shared memory.
+# As in the kernels: threads of a warp, rows of queries of a warp; of a step's thread block, the
+# warps at most, the keys that one takes at a time, and the stages that these have in shared memory.
 LANES, TILE_ROWS = 32, 16
 MOST_WARPS, STEP_KEYS, STEP_STAGES = 4, 16, 2
 APPEND_THREADS = 256
 MOST_SPLITS = 64
-# Thread blocks of a step that a multiprocessor holds; keys are split over as many as are held at once.
+# Thread blocks of a step that a multiprocessor holds; keys are split over as many as it holds.
 RESIDENT = 3
 # Of what the next kernel reads, asked for while attention runs (bench/NOTES.md).
 AHEAD_BYTES = 16 << 20
@@ -201,7 +201,8 @@ class Attention:
             operands: What to read and write.
             scratch: For this many tokens.
             tokens: How many.
-            together: Whether they are of different sequences, one each; else consecutive ones of one.
+            together: Whether they are of different sequences, one each; else consecutive ones
+                of one sequence.
             ahead: What the next kernel reads.
         """
         if together:
