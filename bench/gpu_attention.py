@@ -1,7 +1,8 @@
 """Attention's kernels alone, and in a block of our kernels: `python -m bench.gpu_attention`.
 
 Needs no TensorRT: kernels, random weights and caches, one CUDA graph over all blocks, each of
-which has its own memory. Prints microseconds a block, and what attention reads against a copy's bandwidth.
+which has its own memory. Prints microseconds a block, and the share of a copy's bandwidth that
+attention reads with.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,14 +13,14 @@ import pytest
 from attention_cases import VARIANTS, Example, Variant
 from tolerances import ATTENTION_FP16_RELATIVE, ATTENTION_FP32_RELATIVE
 
-from ojfa_export.backends.tensorrt.attention import Attention, Scratch
+from ojfa_export.backends.tensorrt.attention import RESIDENT, Attention, Scratch, step_launch
 from ojfa_export.backends.tensorrt.sources import source_directory
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
 COMPILER = shutil.which("g++")
 MULTIPROCESSORS = 7
-
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ with _Float16")
+# Of a multiprocessor of compute capability 9.0; each thread block takes a KiB beside its own.
+REGISTERS, SHARED_BYTES, RESERVED_BYTES = 64 << 10, 228 << 10, 1 << 10
 
 
 class CpuKernels:
@@ -72,6 +73,8 @@ class Cpu:
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def compiled(request, tmp_path_factory):
+    if COMPILER is None:
+        pytest.skip("needs g++")
     variant = VARIANTS[request.param]
     return variant, CpuKernels(variant, tmp_path_factory.mktemp(request.param))
 
@@ -107,3 +110,29 @@ def test_a_few_tokens_of_one_sequence(compiled, rng, past, tokens):
 def test_a_prompt(compiled, rng, past, tokens):
     example = Example(compiled[0], rng, [past], tokens, capacity=100)
     run(compiled, example, 1, tokens, prompt=True)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    "variant",
+    [Variant(32, 8, 128, 128, 0, half=True), Variant(8, 1, 256, 256, 64, half=False)],
+    ids=["fp16", "fp32-wide-head"],
+)
+def test_nothing_is_spilled(variant, architecture, tmp_path):
+    """All registers that a thread needs are there, with as many thread blocks as are wanted."""
+    macros = [f"-D{name}={value}" for name, value in variant.definitions().items()]
+    for source in ("attention.cu", "prompt.cu"):
+        command = ["nvcc", "-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
+        command += [*macros, "-o", str(tmp_path / "out.cubin"), str(source_directory() / source)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert "warning" not in result.stderr
+        spilled = re.findall(r"(\d+) bytes spill stores", result.stderr)
+        assert spilled
+        assert not any(map(int, spilled)), result.stderr
+        if source == "attention.cu" and variant.half and architecture == "sm_90":
+            [registers] = re.findall(r"'attention'.*?Used (\d+) registers", result.stderr, re.S)
+            launch = step_launch(variant.geometry, 1, 1, MULTIPROCESSORS)
+            assert RESIDENT * int(registers) * launch.threads <= REGISTERS
+            assert RESIDENT * (launch.shared_bytes + RESERVED_BYTES) <= SHARED_BYTES
