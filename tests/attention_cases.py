@@ -26,7 +26,9 @@ class Variant:
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(self.heads, self.kv_heads, self.head_dim, 2 if self.half else 4)
+        return Geometry(
+            self.heads, self.kv_heads, self.head_dim, self.rotary_dim, 2 if self.half else 4
+        )
 
     @property
     def width(self) -> int:

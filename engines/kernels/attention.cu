@@ -3,26 +3,28 @@
 // cache, and thread blocks that a short one doesn't need leave.
 #include "tiles.cuh"
 
-// As many as have their rows in shared memory three times on a multiprocessor (bench/NOTES.md).
 constexpr int MOST_WARPS = 4, FITTING_WARPS = 1024 / ROW_BYTES;
 constexpr int STEP_WARPS = FITTING_WARPS < 1 ? 1 : FITTING_WARPS > MOST_WARPS ? MOST_WARPS : FITTING_WARPS;
-constexpr int STEP_KEYS = 16;  // of a warp at a time
-constexpr int STEP_STAGES = 2;      // of a warp's steps in shared memory, all but one of them on their way
+constexpr int STEP_QUERIES = 8;  // of a thread block
+constexpr int STEP_KEYS = 16;    // of a warp at a time
+constexpr int STEP_STAGES = 3;   // of a warp's keys in shared memory, all but one of them on their way
+// Few enough registers that a thread block fits beside the matrix-vector product before it (linear.cu), so
+// that it is there, with its first keys and values, when that ends.
+constexpr int STEP_RESIDENT = HALF && ROW_BYTES <= 256 ? 5 : 1;
 // Keys that a thread block takes by itself before others help (bench/NOTES.md).
-constexpr int SPLIT_KEYS = 128;
+constexpr int SPLIT_KEYS = 64;
 constexpr int PARTIAL = HEAD_DIM + 2;  // largest, total, weighted values
 
-// Keys and values of a sequence's tokens, before any of them attends. Grid (tokens).
+// Keys and values of a sequence's tokens, before any of them attends. Grid (tokens, what it takes).
 extern "C" __global__ void append(const float* qkv, Element* keys, Element* values, const float* cosines,
                                   const float* sines, const int* positions, const int* sequences, int capacity) {
     const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, capacity};
-    const int token = blockIdx.x, position = positions[token];
-    for (int i = threadIdx.x; i < KV_HEADS * HEAD_DIM; i += blockDim.x) {
-        const int kv_head = i / HEAD_DIM, feature = i % HEAD_DIM;
-        const long long at = in.base(token, kv_head) + static_cast<long long>(position) * HEAD_DIM + feature;
-        store(keys + at, in.key(token, kv_head, feature));
-        store(values + at, in.value(token, kv_head, feature));
-    }
+    const int i = blockIdx.y * blockDim.x + threadIdx.x;
+    if (i >= KV_HEADS * VECTORS) return;
+    const int token = blockIdx.x, kv_head = i / VECTORS, feature = i % VECTORS * VECTOR, position = positions[token];
+    const long long at = in.base(token, kv_head) + static_cast<long long>(position) * HEAD_DIM + feature;
+    store_features(keys + at, in.turned(token, HEADS + kv_head, feature, position));
+    store_features(values + at, in.value(token, kv_head, feature));
 }
 
 // Asks for this thread block's share of what the next kernel reads first: while attention waits for
@@ -52,14 +54,88 @@ struct Combined {
     }
 };
 
+// What a warp has seen for its queries, which are the columns of its products: keys times queries, and
+// features of values times weights. A lane holds of every 8 rows lane / 4, columns 2 (lane % 4) and the next.
+struct SeenByColumns {
+    int position[2];                  // of the queries; -1 where there is none
+    float largest[2] = {NONE, NONE};  // score, in powers of 2
+    float total[2] = {};              // of 2^(score - largest), this lane's part
+    float mixed[DIM / 16][4] = {};    // values weighted by it
+
+    // Attends to STEP_KEYS keys from `first` on; `partly` where some queries don't see all of them.
+    __device__ __forceinline__ void attend(const Right (&queries)[DIM / DEPTH], const Element* keys,
+                                           const Element* values, int first, bool partly) {
+        float score[4] = {}, other[4] = {};  // two sums, as each product waits for the one before
+#pragma unroll
+        for (int step = 0; step < DIM / DEPTH; step += 2) {
+            multiply(score, load_left(keys + step * DEPTH), queries[step]);
+            if (step + 1 < DIM / DEPTH) multiply(other, load_left(keys + (step + 1) * DEPTH), queries[step + 1]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            score[i] += other[i];
+            const int key = first + threadIdx.x % LANES / 4 + i / 2 * 8, at = position[i % 2];
+            if (partly && (key > at || (WINDOW && key + WINDOW <= at))) score[i] = -__int_as_float(0x7f800000);
+        }
+        weigh(score);
+#pragma unroll
+        for (int step = 0; step < STEP_KEYS / DEPTH; ++step) {
+            const Right weights = as_right(score, step);
+#pragma unroll
+            for (int tile = 0; tile < DIM / 16; ++tile)
+                multiply(mixed[tile], load_left_transposed(values + step * DEPTH * STRIDE + tile * 16), weights);
+        }
+    }
+
+    // Scores to weights, relative to the largest so far.
+    __device__ __forceinline__ void weigh(float (&score)[4]) {
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+            float most = fmaxf(largest[column], fmaxf(score[column], score[column + 2]));
+#pragma unroll
+            for (int offset = 4; offset < LANES; offset *= 2) most = fmaxf(most, __shfl_xor_sync(ALL, most, offset));
+            const float kept = power_of_2(largest[column] - most);
+            largest[column] = most;
+            score[column] = power_of_2(score[column] - most);
+            score[column + 2] = power_of_2(score[column + 2] - most);
+            total[column] = total[column] * kept + score[column] + score[column + 2];
+#pragma unroll
+            for (int tile = 0; tile < DIM / 16; ++tile)
+                mixed[tile][column] *= kept, mixed[tile][column + 2] *= kept;
+        }
+    }
+
+    // Writes parts [queries][PARTIAL].
+    __device__ __forceinline__ void write(float* parts, int queries) {
+        const int lane = threadIdx.x % LANES;
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+#pragma unroll
+            for (int offset = 4; offset < LANES; offset *= 2)
+                total[column] += __shfl_xor_sync(ALL, total[column], offset);
+            const int query = lane % 4 * 2 + column;
+            if (query >= queries) continue;
+            float* part = parts + query * PARTIAL;
+            if (lane / 4 == 0) part[0] = largest[column], part[1] = total[column];
+#pragma unroll
+            for (int tile = 0; tile < DIM / 16; ++tile)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int feature = tile * 16 + half * 8 + lane / 4;
+                    if (feature < HEAD_DIM) part[2 + feature] = mixed[tile][2 * half + column];
+                }
+        }
+    }
+};
+
 // out [sequences * tokens, HEADS * HEAD_DIM] from qkv and the cache.
-// Grid (splits, KV_HEADS * ceil(tokens * GROUP / TILE_ROWS), sequences): each split takes a part of the
+// Grid (splits, KV_HEADS * ceil(tokens * GROUP / STEP_QUERIES), sequences): each split takes a part of the
 // keys, the last to finish combines.
 //   tokens    of each sequence, consecutive; one is appended here, several by `append` before
 //   parts     [sequences * tokens, HEADS, splits, PARTIAL] where splits > 1
 //   finished  [gridDim.z, gridDim.y] zero before and after
 //   ahead     what the next kernel reads, bytes of it that are worth asking for
-extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES)
+extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     attention(Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,
               const float* sines, const int* positions, const int* sequences, int capacity, float scale, int tokens,
               float* parts, unsigned* finished, const unsigned char* ahead, long long ahead_bytes) {
@@ -67,19 +143,21 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES)
     const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, capacity};
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     Element* const queries = reinterpret_cast<Element*>(shared_memory);
-    Element* const fresh = queries + TILE_ROWS * STRIDE;  // the new key and value
+    Element* const fresh = queries + STEP_QUERIES * STRIDE;  // the new key and value
     Element* const ring = fresh + 2 * STRIDE + warp * STEP_STAGES * STAGE;
 
     const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y % KV_HEADS;
-    const int first_row = blockIdx.y / KV_HEADS * TILE_ROWS, rows = min(TILE_ROWS, tokens * GROUP - first_row);
-    const int first_token = blockIdx.z * tokens + first_row / GROUP;
-    const int last_token = blockIdx.z * tokens + (first_row + rows - 1) / GROUP;
-    const int lowest = positions[first_token], highest = positions[last_token];
-    const int oldest = WINDOW ? max(0, lowest + 1 - WINDOW) : 0, count = highest + 1 - oldest;
+    const int first_query = blockIdx.y / KV_HEADS * STEP_QUERIES;
+    const int count = min(STEP_QUERIES, tokens * GROUP - first_query);
+    // Consecutive tokens have consecutive positions.
+    const int first_token = blockIdx.z * tokens, start = positions[first_token];
+    const int lowest = start + first_query / GROUP, highest = start + (first_query + count - 1) / GROUP;
+    const int oldest = WINDOW ? max(0, lowest + 1 - WINDOW) : 0, seen_keys = highest + 1 - oldest;
     // Whole steps, so that no split sees keys of another.
-    int active = min(splits, (count + SPLIT_KEYS - 1) / SPLIT_KEYS);
-    const int each = (count + active * STEP_KEYS - 1) / (active * STEP_KEYS) * STEP_KEYS;
-    active = (count + each - 1) / each;
+    int active = min(splits, (seen_keys + SPLIT_KEYS - 1) / SPLIT_KEYS);
+    const int each = (seen_keys + active * STEP_KEYS - 1) / (active * STEP_KEYS) * STEP_KEYS;
+    active = (seen_keys + each - 1) / each;
+    if (split >= active) return;
     const int first = oldest + split * each, stop = min(first + each, highest + 1);
     const bool appending = tokens == 1 && split == active - 1;
 
@@ -91,46 +169,47 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES)
             copy_rows<STEP_KEYS>(stage, stage + STEP_KEYS * STRIDE, keys + base, values + base, key, stop, lane, LANES);
         copies_end();
     };
-    if (split < active) {  // older keys and values don't depend on the kernel before
+    // Older keys and values don't depend on the kernel before.
 #pragma unroll
-        for (int step = 0; step < STEP_STAGES; ++step) copy_step(step);
-        clear_padding(ring, STEP_STAGES * 2 * STEP_KEYS, lane, LANES);
-        for (int i = threadIdx.x; i < TILE_ROWS * DIM; i += blockDim.x)
-            store(queries + i / DIM * STRIDE + i % DIM, 0.0f);
-    }
+    for (int step = 0; step < STEP_STAGES; ++step) copy_step(step);
+    clear_padding(queries, STEP_QUERIES, threadIdx.x, blockDim.x);
+    clear_padding(ring, STEP_STAGES * 2 * STEP_KEYS, lane, LANES);
     wait_for_previous();
     let_next_start();
-    prefetch_share(ahead, ahead_bytes);
-    if (split >= active) return;
-    for (int i = threadIdx.x; i < rows * DIM; i += blockDim.x) {  // the very places that this thread cleared
-        const int row = first_row + i / DIM, token = blockIdx.z * tokens + row / GROUP;
-        if (i % DIM < HEAD_DIM)
-            store(queries + i / DIM * STRIDE + i % DIM,
-                  scale * LOG2_E * in.query(token, kv_head * GROUP + row % GROUP, i % DIM));
+    // Queries that there are not are the last one once more.
+    for (int i = threadIdx.x; i < STEP_QUERIES * VECTORS; i += blockDim.x) {
+        const int query = first_query + min(i / VECTORS, count - 1), feature = i % VECTORS * VECTOR;
+        store_features(queries + i / VECTORS * STRIDE + feature,
+                       in.turned(first_token + query / GROUP, kv_head * GROUP + query % GROUP, feature,
+                                 start + query / GROUP),
+                       scale * LOG2_E);
     }
     if (appending) {
         const long long place = base + static_cast<long long>(highest) * HEAD_DIM;
-        for (int i = threadIdx.x; i < HEAD_DIM; i += blockDim.x) {
-            store(fresh + i, in.key(first_token, kv_head, i));
-            store(fresh + STRIDE + i, in.value(first_token, kv_head, i));
-            keys[place + i] = fresh[i];
-            values[place + i] = fresh[STRIDE + i];
+        for (int i = threadIdx.x * VECTOR; i < HEAD_DIM; i += blockDim.x * VECTOR) {
+            const Features key = in.turned(first_token, HEADS + kv_head, i, highest);
+            const Features value = in.value(first_token, kv_head, i);
+            store_features(fresh + i, key), store_features(keys + place + i, key);
+            store_features(fresh + STRIDE + i, value), store_features(values + place + i, value);
         }
     }
+    prefetch_share(ahead, ahead_bytes);
     __syncthreads();
 
-    const Queries query(queries);
-    Seen seen;
+    Right query[DIM / DEPTH];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = lane / 4 + 8 * half;
-        seen.position[half] = row < rows ? positions[blockIdx.z * tokens + (first_row + row) / GROUP] : -1;
+    for (int step = 0; step < DIM / DEPTH; ++step) query[step] = load_right(queries + step * DEPTH);
+    SeenByColumns seen;
+#pragma unroll
+    for (int column = 0; column < 2; ++column) {
+        const int index = lane % 4 * 2 + column;
+        seen.position[column] = index < count ? start + (first_query + index) / GROUP : -1;
     }
     for (int step = 0, key = first + warp * STEP_KEYS; key < stop; ++step, key += STEP_WARPS * STEP_KEYS) {
         Element* stage = ring + step % STEP_STAGES * STAGE;
         copies_wait<STEP_STAGES - 1>();
         __syncwarp();
-        if (appending && key <= highest && highest < key + STEP_KEYS) {
+        if (appending && highest < key + STEP_KEYS) {
             for (int i = lane; i < HEAD_DIM; i += LANES) {
                 stage[(highest - key) * STRIDE + i] = fresh[i];
                 stage[(STEP_KEYS + highest - key) * STRIDE + i] = fresh[STRIDE + i];
@@ -138,43 +217,29 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES)
             __syncwarp();
         }
         const bool partly = key + STEP_KEYS - 1 > lowest || (WINDOW && key + WINDOW <= highest);
-        seen.attend<STEP_KEYS>(query, stage, stage + STEP_KEYS * STRIDE, key, partly);
+        seen.attend(query, stage, stage + STEP_KEYS * STRIDE, key, partly);
         __syncwarp();
         copy_step(step + STEP_STAGES);
     }
-    seen.finish();
     copies_wait<0>();
     __syncthreads();  // the stages' memory is used again
 
-    float* const by_warp = reinterpret_cast<float*>(fresh + 2 * STRIDE);  // [STEP_WARPS, TILE_ROWS, PARTIAL]
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int row = lane / 4 + 8 * half;
-        if (row >= rows) continue;
-        float* part = by_warp + (warp * TILE_ROWS + row) * PARTIAL;
-        if (lane % 4 == 0) part[0] = seen.largest[half], part[1] = seen.total[half];
-#pragma unroll
-        for (int tile = 0; tile < DIM / 8; ++tile)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int feature = tile * 8 + lane % 4 * 2 + i;
-                if (feature < HEAD_DIM) part[2 + feature] = seen.mixed[tile][2 * half + i];
-            }
-    }
+    float* const by_warp = reinterpret_cast<float*>(fresh + 2 * STRIDE);  // [STEP_WARPS, STEP_QUERIES, PARTIAL]
+    seen.write(by_warp + warp * STEP_QUERIES * PARTIAL, count);
     __syncthreads();
-    // Query `row` of this thread block among all.
-    const auto query_of = [=](int row) {
-        const int token = blockIdx.z * tokens + (first_row + row) / GROUP;
-        return static_cast<long long>(token) * HEADS + kv_head * GROUP + (first_row + row) % GROUP;
+    // A query of this thread block among all.
+    const auto index_of = [=](int query) {
+        query += first_query;
+        return static_cast<long long>(first_token + query / GROUP) * HEADS + kv_head * GROUP + query % GROUP;
     };
-    for (int i = threadIdx.x; i < rows * HEAD_DIM; i += blockDim.x) {
-        const int row = i / HEAD_DIM, feature = i % HEAD_DIM;
-        const Combined all(by_warp + row * PARTIAL, TILE_ROWS * PARTIAL, STEP_WARPS, feature);
+    for (int i = threadIdx.x; i < count * HEAD_DIM; i += blockDim.x) {
+        const int query = i / HEAD_DIM, feature = i % HEAD_DIM;
+        const Combined all(by_warp + query * PARTIAL, STEP_QUERIES * PARTIAL, STEP_WARPS, feature);
         if (active == 1) {
-            store(out + query_of(row) * HEAD_DIM + feature, all.mixed / all.total);
+            store(out + index_of(query) * HEAD_DIM + feature, all.mixed / all.total);
             continue;
         }
-        float* part = parts + (query_of(row) * splits + split) * PARTIAL;
+        float* part = parts + (index_of(query) * splits + split) * PARTIAL;
         if (feature == 0) part[0] = all.largest, part[1] = all.total;
         part[2 + feature] = all.mixed;
     }
@@ -189,9 +254,9 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES)
     }
     __syncthreads();
     if (!is_last) return;
-    for (int i = threadIdx.x; i < rows * HEAD_DIM; i += blockDim.x) {
-        const int row = i / HEAD_DIM, feature = i % HEAD_DIM;
-        const Combined all(parts + query_of(row) * splits * PARTIAL, PARTIAL, active, feature);
-        store(out + query_of(row) * HEAD_DIM + feature, all.mixed / all.total);
+    for (int i = threadIdx.x; i < count * HEAD_DIM; i += blockDim.x) {
+        const int query = i / HEAD_DIM, feature = i % HEAD_DIM;
+        const Combined all(parts + index_of(query) * splits * PARTIAL, PARTIAL, active, feature);
+        store(out + index_of(query) * HEAD_DIM + feature, all.mixed / all.total);
     }
 }

@@ -69,6 +69,13 @@ __device__ __forceinline__ void load_matrices(unsigned (&words)[4], const void* 
                      : "memory");
 }
 
+// An 8x8 matrix of fp16, a lane's part as load_matrices gives it, transposed.
+__device__ __forceinline__ unsigned transpose(unsigned words) {
+    unsigned result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(words));
+    return result;
+}
+
 // sums [16, 8] += a [16, 16] b [16, 8], a and b fp16.
 __device__ __forceinline__ void multiply_half(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

@@ -1,13 +1,13 @@
-// Attention of a warp's sixteen rows of queries to keys and values in shared memory, on tensor cores, with
-// the softmax kept in fp32 as it goes on (FlashAttention-2, arXiv 2307.08691).
+// What attention's kernels share: queries, keys and values as they get to shared memory, and from there, in
+// tiles, to the tensor cores.
 //
-// A row is a query: token `row / GROUP`, and head `row % GROUP` of those that share keys and values.
+// Queries of a sequence are counted over its tokens and the heads that share keys and values: query q is
+// of token q / GROUP, head q % GROUP of the group.
 #pragma once
 #include "instructions.cuh"
 
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int QKV_WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
-constexpr int TILE_ROWS = 16;
 constexpr int DIM = (HEAD_DIM + 15) / 16 * 16;  // features with those that are zero, for whole tiles
 constexpr int ROW_BYTES = DIM * sizeof(Element);
 // Elements from a row to the next in shared memory, so that eight rows lie in different banks.
@@ -15,12 +15,41 @@ constexpr int STRIDE = DIM + WIDE;
 constexpr float LOG2_E = 1.44269504f;
 constexpr float NONE = -1e30f;  // of a score: less than any
 
-// Feature `i` of a head, rotated with its partner half of ROTARY_DIM away, as transformers lays them out.
-__device__ __forceinline__ float rotated(const float* head, int i, const float* cosines, const float* sines) {
-    constexpr int HALF_DIM = ROTARY_DIM / 2;
-    if (i >= ROTARY_DIM) return head[i];
-    if (i < HALF_DIM) return head[i] * cosines[i] - head[i + HALF_DIM] * sines[i];
-    return head[i] * cosines[i - HALF_DIM] + head[i - HALF_DIM] * sines[i - HALF_DIM];
+// Features that are loaded, rotated and stored at once.
+constexpr int HALF_ROTARY = ROTARY_DIM / 2;
+constexpr int VECTOR = HEAD_DIM % 4 == 0 && HALF_ROTARY % 4 == 0 ? 4 : HEAD_DIM % 2 == 0 && HALF_ROTARY % 2 == 0 ? 2 : 1;
+constexpr int VECTORS = HEAD_DIM / VECTOR;
+
+template <class Number>
+struct alignas(VECTOR * sizeof(Number)) Vector {
+    Number values[VECTOR];
+};
+typedef Vector<float> Features;
+
+__device__ __forceinline__ Features features_at(const float* at) { return *reinterpret_cast<const Features*>(at); }
+
+// Stores features times a factor.
+__device__ __forceinline__ void store_features(Element* at, const Features& features, float factor = 1.0f) {
+    Vector<Element> stored;
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) store(&stored.values[i], features.values[i] * factor);
+    *reinterpret_cast<Vector<Element>*>(at) = stored;
+}
+
+// Features of a head from `i` on, rotated with their partners half of ROTARY_DIM away, as transformers lays
+// them out.
+__device__ __forceinline__ Features rotated(const float* head, int i, const float* cosines, const float* sines) {
+    Features own = features_at(head + i);
+    if (i >= ROTARY_DIM) return own;
+    const bool second = i >= HALF_ROTARY;
+    const int angle = second ? i - HALF_ROTARY : i;
+    const Features partner = features_at(head + (second ? angle : i + HALF_ROTARY));
+    const Features cosine = features_at(cosines + angle), sine = features_at(sines + angle);
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j)
+        own.values[j] = own.values[j] * cosine.values[j] +
+                        (second ? partner.values[j] : -partner.values[j]) * sine.values[j];
+    return own;
 }
 
 // What the kernels are given: qkv [tokens, QKV_WIDTH] and the cache, [sequences, KV_HEADS, capacity,
@@ -32,21 +61,19 @@ struct Inputs {
     const int *positions, *sequences;
     int capacity;
 
-    __device__ const float* token(int token) const { return qkv + static_cast<long long>(token) * QKV_WIDTH; }
-    __device__ const float* cosine(int token) const { return cosines + positions[token] * (ROTARY_DIM / 2); }
-    __device__ const float* sine(int token) const { return sines + positions[token] * (ROTARY_DIM / 2); }
     // Where the rows of a head begin in the cache.
     __device__ long long base(int token, int kv_head) const {
         return (static_cast<long long>(sequences[token]) * KV_HEADS + kv_head) * capacity * HEAD_DIM;
     }
-    __device__ float query(int token, int head, int feature) const {
-        return rotated(this->token(token) + head * HEAD_DIM, feature, cosine(token), sine(token));
+    // Features of a head of queries or, from HEADS on, keys, rotated for a position.
+    __device__ Features turned(int token, int head, int feature, int position) const {
+        return rotated(row(token, head), feature, cosines + position * HALF_ROTARY, sines + position * HALF_ROTARY);
     }
-    __device__ float key(int token, int kv_head, int feature) const {
-        return query(token, HEADS + kv_head, feature);
+    __device__ Features value(int token, int kv_head, int feature) const {
+        return features_at(row(token, HEADS + KV_HEADS + kv_head) + feature);
     }
-    __device__ float value(int token, int kv_head, int feature) const {
-        return this->token(token)[(HEADS + KV_HEADS + kv_head) * HEAD_DIM + feature];
+    __device__ const float* row(int token, int head) const {
+        return qkv + static_cast<long long>(token) * QKV_WIDTH + head * HEAD_DIM;
     }
 };
 
@@ -89,11 +116,26 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const Left& a, const 
     multiply_half(sums, a.words, b.words);
 }
 
-// Rows of 16 features.
+// DEPTH features of 16 rows.
 __device__ __forceinline__ Left load_left(const Element* at) {
     const int lane = threadIdx.x % LANES;
     Left left;
     load_matrices<false>(left.words, at + lane % 16 * STRIDE + lane / 16 * 8);
+    return left;
+}
+
+// The same of 8 rows, as columns.
+__device__ __forceinline__ Right load_right(const Element* at) {
+    const int lane = threadIdx.x % LANES;
+    at += lane / 4 * STRIDE + lane % 4 * 2;
+    return {*reinterpret_cast<const unsigned*>(at), *reinterpret_cast<const unsigned*>(at + 8)};
+}
+
+// DEPTH rows, of which 16 features become rows.
+__device__ __forceinline__ Left load_left_transposed(const Element* at) {
+    const int lane = threadIdx.x % LANES;
+    Left left;
+    load_matrices<true>(left.words, at + (lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 8);
     return left;
 }
 
@@ -118,6 +160,11 @@ template <int TILES>
 __device__ __forceinline__ Left as_left(const float (&sums)[TILES][4], int step) {
     const auto &one = sums[2 * step], &other = sums[2 * step + 1];
     return {pack(one[0], one[1]), pack(one[2], one[3]), pack(other[0], other[1]), pack(other[2], other[3])};
+}
+
+// Sums as the right operand: DEPTH rows of them.
+__device__ __forceinline__ Right as_right(const float (&sums)[4], int) {
+    return {transpose(pack(sums[0], sums[1])), transpose(pack(sums[2], sums[3]))};
 }
 #else
 constexpr int DEPTH = 8;
@@ -151,6 +198,19 @@ __device__ __forceinline__ Left load_left(const Element* at) {
     return {at[0], at[8 * STRIDE], at[4], at[8 * STRIDE + 4]};
 }
 
+__device__ __forceinline__ Right load_right(const Element* at) {
+    const int lane = threadIdx.x % LANES;
+    at += lane / 4 * STRIDE + lane % 4;
+    return {at[0], at[4]};
+}
+
+// DEPTH rows in the order 0, 2, 4, 6, 1, 3, 5, 7, of which 16 features become rows.
+__device__ __forceinline__ Left load_left_transposed(const Element* at) {
+    const int lane = threadIdx.x % LANES;
+    at += lane % 4 * 2 * STRIDE + lane / 4;
+    return {at[0], at[8], at[STRIDE], at[STRIDE + 8]};
+}
+
 // 8 features of 16 keys.
 __device__ __forceinline__ void load_keys(Right (&two)[2], const Element* at) {
     const int lane = threadIdx.x % LANES;
@@ -171,103 +231,18 @@ __device__ __forceinline__ Left as_left(const float (&sums)[TILES][4], int step)
     const auto& one = sums[step];
     return {one[0], one[2], one[1], one[3]};
 }
+
+// Sums as the right operand, rows in the order of load_left_transposed.
+__device__ __forceinline__ Right as_right(const float (&sums)[4], int step) {
+    const int lane = threadIdx.x % LANES, from = lane % 4 * 8 + lane / 8;
+    const bool odd = lane / 4 % 2;
+    Right right;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float even_column = __shfl_sync(ALL, sums[2 * step], from + 4 * i);
+        const float odd_column = __shfl_sync(ALL, sums[2 * step + 1], from + 4 * i);
+        right.values[i] = odd ? odd_column : even_column;
+    }
+    return right;
+}
 #endif
-
-// The queries of a warp: in registers, where they fit there.
-struct Queries {
-#if HALF
-    Left steps[DIM / DEPTH];
-
-    __device__ __forceinline__ explicit Queries(const Element* rows) {
-#pragma unroll
-        for (int step = 0; step < DIM / DEPTH; ++step) steps[step] = load_left(rows + step * DEPTH);
-    }
-    __device__ __forceinline__ Left at(int step) const { return steps[step]; }
-#else
-    const Element* rows;
-
-    __device__ __forceinline__ explicit Queries(const Element* rows) : rows(rows) {}
-    __device__ __forceinline__ Left at(int step) const { return load_left(rows + step * DEPTH); }
-#endif
-};
-
-// What a warp has seen for its rows; a lane holds of rows lane / 4 and lane / 4 + 8, of every 8 columns
-// 2 (lane % 4) and the next.
-struct Seen {
-    int position[2];               // of the rows' tokens; -1 where there is no row
-    float largest[2] = {NONE, NONE};  // score, in powers of 2
-    float total[2] = {};           // of 2^(score - largest), this lane's part
-    float mixed[DIM / 8][4] = {};  // values weighted by it
-
-    // Attends to KEYS keys from `first` on; `partly` where some rows don't see all of them.
-    template <int KEYS>
-    __device__ __forceinline__ void attend(const Queries& queries, const Element* keys, const Element* values,
-                                           int first, bool partly) {
-        float score[KEYS / 8][4] = {};
-#pragma unroll
-        for (int step = 0; step < DIM / DEPTH; ++step) {
-            const Left query = queries.at(step);
-#pragma unroll
-            for (int tile = 0; tile < KEYS / 8; tile += 2) {
-                Right key[2];
-                load_keys(key, keys + tile * 8 * STRIDE + step * DEPTH);
-                multiply(score[tile], query, key[0]);
-                multiply(score[tile + 1], query, key[1]);
-            }
-        }
-        if (partly) mask<KEYS>(score, first);
-        weigh<KEYS>(score);
-#pragma unroll
-        for (int step = 0; step < KEYS / DEPTH; ++step) {
-            const Left weights = as_left(score, step);
-#pragma unroll
-            for (int tile = 0; tile < DIM / 8; tile += 2) {
-                Right value[2];
-                load_values(value, values + step * DEPTH * STRIDE + tile * 8);
-                multiply(mixed[tile], weights, value[0]);
-                multiply(mixed[tile + 1], weights, value[1]);
-            }
-        }
-    }
-
-    template <int KEYS>
-    __device__ __forceinline__ void mask(float (&score)[KEYS / 8][4], int first) const {
-#pragma unroll
-        for (int tile = 0; tile < KEYS / 8; ++tile)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int key = first + tile * 8 + threadIdx.x % 4 * 2 + i % 2, at = position[i / 2];
-                if (key > at || (WINDOW && key + WINDOW <= at)) score[tile][i] = -__int_as_float(0x7f800000);
-            }
-    }
-
-    // Scores to weights, relative to the largest so far.
-    template <int KEYS>
-    __device__ __forceinline__ void weigh(float (&score)[KEYS / 8][4]) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float most = largest[half];
-#pragma unroll
-            for (int tile = 0; tile < KEYS / 8; ++tile)
-                most = fmaxf(most, fmaxf(score[tile][2 * half], score[tile][2 * half + 1]));
-            most = fmaxf(most, __shfl_xor_sync(ALL, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(ALL, most, 2));
-            const float kept = power_of_2(largest[half] - most);
-            largest[half] = most;
-            total[half] *= kept;
-#pragma unroll
-            for (int tile = 0; tile < KEYS / 8; ++tile)
-#pragma unroll
-                for (int i = 2 * half; i < 2 * half + 2; ++i)
-                    total[half] += score[tile][i] = power_of_2(score[tile][i] - most);
-#pragma unroll
-            for (int tile = 0; tile < DIM / 8; ++tile)
-                mixed[tile][2 * half] *= kept, mixed[tile][2 * half + 1] *= kept;
-        }
-    }
-
-    __device__ __forceinline__ void finish() {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) total[half] = lanes_sum<4>(total[half]);
-    }
-};

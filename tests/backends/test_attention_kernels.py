@@ -13,14 +13,15 @@ import pytest
 from attention_cases import VARIANTS, Example, Variant
 from tolerances import ATTENTION_FP16_RELATIVE, ATTENTION_FP32_RELATIVE
 
-from ojfa_export.backends.tensorrt.attention import RESIDENT, Attention, Scratch, step_launch
+from ojfa_export.backends.tensorrt.attention import Attention, Scratch, step_launch
 from ojfa_export.backends.tensorrt.sources import source_directory
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
 COMPILER = shutil.which("g++")
 MULTIPROCESSORS = 7
-# Of a multiprocessor of compute capability 9.0; each thread block takes a KiB beside its own.
-REGISTERS, SHARED_BYTES, RESERVED_BYTES = 64 << 10, 228 << 10, 1 << 10
+# What the matrix-vector product leaves of a multiprocessor of compute capability 9.0: its 512
+# threads have 104 registers each, and 40 KiB of shared memory at Llama-2-7B's shape.
+FREE_REGISTERS, FREE_SHARED_BYTES = (64 << 10) - 512 * 104, (228 - 2 - 41) << 10
 
 
 class CpuKernels:
@@ -121,7 +122,7 @@ def test_a_prompt(compiled, rng, past, tokens):
     ids=["fp16", "fp32-wide-head"],
 )
 def test_nothing_is_spilled(variant, architecture, tmp_path):
-    """All registers that a thread needs are there, with as many thread blocks as are wanted."""
+    """And a step's thread block finds room beside the matrix-vector product before it."""
     macros = [f"-D{name}={value}" for name, value in variant.definitions().items()]
     for source in ("attention.cu", "prompt.cu"):
         command = ["nvcc", "-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
@@ -132,8 +133,8 @@ def test_nothing_is_spilled(variant, architecture, tmp_path):
         spilled = re.findall(r"(\d+) bytes spill stores", result.stderr)
         assert spilled
         assert not any(map(int, spilled)), result.stderr
-        if source == "attention.cu" and variant.half and architecture == "sm_90":
+        if source == "attention.cu" and variant.half:
             [registers] = re.findall(r"'attention'.*?Used (\d+) registers", result.stderr, re.S)
             launch = step_launch(variant.geometry, 1, 1, MULTIPROCESSORS)
-            assert RESIDENT * int(registers) * launch.threads <= REGISTERS
-            assert RESIDENT * (launch.shared_bytes + RESERVED_BYTES) <= SHARED_BYTES
+            assert int(registers) * launch.threads <= FREE_REGISTERS
+            assert launch.shared_bytes <= FREE_SHARED_BYTES

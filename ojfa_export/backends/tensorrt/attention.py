@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from ojfa_export.backends.tensorrt.device import Device
     from ojfa_export.backends.tensorrt.kernels import Argument, Kernels
 
-# As in the kernels: threads of a warp, rows of queries of a warp; of a step's thread block, the
-# warps at most, the keys that one takes at a time, and the stages that these have in shared memory.
+# As in the kernels: threads of a warp; queries of a prompt's warp; of a step's thread block, its
+# queries, the warps at most, the keys that one takes at a time, and their stages in shared memory.
 LANES, TILE_ROWS = 32, 16
-MOST_WARPS, STEP_KEYS, STEP_STAGES = 4, 16, 2
+STEP_QUERIES, MOST_WARPS, STEP_KEYS, STEP_STAGES = 8, 4, 16, 3
 APPEND_THREADS = 256
 MOST_SPLITS = 64
-# Thread blocks of a step that a multiprocessor holds; keys are split over as many as it holds.
-RESIDENT = 3
+# Thread blocks on a multiprocessor that keys of a step are split over (bench/NOTES.md).
+RESIDENT = 1
 # Of what the next kernel reads, asked for while attention runs (bench/NOTES.md).
 AHEAD_BYTES = 16 << 20
 
@@ -36,23 +36,30 @@ class Geometry:
         heads: Of queries.
         kv_heads: Of keys and values.
         head_dim: Features of a head.
+        rotary_dim: Those that rotate.
         element_bytes: Of a number in the cache: 2 or 4.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
+    rotary_dim: int
     element_bytes: int
 
     @classmethod
     def of(cls, spec: ModelSpec, element_bytes: int) -> Geometry:
         """A model's."""
-        return cls(spec.heads, spec.kv_heads, spec.head_dim, element_bytes)
+        return cls(spec.heads, spec.kv_heads, spec.head_dim, spec.rotary_dim, element_bytes)
 
     @property
     def group(self) -> int:
         """Heads that share keys and values."""
         return self.heads // self.kv_heads
+
+    @property
+    def vector(self) -> int:
+        """Features that a thread loads, rotates and stores at once."""
+        return math.gcd(self.head_dim, self.rotary_dim // 2, 4)
 
     @property
     def row_bytes(self) -> int:
@@ -84,12 +91,12 @@ def step_launch(geometry: Geometry, sequences: int, tokens: int, multiprocessors
         tokens: Of each.
         multiprocessors: Of the GPU.
     """
-    row_tiles = math.ceil(tokens * geometry.group / TILE_ROWS)
-    rows = geometry.kv_heads * row_tiles
+    tiles = math.ceil(tokens * geometry.group / STEP_QUERIES)
+    rows = geometry.kv_heads * tiles
     splits = max(1, min(MOST_SPLITS, RESIDENT * multiprocessors // (rows * sequences)))
     warps = max(1, min(MOST_WARPS, 1024 // geometry.row_bytes))
     # The queries, the new key and value, and each warp's stages of keys and values.
-    held = TILE_ROWS + 2 + warps * STEP_STAGES * 2 * STEP_KEYS
+    held = STEP_QUERIES + 2 + warps * STEP_STAGES * 2 * STEP_KEYS
     return Launch(
         "attention", (splits, rows, sequences), warps * LANES, held * geometry.stride_bytes
     )
@@ -125,8 +132,8 @@ class Scratch:
         )
         shape = (tokens, geometry.heads, splits if splits > 1 else 0, geometry.head_dim + 2)
         self.parts = arrays.empty(shape, np.float32)
-        row_tiles = geometry.kv_heads * math.ceil(geometry.group / TILE_ROWS)
-        self.finished = arrays.empty((tokens, row_tiles), np.uint32)
+        tiles = geometry.kv_heads * math.ceil(geometry.group / STEP_QUERIES)
+        self.finished = arrays.empty((tokens, tiles), np.uint32)
         device.clear(self.finished.pointer, self.finished.nbytes)
 
 
@@ -243,7 +250,9 @@ class Attention:
         self._launch(prompt_launch(self._geometry, tokens), arguments, overlapping=False)
 
     def _append(self, operands: Operands, tokens: int) -> None:
-        launch = Launch("append", (tokens, 1, 1), APPEND_THREADS, 0)
+        geometry = self._geometry
+        each = math.ceil(geometry.kv_heads * geometry.head_dim / geometry.vector / APPEND_THREADS)
+        launch = Launch("append", (tokens, each, 1), APPEND_THREADS, 0)
         self._launch(launch, operands.cache, overlapping=False)
 
     def _launch(

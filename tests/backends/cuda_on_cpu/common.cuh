@@ -148,15 +148,16 @@ inline void __threadfence() {}
 inline void wait_for_previous() {}
 inline void let_next_start() {}
 
-inline float __shfl_xor_sync(unsigned, float x, int mask) {
+inline float __shfl_sync(unsigned, float x, int lane) {
     static float values[1024];
     const unsigned thread = threadIdx.x;
     values[thread] = x;
     __syncwarp();
-    const float result = values[thread ^ mask];
+    const float result = values[thread / LANES * LANES + lane];
     __syncwarp();
     return result;
 }
+inline float __shfl_xor_sync(unsigned, float x, int mask) { return __shfl_sync(ALL, x, threadIdx.x % LANES ^ mask); }
 
 template <int WIDTH = LANES>
 float lanes_sum(float x) {

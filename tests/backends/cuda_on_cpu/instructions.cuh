@@ -50,6 +50,20 @@ void load_matrices(unsigned (&words)[4], const void* row) {
     }
     __syncwarp();
 }
+
+inline unsigned transpose(unsigned words) {
+    static unsigned values[1024];
+    const unsigned thread = threadIdx.x, lane = thread % LANES;
+    values[thread] = words;
+    __syncwarp();
+    unsigned result = 0;
+    for (unsigned i = 0; i < 2; ++i) {
+        const unsigned row = lane % 4 * 2 + i, column = lane / 4;
+        result |= (values[thread - lane + row * 4 + column / 2] >> 16 * (column % 2) & 0xffff) << 16 * i;
+    }
+    __syncwarp();
+    return result;
+}
 #endif
 
 // sums [16, 8] += a [16, depth] b [depth, 8] of a warp; the operands are told by lane and place.
