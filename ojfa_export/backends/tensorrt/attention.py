@@ -24,8 +24,9 @@ APPEND_THREADS = 256
 MOST_SPLITS = 64
 # Thread blocks on a multiprocessor that keys of a step are split over (bench/NOTES.md).
 RESIDENT = 1
-# Of what the next kernel reads, asked for while attention runs (bench/NOTES.md).
-AHEAD_BYTES = 16 << 20
+# Of what attention and the next kernel read: the latter is asked for ahead as far as this goes
+# (bench/NOTES.md).
+AHEAD_BYTES = 24 << 20
 
 
 @dataclass(frozen=True)
