@@ -140,16 +140,16 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + (base + first) * HEAD_DIM + at));
         asm volatile("prefetch.global.L2 [%0];" ::"l"(values + (base + first) * HEAD_DIM + at));
     }
-    const int not_wanted = is_called_off();
     wait_for_previous();
     let_next_start();
-    if (not_wanted) return;
+    const bool not_wanted = is_called_off();
     for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += blockDim.x)
         queries[i / HEAD_DIM][i % HEAD_DIM] =
             scale * rotated(qkv + (kv_head * GROUP + i / HEAD_DIM) * HEAD_DIM, i % HEAD_DIM, cosine, sine);
     if (appending && first <= position && position < stop)
         append_head(qkv, kv_head, cache_place(sequence, kv_head, capacity, position), keys, values, cosine, sine);
     __syncthreads();
+    if (not_wanted) return;
 
     float query[GROUP][PIECES * WIDE];
 #pragma unroll

@@ -362,50 +362,48 @@ class StandInKernels:
     def _answer(self, a: Any, logits: np.ndarray, mailbox: Any) -> None:
         from ojfa_export.runtime.policy import confidences
 
-        turn = view(a.desk + mailbox.TURN_OFFSET, np.uint32, 1)
+        count = view(a.desk + 4 * mailbox.ROWS, np.uint32, 1)
+        answer = int(count[0]) + 1
         best = logits.argmax(axis=1)
-        said = confidences(logits, ("top", "margin", "entropy"))
+        said = confidences(logits, ("top", "margin", "entropy")).astype(np.float32)
         view(a.desk, np.int32, len(logits))[...] = best
         for row in range(len(logits)):
-            self._write(
-                a.mail, mailbox, int(turn[0]), row, int(best[row]), int(best[row]), *said[:, row]
-            )
-        if a.measure >= 0 and (said[a.measure] >= a.threshold).all():
+            token = (0, 0) if a.sampled else (int(best[row]), answer)
+            numbers = [each for value in said[:, row] for each in (float(value), answer)]
+            at = a.mail + self._place(mailbox, answer, row)
+            packed = mailbox.ANSWER.pack(*token, int(best[row]), answer, *numbers)
+            ctypes.memmove(at, packed, mailbox.ANSWER.size)
+        if a.measure >= 0 and (said[a.measure].astype(np.float64) >= a.threshold).all():
             self.called_off = True
         if not a.sampled:
-            self._give(a, mailbox)
+            count[0] = answer
 
-    def _write(self, mail: int, mailbox: Any, turn: int, row: int, *values: Any) -> None:
-        at = (turn % mailbox.SLOTS * mailbox.ROWS + row) * mailbox.ANSWER.size
-        ctypes.memmove(mail + at, mailbox.ANSWER.pack(*values), mailbox.ANSWER.size)
-
-    def _give(self, a: Any, mailbox: Any) -> None:
-        turn = view(a.desk + mailbox.TURN_OFFSET, np.uint32, 1)
-        ready = mailbox.SLOTS * mailbox.ROWS * (mailbox.ANSWER.size + 8)
-        view(a.mail + ready + 4 * int(turn[0] % mailbox.SLOTS), np.uint32, 1)[0] = turn[0] + 1
-        turn += 1
+    def _place(self, mailbox: Any, answer: int, row: int) -> int:
+        return int(((answer - 1) % mailbox.SLOTS * mailbox.ROWS + row) * mailbox.ANSWER.size)
 
     def sample(self, a: Any) -> None:
         from ojfa_export.backends.tensorrt import mailbox
         from ojfa_export.runtime.sampling import Sampling
 
         rows = a.grid[0]
-        turn = int(view(a.desk + mailbox.TURN_OFFSET, np.uint32, 1)[0])
+        count = view(a.desk + 4 * mailbox.ROWS, np.uint32, 1)
+        answer = int(count[0]) + 1
         answers = mailbox.SLOTS * mailbox.ROWS * mailbox.ANSWER.size
-        draws = view(a.mail + answers, np.float64, mailbox.SLOTS, mailbox.ROWS)[
-            turn % mailbox.SLOTS
-        ]
+        draws = view(a.mail + answers, np.float64, mailbox.SLOTS, mailbox.ROWS)
         sampling = Sampling(a.temperature, a.top_k, a.top_p)
         logits = self._floats(a.logits, rows, a.vocabulary)
         for row in range(rows):
-            token = sampling.pick(logits[row], float(draws[row]))
-            at = (turn % mailbox.SLOTS * mailbox.ROWS + row) * mailbox.ANSWER.size
-            view(a.mail + at, np.int32, 1)[0] = view(a.desk + 4 * row, np.int32, 1)[0] = token
-        self._give(a, mailbox)
+            token = sampling.pick(logits[row], float(draws[(answer - 1) % mailbox.SLOTS, row]))
+            view(a.mail + self._place(mailbox, answer, row), np.int32, 2)[...] = token, answer
+            view(a.desk + 4 * row, np.int32, 1)[0] = token
+        count[0] = answer
 
     def exit_check(self, a: Any) -> None:
         from ojfa_export.backends.tensorrt import mailbox
 
+        if a.kept:
+            a.grid = (a.tokens, 1, 1)
+            self.keep(a)
         hidden = self._floats(a.hidden, a.tokens, a.features)
         z = hidden @ self._floats(a.project, a.rank, a.features).T + self._floats(a.bias, a.rank)
         z = z / np.sqrt((z**2).mean(axis=1, keepdims=True) + a.epsilon)

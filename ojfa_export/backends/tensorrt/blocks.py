@@ -93,6 +93,10 @@ class Workspace:
             self._device.upload(np.array(wanted, np.int32), self.sequences)
             self._sequences = wanted
 
+    def places(self) -> tuple[Argument, Argument]:
+        """Positions and sequences, for a kernel."""
+        return pointer(self.positions), pointer(self.sequences)
+
     def is_placed(self, positions: list[int]) -> bool:
         """Whether the device has these positions."""
         return positions == self._positions
