@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.gpu_clock import copy_bandwidth, graph_time
 from bench.gpu_shapes import SHAPES, RandomGraphs
 from bench.gpu_steps import WARMUP, checks, decoding, host_work
+from bench.gpu_timing import copy_bandwidth, graph_time
 from ojfa_export.backends.choice import Choosing
 from ojfa_export.backends.tensorrt.backend import BACKEND
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.gpu_clock import replay_time
+from bench.gpu_timing import replay_time
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.runtime.decoding import StepByStep
 from ojfa_export.runtime.policy import ExitPolicy

@@ -216,7 +216,7 @@ class StandInKernels:
         named = dict(zip(PARAMETERS[kind], values, strict=True))
         if self.called_off and kind in ("norm_linear", "norm_up", "linear", "attention"):
             return
-        getattr(self, kind)(types.SimpleNamespace(**named, grid=grid, tokens=int(tokens)))
+        getattr(self, kind)(types.SimpleNamespace(**named, grid=grid, count=int(tokens)))
 
     def _floats(self, pointer: int, *shape: int) -> np.ndarray:
         return view(pointer, np.float32, *shape)
@@ -246,7 +246,7 @@ class StandInKernels:
                 out += self._elements(a.learned + int(position) * size, a.features)
 
     def _normed(self, a: Any, width: int, columns: int) -> np.ndarray:
-        hidden = self._floats(a.hidden, a.tokens, width).astype(np.float64)
+        hidden = self._floats(a.hidden, a.count, width).astype(np.float64)
         if self.m.NORM_LAYER and a.norm_weight:
             hidden = hidden - hidden.mean(axis=1, keepdims=True)
         y = hidden / np.sqrt((hidden**2).mean(axis=1, keepdims=True) + a.epsilon)
@@ -254,7 +254,7 @@ class StandInKernels:
             y = y * self._floats(a.norm_weight, width)
         if a.norm_bias:
             y = y + self._floats(a.norm_bias, width)
-        result = np.zeros((a.tokens, columns), np.float32)
+        result = np.zeros((a.count, columns), np.float32)
         result[:, :width] = y
         return self._rounded(result)
 
@@ -265,7 +265,7 @@ class StandInKernels:
 
     def norm_linear(self, a: Any) -> None:
         x = self._normed(a, a.width, a.columns)
-        self._floats(a.out, a.tokens, a.outputs)[...] = self._product(x, a, a.outputs)
+        self._floats(a.out, a.count, a.outputs)[...] = self._product(x, a, a.outputs)
 
     def norm_up(self, a: Any) -> None:
         x, width = self._normed(a, a.columns, a.columns), a.width_out
@@ -281,14 +281,14 @@ class StandInKernels:
             inner = 0.5 * gate * (1 + cubic)
         if self.m.GATED:
             inner = inner * y[:, width:]
-        self._elements(a.inner, a.tokens, width)[...] = inner
+        self._elements(a.inner, a.count, width)[...] = inner
 
     def linear(self, a: Any) -> None:
-        x = self._elements(a.x, a.tokens, a.columns).astype(np.float32)
+        x = self._elements(a.x, a.count, a.columns).astype(np.float32)
         y = self._product(x, a, a.outputs)
         if a.residual:
-            y = y + self._floats(a.residual, a.tokens, a.outputs)
-        self._floats(a.out, a.tokens, a.outputs)[...] = y
+            y = y + self._floats(a.residual, a.count, a.outputs)
+        self._floats(a.out, a.count, a.outputs)[...] = y
 
     def _rotated(self, heads: np.ndarray, a: Any, position: int) -> np.ndarray:
         half = self.m.ROTARY_DIM // 2
@@ -317,17 +317,24 @@ class StandInKernels:
         )
 
     def append(self, a: Any) -> None:
-        for token in range(a.grid[1]):
+        self._append(a, a.grid[0])
+
+    def _append(self, a: Any, tokens: int) -> None:
+        for token in range(tokens):
             qkv, position, keys, values = self._token(a, token)
             _, k, v = np.split(qkv, [self.m.HEADS, self.m.HEADS + self.m.KV_HEADS])
             keys[:, position], values[:, position] = self._rotated(k, a, position), v
 
     def attention(self, a: Any) -> None:
+        if a.tokens == 1:
+            self._append(a, a.grid[2])
+        self._attend(a, a.tokens * a.grid[2])
+
+    def prompt_attention(self, a: Any) -> None:
+        self._attend(a, a.tokens)
+
+    def _attend(self, a: Any, tokens: int) -> None:
         m = self.m
-        tokens = a.grid[2]
-        if a.appending:
-            a.grid = (1, tokens, 1)
-            self.append(a)
         out = self._elements(a.out, tokens, m.HEADS, m.HEAD_DIM)
         for token in range(tokens):
             qkv, position, keys, values = self._token(a, token)
@@ -402,9 +409,9 @@ class StandInKernels:
         from ojfa_export.backends.tensorrt import mailbox
 
         if a.kept:
-            a.grid = (a.tokens, 1, 1)
+            a.grid = (a.count, 1, 1)
             self.keep(a)
-        hidden = self._floats(a.hidden, a.tokens, a.features)
+        hidden = self._floats(a.hidden, a.count, a.features)
         z = hidden @ self._floats(a.project, a.rank, a.features).T + self._floats(a.bias, a.rank)
         z = z / np.sqrt((z**2).mean(axis=1, keepdims=True) + a.epsilon)
         matrix = self._elements(a.vocabulary, a.outputs, a.columns)[:, : a.rank].astype(np.float32)
@@ -412,7 +419,7 @@ class StandInKernels:
         if a.vocabulary_bias:
             logits += self._floats(a.vocabulary_bias, a.outputs)
         if a.logits:
-            self._floats(a.logits, a.tokens, a.outputs)[...] = logits
+            self._floats(a.logits, a.count, a.outputs)[...] = logits
         self._answer(a, logits, mailbox)
 
 
