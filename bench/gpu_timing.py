@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 from cuda.bindings import driver
 
-from ojfa_export.backends.tensorrt.device import Device, Memory, check
+from ojfa_export.backends.tensorrt.device import Device, Graph, Memory, check
 
 COPY_BYTES = 4 << 30
+REPLAYS = 8
 
 
 def graph_time(device: Device, work: Callable[[], None]) -> float:
@@ -19,6 +20,17 @@ def graph_time(device: Device, work: Callable[[], None]) -> float:
     graph = device.capture(work)
     graph.launch()
     return event_time(device, graph.launch)
+
+
+def replay_time(device: Device, graph: Graph) -> float:
+    """Microseconds of a recording that is replayed without pause: what a step takes by itself."""
+
+    def replay() -> None:
+        for _ in range(REPLAYS):
+            graph.launch()
+
+    replay()
+    return event_time(device, replay) / REPLAYS
 
 
 def event_time(device: Device, work: Callable[[], None], repeats: int = 11) -> float:

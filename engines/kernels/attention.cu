@@ -161,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     if (split >= active) {
         wait_for_previous();
         let_next_start();
-        prefetch_share(ahead, ahead_bytes, seen_keys);
+        if (!is_called_off()) prefetch_share(ahead, ahead_bytes, seen_keys);
         return;
     }
     const int first = oldest + split * each, stop = min(first + each, highest + 1);
@@ -183,6 +183,7 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     __syncthreads();
     wait_for_previous();
     let_next_start();
+    const bool not_wanted = is_called_off();  // comes while the queries do
     // Rows of the queries, then of the new key and value.
     for (int i = threadIdx.x; i < (count + (appending ? 2 : 0)) * VECTORS; i += THREADS) {
         const int row = i / VECTORS, feature = i % VECTORS * VECTOR;
@@ -198,8 +199,12 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
             store_features((row == count ? keys : values) + place, loaded);
         }
     }
-    prefetch_share(ahead, ahead_bytes, seen_keys);
     __syncthreads();
+    if (not_wanted) {
+        copies_wait<0>();
+        return;
+    }
+    prefetch_share(ahead, ahead_bytes, seen_keys);
 
     Right query[DIM / DEPTH];
 #pragma unroll

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from ojfa_export.backends.backend import Engines
+from ojfa_export.backends.choice import Choosing
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.guarantee.confidence import MEASURES
 from ojfa_export.guarantee.policy import Costs
@@ -155,23 +156,23 @@ class _Steps:
         hidden = rows.astype(np.float32)
 
         def at_exit(exit: int) -> Callable[[], object]:
-            return lambda: session.advance([0], exit)[0].argmax()
+            return lambda: session.choose([0], exit)
 
         def asking(exits: Sequence[int], measure: Measure) -> Callable[[], object]:
             never_but_last = (*[2.0] * (len(exits) - 1), -1e9)
             policy = ExitPolicy(exits=tuple(exits), measure=measure, thresholds=never_but_last)
-            return lambda: session.decide([0], policy).logits[0].argmax()
+            return lambda: session.choose([0], policy)
 
         def catching_up(size: int, exit: int = shallow) -> Callable[[], object]:
             def run() -> object:
                 for _ in range(size - 1):
-                    session.advance([0], exit)[0].argmax()
-                return session.advance([0], depth)[0].argmax()
+                    session.choose([0], exit)
+                return session.choose([0], depth)
 
             return run
 
         def head(count: int, blocks_run: int) -> Callable[[], object]:
-            return lambda: self._engines.logits(hidden[:count], blocks_run)
+            return lambda: self._engines.choose(hidden[:count], blocks_run, Choosing()).tokens()
 
         return [
             *((("exit", int(exit)), at_exit(int(exit))) for exit in self._exits),

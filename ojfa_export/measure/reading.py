@@ -154,11 +154,11 @@ def _stepper(session: Session, way: Way) -> Callable[[int, int], tuple[list[int]
     if isinstance(way, ExitPolicy):
 
         def decide(token: int, wanted: int) -> tuple[list[int], int]:
-            decided = session.decide([token], way)
-            return [int(decided.logits[0].argmax())], int(decided.blocks_run[0])
+            decided = session.choose([token], way)
+            return decided.tokens, decided.blocks_run[0]
 
         return decide
-    return lambda token, wanted: ([int(session.advance([token], way)[0].argmax())], way)
+    return lambda token, wanted: (session.choose([token], way).tokens, way)
 
 
 def _with_times(piece: _Piece, seconds: NDArray[np.float64]) -> _Piece:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from cuda.bindings import driver
 from numpy.typing import NDArray
 
-from ojfa_export.backends.tensorrt.device import Device, Memory, check
+from ojfa_export.backends.tensorrt.device import Device, Memory
 
 
 class DeviceArray:
@@ -59,7 +58,8 @@ class DeviceArray:
         self._device.copy(value.pointer, target.pointer, value.nbytes)
 
     def reshape(self, *shape: int) -> DeviceArray:
-        """The same elements in another shape; the last axis stays."""
+        """The same elements in another shape; the last axis stays, and may be given as -1."""
+        shape = (*shape[:-1], self.shape[-1])
         return DeviceArray(self._device, self._memory, self.pointer, shape, self.dtype)
 
     def copy(self) -> DeviceArray:
@@ -70,11 +70,7 @@ class DeviceArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         host = np.empty(self.shape, self.dtype)
-        check(
-            driver.cuMemcpyDtoHAsync(
-                host.ctypes.data, self.pointer, self.nbytes, self._device.stream
-            )
-        )
+        self._device.download(self.pointer, host.ctypes.data, self.nbytes)
         self._device.synchronize()
         return host if dtype is None else host.astype(dtype, copy=False)
 

@@ -10,6 +10,8 @@ import numpy as np
 from ojfa_export.backends.backend import Int32
 from ojfa_export.backends.tensorrt.arrays import DeviceArray
 from ojfa_export.backends.tensorrt.attention import Attention, Geometry, Operands, Scratch
+from ojfa_export.backends.tensorrt.device import PinnedArray
+from ojfa_export.backends.tensorrt.kernels import Argument, pointer
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, Norm
 from ojfa_export.backends.tensorrt.plan import MLP, QKV
 from ojfa_export.backends.tensorrt.weights import DTYPES
@@ -25,6 +27,7 @@ class Workspace:
     Args:
         engines: The opened model.
         tokens: How many.
+        lasting: Whether recordings refer to it.
 
     Attributes:
         hidden: Two buffers [tokens, H] fp32; block i reads the (i % 2)th and writes the other.
@@ -32,14 +35,14 @@ class Workspace:
         mixed: [tokens, heads * head_dim], what attention gives.
         inner: [tokens, intermediate size], of the MLP.
         attention: What attention's thread blocks share.
-        ids: Address of the token ids, as far as they were embedded here.
-        positions: Address of the tokens' positions.
+        positions: Address of the tokens' positions, for all other kernels.
         sequences: Address of the sequences that they belong to.
     """
 
-    def __init__(self, engines: TensorRtEngines, tokens: int) -> None:
+    def __init__(self, engines: TensorRtEngines, tokens: int, *, lasting: bool = False) -> None:
         spec, self._device = engines.spec, engines.device
         arrays, dtype = engines.arrays, DTYPES[engines.precision]
+        self._arrays = arrays
         self.tokens = tokens
         self.hidden = tuple(arrays.empty((tokens, spec.hidden_size), np.float32) for _ in range(2))
         width = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
@@ -48,18 +51,32 @@ class Workspace:
         self.inner = arrays.empty((tokens, spec.intermediate_size), dtype)
         geometry = Geometry.of(spec, dtype.itemsize)
         self.attention = Scratch(self._device, arrays, geometry, tokens)
-        described = arrays.empty((3, tokens), np.int32)
-        self._described = described
-        row = 4 * tokens
-        self.ids, self.positions, self.sequences = (described.pointer + i * row for i in range(3))
+        self._places = arrays.empty((2, tokens), np.int32)
+        self.positions, self.sequences = (self._places.pointer + i * 4 * tokens for i in range(2))
+        # For the tokens of a step: the device reads them from the host's memory, as late as it can.
+        self._named = PinnedArray((2, tokens), np.int32) if lasting else None
+        self._named_here: DeviceArray | None = None
+        self._named_with = 0  # the launch that reads them
         self._positions: list[int] = []
         self._sequences: list[int] = []
 
+    @property
+    def named_at(self) -> tuple[Argument, Argument]:
+        """Token ids and positions for the embedding."""
+        start = (self._named or self._named_here).pointer  # type: ignore[union-attr]
+        return pointer(start), pointer(start + 4 * self.tokens)
+
     def name(self, token_ids: Int32, positions: Sequence[int]) -> None:
-        """Says which tokens they are, and where: one copy to the device."""
+        """Says which tokens they are, and where, to the embedding, which tells the others where."""
         self._positions = list(positions)
+        if self._named is not None:
+            if self._device.recorder.done < self._named_with:
+                self._device.synchronize()  # the tokens before may not have been read yet
+            self._named_with = self._device.recorder.launches + 1
+            self._named.array[0], self._named.array[1] = token_ids.reshape(-1), self._positions
+            return
         both = np.array([token_ids.reshape(-1), self._positions], np.int32)
-        self._device.upload(both, self.ids)
+        self._named_here = self._arrays.asarray(both)
 
     def place(self, positions: Sequence[int], sequences: Sequence[int]) -> None:
         """Says where the tokens are, and of which sequences; what is known is not copied again."""
@@ -69,6 +86,18 @@ class Workspace:
         if (wanted := list(sequences)) != self._sequences:
             self._device.upload(np.array(wanted, np.int32), self.sequences)
             self._sequences = wanted
+
+    def places(self) -> tuple[Argument, Argument]:
+        """Positions and sequences, for a kernel."""
+        return pointer(self.positions), pointer(self.sequences)
+
+    def is_placed(self, positions: list[int]) -> bool:
+        """Whether the device has these positions."""
+        return positions == self._positions
+
+    def moved_to(self, positions: list[int]) -> None:
+        """Tells of positions that the device gave the tokens."""
+        self._positions = positions
 
     def take(self, hidden: DeviceArray, block: int) -> None:
         """Puts hidden states where a block reads them."""

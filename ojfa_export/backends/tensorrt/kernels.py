@@ -105,7 +105,7 @@ class Kernels:
             attribute.value.programmaticStreamSerializationAllowed = 1
             config.attrs = [attribute]
             config.numAttrs = 1
-        values, types = zip(*arguments, strict=True)
+        values, types = (tuple(argument[i] for argument in arguments) for i in (0, 1))
         check(
             driver.cuLaunchKernelEx(config, self._function(name, shared_bytes), (values, types), 0)
         )
@@ -134,3 +134,8 @@ def integer(value: int) -> Argument:
 def number(value: float) -> Argument:
     """A float argument."""
     return value, ctypes.c_float
+
+
+def wide_number(value: float) -> Argument:
+    """A double argument."""
+    return value, ctypes.c_double
