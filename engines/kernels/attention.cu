@@ -27,16 +27,26 @@ extern "C" __global__ void append(const float* qkv, Element* keys, Element* valu
     store_features(values + at, in.value(token, kv_head, feature));
 }
 
-// Asks for this thread block's share of what the next kernel reads first: while attention waits for
-// its few bytes, the memory has time. What attention reads itself is taken off.
-__device__ void prefetch_share(const unsigned char* at, long long bytes, int keys) {
-    constexpr int LINE = 128, KEY_BYTES = 2 * HEAD_DIM * sizeof(Element);
-    const long long rows = static_cast<long long>(gridDim.z) * gridDim.y, blocks = rows * gridDim.x;
-    const long long block = (static_cast<long long>(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-    bytes -= rows * keys * KEY_BYTES;
-    for (long long line = block * blockDim.x + threadIdx.x; line * LINE < bytes; line += blocks * blockDim.x)
-        prefetch(at + line * LINE);
-}
+// A matrix that the next kernel reads, and the bytes of it and of what attention reads that the memory has
+// time for meanwhile. The beginning of each row is asked for, as warps begin there.
+struct Ahead {
+    const unsigned char* matrix;
+    int rows, row_bytes;
+    long long budget;
+
+    // Asks for this thread block's share, where attention itself reads so many keys of every head.
+    __device__ void prefetch_share(int keys) const {
+        constexpr int LINE = 128, KEY_BYTES = 2 * HEAD_DIM * sizeof(Element);
+        const long long heads = static_cast<long long>(gridDim.z) * gridDim.y;
+        const long long left = budget - heads * keys * KEY_BYTES;
+        if (!rows || left <= 0) return;
+        const int lines = static_cast<int>(min(left / rows, static_cast<long long>(row_bytes)) / LINE);
+        const int blocks = gridDim.x * gridDim.y * gridDim.z;
+        const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+        for (int i = block * blockDim.x + threadIdx.x; i < rows * lines; i += blocks * blockDim.x)
+            prefetch(matrix + static_cast<long long>(i / lines) * row_bytes + i % lines * LINE);
+    }
+};
 
 // Combines parts [count][stride] for one feature: largest, total, weighted value.
 struct Combined {
@@ -135,13 +145,15 @@ struct SeenByColumns {
 //   tokens    of each sequence, consecutive; one is appended here, several by `append` before
 //   parts     [sequences * tokens, HEADS, splits, PARTIAL] where splits > 1
 //   finished  [gridDim.z, gridDim.y] zero before and after
-//   ahead     what the next kernel reads, bytes of it that are worth asking for
+//   ahead_*   of `Ahead`
 extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     attention(Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,
               const float* sines, const int* positions, const int* sequences, int capacity, float scale, int tokens,
-              float* parts, unsigned* finished, const unsigned char* ahead, long long ahead_bytes) {
+              float* parts, unsigned* finished, const unsigned char* ahead_matrix, int ahead_rows, int ahead_row_bytes,
+              long long ahead_budget) {
     constexpr int THREADS = STEP_WARPS * LANES, STAGE = 2 * STEP_KEYS * STRIDE;
     const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, capacity};
+    const Ahead ahead{ahead_matrix, ahead_rows, ahead_row_bytes, ahead_budget};
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     Element* const queries = reinterpret_cast<Element*>(shared_memory);
     Element* const fresh = queries + STEP_QUERIES * STRIDE;  // the new key and value
@@ -161,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     if (split >= active) {
         wait_for_previous();
         let_next_start();
-        if (!is_called_off()) prefetch_share(ahead, ahead_bytes, seen_keys);
+        if (!is_called_off()) ahead.prefetch_share(seen_keys);
         return;
     }
     const int first = oldest + split * each, stop = min(first + each, highest + 1);
@@ -204,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
         copies_wait<0>();
         return;
     }
-    prefetch_share(ahead, ahead_bytes, seen_keys);
+    ahead.prefetch_share(seen_keys);
 
     Right query[DIM / DEPTH];
 #pragma unroll
