@@ -1,6 +1,7 @@
-// CUDA C++ on a CPU, as much of it as the attention kernels use: it takes the place of
+// CUDA C++ on a CPU, as much of it as the tested kernels use: it takes the place of
 // engines/kernels/common.cuh. A thread block's threads are fibers of one thread, so that a kernel's
 // indices, barriers and masks can be tested where there is no GPU; nothing here says how fast it is.
+// Thread blocks run one after the other, or all at once, each in its own thread.
 #pragma once
 #include <ucontext.h>
 
@@ -11,13 +12,14 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __shared__ static
+#define __shared__ static thread_local
 #define __launch_bounds__(...)
 using std::max;
 using std::min;
@@ -41,9 +43,9 @@ constexpr int SHARED_BYTES = 227 << 10;
 struct Dimensions {
     unsigned x, y, z;
 };
-inline Dimensions threadIdx, blockIdx, blockDim, gridDim;
-alignas(128) inline unsigned char shared_memory[SHARED_BYTES];
-inline int used_bytes;
+inline thread_local Dimensions threadIdx, blockIdx, blockDim, gridDim;
+alignas(128) inline thread_local unsigned char shared_memory[SHARED_BYTES];
+inline thread_local int used_bytes;
 
 // Whether a kernel wrote beyond the shared memory that it was launched with.
 inline bool overrun(int from) {
@@ -78,7 +80,7 @@ struct Block {
     unsigned running = 0;
     std::function<void()> kernel;
 };
-inline Block block;
+inline thread_local Block block;
 
 inline Fiber& this_fiber() { return block.fibers[block.running]; }
 inline void let_others_run() { swapcontext(&this_fiber().context, &block.scheduler); }
@@ -108,7 +110,7 @@ inline void run_block() {
     block.all = Meeting{threads};
     for (Fiber& fiber : block.fibers) {
         constexpr int STACK = 128 << 10;
-        fiber.stack = std::make_unique<char[]>(STACK);
+        fiber.stack.reset(new char[STACK]);  // not filled with zeros
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
         fiber.context.uc_stack.ss_size = STACK;
@@ -142,22 +144,58 @@ void launch(void (*kernel)(Types...), const unsigned* grid, unsigned threads, vo
     launch(kernel, arguments, std::index_sequence_for<Types...>());
 }
 
+// All thread blocks at once: for kernels whose thread blocks wait for one another.
+template <class... Types>
+void launch_together(void (*kernel)(Types...), const unsigned* grid, unsigned threads, void* const* arguments) {
+    std::vector<std::thread> blocks;
+    for (unsigned x = 0; x < grid[0]; ++x)
+        blocks.emplace_back([=] {
+            gridDim = {grid[0], 1, 1}, blockDim = {threads, 1, 1}, blockIdx = {x, 0, 0};
+            const auto run = [=]<std::size_t... Indices>(std::index_sequence<Indices...>) {
+                block.kernel = [=] { kernel(*static_cast<Types*>(arguments[Indices])...); };
+            };
+            run(std::index_sequence_for<Types...>());
+            run_block();
+        });
+    for (std::thread& each : blocks) each.join();
+}
+
 inline void __syncthreads() { meet(block.all, [] {}); }
 inline void __syncwarp() { meet(this_warp(), [] {}); }
-inline void __threadfence() {}
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void wait_for_previous() {}
 inline void let_next_start() {}
 
-inline float __shfl_sync(unsigned, float x, int lane) {
-    static float values[1024];
+template <class T>
+T __shfl_sync(unsigned, T x, int lane) {
+    static thread_local T values[1024];
     const unsigned thread = threadIdx.x;
     values[thread] = x;
     __syncwarp();
-    const float result = values[thread / LANES * LANES + lane];
+    const T result = values[thread / LANES * LANES + lane];
     __syncwarp();
     return result;
 }
-inline float __shfl_xor_sync(unsigned, float x, int mask) { return __shfl_sync(ALL, x, threadIdx.x % LANES ^ mask); }
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
+    return __shfl_sync(ALL, x, threadIdx.x % LANES ^ mask);
+}
+template <class T>
+T __shfl_up_sync(unsigned, T x, int distance) {
+    const int lane = threadIdx.x % LANES;
+    return __shfl_sync(ALL, x, lane < distance ? lane : lane - distance);
+}
+inline unsigned __ballot_sync(unsigned, bool x) {
+    unsigned bits = 0;
+    for (int lane = 0; lane < LANES; ++lane) bits |= static_cast<unsigned>(__shfl_sync(ALL, x, lane)) << lane;
+    return bits;
+}
+inline int __ffs(unsigned bits) { return __builtin_ffs(bits); }
+template <class T>
+T atomicAdd(T* at, T x) {
+    return __atomic_fetch_add(at, x, __ATOMIC_SEQ_CST);
+}
+
 
 template <int WIDTH = LANES>
 float lanes_sum(float x) {
@@ -180,3 +218,26 @@ To bits_as(From x) {
 inline unsigned __float_as_uint(float x) { return bits_as<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return bits_as<float>(x); }
 inline float __int_as_float(int x) { return bits_as<float>(x); }
+
+struct float4 {
+    float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+struct alignas(16) Chunk {
+    Element values[WIDE];
+};
+inline Chunk load(const Element* at) { return *reinterpret_cast<const Chunk*>(at); }
+
+inline unsigned long long load_word(const unsigned long long* at) {
+    std::this_thread::yield();  // it may be asked for again and again
+    let_others_run();
+    return __atomic_load_n(at, __ATOMIC_RELAXED);
+}
+inline void store_word(unsigned long long* at, unsigned long long value) {
+    __atomic_store_n(at, value, __ATOMIC_RELAXED);
+}
+inline void store_word_for_host(unsigned long long* at, unsigned long long value) { store_word(at, value); }
+
+inline int called_off;
+inline bool is_called_off() { return called_off; }
