@@ -8,6 +8,7 @@ import types
 import pytest
 from backends.stand_in_gpu import StandInDriver, StandInEngine
 
+PACKAGES = ("ojfa_export.backends.tensorrt.", "ojfa_export.backends.cuda.")
 API = "ojfa_export.backends.tensorrt.api"
 MODULES = ("cuda", "cuda.bindings", "cuda.bindings.driver", "cuda.bindings.nvrtc", API)
 
@@ -15,7 +16,7 @@ MODULES = ("cuda", "cuda.bindings", "cuda.bindings.driver", "cuda.bindings.nvrtc
 @pytest.fixture(scope="module")
 def driver():
     """The backend's modules imported over the stand-in, and taken out again."""
-    names = [name for name in sys.modules if name.startswith("ojfa_export.backends.tensorrt.")]
+    names = [name for name in sys.modules if name.startswith(PACKAGES)]
     before = {name: sys.modules.pop(name) for name in (*names, *MODULES) if name in sys.modules}
     driver = StandInDriver(seed=3)
     nvrtc, bindings = types.ModuleType("nvrtc"), types.ModuleType("bindings")
@@ -30,7 +31,7 @@ def driver():
     mailbox.time = types.SimpleNamespace(sleep=look_again)
     engine.Engine = lambda device, path: StandInEngine(driver, path)
     yield driver
-    for name in [n for n in sys.modules if n.startswith("ojfa_export.backends.tensorrt.")]:
+    for name in [n for n in sys.modules if n.startswith(PACKAGES)]:
         del sys.modules[name]
     for name in MODULES:
         sys.modules.pop(name, None)

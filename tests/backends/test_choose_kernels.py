@@ -64,7 +64,7 @@ def kernels(request, driver, tmp_path_factory):
 
 @pytest.fixture
 def mailbox(driver):
-    from ojfa_export.backends.tensorrt.device import the_device
+    from ojfa_export.backends.cuda.device import the_device
     from ojfa_export.backends.tensorrt.mailbox import Mailbox
 
     return Mailbox(the_device())
