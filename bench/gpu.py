@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from bench.gpu_clock import copy_bandwidth, graph_time
+from bench.gpu_machine import commit, nvidia_smi
 from bench.gpu_shapes import SHAPES, RandomGraphs
-from bench.gpu_steps import WARMUP, checks, decoding, host_work
-from bench.gpu_timing import copy_bandwidth, graph_time
+from bench.gpu_steps import WARMUP, checks, decoding, host_work, prefill
 from ojfa_export.backends.choice import Choosing
+from ojfa_export.backends.cuda.device import Device, the_device
 from ojfa_export.backends.tensorrt.backend import BACKEND
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
-from ojfa_export.backends.tensorrt.device import Device, the_device
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
 from ojfa_export.backends.tensorrt.mailbox import Asked
@@ -159,20 +158,6 @@ def decode(
     return rows
 
 
-def prefill(engines: TensorRtEngines, spec: ModelSpec, tokens: int) -> dict[str, Any]:
-    """Milliseconds of a prompt, to the logits of its last token."""
-    session = Session(spec, engines, 1, tokens)
-    ids = np.random.default_rng(2).integers(0, spec.vocab_size, tokens).tolist()
-    samples = []
-    for _ in range(6):
-        start = time.perf_counter()
-        session.advance(ids)
-        samples.append((time.perf_counter() - start) * 1e3)
-        session.rewind(0)
-    print(f"prefill of {tokens}: {np.median(samples[1:]):.1f} ms", flush=True)
-    return {"tokens": tokens, "ms_median": float(np.median(samples[1:])), "samples_ms": samples}
-
-
 def parts(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
     """Microseconds of a block and of its parts, each over all blocks in one CUDA graph."""
     shape = (16, spec.kv_heads, 1024, spec.head_dim)
@@ -251,23 +236,6 @@ def head_times(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
     engines._heads.clear()
     engines.device.recorder.clear()
     return results
-
-
-def commit() -> str:
-    """The commit that is measured; "-dirty" where files differ from it."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
-
-
-def nvidia_smi() -> str:
-    """Name, driver, clocks and power as nvidia-smi tells."""
-    fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,memory.total"
-    if shutil.which("nvidia-smi") is None:
-        return "unknown"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from bench.gpu_clock import copy_bandwidth, graph_time
 from bench.gpu_shapes import SHAPES
-from bench.gpu_timing import copy_bandwidth, graph_time
+from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.device import Device, the_device
 from ojfa_export.backends.tensorrt import attention
-from ojfa_export.backends.tensorrt.arrays import DeviceArray, DeviceArrays
 from ojfa_export.backends.tensorrt.attention import Attention, Geometry, Operands, Scratch
-from ojfa_export.backends.tensorrt.device import Device, the_device
 from ojfa_export.backends.tensorrt.kernels import Kernels, compile_kernels
 from ojfa_export.backends.tensorrt.linear import LinearKernels, Norm
 from ojfa_export.backends.tensorrt.sources import definitions

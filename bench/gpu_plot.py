@@ -124,8 +124,10 @@ def describe(shape: dict[str, Any], speed: float, peers: list[dict[str, Any]]) -
         print(f"  host's part at exit {row['blocks']}, us: {said}")
     for row in shape.get("checks", []):
         each = (row["checked_ms_median"] - row["plain_ms_median"]) / row["checks"] * 1e3
-        said = f"{row['share']:+.1%}, {each:.1f} us each"
-        print(f"  {row['checks']} checks in {row['blocks']} blocks: {said}")
+        print(
+            f"  {row['checks']} checks in {row['blocks']} blocks: {row['share']:+.1%}, "
+            f"{each:.1f} us each"
+        )
     for peer in peers:
         times = peer["ms_median"] / full["ms_median"]
         print(f"  {peer['peer']}: {peer['ms_median']:.2f} ms, {times:.2f}x")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.gpu_timing import replay_time
-from ojfa_export.backends.tensorrt.engines import TensorRtEngines
+from bench.gpu_clock import replay_time
+from ojfa_export.backends.backend import Engines
+from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.decoding import StepByStep
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Exit, Session
+
+if TYPE_CHECKING:
+    from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 
 WARMUP = 4
 GREEDY, DRAWN = Sampling(), Sampling(0.8, top_k=50, top_p=0.9)
@@ -42,6 +46,20 @@ def decoding(
     for row in range(session.batch_size):
         session.rewind(past, row)
     return samples
+
+
+def prefill(engines: Engines, spec: ModelSpec, tokens: int) -> dict[str, Any]:
+    """Milliseconds of a prompt, to the logits of its last token."""
+    session = Session(spec, engines, 1, tokens)
+    ids = np.random.default_rng(2).integers(0, spec.vocab_size, tokens).tolist()
+    samples = []
+    for _ in range(6):
+        start = time.perf_counter()
+        session.advance(ids)
+        samples.append((time.perf_counter() - start) * 1e3)
+        session.rewind(0)
+    print(f"prefill of {tokens}: {np.median(samples[1:]):.1f} ms", flush=True)
+    return {"tokens": tokens, "ms_median": float(np.median(samples[1:])), "samples_ms": samples}
 
 
 def host_work(session: Session, engines: TensorRtEngines, past: int, tokens: int) -> list[Any]:

@@ -2,6 +2,7 @@
 // z / rms(z) vocabulary^T (+ bias), and an answer. The second product needs all of the first: each thread
 // block looks until the others' words are there, so all must be resident at once, one on each multiprocessor.
 #include "choose.cuh"
+#include "instructions.cuh"
 
 constexpr int CHECK_THREADS = 512;
 constexpr int CHECK_WARPS = CHECK_THREADS / LANES;
@@ -120,7 +121,7 @@ __device__ void exit_check(float* logits, const float* hidden, const float* proj
     constexpr int LINE = 128 / sizeof(Element);
     const Element* mine = vocabulary + static_cast<long long>(first) * columns;
     for (int at = threadIdx.x * LINE; at < (stop - first) * columns; at += CHECK_THREADS * LINE)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(mine + at));
+        prefetch(mine + at);
     const unsigned answer = asked.answer = project_part<TOKENS>(
         z_parts + static_cast<long long>(blockIdx.x) * TOKENS * MOST_RANK, hidden, project, features, rank, asked.desk);
     const int token_to_keep = gridDim.x - 1 - blockIdx.x;  // the last thread blocks have least to do

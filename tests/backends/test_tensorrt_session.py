@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from backends.stand_in_gpu import StandInDriver, StandInEngine
+from backends.stand_in_gpu import StandInDriver
 from chain import Chain, build_chain
 from tiny_models import VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_FP32
@@ -21,8 +19,6 @@ from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
 
 MAX_LENGTH = 40
-API = "ojfa_export.backends.tensorrt.api"
-MODULES = ("cuda", "cuda.bindings", "cuda.bindings.driver", "cuda.bindings.nvrtc", API)
 
 
 @dataclass
@@ -38,31 +34,6 @@ class Case:
 
     def reference(self, batch: int = 1, shadow=None) -> Session:
         return Session(self.chain.spec, self.chain.engines, batch, MAX_LENGTH, shadow)
-
-
-@pytest.fixture(scope="module")
-def driver():
-    """The backend's modules imported over the stand-in, and taken out again."""
-    names = [name for name in sys.modules if name.startswith("ojfa_export.backends.tensorrt.")]
-    before = {name: sys.modules.pop(name) for name in (*names, *MODULES) if name in sys.modules}
-    driver = StandInDriver(seed=3)
-    nvrtc, bindings = types.ModuleType("nvrtc"), types.ModuleType("bindings")
-    bindings.driver, bindings.nvrtc = driver, nvrtc
-    stand_ins = (types.ModuleType("cuda"), bindings, driver, nvrtc, types.ModuleType(API))
-    sys.modules.update(zip(MODULES, stand_ins, strict=True))
-    from ojfa_export.backends.tensorrt import engine, mailbox
-
-    def look_again(_: float) -> None:
-        driver.progress(int(driver.rng.integers(1, 4)))
-
-    mailbox.time = types.SimpleNamespace(sleep=look_again)
-    engine.Engine = lambda device, path: StandInEngine(driver, path)
-    yield driver
-    for name in [n for n in sys.modules if n.startswith("ojfa_export.backends.tensorrt.")]:
-        del sys.modules[name]
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
 
 
 @pytest.fixture(scope="module", params=["llama-gqa", "gpt2-residual", "gpt2-fp16"])

@@ -23,7 +23,7 @@ EVERY = {**VARIANTS, **WHOLE_MODELS}
 @pytest.fixture(scope="module")
 def codes():
     """Machine code of every variant: compiled beside one another, as each takes seconds."""
-    from ojfa_export.backends.tensorrt.device import the_device
+    from ojfa_export.backends.cuda.device import the_device
     from ojfa_export.backends.tensorrt.kernels import compile_kernels
 
     chip = the_device().compute_capability
@@ -38,9 +38,9 @@ class Compiled:
     """A variant's kernels on the GPU."""
 
     def __init__(self, variant: Variant, code: bytes) -> None:
-        from ojfa_export.backends.tensorrt.arrays import DeviceArrays
+        from ojfa_export.backends.cuda.arrays import DeviceArrays
+        from ojfa_export.backends.cuda.device import the_device
         from ojfa_export.backends.tensorrt.attention import Attention, Scratch
-        from ojfa_export.backends.tensorrt.device import the_device
         from ojfa_export.backends.tensorrt.kernels import Kernels
 
         self.variant, self.device = variant, the_device()

@@ -12,8 +12,8 @@ import numpy as np
 from ojfa_export.families.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from ojfa_export.backends.tensorrt.arrays import DeviceArray, DeviceArrays
-    from ojfa_export.backends.tensorrt.device import Device
+    from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
+    from ojfa_export.backends.cuda.device import Device
     from ojfa_export.backends.tensorrt.kernels import Argument, Kernels
 
 # As in the kernels: threads of a warp; queries of a prompt's warp; of a step's thread block, its

@@ -11,7 +11,7 @@ import numpy as np
 
 from ojfa_export.backends.backend import Float32, Int32, keep
 from ojfa_export.backends.choice import Choices
-from ojfa_export.backends.tensorrt.arrays import DeviceArray
+from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.heads import Keeping
 from ojfa_export.backends.tensorrt.kernels import pointer

@@ -11,10 +11,10 @@ import numpy as np
 
 from ojfa_export.backends.backend import Float32
 from ojfa_export.backends.choice import Choices, Choosing
-from ojfa_export.backends.tensorrt.arrays import DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.device import Device, PinnedArray
 from ojfa_export.backends.tensorrt.blocks import Workspace
 from ojfa_export.backends.tensorrt.cache import Pass, TensorRtCache
-from ojfa_export.backends.tensorrt.device import Device, PinnedArray
 from ojfa_export.backends.tensorrt.engine import Engine, EngineSet
 from ojfa_export.backends.tensorrt.heads import (
     HEAD_ROWS,
@@ -29,7 +29,7 @@ from ojfa_export.backends.tensorrt.kernels import Argument, Kernels, integer, po
 from ojfa_export.backends.tensorrt.linear import LinearKernels
 from ojfa_export.backends.tensorrt.mailbox import Asked, DeviceChoices, JoinedChoices, Mailbox
 from ojfa_export.backends.tensorrt.plan import GraphPlan, read_plan
-from ojfa_export.backends.tensorrt.weights import DTYPES, WeightStore
+from ojfa_export.backends.tensorrt.weights import WeightStore
 from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec, Precision
@@ -77,7 +77,7 @@ class TensorRtEngines:
             for kind, file in embed.kernels.items()
         }
         self.store = WeightStore(device, weights, self.kernels)
-        self.rotary = tuple(map(self._lasting, rotary)) if rotary else None
+        self.rotary = tuple(map(self.arrays.upload, rotary)) if rotary else None
         self.rotary_rows = len(rotary[0]) if rotary else 0
         self._engines: EngineSet | None = None
         self._weights: dict[str, dict[str, DeviceArray]] = {}
@@ -269,11 +269,6 @@ class TensorRtEngines:
         # Every exit's head is the same: none but a residual jump knows of exits.
         others = (head for head in self._heads.values() if isinstance(head, ExitHead))
         return next(others, None) or ExitHead(self)
-
-    def _lasting(self, array: Float32) -> DeviceArray:
-        result = self.arrays.lasting(array.shape, array.dtype)
-        self.device.upload(np.ascontiguousarray(array), result.pointer)
-        return result
 
 
 def _decode_kernels() -> bool:

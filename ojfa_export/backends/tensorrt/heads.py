@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ojfa_export.backends.tensorrt.arrays import DeviceArray
+from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.tensorrt.kernels import (
     Argument,
     Kernels,

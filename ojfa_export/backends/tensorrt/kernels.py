@@ -7,7 +7,7 @@ from typing import Any
 
 from cuda.bindings import driver, nvrtc
 
-from ojfa_export.backends.tensorrt.device import Device, check
+from ojfa_export.backends.cuda.device import Device, check
 from ojfa_export.backends.tensorrt.sources import HEADERS, SOURCES, source_directory
 from ojfa_export.errors import BackendError
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ojfa_export.backends.tensorrt.device import Device, Graph
+    from ojfa_export.backends.cuda.device import Device, Graph
 
 Work = Callable[[], None]
 Key = tuple[tuple[Hashable, ...], ...]

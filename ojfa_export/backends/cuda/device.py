@@ -12,7 +12,7 @@ import numpy as np
 from cuda.bindings import driver
 from numpy.typing import NDArray
 
-from ojfa_export.backends.tensorrt.recorder import Recorder
+from ojfa_export.backends.cuda.recorder import Recorder
 from ojfa_export.errors import BackendError
 
 GIB = 1 << 30
@@ -45,7 +45,7 @@ class Memory:
     """
 
     def __init__(self, device: Device, size: int, *, pooled: bool) -> None:
-        self._device, self._pooled = device, pooled
+        self._device, self.pooled = device, pooled
         if not size:
             self.pointer = 0
             return
@@ -65,7 +65,7 @@ class Memory:
         # At the interpreter's end the driver may be gone already.
         with suppress(Exception):
             if getattr(self, "pointer", 0):
-                if self._pooled:
+                if self.pooled:
                     driver.cuMemFreeAsync(self.pointer, self._device.stream)
                 else:
                     driver.cuMemFree(self.pointer)

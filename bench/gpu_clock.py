@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from cuda.bindings import driver
 
-from ojfa_export.backends.tensorrt.device import Device, Graph, Memory, check
+from ojfa_export.backends.cuda.device import Device, Graph, Memory, check
 
 COPY_BYTES = 4 << 30
 REPLAYS = 8
