@@ -18,14 +18,8 @@ from ojfa_export.runtime.sampling import GREEDY, Sampling
 HERE = Path(__file__).parent / "cuda_on_cpu"
 COMPILER = shutil.which("g++")
 THREADS, MOST_RANK = 512, 128
-SAMPLINGS = [
-    Sampling(1.0),
-    Sampling(0.7, top_k=40),
-    Sampling(1.3, top_p=0.9),
-    Sampling(2.0, top_k=50, top_p=0.5),
-    Sampling(1.0, top_k=1),
-    Sampling(1e-5),
-]
+# A thread block of a thousand fibers takes its time; tests/gpu/test_gpu_choose.py has more cases.
+SAMPLINGS = [Sampling(1.0), Sampling(0.7, top_k=40), Sampling(2.0, top_k=50, top_p=0.5)]
 
 
 class CpuKernels:
@@ -55,11 +49,11 @@ class CpuKernels:
         assert result == 0, name
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["fp16", "fp32"])
-def kernels(request, driver, tmp_path_factory):
+@pytest.fixture(scope="module")
+def kernels(driver, tmp_path_factory):
     if COMPILER is None:
         pytest.skip("needs g++")
-    return CpuKernels(tmp_path_factory.mktemp("choose"), half=request.param)
+    return CpuKernels(tmp_path_factory.mktemp("choose"), half=True)
 
 
 @pytest.fixture
@@ -116,28 +110,26 @@ def choose(kernels, mailbox, logits, how):
     return mailbox.expect(len(logits))
 
 
-@pytest.mark.parametrize("vocabulary", [1, 31, 2000])
-def test_tokens_and_confidence(kernels, mailbox, rng, vocabulary):
-    for scale in (0.01, 3.0, 200.0):
-        logits = (scale * rng.normal(size=(2, vocabulary))).astype(np.float32)
-        choices = choose(kernels, mailbox, logits, Choosing())
-        assert_choices(choices, logits)
-        assert choices.tokens() == choices.likeliest()
+@pytest.mark.parametrize(("vocabulary", "scale"), [(1, 3.0), (31, 0.01), (700, 3.0), (700, 200.0)])
+def test_tokens_and_confidence(kernels, mailbox, rng, vocabulary, scale):
+    logits = (scale * rng.normal(size=(2, vocabulary))).astype(np.float32)
+    choices = choose(kernels, mailbox, logits, Choosing())
+    assert_choices(choices, logits)
+    assert choices.tokens() == choices.likeliest()
 
 
 def test_ties_go_to_the_lowest_token(kernels, mailbox, rng):
-    logits = rng.integers(-3, 4, size=(3, 700)).astype(np.float32)
+    logits = rng.integers(-3, 4, size=(2, 700)).astype(np.float32)
     choices = choose(kernels, mailbox, logits, Choosing())
     assert choices.tokens() == logits.argmax(axis=1).tolist()
     assert not choices.confidence("margin").any()
 
 
-@pytest.mark.parametrize("vocabulary", [1, 40, 1000])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_sampled_tokens_are_those_of_the_host(kernels, mailbox, rng, vocabulary, sampling):
-    logits = (3 * rng.normal(size=(6, vocabulary))).astype(np.float32)
-    logits[3:] = np.round(logits[3:])  # with many ties
-    draws = rng.random(6).tolist()
+def test_sampled_tokens_are_those_of_the_host(kernels, mailbox, rng, sampling):
+    logits = (3 * rng.normal(size=(2, 300))).astype(np.float32)
+    logits[1] = np.round(logits[1])  # with many ties
+    draws = rng.random(2).tolist()
     choices = choose(kernels, mailbox, logits, Choosing(sampling, draws))
     for row, token in enumerate(choices.tokens()):
         assert_drawn(token, logits[row], sampling, draws[row])
@@ -188,10 +180,9 @@ def check_exit(kernels, mailbox, head, hidden, how, blocks, kept=None):
     return choices, logits
 
 
-@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize(
-    ("features", "rank", "outputs", "blocks"),
-    [(32, 9, 70, 3), (256, 42, 1000, 5), (1152, 128, 515, 4), (64, 1, 2, 3)],
+    ("rows", "features", "rank", "outputs", "blocks"),
+    [(1, 32, 9, 70, 3), (2, 256, 42, 1000, 5), (1, 1152, 128, 515, 4), (2, 64, 1, 2, 3)],
 )
 def test_exit_check(kernels, mailbox, rng, rows, features, rank, outputs, blocks):
     """More tiles than thread blocks and fewer, more outputs than threads, ranks to the largest."""

@@ -48,6 +48,11 @@ class Recorder:
         self._keys.append(key)
         self._work.append(work)
 
+    @property
+    def pending(self) -> bool:
+        """Whether something was added since the last launch."""
+        return bool(self._keys)
+
     def take_back(self, key: tuple[Hashable, ...]) -> bool:
         """Takes back what was added last, if that is its key."""
         last = bool(self._keys) and self._keys[-1] == key

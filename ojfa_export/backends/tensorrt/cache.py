@@ -127,7 +127,8 @@ class TensorRtCache:
         long_context: bool,
     ) -> DeviceArray:
         """Runs consecutive blocks on new tokens; see `backends.backend.Cache`."""
-        self._device.make_current()
+        if not self._recorder.pending:  # else this thread has just embedded
+            self._device.make_current()
         states = self.arrays.asarray(hidden)
         self._open(blocks)
         if states.shape[1] == 1:

@@ -205,7 +205,8 @@ class TensorRtEngines:
 
     def choose(self, hidden: Float32 | DeviceArray, blocks_run: int, how: Choosing) -> Choices:
         """Applies the head after so many blocks, and chooses on the device."""
-        self.device.make_current()
+        if not self.device.recorder.pending:  # else this thread has just run blocks
+            self.device.make_current()
         states = self.arrays.asarray(hidden)
         if self.ahead is not None:
             self.call_off()
