@@ -19,8 +19,9 @@ from ojfa_export.errors import BackendError
 PROVIDER = "CUDAExecutionProvider"
 DEVICE = "cuda"
 INSTALL = (
-    "install 'onnxruntime-gpu[cuda,cudnn]' in place of onnxruntime (both are the module "
-    "'onnxruntime'): pip uninstall onnxruntime, then pip install 'ojfa-export[gpu-onnxruntime]'"
+    "pip install 'ojfa-export[gpu-onnxruntime]', then put onnxruntime-gpu in the place of "
+    "onnxruntime: 'pip uninstall -y onnxruntime', 'pip install --force-reinstall --no-deps "
+    "onnxruntime-gpu'"
 )
 Array = DeviceArray | NDArray[Any]
 
@@ -79,7 +80,7 @@ def open_session(model: bytes, name: str, stream: int) -> ort.InferenceSession:
     if PROVIDER not in session.get_providers():
         raise BackendError(
             f"the CUDA provider of ONNX Runtime {ort.__version__} doesn't load: libraries of CUDA "
-            "or cuDNN are missing, or the driver is too old",
+            "or cuDNN are missing (ONNX Runtime names the first), or the driver is too old",
             hint=INSTALL,
         )
     return session
