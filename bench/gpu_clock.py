@@ -1,4 +1,4 @@
-"""How long things take on the device itself."""
+"""Time on the device, between two events."""
 
 from __future__ import annotations
 

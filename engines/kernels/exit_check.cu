@@ -1,66 +1,56 @@
 // The folded exit head and what it chooses, in one kernel: z = hidden project^T + bias, logits =
-// z / rms(z) vocabulary^T (+ bias), and an answer. Two products, of which the second needs all of the
-// first: thread blocks wait for one another in between, so all must be resident at once, one on each
-// multiprocessor.
+// z / rms(z) vocabulary^T (+ bias), and an answer. The second product needs all of the first: each thread
+// block looks until the others' words are there, so all must be resident at once, one on each multiprocessor.
 #include "choose.cuh"
+#include "instructions.cuh"
 
 constexpr int CHECK_THREADS = 512;
 constexpr int CHECK_WARPS = CHECK_THREADS / LANES;
 constexpr int MOST_RANK = 128;
 constexpr int RANKS_PER_WARP = MOST_RANK / CHECK_WARPS;
-constexpr int SUM_GROUPS = CHECK_THREADS / MOST_RANK;
+constexpr int TILE = 4 * LANES;  // features that a thread block takes at a time
+constexpr int PARTS_AT_ONCE = 4;
 
-__device__ inline unsigned load_acquire(const unsigned* at) {
-    unsigned value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-    return value;
-}
-
-// Waits for all thread blocks of the grid.
-__device__ inline void grid_barrier(Desk* desk) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        const unsigned round = load_acquire(&desk->round);
-        __threadfence();
-        if (atomicInc(&desk->arrived, gridDim.x - 1) == gridDim.x - 1)
-            atomicAdd(&desk->round, 1);
-        else
-            while (load_acquire(&desk->round) == round) {
-            }
-        __threadfence();
-    }
-    __syncthreads();
-}
-
-// This thread block's part of z, [TOKENS, MOST_RANK], over tiles of LANES features.
+// This thread block's part of z, words [TOKENS, MOST_RANK].
 template <int TOKENS>
-__device__ void project_part(float* part, const float* hidden, const float* project, int features, int rank) {
+__device__ unsigned project_part(Word* part, const float* hidden, const float* project, int features, int rank,
+                                 const Desk* desk) {
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    float sums[RANKS_PER_WARP][TOKENS] = {}, weights[RANKS_PER_WARP] = {};
+    float sums[RANKS_PER_WARP][TOKENS] = {};
+    float4 weights[RANKS_PER_WARP];
     const auto load_weights = [&](int feature) {
 #pragma unroll
         for (int i = 0; i < RANKS_PER_WARP; ++i) {
             const int row = warp + i * CHECK_WARPS;
-            const bool inside = row < rank && feature < features;
-            weights[i] = inside ? project[static_cast<long long>(row) * features + feature] : 0.0f;
+            weights[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (row < rank && feature < features)
+                weights[i] = *reinterpret_cast<const float4*>(project + static_cast<long long>(row) * features + feature);
         }
     };
-    int feature = blockIdx.x * LANES + lane;
+    int feature = (blockIdx.x * LANES + lane) * 4;
     load_weights(feature);  // does not depend on the kernel before
     wait_for_previous();
     let_next_start();
-    for (; feature - lane < features;) {
-        float x[TOKENS];
+    const unsigned answer = desk->answers + 1;
+    const bool busy = static_cast<int>(blockIdx.x) * TILE < features;
+    for (int tile = blockIdx.x; tile * TILE < features; tile += gridDim.x) {
+        float4 x[TOKENS];
 #pragma unroll
-        for (int token = 0; token < TOKENS; ++token)
-            x[token] = feature < features ? hidden[token * features + feature] : 0.0f;
+        for (int token = 0; token < TOKENS; ++token) {
+            x[token] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (feature < features)
+                x[token] = *reinterpret_cast<const float4*>(hidden + static_cast<long long>(token) * features + feature);
+        }
 #pragma unroll
         for (int i = 0; i < RANKS_PER_WARP; ++i)
 #pragma unroll
-            for (int token = 0; token < TOKENS; ++token) sums[i][token] += weights[i] * x[token];
-        feature += gridDim.x * LANES;
-        if (feature - lane < features) load_weights(feature);
+            for (int token = 0; token < TOKENS; ++token)
+                sums[i][token] += weights[i].x * x[token].x + weights[i].y * x[token].y + weights[i].z * x[token].z +
+                                  weights[i].w * x[token].w;
+        feature += gridDim.x * TILE;
+        if (feature - lane * 4 < features) load_weights(feature);
     }
+    if (!busy) return answer;
 #pragma unroll
     for (int i = 0; i < RANKS_PER_WARP; ++i) {
         const int row = warp + i * CHECK_WARPS;
@@ -68,30 +58,45 @@ __device__ void project_part(float* part, const float* hidden, const float* proj
 #pragma unroll
         for (int token = 0; token < TOKENS; ++token) {
             const float sum = lanes_sum(sums[i][token]);
-            if (lane == 0) part[token * MOST_RANK + row] = sum;
+            if (lane == 0) store_word(part + token * MOST_RANK + row, word(sum, answer));
         }
     }
+    return answer;
 }
 
 // z from all parts, always added in the same order, into shared memory; 1 / rms of each token.
 template <int TOKENS>
-__device__ void gather(float (&z)[TOKENS][MOST_RANK], float (&scales)[TOKENS], const float* parts, int count,
-                       const float* bias, int rank, float epsilon) {
-    __shared__ float sums[SUM_GROUPS][MOST_RANK];
-    const int group = threadIdx.x / MOST_RANK, row = threadIdx.x % MOST_RANK;
+__device__ void gather(float (&z)[TOKENS][MOST_RANK], float (&scales)[TOKENS], const Word* parts, int count,
+                       unsigned answer, const float* bias, int rank, float epsilon) {
+    __shared__ float sums[CHECK_THREADS];
+    const int width = (rank + LANES - 1) / LANES * LANES, groups = CHECK_THREADS / width;
+    const int group = threadIdx.x / width, row = threadIdx.x % width;
     for (int token = 0; token < TOKENS; ++token) {
         float sum = 0.0f;
-        if (row < rank)
-#pragma unroll 8
-            for (int part = group; part < count; part += SUM_GROUPS)
-                sum += __ldcg(parts + (static_cast<long long>(part) * TOKENS + token) * MOST_RANK + row);
-        sums[group][row] = sum;
+        const Word* mine = parts + token * MOST_RANK + row;
+        constexpr int STRIDE = TOKENS * MOST_RANK;
+        if (row < rank && group < groups)
+            for (int part = group; part < count; part += groups * PARTS_AT_ONCE) {
+                Word found[PARTS_AT_ONCE];
+#pragma unroll
+                for (int i = 0; i < PARTS_AT_ONCE; ++i)
+                    found[i] = load_word(mine + min(part + i * groups, count - 1) * STRIDE);
+#pragma unroll
+                for (int i = 0; i < PARTS_AT_ONCE; ++i) {
+                    if (part + i * groups >= count) break;
+                    while (!belongs_to(found[i], answer)) found[i] = load_word(mine + (part + i * groups) * STRIDE);
+                    sum += float_of(found[i]);
+                }
+            }
+        sums[threadIdx.x] = sum;
         __syncthreads();
-        if (group == 0) {
-            float whole = row < rank ? bias[row] : 0.0f;
-            if (row < rank)
-                for (int i = 0; i < SUM_GROUPS; ++i) whole += sums[i][row];
-            z[token][row] = whole;
+        if (threadIdx.x < MOST_RANK) {
+            float whole = 0.0f;
+            if (threadIdx.x < rank) {
+                whole = bias[threadIdx.x];
+                for (int i = 0; i < groups; ++i) whole += sums[i * width + threadIdx.x];
+            }
+            z[token][threadIdx.x] = whole;
         }
         __syncthreads();
         float square = 0.0f;
@@ -102,29 +107,33 @@ __device__ void gather(float (&z)[TOKENS][MOST_RANK], float (&scales)[TOKENS], c
 
 //   project     [rank, features] fp32
 //   vocabulary  [outputs, columns], columns at least rank and filled up with zeros
-//   z_parts     [thread blocks, TOKENS, MOST_RANK]
+//   z_parts     words [thread blocks, TOKENS, MOST_RANK]
 //   logits      [TOKENS, outputs], or null where nobody reads them
+//   kept        as of `keep`, for hidden states that are also kept; or null
 template <int TOKENS>
 __device__ void exit_check(float* logits, const float* hidden, const float* project, const float* bias,
-                           const Element* vocabulary, const float* vocabulary_bias, float* z_parts, int features,
-                           int rank, int columns, int outputs, float epsilon, const Asked& asked) {
+                           const Element* vocabulary, const float* vocabulary_bias, Word* z_parts, int features,
+                           int rank, int columns, int outputs, float epsilon, float* kept, const int* positions,
+                           const int* sequences, int capacity, Asked asked) {
     __shared__ float z[TOKENS][MOST_RANK];
     const int each = (outputs + gridDim.x - 1) / gridDim.x;
     const int first = min(static_cast<int>(blockIdx.x) * each, outputs), stop = min(first + each, outputs);
     constexpr int LINE = 128 / sizeof(Element);
     const Element* mine = vocabulary + static_cast<long long>(first) * columns;
     for (int at = threadIdx.x * LINE; at < (stop - first) * columns; at += CHECK_THREADS * LINE)
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(mine + at));
-    project_part<TOKENS>(z_parts + static_cast<long long>(blockIdx.x) * TOKENS * MOST_RANK, hidden, project, features,
-                         rank);
-    grid_barrier(asked.desk);
+        prefetch(mine + at);
+    const unsigned answer = asked.answer = project_part<TOKENS>(
+        z_parts + static_cast<long long>(blockIdx.x) * TOKENS * MOST_RANK, hidden, project, features, rank, asked.desk);
+    const int token_to_keep = gridDim.x - 1 - blockIdx.x;  // the last thread blocks have least to do
+    if (kept && token_to_keep < TOKENS)
+        keep_token(kept, hidden, positions, sequences, capacity, features, token_to_keep, threadIdx.x, CHECK_THREADS);
     float scales[TOKENS];
-    const int busy = min(static_cast<int>(gridDim.x), (features + LANES - 1) / LANES);
-    gather<TOKENS>(z, scales, z_parts, busy, bias, rank, epsilon);
-    Summary seen[TOKENS];
+    const int busy = min(static_cast<int>(gridDim.x), (features + TILE - 1) / TILE);
+    gather<TOKENS>(z, scales, z_parts, busy, answer, bias, rank, epsilon);
+    Summary summaries[TOKENS];
 #pragma unroll
     for (int token = 0; token < TOKENS; ++token)
-        seen[token] = Summary::nothing(min(first + static_cast<int>(threadIdx.x), outputs - 1));
+        summaries[token] = Summary::nothing(min(first + static_cast<int>(threadIdx.x), outputs - 1));
     for (int row = first + threadIdx.x; row < stop; row += CHECK_THREADS) {
         const Element* weights = vocabulary + static_cast<long long>(row) * columns;
         float sums[TOKENS] = {};
@@ -140,24 +149,36 @@ __device__ void exit_check(float* logits, const float* hidden, const float* proj
         for (int token = 0; token < TOKENS; ++token) {
             const float logit = sums[token] * scales[token] + (vocabulary_bias ? vocabulary_bias[row] : 0.0f);
             if (logits) logits[static_cast<long long>(token) * outputs + row] = logit;
-            seen[token].add(logit, row);
+            summaries[token].add(logit, row);
         }
     }
+    Part* parts = asked.desk->parts;
 #pragma unroll
     for (int token = 0; token < TOKENS; ++token) {
-        const Summary all = block_summary(seen[token]);
-        if (threadIdx.x == 0) asked.desk->parts[token * gridDim.x + blockIdx.x] = all;
+        const Summary all = block_summary(summaries[token]);
+        if (threadIdx.x == 0) parts[token * gridDim.x + blockIdx.x].tell(all, answer);
     }
-    if (last_to_finish(&asked.desk->finished, gridDim.x)) answer(asked, TOKENS, gridDim.x);
+    if (blockIdx.x) return;
+    bool sure = true;
+#pragma unroll
+    for (int token = 0; token < TOKENS; ++token) {
+        Summary part = Summary::nothing(outputs - 1);
+        if (threadIdx.x < gridDim.x) part = parts[token * gridDim.x + threadIdx.x].await(answer);
+        const Summary all = block_summary(part);
+        if (threadIdx.x == 0) sure &= asked.give(token, all);
+    }
+    if (threadIdx.x == 0) asked.end(sure);
 }
 
 #define CHECK_FOR_TOKENS(TOKENS)                                                                                \
     extern "C" __global__ void __launch_bounds__(CHECK_THREADS, 1) exit_check_##TOKENS(                         \
         float* logits, const float* hidden, const float* project, const float* bias, const Element* vocabulary, \
-        const float* vocabulary_bias, float* z_parts, int features, int rank, int columns, int outputs,         \
-        float epsilon, Desk* desk, Mail* mail, int measure, double threshold, int sampled) {                    \
+        const float* vocabulary_bias, Word* z_parts, int features, int rank, int columns, int outputs,          \
+        float epsilon, float* kept, const int* positions, const int* sequences, int capacity, Desk* desk,       \
+        Mail* mail, int measure, double threshold, int sampled) {                                               \
         exit_check<TOKENS>(logits, hidden, project, bias, vocabulary, vocabulary_bias, z_parts, features, rank, \
-                           columns, outputs, epsilon, {desk, mail, measure, threshold, sampled});               \
+                           columns, outputs, epsilon, kept, positions, sequences, capacity,                     \
+                           {desk, mail, 0, measure, threshold, sampled});                                       \
     }
 
 CHECK_FOR_TOKENS(1)

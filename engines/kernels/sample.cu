@@ -140,25 +140,24 @@ __device__ Kept nucleus(const Row& row, const Kept& kept, double top_p) {
     return all_with_key(row, key, max(static_cast<Mass>(1), min(ties, (goal - above + one - 1) / one)));
 }
 
-// Grid (rows). After `choose`, whose answer it completes and gives.
+// Grid (rows). After `choose` or an exit's check, whose answer it completes.
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
     sample(const float* logits, int vocabulary, float temperature, int top_k, double top_p, Desk* desk,
            Mail* mail) {
     wait_for_previous();
     let_next_start();
     const int at = blockIdx.x;
-    const Row row{logits + static_cast<long long>(at) * vocabulary, vocabulary, desk->seen[at].largest, temperature};
+    const Row row{logits + static_cast<long long>(at) * vocabulary, vocabulary, desk->largest[at], temperature};
     Kept kept = most_likely(row, top_k);
     if (top_p < 1.0) kept = nucleus(row, kept, top_p);
     const auto weight = [&](int i) -> Mass { return kept(row, i) ? row.mass(i) : 0; };
     const Mass total = sum_of(vocabulary, weight);
-    const unsigned slot = desk->turn % MAIL_SLOTS;
+    const unsigned answer = desk->answers + 1, slot = (answer - 1) % MAIL_SLOTS;
     const Mass goal = static_cast<Mass>(mail->draws[slot][at] * static_cast<double>(total));
     const int token = find(vocabulary, min(goal, total - 1), weight);
     if (threadIdx.x == 0) {
-        mail->answers[slot][at].token = token;
+        store_word_for_host(&mail->answers[slot][at][TOKEN], word(token, answer));
         desk->tokens[at] = token;
-        __threadfence_system();
     }
-    if (last_to_finish(&desk->finished, gridDim.x) && threadIdx.x == 0) give(desk, mail);
+    if (last_to_finish(&desk->finished, gridDim.x) && threadIdx.x == 0) desk->answers = answer;
 }

@@ -215,7 +215,7 @@ class StandInKernels:
         if self.called_off and kind in ("norm_linear", "norm_up", "linear", "attention"):
             return
         with np.errstate(over="ignore", invalid="ignore"):  # as on a GPU
-            getattr(self, kind)(types.SimpleNamespace(**named, grid=grid, tokens=int(tokens)))
+            getattr(self, kind)(types.SimpleNamespace(**named, grid=grid, count=int(tokens)))
 
     def _floats(self, pointer: int, *shape: int) -> np.ndarray:
         return view(pointer, np.float32, *shape)
@@ -245,7 +245,7 @@ class StandInKernels:
                 out += self._elements(a.learned + int(position) * size, a.features)
 
     def _normed(self, a: Any, width: int, columns: int) -> np.ndarray:
-        hidden = self._floats(a.hidden, a.tokens, width).astype(np.float64)
+        hidden = self._floats(a.hidden, a.count, width).astype(np.float64)
         if self.m.NORM_LAYER and a.norm_weight:
             hidden = hidden - hidden.mean(axis=1, keepdims=True)
         y = hidden / np.sqrt((hidden**2).mean(axis=1, keepdims=True) + a.epsilon)
@@ -253,7 +253,7 @@ class StandInKernels:
             y = y * self._floats(a.norm_weight, width)
         if a.norm_bias:
             y = y + self._floats(a.norm_bias, width)
-        result = np.zeros((a.tokens, columns), np.float32)
+        result = np.zeros((a.count, columns), np.float32)
         result[:, :width] = y
         return self._rounded(result)
 
@@ -264,7 +264,7 @@ class StandInKernels:
 
     def norm_linear(self, a: Any) -> None:
         x = self._normed(a, a.width, a.columns)
-        self._floats(a.out, a.tokens, a.outputs)[...] = self._product(x, a, a.outputs)
+        self._floats(a.out, a.count, a.outputs)[...] = self._product(x, a, a.outputs)
 
     def norm_up(self, a: Any) -> None:
         x, width = self._normed(a, a.columns, a.columns), a.width_out
@@ -280,14 +280,14 @@ class StandInKernels:
             inner = 0.5 * gate * (1 + cubic)
         if self.m.GATED:
             inner = inner * y[:, width:]
-        self._elements(a.inner, a.tokens, width)[...] = inner
+        self._elements(a.inner, a.count, width)[...] = inner
 
     def linear(self, a: Any) -> None:
-        x = self._elements(a.x, a.tokens, a.columns).astype(np.float32)
+        x = self._elements(a.x, a.count, a.columns).astype(np.float32)
         y = self._product(x, a, a.outputs)
         if a.residual:
-            y = y + self._floats(a.residual, a.tokens, a.outputs)
-        self._floats(a.out, a.tokens, a.outputs)[...] = y
+            y = y + self._floats(a.residual, a.count, a.outputs)
+        self._floats(a.out, a.count, a.outputs)[...] = y
 
     def _rotated(self, heads: np.ndarray, a: Any, position: int) -> np.ndarray:
         half = self.m.ROTARY_DIM // 2
@@ -316,17 +316,24 @@ class StandInKernels:
         )
 
     def append(self, a: Any) -> None:
-        for token in range(a.grid[1]):
+        self._append(a, a.grid[0])
+
+    def _append(self, a: Any, tokens: int) -> None:
+        for token in range(tokens):
             qkv, position, keys, values = self._token(a, token)
             _, k, v = np.split(qkv, [self.m.HEADS, self.m.HEADS + self.m.KV_HEADS])
             keys[:, position], values[:, position] = self._rotated(k, a, position), v
 
     def attention(self, a: Any) -> None:
+        if a.tokens == 1:
+            self._append(a, a.grid[2])
+        self._attend(a, a.tokens * a.grid[2])
+
+    def prompt_attention(self, a: Any) -> None:
+        self._attend(a, a.tokens)
+
+    def _attend(self, a: Any, tokens: int) -> None:
         m = self.m
-        tokens = a.grid[2]
-        if a.appending:
-            a.grid = (1, tokens, 1)
-            self.append(a)
         out = self._elements(a.out, tokens, m.HEADS, m.HEAD_DIM)
         for token in range(tokens):
             qkv, position, keys, values = self._token(a, token)
@@ -361,51 +368,49 @@ class StandInKernels:
     def _answer(self, a: Any, logits: np.ndarray, mailbox: Any) -> None:
         from ojfa_export.runtime.policy import confidences
 
-        turn = view(a.desk + mailbox.TURN_OFFSET, np.uint32, 1)
+        count = view(a.desk + 4 * mailbox.ROWS, np.uint32, 1)
+        answer = int(count[0]) + 1
         best = logits.argmax(axis=1)
-        said = confidences(logits, ("top", "margin", "entropy"))
+        said = confidences(logits, ("top", "margin", "entropy")).astype(np.float32)
         view(a.desk, np.int32, len(logits))[...] = best
         for row in range(len(logits)):
-            self._write(
-                a.mail, mailbox, int(turn[0]), row, int(best[row]), int(best[row]), *said[:, row]
-            )
-        if a.measure >= 0 and (said[a.measure] >= a.threshold).all():
+            token = (0, 0) if a.sampled else (int(best[row]), answer)
+            numbers = [each for value in said[:, row] for each in (float(value), answer)]
+            at = a.mail + self._place(mailbox, answer, row)
+            packed = mailbox.ANSWER.pack(*token, int(best[row]), answer, *numbers)
+            ctypes.memmove(at, packed, mailbox.ANSWER.size)
+        if a.measure >= 0 and (said[a.measure].astype(np.float64) >= a.threshold).all():
             self.called_off = True
         if not a.sampled:
-            self._give(a, mailbox)
+            count[0] = answer
 
-    def _write(self, mail: int, mailbox: Any, turn: int, row: int, *values: Any) -> None:
-        at = (turn % mailbox.SLOTS * mailbox.ROWS + row) * mailbox.ANSWER.size
-        ctypes.memmove(mail + at, mailbox.ANSWER.pack(*values), mailbox.ANSWER.size)
-
-    def _give(self, a: Any, mailbox: Any) -> None:
-        turn = view(a.desk + mailbox.TURN_OFFSET, np.uint32, 1)
-        ready = mailbox.SLOTS * mailbox.ROWS * (mailbox.ANSWER.size + 8)
-        view(a.mail + ready + 4 * int(turn[0] % mailbox.SLOTS), np.uint32, 1)[0] = turn[0] + 1
-        turn += 1
+    def _place(self, mailbox: Any, answer: int, row: int) -> int:
+        return int(((answer - 1) % mailbox.SLOTS * mailbox.ROWS + row) * mailbox.ANSWER.size)
 
     def sample(self, a: Any) -> None:
         from ojfa_export.backends.tensorrt import mailbox
         from ojfa_export.runtime.sampling import Sampling
 
         rows = a.grid[0]
-        turn = int(view(a.desk + mailbox.TURN_OFFSET, np.uint32, 1)[0])
+        count = view(a.desk + 4 * mailbox.ROWS, np.uint32, 1)
+        answer = int(count[0]) + 1
         answers = mailbox.SLOTS * mailbox.ROWS * mailbox.ANSWER.size
-        draws = view(a.mail + answers, np.float64, mailbox.SLOTS, mailbox.ROWS)[
-            turn % mailbox.SLOTS
-        ]
+        draws = view(a.mail + answers, np.float64, mailbox.SLOTS, mailbox.ROWS)
         sampling = Sampling(a.temperature, a.top_k, a.top_p)
         logits = self._floats(a.logits, rows, a.vocabulary)
         for row in range(rows):
-            token = sampling.pick(logits[row], float(draws[row]))
-            at = (turn % mailbox.SLOTS * mailbox.ROWS + row) * mailbox.ANSWER.size
-            view(a.mail + at, np.int32, 1)[0] = view(a.desk + 4 * row, np.int32, 1)[0] = token
-        self._give(a, mailbox)
+            token = sampling.pick(logits[row], float(draws[(answer - 1) % mailbox.SLOTS, row]))
+            view(a.mail + self._place(mailbox, answer, row), np.int32, 2)[...] = token, answer
+            view(a.desk + 4 * row, np.int32, 1)[0] = token
+        count[0] = answer
 
     def exit_check(self, a: Any) -> None:
         from ojfa_export.backends.tensorrt import mailbox
 
-        hidden = self._floats(a.hidden, a.tokens, a.features)
+        if a.kept:
+            a.grid = (a.count, 1, 1)
+            self.keep(a)
+        hidden = self._floats(a.hidden, a.count, a.features)
         z = hidden @ self._floats(a.project, a.rank, a.features).T + self._floats(a.bias, a.rank)
         z = z / np.sqrt((z**2).mean(axis=1, keepdims=True) + a.epsilon)
         matrix = self._elements(a.vocabulary, a.outputs, a.columns)[:, : a.rank].astype(np.float32)
@@ -413,5 +418,5 @@ class StandInKernels:
         if a.vocabulary_bias:
             logits += self._floats(a.vocabulary_bias, a.outputs)
         if a.logits:
-            self._floats(a.logits, a.tokens, a.outputs)[...] = logits
+            self._floats(a.logits, a.count, a.outputs)[...] = logits
         self._answer(a, logits, mailbox)

@@ -5,17 +5,10 @@ from __future__ import annotations
 import importlib
 
 import pytest
-from stand_in import stand_in_gpu
 from stand_in.driver import Driver
 
 from ojfa_export import backends
 from ojfa_export.errors import BackendError
-
-
-@pytest.fixture
-def driver():
-    with stand_in_gpu() as driver:
-        yield driver
 
 
 def kernels(driver: Driver):

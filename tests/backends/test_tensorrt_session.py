@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from backends.stand_in_gpu import StandInDriver
 from chain import Chain, build_chain
-from stand_in import stand_in_gpu
 from tiny_models import VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_FP32
 
@@ -34,13 +33,6 @@ class Case:
 
     def reference(self, batch: int = 1, shadow=None) -> Session:
         return Session(self.chain.spec, self.chain.engines, batch, MAX_LENGTH, shadow)
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    with stand_in_gpu() as driver, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield driver
 
 
 @pytest.fixture(scope="module", params=["llama-gqa", "gpt2-residual", "gpt2-fp16"])

@@ -48,12 +48,20 @@ class Recorder:
         self._keys.append(key)
         self._work.append(work)
 
-    def flush(self, *, at_once: bool = False) -> None:
-        """Launches what was added.
+    @property
+    def pending(self) -> bool:
+        """Whether something was added since the last launch."""
+        return bool(self._keys)
 
-        Args:
-            at_once: Records it the first time: kernels alone, which need not have run before.
-        """
+    def take_back(self, key: tuple[Hashable, ...]) -> bool:
+        """Takes back what was added last, if that is its key."""
+        last = bool(self._keys) and self._keys[-1] == key
+        if last:
+            del self._keys[-1], self._work[-1]
+        return last
+
+    def flush(self) -> None:
+        """Launches what was added."""
         if not self._keys:
             return
         self.launches += 1
@@ -61,7 +69,7 @@ class Recorder:
         self._keys, self._work = [], []
         graph = self._graphs.get(key)
         if graph is None:
-            if key not in self._graphs and not at_once:
+            if key not in self._graphs:
                 if len(self._graphs) >= self._most:
                     self.clear()
                 self._graphs[key] = None

@@ -10,18 +10,14 @@ import numpy as np
 from ojfa_export.backends.backend import Int32
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
 from ojfa_export.backends.cuda.device import PinnedArray
-from ojfa_export.backends.tensorrt.kernels import Argument, integer, number, pointer
+from ojfa_export.backends.tensorrt.attention import Attention, Geometry, Operands, Scratch
+from ojfa_export.backends.tensorrt.kernels import Argument, pointer
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, Norm
 from ojfa_export.backends.tensorrt.plan import MLP, QKV
 from ojfa_export.bundle.names import block_name
 
 if TYPE_CHECKING:
     from ojfa_export.backends.tensorrt.engines import TensorRtEngines
-
-ATTENTION_THREADS = 128
-MOST_SPLITS = 16
-# Thread blocks of attention per multiprocessor, above which keys need not be split further.
-ATTENTION_BLOCKS = 4
 
 
 class Workspace:
@@ -37,6 +33,7 @@ class Workspace:
         qkv: [tokens, (heads + 2 kv_heads) head_dim] fp32.
         mixed: [tokens, heads * head_dim], what attention gives.
         inner: [tokens, intermediate size], of the MLP.
+        attention: What attention's thread blocks share.
         positions: Address of the tokens' positions, for all other kernels.
         sequences: Address of the sequences that they belong to.
     """
@@ -51,11 +48,8 @@ class Workspace:
         self.qkv = arrays.empty((tokens, width), np.float32)
         self.mixed = arrays.empty((tokens, spec.heads * spec.head_dim), dtype)
         self.inner = arrays.empty((tokens, spec.intermediate_size), dtype)
-        wanted = ATTENTION_BLOCKS * self._device.multiprocessors
-        self.splits = max(1, min(MOST_SPLITS, wanted // (tokens * spec.kv_heads)))
-        self.parts = arrays.empty((tokens, spec.heads, self.splits, spec.head_dim + 2), np.float32)
-        self.finished = arrays.empty((tokens, spec.kv_heads), np.uint32)
-        self._device.clear(self.finished.pointer, self.finished.nbytes)
+        geometry = Geometry.of(spec, dtype.itemsize)
+        self.attention = Scratch(self._device, arrays, geometry, tokens)
         self._places = arrays.empty((2, tokens), np.int32)
         self.positions, self.sequences = (self._places.pointer + i * 4 * tokens for i in range(2))
         # For the tokens of a step: the device reads them from the host's memory, as late as it can.
@@ -92,6 +86,10 @@ class Workspace:
             self._device.upload(np.array(wanted, np.int32), self.sequences)
             self._sequences = wanted
 
+    def places(self) -> tuple[Argument, Argument]:
+        """Positions and sequences, for a kernel."""
+        return pointer(self.positions), pointer(self.sequences)
+
     def is_placed(self, positions: list[int]) -> bool:
         """Whether the device has these positions."""
         return positions == self._positions
@@ -124,7 +122,11 @@ class Block:
         dtype = DTYPES[engines.precision]
         self._keys = engines.arrays.lasting(shape, dtype)
         self._values = engines.arrays.lasting(shape, dtype)
-        self._kernels = engines.kernels[engines.precision]
+        self._attention = Attention(
+            engines.kernels[engines.precision],
+            Geometry.of(engines.spec, dtype.itemsize),
+            engines.device.multiprocessors,
+        )
         self._linear = engines.linear(engines.precision)
 
     def unload(self) -> None:
@@ -225,34 +227,25 @@ class Block:
         return Norm(weights[f"{name}.weight"], weights.get(f"{name}.bias"), epsilon)
 
     def _attend(self, workspace: Workspace, long_context: bool, *, together: bool) -> None:
-        spec, capacity = self._engines.spec, self._shape[2]
         cosines, sines = self._rotations(long_context)
-        cache = (
-            pointer(workspace.qkv.pointer),
-            pointer(self._keys.pointer),
-            pointer(self._values.pointer),
-            pointer(cosines),
-            pointer(sines),
-            pointer(workspace.positions),
-            pointer(workspace.sequences),
-            integer(capacity),
+        operands = Operands(
+            out=workspace.mixed.pointer,
+            qkv=workspace.qkv.pointer,
+            keys=self._keys.pointer,
+            values=self._values.pointer,
+            cosines=cosines,
+            sines=sines,
+            positions=workspace.positions,
+            sequences=workspace.sequences,
+            capacity=self._shape[2],
+            scale=self._engines.spec.attention_scales[self._index],
         )
-        if not together:
-            grid = (spec.kv_heads, workspace.tokens, 1)
-            self._kernels.launch("append", grid, (ATTENTION_THREADS, 1, 1), cache)
-        self._kernels.launch(
-            "attention",
-            (workspace.splits, spec.kv_heads, workspace.tokens),
-            (ATTENTION_THREADS, 1, 1),
-            (
-                pointer(workspace.mixed.pointer),
-                *cache,
-                number(spec.attention_scales[self._index]),
-                pointer(workspace.parts.pointer),
-                pointer(workspace.finished.pointer),
-                integer(int(together)),
-            ),
-            overlapping=together,
+        self._attention.run(
+            operands,
+            workspace.attention,
+            workspace.tokens,
+            together=together,
+            ahead=self._engines.weights(self._name)["attention.out.weight"],
         )
 
     def _rotations(self, long_context: bool) -> tuple[int, int]:

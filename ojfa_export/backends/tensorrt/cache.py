@@ -13,17 +13,16 @@ from ojfa_export.backends.backend import Float32, Int32, keep
 from ojfa_export.backends.choice import Choices
 from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
-from ojfa_export.backends.tensorrt.kernels import integer, pointer
+from ojfa_export.backends.tensorrt.heads import Keeping
+from ojfa_export.backends.tensorrt.kernels import pointer
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
 from ojfa_export.backends.tensorrt.memory import Request
 from ojfa_export.backends.tensorrt.plan import PREFILL_TOKENS
-from ojfa_export.bundle.names import block_name
 
 if TYPE_CHECKING:
     from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 
 
-KEEP_THREADS = 256
 # Of what follows an exit, so many blocks begin before its check is known.
 AHEAD_BLOCKS = 1
 
@@ -129,7 +128,8 @@ class TensorRtCache:
         long_context: bool,
     ) -> DeviceArray:
         """Runs consecutive blocks on new tokens; see `backends.backend.Cache`."""
-        self._device.make_current()
+        if not self._recorder.pending:  # else this thread has just embedded
+            self._device.make_current()
         states = self.arrays.asarray(hidden)
         self._open(blocks, states.shape[0] * states.shape[1])
         if states.shape[1] == 1:
@@ -150,39 +150,21 @@ class TensorRtCache:
         if last is None or last.cache is not self or not last.holds(hidden):
             keep(kept, rows, starts, hidden)
             return
-        workspace, features = self._workspace(len(hidden)), self._engines.spec.hidden_size
-
-        def work() -> None:
-            self._engines.kernels[self._engines.precision].launch(
-                "keep",
-                (workspace.tokens, 1, 1),
-                (KEEP_THREADS, 1, 1),
-                (
-                    pointer(kept.pointer),
-                    pointer(hidden.pointer),
-                    pointer(workspace.positions),
-                    pointer(workspace.sequences),
-                    integer(kept.shape[1]),
-                    integer(features),
-                ),
-                overlapping=True,
-            )
-
-        self._recorder.add(("keep", self._key, kept.pointer, hidden.pointer, len(hidden)), work)
+        kernels = self._engines.kernels[self._engines.precision]
+        keeping = Keeping(kernels, kept, hidden, self._workspace(len(hidden)))
+        key = ("keep", self._key, kept.pointer, hidden.pointer, len(hidden))
+        self._recorder.add(key, keeping.run)
+        self._engines.keeping = key, keeping
 
     def can_begin(self, last: Pass) -> bool:
         """Whether blocks can begin after a pass: TensorRT's engines can't be called off."""
         return len(last.hidden) <= MOST_TOKENS and self._engines.decode_kernels
 
     def begin(self, last: Pass, blocks: range) -> None:
-        """Begins with blocks after a pass; an exit's check may call them off on the device."""
-        blocks = blocks[:AHEAD_BLOCKS]
+        """Adds blocks after a pass and its exit's check, which may call them off on the device."""
+        self._engines.ahead = blocks = blocks[:AHEAD_BLOCKS]
         self._open(blocks, len(last.hidden))
-        for block in blocks:
-            self._engines.weights(block_name(block))
         self._add(blocks, len(last.hidden), last.long_context)
-        self._recorder.flush(at_once=True)
-        self._engines.ahead = blocks
 
     def unload(self, block: int) -> None:
         """Lets go of a block's weights; its keys and values stay."""

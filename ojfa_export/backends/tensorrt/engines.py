@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ojfa_export.backends.tensorrt.heads import (
     ExitHead,
     FinalHead,
     Head,
+    Keeping,
     ResidualExitHead,
 )
 from ojfa_export.backends.tensorrt.kernels import Argument, Kernels, integer, pointer
@@ -90,6 +91,8 @@ class TensorRtEngines:
         # that were begun after it, ahead of an exit's check.
         self.last_pass: Pass | None = None
         self.ahead: range | None = None
+        # What was asked to be kept last, and its recording's key: a head may do it along the way.
+        self.keeping: tuple[tuple[Hashable, ...], Keeping | None] = (), None
         self._states = self.arrays.lasting((HEAD_ROWS, spec.hidden_size), np.float32)
         self._logits = self.arrays.lasting((HEAD_ROWS, spec.vocab_size), np.float32)
         self._pinned = PinnedArray((HEAD_ROWS, spec.vocab_size), np.float32)
@@ -216,7 +219,8 @@ class TensorRtEngines:
 
     def choose(self, hidden: Float32 | DeviceArray, blocks_run: int, how: Choosing) -> Choices:
         """Applies the head after so many blocks, and chooses on the device."""
-        self.device.make_current()
+        if not self.device.recorder.pending:  # else this thread has just run blocks
+            self.device.make_current()
         states = self.arrays.asarray(hidden)
         if self.ahead is not None:
             self.call_off()
@@ -229,21 +233,24 @@ class TensorRtEngines:
         states = self._in_place(states)
         last = self.last_pass
         if last is None or how.stop is None or not last.cache.can_begin(last):
-            how = replace(how, stop=None)
+            how = replace(how, stop=None) if how.stop is not None else how
         asked = Asked.of(how, self.spec.vocab_size)
 
-        def work() -> None:
-            head.choose(states, self._logits[:count], asked)
+        recorder, key, keeping = self.device.recorder, *self.keeping
+        if keeping is not None and not (keeping.keeps(states) and recorder.take_back(key)):
+            key, keeping = (), None
+        self.keeping = (), None
 
-        self.device.recorder.add(
-            ("choose", self.mailbox, blocks_run, count, states.pointer, asked), work
-        )
-        self.mailbox.leave(how.draws)
-        self.device.recorder.flush()
-        choices = self.mailbox.expect(count)
+        def work() -> None:
+            head.choose(states, self._logits[:count], asked, keeping)
+
+        key = ("choose", self.mailbox, blocks_run, count, states.pointer, asked, *key)
+        recorder.add(key, work)
         if how.stop is not None and last is not None:
             last.cache.begin(last, how.stop.then)
-        return choices
+        self.mailbox.leave(how.draws)
+        recorder.flush()
+        return self.mailbox.expect(count)
 
     def _choose_many(self, states: DeviceArray, blocks_run: int, how: Choosing) -> JoinedChoices:
         parts: list[DeviceChoices] = []

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ojfa_export.backends.cuda.arrays import DeviceArray
-from ojfa_export.backends.tensorrt.kernels import Kernels, integer, number, pointer, wide_number
+from ojfa_export.backends.tensorrt.kernels import (
+    Argument,
+    Kernels,
+    integer,
+    number,
+    pointer,
+    wide_number,
+)
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
 from ojfa_export.backends.tensorrt.mailbox import Asked, Mailbox
 from ojfa_export.backends.tensorrt.weights import ROW_BYTES
 
 if TYPE_CHECKING:
+    from ojfa_export.backends.tensorrt.blocks import Workspace
     from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 
 # Rows of logits that are on the device at once.
@@ -20,7 +29,8 @@ HEAD_ROWS = 16
 ROW_ELEMENTS = ROW_BYTES // 4  # of fp32, as a kernel loads them
 # As in choose.cu, sample.cu and exit_check.cu.
 CHOOSE_PARTS, CHOOSE_THREADS, SAMPLE_THREADS = 32, 512, 1024
-CHECK_THREADS, CHECK_RANK = 512, 128
+CHECK_THREADS, CHECK_RANK, KEEP_THREADS = 512, 128, 256
+NOTHING_TO_KEEP = (pointer(None), pointer(None), pointer(None), integer(0))
 # What the folded exit head consists of; another exit head runs in its engine.
 FOLDED = {"project", "project.bias", "vocabulary", "vocabulary.bias"}
 
@@ -32,9 +42,61 @@ class Head(Protocol):
         """Writes logits [rows, V] fp32 of hidden states [rows, H]."""
         ...
 
-    def choose(self, hidden: DeviceArray, logits: DeviceArray, asked: Asked) -> None:
-        """Gives an answer for hidden states [rows, H]; logits [rows, V] is room to work in."""
+    def choose(
+        self, hidden: DeviceArray, logits: DeviceArray, asked: Asked, keeping: Keeping | None = None
+    ) -> None:
+        """Gives an answer for hidden states [rows, H]; logits [rows, V] is room to work in.
+
+        Hidden states that are also to be kept are copied along the way.
+        """
         ...
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Hidden states of a step that are kept for later.
+
+    Attributes:
+        kernels: The compiled kernels.
+        kept: Where, [sequences, positions, H].
+        hidden: Of one token of some sequences, [rows, 1, H].
+        workspace: Says which sequences, and at which positions.
+    """
+
+    kernels: Kernels
+    kept: DeviceArray
+    hidden: DeviceArray
+    workspace: Workspace
+
+    def keeps(self, states: DeviceArray) -> bool:
+        """Whether these are the hidden states."""
+        return states.pointer == self.hidden.pointer and len(states) == len(self.hidden)
+
+    def arguments(self) -> tuple[Argument, ...]:
+        """Where they go, for a kernel."""
+        return (
+            pointer(self.kept.pointer),
+            *self.workspace.places(),
+            integer(self.kept.shape[1]),
+        )
+
+    def run(self) -> None:
+        """Copies them."""
+        kept, positions, sequences, capacity = self.arguments()
+        self.kernels.launch(
+            "keep",
+            (self.workspace.tokens, 1, 1),
+            (KEEP_THREADS, 1, 1),
+            (
+                kept,
+                pointer(self.hidden.pointer),
+                positions,
+                sequences,
+                capacity,
+                integer(self.hidden.shape[-1]),
+            ),
+            overlapping=True,
+        )
 
 
 class Chooser:
@@ -92,8 +154,12 @@ class _ByLogits:
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
         raise NotImplementedError
 
-    def choose(self, hidden: DeviceArray, logits: DeviceArray, asked: Asked) -> None:
+    def choose(
+        self, hidden: DeviceArray, logits: DeviceArray, asked: Asked, keeping: Keeping | None = None
+    ) -> None:
         """See `Head`."""
+        if keeping is not None:
+            keeping.run()
         self.run(hidden, logits)
         self._chooser.choose(logits, asked)
 
@@ -166,7 +232,7 @@ class ExitHead(_ByLogits):
         )
         self._rank = project.shape[1]
         parts = (engines.device.multiprocessors, MOST_TOKENS, CHECK_RANK)
-        self._z_parts = engines.arrays.lasting(parts, np.float32)
+        self._z_parts = engines.arrays.lasting(parts, np.uint64)
         self._in_one = (
             self._rank <= CHECK_RANK
             and project.precision == "fp32"
@@ -184,11 +250,13 @@ class ExitHead(_ByLogits):
         first.linear(z, None, hidden, self._project, self._project_bias)
         second.norm_linear(logits, z, self._norm, self._vocabulary, self._bias)
 
-    def choose(self, hidden: DeviceArray, logits: DeviceArray, asked: Asked) -> None:
+    def choose(
+        self, hidden: DeviceArray, logits: DeviceArray, asked: Asked, keeping: Keeping | None = None
+    ) -> None:
         """See `Head`."""
         few = len(hidden) <= MOST_TOKENS and self._engines.decode_kernels
         if self._kernels is None or not few or not self._in_one:
-            super().choose(hidden, logits, asked)
+            super().choose(hidden, logits, asked, keeping)
             return
         outputs, columns = self._vocabulary.shape
         bias = self._bias
@@ -209,6 +277,7 @@ class ExitHead(_ByLogits):
                 integer(columns),
                 integer(outputs),
                 number(self._norm.epsilon),
+                *(keeping.arguments() if keeping else NOTHING_TO_KEEP),
                 *self._chooser.mailbox.asked(asked),
             ),
             overlapping=True,

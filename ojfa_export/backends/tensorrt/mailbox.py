@@ -1,12 +1,11 @@
 """How answers of the device come to the host: a few numbers in memory that both can reach.
 
-Kernels write an answer there and then say that it is ready (engines/kernels/choose.cuh); the host
-looks until it is. That is sooner known than the end of all work, which need not have come.
+Kernels write them there, each with the number of its answer (engines/kernels/choose.cuh); the host
+looks until all are there. That is sooner known than the end of all work, which need not have come.
 """
 
 from __future__ import annotations
 
-import ctypes
 import struct
 import time
 from collections.abc import Sequence
@@ -21,13 +20,13 @@ from ojfa_export.backends.tensorrt.kernels import Argument, integer, pointer, wi
 from ojfa_export.errors import BackendError
 from ojfa_export.runtime.policy import Measure
 
-# As in choose.cuh: answers that may be on their way, rows of each, thread blocks' parts of a row.
-SLOTS, ROWS, PARTS = 8, 16, 2048
-ANSWER = struct.Struct("=iiddd")  # token, likeliest, top, margin, entropy
+# As in choose.cuh: answers that may be on their way, rows of each, thread blocks' parts of them.
+SLOTS, ROWS, PARTS = 8, 16, 1024
+# Token, likeliest, top, margin and entropy, each with the number of its answer.
+ANSWER = struct.Struct("=iIiIfIfIfI")
 Row = tuple[int, int, float, float, float]
-SEEN_BYTES = 32
-DESK_BYTES = 4 * ROWS + 4 * 4 + SEEN_BYTES * (ROWS + PARTS)
-TURN_OFFSET = 4 * ROWS
+PART_BYTES = 5 * 8
+DESK_BYTES = 4 * ROWS + 2 * 4 + 4 * ROWS + PART_BYTES * PARTS
 MEASURES: dict[Measure, int] = {"top": 0, "margin": 1, "entropy": 2}
 # Looks between two that let other threads run, and between two at the stream's state.
 LOOKS, LOOKS_AT_STREAM = 32, 1 << 14
@@ -74,12 +73,10 @@ class Mailbox:
         self._device = device
         self._desk = Memory(device, DESK_BYTES, pooled=False)
         answers, draws = SLOTS * ROWS * ANSWER.size, SLOTS * ROWS * 8
-        self._mail = PinnedArray((answers + draws + 4 * SLOTS,), np.uint8)
+        self._mail = PinnedArray((answers + draws,), np.uint8)
         whole = self._mail.array
         self._bytes = memoryview(whole)  # type: ignore[arg-type]
-        self._draws = whole[answers : answers + draws].view(np.float64).reshape(SLOTS, ROWS)
-        ready = self._mail.pointer + answers + draws
-        self._ready = (ctypes.c_uint32 * SLOTS).from_address(ready)
+        self._draws = whole[answers:].view(np.float64).reshape(SLOTS, ROWS)
         self.reset()
 
     @property
@@ -119,18 +116,23 @@ class Mailbox:
 
     def read(self, slot: int, turn: int, rows: int, launch: int) -> list[Row]:
         """Waits for an answer."""
-        ready, looks = self._ready, 0
-        while ready[slot] != turn:
+        looks, first, idle = 0, slot * ROWS * ANSWER.size, False
+        answers: list[Row] = []
+        while len(answers) < rows:
+            found = ANSWER.unpack_from(self._bytes, first + len(answers) * ANSWER.size)
+            if found[1::2] == (turn,) * 5:
+                answers.append(found[::2])
+                continue
+            if idle:
+                raise BackendError(
+                    "the GPU gave no answer", hint="please report this with the command"
+                )
             looks += 1
             if looks % LOOKS == 0:
                 time.sleep(0)
-                if looks % LOOKS_AT_STREAM == 0 and self._device.idle() and ready[slot] != turn:
-                    raise BackendError(
-                        "the GPU gave no answer", hint="please report this with the command"
-                    )
+                idle = looks % LOOKS_AT_STREAM == 0 and self._device.idle()
         self._device.recorder.done = max(self._device.recorder.done, launch)
-        first = slot * ROWS * ANSWER.size
-        return [ANSWER.unpack_from(self._bytes, first + i * ANSWER.size) for i in range(rows)]
+        return answers
 
 
 class DeviceChoices:
