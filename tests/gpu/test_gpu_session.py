@@ -170,7 +170,7 @@ def test_shadow_checks_and_closed_heads(case, decode):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_steps_begun_ahead(case, decode, batch):
-    """Text whose next step begins before the last token is known, against one step after another."""
+    """Text whose next step begins before the last token is known, against single steps."""
     prompts = case.expected["token_ids"][:batch, :6].tolist()
     for exit in (EXIT, case.spec.blocks):
         session, plain = case.session(batch), case.session(batch)
