@@ -168,9 +168,7 @@ def test_steps_begun_ahead_change_nothing(case, rng, batch, sampling):
 def test_texts_that_take_turns(case):
     """Each has a step begun ahead whose answer waits longer than there are places for answers."""
     sessions, greedy = [case.session() for _ in range(2)], Sampling()
-    decoders = [
-        StepByStep(each, "full", Sampling(), [np.random.default_rng(0)]) for each in sessions
-    ]
+    decoders = [StepByStep(each, "full", greedy, [greedy.generator(0)]) for each in sessions]
     pending, expected = [[[3, 4]], [[5]]], [[3, 4], [5]]
     for _ in range(3):
         for which, decoder in enumerate(decoders):
