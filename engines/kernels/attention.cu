@@ -10,9 +10,9 @@ constexpr int STEP_KEYS = 16;    // of a warp at a time
 constexpr int STEP_STAGES = 3;   // of a warp's keys in shared memory, all but one of them on their way
 // Few enough registers that a thread block fits beside the matrix-vector product before it (linear.cu), so
 // that it is there, with its first keys and values, when that ends.
-constexpr int STEP_RESIDENT = HALF && ROW_BYTES <= 256 ? 5 : 1;
+constexpr int STEP_RESIDENT = HALF && ROW_BYTES <= 256 ? 6 : 1;
 // Keys that a thread block takes by itself before others help (bench/NOTES.md).
-constexpr int SPLIT_KEYS = 64;
+constexpr int SPLIT_KEYS = 192;
 constexpr int PARTIAL = HEAD_DIM + 2;  // largest, total, weighted values
 
 // Keys and values of a sequence's tokens, before any of them attends. Grid (tokens, what it takes).
@@ -27,15 +27,26 @@ extern "C" __global__ void append(const float* qkv, Element* keys, Element* valu
     store_features(values + at, in.value(token, kv_head, feature));
 }
 
-// Asks for this thread block's share of what the next kernel reads first: while attention waits for
-// its few bytes, the memory has time.
-__device__ void prefetch_share(const unsigned char* at, long long bytes) {
-    constexpr int LINE = 128;
-    const long long blocks = static_cast<long long>(gridDim.x) * gridDim.y * gridDim.z;
-    const long long block = (static_cast<long long>(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-    for (long long line = block * blockDim.x + threadIdx.x; line * LINE < bytes; line += blocks * blockDim.x)
-        prefetch(at + line * LINE);
-}
+// A matrix that the next kernel reads, and the bytes of it and of what attention reads that the memory has
+// time for meanwhile. The beginning of each row is asked for, as warps begin there.
+struct Ahead {
+    const unsigned char* matrix;
+    int rows, row_bytes;
+    long long budget;
+
+    // Asks for this thread block's share, where attention itself reads so many keys of every head.
+    __device__ void prefetch_share(int keys) const {
+        constexpr int LINE = 128, KEY_BYTES = 2 * HEAD_DIM * sizeof(Element);
+        const long long heads = static_cast<long long>(gridDim.z) * gridDim.y;
+        const long long left = budget - heads * keys * KEY_BYTES;
+        if (!rows || left <= 0) return;
+        const int lines = static_cast<int>(min(left / rows, static_cast<long long>(row_bytes)) / LINE);
+        const int blocks = gridDim.x * gridDim.y * gridDim.z;
+        const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+        for (int i = block * blockDim.x + threadIdx.x; i < rows * lines; i += blocks * blockDim.x)
+            prefetch(matrix + static_cast<long long>(i / lines) * row_bytes + i % lines * LINE);
+    }
+};
 
 // Combines parts [count][stride] for one feature: largest, total, weighted value.
 struct Combined {
@@ -134,13 +145,15 @@ struct SeenByColumns {
 //   tokens    of each sequence, consecutive; one is appended here, several by `append` before
 //   parts     [sequences * tokens, HEADS, splits, PARTIAL] where splits > 1
 //   finished  [gridDim.z, gridDim.y] zero before and after
-//   ahead     what the next kernel reads, bytes of it that are worth asking for
+//   ahead_*   of `Ahead`
 extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     attention(Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,
               const float* sines, const int* positions, const int* sequences, int capacity, float scale, int tokens,
-              float* parts, unsigned* finished, const unsigned char* ahead, long long ahead_bytes) {
-    constexpr int STAGE = 2 * STEP_KEYS * STRIDE;
+              float* parts, unsigned* finished, const unsigned char* ahead_matrix, int ahead_rows, int ahead_row_bytes,
+              long long ahead_budget) {
+    constexpr int THREADS = STEP_WARPS * LANES, STAGE = 2 * STEP_KEYS * STRIDE;
     const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, capacity};
+    const Ahead ahead{ahead_matrix, ahead_rows, ahead_row_bytes, ahead_budget};
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     Element* const queries = reinterpret_cast<Element*>(shared_memory);
     Element* const fresh = queries + STEP_QUERIES * STRIDE;  // the new key and value
@@ -157,7 +170,12 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     int active = min(splits, (seen_keys + SPLIT_KEYS - 1) / SPLIT_KEYS);
     const int each = (seen_keys + active * STEP_KEYS - 1) / (active * STEP_KEYS) * STEP_KEYS;
     active = (seen_keys + each - 1) / each;
-    if (split >= active) return;
+    if (split >= active) {
+        wait_for_previous();
+        let_next_start();
+        if (!is_called_off()) ahead.prefetch_share(seen_keys);
+        return;
+    }
     const int first = oldest + split * each, stop = min(first + each, highest + 1);
     const bool appending = tokens == 1 && split == active - 1;
 
@@ -172,34 +190,33 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     // Older keys and values don't depend on the kernel before.
 #pragma unroll
     for (int step = 0; step < STEP_STAGES; ++step) copy_step(step);
-    clear_padding(queries, STEP_QUERIES, threadIdx.x, blockDim.x);
     clear_padding(ring, STEP_STAGES * 2 * STEP_KEYS, lane, LANES);
+    for (int i = threadIdx.x; i < STEP_QUERIES * STRIDE; i += THREADS) store(queries + i, 0.0f);
+    __syncthreads();
     wait_for_previous();
     let_next_start();
     const bool not_wanted = is_called_off();  // comes while the queries do
-    // Queries that there are not are the last one once more.
-    for (int i = threadIdx.x; i < STEP_QUERIES * VECTORS; i += blockDim.x) {
-        const int query = first_query + min(i / VECTORS, count - 1), feature = i % VECTORS * VECTOR;
-        store_features(queries + i / VECTORS * STRIDE + feature,
-                       in.turned(first_token + query / GROUP, kv_head * GROUP + query % GROUP, feature,
-                                 start + query / GROUP),
-                       scale * LOG2_E);
-    }
-    if (appending) {
-        const long long place = base + static_cast<long long>(highest) * HEAD_DIM;
-        for (int i = threadIdx.x * VECTOR; i < HEAD_DIM; i += blockDim.x * VECTOR) {
-            const Features key = in.turned(first_token, HEADS + kv_head, i, highest);
-            const Features value = in.value(first_token, kv_head, i);
-            store_features(fresh + i, key), store_features(keys + place + i, key);
-            store_features(fresh + STRIDE + i, value), store_features(values + place + i, value);
+    // Rows of the queries, then of the new key and value.
+    for (int i = threadIdx.x; i < (count + (appending ? 2 : 0)) * VECTORS; i += THREADS) {
+        const int row = i / VECTORS, feature = i % VECTORS * VECTOR;
+        const int query = min(first_query + row, first_query + count - 1), token = query / GROUP;
+        const int head = row < count ? kv_head * GROUP + query % GROUP : HEADS + kv_head;
+        const Features loaded = row > count ? in.value(first_token, kv_head, feature)
+                                            : in.turned(first_token + token, head, feature, start + token);
+        if (row < count) {
+            store_features(queries + row * STRIDE + feature, loaded, scale * LOG2_E);
+        } else {
+            const long long place = base + static_cast<long long>(highest) * HEAD_DIM + feature;
+            store_features(fresh + (row - count) * STRIDE + feature, loaded);
+            store_features((row == count ? keys : values) + place, loaded);
         }
     }
-    prefetch_share(ahead, ahead_bytes);
     __syncthreads();
     if (not_wanted) {
         copies_wait<0>();
         return;
     }
+    ahead.prefetch_share(seen_keys);
 
     Right query[DIM / DEPTH];
 #pragma unroll
@@ -237,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
         query += first_query;
         return static_cast<long long>(first_token + query / GROUP) * HEADS + kv_head * GROUP + query % GROUP;
     };
-    for (int i = threadIdx.x; i < count * HEAD_DIM; i += blockDim.x) {
+    for (int i = threadIdx.x; i < count * HEAD_DIM; i += THREADS) {
         const int query = i / HEAD_DIM, feature = i % HEAD_DIM;
         const Combined all(by_warp + query * PARTIAL, STEP_QUERIES * PARTIAL, STEP_WARPS, feature);
         if (active == 1) {
@@ -259,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     }
     __syncthreads();
     if (!is_last) return;
-    for (int i = threadIdx.x; i < count * HEAD_DIM; i += blockDim.x) {
+    for (int i = threadIdx.x; i < count * HEAD_DIM; i += THREADS) {
         const int query = i / HEAD_DIM, feature = i % HEAD_DIM;
         const Combined all(parts + index_of(query) * splits * PARTIAL, PARTIAL, active, feature);
         store(out + index_of(query) * HEAD_DIM + feature, all.mixed / all.total);

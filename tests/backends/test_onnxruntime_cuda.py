@@ -279,6 +279,19 @@ def test_onnxruntime_without_cuda(monkeypatch):
     assert "onnxruntime-gpu" in raised.value.hint
 
 
+def test_a_run_that_fails(both_of, monkeypatch):
+    both = both_of("llama-gqa")
+    session = both.sessions()[1]
+    session.advance([1, 2, 3])
+
+    def fail(self, *_):
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 99\nand more")
+
+    monkeypatch.setattr(type(both.engines._sessions["block_00.onnx"]), "run_with_iobinding", fail)
+    with pytest.raises(BackendError, match=r"can't run 'embed': Failed to allocate .* 99$"):
+        session.advance([1, 2])
+
+
 def test_a_provider_that_does_not_load(driver, both_of, monkeypatch):
     """ONNX Runtime then goes on with the CPU by itself; this backend doesn't."""
     from ojfa_export.backends.onnxruntime_cuda import provider
@@ -287,7 +300,7 @@ def test_a_provider_that_does_not_load(driver, both_of, monkeypatch):
     both = both_of("llama-gqa")
     with pytest.raises(BackendError, match="doesn't load") as raised:
         both.engines.load_blocks(1)
-    assert "cudnn" in raised.value.hint
+    assert "--no-deps onnxruntime-gpu" in raised.value.hint
 
 
 def test_engines_are_added_to_a_bundle_and_run(driver, tiny_bundle, tmp_path):

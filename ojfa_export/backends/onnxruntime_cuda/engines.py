@@ -70,7 +70,7 @@ class OnnxRuntimeCudaEngines(ChoosesOnHost):
 
     def work(self, name: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Work:
         """A graph with its weights, on these inputs and outputs."""
-        return Work(self._session(name), {**self.weights(name), **inputs}, outputs)
+        return Work(name, self._session(name), {**self.weights(name), **inputs}, outputs)
 
     def add(self, key: tuple[Hashable, ...], work: Callable[[], None]) -> None:
         """Adds work to the step, or does it at once where steps aren't recorded.

@@ -19,8 +19,9 @@ from ojfa_export.errors import BackendError
 PROVIDER = "CUDAExecutionProvider"
 DEVICE = "cuda"
 INSTALL = (
-    "install 'onnxruntime-gpu[cuda,cudnn]' in place of onnxruntime (both are the module "
-    "'onnxruntime'): pip uninstall onnxruntime, then pip install 'ojfa-export[gpu-onnxruntime]'"
+    "pip install 'ojfa-export[gpu-onnxruntime]', then put onnxruntime-gpu in the place of "
+    "onnxruntime: 'pip uninstall -y onnxruntime', 'pip install --force-reinstall --no-deps "
+    "onnxruntime-gpu'"
 )
 Array = DeviceArray | NDArray[Any]
 
@@ -79,7 +80,7 @@ def open_session(model: bytes, name: str, stream: int) -> ort.InferenceSession:
     if PROVIDER not in session.get_providers():
         raise BackendError(
             f"the CUDA provider of ONNX Runtime {ort.__version__} doesn't load: libraries of CUDA "
-            "or cuDNN are missing, or the driver is too old",
+            "or cuDNN are missing (ONNX Runtime names the first), or the driver is too old",
             hint=INSTALL,
         )
     return session
@@ -89,6 +90,7 @@ class Work:
     """A graph with its inputs and outputs in their places, ready to be put on the stream.
 
     Args:
+        name: For messages.
         session: Of the graph.
         inputs: By name; more than the graph takes may be given.
         outputs: By name. One in the memory of an input is updated in place.
@@ -96,11 +98,12 @@ class Work:
 
     def __init__(
         self,
+        name: str,
         session: ort.InferenceSession,
         inputs: Mapping[str, Array],
         outputs: Mapping[str, Array],
     ) -> None:
-        self._session = session
+        self._name, self._session = name, session
         self._binding = session.io_binding()
         # What is bound is an address: the arrays must live as long.
         self._held = (inputs, outputs)
@@ -110,8 +113,20 @@ class Work:
             self._binding.bind_output(each.name, *_place(outputs[each.name]))
 
     def run(self) -> None:
-        """Puts it on the stream, without waiting for it."""
-        self._session.run_with_iobinding(self._binding, _without_waiting())
+        """Puts it on the stream, without waiting for it.
+
+        Raises:
+            BackendError: ONNX Runtime can't run it; there may be no memory for what is between its
+                operators.
+        """
+        try:
+            self._session.run_with_iobinding(self._binding, _without_waiting())
+        except Exception as error:  # onnxruntime's exceptions share no base class but this
+            raise BackendError(
+                f"ONNX Runtime {ort.__version__} can't run '{self._name}': "
+                f"{str(error).splitlines()[0]}",
+                hint="where memory ran out: fewer sequences, or a shorter cache (max_length)",
+            ) from error
 
 
 def _place(array: Array) -> tuple[str, int, Any, tuple[int, ...], int]:

@@ -24,8 +24,9 @@ APPEND_THREADS = 256
 MOST_SPLITS = 64
 # Thread blocks on a multiprocessor that keys of a step are split over (bench/NOTES.md).
 RESIDENT = 1
-# Of what the next kernel reads, asked for while attention runs (bench/NOTES.md).
-AHEAD_BYTES = 16 << 20
+# What the memory can read in the time that attention takes at least: what attention leaves of it
+# is asked for of the matrix that the next kernel reads (bench/NOTES.md).
+AHEAD_BYTES = 24 << 20
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class Attention:
             tokens: How many.
             together: Whether they are of different sequences, one each; else consecutive ones
                 of one sequence.
-            ahead: What the next kernel reads.
+            ahead: A matrix [rows, columns] that the next kernel reads.
         """
         if together:
             self.step(operands, scratch, tokens, 1, ahead)
@@ -234,12 +235,17 @@ class Attention:
         if tokens > 1:
             self._append(operands, sequences * tokens)
         launch = step_launch(self._geometry, sequences, tokens, self._multiprocessors)
-        address, size = (ahead.pointer, ahead.nbytes) if ahead is not None else (0, 0)
+        matrix, rows, row_bytes = 0, 0, 0
+        if ahead is not None:
+            matrix, rows = ahead.pointer, len(ahead)
+            row_bytes = ahead.nbytes // rows
         arguments = (
             *operands.whole,
             (tokens, ctypes.c_int),
-            *_pointers(scratch.parts.pointer, scratch.finished.pointer, address),
-            (min(size, AHEAD_BYTES), ctypes.c_longlong),
+            *_pointers(scratch.parts.pointer, scratch.finished.pointer, matrix),
+            (rows, ctypes.c_int),
+            (row_bytes, ctypes.c_int),
+            (AHEAD_BYTES, ctypes.c_longlong),
         )
         self._launch(launch, arguments, overlapping=tokens == 1)
 

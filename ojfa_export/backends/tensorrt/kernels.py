@@ -13,6 +13,10 @@ from ojfa_export.errors import BackendError
 
 # Dynamic shared memory that needs no permission: 48 KiB less what kernels declare themselves.
 PLAIN_SHARED_BYTES = 32 << 10
+# Percent of a multiprocessor's memory that is shared memory rather than first-level cache: all, and
+# for every kernel. A multiprocessor must be empty to divide it otherwise, and a kernel that wants
+# that can't start while the one before it ends.
+SHARED_PERCENT = 100
 Argument = tuple[Any, Any]  # a value and its ctypes type
 
 
@@ -113,6 +117,8 @@ class Kernels:
     def _function(self, name: str, shared_bytes: int) -> Any:
         if name not in self._functions:
             function = check(driver.cuModuleGetFunction(self._module, name.encode()))
+            which = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            check(driver.cuFuncSetAttribute(function, which, SHARED_PERCENT))
             self._functions[name] = function
         function = self._functions[name]
         if shared_bytes > PLAIN_SHARED_BYTES:
