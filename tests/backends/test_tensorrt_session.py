@@ -150,3 +150,25 @@ def test_steps_begun_ahead_change_nothing(case, rng, batch, sampling):
     np.testing.assert_array_equal(sessions[0].watermarks, sessions[1].watermarks)
     new = [[5]] * batch
     assert_close(case, sessions[0].advance(new), sessions[1].advance(new))
+
+
+def test_texts_that_take_turns(case):
+    """Each has a step begun ahead whose answer waits longer than there are places for answers."""
+    sessions, greedy = [case.session() for _ in range(2)], Sampling()
+    decoders = [StepByStep(each, "full", greedy, [greedy.generator(0)]) for each in sessions]
+    pending, expected = [[[3, 4]], [[5]]], [[3, 4], [5]]
+    for _ in range(3):
+        for which, decoder in enumerate(decoders):
+            for _ in range(2 + 9 * which):
+                pending[which] = [[each.id for each in decoder.step(pending[which], [99])[0]]]
+                expected[which] += pending[which][0]
+    for which, decoder in enumerate(decoders):
+        decoder.end()
+        assert sessions[which].tokens() == expected[which][:-1]
+        reference, tokens = case.reference(), expected[which]
+        logits = reference.advance(tokens[:-1], every_position=True)[0]
+        prompt = 2 - which
+        for at in range(prompt, len(tokens)):
+            best = logits[at - 1].max()
+            near = 0.02 * np.abs(logits[at - 1]).max() if case.chain.precision == "fp16" else 1e-3
+            assert best - logits[at - 1][tokens[at]] <= near
