@@ -47,3 +47,6 @@ NEAR_TIE = 2 * LOGITS_FP32
 # A binomial tail in float64 against exact rationals: cumulative sums of at most 1e3 logarithms of
 # size 1e2..1e3, rounded at 1e-16 each.
 P_VALUE_RELATIVE = 1e-9
+# A confidence of the stored vectors on another processor: logits within LOGITS_FP32 of each other,
+# through a softmax, whose derivative is 1 at most.
+CONFIDENCE_OF_VECTORS = LOGITS_FP32
