@@ -83,7 +83,10 @@ class ReferenceCache : public Cache {
 
     Address embed(Span<const std::int32_t> token_ids, const Rows& rows) override;
     Address run_blocks(int first, int stop, Address hidden, const Rows& rows) override;
-    void head(Address hidden, int count, int blocks_run, float* logits, std::int32_t* likeliest) override;
+    void keep(Address kept, std::size_t capacity, Address hidden, const Rows& rows) override {
+        keep_by_copies(*this, kept, capacity, hidden, rows, at(spec_.hidden_size) * sizeof(float));
+    }
+    void head(Address hidden, int count, int blocks_run, const HeadOutputs& outputs) override;
 
  private:
     Address buffer(std::size_t rows);
@@ -257,13 +260,14 @@ Row ReferenceCache::logits_of(const float* hidden, int blocks_run) const {
                              final_head.at("head", {vocabulary, width}), nullptr);
 }
 
-void ReferenceCache::head(Address hidden, int count, int blocks_run, float* logits, std::int32_t* likeliest) {
+void ReferenceCache::head(Address hidden, int count, int blocks_run, const HeadOutputs& outputs) {
     const std::size_t width = at(spec_.vocab_size);
     for (std::size_t row = 0; row < at(count); ++row) {
         const Row exact = logits_of(floats(hidden) + row * at(spec_.hidden_size), blocks_run);
         const std::vector<float> rounded(exact.begin(), exact.end());
-        if (logits) std::copy(rounded.begin(), rounded.end(), logits + row * width);
-        if (likeliest) likeliest[row] = core::likeliest(rounded);
+        if (outputs.logits) std::copy(rounded.begin(), rounded.end(), outputs.logits + row * width);
+        if (outputs.likeliest) outputs.likeliest[row] = likeliest(rounded);
+        if (outputs.confidence) outputs.confidence[row] = confidence(rounded, outputs.measure);
     }
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "bundle/bundle.hpp"
+#include "runtime/policy.hpp"
 #include "span.hpp"
 
 namespace ojfa::core {
@@ -41,6 +42,14 @@ struct Rows {
     bool long_context;                // whether LongRoPE's long factors apply
 };
 
+// What is asked of a head; what is null is not computed where that saves something.
+struct HeadOutputs {
+    float* logits = nullptr;            // [count, V]
+    std::int32_t* likeliest = nullptr;  // [count] tokens, the first of equal ones
+    double* confidence = nullptr;       // [count], as `core::confidence`
+    Measure measure = Measure::top;     // of it
+};
+
 // The keys and values of one session's sequences, with a stream of their own where the backend has streams.
 // Used by one thread at a time. What it computes is in order; results on the host are there when a call
 // returns.
@@ -65,10 +74,24 @@ class Cache {
     // positions; what lay there is overwritten. The result is valid until the next call of this or of embed.
     virtual Address run_blocks(int first, int stop, Address hidden, const Rows& rows) = 0;
 
-    // Applies the head after so many blocks to hidden states [count, H]: logits [count, V], and the likeliest
-    // tokens [count], the first of equal ones. Either may be null.
-    virtual void head(Address hidden, int count, int blocks_run, float* logits, std::int32_t* likeliest) = 0;
+    // Copies hidden states [rows, tokens, H] to where later ones find them: `kept` [sequences, capacity, H],
+    // at their sequences and positions.
+    virtual void keep(Address kept, std::size_t capacity, Address hidden, const Rows& rows) = 0;
+
+    // Applies the head after so many blocks to hidden states [count, H].
+    virtual void head(Address hidden, int count, int blocks_run, const HeadOutputs& outputs) = 0;
 };
+
+// `Cache::keep` by copies of rows of this many bytes.
+inline void keep_by_copies(Cache& cache, Address kept, std::size_t capacity, Address hidden, const Rows& rows,
+                           std::size_t row_bytes) {
+    const auto tokens = static_cast<std::size_t>(rows.tokens);
+    for (std::size_t i = 0; i < static_cast<std::size_t>(rows.count); ++i) {
+        const std::size_t sequence = static_cast<std::size_t>(rows.first) + i;
+        const std::size_t place = sequence * capacity + static_cast<std::size_t>(rows.starts[i]);
+        cache.copy(hidden + i * tokens * row_bytes, kept + place * row_bytes, tokens);
+    }
+}
 
 // An opened model. Used by any number of threads.
 class Engines {

@@ -171,9 +171,9 @@ void Sequences::keep(int depth, Group group, const std::vector<std::int32_t>& st
     if (depth == spec_.blocks && !keep_final_) return;
     std::unique_ptr<Memory>& kept = kept_[depth];
     if (!kept) kept = cache_->allocate(at(batch_size()) * at(max_length_));
-    for (std::size_t i = 0; i < starts.size(); ++i)
-        cache_->copy(row_of(states.address, i * at(states.tokens)),
-                     kept_row(*kept, group.first + static_cast<int>(i), starts[i]), at(states.tokens));
+    const Rows rows = {group.first, group.stop - group.first, states.tokens, starts,
+                       long_context(group.first)};
+    cache_->keep(kept->address(), at(max_length_), states.address, rows);
 }
 
 Address Sequences::final_state(int row, int position) const {

@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "failure.hpp"
-#include "runtime/sampling.hpp"
 
 namespace ojfa::core {
 namespace {
@@ -112,39 +111,40 @@ void Session::decide(const TokenRows& tokens, const Policy& policy, Answers answ
     std::vector<double> asked(policy.exits.size() * sequences, std::numeric_limits<double>::quiet_NaN());
     std::fill_n(blocks_run, sequences, 0);
     if (answers.logits) std::fill_n(answers.logits, sequences * width, 0.0f);
+    // Of the sequences that go on, one behind the other.
     std::vector<float> packed;
+    std::vector<std::int32_t> best(sequences);
+    std::vector<double> sure(sequences);
     Stats counted;
+    const auto ask = [&](int depth, double* confidence) {
+        if (answers.logits) packed.resize(at(count_of(going)) * width);
+        answer(going, depth,
+               {answers.logits ? packed.data() : nullptr, best.data(), confidence, policy.measure});
+    };
     const auto take = [&](std::size_t row, std::size_t place, int depth) {
-        const Span<const float> logits(packed.data() + place * width, width);
-        if (answers.logits) std::copy(logits.begin(), logits.end(), answers.logits + row * width);
-        chosen[row] = likeliest(logits);
+        if (answers.logits) std::copy_n(packed.data() + place * width, width, answers.logits + row * width);
+        chosen[row] = best[place];
         blocks_run[row] = depth;
         ++counted.exits[depth];
     };
-    const auto ask = [&](int depth) {
-        packed.resize(at(count_of(going)) * width);
-        answer(going, depth, packed.data(), nullptr);
-    };
     for (std::size_t index = 0; index < policy.exits.size() && count_of(going); ++index) {
         const int depth = policy.exits[index];
-        ask(depth);
+        ask(depth, sure.data());
         const Wanted before = going;
-        std::size_t place = 0;
-        for (std::size_t row = 0; row < sequences; ++row) {
+        for (std::size_t row = 0, place = 0; row < sequences; ++row) {
             if (!before[row]) continue;
-            const double sure = confidence({packed.data() + place * width, width}, policy.measure);
-            asked[index * sequences + row] = sure;
+            asked[index * sequences + row] = sure[place];
             ++counted.checks;
-            if (sure >= policy.thresholds[index]) {
+            if (sure[place] >= policy.thresholds[index]) {
                 take(row, place, depth);
                 going[row] = 0;
                 ++counted.stopped[depth];
-                counted.confidence_sums[depth] += sure;
+                counted.confidence_sums[depth] += sure[place];
             }
             ++place;
         }
     }
-    if (count_of(going)) ask(spec().blocks);
+    if (count_of(going)) ask(spec().blocks, nullptr);
     for (std::size_t row = 0, place = 0; row < sequences; ++row)
         if (going[row]) take(row, place++, spec().blocks);
     failed.done = true;
@@ -208,7 +208,7 @@ int Session::run_shadow_checks(std::optional<int> budget) {
             const Due& each = due[start + at(i)];
             cache().copy(final_state(each.row, each.position), row_of(states, at(i)), 1);
         }
-        head(states, count, blocks, nullptr, choices.data());
+        head(states, count, blocks, {nullptr, choices.data()});
         for (int i = 0; i < count; ++i) {
             const Due& each = due[start + at(i)];
             checked(each.row, each.position, each.blocks_run, each.choice == choices[at(i)]);
@@ -240,7 +240,7 @@ void Session::append_checked(const TokenRows& tokens) {
 }
 
 // Runs sequences through the first blocks; [wanted, V] and [wanted] of their newest tokens.
-void Session::answer(const Wanted& wanted, int depth, float* logits, std::int32_t* likeliest) {
+void Session::answer(const Wanted& wanted, int depth, const HeadOutputs& outputs) {
     const int count = count_of(wanted);
     if (!count) return;
     const std::vector<Group> together = groups(wanted, depth);
@@ -260,19 +260,19 @@ void Session::answer(const Wanted& wanted, int depth, float* logits, std::int32_
             cache().copy(row_of(states.address, last), row_of(newest, place++), 1);
         }
     }
-    head(newest, count, depth, logits, likeliest);
+    head(newest, count, depth, outputs);
 }
 
 void Session::answer_scattered(const Wanted& wanted, int depth, Answers answers) {
     const std::size_t width = at(spec().vocab_size), sequences = wanted.size();
     const int count = count_of(wanted);
     if (at(count) == sequences) {
-        answer(wanted, depth, answers.logits, answers.likeliest);
+        answer(wanted, depth, {answers.logits, answers.likeliest});
         return;
     }
     std::vector<std::int32_t> choices(at(count));
     if (answers.logits) logits_.resize(at(count) * width);
-    answer(wanted, depth, answers.logits ? logits_.data() : nullptr, choices.data());
+    answer(wanted, depth, {answers.logits ? logits_.data() : nullptr, choices.data()});
     if (answers.logits) std::fill_n(answers.logits, sequences * width, 0.0f);
     if (answers.likeliest) std::fill_n(answers.likeliest, sequences, -1);
     for (std::size_t row = 0, place = 0; row < sequences; ++row) {
@@ -304,12 +304,12 @@ void Session::run_every(const std::vector<int>& counts, int depth, float* logits
             cache().copy(row_of(states.address, first), row_of(states_of_all, places[at(row)]), at(count));
         }
     }
-    head(states_of_all, static_cast<int>(total), depth, logits, likeliest);
+    head(states_of_all, static_cast<int>(total), depth, {logits, likeliest});
 }
 
-void Session::head(Address hidden, int count, int depth, float* logits, std::int32_t* likeliest) {
+void Session::head(Address hidden, int count, int depth, const HeadOutputs& outputs) {
     check_interruption();
-    cache().head(hidden, count, depth, logits, likeliest);
+    cache().head(hidden, count, depth, outputs);
     (depth == spec().blocks ? stats.final_heads : stats.exit_heads) += static_cast<std::uint64_t>(count);
 }
 

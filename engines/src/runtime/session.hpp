@@ -68,10 +68,10 @@ class Session : public Sequences {
     class Unless;  // rolls back
 
     void append_checked(const TokenRows& tokens);
-    void answer(const Wanted& wanted, int depth, float* logits, std::int32_t* likeliest);
+    void answer(const Wanted& wanted, int depth, const HeadOutputs& outputs);
     void answer_scattered(const Wanted& wanted, int depth, Answers answers);
     void run_every(const std::vector<int>& counts, int depth, float* logits, std::int32_t* likeliest);
-    void head(Address hidden, int count, int depth, float* logits, std::int32_t* likeliest);
+    void head(Address hidden, int count, int depth, const HeadOutputs& outputs);
     bool watching(bool choosing) const { return on_event || (shadow_ && choosing); }
     void watch(int row, int depth, std::optional<std::int32_t> choice);
     void checked(int row, int position, int blocks_run, bool agrees);
