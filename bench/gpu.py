@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,22 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cuda.bindings import driver
 
+from bench.gpu_clock import copy_bandwidth, graph_time
+from bench.gpu_machine import commit, nvidia_smi
 from bench.gpu_shapes import SHAPES, RandomGraphs
+from bench.gpu_steps import WARMUP, checks, decoding, host_work, prefill
+from ojfa_export.backends.choice import Choosing
+from ojfa_export.backends.cuda.device import Device, the_device
 from ojfa_export.backends.tensorrt.backend import BACKEND
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
-from ojfa_export.backends.tensorrt.device import Device, Memory, check, the_device
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
+from ojfa_export.backends.tensorrt.mailbox import Asked
 from ojfa_export.bundle.names import graph_names
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.session import Session
 from ojfa_export.shortcut.atomic import write_atomically
 
-PREFILL = 512
-COPY_BYTES = 4 << 30
-WARMUP = 4
+PREFILL = CHECKED_PAST = 512
+# Positions beyond those that are timed: recordings are replayed to time them, and each moves on.
+SPARE = 256
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,7 +69,7 @@ def measure_shape(
 ) -> dict[str, Any]:
     """Builds a shape's engines and times them."""
     spec = SHAPES[name]
-    length = max(options.past) + options.tokens + 2 * WARMUP
+    length = max(options.past) + options.tokens + 2 * WARMUP + SPARE
     graphs = RandomGraphs(spec, directory / "graphs", length)
     graphs.write()
     plans, seconds = build(spec, directory)
@@ -83,7 +85,7 @@ def measure_shape(
     for batch in options.batch:
         for kernels in (True, False):
             engines.decode_kernels = kernels
-            engines._recorder.clear()
+            engines.device.recorder.clear()
             if batch > MOST_TOKENS and kernels:
                 continue  # more tokens than the kernels take: the engines run either way
             rows += decode(engines, spec, batch, options, length)
@@ -95,6 +97,20 @@ def measure_shape(
         "decode": rows,
         "prefill": [prefill(engines, spec, tokens) for tokens in (PREFILL,)],
         "parts_us": parts(engines, spec),
+        **beside_kernels(engines, spec, options, length),
+    }
+
+
+def beside_kernels(
+    engines: TensorRtEngines, spec: ModelSpec, options: argparse.Namespace, length: int
+) -> dict[str, Any]:
+    """What the host adds to a token, and what checks after every block do, batch 1."""
+    session = Session(spec, engines, 1, length)
+    past = CHECKED_PAST if CHECKED_PAST in options.past else options.past[0]
+    session.advance(np.random.default_rng(1).integers(0, spec.vocab_size, past).tolist())
+    return {
+        "host_us": host_work(session, engines, past, options.tokens),
+        "checks": checks(session, past, options.tokens),
     }
 
 
@@ -115,7 +131,7 @@ def build(spec: ModelSpec, directory: Path) -> tuple[dict[str, Path], dict[str, 
 def decode(
     engines: TensorRtEngines, spec: ModelSpec, batch: int, options: argparse.Namespace, length: int
 ) -> list[dict[str, Any]]:
-    """Milliseconds per step of every exit and past length."""
+    """Milliseconds per token of every exit and past length."""
     session = Session(spec, engines, batch, length)
     rng = np.random.default_rng(1)
     rows: list[dict[str, Any]] = []
@@ -125,7 +141,7 @@ def decode(
         session.advance(rng.integers(0, spec.vocab_size, (batch, past)).tolist())
         exits = [e for e in options.exits or range(1, spec.blocks + 1) if e <= spec.blocks]
         for exit in exits:
-            samples = steps(session, exit, past, options.tokens)
+            samples = decoding(session, exit, past, options.tokens)
             rows.append(
                 {
                     "decode": "kernels" if engines.decode_kernels else "engines",
@@ -140,34 +156,6 @@ def decode(
         shown = ", ".join(f"{r['blocks']}: {r['ms_median']:.3f}" for r in rows[-len(exits) :])
         print(f"{rows[-1]['decode']} batch {batch} past {past}: {shown}", flush=True)
     return rows
-
-
-def steps(session: Session, exit: int, past: int, tokens: int) -> list[float]:
-    """Milliseconds of each step at an exit, logits on the host included."""
-    samples = []
-    pending = [[1]] * session.batch_size
-    for step in range(WARMUP + tokens):
-        start = time.perf_counter()
-        session.advance(pending, exit)
-        if step >= WARMUP:
-            samples.append((time.perf_counter() - start) * 1e3)
-    for row in range(session.batch_size):
-        session.rewind(past, row)
-    return samples
-
-
-def prefill(engines: TensorRtEngines, spec: ModelSpec, tokens: int) -> dict[str, Any]:
-    """Milliseconds of a prompt, to the logits of its last token."""
-    session = Session(spec, engines, 1, tokens)
-    ids = np.random.default_rng(2).integers(0, spec.vocab_size, tokens).tolist()
-    samples = []
-    for _ in range(6):
-        start = time.perf_counter()
-        session.advance(ids)
-        samples.append((time.perf_counter() - start) * 1e3)
-        session.rewind(0)
-    print(f"prefill of {tokens}: {np.median(samples[1:]):.1f} ms", flush=True)
-    return {"tokens": tokens, "ms_median": float(np.median(samples[1:])), "samples_ms": samples}
 
 
 def parts(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
@@ -218,80 +206,36 @@ def workspace(engines: TensorRtEngines, tokens: int, past: int) -> Workspace:
 
 
 def head_times(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
-    """Microseconds of the heads, logits left on the device."""
+    """Microseconds of the heads, logits left on the device, and of checks: a head and a choice."""
     results = {}
+    asked = Asked.of(Choosing(), spec.vocab_size)
     for kernels in (True, False):
         engines.decode_kernels = kernels
         engines._heads.clear()
-        engines._recorder.clear()
+        engines.device.recorder.clear()
         for final in (True, False):
             hidden = engines.arrays.asarray(np.ones((1, spec.hidden_size), np.float32))
             blocks_run = spec.blocks if final else 1
             engines.logits(hidden, blocks_run)
             head = engines._heads[blocks_run]
-            name = f"{'final' if final else 'exit'} head by {'kernels' if kernels else 'engine'}"
-
+            which, how = "final" if final else "exit", "kernels" if kernels else "engine"
             logits = engines._logits[:1]
+            works = {
+                f"{which} head by {how}": partial(head.run, hidden, logits),
+                f"{which} check by {how}": partial(head.choose, hidden, logits, asked),
+            }
+            for name, each in works.items():
 
-            def work(head: Any = head, hidden: Any = hidden, logits: Any = logits) -> None:
-                for _ in range(20):
-                    head.run(hidden, logits)
+                def work(each: Callable[[], None] = each) -> None:
+                    for _ in range(20):
+                        each()
 
-            results[name] = graph_time(engines.device, work) / 20
+                results[name] = graph_time(engines.device, work) / 20
+            engines.mailbox.reset()  # nobody reads these answers
     engines.decode_kernels = True
     engines._heads.clear()
-    engines._recorder.clear()
+    engines.device.recorder.clear()
     return results
-
-
-def graph_time(device: Device, work: Callable[[], None]) -> float:
-    """Microseconds of what `work` puts on the stream, as a CUDA graph."""
-    work()
-    device.synchronize()
-    graph = device.capture(work)
-    graph.launch()
-    return event_time(device, graph.launch)
-
-
-def event_time(device: Device, work: Callable[[], None], repeats: int = 11) -> float:
-    """Median microseconds on the device of what `work` puts on the stream."""
-    first, last = (check(driver.cuEventCreate(0)) for _ in range(2))
-    samples = []
-    for _ in range(repeats):
-        check(driver.cuEventRecord(first, device.stream))
-        work()
-        check(driver.cuEventRecord(last, device.stream))
-        device.synchronize()
-        samples.append(float(check(driver.cuEventElapsedTime(first, last))) * 1e3)
-    return float(np.median(samples))
-
-
-def copy_bandwidth(device: Device) -> float:
-    """Bytes per second read and written by a copy on the device."""
-    source, target = (Memory(device, COPY_BYTES // 2, pooled=False) for _ in range(2))
-
-    def copy() -> None:
-        device.copy(source.pointer, target.pointer, COPY_BYTES // 2)
-
-    copy()
-    return COPY_BYTES / (event_time(device, copy) / 1e6)
-
-
-def commit() -> str:
-    """The commit that is measured; "-dirty" where files differ from it."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
-
-
-def nvidia_smi() -> str:
-    """Name, driver, clocks and power as nvidia-smi tells."""
-    fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,memory.total"
-    if shutil.which("nvidia-smi") is None:
-        return "unknown"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

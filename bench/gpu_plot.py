@@ -118,6 +118,16 @@ def describe(shape: dict[str, Any], speed: float, peers: list[dict[str, Any]]) -
     device = spec.blocks * parts["block by kernels past 512"] + parts["final head by kernels"]
     [full] = [r for r in rows_of(shape, "kernels", 512) if r["blocks"] == spec.blocks]
     print(f"  step less its kernels, past 512: {full['ms_median'] * 1e3 - device:.0f} us")
+    for row in shape.get("host_us", []):
+        names = ("generating", "sampling", "step", "logits")
+        said = ", ".join(f"{name} {row[name]['host_us']:.0f}" for name in names)
+        print(f"  host's part at exit {row['blocks']}, us: {said}")
+    for row in shape.get("checks", []):
+        each = (row["checked_ms_median"] - row["plain_ms_median"]) / row["checks"] * 1e3
+        print(
+            f"  {row['checks']} checks in {row['blocks']} blocks: {row['share']:+.1%}, "
+            f"{each:.1f} us each"
+        )
     for peer in peers:
         times = peer["ms_median"] / full["ms_median"]
         print(f"  {peer['peer']}: {peer['ms_median']:.2f} ms, {times:.2f}x")

@@ -19,11 +19,13 @@ from ojfa_export.bundle.names import STATISTICS
 from ojfa_export.guarantee import ExitStatistics, Limits, load_statistics
 from ojfa_export.guarantee.certify import most_eager
 from ojfa_export.guarantee.policy import paths
-from ojfa_export.measure.costs import Clock, StepCosts, measure_costs
+from ojfa_export.measure.costs import StepCosts, measure_costs
 from ojfa_export.measure.machine import describe_machine
 from ojfa_export.measure.reading import Way, cut_pieces, read_pieces
+from ojfa_export.measure.turns import Clock, Turns
 from ojfa_export.planner.frontier import Point, fixed_exits, policy_point, speculation
 from ojfa_export.planner.plan import make_plan
+from ojfa_export.planner.rehearse import ROOM, time_points
 from ojfa_export.progress import SILENT
 from ojfa_export.runtime.model import Model, load
 from ojfa_export.runtime.policy import ExitPolicy
@@ -95,7 +97,13 @@ def compare(
                 clock=clock,
             )
         )
-        predicted.append({n: predict(way, splits, costs[-1]) for n, way in ways.items()})
+        points = {n: expect(way, splits, costs[-1]) for n, way in ways.items()}
+        turns = Turns(model.spec, model.engines, length, ROOM, clock=clock)
+        rehearsed = time_points(
+            [p for p in points.values() if p.kind in ("auto", "speculation")],
+            splits["certification"], costs[-1], turns, 60, SILENT,
+        )  # fmt: skip
+        predicted.append({n: rehearsed.get(p, p) for n, p in points.items()})
         measured.append(read_pieces(model, pieces, ways, PROMPT_TOKENS, SILENT, REPEATS, clock))
     plan = make_plan(splits, middle(costs), model.manifest.auto, 0.95)
     rows: dict[str, dict[str, Any]] = {}
@@ -151,8 +159,8 @@ def ways_to_try(model: Model, splits: Mapping[str, ExitStatistics]) -> dict[str,
     return ways
 
 
-def predict(way: Way, splits: Mapping[str, ExitStatistics], costs: StepCosts) -> Point:
-    """The planner's point of a way."""
+def expect(way: Way, splits: Mapping[str, ExitStatistics], costs: StepCosts) -> Point:
+    """The planner's point of a way, before it is rehearsed."""
     statistics = splits["certification"]
     if isinstance(way, ExitPolicy):
         return policy_point(way, statistics, costs)

@@ -40,7 +40,10 @@ INSTALL = {
     "build": "pip install 'ojfa-export[build]'",
     "verify": "pip install 'ojfa-export[verify]'",
     "gpu": "pip install 'ojfa-export[gpu]'",
+    "gpu-onnxruntime": "pip install 'ojfa-export[gpu-onnxruntime]'",
 }
+# Packages that hold the same module as another.
+STAND_INS = {"onnxruntime": "onnxruntime-gpu"}
 
 # y = x + x for one float, so that a session can be tried without the onnx package. Made with
 #   helper.make_model(helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g",
@@ -136,15 +139,14 @@ def diagnose() -> Diagnosis:
             for part, packages in PACKAGES.items()
             for name, minimum in packages.items()
         ],
-        backends=[try_onnxruntime(), try_tensorrt()],
+        backends=[try_onnxruntime(), try_tensorrt(), try_onnxruntime_cuda()],
     )
 
 
 def look_at_package(name: str, needed_for: str, minimum: str) -> Package:
-    """Finds a package's version without importing it."""
-    try:
-        found = version(name)
-    except PackageNotFoundError:
+    """Finds a package's version, or that of one in its place, without importing it."""
+    found = _version(name) or _version(STAND_INS.get(name, name))
+    if found is None:
         return Package(name, needed_for, minimum, None, INSTALL[needed_for])
     old = _release(found) < _release(minimum)
     hint = f"pip install --upgrade '{name}>={minimum}'" if old else None
@@ -156,6 +158,7 @@ def try_onnxruntime() -> BackendState:
     name = "onnxruntime"
     try:
         import numpy as np
+        import onnxruntime
 
         from ojfa_export.backends.onnxruntime.session import open_session, share_thread_pool
 
@@ -176,7 +179,7 @@ def try_onnxruntime() -> BackendState:
     if result != 42:
         detail = f"a tiny model gave {result} for 42"
         return BackendState(name, False, detail, "pip install --force-reinstall onnxruntime")
-    detail = f"version {version(name)}, CPU provider, {threads} threads: ran a tiny model"
+    detail = f"version {onnxruntime.__version__}, CPU provider, {threads} threads: ran a tiny model"
     return BackendState(name, True, detail, None)
 
 
@@ -208,6 +211,41 @@ def try_tensorrt() -> BackendState:
         return BackendState(name, False, error.message, INSTALL["gpu"] if missing else error.hint)
     detail = f"version {versions['tensorrt']} on {versions['gpu']}, {versions['driver']}"
     return BackendState(name, True, detail, None)
+
+
+def try_onnxruntime_cuda() -> BackendState:
+    """Runs a tiny model on ONNX Runtime's CUDA provider."""
+    name = "onnxruntime-cuda"
+    try:
+        from ojfa_export import backends
+
+        versions = backends.load(name).versions()
+        result = _double_on_cuda(21)
+    except OjfaError as error:
+        missing = isinstance(error.__cause__, ImportError)
+        hint = INSTALL["gpu-onnxruntime"] if missing else error.hint
+        return BackendState(name, False, error.message, hint)
+    if result != 42:
+        return BackendState(name, False, f"a tiny model gave {result} for 42", None)
+    detail = f"version {versions['onnxruntime']} on {versions['gpu']}, {versions['driver']}"
+    return BackendState(name, True, f"{detail}: ran a tiny model", None)
+
+
+def _double_on_cuda(value: float) -> float:
+    import numpy as np
+
+    from ojfa_export.backends.cuda.device import the_device
+    from ojfa_export.backends.onnxruntime_cuda.provider import open_session
+
+    session = open_session(_DOUBLING_MODEL, "doctor", int(the_device().stream))
+    return float(session.run(None, {"x": np.array([value], np.float32)})[0][0])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _release(text: str) -> tuple[int, ...]:

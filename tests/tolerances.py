@@ -50,3 +50,8 @@ P_VALUE_RELATIVE = 1e-9
 # A confidence of the stored vectors on another processor: logits within LOGITS_FP32 of each other,
 # through a softmax, whose derivative is 1 at most.
 CONFIDENCE_OF_VECTORS = LOGITS_FP32
+# Attention's kernels against float64, relative to the largest number: fp16 queries, weights and
+# values (5e-4 each; a weight's error is that of its score, up to 8, times 5e-4); fp32 with
+# products of two parts of 11 bits each (2^-22) and 2^x by the hardware's approximation (2^-22).
+ATTENTION_FP16_RELATIVE = 1e-2
+ATTENTION_FP32_RELATIVE = 1e-5

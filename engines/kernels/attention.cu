@@ -1,216 +1,284 @@
-// Attention over the cache in place: rotates, appends, attends. The positions of the tokens are
-// read from device memory, so that one CUDA graph serves every position.
-//
-// Cache of a block: keys and values [sequences, KV_HEADS, capacity, HEAD_DIM].
-#include "common.cuh"
+// Attention of a step over the cache in place: rotates, appends, attends. The positions of the tokens are
+// read from device memory, so that one CUDA graph serves every position: the grid is that of the longest
+// cache, and thread blocks that a short one doesn't need leave.
+#include "tiles.cuh"
 
-constexpr int GROUP = HEADS / KV_HEADS;
-constexpr int QKV_WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
+constexpr int MOST_WARPS = 4, FITTING_WARPS = 1024 / ROW_BYTES;
+constexpr int STEP_WARPS = FITTING_WARPS < 1 ? 1 : FITTING_WARPS > MOST_WARPS ? MOST_WARPS : FITTING_WARPS;
+constexpr int STEP_QUERIES = 8;  // of a thread block
+constexpr int STEP_KEYS = 16;    // of a warp at a time
+constexpr int STEP_STAGES = 3;   // of a warp's keys in shared memory, all but one of them on their way
+// Few enough registers that a thread block fits beside the matrix-vector product before it (linear.cu), so
+// that it is there, with its first keys and values, when that ends.
+constexpr int STEP_RESIDENT = HALF && ROW_BYTES <= 256 ? 6 : 1;
+// Keys that a thread block takes by itself before others help (bench/NOTES.md).
+constexpr int SPLIT_KEYS = 192;
+constexpr int PARTIAL = HEAD_DIM + 2;  // largest, total, weighted values
 
-__host__ __device__ constexpr int power_of_two(int least) {
-    int value = 1;
-    while (value < least) value *= 2;
-    return value;
-}
-
-// Lanes that share a key, each with PIECES chunks of its features; a warp reads several keys at once.
-constexpr int KEY_CHUNKS = HEAD_DIM / WIDE;
-constexpr int KEY_LANES = KEY_CHUNKS < LANES ? power_of_two(KEY_CHUNKS) : LANES;
-constexpr int PIECES = (KEY_CHUNKS + KEY_LANES - 1) / KEY_LANES;
-constexpr int ATTENTION_THREADS = 128;
-constexpr int TEAMS = ATTENTION_THREADS / KEY_LANES;
-constexpr int AHEAD = 4;  // keys that a team loads before it uses the first
-constexpr int PARTIAL = HEAD_DIM + 2;
-
-// Feature `i` of a head, rotated with its partner half of ROTARY_DIM away, as transformers lays them out.
-__device__ __forceinline__ float rotated(const float* head, int i, const float* cosines, const float* sines) {
-    constexpr int HALF_DIM = ROTARY_DIM / 2;
-    if (i >= ROTARY_DIM) return head[i];
-    if (i < HALF_DIM) return head[i] * cosines[i] - head[i + HALF_DIM] * sines[i];
-    return head[i] * cosines[i - HALF_DIM] + head[i - HALF_DIM] * sines[i - HALF_DIM];
-}
-
-// Writes a token's key and value of one head to its place in the cache, by a whole thread block.
-__device__ void append_head(const float* qkv, int kv_head, long long place, Element* keys, Element* values,
-                            const float* cosines, const float* sines) {
-    const float* key = qkv + (HEADS + kv_head) * HEAD_DIM;
-    const float* value = qkv + (HEADS + KV_HEADS + kv_head) * HEAD_DIM;
-    for (int i = threadIdx.x; i < HEAD_DIM; i += blockDim.x) {
-        store(keys + place * HEAD_DIM + i, rotated(key, i, cosines, sines));
-        store(values + place * HEAD_DIM + i, value[i]);
-    }
-}
-
-__device__ __forceinline__ long long cache_place(int sequence, int kv_head, int capacity, int position) {
-    return (static_cast<long long>(sequence) * KV_HEADS + kv_head) * capacity + position;
-}
-
-// Keys and values of several tokens of a sequence, before any of them attends.
-// Grid (KV_HEADS, tokens).
+// Keys and values of a sequence's tokens, before any of them attends. Grid (tokens, what it takes).
 extern "C" __global__ void append(const float* qkv, Element* keys, Element* values, const float* cosines,
                                   const float* sines, const int* positions, const int* sequences, int capacity) {
-    const int token = blockIdx.y, position = positions[token];
-    append_head(qkv + static_cast<long long>(token) * QKV_WIDTH, blockIdx.x,
-                cache_place(sequences[token], blockIdx.x, capacity, position), keys, values,
-                cosines + position * (ROTARY_DIM / 2), sines + position * (ROTARY_DIM / 2));
+    const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, capacity};
+    const int i = blockIdx.y * blockDim.x + threadIdx.x;
+    if (i >= KV_HEADS * VECTORS) return;
+    const int token = blockIdx.x, kv_head = i / VECTORS, feature = i % VECTORS * VECTOR, position = positions[token];
+    const long long at = in.base(token, kv_head) + static_cast<long long>(position) * HEAD_DIM + feature;
+    store_features(keys + at, in.turned(token, HEADS + kv_head, feature, position));
+    store_features(values + at, in.value(token, kv_head, feature));
 }
 
-// What a team or a split has seen of one query: the largest score, the sum of exponentials relative
-// to it, and the values weighted by them.
-struct Seen {
-    float largest = -1e30f, total = 0.0f;
-    float mixed[PIECES * WIDE] = {};
+// A matrix that the next kernel reads, and the bytes of it and of what attention reads that the memory has
+// time for meanwhile. The beginning of each row is asked for, as warps begin there.
+struct Ahead {
+    const unsigned char* matrix;
+    int rows, row_bytes;
+    long long budget;
+
+    // Asks for this thread block's share, where attention itself reads so many keys of every head.
+    __device__ void prefetch_share(int keys) const {
+        constexpr int LINE = 128, KEY_BYTES = 2 * HEAD_DIM * sizeof(Element);
+        const long long heads = static_cast<long long>(gridDim.z) * gridDim.y;
+        const long long left = budget - heads * keys * KEY_BYTES;
+        if (!rows || left <= 0) return;
+        const int lines = static_cast<int>(min(left / rows, static_cast<long long>(row_bytes)) / LINE);
+        const int blocks = gridDim.x * gridDim.y * gridDim.z;
+        const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+        for (int i = block * blockDim.x + threadIdx.x; i < rows * lines; i += blocks * blockDim.x)
+            prefetch(matrix + static_cast<long long>(i / lines) * row_bytes + i % lines * LINE);
+    }
 };
 
-__device__ __forceinline__ float query_dot(const float* query, const Chunk (&key)[PIECES], int lane) {
-    float dot = 0.0f;
-#pragma unroll
-    for (int piece = 0; piece < PIECES; ++piece)
-#pragma unroll
-        for (int i = 0; i < WIDE; ++i) dot += query[piece * WIDE + i] * to_float(key[piece].values[i]);
-    return lanes_sum<KEY_LANES>(dot);
-}
+// Combines parts [count][stride] for one feature: largest, total, weighted value.
+struct Combined {
+    float largest = NONE, total = 0.0f, mixed = 0.0f;
 
-__device__ __forceinline__ void load_row(Chunk (&row)[PIECES], const Element* from, int lane) {
-#pragma unroll
-    for (int piece = 0; piece < PIECES; ++piece) {
-        const int chunk = piece * KEY_LANES + lane;
-        if (chunk < KEY_CHUNKS) {
-            row[piece] = load(from + chunk * WIDE);
-        } else {
-#pragma unroll
-            for (int i = 0; i < WIDE; ++i) store(&row[piece].values[i], 0.0f);
-        }
-    }
-}
-
-__device__ __forceinline__ void see(Seen& seen, float score, const Chunk (&value)[PIECES]) {
-    const float largest = fmaxf(seen.largest, score);
-    const float kept = __expf(seen.largest - largest), weight = __expf(score - largest);
-    seen.largest = largest;
-    seen.total = seen.total * kept + weight;
-#pragma unroll
-    for (int piece = 0; piece < PIECES; ++piece)
-#pragma unroll
-        for (int i = 0; i < WIDE; ++i)
-            seen.mixed[piece * WIDE + i] = seen.mixed[piece * WIDE + i] * kept + weight * to_float(value[piece].values[i]);
-}
-
-// Combines parts [count][PARTIAL] (largest, total, weighted values) and writes one head's result.
-__device__ void combine(const float* parts, int count, Element* out) {
-    for (int i = threadIdx.x; i < HEAD_DIM; i += blockDim.x) {
-        float largest = -1e30f;
-        for (int part = 0; part < count; ++part) largest = fmaxf(largest, parts[part * PARTIAL]);
-        float total = 0.0f, mixed = 0.0f;
+    __device__ Combined(const float* parts, int stride, int count, int feature) {
+#pragma unroll 8
+        for (int part = 0; part < count; ++part) largest = fmaxf(largest, parts[part * stride]);
+#pragma unroll 8
         for (int part = 0; part < count; ++part) {
-            const float* each = parts + part * PARTIAL;
-            const float weight = __expf(each[0] - largest);
+            const float* each = parts + part * stride;
+            const float weight = power_of_2(each[0] - largest);
             total += weight * each[1];
-            mixed += weight * each[2 + i];
+            mixed += weight * each[2 + feature];
         }
-        store(out + i, mixed / total);
     }
-}
+};
 
-// out [tokens, HEADS * HEAD_DIM] from qkv [tokens, QKV_WIDTH] and the cache.
-// Grid (splits, KV_HEADS, tokens): each split takes a part of the keys, the last to finish combines.
-//   parts     [tokens, HEADS, splits, PARTIAL] where splits > 1
-//   finished  [tokens, KV_HEADS] zero before and after
-//   appending whether this kernel also appends, right only where every sequence has one token
-extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)
+// What a warp has seen for its queries, which are the columns of its products: keys times queries, and
+// features of values times weights. A lane holds of every 8 rows lane / 4, columns 2 (lane % 4) and the next.
+struct SeenByColumns {
+    int position[2];                  // of the queries; -1 where there is none
+    float largest[2] = {NONE, NONE};  // score, in powers of 2
+    float total[2] = {};              // of 2^(score - largest), this lane's part
+    float mixed[DIM / 16][4] = {};    // values weighted by it
+
+    // Attends to STEP_KEYS keys from `first` on; `partly` where some queries don't see all of them.
+    __device__ __forceinline__ void attend(const Right (&queries)[DIM / DEPTH], const Element* keys,
+                                           const Element* values, int first, bool partly) {
+        float score[4] = {}, other[4] = {};  // two sums, as each product waits for the one before
+#pragma unroll
+        for (int step = 0; step < DIM / DEPTH; step += 2) {
+            multiply(score, load_left(keys + step * DEPTH), queries[step]);
+            if (step + 1 < DIM / DEPTH) multiply(other, load_left(keys + (step + 1) * DEPTH), queries[step + 1]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            score[i] += other[i];
+            const int key = first + threadIdx.x % LANES / 4 + i / 2 * 8, at = position[i % 2];
+            if (partly && (key > at || (WINDOW && key + WINDOW <= at))) score[i] = -__int_as_float(0x7f800000);
+        }
+        weigh(score);
+#pragma unroll
+        for (int step = 0; step < STEP_KEYS / DEPTH; ++step) {
+            const Right weights = as_right(score, step);
+#pragma unroll
+            for (int tile = 0; tile < DIM / 16; ++tile)
+                multiply(mixed[tile], load_left_transposed(values + step * DEPTH * STRIDE + tile * 16), weights);
+        }
+    }
+
+    // Scores to weights, relative to the largest so far.
+    __device__ __forceinline__ void weigh(float (&score)[4]) {
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+            float most = fmaxf(largest[column], fmaxf(score[column], score[column + 2]));
+#pragma unroll
+            for (int offset = 4; offset < LANES; offset *= 2) most = fmaxf(most, __shfl_xor_sync(ALL, most, offset));
+            const float kept = power_of_2(largest[column] - most);
+            largest[column] = most;
+            score[column] = power_of_2(score[column] - most);
+            score[column + 2] = power_of_2(score[column + 2] - most);
+            total[column] = total[column] * kept + score[column] + score[column + 2];
+#pragma unroll
+            for (int tile = 0; tile < DIM / 16; ++tile)
+                mixed[tile][column] *= kept, mixed[tile][column + 2] *= kept;
+        }
+    }
+
+    // Writes parts [queries][PARTIAL].
+    __device__ __forceinline__ void write(float* parts, int queries) {
+        const int lane = threadIdx.x % LANES;
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+#pragma unroll
+            for (int offset = 4; offset < LANES; offset *= 2)
+                total[column] += __shfl_xor_sync(ALL, total[column], offset);
+            const int query = lane % 4 * 2 + column;
+            if (query >= queries) continue;
+            float* part = parts + query * PARTIAL;
+            if (lane / 4 == 0) part[0] = largest[column], part[1] = total[column];
+#pragma unroll
+            for (int tile = 0; tile < DIM / 16; ++tile)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int feature = tile * 16 + half * 8 + lane / 4;
+                    if (feature < HEAD_DIM) part[2 + feature] = mixed[tile][2 * half + column];
+                }
+        }
+    }
+};
+
+// out [sequences * tokens, HEADS * HEAD_DIM] from qkv and the cache.
+// Grid (splits, KV_HEADS * ceil(tokens * GROUP / STEP_QUERIES), sequences): each split takes a part of the
+// keys, the last to finish combines.
+//   tokens    of each sequence, consecutive; one is appended here, several by `append` before
+//   parts     [sequences * tokens, HEADS, splits, PARTIAL] where splits > 1
+//   finished  [gridDim.z, gridDim.y] zero before and after
+//   ahead_*   of `Ahead`
+extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     attention(Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,
-              const float* sines, const int* positions, const int* sequences, int capacity, float scale,
-              float* parts, unsigned* finished, int appending) {
-    __shared__ float shared_parts[GROUP][TEAMS][PARTIAL];
-    __shared__ float queries[GROUP][HEAD_DIM];
-    __shared__ unsigned is_last;
-    const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y, token = blockIdx.z;
-    const int team = threadIdx.x / KEY_LANES, lane = threadIdx.x % KEY_LANES;
-    const int position = positions[token], sequence = sequences[token];
-    const float* cosine = cosines + position * (ROTARY_DIM / 2);
-    const float* sine = sines + position * (ROTARY_DIM / 2);
-    qkv += static_cast<long long>(token) * QKV_WIDTH;
-    const int oldest = WINDOW ? max(0, position + 1 - WINDOW) : 0;
-    const int each = (position + 1 - oldest + splits - 1) / splits;
-    const int first = oldest + split * each, stop = min(first + each, position + 1);
-    const long long base = cache_place(sequence, kv_head, capacity, 0);
-    // Older keys and values don't depend on the kernel before.
-    constexpr int LINE = 128 / sizeof(Element);
-    for (int at = threadIdx.x * LINE; at < (stop - first) * HEAD_DIM; at += ATTENTION_THREADS * LINE) {
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + (base + first) * HEAD_DIM + at));
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(values + (base + first) * HEAD_DIM + at));
-    }
-    wait_for_previous();
-    let_next_start();
-    for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += blockDim.x)
-        queries[i / HEAD_DIM][i % HEAD_DIM] =
-            scale * rotated(qkv + (kv_head * GROUP + i / HEAD_DIM) * HEAD_DIM, i % HEAD_DIM, cosine, sine);
-    if (appending && first <= position && position < stop)
-        append_head(qkv, kv_head, cache_place(sequence, kv_head, capacity, position), keys, values, cosine, sine);
-    __syncthreads();
+              const float* sines, const int* positions, const int* sequences, int capacity, float scale, int tokens,
+              float* parts, unsigned* finished, const unsigned char* ahead_matrix, int ahead_rows, int ahead_row_bytes,
+              long long ahead_budget) {
+    constexpr int THREADS = STEP_WARPS * LANES, STAGE = 2 * STEP_KEYS * STRIDE;
+    const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, capacity};
+    const Ahead ahead{ahead_matrix, ahead_rows, ahead_row_bytes, ahead_budget};
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    Element* const queries = reinterpret_cast<Element*>(shared_memory);
+    Element* const fresh = queries + STEP_QUERIES * STRIDE;  // the new key and value
+    Element* const ring = fresh + 2 * STRIDE + warp * STEP_STAGES * STAGE;
 
-    float query[GROUP][PIECES * WIDE];
-#pragma unroll
-    for (int head = 0; head < GROUP; ++head)
-#pragma unroll
-        for (int piece = 0; piece < PIECES; ++piece)
-#pragma unroll
-            for (int i = 0; i < WIDE; ++i) {
-                const int feature = (piece * KEY_LANES + lane) * WIDE + i;
-                query[head][piece * WIDE + i] = feature < HEAD_DIM ? queries[head][feature] : 0.0f;
-            }
-    Seen seen[GROUP];
-    for (int at = first; at < stop; at += TEAMS * AHEAD) {
-        Chunk key[AHEAD][PIECES], value[AHEAD][PIECES];
-#pragma unroll
-        for (int step = 0; step < AHEAD; ++step) {  // beyond the end the last key is read again, unused
-            const long long row = (base + min(at + step * TEAMS + team, stop - 1)) * HEAD_DIM;
-            load_row(key[step], keys + row, lane);
-            load_row(value[step], values + row, lane);
-        }
-#pragma unroll
-        for (int step = 0; step < AHEAD; ++step)
-#pragma unroll
-            for (int head = 0; head < GROUP; ++head) {
-                const float score = query_dot(query[head], key[step], lane);
-                if (at + step * TEAMS + team < stop) see(seen[head], score, value[step]);
-            }
-    }
-#pragma unroll
-    for (int head = 0; head < GROUP; ++head) {
-        float* part = shared_parts[head][team];
-        if (lane == 0) part[0] = seen[head].largest, part[1] = seen[head].total;
-#pragma unroll
-        for (int piece = 0; piece < PIECES; ++piece)
-#pragma unroll
-            for (int i = 0; i < WIDE; ++i) {
-                const int feature = (piece * KEY_LANES + lane) * WIDE + i;
-                if (feature < HEAD_DIM) part[2 + feature] = seen[head].mixed[piece * WIDE + i];
-            }
-    }
-    __syncthreads();
-    Element* target = out + (static_cast<long long>(token) * HEADS + kv_head * GROUP) * HEAD_DIM;
-    if (splits == 1) {
-        for (int head = 0; head < GROUP; ++head) combine(shared_parts[head][0], TEAMS, target + head * HEAD_DIM);
+    const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y % KV_HEADS;
+    const int first_query = blockIdx.y / KV_HEADS * STEP_QUERIES;
+    const int count = min(STEP_QUERIES, tokens * GROUP - first_query);
+    // Consecutive tokens have consecutive positions.
+    const int first_token = blockIdx.z * tokens, start = positions[first_token];
+    const int lowest = start + first_query / GROUP, highest = start + (first_query + count - 1) / GROUP;
+    const int oldest = WINDOW ? max(0, lowest + 1 - WINDOW) : 0, seen_keys = highest + 1 - oldest;
+    // Whole steps, so that no split sees keys of another.
+    int active = min(splits, (seen_keys + SPLIT_KEYS - 1) / SPLIT_KEYS);
+    const int each = (seen_keys + active * STEP_KEYS - 1) / (active * STEP_KEYS) * STEP_KEYS;
+    active = (seen_keys + each - 1) / each;
+    if (split >= active) {
+        wait_for_previous();
+        let_next_start();
+        if (!is_called_off()) ahead.prefetch_share(seen_keys);
         return;
     }
-    parts += (static_cast<long long>(token) * HEADS + kv_head * GROUP) * splits * PARTIAL;
-    for (int i = threadIdx.x; i < GROUP * PARTIAL; i += blockDim.x) {
-        const int head = i / PARTIAL, entry = i % PARTIAL;
-        float largest = -1e30f, sum = 0.0f;
-        for (int each_team = 0; each_team < TEAMS; ++each_team)
-            largest = fmaxf(largest, shared_parts[head][each_team][0]);
-        for (int each_team = 0; each_team < TEAMS; ++each_team) {
-            const float* part = shared_parts[head][each_team];
-            sum += __expf(part[0] - largest) * part[max(entry, 1)];
-        }
-        parts[(head * splits + split) * PARTIAL + entry] = entry ? sum : largest;
-    }
-    __threadfence();
+    const int first = oldest + split * each, stop = min(first + each, highest + 1);
+    const bool appending = tokens == 1 && split == active - 1;
+
+    const long long base = in.base(first_token, kv_head);
+    const auto copy_step = [=](int step) {
+        const int key = first + (step * STEP_WARPS + warp) * STEP_KEYS;
+        Element* stage = ring + step % STEP_STAGES * STAGE;
+        if (key < stop)
+            copy_rows<STEP_KEYS>(stage, stage + STEP_KEYS * STRIDE, keys + base, values + base, key, stop, lane, LANES);
+        copies_end();
+    };
+    // Older keys and values don't depend on the kernel before.
+#pragma unroll
+    for (int step = 0; step < STEP_STAGES; ++step) copy_step(step);
+    clear_padding(ring, STEP_STAGES * 2 * STEP_KEYS, lane, LANES);
+    for (int i = threadIdx.x; i < STEP_QUERIES * STRIDE; i += THREADS) store(queries + i, 0.0f);
     __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicInc(finished + token * KV_HEADS + kv_head, splits - 1) == splits - 1;
+    wait_for_previous();
+    let_next_start();
+    const bool not_wanted = is_called_off();  // comes while the queries do
+    // Rows of the queries, then of the new key and value.
+    for (int i = threadIdx.x; i < (count + (appending ? 2 : 0)) * VECTORS; i += THREADS) {
+        const int row = i / VECTORS, feature = i % VECTORS * VECTOR;
+        const int query = min(first_query + row, first_query + count - 1), token = query / GROUP;
+        const int head = row < count ? kv_head * GROUP + query % GROUP : HEADS + kv_head;
+        const Features loaded = row > count ? in.value(first_token, kv_head, feature)
+                                            : in.turned(first_token + token, head, feature, start + token);
+        if (row < count) {
+            store_features(queries + row * STRIDE + feature, loaded, scale * LOG2_E);
+        } else {
+            const long long place = base + static_cast<long long>(highest) * HEAD_DIM + feature;
+            store_features(fresh + (row - count) * STRIDE + feature, loaded);
+            store_features((row == count ? keys : values) + place, loaded);
+        }
+    }
+    __syncthreads();
+    if (not_wanted) {
+        copies_wait<0>();
+        return;
+    }
+    ahead.prefetch_share(seen_keys);
+
+    Right query[DIM / DEPTH];
+#pragma unroll
+    for (int step = 0; step < DIM / DEPTH; ++step) query[step] = load_right(queries + step * DEPTH);
+    SeenByColumns seen;
+#pragma unroll
+    for (int column = 0; column < 2; ++column) {
+        const int index = lane % 4 * 2 + column;
+        seen.position[column] = index < count ? start + (first_query + index) / GROUP : -1;
+    }
+    for (int step = 0, key = first + warp * STEP_KEYS; key < stop; ++step, key += STEP_WARPS * STEP_KEYS) {
+        Element* stage = ring + step % STEP_STAGES * STAGE;
+        copies_wait<STEP_STAGES - 1>();
+        __syncwarp();
+        if (appending && highest < key + STEP_KEYS) {
+            for (int i = lane; i < HEAD_DIM; i += LANES) {
+                stage[(highest - key) * STRIDE + i] = fresh[i];
+                stage[(STEP_KEYS + highest - key) * STRIDE + i] = fresh[STRIDE + i];
+            }
+            __syncwarp();
+        }
+        const bool partly = key + STEP_KEYS - 1 > lowest || (WINDOW && key + WINDOW <= highest);
+        seen.attend(query, stage, stage + STEP_KEYS * STRIDE, key, partly);
+        __syncwarp();
+        copy_step(step + STEP_STAGES);
+    }
+    copies_wait<0>();
+    __syncthreads();  // the stages' memory is used again
+
+    float* const by_warp = reinterpret_cast<float*>(fresh + 2 * STRIDE);  // [STEP_WARPS, STEP_QUERIES, PARTIAL]
+    seen.write(by_warp + warp * STEP_QUERIES * PARTIAL, count);
+    __syncthreads();
+    // A query of this thread block among all.
+    const auto index_of = [=](int query) {
+        query += first_query;
+        return static_cast<long long>(first_token + query / GROUP) * HEADS + kv_head * GROUP + query % GROUP;
+    };
+    for (int i = threadIdx.x; i < count * HEAD_DIM; i += THREADS) {
+        const int query = i / HEAD_DIM, feature = i % HEAD_DIM;
+        const Combined all(by_warp + query * PARTIAL, STEP_QUERIES * PARTIAL, STEP_WARPS, feature);
+        if (active == 1) {
+            store(out + index_of(query) * HEAD_DIM + feature, all.mixed / all.total);
+            continue;
+        }
+        float* part = parts + (index_of(query) * splits + split) * PARTIAL;
+        if (feature == 0) part[0] = all.largest, part[1] = all.total;
+        part[2 + feature] = all.mixed;
+    }
+    if (active == 1) return;
+    __shared__ bool is_last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();  // what the barrier has shown this thread is seen by whoever sees the count
+        unsigned* counter = finished + blockIdx.z * gridDim.y + blockIdx.y;
+        is_last = atomicInc(counter, active - 1) == active - 1;
+        __threadfence();
+    }
     __syncthreads();
     if (!is_last) return;
-    __threadfence();
-    for (int head = 0; head < GROUP; ++head) combine(parts + head * splits * PARTIAL, splits, target + head * HEAD_DIM);
+    for (int i = threadIdx.x; i < count * HEAD_DIM; i += THREADS) {
+        const int query = i / HEAD_DIM, feature = i % HEAD_DIM;
+        const Combined all(parts + index_of(query) * splits * PARTIAL, PARTIAL, active, feature);
+        store(out + index_of(query) * HEAD_DIM + feature, all.mixed / all.total);
+    }
 }

@@ -83,3 +83,30 @@ __device__ __forceinline__ void let_next_start() {
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+
+// Words that other thread blocks, or the host, look at while a kernel runs; not from the first-level
+// cache, which may be older.
+__device__ __forceinline__ unsigned long long load_word(const unsigned long long* at) {
+    unsigned long long value;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_word(unsigned long long* at, unsigned long long value) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_word_for_host(unsigned long long* at, unsigned long long value) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
+}
+
+// Set by an exit's check where the pass that was begun ahead of it is not wanted: its kernels return.
+// One for the whole program, so that all kernels are compiled together.
+__device__ int called_off;
+
+// To be asked after `wait_for_previous`, and before anything is written that counts.
+__device__ __forceinline__ bool is_called_off() {
+    int value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(&called_off) : "memory");
+    return value;
+}

@@ -2,11 +2,18 @@
 #include "common.cuh"
 
 // hidden [tokens, features] fp32 = table[ids] (+ learned[positions]). Grid (tokens).
+// Ids and positions may lie in the host's memory; the kernels after this one read `positions_out`. A token
+// that follows another is `steps` further on.
 extern "C" __global__ void embed(float* hidden, const Element* table, const Element* learned, const int* ids,
-                                 const int* positions, int features) {
+                                 const int* positions, int* positions_out, int steps, int features) {
+    wait_for_previous();
+    let_next_start();
     const long long token = blockIdx.x;
-    const Element* row = table + static_cast<long long>(ids[token]) * features;
-    const Element* place = learned ? learned + static_cast<long long>(positions[token]) * features : nullptr;
+    const int id = ids[token], position = positions[token] + steps;
+    __syncthreads();  // it may be what is written
+    if (threadIdx.x == 0) positions_out[token] = position;
+    const Element* row = table + static_cast<long long>(id) * features;
+    const Element* place = learned ? learned + static_cast<long long>(position) * features : nullptr;
     for (int i = threadIdx.x; i < features; i += blockDim.x)
         hidden[token * features + i] = to_float(row[i]) + (place ? to_float(place[i]) : 0.0f);
 }

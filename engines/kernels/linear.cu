@@ -149,7 +149,9 @@ __device__ __forceinline__ void each_task(const Element* matrix, int columns, in
     before();
     wait_for_previous();
     let_next_start();
+    const bool not_wanted = is_called_off();  // comes while the inputs do
     prepare();
+    if (not_wanted) return;
     const Element* inputs = reinterpret_cast<const Element*>(shared_memory);
     for (int task = first; task < tasks; task += gridDim.x * LINEAR_WARPS) {
         for (int i = 0; i < COUNT; ++i) rows[i] = matrix + static_cast<long long>(row_of(task, i)) * columns;

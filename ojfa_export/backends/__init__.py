@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 PACKAGES = {
     "onnxruntime": "ojfa_export.backends.onnxruntime.backend",
+    "onnxruntime-cuda": "ojfa_export.backends.onnxruntime_cuda.backend",
     "tensorrt": "ojfa_export.backends.tensorrt.backend",
 }
 DEFAULT = "onnxruntime"

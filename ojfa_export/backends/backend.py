@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.families.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from ojfa_export.backends.choice import Choices, Choosing
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -22,6 +25,14 @@ Int32 = NDArray[np.int32]
 # Hidden states, [rows, tokens, H] or part of it: an array of NumPy's, or one in the memory of a
 # device with as much of its interface as a session uses (`Cache.arrays` makes them).
 Hidden = Any
+# Token ids [rows, tokens] int32 of NumPy; where `Engines.follows`, also choices of one token a row.
+Tokens = Any
+
+
+def keep(kept: Hidden, rows: slice, starts: Sequence[int], hidden: Hidden) -> None:
+    """`Cache.keep` for arrays like NumPy's."""
+    for row, start, states in zip(range(rows.start, rows.stop), starts, hidden, strict=True):
+        kept[row, start : start + len(states)] = states
 
 
 class Cache(Protocol):
@@ -37,7 +48,7 @@ class Cache(Protocol):
 
     arrays: Any
 
-    def embed(self, token_ids: Int32, starts: Sequence[int]) -> Hidden:
+    def embed(self, token_ids: Tokens, starts: Sequence[int]) -> Hidden:
         """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
         ...
 
@@ -66,13 +77,30 @@ class Cache(Protocol):
         """
         ...
 
+    def keep(self, kept: Hidden, rows: slice, starts: Sequence[int], hidden: Hidden) -> None:
+        """Copies hidden states [rows, tokens, H] to `kept` [sequences, positions, H].
+
+        Args:
+            kept: Made by `arrays`.
+            rows: Which sequences.
+            starts: Position of each sequence's first token.
+            hidden: What `run_blocks` gave.
+        """
+        ...
+
     def unload(self, block: int) -> None:
         """Closes a block's engine; its keys and values stay, and it is opened again when used."""
         ...
 
 
 class Engines(Protocol):
-    """An opened model. Blocks are loaded when first used, or by `load_blocks`."""
+    """An opened model. Blocks are loaded when first used, or by `load_blocks`.
+
+    Attributes:
+        follows: Whether `Cache.embed` takes choices in place of token ids, before they are known.
+    """
+
+    follows: bool
 
     def load_blocks(self, depth: int) -> None:
         """Loads the first blocks."""
@@ -87,6 +115,13 @@ class Engines(Protocol):
 
         After all blocks this is the model's own head, otherwise the exit head. An exit head with a
         gate for each exit has an input `blocks_run`, [rows] int32, beside `hidden`.
+        """
+        ...
+
+    def choose(self, hidden: Hidden, blocks_run: int, how: Choosing) -> Choices:
+        """Applies a head as `logits` does, and chooses a token for each row of [rows, H].
+
+        Engines whose logits are on the host inherit this from `backends.choice.ChoosesOnHost`.
         """
         ...
 

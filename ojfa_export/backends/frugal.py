@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ojfa_export.backends.backend import Cache, Engines, Float32, Hidden, Int32
+from ojfa_export.backends.choice import ChoosesOnHost
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.heap import trim_heap
 
@@ -29,7 +30,7 @@ def frugal(engines: Engines, spec: ModelSpec) -> Engines:
     return FrugalEngines(engines) if is_large(spec) else engines
 
 
-class FrugalEngines:
+class FrugalEngines(ChoosesOnHost):
     """Engines that close each block and head after it has run."""
 
     def __init__(self, engines: Engines) -> None:
@@ -80,6 +81,10 @@ class FrugalCache:
             self._cache.unload(block)
             trim_heap()
         return hidden
+
+    def keep(self, kept: Hidden, rows: slice, starts: Sequence[int], hidden: Hidden) -> None:
+        """See `Cache`."""
+        self._cache.keep(kept, rows, starts, hidden)
 
     def unload(self, block: int) -> None:
         """Nothing is left to close."""

@@ -16,7 +16,9 @@ from ojfa_export.guarantee import ExitStatistics, Promise, certify, load_statist
 from ojfa_export.guarantee.collect import collect_statistics
 from ojfa_export.heap import trim_heap
 from ojfa_export.measure.costs import measure_costs
+from ojfa_export.measure.turns import Turns
 from ojfa_export.planner.plan import plan_default
+from ojfa_export.planner.rehearse import ROOM
 from ojfa_export.progress import Progress
 from ojfa_export.runtime.default import Default
 from ojfa_export.runtime.policy import ExitPolicy
@@ -26,7 +28,7 @@ SAMPLING_SEED = 0
 # What `--exit auto` means where no early exit keeps the promise.
 FULL_DEPTH = ExitPolicy(exits=(), measure="top", thresholds=())
 # Turns of timing, and when to stop beginning them.
-ROUNDS, SECONDS = 12, 10.0
+ROUNDS, SECONDS = 6, 10.0
 # Of a large model's blocks that are timed: many times what caches hold, a few blocks of memory.
 TIMED_BYTES = LARGE_BYTES // 2
 
@@ -84,23 +86,27 @@ def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
     large = is_large(spec)
     if large and limits is None:
         return
+    engines, length = open_engines(inputs, work), inputs.settings.max_cache_length
     costs = measure_costs(
         spec,
-        open_engines(inputs, work),
-        inputs.settings.max_cache_length,
+        engines,
+        length,
         rounds=ROUNDS,
         seconds=SECONDS,
         progress=progress,
         most_bytes=TIMED_BYTES if large else LARGE_BYTES,
     )
-    gc.collect()  # what was timed refers to itself
-    trim_heap()
     splits = load_statistics(work.bundle / STATISTICS)
     promise = None
     if limits is not None:
         of_policies = costs.of_policies()
         promise = certify(splits["tuning"], splits["certification"], limits, of_policies)
-    default = plan_default(splits, costs, promise.policy if promise else None)
+    turns = None if large else Turns(spec, engines, length, ROOM)
+    policy = promise.policy if promise else None
+    default = plan_default(splits, costs, policy, turns, SECONDS, progress)
+    del turns, engines
+    gc.collect()  # what was timed refers to itself
+    trim_heap()
     decided = Decided(promise=promise, default=default)
     (work.scratch / "exits.json").write_text(decided.model_dump_json(), encoding="utf-8")
 

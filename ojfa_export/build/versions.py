@@ -7,7 +7,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ojfa_export._version import __version__
 
-RECORDED_PACKAGES = ("numpy", "onnx", "onnxruntime", "tokenizers", "torch", "transformers")
+RECORDED_PACKAGES = (
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 
 
 def tool_versions() -> dict[str, str]:

@@ -101,7 +101,7 @@ def _export_linear(exporter: Exporter, directory: Path) -> Path:
     graph = Graph("linear_head", "A linear map, final norm and LM head")
     hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
     mapped = dialect.linear(graph, dialect.to_compute(graph, hidden), {"map.weight": matrix}, "map")
-    normed = dialect.to_compute(graph, dialect.norm(graph, mapped, weights, "final_norm"))
+    normed = dialect.norm(graph, mapped, weights, "final_norm")
     logits = dialect.vocabulary(graph, normed, "head", weights["head"])
     graph.output(logits, "logits", FLOAT, "rows", spec.vocab_size)
     path = directory / "linear_head.onnx"

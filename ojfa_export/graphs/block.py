@@ -9,7 +9,6 @@ where gated), mlp.down; each `.weight` and, where the family has it, `.bias`.
 
 from __future__ import annotations
 
-import numpy as np
 import onnx
 
 from ojfa_export.bundle.names import block_name
@@ -29,10 +28,12 @@ def block_graph(
         weights: The block's weights.
         dialect: The operators to write it in.
     """
-    graph = Graph(block_name(index), f"Block {index + 1} of {spec.blocks} of a {spec.family} model")
+    graph = dialect.graph(
+        block_name(index), f"Block {index + 1} of {spec.blocks} of a {spec.family} model"
+    )
     hidden = graph.input("hidden", FLOAT, "batch", "tokens", spec.hidden_size)
     dialect.attention_inputs(graph)
-    normed = dialect.to_compute(graph, dialect.norm(graph, hidden, weights, "attention.norm"))
+    normed = dialect.norm(graph, hidden, weights, "attention.norm")
     mixed = dialect.attention(graph, dialect.linear(graph, normed, weights, "attention.qkv"), index)
     result = after_attention(graph, hidden, mixed, weights, dialect)
     graph.output(result, "hidden_out", FLOAT, "batch", "tokens", spec.hidden_size)
@@ -54,15 +55,7 @@ def after_attention(
     Returns:
         The block's output, fp32.
     """
-    spec = dialect.spec
     out = dialect.linear(graph, mixed, weights, "attention.out")
     attended, normed = dialect.add_and_norm(graph, hidden, out, weights, "mlp.norm")
-    up = dialect.linear(graph, dialect.to_compute(graph, normed), weights, "mlp.up")
-    if spec.gated:
-        sizes = graph.constant([spec.intermediate_size] * 2, np.int64)
-        gate, up = graph.op("Split", up, sizes, axis=-1, outputs=2)
-        inner = graph.op("Mul", dialect.activation(graph, gate, spec.activation), up)
-    else:
-        inner = dialect.activation(graph, up, spec.activation)
-    down = dialect.linear(graph, dialect.to_compute(graph, inner), weights, "mlp.down")
-    return str(graph.op("Add", attended, down))
+    inner = dialect.inner(graph, dialect.linear(graph, normed, weights, "mlp.up"))
+    return dialect.residual(graph, attended, dialect.linear(graph, inner, weights, "mlp.down"))

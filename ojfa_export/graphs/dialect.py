@@ -24,7 +24,8 @@ class Portable:
     """Standard operators, for any runtime.
 
     Hidden states between graphs, norms, rotations, softmax and logits are fp32 in either
-    precision; matrix products are in the precision asked for.
+    precision; matrix products are in the precision asked for. "Compute precision" below is that of
+    matrix products.
 
     Args:
         spec: The model.
@@ -60,39 +61,71 @@ class Portable:
         biased: str = graph.op("Add", y, graph.weight(f"{name}.bias", weights[f"{name}.bias"]))
         return biased
 
+    def residual(self, graph: Graph, x: str, y: str) -> str:
+        """The sum of hidden states x, fp32, and y, which `linear` gave."""
+        total: str = graph.op("Add", x, y)
+        return total
+
     def vocabulary(self, graph: Graph, x: str, name: str, ref: TensorRef) -> str:
         """The product x @ W^T, W [V, features]: x in compute precision, the result fp32."""
         weight = self.matrix(graph, name, ref)
         return self.to_float(graph, graph.op("Gemm", x, weight, transB=1))
 
     def norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
-        """RMSNorm or LayerNorm over the last axis, fp32."""
+        """RMSNorm or LayerNorm over the last axis of fp32 values, in fp32.
+
+        Returns:
+            The result in compute precision.
+        """
         weight = graph.weight(f"{name}.weight", weights[f"{name}.weight"])
         if self.spec.norm == "layer":
             bias = graph.weight(f"{name}.bias", weights[f"{name}.bias"])
             normed: str = graph.op(
                 "LayerNormalization", x, weight, bias, axis=-1, epsilon=self.spec.norm_epsilon
             )
-            return normed
-        scaled: str = graph.op("Mul", self.root_mean_square(graph, x), weight)
-        return scaled
+        else:
+            normed = graph.op("Mul", self._root_mean_square(graph, x), weight)
+        return self.to_compute(graph, normed)
 
     def add_and_norm(
         self, graph: Graph, x: str, y: str, weights: Weights, name: str
     ) -> tuple[str, str]:
-        """The sum x + y, and its norm."""
-        total = graph.op("Add", x, y)
+        """The sum of `residual`, fp32, and its norm, in compute precision."""
+        total = self.residual(graph, x, y)
         return total, self.norm(graph, total, weights, name)
 
-    def root_mean_square(self, graph: Graph, x: str) -> str:
-        """x / sqrt(mean(x^2) + eps) over the last axis, fp32."""
+    def unit_norm(self, graph: Graph, x: str, width: int) -> str:
+        """RMSNorm without a weight, of fp32 values [..., width]; in compute precision."""
+        return self.to_compute(graph, self._root_mean_square(graph, x))
+
+    def inner(self, graph: Graph, up: str) -> str:
+        """The MLP between its matrices: activated, gated where the model is.
+
+        Args:
+            graph: The block's graph.
+            up: What `linear` gave; gate and up side by side where gated.
+
+        Returns:
+            [..., intermediate_size] in compute precision.
+        """
+        return self.to_compute(graph, self._activated(graph, up))
+
+    def _activated(self, graph: Graph, up: str) -> str:
+        spec = self.spec
+        if not spec.gated:
+            return self.activation(graph, up, spec.activation)
+        sizes = graph.constant([spec.intermediate_size] * 2, np.int64)
+        gate, up = graph.op("Split", up, sizes, axis=-1, outputs=2)
+        return str(graph.op("Mul", self.activation(graph, gate, spec.activation), up))
+
+    def _root_mean_square(self, graph: Graph, x: str) -> str:
         mean = graph.op("ReduceMean", graph.op("Mul", x, x), axes=[-1], keepdims=1)
         epsilon = graph.constant(self.spec.norm_epsilon, np.float32)
         normed: str = graph.op("Div", x, graph.op("Sqrt", graph.op("Add", mean, epsilon)))
         return normed
 
     def activation(self, graph: Graph, x: str, kind: Activation) -> str:
-        """An activation function, fp32."""
+        """An activation function of what `linear` gave."""
         if kind == "relu":
             result = graph.op("Relu", x)
         elif kind == "silu":
@@ -129,7 +162,7 @@ class Portable:
 
         Args:
             graph: The block's graph.
-            qkv: [batch, tokens, (heads + 2 kv_heads) head_dim] fp32.
+            qkv: [batch, tokens, (heads + 2 kv_heads) head_dim], what `linear` gave.
             block: Which block this is.
 
         Returns:

@@ -11,7 +11,12 @@ from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, Graph
 
 
 def embed_graph(
-    spec: ModelSpec, weights: Weights, rotary_rows: int, *, rotations: bool = True
+    spec: ModelSpec,
+    weights: Weights,
+    rotary_rows: int,
+    *,
+    rotations: bool = True,
+    graph_type: type[Graph] = Graph,
 ) -> onnx.ModelProto:
     """Emits the embedding.
 
@@ -22,8 +27,9 @@ def embed_graph(
         rotary_rows: Rows of one set of rotary factors; LongRoPE's second set follows the first.
         rotations: Whether to emit the rotations; a backend whose attention rotates by itself
             needs the hidden states alone.
+        graph_type: Where weights are: in files, or inputs.
     """
-    graph = Graph("embed", "Token ids to hidden states, and the rotations of their positions")
+    graph = graph_type("embed", "Token ids to hidden states, and the rotations of their positions")
     ids = graph.input("token_ids", INT32, "batch", "tokens")
     if spec.learned_positions or rotations:
         positions = graph.input("positions", INT32, "batch", "tokens")

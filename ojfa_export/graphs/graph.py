@@ -32,10 +32,12 @@ class Graph:
     Args:
         name: Name of the graph.
         description: What it computes, kept as its doc string.
+        opset: Version of the standard operators.
     """
 
-    def __init__(self, name: str, description: str) -> None:
+    def __init__(self, name: str, description: str, opset: int = OPSET) -> None:
         self.name = name
+        self._opset = opset
         self.description = description
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -121,8 +123,18 @@ class Graph:
             list(self._initializers.values()),
             doc_string=self.description,
         )
-        opsets = [helper.make_opsetid("", OPSET)]
+        opsets = [helper.make_opsetid("", self._opset)]
         opsets += [helper.make_opsetid(domain, 1) for domain in sorted(self._domains - {""})]
         model = helper.make_model(graph, opset_imports=opsets, producer_name="ojfa-export")
         model.ir_version = IR_VERSION
         return model
+
+
+class WeightInputs(Graph):
+    """A graph whose weights are inputs, so that equal blocks are one graph."""
+
+    def weight(self, name: str, ref: TensorRef) -> str:
+        """Declares a weight as an input."""
+        if not self.has_input(name):
+            self.input(name, ref.dtype, *ref.dims)
+        return name

@@ -20,7 +20,7 @@ def final_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> on
     """
     graph = dialect.graph("final_head", "The last block's output to logits: final norm and LM head")
     hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
-    normed = dialect.to_compute(graph, dialect.norm(graph, hidden, weights, "final_norm"))
+    normed = dialect.norm(graph, hidden, weights, "final_norm")
     logits = dialect.vocabulary(graph, normed, "head", weights["head"])
     graph.output(logits, "logits", FLOAT, "rows", spec.vocab_size)
     return graph.model()
@@ -41,7 +41,7 @@ def exit_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onn
     hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
     projected = graph.op("MatMul", hidden, graph.weight("project", weights["project"]))
     projected = graph.op("Add", projected, graph.weight("project.bias", weights["project.bias"]))
-    normed = dialect.to_compute(graph, dialect.root_mean_square(graph, projected))
+    normed = dialect.unit_norm(graph, projected, weights["project"].dims[1])
     logits = dialect.vocabulary(graph, normed, "vocabulary", weights["vocabulary"])
     if "vocabulary.bias" in weights:
         bias = graph.weight("vocabulary.bias", weights["vocabulary.bias"])
@@ -73,7 +73,7 @@ def residual_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) ->
     gate = graph.op("Gather", graph.weight("gates", weights["gates"]), index)
     gate = graph.op("Unsqueeze", gate, graph.constant([1], np.int64))
     jumped = graph.op("Add", hidden, graph.op("Mul", jump, gate))
-    normed = dialect.to_compute(graph, dialect.norm(graph, jumped, weights, "final_norm"))
+    normed = dialect.norm(graph, jumped, weights, "final_norm")
     logits = dialect.vocabulary(graph, normed, "head", weights["head"])
     graph.output(logits, "logits", FLOAT, "rows", spec.vocab_size)
     return graph.model()

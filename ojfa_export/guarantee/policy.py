@@ -91,6 +91,20 @@ def apply(
     return _apply(statistics, policy.measure, columns, thresholds, costs, surprisal_clip)
 
 
+def depths_of(statistics: ExitStatistics, policy: ExitPolicy) -> NDArray[np.int32]:
+    """Blocks that each of the statistics' tokens runs under a policy, [W, m].
+
+    Raises:
+        ValueError: The statistics lack one of the policy's exits.
+    """
+    depths = np.full(statistics.agrees.shape[:2], statistics.blocks, np.int32)
+    thresholds = np.array(policy.thresholds)  # as float64: half of their digits would round
+    for exit, threshold in reversed(list(zip(policy.exits, thresholds, strict=True))):
+        sure = statistics.of(policy.measure)[..., statistics.exits.index(exit)]
+        depths[sure >= threshold] = exit
+    return depths
+
+
 def _apply(
     statistics: ExitStatistics,
     measure: Measure,

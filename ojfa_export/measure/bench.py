@@ -199,7 +199,7 @@ def _decode(session: Session, exit: int) -> list[float]:
     length, token, milliseconds = session.lengths[0], 0, []
     for _ in range(BURST + 1):
         start = time.perf_counter()
-        token = int(session.advance([token], exit)[0].argmax())
+        [token] = session.choose([token], exit).tokens
         milliseconds.append((time.perf_counter() - start) * 1e3)
     session.rewind(length)
     return milliseconds[1:]

@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from ojfa_export.backends.backend import Engines
+from ojfa_export.backends.choice import Choosing
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.guarantee.confidence import MEASURES
 from ojfa_export.guarantee.policy import Costs
 from ojfa_export.measure.traffic import block_bytes
+from ojfa_export.measure.turns import Clock, Step, Turns
 from ojfa_export.progress import Progress
 from ojfa_export.runtime.policy import ExitPolicy, Measure
-from ojfa_export.runtime.session import Session
 
-# Tokens in the cache while steps are timed.
-PAST = 128
 # Tokens that a block runs at once where some waited.
 AT_ONCE = (2, 3, 5, 9)
-# Of each kind of step: the first of each turn finds another kind's caches and isn't counted.
-STEPS = 4
+# Of each kind, in a turn.
+STEPS = 8
 # Exits whose steps are timed; those between two of them lie on a line.
 MOST_EXITS = 16
-FEWEST_ROUNDS = 3
 
 Float64 = NDArray[np.float64]
-Clock = Callable[[], float]
 
 
 class StepCosts(BaseModel):
-    """Milliseconds of steps of one sequence, medians.
+    """Milliseconds of steps of one sequence.
 
     A step at an exit is timed where steps at that exit follow each other. That is right for any
     mixture of exits too, as far as caches forget what was used longest ago: what a block costs
@@ -119,59 +116,60 @@ def measure_costs(
         clock: Seconds; another than the wall's where the machine is shared.
     """
     depth = int(min(spec.blocks, max(2.0, most_bytes / block_bytes(spec))))
-    steps = _Steps(spec, engines, depth, min(max_length, spec.rotary_switch or max_length))
-    start = time.perf_counter()
-    with progress.task("timing blocks and heads", rounds, "rounds") as task:
-        for turn in range(rounds):
-            if turn < FEWEST_ROUNDS or time.perf_counter() < start + seconds:
-                steps.take_turns(clock)
-            task.advance()
+    steps = _Steps(spec, engines, depth, max_length, clock)
+    steps.time(rounds, seconds, progress)
     return steps.costs()
 
 
 class _Steps:
-    """Every kind of step, and the times that each took (milliseconds)."""
+    """Every kind of step, and what a step of it took (milliseconds)."""
 
-    def __init__(self, spec: ModelSpec, engines: Engines, depth: int, max_length: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, engines: Engines, depth: int, max_length: int, clock: Clock
+    ) -> None:
         self._spec, self._engines, self._depth = spec, engines, depth
-        self._past = min(PAST, max(0, max_length - AT_ONCE[-1]))
-        max_length = min(max_length, self._past + AT_ONCE[-1])
-        self._session = Session(spec, engines, 1, max_length)
-        self._sizes = [size for size in AT_ONCE if self._past + size <= max_length]
+        max_length = min(max_length, spec.rotary_switch or max_length)
+        self._sizes = [size for size in AT_ONCE if size <= max_length]
+        room = max([1, *self._sizes])
+        self._turns = Turns(spec, engines, max_length, room, depth, clock)
         self._exits = np.unique(np.linspace(1, depth, min(depth, MOST_EXITS)).round()).astype(int)
         # The last check of a policy always stops, so that no block beyond `depth` is needed.
         self._asked = range(1, min(depth, spec.blocks - 1) + 1)
         self._shallow = max(1, depth // 2)
         # Where the last block isn't the one after half depth, and the cache has room.
         self._late = self._sizes[:1] if depth - 1 > self._shallow else []
-        self._kinds = dict(self._make_kinds())
-        self._times: dict[object, list[float]] = {kind: [] for kind in self._kinds}
-        if self._past:
-            self._session.advance([0] * self._past, depth)
+        self._typical: dict[object, float] = {}
 
-    def _make_kinds(self) -> list[tuple[object, Callable[[], object]]]:
-        session, shallow, depth = self._session, self._shallow, self._depth
+    def time(self, rounds: int, seconds: float, progress: Progress) -> None:
+        """Times all kinds in turns."""
+        kinds = {kind: [step] * STEPS for kind, step in self._make_kinds()}
+        times = self._turns.time(kinds, rounds, seconds, "timing blocks and heads", progress)
+        self._typical = {kind: float(each.mean()) for kind, each in times.items()}
+
+    def _make_kinds(self) -> list[tuple[object, Step]]:
+        session, token = self._turns.session, self._turns.token
+        shallow, depth = self._shallow, self._depth
         rows = np.random.default_rng(0).normal(size=(AT_ONCE[-1], self._spec.hidden_size))
         hidden = rows.astype(np.float32)
 
-        def at_exit(exit: int) -> Callable[[], object]:
-            return lambda: session.advance([0], exit)[0].argmax()
+        def at_exit(exit: int) -> Step:
+            return lambda: session.choose([token()], exit)
 
-        def asking(exits: Sequence[int], measure: Measure) -> Callable[[], object]:
+        def asking(exits: Sequence[int], measure: Measure) -> Step:
             never_but_last = (*[2.0] * (len(exits) - 1), -1e9)
             policy = ExitPolicy(exits=tuple(exits), measure=measure, thresholds=never_but_last)
-            return lambda: session.decide([0], policy).logits[0].argmax()
+            return lambda: session.choose([token()], policy)
 
-        def catching_up(size: int, exit: int = shallow) -> Callable[[], object]:
+        def catching_up(size: int, exit: int = shallow) -> Step:
             def run() -> object:
                 for _ in range(size - 1):
-                    session.advance([0], exit)[0].argmax()
-                return session.advance([0], depth)[0].argmax()
+                    session.choose([token()], exit)
+                return session.choose([token()], depth)
 
             return run
 
-        def head(count: int, blocks_run: int) -> Callable[[], object]:
-            return lambda: self._engines.logits(hidden[:count], blocks_run)
+        def head(count: int, blocks_run: int) -> Step:
+            return lambda: self._engines.choose(hidden[:count], blocks_run, Choosing()).tokens()
 
         return [
             *((("exit", int(exit)), at_exit(int(exit))) for exit in self._exits),
@@ -184,20 +182,9 @@ class _Steps:
             (("head", "rows"), head(len(hidden), self._spec.blocks)),
         ]
 
-    def take_turns(self, clock: Clock) -> None:
-        """Some steps of each kind."""
-        for kind, step in self._kinds.items():
-            for count in range(STEPS + 1):
-                start = clock()
-                step()
-                milliseconds = (clock() - start) * 1e3
-                self._session.rewind(self._past)
-                if count:
-                    self._times[kind].append(milliseconds)
-
     def costs(self) -> StepCosts:
         """What the times say."""
-        typical = {kind: float(np.median(times)) for kind, times in self._times.items()}
+        typical = self._typical
         exit_head, final_head = typical["head", "exit"], typical["head", "final"]
         rows = AT_ONCE[-1] - 1
         exits = self._all_exits([typical["exit", int(e)] for e in self._exits])

@@ -11,7 +11,7 @@ from typing import Any
 from ojfa_export._version import __version__
 from ojfa_export.backends.onnxruntime.session import default_threads
 
-PACKAGES = ("numpy", "onnxruntime", "tokenizers")
+PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers")
 
 
 def describe_machine(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:

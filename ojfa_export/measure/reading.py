@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from ojfa_export.backends.backend import Int32
 from ojfa_export.calibrate.text import read_text
 from ojfa_export.errors import UsageError
-from ojfa_export.measure.costs import Clock
 from ojfa_export.measure.machine import describe_machine
+from ojfa_export.measure.turns import Clock
 from ojfa_export.progress import Progress
 from ojfa_export.runtime.model import ExitChoice, Model, load
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session, resolve_exit
-from ojfa_export.runtime.speculation import Speculation, Speculator
+from ojfa_export.runtime.speculation import MAX_DRAFT, Speculation, Speculator
 
 # Tokens of the text that are read before a way begins at another place.
 PIECE = 32
@@ -77,7 +77,8 @@ def read_pieces(
     """Times every way on the same pieces of text, the ways taking turns.
 
     The tokens that follow are the text's own, whatever a way chooses. Speculation's rounds begin
-    in the text as well: what a round gives is counted, then the text goes on in its place.
+    in the text as well: what a round gives is counted, then the text goes on in its place. The
+    last round of a piece may give more than is left of it, as it would anywhere in a text.
 
     Args:
         model: The opened bundle.
@@ -89,7 +90,7 @@ def read_pieces(
         clock: Seconds; another than the wall's where the machine is shared.
     """
     count, length = pieces.shape
-    session = model.session(1, length)
+    session = model.session(1, min(length + MAX_DRAFT, model.manifest.cache.max_length))
     found: dict[str, list[_Piece]] = {name: [] for name in ways}
     chosen: list[int] = []
     with progress.task("reading", count, "pieces") as task:
@@ -119,7 +120,7 @@ def _read(session: Session, piece: Sequence[int], start: int, way: Way, clock: C
     session.rewind(at)
     while at < last:
         # No draft reaches from the settling into what is timed.
-        wanted = (start if at < start else last) - at
+        wanted = start - at if at < start else MAX_DRAFT + 1
         before = clock()
         tokens, depth = step(piece[at], wanted)
         seconds = clock() - before
@@ -154,11 +155,11 @@ def _stepper(session: Session, way: Way) -> Callable[[int, int], tuple[list[int]
     if isinstance(way, ExitPolicy):
 
         def decide(token: int, wanted: int) -> tuple[list[int], int]:
-            decided = session.decide([token], way)
-            return [int(decided.logits[0].argmax())], int(decided.blocks_run[0])
+            decided = session.choose([token], way)
+            return decided.tokens, decided.blocks_run[0]
 
         return decide
-    return lambda token, wanted: ([int(session.advance([token], way)[0].argmax())], way)
+    return lambda token, wanted: (session.choose([token], way).tokens, way)
 
 
 def _with_times(piece: _Piece, seconds: NDArray[np.float64]) -> _Piece:

@@ -12,15 +12,17 @@ from ojfa_export.guarantee import ExitStatistics, load_statistics
 from ojfa_export.guarantee.promise import DEFAULT_CONFIDENCE
 from ojfa_export.measure.costs import StepCosts, measure_costs
 from ojfa_export.measure.machine import describe_machine
+from ojfa_export.measure.turns import Turns
 from ojfa_export.planner.frontier import Point, fixed_exits, policies, policy_point, speculation
 from ojfa_export.planner.recommend import advice, choose_default
+from ojfa_export.planner.rehearse import ROOM, rehearse
 from ojfa_export.progress import SILENT, Progress
 from ojfa_export.runtime.default import Default
 from ojfa_export.runtime.model import load
 from ojfa_export.runtime.policy import ExitPolicy
 
-# Turns of timing, and when to stop beginning them.
-ROUNDS, SECONDS = 40, 30.0
+# Turns of timing, and when to stop beginning them: of costs, and of rehearsals.
+ROUNDS, SECONDS = 16, 30.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def plan_bundle(
         model.spec, model.engines, length, rounds=ROUNDS, seconds=SECONDS, progress=progress
     )
     policy = manifest.auto if manifest.promise is not None else None
-    return make_plan(splits, costs, policy, confidence, progress)
+    turns = Turns(model.spec, model.engines, length, ROOM)
+    return make_plan(splits, costs, policy, confidence, progress, turns)
 
 
 def make_plan(
@@ -96,6 +99,7 @@ def make_plan(
     policy: ExitPolicy | None,
     confidence: float,
     progress: Progress = SILENT,
+    turns: Turns | None = None,
 ) -> Plan:
     """The plan that follows from statistics and costs.
 
@@ -105,10 +109,12 @@ def make_plan(
         policy: That keeps the bundle's promise, if it has one.
         confidence: Of certification.
         progress: Shows what is under way.
+        turns: Where to rehearse; without it, times are what the costs add up to.
     """
     certification = splits["certification"]
     points = basic_points(splits, costs) + policies(splits, costs, confidence, progress)
     own = own_point(splits, costs, policy)
+    points, own = _rehearsed(points, own, splits, costs, turns, SECONDS, progress)
     return Plan(
         machine=describe_machine(),
         costs=costs,
@@ -137,8 +143,32 @@ def own_point(
 
 
 def plan_default(
-    splits: Mapping[str, ExitStatistics], costs: StepCosts, policy: ExitPolicy | None
+    splits: Mapping[str, ExitStatistics],
+    costs: StepCosts,
+    policy: ExitPolicy | None,
+    turns: Turns | None = None,
+    seconds: float = SECONDS,
+    progress: Progress = SILENT,
 ) -> Default:
     """What a bundle should do where its user names no way: a part of `make_plan`."""
-    points = basic_points(splits, costs)
-    return choose_default(points, own_point(splits, costs, policy), splits, costs)
+    points, own = _rehearsed(
+        basic_points(splits, costs), own_point(splits, costs, policy),
+        splits, costs, turns, seconds, progress,
+    )  # fmt: skip
+    return choose_default(points, own, splits, costs)
+
+
+def _rehearsed(
+    points: list[Point],
+    own: Point | None,
+    splits: Mapping[str, ExitStatistics],
+    costs: StepCosts,
+    turns: Turns | None,
+    seconds: float,
+    progress: Progress,
+) -> tuple[list[Point], Point | None]:
+    if turns is None:
+        return points, own
+    expected = points if own is None else [*points, own]
+    found = rehearse(expected, splits["certification"], costs, turns, seconds, progress)
+    return found[: len(points)], None if own is None else found[-1]

@@ -126,6 +126,7 @@ def generate_tokens(
                 yield Token(row, token.id, text, token.blocks_run, reason, token.drafted)
                 if reason is not None:
                     break
+    decoder.end()
     if settings.monitor is not None:
         settings.monitor.finish(session, settings.domain)
 

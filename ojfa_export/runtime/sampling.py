@@ -54,12 +54,20 @@ class Sampling:
         """The random numbers of one sequence."""
         return np.random.default_rng([self.seed, row])
 
+    def draw(self, generator: np.random.Generator) -> float:
+        """The random number that chooses one token; greedy decoding takes none."""
+        return float(generator.random()) if self.temperature else 0.0
+
     def choose(self, logits: Float32, generator: np.random.Generator) -> int:
         """Chooses a token from logits [V]."""
+        return self.pick(logits, self.draw(generator))
+
+    def pick(self, logits: Float32, draw: float) -> int:
+        """The token that a number from [0, 1) stands for, as in `numpy.random.Generator.choice`."""
         if self.temperature == 0:
             return int(logits.argmax())
-        probabilities = self.probabilities(logits)
-        return int(generator.choice(len(probabilities), p=probabilities))
+        shares = np.cumsum(self.probabilities(logits))
+        return int(np.searchsorted(shares / shares[-1], draw, side="right"))
 
     def probabilities(self, logits: Float32) -> NDArray[np.float64]:
         """The distribution that tokens are drawn from, [V] float64; temperature must not be 0."""
@@ -77,3 +85,6 @@ class Sampling:
         probabilities: NDArray[np.float64] = np.empty_like(weights)
         probabilities[order] = ranked / ranked.sum()
         return probabilities
+
+
+GREEDY = Sampling()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ojfa_export.backends.backend import Engines, Hidden, Int32
+from ojfa_export.backends.choice import Choices
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.watermarks import Watermarks
@@ -50,6 +51,10 @@ class Sequences:
         self._waiting: dict[int, Hidden] = {}
         # The same of the last block, for which nothing waits.
         self._final = self._new_states() if keep_final else None
+        # What the newest pass gave, where no other came since: depth, rows, positions, states.
+        self._newest_pass: tuple[int, slice, list[int], Hidden] | None = None
+        # What chooses the newest tokens, in a pass that begins before they are known.
+        self._following: Choices | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -118,6 +123,7 @@ class Sequences:
 
         LongRoPE rotates every position by the sequence's length class: a change starts over.
         """
+        self._newest_pass = None
         switch = self.spec.rotary_switch
         if switch is not None and (length > switch) != self._long_context(row):
             self._watermarks[row].lower_to(0)
@@ -178,6 +184,8 @@ class Sequences:
         starts = [marks[0] for marks in self._watermarks[rows]]
         long = self._long_context(rows.start)
         hidden = self._embed(rows, starts)
+        if hidden.shape[1]:
+            self._newest_pass = None
         for blocks, start in marks.spans(depth):
             covered = end - hidden.shape[1]
             if start < covered:
@@ -190,9 +198,10 @@ class Sequences:
         if depth < self.spec.blocks:
             if depth not in self._waiting:
                 self._waiting[depth] = self._new_states()
-            _keep(self._waiting[depth], rows, starts, hidden)
+            self._cache.keep(self._waiting[depth], rows, starts, hidden)
         elif self._final is not None:
-            _keep(self._final, rows, starts, hidden)
+            self._cache.keep(self._final, rows, starts, hidden)
+        self._newest_pass = (depth, rows, starts, hidden) if hidden.shape[1] == 1 else None
         # Raised together, when all is done: a pass that is interrupted can be run again.
         for row in range(rows.start, rows.stop):
             if wanted[row]:
@@ -204,12 +213,16 @@ class Sequences:
         count = len(self._tokens[rows.start]) - starts[0]
         if not count:
             return self._cache.arrays.empty((len(starts), 0, self.spec.hidden_size), np.float32)
+        if self._following is not None:
+            return self._cache.embed(self._following, starts)
         both = zip(self._tokens[rows], starts, strict=True)
         new = [tokens[start : start + count] for tokens, start in both]
         return self._cache.embed(np.array(new, np.int32), starts)
 
     def _waited(self, depth: int, rows: slice, starts: list[int], count: int) -> Hidden:
         """Hidden states that wait before a block, [rows, count, H]; count 1 for several rows."""
+        if self._newest_pass is not None and self._newest_pass[:3] == (depth, rows, starts):
+            return self._newest_pass[3]  # still where it was computed
         waiting = self._waiting[depth]
         return self._cache.arrays.stack(
             [waiting[rows.start + i, at : at + count] for i, at in enumerate(starts)]
@@ -219,9 +232,3 @@ class Sequences:
         """Room for the hidden states of every position; untouched memory until it is used."""
         shape = (self.batch_size, self.max_length, self.spec.hidden_size)
         return self._cache.arrays.empty(shape, np.float32)
-
-
-def _keep(kept: Hidden, rows: slice, starts: list[int], hidden: Hidden) -> None:
-    """Keeps hidden states [rows, tokens, H] for later, from these positions on."""
-    for row, start, states in zip(range(rows.start, rows.stop), starts, hidden, strict=True):
-        kept[row, start : start + len(states)] = states

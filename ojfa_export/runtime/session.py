@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Generic, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.backends.backend import Engines, Float32, Hidden, Int32
+from ojfa_export.backends.backend import Float32, Hidden, Int32
+from ojfa_export.backends.choice import Choices, Choosing, Stop
 from ojfa_export.errors import UsageError
-from ojfa_export.families.spec import ModelSpec
-from ojfa_export.runtime.events import ExitTaken, Listener, ShadowCheck
-from ojfa_export.runtime.policy import ExitPolicy, confidence
-from ojfa_export.runtime.sequences import Sequences
-from ojfa_export.runtime.shadow import Due, Shadow
-from ojfa_export.runtime.stats import Stats
+from ojfa_export.runtime.policy import ExitPolicy
+from ojfa_export.runtime.sampling import GREEDY, Sampling
+from ojfa_export.runtime.watched import Watched
 
 Exit = int | Literal["full"]
-# Rows of logits that a comparison holds at a time: one takes 4 V bytes.
-_ROWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,57 @@ class Step:
     confidence: NDArray[np.float64]
 
 
-class Session(Sequences):
+@dataclass(frozen=True)
+class Choice:
+    """What `Session.choose` gave.
+
+    Attributes:
+        tokens: [sequences] each sequence's next token; -1 for sequences without new tokens.
+        blocks_run: [sequences] blocks run; 0 for sequences without new tokens.
+        confidence: As of `Step`.
+    """
+
+    tokens: list[int]
+    blocks_run: list[int]
+    confidence: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Started:
+    """A step whose tokens may not be known yet.
+
+    Attributes:
+        choices: What chooses them; None where no sequence has new tokens.
+        rows: Sequences with new tokens.
+        lengths: Tokens of each of them.
+        depth: Blocks run.
+    """
+
+    choices: Choices | None
+    rows: list[int]
+    lengths: list[int]
+    depth: int
+
+
+# In place of a token that is not known yet.
+UNKNOWN = -1
+C = TypeVar("C", bound=Choices)
+
+
+@dataclass(frozen=True)
+class _Taken(Generic[C]):
+    """The answer that a sequence stopped at: a row of a head's choices."""
+
+    choices: C
+    index: int
+
+
+def _of(draws: Sequence[float], wanted: Sequence[bool]) -> list[float]:
+    """The draws of some sequences; none where tokens aren't sampled."""
+    return [draw for draw, each in zip(draws, wanted, strict=True) if each] if draws else []
+
+
+class Session(Watched):
     """Sequences in progress: see `Sequences` for what passes do.
 
     Not thread-safe; make a session per thread.
@@ -57,20 +103,6 @@ class Session(Sequences):
         on_event: Called with each `ExitTaken`, `DraftChecked` and `ShadowCheck`, in the middle of
             the step; it must not use the session.
     """
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        engines: Engines,
-        batch_size: int,
-        max_length: int,
-        shadow: Shadow | None = None,
-    ) -> None:
-        super().__init__(spec, engines, batch_size, max_length, keep_final=shadow is not None)
-        self.stats = Stats()
-        self.shadow = shadow
-        self.on_event: Listener | None = None
-        self._engines = engines
 
     @overload
     def advance(
@@ -119,7 +151,8 @@ class Session(Sequences):
         answers = self._run(counts, depth, every_position)
         if self.on_event is not None or (self.shadow is not None and not every_position):
             for row in (row for row, count in enumerate(counts) if count):
-                self._watch(row, depth, None if every_position else answers[row])
+                likeliest = None if every_position else int(answers[row].argmax())
+                self._watch(row, depth, likeliest)
         return answers
 
     def decide(
@@ -138,60 +171,157 @@ class Session(Sequences):
             UsageError: An exit or a token outside the model, or no room in the cache; the session
                 is unchanged.
         """
-        policy.check_fits(self.spec.blocks)
-        going = np.array(self._append(token_ids)) > 0
+        taken, blocks_run, asked = self._decide(token_ids, policy, self._choose_on_host)
         logits = np.zeros((self.batch_size, self.spec.vocab_size), np.float32)
-        blocks_run = np.zeros(self.batch_size, np.int32)
-        asked = np.full((len(policy.exits), self.batch_size), np.nan)
-        for index, (depth, threshold) in enumerate(
-            zip(policy.exits, policy.thresholds, strict=True)
-        ):
-            if not going.any():
-                break
-            asked_rows = np.flatnonzero(going)
-            answers = self._answer(going.tolist(), depth)
-            asked[index, asked_rows] = confidence(answers, policy.measure)
-            self.stats.checks += len(asked_rows)
-            sure = asked[index, asked_rows] >= threshold
-            stopped = asked_rows[sure]
-            logits[stopped], blocks_run[stopped], going[stopped] = answers[sure], depth, False
-            if len(stopped):
-                self.stats.count_stopped(depth, len(stopped), float(asked[index, stopped].sum()))
-        logits[going] = self._answer(going.tolist(), self.spec.blocks)
-        blocks_run[going] = self.spec.blocks
-        self.stats.exits.update(blocks_run[blocks_run > 0].tolist())
-        if self.on_event is not None or self.shadow is not None:
-            for row in np.flatnonzero(blocks_run).tolist():
-                said = asked[:, row][~np.isnan(asked[:, row])]
-                self._watch(row, int(blocks_run[row]), logits[row], tuple(said.tolist()))
-        return Step(logits, blocks_run, asked)
+        for row, answer in enumerate(taken):
+            if answer is not None:
+                logits[row] = answer.choices.logits[answer.index]
+        return Step(logits, np.array(blocks_run, np.int32), asked)
 
-    def complete(self, token_ids: Sequence[Sequence[int]], counts: Sequence[int]) -> list[Float32]:
-        """Appends tokens and runs all that waits, and them, through all blocks.
+    def choose(
+        self,
+        token_ids: Sequence[int] | Sequence[Sequence[int]],
+        exit: Exit | ExitPolicy = "full",
+        sampling: Sampling = GREEDY,
+        draws: Sequence[float] = (),
+    ) -> Choice:
+        """Appends tokens and chooses the next, as `advance` and `decide` with `Sampling.pick`.
+
+        Where the model runs on a device it is done there, and no logits come to the host.
 
         Args:
-            token_ids: New tokens of each sequence.
-            counts: For how many of each sequence's last tokens to give logits: no more than the
-                last block hasn't processed. A sequence with 0 and no new tokens is left alone.
-
-        Returns:
-            Logits [count, V] of the model's own head for each sequence.
+            token_ids: As of `advance`.
+            exit: Blocks to run, or the policy that decides.
+            sampling: How tokens are chosen.
+            draws: A number from [0, 1) for each sequence, where they are sampled.
 
         Raises:
-            UsageError: A token outside the model, no room in the cache, or too large a count; the
-                session is unchanged.
+            UsageError: An exit or a token outside the model, or no room in the cache; the session
+                is unchanged.
         """
-        new = self._check(token_ids)
-        for row, (count, ids) in enumerate(zip(counts, new, strict=True)):
-            last_mark = self._watermarks[row][self.spec.blocks - 1]
-            waiting = len(self._tokens[row]) - last_mark + len(ids)
-            if not min(len(ids), 1) <= count <= waiting:
-                raise UsageError(
-                    f"asked for the logits of {count} tokens of sequence {row}, of which "
-                    f"{waiting} wait for the last block"
-                )
-        self._append(new)
-        return self._run(counts, self.spec.blocks, True)
+        if isinstance(exit, ExitPolicy):
+            taken, blocks_run, asked = self._decide(token_ids, exit, self._choose, sampling, draws)
+            tokens = [-1 if each is None else each.choices.tokens()[each.index] for each in taken]
+            return Choice(tokens, blocks_run, asked)
+        return self.finish(self.start(token_ids, exit, sampling, draws))
+
+    def start(
+        self,
+        token_ids: Sequence[int] | Sequence[Sequence[int]],
+        exit: Exit = "full",
+        sampling: Sampling = GREEDY,
+        draws: Sequence[float] = (),
+    ) -> Started:
+        """Begins what `choose` does at a fixed exit; `finish` ends it, and must come next.
+
+        Only `follow` may come between.
+        """
+        depth = resolve_exit(exit, self.spec.blocks)
+        wanted = [count > 0 for count in self._append(token_ids)]
+        return self._start(wanted, depth, Choosing(sampling, _of(draws, wanted)))
+
+    def can_follow(self, started: Started) -> bool:
+        """Whether the step after a step can begin before that one's tokens are known.
+
+        That is where a device chooses them, every sequence goes on and has room, and nobody looks
+        at what is chosen.
+        """
+        return (
+            self._engines.follows
+            and len(started.rows) == self.batch_size
+            and max(self.lengths) < self.max_length
+            and self.spec.rotary_switch is None
+            and self.on_event is None
+            and self.shadow is None
+        )
+
+    def follow(
+        self, started: Started, sampling: Sampling = GREEDY, draws: Sequence[float] = ()
+    ) -> Started:
+        """Begins the step after a step; see `can_follow`.
+
+        Where another token comes than the one that was chosen, `rewind` to the length before.
+        """
+        everyone = [True] * self.batch_size
+        for tokens in self._tokens:
+            tokens.append(UNKNOWN)
+        self._newest_pass = None
+        self._following = started.choices
+        try:
+            return self._start(everyone, started.depth, Choosing(sampling, draws))
+        finally:
+            self._following = None
+
+    def finish(self, started: Started) -> Choice:
+        """Waits for the tokens that a step chooses."""
+        rows, depth = started.rows, started.depth
+        tokens, blocks_run = [-1] * self.batch_size, [0] * self.batch_size
+        if started.choices is not None:
+            for row, length, token in zip(
+                rows, started.lengths, started.choices.tokens(), strict=True
+            ):
+                tokens[row], blocks_run[row] = token, depth
+                if len(self._tokens[row]) > length:  # of the step that follows
+                    self._tokens[row][length] = token
+            self._count(len(rows), depth)
+            self.stats.exits[depth] += len(rows)
+            if self.on_event is not None or self.shadow is not None:
+                for row, likeliest in zip(rows, started.choices.likeliest(), strict=True):
+                    self._watch(row, depth, likeliest)
+        return Choice(tokens, blocks_run, np.empty((0, self.batch_size)))
+
+    def _start(self, wanted: Sequence[bool], depth: int, how: Choosing) -> Started:
+        rows = [row for row, each in enumerate(wanted) if each]
+        choices = None
+        if rows:
+            choices = self._engines.choose(self._newest(wanted, depth), depth, how)
+        return Started(choices, rows, [len(self._tokens[row]) for row in rows], depth)
+
+    def _decide(
+        self,
+        token_ids: Sequence[int] | Sequence[Sequence[int]],
+        policy: ExitPolicy,
+        choose: Callable[[Hidden, int, Choosing], C],
+        sampling: Sampling = GREEDY,
+        draws: Sequence[float] = (),
+    ) -> tuple[list[_Taken[C] | None], list[int], NDArray[np.float64]]:
+        """What each sequence's new tokens ended in, blocks run, and confidence at each exit."""
+        policy.check_fits(self.spec.blocks)
+        going = [count > 0 for count in self._append(token_ids)]
+        taken: list[_Taken[C] | None] = [None] * self.batch_size
+        blocks_run = [0] * self.batch_size
+        asked = np.full((len(policy.exits), self.batch_size), np.nan)
+        exits = (*policy.exits, self.spec.blocks)
+        for index, depth in enumerate(exits):
+            rows = [row for row, each in enumerate(going) if each]
+            if not rows:
+                break
+            stop = None
+            if depth < self.spec.blocks:
+                then = range(depth, exits[index + 1])
+                stop = Stop(policy.measure, policy.thresholds[index], then)
+            how = Choosing(sampling, _of(draws, going), stop)
+            choices = choose(self._newest(going, depth), depth, how)
+            stopped = list(range(len(rows)))
+            if stop is not None:
+                said = choices.confidence(stop.measure)
+                asked[index, rows] = said
+                self.stats.checks += len(rows)
+                stopped = [at for at in stopped if said[at] >= stop.threshold]
+                if stopped:
+                    total = float(said[stopped].sum())
+                    self.stats.count_stopped(depth, len(stopped), total)
+            for at in stopped:
+                row = rows[at]
+                taken[row], blocks_run[row], going[row] = _Taken(choices, at), depth, False
+        self.stats.exits.update(blocks for blocks in blocks_run if blocks)
+        if self.on_event is not None or self.shadow is not None:
+            for row, answer in enumerate(taken):
+                if answer is not None:
+                    said = asked[:, row][~np.isnan(asked[:, row])]
+                    likeliest = answer.choices.likeliest()[answer.index]
+                    self._watch(row, blocks_run[row], likeliest, tuple(said.tolist()))
+        return taken, blocks_run, asked
 
     @overload
     def deepen(self, exit: Exit = ..., *, every_position: Literal[False] = ...) -> Float32: ...
@@ -218,142 +348,6 @@ class Session(Sequences):
         rows = zip(self._tokens, self._watermarks, strict=True)
         waiting = [len(tokens) - marks[depth - 1] for tokens, marks in rows]
         return self._run(waiting, depth, every_position)
-
-    def run_shadow_checks(self, budget: int | None = None) -> list[ShadowCheck]:
-        """Completes chosen early tokens to full depth and compares them with the full model.
-
-        To be called when the machine has nothing better to do: between tokens, or after the
-        sequence. Completing is the catching up that a later, deeper token would have caused, so
-        that later tokens are the same with checks as without. All tokens of a sequence that wait
-        are completed in one pass.
-
-        Args:
-            budget: Comparisons at most, oldest tokens first; None for all that are due.
-
-        Returns:
-            The comparisons; `stats` counts them.
-
-        Raises:
-            UsageError: The session was made without a `shadow`, or a negative budget.
-        """
-        if self.shadow is None or self._final is None:
-            raise UsageError(
-                "this session chooses no tokens for shadow checks",
-                hint="make it with Model.session(monitor=...)",
-            )
-        if budget is not None and budget < 0:
-            raise UsageError(f"the budget of shadow checks must be 0 or more, not {budget}")
-        due, blocks = self.shadow.due[:budget], self.spec.blocks
-        waiting = [False] * self.batch_size
-        for each in due:
-            waiting[each.row] |= self._watermarks[each.row][blocks - 1] <= each.position
-        for rows in self._groups(waiting, blocks):
-            self._deepen(rows, blocks, waiting)
-        checks = []
-        for start in range(0, len(due), _ROWS_AT_ONCE):
-            part = due[start : start + _ROWS_AT_ONCE]
-            states = self._final[[each.row for each in part], [each.position for each in part]]
-            choices = self._head(states, blocks).argmax(axis=1).tolist()
-            for each, choice in zip(part, choices, strict=True):
-                agrees = each.choice == choice
-                checks.append(ShadowCheck(each.row, each.position, each.blocks_run, agrees))
-                self._checked(self.shadow, checks[-1])
-        return checks
-
-    def rewind(self, length: int, row: int = 0) -> None:
-        """Drops the tokens after the first `length`: a change of numbers, nothing is computed.
-
-        Raises:
-            UsageError: A row that isn't there, or more tokens than it has.
-        """
-        long = self._long_context(row) if 0 <= row < self.batch_size else False
-        super().rewind(length, row)
-        if self.shadow is not None:
-            # What was said with the long factors can't be compared once they no longer apply.
-            self.shadow.forget(row, 0 if long != self._long_context(row) else length)
-
-    def _append(self, token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[int]:
-        switch = self.spec.rotary_switch
-        if self.shadow is not None and self.shadow.due and switch is not None:
-            both = zip(self.lengths, self._check(token_ids), strict=True)
-            if any(length <= switch < length + len(ids) for length, ids in both):
-                self.run_shadow_checks()  # beyond the switch the full model's past is another
-        return super()._append(token_ids)
-
-    def _watch(
-        self, row: int, depth: int, logits: Float32 | None, confidence: tuple[float, ...] = ()
-    ) -> None:
-        """Tells of a sequence's newest token, whose logits are [V], and may choose it."""
-        position = len(self._tokens[row]) - 1
-        if self.on_event is not None:
-            self.on_event(ExitTaken(row, position, depth, confidence))
-        if self.shadow is None or logits is None or not self.shadow.choose():
-            return
-        if depth < self.spec.blocks:
-            self.shadow.add(Due(row, position, depth, int(logits.argmax())))
-        else:
-            self._checked(self.shadow, ShadowCheck(row, position, depth, True))
-
-    def _checked(self, shadow: Shadow, check: ShadowCheck) -> None:
-        shadow.record(check)
-        if check.blocks_run < self.spec.blocks:
-            self.stats.shadow_checks += 1
-            self.stats.shadow_disagreements += not check.agrees
-        if self.on_event is not None:
-            self.on_event(check)
-
-    @overload
-    def _run(
-        self, counts: Sequence[int], depth: int, every_position: Literal[True]
-    ) -> list[Float32]: ...
-
-    @overload
-    def _run(
-        self, counts: Sequence[int], depth: int, every_position: bool
-    ) -> Float32 | list[Float32]: ...
-
-    def _run(
-        self, counts: Sequence[int], depth: int, every_position: bool
-    ) -> Float32 | list[Float32]:
-        """Runs the first blocks and a head; logits of each sequence's last `counts` tokens."""
-        wanted = [count > 0 for count in counts]
-        if not every_position:
-            answers = self._answer(wanted, depth)
-            if len(answers) == self.batch_size:
-                return answers
-            logits = np.zeros((self.batch_size, self.spec.vocab_size), np.float32)
-            logits[np.array(wanted)] = answers
-            return logits
-        arrays = self._cache.arrays
-        states = [arrays.empty((0, self.spec.hidden_size), np.float32)] * self.batch_size
-        for rows in self._groups(wanted, depth):
-            hidden = self._deepen(rows, depth, wanted)
-            for row in range(rows.start, rows.stop):
-                if wanted[row]:
-                    states[row] = hidden[row - rows.start, -counts[row] :].copy()
-        return np.split(self._head(arrays.concatenate(states), depth), np.cumsum(counts)[:-1])
-
-    def _answer(self, wanted: Sequence[bool], depth: int) -> Float32:
-        """Runs sequences through the first blocks; logits [wanted, V] of their newest tokens."""
-        arrays, newest = self._cache.arrays, []
-        for rows in self._groups(wanted, depth):
-            last = self._deepen(rows, depth, wanted)[:, -1]
-            if len(last) == self.batch_size and all(wanted):
-                return self._head(arrays.ascontiguousarray(last), depth)
-            newest.append(last[np.flatnonzero(wanted[rows])])
-        if not newest:
-            return np.zeros((0, self.spec.vocab_size), np.float32)
-        return self._head(arrays.concatenate(newest), depth)
-
-    def _head(self, hidden: Hidden, depth: int) -> Float32:
-        """Logits [n, V] of hidden states [n, H] after `depth` blocks."""
-        if not len(hidden):
-            return np.zeros((0, self.spec.vocab_size), np.float32)
-        if depth == self.spec.blocks:
-            self.stats.final_heads += len(hidden)
-        else:
-            self.stats.exit_heads += len(hidden)
-        return self._engines.logits(hidden, depth)
 
 
 def resolve_exit(exit: Exit, blocks: int) -> int:

@@ -165,12 +165,15 @@ class Speculator:
         drafts, proposals = self._draft(pending, limits)
         missing = [draft[-1:] or list(ids) for draft, ids in zip(drafts, pending, strict=True)]
         counts = [len(draft) + 1 if ids else 0 for draft, ids in zip(drafts, pending, strict=True)]
-        logits = session.complete(missing, counts)
+        best, logits = self._complete(missing, counts)
         result: list[list[Chosen]] = [[] for _ in pending]
         for row, draft in ((row, drafts[row]) for row, ids in enumerate(pending) if ids):
-            tokens = check(
-                draft, proposals[row], logits[row], self._sampling, self._generators[row]
-            )
+            if self._sampling.temperature:
+                tokens = check(
+                    draft, proposals[row], logits[row], self._sampling, self._generators[row]
+                )
+            else:
+                tokens = agreeing(draft, best[row])
             accepted = len(tokens) - 1
             session.rewind(before[row] + len(pending[row]) + accepted, row)
             self._lengths[row].learn(accepted, len(draft))
@@ -181,6 +184,17 @@ class Speculator:
                 session.on_event(DraftChecked(row, len(draft), accepted))
             result[row] = [Chosen(t, blocks, i < accepted) for i, t in enumerate(tokens)]
         return result
+
+    def end(self) -> None:
+        """See `decoding.Decoder`: nothing is begun ahead."""
+
+    def _complete(
+        self, missing: Sequence[Sequence[int]], counts: Sequence[int]
+    ) -> tuple[list[list[int]], list[Float32]]:
+        """The full model's own tokens; where tokens are sampled its logits instead."""
+        if self._sampling.temperature:
+            return [], self._session.complete(missing, counts)
+        return self._session.complete_greedily(missing, counts), []
 
     def _draft_length(self, row: int, length: int, wanted: int) -> int:
         """As many as pay, are wanted, and fit behind `length` tokens."""
@@ -199,19 +213,26 @@ class Speculator:
         proposals: list[list[Float64]] = [[] for _ in pending]
         new = [list(ids) if limit else [] for ids, limit in zip(pending, limits, strict=True)]
         while any(new):
-            logits = self._session.advance(new, self._exit)
+            propose = self._propose(new, proposals)
             for row in (row for row, ids in enumerate(new) if ids):
-                token = self._propose(logits[row], row, proposals[row])
+                token = propose[row]
                 drafts[row].append(token)
                 more = len(drafts[row]) < limits[row] and token not in self._eos
                 new[row] = [token] if more else []
         return drafts, proposals
 
-    def _propose(self, logits: Float32, row: int, proposals: list[Float64]) -> int:
+    def _propose(
+        self, new: Sequence[Sequence[int]], proposals: Sequence[list[Float64]]
+    ) -> list[int]:
+        """Each sequence's next draft; the distribution that it was drawn from joins the others."""
         if self._sampling.temperature == 0:
-            return int(logits.argmax())
-        proposals.append(self._sampling.probabilities(logits))
-        return _draw(proposals[-1], self._generators[row])
+            return self._session.choose(new, self._exit).tokens
+        logits = self._session.advance(new, self._exit)
+        tokens = [-1] * len(new)
+        for row in (row for row, ids in enumerate(new) if ids):
+            proposals[row].append(self._sampling.probabilities(logits[row]))
+            tokens[row] = _draw(proposals[row][-1], self._generators[row])
+        return tokens
 
 
 def check(
@@ -235,9 +256,7 @@ def check(
         generator: Random numbers.
     """
     if sampling.temperature == 0:
-        best: list[int] = logits.argmax(axis=-1).tolist()
-        agreeing = (index for index, token in enumerate(draft) if token != best[index])
-        return best[: next(agreeing, len(draft)) + 1]
+        return agreeing(draft, logits.argmax(axis=-1).tolist())
     for index, (token, q) in enumerate(zip(draft, proposals, strict=True)):
         p = sampling.probabilities(logits[index])
         if generator.random() * q[token] >= p[token]:
@@ -245,6 +264,12 @@ def check(
             # p and q may differ by less than p - q can show.
             return [*draft[:index], _draw(rest if rest.any() else p, generator)]
     return [*draft, _draw(sampling.probabilities(logits[-1]), generator)]
+
+
+def agreeing(draft: Sequence[int], best: list[int]) -> list[int]:
+    """The drafts that are the full model's own tokens `best`, and the one token after them."""
+    others = (index for index, token in enumerate(draft) if token != best[index])
+    return best[: next(others, len(draft)) + 1]
 
 
 def _draw(weights: Float64, generator: np.random.Generator) -> int:

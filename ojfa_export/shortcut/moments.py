@@ -55,20 +55,35 @@ class Moments:
         """
         if x.shape != y.shape or x.ndim != 2 or x.shape[1] != self.hidden_size:
             raise ValueError(f"rows {x.shape} and {y.shape}, expected [n, {self.hidden_size}] both")
-        for start in range(0, x.shape[0], _ROWS_AT_ONCE):
+        # Taken once: fresh memory for every chunk costs as much as the products.
+        centred = np.empty((2, min(len(x), _ROWS_AT_ONCE) + 1, self.hidden_size))
+        for start in range(0, len(x), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
-            self._merge(x[rows].astype(np.float64), y[rows].astype(np.float64))
+            self._merge(x[rows], y[rows], centred)
 
-    def _merge(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> None:
-        added = x.shape[0]
-        total = self.count + added
-        mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
-        x, y = x - mean_x, y - mean_y
+    def _merge(self, x: NDArray[Any], y: NDArray[Any], memory: NDArray[np.float64]) -> None:
+        added, total = len(x), self.count + len(x)
+        mean_x, mean_y = (rows.mean(axis=0, dtype=np.float64) for rows in (x, y))
         step_x, step_y = mean_x - self.mean_x, mean_y - self.mean_y
-        weight = self.count * added / total
-        self.xx += x.T @ x + weight * np.outer(step_x, step_x)
-        self.xy += x.T @ y + weight * np.outer(step_x, step_y)
-        self.yy += (y * y).sum(axis=0) + weight * step_y**2
+        # How far the means are apart enters like one more row.
+        weight = np.sqrt(self.count * added / total)
+        x = _centred(memory[0, : added + 1], x, mean_x, weight * step_x)
+        y = _centred(memory[1, : added + 1], y, mean_y, weight * step_y)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.yy += np.einsum("ij,ij->j", y, y)
         self.mean_x += step_x * (added / total)
         self.mean_y += step_y * (added / total)
         self.count = total
+
+
+def _centred(
+    out: NDArray[np.float64],
+    rows: NDArray[Any],
+    mean: NDArray[np.float64],
+    last: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """`out` [n + 1, H], with the rows less their mean, and one more."""
+    np.subtract(rows, mean, out=out[:-1])
+    out[-1] = last
+    return out

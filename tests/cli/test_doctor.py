@@ -44,6 +44,7 @@ def test_healthy(invoke) -> None:
     assert result.exit_code == 0
     assert re.search(r"^  onnxruntime +works: version ", result.stdout, re.MULTILINE)
     assert re.search(r"^  tensorrt +(works: version |-: )", result.stdout, re.MULTILINE)
+    assert re.search(r"^  onnxruntime-cuda +(works: version |-: )", result.stdout, re.MULTILINE)
 
 
 def test_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +62,45 @@ def test_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "load", missing)
     state = doctor.try_tensorrt()
     assert (state.works, state.hint) == (False, "pip install 'ojfa-export[gpu]'")
+
+
+def test_onnxruntime_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise BackendError("no package", hint="see doctor") from ImportError(name)
+
+    monkeypatch.setattr(backends, "load", missing)
+    state = doctor.try_onnxruntime_cuda()
+    assert (state.works, state.hint) == (False, "pip install 'ojfa-export[gpu-onnxruntime]'")
+
+    class Found:
+        def versions(self) -> dict[str, str]:
+            return {"onnxruntime": "1.31.1", "gpu": "A GPU", "driver": "CUDA 13.0"}
+
+    monkeypatch.setattr(backends, "load", lambda name: Found())
+    monkeypatch.setattr(doctor, "_double_on_cuda", lambda value: 2 * value)
+    state = doctor.try_onnxruntime_cuda()
+    assert state.detail == "version 1.31.1 on A GPU, CUDA 13.0: ran a tiny model"
+    assert state.works
+    monkeypatch.setattr(doctor, "_double_on_cuda", lambda value: value)
+    assert doctor.try_onnxruntime_cuda().works is False
+
+    def broken(value: float) -> float:
+        raise BackendError("the CUDA provider doesn't load", hint="install it")
+
+    monkeypatch.setattr(doctor, "_double_on_cuda", broken)
+    state = doctor.try_onnxruntime_cuda()
+    assert (state.detail, state.hint) == ("the CUDA provider doesn't load", "install it")
+
+
+def test_onnxruntime_gpu_stands_in_for_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "onnxruntime":
+            raise PackageNotFoundError(name)
+        return "1.31.1"
+
+    monkeypatch.setattr(doctor, "version", version)
+    package = doctor.look_at_package("onnxruntime", "run", "1.23")
+    assert (package.version, package.hint) == ("1.31.1", None)
 
 
 @pytest.mark.parametrize(

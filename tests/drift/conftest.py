@@ -30,7 +30,7 @@ def promised(tiny_checkpoint: Path, calibration_text: Path) -> Path:
         str(tiny_checkpoint),
         tiny_checkpoint.with_name("promised.ojfa"),
         rank=8,
-        shortcut="ojfa",
+        shortcut="residual",
         calibration_data=(Path(f"code={calibration_text}"), Path(f"docs={prose}")),
         calibration_tokens=1024,
         max_cache_length=64,

@@ -2,6 +2,7 @@
 
 python -m tests.gpu.prepare DIRECTORY            # anywhere with torch
 OJFA_GPU_CASES=DIRECTORY pytest -m gpu tests/gpu  # on the machine with the GPU
+OJFA_GPU_BACKEND=onnxruntime-cuda OJFA_GPU_CASES=… # the same for that backend
 """
 
 from __future__ import annotations
@@ -9,17 +10,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ojfa_export import backends
 from ojfa_export.bundle.names import graph_names
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.session import Session
 
 VARIABLE = "OJFA_GPU_CASES"
+BACKEND = os.environ.get("OJFA_GPU_BACKEND", "tensorrt")
+# How steps of few tokens run: in our kernels or all in engines; as recorded CUDA graphs or not.
+DECODE = {
+    "tensorrt": ("kernels", "engines"),
+    "onnxruntime-cuda": ("recorded", "unrecorded"),
+}
 
 
 @dataclass
@@ -32,21 +40,32 @@ class Case:
     precision: str
     expected: dict[str, np.ndarray]
     plans: dict[str, Path]
+    recorded: bool = True
+    opened: dict = field(default_factory=dict)
 
     @property
     def graphs(self) -> Path:
         return self.directory / "graphs"
 
-    def open(self):
-        from ojfa_export.backends.tensorrt.backend import BACKEND
+    def engines(self):
+        """The opened model: one for each way to decode, as opening takes longer than most tests."""
+        how = os.environ.get("OJFA_DECODE"), self.recorded
+        if how not in self.opened:
+            self.opened[how] = self.open()
+        return self.opened[how]
 
+    def open(self):
         rotary = None
         if "cosines" in self.expected:
             rotary = self.expected["cosines"], self.expected["sines"]
-        return BACKEND.open_engines(self.spec, self.graphs, self.plans, rotary)
+        backend = backends.load(BACKEND)
+        engines = backend.open_engines(self.spec, self.graphs, self.plans, rotary)
+        if not self.recorded:
+            engines.record = False
+        return engines
 
     def session(self, batch: int = 1) -> Session:
-        return Session(self.spec, self.open(), batch, 2 * self.expected["token_ids"].shape[1])
+        return Session(self.spec, self.engines(), batch, 2 * self.expected["token_ids"].shape[1])
 
 
 def case_names() -> list[str]:
@@ -75,13 +94,12 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 
 
 def load_case(directory: Path, built: Path) -> Case:
-    from ojfa_export.backends.tensorrt.backend import BACKEND
-
+    backend = backends.load(BACKEND)
     described = json.loads((directory / "case.json").read_text())
     spec = ModelSpec.model_validate_json(json.dumps(described["spec"]))
     plans = {name: built / f"{name}.json" for name in graph_names(spec.blocks)}
     for name, plan in plans.items():
-        BACKEND.build_engine(spec, directory / "graphs" / f"{name}.onnx", plan)
+        backend.build_engine(spec, directory / "graphs" / f"{name}.onnx", plan)
     with np.load(directory / "expected.npz") as arrays:
         expected = dict(arrays)
     return Case(directory.name, directory, spec, described["precision"], expected, plans)
@@ -92,8 +110,11 @@ def case(cases: Callable[[str], Case], case_name: str) -> Case:
     return cases(case_name)
 
 
-@pytest.fixture(params=["kernels", "engines"])
-def decode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Steps of few tokens in our kernels, or everything in TensorRT's engines."""
-    monkeypatch.setenv("OJFA_DECODE", request.param)
+@pytest.fixture(params=DECODE[BACKEND])
+def decode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, case: Case) -> str:
+    """How steps of few tokens run: see DECODE."""
+    if BACKEND == "tensorrt":
+        monkeypatch.setenv("OJFA_DECODE", request.param)
+    else:
+        monkeypatch.setattr(case, "recorded", request.param == "recorded")
     return str(request.param)

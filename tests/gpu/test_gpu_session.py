@@ -9,6 +9,8 @@ from tolerances import LOGITS_FP16_RELATIVE, LOGITS_FP32
 
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
+from ojfa_export.runtime.session import Session
+from ojfa_export.runtime.shadow import Shadow
 from ojfa_export.runtime.speculation import Speculation, Speculator
 
 pytestmark = pytest.mark.gpu
@@ -110,3 +112,56 @@ def test_policy_and_speculation(case, decode):
         pending = [drafted[-1]]
     if case.precision == "fp32":
         assert drafted[:12] == tokens
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_k=30, top_p=0.9)])
+def test_choices_are_those_of_the_logits(case, decode, rng, sampling):
+    """At fixed exits and at checks of which some stop; two sessions in step, one by its logits."""
+    device, host = case.session(2), case.session(2)
+    pending = case.expected["token_ids"][:, :6].tolist()
+    inner = range(1, case.spec.blocks)
+    for step in range(16):
+        draws = rng.random(2).tolist()
+        if step % 2:
+            measure = ("top", "margin", "entropy")[step % 3]
+            thresholds = rng.choice([-9.0, 9.0, 0.02 if measure != "entropy" else -5.0], len(inner))
+            policy = ExitPolicy(exits=tuple(inner), measure=measure, thresholds=tuple(thresholds))
+            said = host.decide(pending, policy)
+            logits, blocks = said.logits, said.blocks_run.tolist()
+            choice = device.choose(pending, policy, sampling, draws)
+            assert choice.blocks_run == blocks
+            np.testing.assert_allclose(choice.confidence, said.confidence, atol=2e-3, rtol=0)
+        else:
+            exit = int(rng.integers(1, case.spec.blocks + 1))
+            logits = host.advance(pending, exit)
+            choice = device.choose(pending, exit, sampling, draws)
+        for row, token in enumerate(choice.tokens):
+            shares = np.append(
+                0.0, np.cumsum(sampling.probabilities(logits[row])) if sampling.temperature else 1.0
+            )
+            if sampling.temperature:
+                assert shares[token] - 2e-3 <= draws[row] <= shares[token + 1] + 2e-3
+            else:
+                assert logits[row].max() - logits[row, token] <= 2e-3 * np.abs(logits[row]).max()
+        pending = [[token] for token in choice.tokens]
+    np.testing.assert_array_equal(device.watermarks, host.watermarks)
+
+
+def test_shadow_checks_and_closed_heads(case, decode):
+    """Early tokens are compared with the full model; heads are opened again after closing."""
+    ids = case.expected["token_ids"][0]
+    session = Session(case.spec, case.open(), 1, len(ids), Shadow(1.0, np.random.default_rng(1)))
+    session.choose(ids[:4].tolist(), EXIT)
+    for at in range(4, 20):
+        session.choose([int(ids[at])], EXIT)
+    session._engines.unload_heads()
+    checks = session.run_shadow_checks()
+    assert [check.position for check in checks] == list(range(3, 20))
+    for check in checks:
+        early, full = (case.expected[name][0, check.position] for name in ("exit", "full"))
+        near = max(np.ptp(np.sort(each)[-2:]) for each in (early, full))
+        assert (
+            check.agrees == (early.argmax() == full.argmax())
+            or case.precision == "fp16"
+            or near < 1e-3
+        )

@@ -7,6 +7,7 @@ import pytest
 from tiny_models import make_checkpoint
 
 from bench.compiled import Compiled, compile_checkpoint
+from ojfa_export.backends.choice import ChoosesOnHost
 from ojfa_export.errors import UsageError
 from ojfa_export.measure import bench
 from ojfa_export.measure.overhead import TimedEngines, measure_overhead
@@ -22,7 +23,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     return compile_checkpoint(folder / "checkpoint", folder, LENGTH)
 
 
-class RecordingEngines:
+class RecordingEngines(ChoosesOnHost):
     """Engines that note every block and head that is run, and on how many tokens."""
 
     def __init__(self, compiled: Compiled) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ojfa_export.backends.choice import ChoosesOnHost
 from ojfa_export.guarantee.confidence import MEASURES
 from ojfa_export.measure.costs import StepCosts
 
@@ -20,7 +21,7 @@ def step_costs(blocks: int = 12, **changes: Any) -> StepCosts:
     return StepCosts.model_validate({**plain, **changes})
 
 
-class ClockedEngines:
+class ClockedEngines(ChoosesOnHost):
     """Engines whose work takes the time of `step_costs` on a clock of their own (seconds)."""
 
     def __init__(self, engines: Any) -> None:

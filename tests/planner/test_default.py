@@ -183,7 +183,8 @@ def test_bench_on_a_text(with_default: Any, calibration_text: Path, tmp_path: Pa
     assert document["tokens"] == 64
     assert document["ways"]["auto"]["blocks"] == 2
     assert document["ways"]["auto"]["agreement"] == document["ways"]["exit 2"]["agreement"]
-    assert sum(document["ways"]["speculation, exit 3"]["steps_tokens"]) == 64
+    # Each of the two pieces of 32 tokens may end with a round that gives up to 8 more.
+    assert 64 <= sum(document["ways"]["speculation, exit 3"]["steps_tokens"]) <= 64 + 2 * 8
     assert json.loads((tmp_path / "bench.json").read_text()) == document
     table = invoke(*arguments[:-1]).stdout.partition("\n\n")[2].splitlines()
     assert table[1].split()[0] == "full"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from known_costs import step_costs
 
 from ojfa_export.guarantee import ExitPolicy, ExitStatistics
+from ojfa_export.guarantee.policy import depths_of
 from ojfa_export.planner.frontier import (
     agreement_runs,
     as_speculation,
@@ -27,15 +28,6 @@ Make = Callable[..., ExitStatistics]
 POLICY = ExitPolicy(exits=(3, 6, 9), measure="margin", thresholds=(0.7, 0.6, 0.8))
 # A window's first token has nothing before it, its last ones nothing after: one in 3,000.
 EDGES = 2e-3
-
-
-def depths_of(statistics: ExitStatistics, policy: ExitPolicy) -> np.ndarray:
-    """Blocks that each token runs, [W, m]."""
-    depths = np.full(statistics.agrees.shape[:2], statistics.blocks)
-    for exit, threshold in reversed(list(zip(policy.exits, policy.thresholds, strict=True))):
-        confidence = statistics.of(policy.measure)[..., statistics.exits.index(exit)]
-        depths[confidence.astype(np.float64) >= threshold] = exit
-    return depths
 
 
 def replay(depths: np.ndarray, policy: ExitPolicy, blocks: int, untimed: int = 0) -> float:
@@ -66,6 +58,18 @@ def test_policies_against_replayed_sequences(make_statistics: Make) -> None:
     assert found.agreement == pytest.approx(1 - differs.mean())
     worst = max(differs[statistics.domain == domain].mean() for domain in (0, 1))
     assert found.worst_agreement == pytest.approx(1 - worst)
+
+
+def test_depths_are_those_of_the_first_exit_that_is_sure(make_statistics: Make) -> None:
+    statistics = make_statistics(windows=3, tokens=16)
+    found = depths_of(statistics, POLICY)
+    for window, token in np.ndindex(*found.shape):
+        sure = [
+            exit
+            for exit, threshold in zip(POLICY.exits, POLICY.thresholds, strict=True)
+            if float(statistics.of("margin")[window, token, exit - 1]) >= threshold
+        ]
+        assert found[window, token] == min([*sure, 12])
 
 
 def test_short_runs_tell_nearly_as_much(make_statistics: Make) -> None:

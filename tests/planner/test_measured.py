@@ -96,8 +96,9 @@ def test_readings_are_the_engines_time(
     )
     assert found["policy"].agreement == pytest.approx(np.mean(agreed))
     drafting = found["drafting"]
-    assert sum(drafting.steps_tokens) == 3 * 32
-    # A piece's last rounds are shorter.
+    # The last round of each of the 3 pieces may give up to 3 tokens beyond it.
+    assert 3 * 32 <= sum(drafting.steps_tokens) <= 3 * 35
+    # Where the cache ends with the piece, its last rounds are shorter.
     assert max(drafting.steps_ms) == pytest.approx(round_ms(costs, 2, 3))
 
 

@@ -18,8 +18,8 @@ import ojfa_export
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.generation import Settings, collect, generate_tokens
 from ojfa_export.runtime.model import Model
-from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.session import Session
+from ojfa_export.runtime.sampling import GREEDY, Sampling
+from ojfa_export.runtime.session import Choice, Session
 from ojfa_export.runtime.speculation import (
     MAX_DRAFT,
     PROBE_ROUNDS,
@@ -51,6 +51,12 @@ class GoodDrafts(Session):
                     noise = np.random.default_rng(seen).normal(size=VOCAB_SIZE)
                     logits[row] += noise.astype(np.float32)
         return logits
+
+    def choose(self, token_ids, exit="full", sampling=GREEDY, draws=()):
+        if exit in ("full", self.spec.blocks):
+            return super().choose(token_ids, exit, sampling, draws)
+        tokens = self.advance(token_ids, exit).argmax(axis=1)
+        return Choice(tokens.tolist(), [exit] * len(tokens), np.empty((0, len(tokens))))
 
 
 @pytest.fixture(scope="module")

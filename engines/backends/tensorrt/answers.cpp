@@ -8,17 +8,15 @@
 namespace ojfa::tensorrt {
 namespace {
 
-// As in engines/kernels/choose.cuh: struct Answer, Mail and Desk.
-struct Answer {
-    std::int32_t token, likeliest;
-    double top, margin, entropy;
-};
-constexpr unsigned MAIL_SLOTS = 8, CHOOSE_PARTS = 32, CHOOSE_THREADS = 512;
-constexpr std::size_t MAIL_BYTES =
-    MAIL_SLOTS * Answers::MOST_ROWS * (sizeof(Answer) + sizeof(double)) + 4 * MAIL_SLOTS;
-constexpr std::size_t MOST_PARTS = 2048, SUMMARY_BYTES = 32;
-constexpr std::size_t DESK_BYTES =
-    4 * Answers::MOST_ROWS + 16 + (Answers::MOST_ROWS + MOST_PARTS) * SUMMARY_BYTES;
+// As in engines/kernels/choose.cuh: what is told of a row, each four bytes with the number of the answer.
+enum { TOKEN, LIKELIEST, TOP, MARGIN, ENTROPY, ANSWER_WORDS };
+constexpr std::size_t MAIL_SLOTS = 8, ROWS = Answers::MOST_ROWS;
+constexpr std::size_t MAIL_BYTES = MAIL_SLOTS * ROWS * (ANSWER_WORDS + 1) * 8;
+constexpr std::size_t MOST_PARTS = 1024, PART_BYTES = 5 * 8;
+constexpr std::size_t DESK_BYTES = 4 * ROWS + 2 * 4 + 4 * ROWS + MOST_PARTS * PART_BYTES;
+constexpr unsigned CHOOSE_PARTS = 32, CHOOSE_THREADS = 512;
+// Looks for an answer between two at the stream's state.
+constexpr unsigned LOOKS_AT_STREAM = 1 << 14;
 // Floats that a shortcut's projection needs at most, a token.
 constexpr std::size_t MOST_RANK = 8192;
 
@@ -70,19 +68,33 @@ void Answers::ask(CUdeviceptr hidden, bool in_place, int count, int blocks_run,
                                                          stream_.handle()),
                               "copying logits");
                 });
-    stream_.synchronize();
+    if (chosen) ++given_;
+    // What the device tells by itself is sooner known than the end of all work.
+    copied ? stream_.synchronize() : stream_.flush();
     if (copied) std::memcpy(outputs.logits, logits_host_.as<void>(), size);
-    if (!chosen) return;
-    const Answer* const answers =
-        mail_.as<Answer>() + given_++ % MAIL_SLOTS * static_cast<unsigned>(MOST_ROWS);
-    for (int row = 0; row < count; ++row) {
-        const Answer& answer = answers[row];
-        if (outputs.likeliest) outputs.likeliest[row] = answer.likeliest;
-        if (outputs.confidence)
-            outputs.confidence[row] = outputs.measure == core::Measure::top      ? answer.top
-                                      : outputs.measure == core::Measure::margin ? answer.margin
-                                                                                 : answer.entropy;
-    }
+    for (int row = 0; chosen && row < count; ++row) read(row, outputs);
+}
+
+// Waits for an answer of a row.
+void Answers::read(int row, const core::HeadOutputs& outputs) {
+    const std::size_t slot = (given_ - 1) % MAIL_SLOTS;
+    const std::uint64_t* const words =
+        mail_.as<std::uint64_t>() + (slot * ROWS + static_cast<std::size_t>(row)) * ANSWER_WORDS;
+    const auto await = [&](int which) {
+        for (unsigned looks = 1;; ++looks) {
+            const std::uint64_t word = __atomic_load_n(words + which, __ATOMIC_ACQUIRE);
+            if (word >> 32 == given_) return static_cast<std::uint32_t>(word);
+            if (looks % LOOKS_AT_STREAM == 0) stream_.check_alive();
+        }
+    };
+    if (outputs.likeliest) outputs.likeliest[row] = static_cast<std::int32_t>(await(LIKELIEST));
+    if (!outputs.confidence) return;
+    const std::uint32_t bits = await(outputs.measure == core::Measure::top      ? TOP
+                                     : outputs.measure == core::Measure::margin ? MARGIN
+                                                                                : ENTROPY);
+    float said;
+    std::memcpy(&said, &bits, sizeof said);
+    outputs.confidence[row] = said;
 }
 
 void Answers::run(CUdeviceptr hidden, int count, int blocks_run, EngineContexts* contexts) {

@@ -28,6 +28,7 @@ class Answers {
     void run_residual(CUdeviceptr hidden, int count, int blocks_run, EngineContexts* contexts);
     void run_engine(const std::string& head, CUdeviceptr hidden, int count, EngineContexts& contexts);
     void choose(int count);
+    void read(int row, const core::HeadOutputs& outputs);
 
     TensorRtEngines& engines_;
     Stream& stream_;
@@ -35,7 +36,7 @@ class Answers {
     Buffer z_, jumped_;       // what shortcuts work in
     Buffer desk_;             // engines/kernels/choose.cuh
     Pinned mail_, logits_host_;
-    unsigned given_ = 0;  // answers so far
+    std::uint32_t given_ = 0;  // answers so far
 };
 
 }  // namespace ojfa::tensorrt

@@ -4,6 +4,7 @@
 
 #include "bundle/manifest.hpp"
 #include "kernels.hpp"
+#include "weights.hpp"
 
 namespace ojfa::tensorrt {
 
@@ -32,17 +33,17 @@ class Attention {
     std::size_t finished_bytes(int tokens) const;
 
     // Appends the tokens' keys and values to the cache and attends. The tokens are of different sequences,
-    // one each, where `together`; else consecutive ones of one sequence. `ahead` is what the next kernel
-    // reads.
+    // one each, where `together`; else consecutive ones of one sequence. `ahead` is the matrix that
+    // the next kernel reads.
     void run(CUstream stream, const Operands& operands, const Scratch& scratch, int tokens, bool together,
-             CUdeviceptr ahead, std::size_t ahead_bytes) const;
+             const Array& ahead) const;
 
  private:
     Launch step_launch(int sequences, int tokens) const;
     Launch prompt_launch(int tokens) const;
     void append(CUstream stream, const Operands& operands, int tokens) const;
     void step(CUstream stream, const Operands& operands, const Scratch& scratch, int sequences, int tokens,
-              CUdeviceptr ahead, std::size_t ahead_bytes) const;
+              const Array& ahead) const;
 
     Kernels& kernels_;
     unsigned heads_, kv_heads_, head_dim_, vector_, element_bytes_, multiprocessors_;

@@ -144,6 +144,11 @@ void Stream::synchronize() {
     check(driver().cuStreamSynchronize(stream_), "waiting for the GPU");
 }
 
+void Stream::check_alive() {
+    const CUresult state = driver().cuStreamQuery(stream_);
+    if (state != CUDA_ERROR_NOT_READY) check(state, "waiting for an answer of the GPU");
+}
+
 void Stream::forget() {
     check(driver().cuStreamSynchronize(stream_), "waiting for the GPU");
     for (const auto& graph : graphs_)

@@ -97,6 +97,10 @@ class Stream {
     // The same, and waits for all work.
     void synchronize();
 
+    // Throws Failure where work failed; to be called while waiting for something else than the end of all
+    // work.
+    void check_alive();
+
     // Forgets all recordings: they refer to memory that may be given back now.
     void forget();
 

@@ -31,6 +31,7 @@ namespace ojfa::tensorrt {
     X(cuMemsetD8Async, 3020)              \
     X(cuStreamCreate, 2000)               \
     X(cuStreamDestroy, 4000)              \
+    X(cuStreamQuery, 2000)                \
     X(cuStreamSynchronize, 2000)          \
     X(cuStreamBeginCapture, 10010)        \
     X(cuStreamEndCapture, 10000)          \

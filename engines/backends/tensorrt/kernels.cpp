@@ -10,6 +10,10 @@ namespace {
 
 // Dynamic shared memory that needs no permission: 48 KiB less what kernels declare themselves.
 constexpr unsigned PLAIN_SHARED_BYTES = 32 << 10;
+// Of a multiprocessor's memory, shared memory rather than first-level cache: all, and for every kernel. It
+// must be empty to divide it otherwise, and a kernel that wants that can't start while the one before it
+// ends.
+constexpr int SHARED_PERCENT = 100;
 const char* const REBUILD =
     "rebuild the engines with 'ojfa-export build BUNDLE --backend tensorrt' of this version";
 
@@ -60,6 +64,9 @@ CUfunction Kernels::function(const Launch& launch, const std::vector<std::size_t
             throw core::backend_failure(file_ + " has no kernel '" + launch.kernel + "'", REBUILD);
         }
         check_parameters(function.handle, launch.kernel, sizes);
+        check(driver().cuFuncSetAttribute(function.handle, CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+                                          SHARED_PERCENT),
+              ("dividing memory for " + launch.kernel).c_str());
     }
     if (launch.shared_bytes > function.shared_bytes) {
         check(driver().cuFuncSetAttribute(function.handle, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,

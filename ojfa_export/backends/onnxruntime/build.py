@@ -6,8 +6,7 @@ from pathlib import Path
 
 import onnx
 
-from ojfa_export.backends.onnxruntime.dialect import OnnxRuntimeCpu
-from ojfa_export.errors import BackendError
+from ojfa_export.backends.onnxruntime.dialect import OnnxRuntimeCpu, check_fused_attention
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.embed import embed_graph
@@ -26,7 +25,7 @@ def build_engine(spec: ModelSpec, graph: Path, engine: Path) -> None:
     Raises:
         BackendError: A shape that ONNX Runtime's fused attention doesn't take.
     """
-    _check(spec)
+    check_fused_attention(spec, "this model can't be built for the onnxruntime backend")
     dialect = OnnxRuntimeCpu(spec)
     weights = references(onnx.load(graph, load_external_data=False))
     name = graph.stem
@@ -40,13 +39,3 @@ def build_engine(spec: ModelSpec, graph: Path, engine: Path) -> None:
     else:
         model = block_graph(spec, int(name.removeprefix("block_")), weights, dialect)
     engine.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def _check(spec: ModelSpec) -> None:
-    multiple = 16 if spec.rotary_dim else 8
-    if spec.head_dim % multiple or spec.rotary_dim % 16:
-        raise BackendError(
-            f"head size {spec.head_dim} with {spec.rotary_dim} rotated features: ONNX Runtime's "
-            f"fused attention needs multiples of {multiple}",
-            hint="this model can't be built for the onnxruntime backend",
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ojfa_export.errors import BackendError
 from ojfa_export.families.spec import Activation, ModelSpec
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, MICROSOFT, Graph
@@ -11,11 +12,124 @@ WIDENED_AT_ONCE = 64_000_000  # bytes
 SKIP_RMS_NORM = "SkipSimplifiedLayerNormalization"
 
 
-class OnnxRuntimeCpu(Portable):
-    """ONNX Runtime's contrib operators, in fp32.
+def check_fused_attention(spec: ModelSpec, hint: str) -> None:
+    """Refuses shapes that GroupQueryAttention doesn't take.
 
-    The CPU provider has no fp16 matrix product on x86, so fp16 weights are widened when a graph
-    is loaded.
+    Raises:
+        BackendError: With this hint.
+    """
+    multiple = 16 if spec.rotary_dim else 8
+    if spec.head_dim % multiple or spec.rotary_dim % 16:
+        raise BackendError(
+            f"head size {spec.head_dim} with {spec.rotary_dim} rotated features: ONNX Runtime's "
+            f"fused attention needs multiples of {multiple}",
+            hint=hint,
+        )
+
+
+class OnnxRuntimeDialect(Portable):
+    """What ONNX Runtime's providers share of its contrib operators."""
+
+    def vector(self, graph: Graph, name: str, ref: TensorRef) -> str:
+        """A norm's weight or bias, in the precision that the norm's result has."""
+        return graph.weight(name, ref)
+
+    def norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
+        """RMSNorm or LayerNorm as one node."""
+        kind = "SimplifiedLayerNormalization"
+        names = [f"{name}.weight"]
+        if self.spec.norm == "layer":
+            kind = "LayerNormalization"
+            names.append(f"{name}.bias")
+        parameters = [self.vector(graph, each, weights[each]) for each in names]
+        epsilon = self.spec.norm_epsilon
+        return str(graph.op(kind, x, *parameters, axis=-1, epsilon=epsilon, stash_type=1))
+
+    def add_and_norm(
+        self, graph: Graph, x: str, y: str, weights: Weights, name: str
+    ) -> tuple[str, str]:
+        """The sum x + y, and its norm, as one node."""
+        return self.skip_norm(graph, x, y, weights, name, self.spec.norm_epsilon)
+
+    def skip_norm(
+        self, graph: Graph, x: str, y: str, weights: Weights, name: str, epsilon: float
+    ) -> tuple[str, str]:
+        """The sum of fp32 values, and its norm in fp32, as one node."""
+        kind = "SkipLayerNormalization" if self.spec.norm == "layer" else SKIP_RMS_NORM
+        parameters = [
+            graph.weight(each, weights[each])
+            for each in (f"{name}.weight", f"{name}.bias")
+            if each in weights
+        ]
+        normed, _, _, total = graph.op(
+            kind,
+            x,
+            y,
+            *parameters,
+            outputs=4,
+            domain=MICROSOFT,
+            epsilon=epsilon,
+        )
+        return total, normed
+
+    def activation(self, graph: Graph, x: str, kind: Activation) -> str:
+        """An activation as one node where there is one."""
+        if kind == "silu":
+            return str(graph.op("QuickGelu", x, domain=MICROSOFT, alpha=1.0))
+        if kind == "gelu_tanh":
+            return str(graph.op("FastGelu", x, domain=MICROSOFT))
+        if kind == "gelu":
+            return str(graph.op("Gelu", x, domain=MICROSOFT))
+        return super().activation(graph, x, kind)
+
+    def attention_inputs(self, graph: Graph) -> None:
+        """Cache buffers of full capacity, and how much of each is in use."""
+        spec = self.spec
+        graph.input("last_positions", INT32, "batch")
+        graph.input("total_length", INT32)
+        if spec.rotary_dim:
+            graph.input("rotary_cos_table", self.compute, "rows", spec.rotary_dim // 2)
+            graph.input("rotary_sin_table", self.compute, "rows", spec.rotary_dim // 2)
+        for name in ("past_key", "past_value"):
+            graph.input(name, self.compute, "batch", spec.kv_heads, "capacity", spec.head_dim)
+
+    def attention(self, graph: Graph, qkv: str, block: int) -> str:
+        """GroupQueryAttention: rotates, appends to the cache, attends."""
+        spec = self.spec
+        tables = ("rotary_cos_table", "rotary_sin_table") if spec.rotary_dim else ()
+        mixed, key, value = graph.op(
+            "GroupQueryAttention",
+            qkv,
+            "",
+            "",
+            "past_key",
+            "past_value",
+            "last_positions",
+            "total_length",
+            *tables,
+            outputs=3,
+            domain=MICROSOFT,
+            num_heads=spec.heads,
+            kv_num_heads=spec.kv_heads,
+            scale=spec.attention_scales[block],
+            do_rotary=int(bool(spec.rotary_dim)),
+            local_window_size=-1 if spec.window is None else spec.window,
+        )
+        self.cache_outputs(graph, key, value)
+        return str(mixed)
+
+    def cache_outputs(self, graph: Graph, key: str, value: str) -> None:
+        """Declares the cache with its new rows: the same memory as the inputs'."""
+        spec = self.spec
+        for result, name in ((key, "key"), (value, "value")):
+            shape = ("batch", spec.kv_heads, "capacity", spec.head_dim)
+            graph.output(result, name, self.compute, *shape)
+
+
+class OnnxRuntimeCpu(OnnxRuntimeDialect):
+    """For the CPU provider, in fp32.
+
+    It has no fp16 matrix product on x86, so fp16 weights are widened when a graph is loaded.
 
     Args:
         spec: The model.
@@ -46,83 +160,3 @@ class OnnxRuntimeCpu(Portable):
             for start in range(0, rows, step)
         ]
         return str(graph.op("Concat", *parts, axis=1))
-
-    def norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
-        """RMSNorm as one node; LayerNorm is one node as it is."""
-        if self.spec.norm == "layer":
-            return super().norm(graph, x, weights, name)
-        weight = graph.weight(f"{name}.weight", weights[f"{name}.weight"])
-        epsilon = self.spec.norm_epsilon
-        return str(
-            graph.op(
-                "SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon, stash_type=1
-            )
-        )
-
-    def add_and_norm(
-        self, graph: Graph, x: str, y: str, weights: Weights, name: str
-    ) -> tuple[str, str]:
-        """The sum x + y, and its norm, as one node."""
-        kind = "SkipLayerNormalization" if self.spec.norm == "layer" else SKIP_RMS_NORM
-        parameters = [
-            graph.weight(each, weights[each])
-            for each in (f"{name}.weight", f"{name}.bias")
-            if each in weights
-        ]
-        normed, _, _, total = graph.op(
-            kind,
-            x,
-            y,
-            *parameters,
-            outputs=4,
-            domain=MICROSOFT,
-            epsilon=self.spec.norm_epsilon,
-        )
-        return total, normed
-
-    def activation(self, graph: Graph, x: str, kind: Activation) -> str:
-        """An activation as one node where there is one."""
-        if kind == "silu":
-            return str(graph.op("QuickGelu", x, domain=MICROSOFT, alpha=1.0))
-        if kind == "gelu_tanh":
-            return str(graph.op("FastGelu", x, domain=MICROSOFT))
-        if kind == "gelu":
-            return str(graph.op("Gelu", x, domain=MICROSOFT))
-        return super().activation(graph, x, kind)
-
-    def attention_inputs(self, graph: Graph) -> None:
-        """Cache buffers of full capacity, and how much of each is in use."""
-        spec = self.spec
-        graph.input("last_positions", INT32, "batch")
-        graph.input("total_length", INT32)
-        if spec.rotary_dim:
-            graph.input("rotary_cos_table", FLOAT, "rows", spec.rotary_dim // 2)
-            graph.input("rotary_sin_table", FLOAT, "rows", spec.rotary_dim // 2)
-        for name in ("past_key", "past_value"):
-            graph.input(name, FLOAT, "batch", spec.kv_heads, "capacity", spec.head_dim)
-
-    def attention(self, graph: Graph, qkv: str, block: int) -> str:
-        """GroupQueryAttention: rotates, appends to the cache, attends."""
-        spec = self.spec
-        tables = ("rotary_cos_table", "rotary_sin_table") if spec.rotary_dim else ()
-        mixed, key, value = graph.op(
-            "GroupQueryAttention",
-            qkv,
-            "",
-            "",
-            "past_key",
-            "past_value",
-            "last_positions",
-            "total_length",
-            *tables,
-            outputs=3,
-            domain=MICROSOFT,
-            num_heads=spec.heads,
-            kv_num_heads=spec.kv_heads,
-            scale=spec.attention_scales[block],
-            do_rotary=int(bool(spec.rotary_dim)),
-            local_window_size=-1 if spec.window is None else spec.window,
-        )
-        for result, name in ((key, "key"), (value, "value")):
-            graph.output(result, name, FLOAT, "batch", spec.kv_heads, "capacity", spec.head_dim)
-        return str(mixed)

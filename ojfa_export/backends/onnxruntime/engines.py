@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ojfa_export.backends.backend import Float32, Int32
+from ojfa_export.backends.backend import Float32, Int32, keep
+from ojfa_export.backends.choice import ChoosesOnHost
 from ojfa_export.backends.onnxruntime.session import open_session
 from ojfa_export.bundle.names import block_name
 from ojfa_export.families.spec import ModelSpec
@@ -19,7 +20,7 @@ from ojfa_export.families.spec import ModelSpec
 SCORE_BYTES = 64 << 20
 
 
-class OnnxRuntimeEngines:
+class OnnxRuntimeEngines(ChoosesOnHost):
     """An opened model.
 
     Args:
@@ -152,6 +153,10 @@ class OnnxRuntimeCache:
             hidden_size = self._engines.spec.hidden_size
             self._decode[key] = _DecodeSteps(self, rows, hidden_size, long_context)
         return self._decode[key]
+
+    def keep(self, kept: Float32, rows: slice, starts: Sequence[int], hidden: Float32) -> None:
+        """Copies hidden states for later; see `backends.backend.Cache`."""
+        keep(kept, rows, starts, hidden)
 
     def unload(self, block: int) -> None:
         """Closes a block's session; its keys and values stay."""

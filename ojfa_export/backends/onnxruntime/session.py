@@ -46,6 +46,15 @@ def share_thread_pool() -> int:
     return threads
 
 
+def session_options() -> ort.SessionOptions:
+    """Options of a session that uses the process's one thread pool."""
+    share_thread_pool()
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.log_severity_level = 3
+    return options
+
+
 def open_session(model: bytes, name: str, weights: Path) -> ort.InferenceSession:
     """Opens a graph on the CPU provider.
 
@@ -58,10 +67,7 @@ def open_session(model: bytes, name: str, weights: Path) -> ort.InferenceSession
     Raises:
         BackendError: ONNX Runtime refuses the graph.
     """
-    share_thread_pool()
-    options = ort.SessionOptions()
-    options.use_per_session_threads = False
-    options.log_severity_level = 3
+    options = session_options()
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(weights.resolve())
     )

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ojfa_export.backends.backend import Backend, Float32
+from ojfa_export.backends.cuda.device import the_device
 from ojfa_export.backends.tensorrt import api
-from ojfa_export.backends.tensorrt.device import the_device
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for
 from ojfa_export.families.spec import ModelSpec

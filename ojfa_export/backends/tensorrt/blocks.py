@@ -8,20 +8,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ojfa_export.backends.backend import Int32
-from ojfa_export.backends.tensorrt.arrays import DeviceArray
-from ojfa_export.backends.tensorrt.kernels import integer, number, pointer
+from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
+from ojfa_export.backends.cuda.device import PinnedArray
+from ojfa_export.backends.tensorrt.attention import Attention, Geometry, Operands, Scratch
+from ojfa_export.backends.tensorrt.kernels import Argument, pointer
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, Norm
 from ojfa_export.backends.tensorrt.plan import MLP, QKV
-from ojfa_export.backends.tensorrt.weights import DTYPES
 from ojfa_export.bundle.names import block_name
 
 if TYPE_CHECKING:
     from ojfa_export.backends.tensorrt.engines import TensorRtEngines
-
-ATTENTION_THREADS = 128
-MOST_SPLITS = 16
-# Thread blocks of attention per multiprocessor, above which keys need not be split further.
-ATTENTION_BLOCKS = 4
 
 
 class Workspace:
@@ -30,43 +26,56 @@ class Workspace:
     Args:
         engines: The opened model.
         tokens: How many.
+        lasting: Whether recordings refer to it.
 
     Attributes:
         hidden: Two buffers [tokens, H] fp32; block i reads the (i % 2)th and writes the other.
         qkv: [tokens, (heads + 2 kv_heads) head_dim] fp32.
         mixed: [tokens, heads * head_dim], what attention gives.
         inner: [tokens, intermediate size], of the MLP.
-        ids: Address of the token ids, as far as they were embedded here.
-        positions: Address of the tokens' positions.
+        attention: What attention's thread blocks share.
+        positions: Address of the tokens' positions, for all other kernels.
         sequences: Address of the sequences that they belong to.
     """
 
-    def __init__(self, engines: TensorRtEngines, tokens: int) -> None:
+    def __init__(self, engines: TensorRtEngines, tokens: int, *, lasting: bool = False) -> None:
         spec, self._device = engines.spec, engines.device
         arrays, dtype = engines.arrays, DTYPES[engines.precision]
+        self._arrays = arrays
         self.tokens = tokens
         self.hidden = tuple(arrays.empty((tokens, spec.hidden_size), np.float32) for _ in range(2))
         width = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
         self.qkv = arrays.empty((tokens, width), np.float32)
         self.mixed = arrays.empty((tokens, spec.heads * spec.head_dim), dtype)
         self.inner = arrays.empty((tokens, spec.intermediate_size), dtype)
-        wanted = ATTENTION_BLOCKS * self._device.multiprocessors
-        self.splits = max(1, min(MOST_SPLITS, wanted // (tokens * spec.kv_heads)))
-        self.parts = arrays.empty((tokens, spec.heads, self.splits, spec.head_dim + 2), np.float32)
-        self.finished = arrays.empty((tokens, spec.kv_heads), np.uint32)
-        self._device.clear(self.finished.pointer, self.finished.nbytes)
-        described = arrays.empty((3, tokens), np.int32)
-        self._described = described
-        row = 4 * tokens
-        self.ids, self.positions, self.sequences = (described.pointer + i * row for i in range(3))
+        geometry = Geometry.of(spec, dtype.itemsize)
+        self.attention = Scratch(self._device, arrays, geometry, tokens)
+        self._places = arrays.empty((2, tokens), np.int32)
+        self.positions, self.sequences = (self._places.pointer + i * 4 * tokens for i in range(2))
+        # For the tokens of a step: the device reads them from the host's memory, as late as it can.
+        self._named = PinnedArray((2, tokens), np.int32) if lasting else None
+        self._named_here: DeviceArray | None = None
+        self._named_with = 0  # the launch that reads them
         self._positions: list[int] = []
         self._sequences: list[int] = []
 
+    @property
+    def named_at(self) -> tuple[Argument, Argument]:
+        """Token ids and positions for the embedding."""
+        start = (self._named or self._named_here).pointer  # type: ignore[union-attr]
+        return pointer(start), pointer(start + 4 * self.tokens)
+
     def name(self, token_ids: Int32, positions: Sequence[int]) -> None:
-        """Says which tokens they are, and where: one copy to the device."""
+        """Says which tokens they are, and where, to the embedding, which tells the others where."""
         self._positions = list(positions)
+        if self._named is not None:
+            if self._device.recorder.done < self._named_with:
+                self._device.synchronize()  # the tokens before may not have been read yet
+            self._named_with = self._device.recorder.launches + 1
+            self._named.array[0], self._named.array[1] = token_ids.reshape(-1), self._positions
+            return
         both = np.array([token_ids.reshape(-1), self._positions], np.int32)
-        self._device.upload(both, self.ids)
+        self._named_here = self._arrays.asarray(both)
 
     def place(self, positions: Sequence[int], sequences: Sequence[int]) -> None:
         """Says where the tokens are, and of which sequences; what is known is not copied again."""
@@ -76,6 +85,18 @@ class Workspace:
         if (wanted := list(sequences)) != self._sequences:
             self._device.upload(np.array(wanted, np.int32), self.sequences)
             self._sequences = wanted
+
+    def places(self) -> tuple[Argument, Argument]:
+        """Positions and sequences, for a kernel."""
+        return pointer(self.positions), pointer(self.sequences)
+
+    def is_placed(self, positions: list[int]) -> bool:
+        """Whether the device has these positions."""
+        return positions == self._positions
+
+    def moved_to(self, positions: list[int]) -> None:
+        """Tells of positions that the device gave the tokens."""
+        self._positions = positions
 
     def take(self, hidden: DeviceArray, block: int) -> None:
         """Puts hidden states where a block reads them."""
@@ -101,7 +122,11 @@ class Block:
         dtype = DTYPES[engines.precision]
         self._keys = engines.arrays.lasting(shape, dtype)
         self._values = engines.arrays.lasting(shape, dtype)
-        self._kernels = engines.kernels[engines.precision]
+        self._attention = Attention(
+            engines.kernels[engines.precision],
+            Geometry.of(engines.spec, dtype.itemsize),
+            engines.device.multiprocessors,
+        )
         self._linear = engines.linear(engines.precision)
 
     def unload(self) -> None:
@@ -202,34 +227,25 @@ class Block:
         return Norm(weights[f"{name}.weight"], weights.get(f"{name}.bias"), epsilon)
 
     def _attend(self, workspace: Workspace, long_context: bool, *, together: bool) -> None:
-        spec, capacity = self._engines.spec, self._shape[2]
         cosines, sines = self._rotations(long_context)
-        cache = (
-            pointer(workspace.qkv.pointer),
-            pointer(self._keys.pointer),
-            pointer(self._values.pointer),
-            pointer(cosines),
-            pointer(sines),
-            pointer(workspace.positions),
-            pointer(workspace.sequences),
-            integer(capacity),
+        operands = Operands(
+            out=workspace.mixed.pointer,
+            qkv=workspace.qkv.pointer,
+            keys=self._keys.pointer,
+            values=self._values.pointer,
+            cosines=cosines,
+            sines=sines,
+            positions=workspace.positions,
+            sequences=workspace.sequences,
+            capacity=self._shape[2],
+            scale=self._engines.spec.attention_scales[self._index],
         )
-        if not together:
-            grid = (spec.kv_heads, workspace.tokens, 1)
-            self._kernels.launch("append", grid, (ATTENTION_THREADS, 1, 1), cache)
-        self._kernels.launch(
-            "attention",
-            (workspace.splits, spec.kv_heads, workspace.tokens),
-            (ATTENTION_THREADS, 1, 1),
-            (
-                pointer(workspace.mixed.pointer),
-                *cache,
-                number(spec.attention_scales[self._index]),
-                pointer(workspace.parts.pointer),
-                pointer(workspace.finished.pointer),
-                integer(int(together)),
-            ),
-            overlapping=together,
+        self._attention.run(
+            operands,
+            workspace.attention,
+            workspace.tokens,
+            together=together,
+            ahead=self._engines.weights(self._name)["attention.out.weight"],
         )
 
     def _rotations(self, long_context: bool) -> tuple[int, int]:

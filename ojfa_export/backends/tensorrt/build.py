@@ -7,8 +7,8 @@ from pathlib import Path
 
 import onnx
 
+from ojfa_export.backends.cuda.device import the_device
 from ojfa_export.backends.tensorrt import api
-from ojfa_export.backends.tensorrt.device import the_device
 from ojfa_export.backends.tensorrt.graphs import parts, transposed
 from ojfa_export.backends.tensorrt.kernels import compile_kernels
 from ojfa_export.backends.tensorrt.plan import PROFILES, GraphPlan, Weight

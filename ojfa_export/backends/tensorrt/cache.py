@@ -3,16 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ojfa_export.backends.backend import Float32, Int32
-from ojfa_export.backends.tensorrt.arrays import DeviceArray
+import numpy as np
+
+from ojfa_export.backends.backend import Float32, Int32, keep
+from ojfa_export.backends.choice import Choices
+from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
-from ojfa_export.backends.tensorrt.device import Recorder
+from ojfa_export.backends.tensorrt.heads import Keeping
+from ojfa_export.backends.tensorrt.kernels import pointer
+from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
 from ojfa_export.backends.tensorrt.plan import PREFILL_TOKENS
 
 if TYPE_CHECKING:
     from ojfa_export.backends.tensorrt.engines import TensorRtEngines
+
+
+# Of what follows an exit, so many blocks begin before its check is known.
+AHEAD_BLOCKS = 1
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A one-token pass, as long as its result lies where it was computed.
+
+    Attributes:
+        cache: Whose.
+        block: The one after it.
+        rows: Sequences.
+        starts: Their positions.
+        long_context: As of `TensorRtCache.run_blocks`.
+        hidden: The result, [rows, 1, H].
+    """
+
+    cache: TensorRtCache
+    block: int
+    rows: slice
+    starts: list[int]
+    long_context: bool
+    hidden: DeviceArray
+
+    def holds(self, states: DeviceArray) -> bool:
+        """Whether hidden states are the pass's result."""
+        return states.pointer == self.hidden.pointer and len(states) == len(self.hidden)
 
 
 class TensorRtCache:
@@ -38,22 +74,48 @@ class TensorRtCache:
         self._shape = (batch_size, engines.spec.kv_heads, capacity, engines.spec.head_dim)
         self._blocks: dict[int, Block] = {}
         self._workspaces: dict[int, Workspace] = {}
-        self._recorder = Recorder(engines.device)
+        self._recorder = engines.device.recorder
+        self._key = object()  # of this cache's recordings
 
-    def embed(self, token_ids: Int32, starts: Sequence[int]) -> DeviceArray:
+    def embed(self, token_ids: Int32 | Choices, starts: Sequence[int]) -> DeviceArray:
         """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
         self._device.make_current()  # the caller's thread may be another each time
+        if not isinstance(token_ids, np.ndarray):
+            if self._follows(token_ids, starts):
+                return self._embed_following(list(starts))
+            token_ids = np.array(token_ids.tokens(), np.int32)[:, None]
         rows, tokens = token_ids.shape
-        places = [start + token for start in starts for token in range(tokens)]
+        self._engines.call_off()
         if tokens > 1:
+            places = [start + token for start in starts for token in range(tokens)]
             workspace = Workspace(self._engines, rows * tokens)
             workspace.name(token_ids, places)
+            self._recorder.flush()
             self._engines.embed(workspace)
         else:
             workspace = self._workspace(rows)
-            workspace.name(token_ids, places)
-            self._recorder.run(("embed", rows), lambda: self._engines.embed(workspace))
+            workspace.name(token_ids, starts)
+            key = ("embed", self._key, rows)
+            self._recorder.add(key, lambda: self._engines.embed(workspace))
         return workspace.hidden[0].reshape(rows, tokens, self._engines.spec.hidden_size)
+
+    def _follows(self, choices: Choices, starts: Sequence[int]) -> bool:
+        """Whether tokens are the newest answer's, at the positions after those of the last step."""
+        before = [start - 1 for start in starts]
+        return self._engines.mailbox.is_newest(choices) and self._workspace(len(starts)).is_placed(
+            before
+        )
+
+    def _embed_following(self, starts: list[int]) -> DeviceArray:
+        """Embeds the newest answer's tokens, known to the device alone."""
+        self._engines.call_off()
+        rows, tokens = len(starts), pointer(self._engines.mailbox.tokens)
+        workspace = self._workspace(rows)
+        before = pointer(workspace.positions)
+        key = ("follow", self._key, rows)
+        self._recorder.add(key, lambda: self._engines.embed(workspace, (tokens, before), steps=1))
+        workspace.moved_to(starts)
+        return workspace.hidden[0].reshape(rows, 1, self._engines.spec.hidden_size)
 
     def run_blocks(
         self,
@@ -65,13 +127,13 @@ class TensorRtCache:
         long_context: bool,
     ) -> DeviceArray:
         """Runs consecutive blocks on new tokens; see `backends.backend.Cache`."""
-        self._device.make_current()
+        if not self._recorder.pending:  # else this thread has just embedded
+            self._device.make_current()
         states = self.arrays.asarray(hidden)
-        for block in blocks:
-            if block not in self._blocks:
-                self._blocks[block] = Block(self._engines, block, self._shape)
+        self._open(blocks)
         if states.shape[1] == 1:
-            return self._decode(blocks, states, rows, starts, long_context)
+            return self._decode(blocks, states, rows, list(starts), long_context)
+        self._engines.call_off()
         most = PREFILL_TOKENS[-1]
         pieces = [
             self._prefill(blocks, states[:, at : at + most], rows, starts[0] + at, long_context)
@@ -79,16 +141,44 @@ class TensorRtCache:
         ]
         return pieces[0] if len(pieces) == 1 else self.arrays.concatenate(pieces, axis=1)
 
+    def keep(
+        self, kept: DeviceArray, rows: slice, starts: Sequence[int], hidden: DeviceArray
+    ) -> None:
+        """Copies hidden states for later; see `backends.backend.Cache`."""
+        last = self._engines.last_pass
+        if last is None or last.cache is not self or not last.holds(hidden):
+            keep(kept, rows, starts, hidden)
+            return
+        kernels = self._engines.kernels[self._engines.precision]
+        keeping = Keeping(kernels, kept, hidden, self._workspace(len(hidden)))
+        key = ("keep", self._key, kept.pointer, hidden.pointer, len(hidden))
+        self._recorder.add(key, keeping.run)
+        self._engines.keeping = key, keeping
+
+    def can_begin(self, last: Pass) -> bool:
+        """Whether blocks can begin after a pass: TensorRT's engines can't be called off."""
+        return len(last.hidden) <= MOST_TOKENS and self._engines.decode_kernels
+
+    def begin(self, last: Pass, blocks: range) -> None:
+        """Adds blocks after a pass and its exit's check, which may call them off on the device."""
+        self._engines.ahead = blocks = blocks[:AHEAD_BLOCKS]
+        self._open(blocks)
+        self._add(blocks, len(last.hidden), last.long_context)
+
     def unload(self, block: int) -> None:
         """Lets go of a block's weights; its keys and values stay."""
         self._recorder.clear()
         if block in self._blocks:
             self._blocks[block].unload()
 
+    def __del__(self) -> None:
+        with suppress(Exception):
+            self._recorder.forget(self._key)
+
     def _workspace(self, count: int) -> Workspace:
         """The buffers of steps with this many sequences, kept as recordings refer to them."""
         if count not in self._workspaces:
-            self._workspaces[count] = Workspace(self._engines, count)
+            self._workspaces[count] = Workspace(self._engines, count, lasting=True)
         return self._workspaces[count]
 
     def _decode(
@@ -96,20 +186,46 @@ class TensorRtCache:
         blocks: range,
         hidden: DeviceArray,
         rows: slice,
-        starts: Sequence[int],
+        starts: list[int],
         long_context: bool,
     ) -> DeviceArray:
-        count = len(hidden)
+        workspace = self._workspace(len(hidden))
+        result = workspace.hidden[blocks.stop % 2].reshape(*hidden.shape)
+        this = Pass(self, blocks.stop, rows, starts, long_context, result)
+        begun = self._begun(blocks, hidden, this)
+        if not begun:
+            self._engines.call_off()
+            workspace.place(starts, range(rows.start, rows.stop))
+            workspace.take(hidden, blocks.start)
+        if rest := blocks[begun:]:
+            self._add(rest, len(hidden), long_context)
+        self._engines.ahead, self._engines.last_pass = None, this
+        return result
+
+    def _begun(self, blocks: range, hidden: DeviceArray, this: Pass) -> int:
+        """With how many of the blocks the last pass has been followed already."""
+        last, ahead = self._engines.last_pass, self._engines.ahead
+        if ahead is None or last is None or not last.holds(hidden):
+            return 0
+        same = (last.cache, last.rows, last.starts, last.long_context)
+        if same != (self, this.rows, this.starts, this.long_context):
+            return 0
+        return len(ahead) if blocks[: len(ahead)] == ahead else 0
+
+    def _open(self, blocks: range) -> None:
+        for block in blocks:
+            if block not in self._blocks:
+                self._blocks[block] = Block(self._engines, block, self._shape)
+
+    def _add(self, blocks: range, count: int, long_context: bool) -> None:
+        """Adds a pass of one token of each of some sequences to what is launched next."""
         workspace = self._workspace(count)
-        workspace.place(starts, range(rows.start, rows.stop))
-        workspace.take(hidden, blocks.start)
 
         def work() -> None:
             for block in blocks:
                 self._blocks[block].run(workspace, long_context, together=True)
 
-        self._recorder.run((blocks, count, long_context), work)
-        return workspace.hidden[blocks.stop % 2].reshape(*hidden.shape)
+        self._recorder.add((self._key, blocks, count, long_context), work)
 
     def _prefill(
         self, blocks: range, hidden: DeviceArray, rows: slice, start: int, long_context: bool

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ojfa_export.backends.cuda.device import Device, Memory
 from ojfa_export.backends.tensorrt import api
-from ojfa_export.backends.tensorrt.device import Device, Memory
 from ojfa_export.backends.tensorrt.plan import PROFILES, profile_for
 
 

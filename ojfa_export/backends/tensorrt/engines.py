@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ojfa_export.backends.backend import Float32
-from ojfa_export.backends.tensorrt.arrays import DeviceArray, DeviceArrays
+from ojfa_export.backends.choice import Choices, Choosing
+from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.device import Device, PinnedArray
 from ojfa_export.backends.tensorrt.blocks import Workspace
-from ojfa_export.backends.tensorrt.cache import TensorRtCache
-from ojfa_export.backends.tensorrt.device import Device, PinnedArray, Recorder
+from ojfa_export.backends.tensorrt.cache import Pass, TensorRtCache
 from ojfa_export.backends.tensorrt.engine import Engine, EngineSet
 from ojfa_export.backends.tensorrt.heads import (
     HEAD_ROWS,
+    Chooser,
     ExitHead,
     FinalHead,
     Head,
+    Keeping,
     ResidualExitHead,
 )
-from ojfa_export.backends.tensorrt.kernels import Kernels, integer, pointer
+from ojfa_export.backends.tensorrt.kernels import Argument, Kernels, integer, pointer
 from ojfa_export.backends.tensorrt.linear import LinearKernels
+from ojfa_export.backends.tensorrt.mailbox import Asked, DeviceChoices, JoinedChoices, Mailbox
 from ojfa_export.backends.tensorrt.plan import GraphPlan, read_plan
-from ojfa_export.backends.tensorrt.weights import DTYPES, WeightStore
+from ojfa_export.backends.tensorrt.weights import WeightStore
 from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec, Precision
@@ -44,9 +49,12 @@ class TensorRtEngines:
         rotary: Cosines and sines [rows, rotary_dim/2], or None.
 
     Attributes:
+        follows: See `backends.backend.Engines`.
         decode_kernels: Whether steps of a few tokens run in CUDA kernels of ours rather than in
             TensorRT's engines (OJFA_DECODE=engines).
     """
+
+    follows = True
 
     def __init__(
         self,
@@ -69,12 +77,21 @@ class TensorRtEngines:
             for kind, file in embed.kernels.items()
         }
         self.store = WeightStore(device, weights, self.kernels)
-        self.rotary = tuple(map(self._lasting, rotary)) if rotary else None
+        self.rotary = tuple(map(self.arrays.upload, rotary)) if rotary else None
         self.rotary_rows = len(rotary[0]) if rotary else 0
         self._engines: EngineSet | None = None
         self._weights: dict[str, dict[str, DeviceArray]] = {}
         self._heads: dict[int, Head] = {}  # by blocks run
-        self._recorder = Recorder(device)
+        self.mailbox = Mailbox(device)
+        chosen = self.kernels[self.precision]
+        self.chooser = Chooser(chosen, self.mailbox, spec.vocab_size)
+        # The newest one-token pass, whose result still lies where it was computed; and the blocks
+        # that were begun after it, ahead of an exit's check.
+        self.last_pass: Pass | None = None
+        self.ahead: range | None = None
+        # What was asked to be kept last, and its recording's key: a head may do it along the way.
+        self.keeping: tuple[tuple[Hashable, ...], Keeping | None] = (), None
+        self._states = self.arrays.lasting((HEAD_ROWS, spec.hidden_size), np.float32)
         self._logits = self.arrays.lasting((HEAD_ROWS, spec.vocab_size), np.float32)
         self._pinned = PinnedArray((HEAD_ROWS, spec.vocab_size), np.float32)
 
@@ -101,12 +118,21 @@ class TensorRtEngines:
 
     def close(self, name: str) -> None:
         """Lets go of a graph's weights."""
-        self._recorder.clear()
+        self.device.recorder.clear()
         self._weights.pop(name, None)
         self.store.forget(self._plans[name])
 
-    def embed(self, workspace: Workspace) -> None:
-        """Puts the embedding of a workspace's tokens on the stream, into its first buffer."""
+    def embed(
+        self, workspace: Workspace, named: tuple[Argument, Argument] | None = None, steps: int = 0
+    ) -> None:
+        """Puts the embedding of a workspace's tokens on the stream, into its first buffer.
+
+        Args:
+            workspace: The tokens'.
+            named: Where ids and positions are, if not where the workspace names them.
+            steps: Added to the positions.
+        """
+        ids, positions = named or workspace.named_at
         weights = self.weights("embed")
         learned = weights.get("position_embedding")
         self.kernels[self.precision].launch(
@@ -117,11 +143,25 @@ class TensorRtEngines:
                 pointer(workspace.hidden[0].pointer),
                 pointer(weights["token_embedding"].pointer),
                 pointer(None if learned is None else learned.pointer),
-                pointer(workspace.ids),
+                ids,
+                positions,
                 pointer(workspace.positions),
+                integer(steps),
                 integer(self.spec.hidden_size),
             ),
+            overlapping=True,
         )
+
+    def call_off(self) -> None:
+        """Before anything but the blocks that were begun ahead: they are not wanted."""
+        self.last_pass = None
+        if self.ahead is not None:
+            self.ahead = None
+            self.device.recorder.add(("go on", self.mailbox), self._go_on)
+
+    def _go_on(self) -> None:
+        kernels = self.kernels[self.precision]
+        kernels.launch("go_on", (1, 1, 1), (1, 1, 1), (), overlapping=True)
 
     def load_blocks(self, depth: int) -> None:
         """Uploads the weights of the embedding and the first blocks."""
@@ -143,19 +183,79 @@ class TensorRtEngines:
         self.device.make_current()
         states = self.arrays.asarray(hidden)
         head = self._head(blocks_run)
+        if self.ahead is not None:
+            self.call_off()
         result = np.empty((len(states), self.spec.vocab_size), np.float32)
         for at in range(0, len(states), HEAD_ROWS):
-            part = states[at : at + HEAD_ROWS]
+            part = states if len(states) <= HEAD_ROWS else states[at : at + HEAD_ROWS]
             count, size = len(part), result[at : at + HEAD_ROWS].nbytes
+
+            part = self._in_place(part)
 
             def work(part: DeviceArray = part, count: int = count, size: int = size) -> None:
                 head.run(part, self._logits[:count])
                 self.device.download(self._logits.pointer, self._pinned.pointer, size)
 
-            self._recorder.run((head, count, part.pointer), work)
+            self.device.recorder.add(
+                ("logits", self.mailbox, blocks_run, count, part.pointer), work
+            )
             self.device.synchronize()
             result[at : at + HEAD_ROWS] = self._pinned.array[:count]
         return result
+
+    def choose(self, hidden: Float32 | DeviceArray, blocks_run: int, how: Choosing) -> Choices:
+        """Applies the head after so many blocks, and chooses on the device."""
+        if not self.device.recorder.pending:  # else this thread has just run blocks
+            self.device.make_current()
+        states = self.arrays.asarray(hidden)
+        if self.ahead is not None:
+            self.call_off()
+        if len(states) > HEAD_ROWS:
+            return self._choose_many(states, blocks_run, how)
+        return self._choose(states, blocks_run, how)
+
+    def _choose(self, states: DeviceArray, blocks_run: int, how: Choosing) -> DeviceChoices:
+        head, count = self._head(blocks_run), len(states)
+        states = self._in_place(states)
+        last = self.last_pass
+        if last is None or how.stop is None or not last.cache.can_begin(last):
+            how = replace(how, stop=None) if how.stop is not None else how
+        asked = Asked.of(how, self.spec.vocab_size)
+
+        recorder, key, keeping = self.device.recorder, *self.keeping
+        if keeping is not None and not (keeping.keeps(states) and recorder.take_back(key)):
+            key, keeping = (), None
+        self.keeping = (), None
+
+        def work() -> None:
+            head.choose(states, self._logits[:count], asked, keeping)
+
+        key = ("choose", self.mailbox, blocks_run, count, states.pointer, asked, *key)
+        recorder.add(key, work)
+        if how.stop is not None and last is not None:
+            last.cache.begin(last, how.stop.then)
+        self.mailbox.leave(how.draws)
+        recorder.flush()
+        return self.mailbox.expect(count)
+
+    def _choose_many(self, states: DeviceArray, blocks_run: int, how: Choosing) -> JoinedChoices:
+        parts: list[DeviceChoices] = []
+        for at in range(0, len(states), HEAD_ROWS):
+            rows = slice(at, at + HEAD_ROWS)
+            part = replace(how, draws=how.draws[rows], stop=None)
+            parts.append(self._choose(states[rows], blocks_run, part))
+            parts[-1].tokens()  # places for answers on their way are few
+        return JoinedChoices(parts)
+
+    def _in_place(self, states: DeviceArray) -> DeviceArray:
+        """Hidden states where they always lie, as recordings refer to them."""
+        last = self.last_pass
+        if last is not None and last.holds(states):
+            return states
+        self.last_pass = None
+        target = self._states[: len(states)]
+        self.device.copy(states.pointer, target.pointer, states.nbytes)
+        return target
 
     def _head(self, blocks_run: int) -> Head:
         if blocks_run not in self._heads:
@@ -170,11 +270,6 @@ class TensorRtEngines:
         # Every exit's head is the same: none but a residual jump knows of exits.
         others = (head for head in self._heads.values() if isinstance(head, ExitHead))
         return next(others, None) or ExitHead(self)
-
-    def _lasting(self, array: Float32) -> DeviceArray:
-        result = self.arrays.lasting(array.shape, array.dtype)
-        self.device.upload(np.ascontiguousarray(array), result.pointer)
-        return result
 
 
 def _decode_kernels() -> bool:

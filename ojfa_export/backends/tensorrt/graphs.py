@@ -20,19 +20,8 @@ from ojfa_export.backends.tensorrt.plan import MLP, QKV
 from ojfa_export.families.spec import ModelSpec, Precision
 from ojfa_export.graphs.block import after_attention
 from ojfa_export.graphs.dialect import Portable, Weights
-from ojfa_export.graphs.graph import FLOAT, Graph
+from ojfa_export.graphs.graph import FLOAT, Graph, WeightInputs
 from ojfa_export.graphs.heads import exit_head_graph, final_head_graph
-from ojfa_export.graphs.weights import TensorRef
-
-
-class WeightInputs(Graph):
-    """A graph whose weights are inputs."""
-
-    def weight(self, name: str, ref: TensorRef) -> str:
-        """Declares a weight as an input."""
-        if not self.has_input(name):
-            self.input(name, ref.dtype, *ref.dims)
-        return name
 
 
 class TensorRtDialect(Portable):
@@ -88,7 +77,7 @@ def parts(
 def _qkv_graph(spec: ModelSpec, weights: Weights, dialect: TensorRtDialect) -> onnx.ModelProto:
     graph = dialect.graph(QKV, "A block before its attention: norm, then queries, keys and values")
     hidden = graph.input("hidden", FLOAT, "tokens", spec.hidden_size)
-    normed = dialect.to_compute(graph, dialect.norm(graph, hidden, weights, "attention.norm"))
+    normed = dialect.norm(graph, hidden, weights, "attention.norm")
     result = dialect.linear(graph, normed, weights, "attention.qkv")
     width = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
     graph.output(result, "qkv", FLOAT, "tokens", width)

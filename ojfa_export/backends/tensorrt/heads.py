@@ -1,21 +1,36 @@
-"""Hidden states to logits on the device: by kernels for a few rows, else by an engine."""
+"""Hidden states to logits and tokens on the device: by kernels for few rows, else by an engine."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ojfa_export.backends.tensorrt.arrays import DeviceArray
+from ojfa_export.backends.cuda.arrays import DeviceArray
+from ojfa_export.backends.tensorrt.kernels import (
+    Argument,
+    Kernels,
+    integer,
+    number,
+    pointer,
+    wide_number,
+)
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
+from ojfa_export.backends.tensorrt.mailbox import Asked, Mailbox
 from ojfa_export.backends.tensorrt.weights import ROW_BYTES
 
 if TYPE_CHECKING:
+    from ojfa_export.backends.tensorrt.blocks import Workspace
     from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 
 # Rows of logits that are on the device at once.
 HEAD_ROWS = 16
 ROW_ELEMENTS = ROW_BYTES // 4  # of fp32, as a kernel loads them
+# As in choose.cu, sample.cu and exit_check.cu.
+CHOOSE_PARTS, CHOOSE_THREADS, SAMPLE_THREADS = 32, 512, 1024
+CHECK_THREADS, CHECK_RANK, KEEP_THREADS = 512, 128, 256
+NOTHING_TO_KEEP = (pointer(None), pointer(None), pointer(None), integer(0))
 # What the folded exit head consists of; another exit head runs in its engine.
 FOLDED = {"project", "project.bias", "vocabulary", "vocabulary.bias"}
 
@@ -26,6 +41,127 @@ class Head(Protocol):
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
         """Writes logits [rows, V] fp32 of hidden states [rows, H]."""
         ...
+
+    def choose(
+        self, hidden: DeviceArray, logits: DeviceArray, asked: Asked, keeping: Keeping | None = None
+    ) -> None:
+        """Gives an answer for hidden states [rows, H]; logits [rows, V] is room to work in.
+
+        Hidden states that are also to be kept are copied along the way.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Hidden states of a step that are kept for later.
+
+    Attributes:
+        kernels: The compiled kernels.
+        kept: Where, [sequences, positions, H].
+        hidden: Of one token of some sequences, [rows, 1, H].
+        workspace: Says which sequences, and at which positions.
+    """
+
+    kernels: Kernels
+    kept: DeviceArray
+    hidden: DeviceArray
+    workspace: Workspace
+
+    def keeps(self, states: DeviceArray) -> bool:
+        """Whether these are the hidden states."""
+        return states.pointer == self.hidden.pointer and len(states) == len(self.hidden)
+
+    def arguments(self) -> tuple[Argument, ...]:
+        """Where they go, for a kernel."""
+        return (
+            pointer(self.kept.pointer),
+            *self.workspace.places(),
+            integer(self.kept.shape[1]),
+        )
+
+    def run(self) -> None:
+        """Copies them."""
+        kept, positions, sequences, capacity = self.arguments()
+        self.kernels.launch(
+            "keep",
+            (self.workspace.tokens, 1, 1),
+            (KEEP_THREADS, 1, 1),
+            (
+                kept,
+                pointer(self.hidden.pointer),
+                positions,
+                sequences,
+                capacity,
+                integer(self.hidden.shape[-1]),
+            ),
+            overlapping=True,
+        )
+
+
+class Chooser:
+    """Answers from logits: the kernels of engines/kernels/choose.cu and sample.cu.
+
+    Args:
+        kernels: The compiled kernels.
+        mailbox: Where answers go.
+        vocabulary: Logits of a row.
+    """
+
+    def __init__(self, kernels: Kernels, mailbox: Mailbox, vocabulary: int) -> None:
+        self.kernels, self.mailbox, self._vocabulary = kernels, mailbox, vocabulary
+
+    def choose(self, logits: DeviceArray, asked: Asked) -> None:
+        """Gives an answer from logits [rows, V]."""
+        self.kernels.launch(
+            "choose",
+            (CHOOSE_PARTS, len(logits), 1),
+            (CHOOSE_THREADS, 1, 1),
+            (
+                pointer(logits.pointer),
+                integer(self._vocabulary),
+                *self.mailbox.asked(asked),
+            ),
+            overlapping=True,
+        )
+        self.sample(logits, asked)
+
+    def sample(self, logits: DeviceArray, asked: Asked) -> None:
+        """Completes an answer where tokens are sampled."""
+        if not asked.temperature:
+            return
+        self.kernels.launch(
+            "sample",
+            (len(logits), 1, 1),
+            (SAMPLE_THREADS, 1, 1),
+            (
+                pointer(logits.pointer),
+                integer(self._vocabulary),
+                number(asked.temperature),
+                integer(asked.top_k),
+                wide_number(asked.top_p),
+                *self.mailbox.arguments(),
+            ),
+            overlapping=True,
+        )
+
+
+class _ByLogits:
+    """A head that chooses by way of its logits."""
+
+    _chooser: Chooser
+
+    def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
+        raise NotImplementedError
+
+    def choose(
+        self, hidden: DeviceArray, logits: DeviceArray, asked: Asked, keeping: Keeping | None = None
+    ) -> None:
+        """See `Head`."""
+        if keeping is not None:
+            keeping.run()
+        self.run(hidden, logits)
+        self._chooser.choose(logits, asked)
 
 
 def _run_engine(
@@ -41,7 +177,7 @@ def _run_engine(
     )
 
 
-class FinalHead:
+class FinalHead(_ByLogits):
     """Final norm and LM head.
 
     Args:
@@ -49,7 +185,7 @@ class FinalHead:
     """
 
     def __init__(self, engines: TensorRtEngines) -> None:
-        self._engines = engines
+        self._engines, self._chooser = engines, engines.chooser
         weights = engines.weights("final_head")
         self._norm = Norm(
             weights["final_norm.weight"],
@@ -68,7 +204,7 @@ class FinalHead:
             self._linear.norm_linear(logits, hidden, self._norm, self._matrix, None)
 
 
-class ExitHead:
+class ExitHead(_ByLogits):
     """The shortcut, folded with final norm and LM head: z = h P + b; logits = z / rms(z) V^T.
 
     Args:
@@ -76,7 +212,7 @@ class ExitHead:
     """
 
     def __init__(self, engines: TensorRtEngines) -> None:
-        self._engines = engines
+        self._engines, self._chooser = engines, engines.chooser
         weights = engines.plan("exit_head").weights
         self._kernels: tuple[LinearKernels, LinearKernels] | None = None
         if not engines.decode_kernels or not set(weights) <= FOLDED:
@@ -94,6 +230,14 @@ class ExitHead:
             engines.linear(project.precision),
             engines.linear(vocabulary.precision),
         )
+        self._rank = project.shape[1]
+        parts = (engines.device.multiprocessors, MOST_TOKENS, CHECK_RANK)
+        self._z_parts = engines.arrays.lasting(parts, np.uint64)
+        self._in_one = (
+            self._rank <= CHECK_RANK
+            and project.precision == "fp32"
+            and vocabulary.precision == engines.precision
+        )
 
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
         """See `Head`."""
@@ -106,8 +250,42 @@ class ExitHead:
         first.linear(z, None, hidden, self._project, self._project_bias)
         second.norm_linear(logits, z, self._norm, self._vocabulary, self._bias)
 
+    def choose(
+        self, hidden: DeviceArray, logits: DeviceArray, asked: Asked, keeping: Keeping | None = None
+    ) -> None:
+        """See `Head`."""
+        few = len(hidden) <= MOST_TOKENS and self._engines.decode_kernels
+        if self._kernels is None or not few or not self._in_one:
+            super().choose(hidden, logits, asked, keeping)
+            return
+        outputs, columns = self._vocabulary.shape
+        bias = self._bias
+        self._chooser.kernels.launch(
+            f"exit_check_{len(hidden)}",
+            (self._engines.device.multiprocessors, 1, 1),
+            (CHECK_THREADS, 1, 1),
+            (
+                pointer(logits.pointer if asked.temperature else None),
+                pointer(hidden.pointer),
+                pointer(self._project.pointer),
+                pointer(self._project_bias.pointer),
+                pointer(self._vocabulary.pointer),
+                pointer(None if bias is None else bias.pointer),
+                pointer(self._z_parts.pointer),
+                integer(hidden.shape[-1]),
+                integer(self._rank),
+                integer(columns),
+                integer(outputs),
+                number(self._norm.epsilon),
+                *(keeping.arguments() if keeping else NOTHING_TO_KEEP),
+                *self._chooser.mailbox.asked(asked),
+            ),
+            overlapping=True,
+        )
+        self._chooser.sample(logits, asked)
 
-class ResidualExitHead:
+
+class ResidualExitHead(_ByLogits):
     """One exit's residual shortcut, then the model's own head: y = h + (h P + b) (gate U).
 
     The jump runs in kernels, a few rows at a time; what it adds to reading the head is little.
@@ -118,7 +296,7 @@ class ResidualExitHead:
     """
 
     def __init__(self, engines: TensorRtEngines, blocks_run: int) -> None:
-        self._final = FinalHead(engines)
+        self._final, self._chooser = FinalHead(engines), engines.chooser
         store, plan = engines.store, engines.plan("exit_head")
         project, up, gates = (store.mapped(plan.weights[n]) for n in ("project", "up", "gates"))
         bias = store.mapped(plan.weights["project.bias"])

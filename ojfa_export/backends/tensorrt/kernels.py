@@ -7,12 +7,16 @@ from typing import Any
 
 from cuda.bindings import driver, nvrtc
 
-from ojfa_export.backends.tensorrt.device import Device, check
+from ojfa_export.backends.cuda.device import Device, check
 from ojfa_export.backends.tensorrt.sources import HEADERS, SOURCES, source_directory
 from ojfa_export.errors import BackendError
 
 # Dynamic shared memory that needs no permission: 48 KiB less what kernels declare themselves.
 PLAIN_SHARED_BYTES = 32 << 10
+# Percent of a multiprocessor's memory that is shared memory rather than first-level cache: all, and
+# for every kernel. A multiprocessor must be empty to divide it otherwise, and a kernel that wants
+# that can't start while the one before it ends.
+SHARED_PERCENT = 100
 Argument = tuple[Any, Any]  # a value and its ctypes type
 
 
@@ -105,7 +109,7 @@ class Kernels:
             attribute.value.programmaticStreamSerializationAllowed = 1
             config.attrs = [attribute]
             config.numAttrs = 1
-        values, types = zip(*arguments, strict=True)
+        values, types = (tuple(argument[i] for argument in arguments) for i in (0, 1))
         check(
             driver.cuLaunchKernelEx(config, self._function(name, shared_bytes), (values, types), 0)
         )
@@ -113,6 +117,8 @@ class Kernels:
     def _function(self, name: str, shared_bytes: int) -> Any:
         if name not in self._functions:
             function = check(driver.cuModuleGetFunction(self._module, name.encode()))
+            which = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            check(driver.cuFuncSetAttribute(function, which, SHARED_PERCENT))
             self._functions[name] = function
         function = self._functions[name]
         if shared_bytes > PLAIN_SHARED_BYTES:
@@ -134,3 +140,8 @@ def integer(value: int) -> Argument:
 def number(value: float) -> Argument:
     """A float argument."""
     return value, ctypes.c_float
+
+
+def wide_number(value: float) -> Argument:
+    """A double argument."""
+    return value, ctypes.c_double

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import NonNegativeInt, PositiveInt
 
-from ojfa_export.errors import BackendError, BundleError
+from ojfa_export.backends.cuda.plan import Part, read
+from ojfa_export.errors import BackendError
 from ojfa_export.families.spec import Precision
 
 # Tokens of one call of an engine: few, as when sequences decode together, and many, as of a
@@ -48,11 +49,7 @@ def profile_for(tokens: int) -> int:
     return 0 if tokens <= DECODE_TOKENS[-1] else 1
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Weight(_Part):
+class Weight(Part):
     """A weight in a file of the bundle's graphs, little-endian.
 
     Attributes:
@@ -66,7 +63,7 @@ class Weight(_Part):
     transposed: bool
 
 
-class GraphPlan(_Part):
+class GraphPlan(Part):
     """One graph.
 
     Attributes:
@@ -88,16 +85,11 @@ def read_plan(path: Path) -> GraphPlan:
     Raises:
         BundleError: It is damaged, or names files elsewhere.
     """
-    try:
-        plan = GraphPlan.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError, ValueError) as error:
-        raise BundleError(
-            f"{path} can't be read: {str(error).splitlines()[0]}",
-            hint="rebuild the engines with 'ojfa-export build BUNDLE --backend tensorrt'",
-        ) from error
-    names = [*plan.engines.values(), *plan.kernels.values()]
-    names += [weight.file for weight in plan.weights.values()]
-    for name in names:
-        if Path(name).name != name:
-            raise BundleError(f"{path} names a file elsewhere: {name!r}", hint="don't use it")
-    return plan
+    return read(path, GraphPlan, _files, "tensorrt")
+
+
+def _files(plan: GraphPlan) -> Iterator[str]:
+    yield from plan.engines.values()
+    yield from plan.kernels.values()
+    for weight in plan.weights.values():
+        yield weight.file

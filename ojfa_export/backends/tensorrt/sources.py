@@ -12,8 +12,16 @@ PLACES = (
     Path(__file__).parents[3] / "engines" / "kernels",
     Path(__file__).parents[2] / "_engines" / "kernels",
 )
-SOURCES = ("linear.cu", "attention.cu", "embed.cu")
-HEADERS = ("common.cuh",)
+SOURCES = (
+    "linear.cu",
+    "attention.cu",
+    "prompt.cu",
+    "embed.cu",
+    "choose.cu",
+    "sample.cu",
+    "exit_check.cu",
+)
+HEADERS = ("common.cuh", "instructions.cuh", "tiles.cuh", "choose.cuh")
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 

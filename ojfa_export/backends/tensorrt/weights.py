@@ -9,16 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.backends.tensorrt.arrays import DeviceArray, DeviceArrays
-from ojfa_export.backends.tensorrt.device import Device
+from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.tensorrt.kernels import Kernels, integer, pointer
 from ojfa_export.backends.tensorrt.plan import GraphPlan, Weight
 from ojfa_export.families.spec import Precision
 
-DTYPES: dict[Precision, np.dtype[Any]] = {
-    "fp16": np.dtype(np.float16),
-    "fp32": np.dtype(np.float32),
-}
 ROW_BYTES = 16  # of what a kernel loads at once
 
 

@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from cuda.bindings import driver
 from numpy.typing import NDArray
 
-from ojfa_export.backends.tensorrt.device import Device, Memory, check
+from ojfa_export.backends.cuda.device import Device, Memory
+from ojfa_export.families.spec import Precision
+
+DTYPES: dict[Precision, np.dtype[Any]] = {
+    "fp16": np.dtype(np.float16),
+    "fp32": np.dtype(np.float32),
+}
 
 
 class DeviceArray:
@@ -34,6 +39,11 @@ class DeviceArray:
     def nbytes(self) -> int:
         """Its size."""
         return int(math.prod(self.shape) * self.dtype.itemsize)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether its memory is of lasting use, not of the pool of the moment."""
+        return not self._memory.pooled
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -59,7 +69,9 @@ class DeviceArray:
         self._device.copy(value.pointer, target.pointer, value.nbytes)
 
     def reshape(self, *shape: int) -> DeviceArray:
-        """The same elements in another shape; the last axis stays."""
+        """The same elements in another shape; a last axis of -1 is that of the array."""
+        if shape[-1] == -1:
+            shape = (*shape[:-1], self.shape[-1])
         return DeviceArray(self._device, self._memory, self.pointer, shape, self.dtype)
 
     def copy(self) -> DeviceArray:
@@ -70,11 +82,7 @@ class DeviceArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         host = np.empty(self.shape, self.dtype)
-        check(
-            driver.cuMemcpyDtoHAsync(
-                host.ctypes.data, self.pointer, self.nbytes, self._device.stream
-            )
-        )
+        self._device.download(self.pointer, host.ctypes.data, self.nbytes)
         self._device.synchronize()
         return host if dtype is None else host.astype(dtype, copy=False)
 
@@ -105,6 +113,12 @@ class DeviceArrays:
     def lasting(self, shape: tuple[int, ...], dtype: Any) -> DeviceArray:
         """A new array that stays: weights, caches."""
         return self._new(shape, dtype, pooled=False)
+
+    def upload(self, array: NDArray[Any]) -> DeviceArray:
+        """A host array on the device, to stay."""
+        result = self.lasting(array.shape, array.dtype)
+        self._device.upload(np.ascontiguousarray(array), result.pointer)
+        return result
 
     def asarray(self, array: NDArray[Any] | DeviceArray) -> DeviceArray:
         """An array on the device."""

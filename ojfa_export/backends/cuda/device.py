@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from cuda.bindings import driver
 from numpy.typing import NDArray
 
+from ojfa_export.backends.cuda.recorder import Recorder
 from ojfa_export.errors import BackendError
 
 GIB = 1 << 30
@@ -44,8 +45,10 @@ class Memory:
     """
 
     def __init__(self, device: Device, size: int, *, pooled: bool) -> None:
-        self._device, self._pooled = device, pooled
-        size = max(size, 1)
+        self._device, self.pooled = device, pooled
+        if not size:
+            self.pointer = 0
+            return
         stream = device.stream
         result = driver.cuMemAllocAsync(size, stream) if pooled else driver.cuMemAlloc(size)
         if result[0] == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
@@ -61,8 +64,8 @@ class Memory:
     def __del__(self) -> None:
         # At the interpreter's end the driver may be gone already.
         with suppress(Exception):
-            if hasattr(self, "pointer"):
-                if self._pooled:
+            if getattr(self, "pointer", 0):
+                if self.pooled:
                     driver.cuMemFreeAsync(self.pointer, self._device.stream)
                 else:
                     driver.cuMemFree(self.pointer)
@@ -76,6 +79,7 @@ class Device:
         compute_capability: For example (9, 0).
         driver_version: CUDA version of the driver, for example "13.0".
         multiprocessors: How many.
+        recorder: Puts the work of steps together; everything else on the stream comes after it.
 
     Raises:
         BackendError: There is no GPU, or the driver doesn't work.
@@ -107,6 +111,7 @@ class Device:
         self.stream = check(
             driver.cuStreamCreate(int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
         )
+        self.recorder = Recorder(self)
         # Memory of one step is kept for the next.
         pool = check(driver.cuDeviceGetDefaultMemPool(handle))
         threshold = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
@@ -123,26 +128,45 @@ class Device:
 
     def upload(self, array: NDArray[Any], pointer: int) -> None:
         """Copies host memory to the device; the host memory may be reused at once."""
+        self.recorder.flush()
         check(driver.cuMemcpyHtoDAsync(pointer, array.ctypes.data, array.nbytes, self.stream))
 
     def download(self, pointer: int, host: int, size: int) -> None:
         """Copies to pinned host memory; there after `synchronize`."""
+        self.recorder.flush()
         check(driver.cuMemcpyDtoHAsync(host, pointer, size, self.stream))
 
     def copy(self, source: int, target: int, size: int) -> None:
         """Copies on the device."""
+        self.recorder.flush()
         check(driver.cuMemcpyDtoDAsync(target, source, size, self.stream))
 
     def clear(self, pointer: int, size: int) -> None:
         """Fills with zeros."""
+        self.recorder.flush()
         check(driver.cuMemsetD8Async(pointer, 0, size, self.stream))
 
     def synchronize(self) -> None:
         """Waits for all work."""
+        self.recorder.flush()
         check(driver.cuStreamSynchronize(self.stream))
+        self.recorder.done = self.recorder.launches
+
+    def idle(self) -> bool:
+        """Whether all work is done.
+
+        Raises:
+            BackendError: Some of it failed.
+        """
+        [status] = driver.cuStreamQuery(self.stream)
+        if status == driver.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        check((status,))
+        return True
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """Records what `work` puts on the stream, without running it."""
+        self.recorder.flush()
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         check(driver.cuStreamBeginCapture(self.stream, mode))
         try:
@@ -173,44 +197,6 @@ class Graph:
     def __del__(self) -> None:
         with suppress(Exception):
             driver.cuGraphExecDestroy(self._executable)
-
-
-class Recorder:
-    """Runs work the first time, records it the second, and replays the recording from then on.
-
-    TensorRT wants to have run once with the shapes and addresses of a recording.
-
-    Args:
-        device: Where it runs.
-        most: Recordings that are kept; when there are more, all begin anew.
-    """
-
-    def __init__(self, device: Device, most: int = 256) -> None:
-        self._device, self._most = device, most
-        self._graphs: dict[Hashable, Graph | None] = {}
-
-    def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Runs work that does the same whenever its key is the same.
-
-        Args:
-            key: Holds every address and shape that the work is given.
-            work: Puts something on the stream; nothing that waits for it.
-        """
-        if key not in self._graphs:
-            if len(self._graphs) >= self._most:
-                self.clear()
-            self._graphs[key] = None
-            work()
-            return
-        graph = self._graphs[key]
-        if graph is None:
-            graph = self._graphs[key] = self._device.capture(work)
-        graph.launch()
-
-    def clear(self) -> None:
-        """Forgets all recordings: they refer to memory that may be given back now."""
-        self._device.synchronize()
-        self._graphs.clear()
 
 
 class PinnedArray:

@@ -1,0 +1,231 @@
+"""Attention's kernels alone, and in a block of our kernels: `python -m bench.gpu_attention`.
+
+Needs no TensorRT: kernels, random weights and caches, one CUDA graph over all blocks, each of
+which has its own memory. Prints microseconds a block, and the share of a copy's bandwidth that
+attention reads with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.gpu_clock import copy_bandwidth, graph_time
+from bench.gpu_shapes import SHAPES
+from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.device import Device, the_device
+from ojfa_export.backends.tensorrt import attention
+from ojfa_export.backends.tensorrt.attention import Attention, Geometry, Operands, Scratch
+from ojfa_export.backends.tensorrt.kernels import Kernels, compile_kernels
+from ojfa_export.backends.tensorrt.linear import LinearKernels, Norm
+from ojfa_export.backends.tensorrt.sources import definitions
+from ojfa_export.families.rotary import Rotary
+from ojfa_export.families.spec import ModelSpec
+
+# Llama 3 8B's blocks have grouped heads, which none of the other shapes has.
+GROUPED = SHAPES["llama2-7b"].model_copy(update={"kv_heads": 8, "intermediate_size": 14336})
+ALL_SHAPES = {**SHAPES, "llama3-8b": GROUPED}
+POOL = 1 << 24
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Times the attention kernels on this GPU.")
+    parser.add_argument("--shapes", nargs="+", choices=ALL_SHAPES, default=["llama2-7b"])
+    parser.add_argument("--past", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--prompt", type=int, nargs="*", default=[512])
+    parser.add_argument("--blocks", type=int, default=32)
+    parser.add_argument("--chain", action="store_true", help="whole blocks too, batch 1")
+    parser.add_argument("--ahead", type=int, nargs="+", help="MiB of weights asked for ahead")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    device = the_device()
+    copied = copy_bandwidth(device)
+    print(f"{device.name}: copies {copied / 1e12:.2f} TB/s", flush=True)
+    rows: list[Row] = []
+    for name in options.shapes:
+        bench = Bench(device, ALL_SHAPES[name], options.blocks)
+        print(f"{name}: attention of", flush=True)
+        for row in [*bench.steps(options.batch, options.past), *bench.prompts(options.prompt)]:
+            row |= {"shape": name, "share": row["bytes"] / (row["us"] * 1e-6) / copied}
+            print("  {what}: {us:.2f} us, {share:.0%} of a copy".format(**row), flush=True)
+            rows.append(row)
+        if options.chain:
+            for row in bench.chain(options.past, options.ahead or [attention.AHEAD_BYTES >> 20]):
+                row["shape"] = name
+                print("  {what}: {us:.2f} us".format(**row), flush=True)
+                rows.append(row)
+    if options.out:
+        described = {"gpu": device.name, "copy_bytes_per_second": copied, "rows": rows}
+        options.out.write_text(json.dumps(described, indent=1) + "\n")
+
+
+class Bench:
+    """Blocks of one shape with random weights and caches.
+
+    Args:
+        device: The GPU.
+        spec: The shape.
+        blocks: How many.
+    """
+
+    def __init__(self, device: Device, spec: ModelSpec, blocks: int) -> None:
+        self._device, self._spec, self._blocks = device, spec, blocks
+        self._arrays = DeviceArrays(device)
+        macros = definitions(spec, half=True)
+        self._kernels = Kernels(device, compile_kernels(macros, device.compute_capability))
+        self._geometry = Geometry.of(spec, 2)
+        self._attention = Attention(self._kernels, self._geometry, device.multiprocessors)
+        numbers = np.random.default_rng(0).standard_normal(POOL, np.float32)
+        self._pool = self._arrays.lasting((POOL,), np.float16)
+        device.upload((0.02 * numbers).astype(np.float16), self._pool.pointer)
+        device.synchronize()
+
+    def steps(self, batches: Sequence[int], pasts: Sequence[int]) -> list[Row]:
+        """One token of each sequence, and as many of one."""
+        rows = []
+        for batch in batches:
+            for past in pasts:
+                caches = self._caches(batch, past + batch)
+                for together in (True, False) if batch > 1 else (True,):
+                    positions = [past] * batch if together else list(range(past, past + batch))
+                    sequences = list(range(batch)) if together else [0] * batch
+                    what = f"{batch} sequences" if together else f"{batch} tokens of one"
+                    rows.append(
+                        {
+                            "what": f"{what}, past {past}",
+                            "us": self._time(caches, positions, sequences, together=together),
+                            "bytes": self._read(sum(positions) if together else past),
+                        }
+                    )
+                del caches
+        return rows
+
+    def prompts(self, lengths: Sequence[int]) -> list[Row]:
+        """Prompts from the first position on."""
+        rows = []
+        for length in lengths:
+            caches = self._caches(1, length)
+            us = self._time(caches, list(range(length)), [0] * length, together=False)
+            rows.append({"what": f"a prompt of {length}", "us": us, "bytes": self._read(length)})
+        return rows
+
+    def chain(self, pasts: Sequence[int], ahead: Sequence[int]) -> list[Row]:
+        """Whole blocks by our kernels, one token."""
+        weights = [self._weights() for _ in range(self._blocks)]
+        rows = []
+        for past in pasts:
+            caches = self._caches(1, past + 1)
+            for mebibytes in ahead:
+                attention.AHEAD_BYTES = mebibytes << 20
+                us = self._time(caches, [past], [0], together=True, weights=weights)
+                what = f"a block, past {past}, {mebibytes} MiB ahead"
+                rows.append({"what": what, "us": us})
+        return rows
+
+    def _read(self, positions: int) -> int:
+        return 2 * positions * self._spec.kv_heads * self._spec.head_dim * 2
+
+    def _caches(self, batch: int, capacity: int) -> list[tuple[DeviceArray, DeviceArray]]:
+        shape = (batch, self._spec.kv_heads, capacity, self._spec.head_dim)
+        return [(self._filled(shape), self._filled(shape)) for _ in range(self._blocks)]
+
+    def _weights(self) -> dict[str, DeviceArray]:
+        spec = self._spec
+        width = spec.heads * spec.head_dim
+        shapes = {
+            "qkv": (width + 2 * spec.kv_heads * spec.head_dim, spec.hidden_size),
+            "out": (spec.hidden_size, width),
+            "up": (spec.intermediate_size * (2 if spec.gated else 1), spec.hidden_size),
+            "down": (spec.hidden_size, spec.intermediate_size),
+        }
+        return {name: self._filled(shape) for name, shape in shapes.items()}
+
+    def _filled(self, shape: tuple[int, ...]) -> DeviceArray:
+        result = self._arrays.lasting(shape, np.float16)
+        for at in range(0, result.nbytes, self._pool.nbytes):
+            size = min(self._pool.nbytes, result.nbytes - at)
+            self._device.copy(self._pool.pointer, result.pointer + at, size)
+        return result
+
+    def _time(
+        self,
+        caches: Sequence[tuple[DeviceArray, DeviceArray]],
+        positions: list[int],
+        sequences: list[int],
+        *,
+        together: bool,
+        weights: Sequence[dict[str, DeviceArray]] = (),
+    ) -> float:
+        """Microseconds of attention, or of a block where there are weights."""
+        spec, tokens = self._spec, len(positions)
+        arrays = self._arrays
+        width = spec.heads * spec.head_dim
+        qkv_width = width + 2 * spec.kv_heads * spec.head_dim
+        numbers = np.random.default_rng(1).standard_normal((tokens, qkv_width), np.float32)
+        qkv = arrays.asarray(numbers)
+        out = arrays.empty((tokens, width), np.float16)
+        places = arrays.asarray(np.array([positions, sequences], np.int32))
+        scratch = Scratch(self._device, arrays, self._geometry, tokens)
+        tables = [arrays.asarray(table) for table in self._rotary(max(positions) + 1)]
+        operands = Operands(
+            out=out.pointer,
+            qkv=qkv.pointer,
+            keys=0,
+            values=0,
+            cosines=tables[0].pointer if tables else 0,
+            sines=tables[1].pointer if tables else 0,
+            positions=places.pointer,
+            sequences=places.pointer + 4 * tokens,
+            capacity=caches[0][0].shape[2],
+            scale=spec.attention_scales[0],
+        )
+        block = self._block(qkv, out) if weights else None
+
+        def work() -> None:
+            for index, (keys, values) in enumerate(caches):
+                given = replace(operands, keys=keys.pointer, values=values.pointer)
+
+                def attend(given: Operands = given, ahead: DeviceArray | None = None) -> None:
+                    self._attention.run(given, scratch, tokens, together=together, ahead=ahead)
+
+                if block:
+                    block(weights[index], attend)
+                else:
+                    attend()
+
+        return graph_time(self._device, work) / len(caches)
+
+    def _block(
+        self, qkv: DeviceArray, mixed: DeviceArray
+    ) -> Callable[[dict[str, DeviceArray], Callable[..., None]], None]:
+        spec, arrays = self._spec, self._arrays
+        linear = LinearKernels(self._device, self._kernels, 2)
+        hidden = arrays.asarray(np.ones((1, spec.hidden_size), np.float32))
+        inner = arrays.empty((1, spec.intermediate_size), np.float16)
+        norm = Norm(arrays.asarray(np.ones((1, spec.hidden_size), np.float32)), None, 1e-5)
+
+        def run(weights: dict[str, DeviceArray], attend: Callable[..., None]) -> None:
+            linear.norm_linear(qkv, hidden, norm, weights["qkv"], None)
+            attend(ahead=weights["out"])
+            linear.linear(hidden, hidden, mixed, weights["out"], None)
+            linear.norm_up(inner, hidden, norm, weights["up"], None)
+            linear.linear(hidden, hidden, inner, weights["down"], None)
+
+        return run
+
+    def _rotary(self, rows: int) -> tuple[np.ndarray[Any, Any], ...]:
+        if not self._spec.rotary_dim:
+            return ()
+        return Rotary(self._spec.rotary_dim, "default", 1e4, rows, {}).tables(rows)
+
+
+if __name__ == "__main__":
+    main()

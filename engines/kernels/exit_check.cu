@@ -1,0 +1,185 @@
+// The folded exit head and what it chooses, in one kernel: z = hidden project^T + bias, logits =
+// z / rms(z) vocabulary^T (+ bias), and an answer. The second product needs all of the first: each thread
+// block looks until the others' words are there, so all must be resident at once, one on each multiprocessor.
+#include "choose.cuh"
+#include "instructions.cuh"
+
+constexpr int CHECK_THREADS = 512;
+constexpr int CHECK_WARPS = CHECK_THREADS / LANES;
+constexpr int MOST_RANK = 128;
+constexpr int RANKS_PER_WARP = MOST_RANK / CHECK_WARPS;
+constexpr int TILE = 4 * LANES;  // features that a thread block takes at a time
+constexpr int PARTS_AT_ONCE = 4;
+
+// This thread block's part of z, words [TOKENS, MOST_RANK].
+template <int TOKENS>
+__device__ unsigned project_part(Word* part, const float* hidden, const float* project, int features, int rank,
+                                 const Desk* desk) {
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    float sums[RANKS_PER_WARP][TOKENS] = {};
+    float4 weights[RANKS_PER_WARP];
+    const auto load_weights = [&](int feature) {
+#pragma unroll
+        for (int i = 0; i < RANKS_PER_WARP; ++i) {
+            const int row = warp + i * CHECK_WARPS;
+            weights[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (row < rank && feature < features)
+                weights[i] = *reinterpret_cast<const float4*>(project + static_cast<long long>(row) * features + feature);
+        }
+    };
+    int feature = (blockIdx.x * LANES + lane) * 4;
+    load_weights(feature);  // does not depend on the kernel before
+    wait_for_previous();
+    let_next_start();
+    const unsigned answer = desk->answers + 1;
+    const bool busy = static_cast<int>(blockIdx.x) * TILE < features;
+    for (int tile = blockIdx.x; tile * TILE < features; tile += gridDim.x) {
+        float4 x[TOKENS];
+#pragma unroll
+        for (int token = 0; token < TOKENS; ++token) {
+            x[token] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (feature < features)
+                x[token] = *reinterpret_cast<const float4*>(hidden + static_cast<long long>(token) * features + feature);
+        }
+#pragma unroll
+        for (int i = 0; i < RANKS_PER_WARP; ++i)
+#pragma unroll
+            for (int token = 0; token < TOKENS; ++token)
+                sums[i][token] += weights[i].x * x[token].x + weights[i].y * x[token].y + weights[i].z * x[token].z +
+                                  weights[i].w * x[token].w;
+        feature += gridDim.x * TILE;
+        if (feature - lane * 4 < features) load_weights(feature);
+    }
+    if (!busy) return answer;
+#pragma unroll
+    for (int i = 0; i < RANKS_PER_WARP; ++i) {
+        const int row = warp + i * CHECK_WARPS;
+        if (row >= rank) break;
+#pragma unroll
+        for (int token = 0; token < TOKENS; ++token) {
+            const float sum = lanes_sum(sums[i][token]);
+            if (lane == 0) store_word(part + token * MOST_RANK + row, word(sum, answer));
+        }
+    }
+    return answer;
+}
+
+// z from all parts, always added in the same order, into shared memory; 1 / rms of each token.
+template <int TOKENS>
+__device__ void gather(float (&z)[TOKENS][MOST_RANK], float (&scales)[TOKENS], const Word* parts, int count,
+                       unsigned answer, const float* bias, int rank, float epsilon) {
+    __shared__ float sums[CHECK_THREADS];
+    const int width = (rank + LANES - 1) / LANES * LANES, groups = CHECK_THREADS / width;
+    const int group = threadIdx.x / width, row = threadIdx.x % width;
+    for (int token = 0; token < TOKENS; ++token) {
+        float sum = 0.0f;
+        const Word* mine = parts + token * MOST_RANK + row;
+        constexpr int STRIDE = TOKENS * MOST_RANK;
+        if (row < rank && group < groups)
+            for (int part = group; part < count; part += groups * PARTS_AT_ONCE) {
+                Word found[PARTS_AT_ONCE];
+#pragma unroll
+                for (int i = 0; i < PARTS_AT_ONCE; ++i)
+                    found[i] = load_word(mine + min(part + i * groups, count - 1) * STRIDE);
+#pragma unroll
+                for (int i = 0; i < PARTS_AT_ONCE; ++i) {
+                    if (part + i * groups >= count) break;
+                    while (!belongs_to(found[i], answer)) found[i] = load_word(mine + (part + i * groups) * STRIDE);
+                    sum += float_of(found[i]);
+                }
+            }
+        sums[threadIdx.x] = sum;
+        __syncthreads();
+        if (threadIdx.x < MOST_RANK) {
+            float whole = 0.0f;
+            if (threadIdx.x < rank) {
+                whole = bias[threadIdx.x];
+                for (int i = 0; i < groups; ++i) whole += sums[i * width + threadIdx.x];
+            }
+            z[token][threadIdx.x] = whole;
+        }
+        __syncthreads();
+        float square = 0.0f;
+        for (int i = threadIdx.x % LANES; i < rank; i += LANES) square += z[token][i] * z[token][i];
+        scales[token] = 1.0f / sqrtf(lanes_sum(square) / rank + epsilon);
+    }
+}
+
+//   project     [rank, features] fp32
+//   vocabulary  [outputs, columns], columns at least rank and filled up with zeros
+//   z_parts     words [thread blocks, TOKENS, MOST_RANK]
+//   logits      [TOKENS, outputs], or null where nobody reads them
+//   kept        as of `keep`, for hidden states that are also kept; or null
+template <int TOKENS>
+__device__ void exit_check(float* logits, const float* hidden, const float* project, const float* bias,
+                           const Element* vocabulary, const float* vocabulary_bias, Word* z_parts, int features,
+                           int rank, int columns, int outputs, float epsilon, float* kept, const int* positions,
+                           const int* sequences, int capacity, Asked asked) {
+    __shared__ float z[TOKENS][MOST_RANK];
+    const int each = (outputs + gridDim.x - 1) / gridDim.x;
+    const int first = min(static_cast<int>(blockIdx.x) * each, outputs), stop = min(first + each, outputs);
+    constexpr int LINE = 128 / sizeof(Element);
+    const Element* mine = vocabulary + static_cast<long long>(first) * columns;
+    for (int at = threadIdx.x * LINE; at < (stop - first) * columns; at += CHECK_THREADS * LINE)
+        prefetch(mine + at);
+    const unsigned answer = asked.answer = project_part<TOKENS>(
+        z_parts + static_cast<long long>(blockIdx.x) * TOKENS * MOST_RANK, hidden, project, features, rank, asked.desk);
+    const int token_to_keep = gridDim.x - 1 - blockIdx.x;  // the last thread blocks have least to do
+    if (kept && token_to_keep < TOKENS)
+        keep_token(kept, hidden, positions, sequences, capacity, features, token_to_keep, threadIdx.x, CHECK_THREADS);
+    float scales[TOKENS];
+    const int busy = min(static_cast<int>(gridDim.x), (features + TILE - 1) / TILE);
+    gather<TOKENS>(z, scales, z_parts, busy, answer, bias, rank, epsilon);
+    Summary summaries[TOKENS];
+#pragma unroll
+    for (int token = 0; token < TOKENS; ++token)
+        summaries[token] = Summary::nothing(min(first + static_cast<int>(threadIdx.x), outputs - 1));
+    for (int row = first + threadIdx.x; row < stop; row += CHECK_THREADS) {
+        const Element* weights = vocabulary + static_cast<long long>(row) * columns;
+        float sums[TOKENS] = {};
+#pragma unroll 6
+        for (int at = 0; at < columns; at += WIDE) {
+            const Chunk chunk = load(weights + at);
+#pragma unroll
+            for (int i = 0; i < WIDE; ++i)
+#pragma unroll
+                for (int token = 0; token < TOKENS; ++token) sums[token] += to_float(chunk.values[i]) * z[token][at + i];
+        }
+#pragma unroll
+        for (int token = 0; token < TOKENS; ++token) {
+            const float logit = sums[token] * scales[token] + (vocabulary_bias ? vocabulary_bias[row] : 0.0f);
+            if (logits) logits[static_cast<long long>(token) * outputs + row] = logit;
+            summaries[token].add(logit, row);
+        }
+    }
+    Part* parts = asked.desk->parts;
+#pragma unroll
+    for (int token = 0; token < TOKENS; ++token) {
+        const Summary all = block_summary(summaries[token]);
+        if (threadIdx.x == 0) parts[token * gridDim.x + blockIdx.x].tell(all, answer);
+    }
+    if (blockIdx.x) return;
+    bool sure = true;
+#pragma unroll
+    for (int token = 0; token < TOKENS; ++token) {
+        Summary part = Summary::nothing(outputs - 1);
+        if (threadIdx.x < gridDim.x) part = parts[token * gridDim.x + threadIdx.x].await(answer);
+        const Summary all = block_summary(part);
+        if (threadIdx.x == 0) sure &= asked.give(token, all);
+    }
+    if (threadIdx.x == 0) asked.end(sure);
+}
+
+#define CHECK_FOR_TOKENS(TOKENS)                                                                                \
+    extern "C" __global__ void __launch_bounds__(CHECK_THREADS, 1) exit_check_##TOKENS(                         \
+        float* logits, const float* hidden, const float* project, const float* bias, const Element* vocabulary, \
+        const float* vocabulary_bias, Word* z_parts, int features, int rank, int columns, int outputs,          \
+        float epsilon, float* kept, const int* positions, const int* sequences, int capacity, Desk* desk,       \
+        Mail* mail, int measure, double threshold, int sampled) {                                               \
+        exit_check<TOKENS>(logits, hidden, project, bias, vocabulary, vocabulary_bias, z_parts, features, rank, \
+                           columns, outputs, epsilon, kept, positions, sequences, capacity,                     \
+                           {desk, mail, 0, measure, threshold, sampled});                                       \
+    }
+
+CHECK_FOR_TOKENS(1)
+CHECK_FOR_TOKENS(2)

@@ -1,0 +1,248 @@
+// What attention's kernels share: queries, keys and values as they get to shared memory, and from there, in
+// tiles, to the tensor cores.
+//
+// Queries of a sequence are counted over its tokens and the heads that share keys and values: query q is
+// of token q / GROUP, head q % GROUP of the group.
+#pragma once
+#include "instructions.cuh"
+
+constexpr int GROUP = HEADS / KV_HEADS;
+constexpr int QKV_WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
+constexpr int DIM = (HEAD_DIM + 15) / 16 * 16;  // features with those that are zero, for whole tiles
+constexpr int ROW_BYTES = DIM * sizeof(Element);
+// Elements from a row to the next in shared memory, so that eight rows lie in different banks.
+constexpr int STRIDE = DIM + WIDE;
+constexpr float LOG2_E = 1.44269504f;
+constexpr float NONE = -1e30f;  // of a score: less than any
+
+// Features that are loaded, rotated and stored at once.
+constexpr int HALF_ROTARY = ROTARY_DIM / 2;
+constexpr int VECTOR = HEAD_DIM % 4 == 0 && HALF_ROTARY % 4 == 0 ? 4 : HEAD_DIM % 2 == 0 && HALF_ROTARY % 2 == 0 ? 2 : 1;
+constexpr int VECTORS = HEAD_DIM / VECTOR;
+
+template <class Number>
+struct alignas(VECTOR * sizeof(Number)) Vector {
+    Number values[VECTOR];
+};
+typedef Vector<float> Features;
+
+__device__ __forceinline__ Features features_at(const float* at) { return *reinterpret_cast<const Features*>(at); }
+
+// Stores features times a factor.
+__device__ __forceinline__ void store_features(Element* at, const Features& features, float factor = 1.0f) {
+    Vector<Element> stored;
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) store(&stored.values[i], features.values[i] * factor);
+    *reinterpret_cast<Vector<Element>*>(at) = stored;
+}
+
+// Features of a head from `i` on, rotated with their partners half of ROTARY_DIM away, as transformers lays
+// them out.
+__device__ __forceinline__ Features rotated(const float* head, int i, const float* cosines, const float* sines) {
+    Features own = features_at(head + i);
+    if (i >= ROTARY_DIM) return own;
+    const bool second = i >= HALF_ROTARY;
+    const int angle = second ? i - HALF_ROTARY : i;
+    const Features partner = features_at(head + (second ? angle : i + HALF_ROTARY));
+    const Features cosine = features_at(cosines + angle), sine = features_at(sines + angle);
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j)
+        own.values[j] = own.values[j] * cosine.values[j] +
+                        (second ? partner.values[j] : -partner.values[j]) * sine.values[j];
+    return own;
+}
+
+// What the kernels are given: qkv [tokens, QKV_WIDTH] and the cache, [sequences, KV_HEADS, capacity,
+// HEAD_DIM] keys and values; positions and sequences of the tokens; cosines and sines [rows, ROTARY_DIM / 2].
+struct Inputs {
+    const float* qkv;
+    Element *keys, *values;
+    const float *cosines, *sines;
+    const int *positions, *sequences;
+    int capacity;
+
+    // Where the rows of a head begin in the cache.
+    __device__ long long base(int token, int kv_head) const {
+        return (static_cast<long long>(sequences[token]) * KV_HEADS + kv_head) * capacity * HEAD_DIM;
+    }
+    // Features of a head of queries or, from HEADS on, keys, rotated for a position.
+    __device__ Features turned(int token, int head, int feature, int position) const {
+        return rotated(row(token, head), feature, cosines + position * HALF_ROTARY, sines + position * HALF_ROTARY);
+    }
+    __device__ Features value(int token, int kv_head, int feature) const {
+        return features_at(row(token, HEADS + KV_HEADS + kv_head) + feature);
+    }
+    __device__ const float* row(int token, int head) const {
+        return qkv + static_cast<long long>(token) * QKV_WIDTH + head * HEAD_DIM;
+    }
+};
+
+// Starts copies of keys and values `first` to `first` + COUNT to shared memory; those from `stop` on are
+// zeros, as nothing is known of that memory. By `lanes` threads, of which this is the `lane`th.
+template <int COUNT>
+__device__ __forceinline__ void copy_rows(Element* to_keys, Element* to_values, const Element* keys,
+                                          const Element* values, int first, int stop, int lane, int lanes) {
+    constexpr int BYTES = HEAD_DIM * sizeof(Element);
+    constexpr int COPY = BYTES % 16 == 0 ? 16 : BYTES % 8 == 0 ? 8 : 4;
+    constexpr int EACH = COPY / sizeof(Element), COPIES = HEAD_DIM / EACH;
+    static_assert(BYTES % 4 == 0, "a head must have an even number of features");
+#pragma unroll 4
+    for (int i = lane; i < COUNT * COPIES; i += lanes) {
+        const int row = i / COPIES, feature = i % COPIES * EACH;
+        const long long from = static_cast<long long>(min(first + row, stop - 1)) * HEAD_DIM + feature;
+        copy_async<COPY>(to_keys + row * STRIDE + feature, keys + from, first + row < stop);
+        copy_async<COPY>(to_values + row * STRIDE + feature, values + from, first + row < stop);
+    }
+}
+
+// Zeros in the features that only make tiles whole.
+__device__ __forceinline__ void clear_padding(Element* rows, int count, int lane, int lanes) {
+    constexpr int PADDING = DIM - HEAD_DIM, EACH = PADDING ? PADDING : 1;
+    for (int i = lane; i < count * PADDING; i += lanes)
+        store(rows + i / EACH * STRIDE + HEAD_DIM + i % EACH, 0.0f);
+}
+
+// Operands of one product [16, DEPTH] [DEPTH, 8] as a warp's lanes hold them.
+#if HALF
+constexpr int DEPTH = 16;
+struct Left {
+    unsigned words[4];
+};
+struct Right {
+    unsigned words[2];
+};
+
+__device__ __forceinline__ void multiply(float (&sums)[4], const Left& a, const Right& b) {
+    multiply_half(sums, a.words, b.words);
+}
+
+// DEPTH features of 16 rows.
+__device__ __forceinline__ Left load_left(const Element* at) {
+    const int lane = threadIdx.x % LANES;
+    Left left;
+    load_matrices<false>(left.words, at + lane % 16 * STRIDE + lane / 16 * 8);
+    return left;
+}
+
+// The same of 8 rows, as columns.
+__device__ __forceinline__ Right load_right(const Element* at) {
+    const int lane = threadIdx.x % LANES;
+    at += lane / 4 * STRIDE + lane % 4 * 2;
+    return {*reinterpret_cast<const unsigned*>(at), *reinterpret_cast<const unsigned*>(at + 8)};
+}
+
+// DEPTH rows, of which 16 features become rows.
+__device__ __forceinline__ Left load_left_transposed(const Element* at) {
+    const int lane = threadIdx.x % LANES;
+    Left left;
+    load_matrices<true>(left.words, at + (lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 8);
+    return left;
+}
+
+// 16 features of 16 keys.
+__device__ __forceinline__ void load_keys(Right (&two)[2], const Element* at) {
+    const int lane = threadIdx.x % LANES;
+    unsigned words[4];
+    load_matrices<false>(words, at + (lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 8);
+    two[0] = {words[0], words[1]}, two[1] = {words[2], words[3]};
+}
+
+// 16 features of 16 values, as DEPTH rows.
+__device__ __forceinline__ void load_values(Right (&two)[2], const Element* at) {
+    const int lane = threadIdx.x % LANES;
+    unsigned words[4];
+    load_matrices<true>(words, at + lane % 16 * STRIDE + lane / 16 * 8);
+    two[0] = {words[0], words[1]}, two[1] = {words[2], words[3]};
+}
+
+// Sums of products as the left operand: DEPTH columns are those of two of them.
+template <int TILES>
+__device__ __forceinline__ Left as_left(const float (&sums)[TILES][4], int step) {
+    const auto &one = sums[2 * step], &other = sums[2 * step + 1];
+    return {pack(one[0], one[1]), pack(one[2], one[3]), pack(other[0], other[1]), pack(other[2], other[3])};
+}
+
+// Sums as the right operand: DEPTH rows of them.
+__device__ __forceinline__ Right as_right(const float (&sums)[4], int) {
+    return {transpose(pack(sums[0], sums[1])), transpose(pack(sums[2], sums[3]))};
+}
+#else
+constexpr int DEPTH = 8;
+struct Left {
+    float values[4];
+};
+struct Right {
+    float values[2];
+};
+
+// A number as the sum of two of 11 bits each: what is left over is less than 2^-22 of it.
+__device__ __forceinline__ float leading(float x) {
+    return __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
+}
+
+// In fp32 but for the product of the trailing parts.
+__device__ __forceinline__ void multiply(float (&sums)[4], const Left& a, const Right& b) {
+    float high_a[4], low_a[4], high_b[2], low_b[2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) high_a[i] = leading(a.values[i]), low_a[i] = leading(a.values[i] - high_a[i]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) high_b[i] = leading(b.values[i]), low_b[i] = leading(b.values[i] - high_b[i]);
+    multiply_tf32(sums, low_a, high_b);
+    multiply_tf32(sums, high_a, low_b);
+    multiply_tf32(sums, high_a, high_b);
+}
+
+__device__ __forceinline__ Left load_left(const Element* at) {
+    const int lane = threadIdx.x % LANES;
+    at += lane / 4 * STRIDE + lane % 4;
+    return {at[0], at[8 * STRIDE], at[4], at[8 * STRIDE + 4]};
+}
+
+__device__ __forceinline__ Right load_right(const Element* at) {
+    const int lane = threadIdx.x % LANES;
+    at += lane / 4 * STRIDE + lane % 4;
+    return {at[0], at[4]};
+}
+
+// DEPTH rows in the order 0, 2, 4, 6, 1, 3, 5, 7, of which 16 features become rows.
+__device__ __forceinline__ Left load_left_transposed(const Element* at) {
+    const int lane = threadIdx.x % LANES;
+    at += lane % 4 * 2 * STRIDE + lane / 4;
+    return {at[0], at[8], at[STRIDE], at[STRIDE + 8]};
+}
+
+// 8 features of 16 keys.
+__device__ __forceinline__ void load_keys(Right (&two)[2], const Element* at) {
+    const int lane = threadIdx.x % LANES;
+    at += lane / 4 * STRIDE + lane % 4;
+    two[0] = {at[0], at[4]}, two[1] = {at[8 * STRIDE], at[8 * STRIDE + 4]};
+}
+
+// 16 features of 8 values, in the order of as_left.
+__device__ __forceinline__ void load_values(Right (&two)[2], const Element* at) {
+    const int lane = threadIdx.x % LANES;
+    at += lane % 4 * 2 * STRIDE + lane / 4;
+    two[0] = {at[0], at[STRIDE]}, two[1] = {at[8], at[STRIDE + 8]};
+}
+
+// Sums of products as the left operand, columns 0, 2, 4, 6, 1, 3, 5, 7: those that each lane holds.
+template <int TILES>
+__device__ __forceinline__ Left as_left(const float (&sums)[TILES][4], int step) {
+    const auto& one = sums[step];
+    return {one[0], one[2], one[1], one[3]};
+}
+
+// Sums as the right operand, rows in the order of load_left_transposed.
+__device__ __forceinline__ Right as_right(const float (&sums)[4], int step) {
+    const int lane = threadIdx.x % LANES, from = lane % 4 * 8 + lane / 8;
+    const bool odd = lane / 4 % 2;
+    Right right;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float even_column = __shfl_sync(ALL, sums[2 * step], from + 4 * i);
+        const float odd_column = __shfl_sync(ALL, sums[2 * step + 1], from + 4 * i);
+        right.values[i] = odd ? odd_column : even_column;
+    }
+    return right;
+}
+#endif

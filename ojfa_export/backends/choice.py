@@ -1,0 +1,105 @@
+"""From what a head says to next tokens: what a session asks, what it gets, and the host's way.
+
+A backend with a device computes the same there, so that a few numbers come to the host, not V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ojfa_export.backends.backend import Float32, Hidden
+from ojfa_export.runtime.policy import Measure, confidence
+from ojfa_export.runtime.sampling import GREEDY, Sampling
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What follows an exit's check. A hint: a device may begin with it before the host has looked.
+
+    Attributes:
+        measure: Of confidence.
+        threshold: Nothing follows where every row's confidence reaches it.
+        then: The blocks that run next on the same rows otherwise.
+    """
+
+    measure: Measure
+    threshold: float
+    then: range
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """How tokens are chosen from a head's logits.
+
+    Attributes:
+        sampling: Temperature, top-k and top-p.
+        draws: A number from [0, 1) for each row, where tokens are sampled.
+        stop: At an exit that is checked.
+    """
+
+    sampling: Sampling = GREEDY
+    draws: Sequence[float] = ()
+    stop: Stop | None = None
+
+
+class Choices(Protocol):
+    """The next tokens of some rows. On a device they may be on their way: asking waits for them."""
+
+    def tokens(self) -> list[int]:
+        """The chosen tokens, [rows]."""
+        ...
+
+    def likeliest(self) -> list[int]:
+        """The tokens of the largest logits, [rows]; the lowest id among equals."""
+        ...
+
+    def confidence(self, measure: Measure) -> NDArray[np.float64]:
+        """How sure the head is, [rows]; see `runtime.policy.confidence`."""
+        ...
+
+
+class HostChoices:
+    """Choices from logits on the host.
+
+    Args:
+        logits: [rows, V].
+        how: How tokens are chosen.
+    """
+
+    def __init__(self, logits: Float32, how: Choosing) -> None:
+        self.logits, self._how = logits, how
+
+    def tokens(self) -> list[int]:
+        """See `Choices`."""
+        if not self._how.sampling.temperature:
+            return self.likeliest()
+        both = zip(self.logits, self._how.draws, strict=True)
+        return [self._how.sampling.pick(logits, draw) for logits, draw in both]
+
+    def likeliest(self) -> list[int]:
+        """See `Choices`."""
+        tokens: list[int] = self.logits.argmax(axis=-1).tolist()
+        return tokens
+
+    def confidence(self, measure: Measure) -> NDArray[np.float64]:
+        """See `Choices`."""
+        return confidence(self.logits, measure)
+
+
+class _GivesLogits(Protocol):
+    def logits(self, hidden: Hidden, blocks_run: int) -> Float32: ...
+
+
+class ChoosesOnHost:
+    """The part of `Engines` that chooses, for engines whose logits are on the host anyway."""
+
+    follows = False
+
+    def choose(self: _GivesLogits, hidden: Hidden, blocks_run: int, how: Choosing) -> HostChoices:
+        """See `Engines.choose`."""
+        return HostChoices(self.logits(hidden, blocks_run), how)

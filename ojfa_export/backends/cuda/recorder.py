@@ -1,0 +1,99 @@
+"""The work of a step, put together as it is asked for and replayed as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ojfa_export.backends.cuda.device import Device, Graph
+
+Work = Callable[[], None]
+Key = tuple[tuple[Hashable, ...], ...]
+
+
+class Recorder:
+    """Collects work until something depends on it, then launches all of it at once.
+
+    The same pieces in the same order run one by one the first time, are recorded the second, and
+    replayed from then on. (TensorRT wants to have run once with the shapes and addresses of a
+    recording.)
+
+    Args:
+        device: Where it runs; flushes before everything else that it puts on its stream.
+        most: Recordings that are kept; when there are more, all begin anew.
+
+    Attributes:
+        launches: How often work was launched.
+        done: How many of those launches are known to have ended.
+        newest: The recording that was launched last, for whoever measures.
+    """
+
+    def __init__(self, device: Device, most: int = 512) -> None:
+        self._device, self._most = device, most
+        self._graphs: dict[Key, Graph | None] = {}
+        self.launches = self.done = 0
+        self.newest: Graph | None = None
+        self._keys: list[tuple[Hashable, ...]] = []
+        self._work: list[Work] = []
+
+    def add(self, key: tuple[Hashable, ...], work: Work) -> None:
+        """Adds work to what is launched next.
+
+        Args:
+            key: Holds every address and number that the work is given: it does the same whenever
+                its key is the same.
+            work: Puts something on the stream; nothing that waits for it.
+        """
+        self._keys.append(key)
+        self._work.append(work)
+
+    @property
+    def pending(self) -> bool:
+        """Whether something was added since the last launch."""
+        return bool(self._keys)
+
+    def take_back(self, key: tuple[Hashable, ...]) -> bool:
+        """Takes back what was added last, if that is its key."""
+        last = bool(self._keys) and self._keys[-1] == key
+        if last:
+            del self._keys[-1], self._work[-1]
+        return last
+
+    def flush(self) -> None:
+        """Launches what was added."""
+        if not self._keys:
+            return
+        self.launches += 1
+        key, work = tuple(self._keys), self._work
+        self._keys, self._work = [], []
+        graph = self._graphs.get(key)
+        if graph is None:
+            if key not in self._graphs:
+                if len(self._graphs) >= self._most:
+                    self.clear()
+                self._graphs[key] = None
+                _run(work)
+                return
+            graph = self._graphs[key] = self._device.capture(lambda: _run(work))
+        self.newest = graph
+        graph.launch()
+
+    def forget(self, owner: object) -> None:
+        """Forgets the recordings whose keys hold an object."""
+        old = [key for key in self._graphs if any(owner in piece for piece in key)]
+        if old:
+            self._device.synchronize()
+        for key in old:
+            del self._graphs[key]
+
+    def clear(self) -> None:
+        """Forgets all recordings: they refer to memory that may be given back now."""
+        self._device.synchronize()
+        self._graphs.clear()
+        self.newest = None
+
+
+def _run(work: list[Work]) -> None:
+    for each in work:
+        each()

@@ -1,0 +1,173 @@
+"""An opened model on ONNX Runtime's CUDA provider: sessions and weights, loaded when first used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from ojfa_export.backends.backend import Float32
+from ojfa_export.backends.choice import ChoosesOnHost
+from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.device import Device, PinnedArray
+from ojfa_export.backends.onnxruntime_cuda.cache import OnnxRuntimeCudaCache
+from ojfa_export.backends.onnxruntime_cuda.plan import read_plan
+from ojfa_export.backends.onnxruntime_cuda.provider import Array, Work, open_session
+from ojfa_export.backends.onnxruntime_cuda.weights import Weights
+from ojfa_export.bundle.names import block_name
+from ojfa_export.families.spec import ModelSpec, Precision
+
+# Rows of logits that are on the device at once.
+HEAD_ROWS = 16
+
+
+class OnnxRuntimeCudaEngines(ChoosesOnHost):
+    """An opened model.
+
+    Args:
+        device: The GPU.
+        spec: The model.
+        weights: Directory of the weight files.
+        engines: Plans by graph name.
+        rotary: Cosines and sines [rows, rotary_dim/2], or None.
+        record: Whether steps of one token are replayed as CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        spec: ModelSpec,
+        weights: Path,
+        engines: Mapping[str, Path],
+        rotary: tuple[Float32, Float32] | None,
+        *,
+        record: bool = True,
+    ) -> None:
+        device.make_current()
+        self.device, self.spec, self.record = device, spec, record
+        self.arrays = DeviceArrays(device)
+        self._directory = next(iter(engines.values())).parent
+        self._plans = {name: read_plan(path) for name, path in engines.items()}
+        self.precision: Precision = self._plans["embed"].precision
+        self._store = Weights(device, weights)
+        self._weights: dict[str, Mapping[str, DeviceArray]] = {}
+        self._sessions: dict[str, ort.InferenceSession] = {}  # by graph file
+        self._rotary = self._upload_rotary(rotary)
+        self._key = object()  # of this model's recordings
+        self._states = self.arrays.lasting((HEAD_ROWS, spec.hidden_size), np.float32)
+        self._logits = self.arrays.lasting((HEAD_ROWS, spec.vocab_size), np.float32)
+        exits = np.arange(spec.blocks + 1, dtype=np.int32)[:, None, None]
+        self._exits = self.arrays.upload(np.repeat(exits, HEAD_ROWS, axis=1))
+        self._pinned = PinnedArray((HEAD_ROWS, spec.vocab_size), np.float32)
+
+    def __del__(self) -> None:
+        # Work that is under way still uses memory that sessions free at their end.
+        with suppress(Exception):
+            self.device.synchronize()
+
+    def work(self, name: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Work:
+        """A graph with its weights, on these inputs and outputs."""
+        return Work(name, self._session(name), {**self.weights(name), **inputs}, outputs)
+
+    def add(self, key: tuple[Hashable, ...], work: Callable[[], None]) -> None:
+        """Adds work to the step, or does it at once where steps aren't recorded.
+
+        Args:
+            key: As of `Recorder.add`.
+            work: Puts something on the stream.
+        """
+        if self.record:
+            self.device.recorder.add(key, work)
+        else:
+            self.device.recorder.flush()
+            work()
+
+    def rotary(self, *, long_context: bool) -> Mapping[str, DeviceArray]:
+        """The tables of rotations, as blocks take them; LongRoPE has a second set of rows."""
+        if self.spec.rotary_switch is None:
+            return self._rotary
+        half = {name: len(table) // 2 for name, table in self._rotary.items()}
+        return {
+            name: table[half[name] :] if long_context else table[: half[name]]
+            for name, table in self._rotary.items()
+        }
+
+    def weights(self, name: str) -> Mapping[str, DeviceArray]:
+        """A graph's weights, uploaded on first use."""
+        if name not in self._weights:
+            self._weights[name] = self._store.load(self._plans[name])
+        return self._weights[name]
+
+    def close(self, name: str) -> None:
+        """Lets go of a graph's weights; work with them must be dropped as well."""
+        self.device.recorder.clear()
+        self._weights.pop(name, None)
+        self._store.forget(self._plans[name])
+
+    def load_blocks(self, depth: int) -> None:
+        """Uploads the weights of the embedding and the first blocks, and opens their sessions."""
+        for name in ("embed", *map(block_name, range(depth))):
+            self.weights(name)
+            self._session(name)
+
+    def unload_heads(self) -> None:
+        """Lets go of the heads' weights; they are uploaded again when used."""
+        for name in ("exit_head", "final_head"):
+            self.close(name)
+
+    def new_cache(self, batch_size: int, capacity: int) -> OnnxRuntimeCudaCache:
+        """Makes a cache; a block's keys and values take memory when it is first used."""
+        return OnnxRuntimeCudaCache(self, batch_size, capacity)
+
+    def logits(self, hidden: Float32 | DeviceArray, blocks_run: int) -> Float32:
+        """Applies the head after so many blocks: [rows, H] to [rows, V]."""
+        self.device.make_current()
+        states = self.arrays.asarray(hidden)
+        result = np.empty((len(states), self.spec.vocab_size), np.float32)
+        for at in range(0, len(states), HEAD_ROWS):
+            part = self._in_place(states[at : at + HEAD_ROWS])
+            self._apply_head(part, blocks_run)
+            self.device.synchronize()
+            result[at : at + HEAD_ROWS] = self._pinned.array[: len(part)]
+        return result
+
+    def _apply_head(self, hidden: DeviceArray, blocks_run: int) -> None:
+        """Puts a head on the stream, and the copy of its logits to the host."""
+        name = "final_head" if blocks_run == self.spec.blocks else "exit_head"
+        gated, count = "gates" in self._plans[name].weights, len(hidden)
+        logits = self._logits[:count]
+
+        def work() -> None:
+            exits = self._exits[blocks_run, :count].reshape(count)
+            self.work(name, {"hidden": hidden, "blocks_run": exits}, {"logits": logits}).run()
+            self.device.download(logits.pointer, self._pinned.pointer, logits.nbytes)
+
+        self.add((self._key, name, blocks_run if gated else None, count, hidden.pointer), work)
+
+    def _in_place(self, states: DeviceArray) -> DeviceArray:
+        """Hidden states where they lie for long, as recordings refer to them."""
+        if states.lasts:
+            return states
+        target = self._states[: len(states)]
+        self.device.copy(states.pointer, target.pointer, states.nbytes)
+        return target
+
+    def _session(self, name: str) -> ort.InferenceSession:
+        file = self._plans[name].graph
+        if file not in self._sessions:
+            model = (self._directory / file).read_bytes()
+            self._sessions[file] = open_session(model, name, int(self.device.stream))
+        return self._sessions[file]
+
+    def _upload_rotary(self, rotary: tuple[Float32, Float32] | None) -> Mapping[str, DeviceArray]:
+        if rotary is None:
+            return {}
+        names = ("rotary_cos_table", "rotary_sin_table")
+        dtype = DTYPES[self.precision]
+        return {
+            name: self.arrays.upload(table.astype(dtype))
+            for name, table in zip(names, rotary, strict=True)
+        }

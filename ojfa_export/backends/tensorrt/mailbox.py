@@ -1,0 +1,189 @@
+"""How answers of the device come to the host: a few numbers in memory that both can reach.
+
+Kernels write them there, each with the number of its answer (engines/kernels/choose.cuh); the host
+looks until all are there. That is sooner known than the end of all work, which need not have come.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ojfa_export.backends.choice import Choosing
+from ojfa_export.backends.cuda.device import Device, Memory, PinnedArray
+from ojfa_export.backends.tensorrt.kernels import Argument, integer, pointer, wide_number
+from ojfa_export.errors import BackendError
+from ojfa_export.runtime.policy import Measure
+
+# As in choose.cuh: answers that may be on their way, rows of each, thread blocks' parts of them.
+SLOTS, ROWS, PARTS = 8, 16, 1024
+# Token, likeliest, top, margin and entropy, each with the number of its answer.
+ANSWER = struct.Struct("=iIiIfIfIfI")
+Row = tuple[int, int, float, float, float]
+PART_BYTES = 5 * 8
+DESK_BYTES = 4 * ROWS + 2 * 4 + 4 * ROWS + PART_BYTES * PARTS
+MEASURES: dict[Measure, int] = {"top": 0, "margin": 1, "entropy": 2}
+# Looks between two that let other threads run, and between two at the stream's state.
+LOOKS, LOOKS_AT_STREAM = 32, 1 << 14
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of an answer, as kernels take it; the same for the same key.
+
+    Attributes:
+        measure: Of an exit's check, or -1.
+        threshold: Of that check.
+        temperature: 0 for greedy.
+    """
+
+    measure: int
+    threshold: float
+    temperature: float
+    top_k: int
+    top_p: float
+
+    @classmethod
+    def of(cls, how: Choosing, vocabulary: int) -> Asked:
+        """What a session asks, of logits [rows, vocabulary]."""
+        sampling, stop = how.sampling, how.stop
+        return cls(
+            measure=-1 if stop is None else MEASURES[stop.measure],
+            threshold=0.0 if stop is None else stop.threshold,
+            # Smaller ones leave the largest logit alone, as this does.
+            temperature=max(sampling.temperature, 1e-30) if sampling.temperature else 0.0,
+            top_k=min(sampling.top_k or vocabulary, vocabulary),
+            top_p=sampling.top_p,
+        )
+
+
+class Mailbox:
+    """Answers on their way, in the order in which they are asked for.
+
+    Args:
+        device: Where they are made.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._desk = Memory(device, DESK_BYTES, pooled=False)
+        answers, draws = SLOTS * ROWS * ANSWER.size, SLOTS * ROWS * 8
+        self._mail = PinnedArray((answers + draws,), np.uint8)
+        whole = self._mail.array
+        self._bytes = memoryview(whole)  # type: ignore[arg-type]
+        self._draws = whole[answers:].view(np.float64).reshape(SLOTS, ROWS)
+        self.reset()
+
+    @property
+    def tokens(self) -> int:
+        """Address of the newest answer's tokens on the device."""
+        return self._desk.pointer
+
+    def reset(self) -> None:
+        """Begins anew, with no answer on its way."""
+        self._device.clear(self._desk.pointer, DESK_BYTES)
+        self._device.synchronize()
+        self._mail.array[...] = 0
+        self._turn = 0
+
+    def arguments(self) -> tuple[Argument, Argument]:
+        """Of a kernel that writes answers."""
+        return pointer(self._desk.pointer), pointer(self._mail.pointer)
+
+    def asked(self, asked: Asked) -> tuple[Argument, ...]:
+        """Of a kernel that gives answers, unless another samples after it."""
+        sampled = integer(int(asked.temperature > 0))
+        return *self.arguments(), integer(asked.measure), wide_number(asked.threshold), sampled
+
+    def leave(self, draws: Sequence[float]) -> None:
+        """Leaves the random numbers of the answer that is launched next."""
+        if draws:
+            self._draws[self._turn % SLOTS, : len(draws)] = draws
+
+    def expect(self, rows: int) -> DeviceChoices:
+        """Tells of an answer that has been launched."""
+        slot, self._turn = self._turn % SLOTS, (self._turn + 1) & 0xFFFFFFFF
+        return DeviceChoices(self, slot, self._turn, rows, self._device.recorder.launches)
+
+    def is_newest(self, choices: object) -> bool:
+        """Whether choices are the last that were launched, so that `tokens` will be theirs."""
+        return isinstance(choices, DeviceChoices) and choices.turn == self._turn
+
+    def read(self, slot: int, turn: int, rows: int, launch: int) -> list[Row]:
+        """Waits for an answer."""
+        looks, first, idle = 0, slot * ROWS * ANSWER.size, False
+        answers: list[Row] = []
+        while len(answers) < rows:
+            found = ANSWER.unpack_from(self._bytes, first + len(answers) * ANSWER.size)
+            if found[1::2] == (turn,) * 5:
+                answers.append(found[::2])
+                continue
+            if idle:
+                raise BackendError(
+                    "the GPU gave no answer", hint="please report this with the command"
+                )
+            looks += 1
+            if looks % LOOKS == 0:
+                time.sleep(0)
+                idle = looks % LOOKS_AT_STREAM == 0 and self._device.idle()
+        self._device.recorder.done = max(self._device.recorder.done, launch)
+        return answers
+
+
+class DeviceChoices:
+    """Choices on their way from the device; see `backends.choice.Choices`.
+
+    Args:
+        mailbox: Where they come.
+        slot: In which place.
+        turn: As which answer.
+        rows: How many.
+        launch: With which launch.
+    """
+
+    def __init__(self, mailbox: Mailbox, slot: int, turn: int, rows: int, launch: int) -> None:
+        self._mailbox, self._awaited = mailbox, (slot, turn, rows, launch)
+        self.turn = turn
+        self._answers: list[Row] | None = None
+
+    def answers(self) -> list[Row]:
+        """Token, likeliest token, top, margin and entropy of each row."""
+        if self._answers is None:
+            self._answers = self._mailbox.read(*self._awaited)
+        return self._answers
+
+    def tokens(self) -> list[int]:
+        """See `Choices`."""
+        return [answer[0] for answer in self.answers()]
+
+    def likeliest(self) -> list[int]:
+        """See `Choices`."""
+        return [answer[1] for answer in self.answers()]
+
+    def confidence(self, measure: Measure) -> NDArray[np.float64]:
+        """See `Choices`."""
+        return np.array([answer[2 + MEASURES[measure]] for answer in self.answers()])
+
+
+class JoinedChoices:
+    """Choices of more rows than one answer has."""
+
+    def __init__(self, parts: Sequence[DeviceChoices]) -> None:
+        self._parts = parts
+
+    def tokens(self) -> list[int]:
+        """See `Choices`."""
+        return [token for part in self._parts for token in part.tokens()]
+
+    def likeliest(self) -> list[int]:
+        """See `Choices`."""
+        return [token for part in self._parts for token in part.likeliest()]
+
+    def confidence(self, measure: Measure) -> NDArray[np.float64]:
+        """See `Choices`."""
+        return np.concatenate([part.confidence(measure) for part in self._parts])

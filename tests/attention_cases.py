@@ -1,0 +1,154 @@
+"""Attention in float64, and the cases that the kernels are compared with it on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ojfa_export.backends.tensorrt.attention import Geometry, Operands
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model's attention, as far as it matters to the kernels."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    window: int
+    half: bool
+
+    @property
+    def dtype(self) -> type:
+        return np.float16 if self.half else np.float32
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(
+            self.heads, self.kv_heads, self.head_dim, self.rotary_dim, 2 if self.half else 4
+        )
+
+    @property
+    def width(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def definitions(self) -> dict[str, int]:
+        return {
+            "HALF": int(self.half),
+            "HEAD_DIM": self.head_dim,
+            "HEADS": self.heads,
+            "KV_HEADS": self.kv_heads,
+            "ROTARY_DIM": self.rotary_dim,
+            "WINDOW": self.window,
+            "NORM_LAYER": 0,
+            "ACTIVATION": 0,
+            "GATED": 1,
+        }
+
+
+# Every width of a row in shared memory, heads and groups that fill no tile, or more than one.
+VARIANTS = {
+    "mha": Variant(4, 4, 64, 64, 0, half=True),
+    "gqa": Variant(8, 2, 128, 128, 0, half=True),
+    "group-of-three": Variant(6, 2, 32, 16, 0, half=True),
+    "wide-group": Variant(20, 1, 16, 16, 0, half=True),
+    "window": Variant(4, 2, 96, 96, 40, half=True),
+    "learned-positions": Variant(3, 3, 80, 0, 0, half=True),
+    "small-head": Variant(4, 2, 8, 8, 0, half=True),
+    "head-of-100": Variant(2, 1, 100, 100, 0, half=True),
+    "wide-head": Variant(2, 2, 256, 128, 0, half=True),
+    "fp32": Variant(4, 2, 64, 64, 0, half=False),
+    "fp32-window": Variant(4, 4, 16, 8, 40, half=False),
+    "fp32-head-of-128": Variant(2, 1, 128, 128, 0, half=False),
+    "fp32-wide-head": Variant(2, 1, 256, 256, 24, half=False),
+    "fp32-odd": Variant(3, 1, 20, 20, 0, half=False),
+}
+
+
+class Example:
+    """Random tokens and a random cache of some sequences.
+
+    Args:
+        variant: The model's attention.
+        rng: Random numbers.
+        pasts: Positions that each sequence has in the cache.
+        tokens: New ones of each sequence.
+        capacity: Of the cache.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        rng: np.random.Generator,
+        pasts: list[int],
+        tokens: int,
+        capacity: int,
+    ) -> None:
+        self.variant = variant
+        self.scale = float(variant.head_dim**-0.5 * rng.uniform(0.5, 2))
+        count = len(pasts) * tokens
+        self.qkv = rng.standard_normal((count, variant.width), np.float32)
+        shape = (len(pasts), variant.kv_heads, capacity, variant.head_dim)
+        self.keys = rng.standard_normal(shape, np.float32).astype(variant.dtype)
+        self.values = rng.standard_normal(shape, np.float32).astype(variant.dtype)
+        for row, past in enumerate(pasts):  # what was never written is anything
+            self.keys[row, :, past:] = np.nan
+            self.values[row, :, past:] = np.nan
+        angles = rng.uniform(0, 2 * np.pi, (capacity, variant.rotary_dim // 2))
+        self.cosines = np.cos(angles).astype(np.float32)
+        self.sines = np.sin(angles).astype(np.float32)
+        self.positions = np.concatenate([past + np.arange(tokens) for past in pasts])
+        self.positions = self.positions.astype(np.int32)
+        self.sequences = np.repeat(np.arange(len(pasts), dtype=np.int32), tokens)
+        self.out = np.full((count, variant.heads * variant.head_dim), np.nan, variant.dtype)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Those that kernels are given."""
+        names = ("out", "qkv", "keys", "values", "cosines", "sines", "positions", "sequences")
+        return {name: getattr(self, name) for name in names}
+
+    def operands(self, addresses: dict[str, int]) -> Operands:
+        return Operands(**addresses, capacity=self.keys.shape[2], scale=self.scale)
+
+    def expected(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What attention gives, and the cache after it, in float64."""
+        variant = self.variant
+        heads = self.qkv.astype(np.float64).reshape(len(self.qkv), -1, variant.head_dim)
+        new_keys = slice(variant.heads, variant.heads + variant.kv_heads)
+        keys, values = self.keys.astype(np.float64), self.values.astype(np.float64)
+        out = np.empty((len(heads), variant.heads, variant.head_dim))
+        for token, (position, row) in enumerate(zip(self.positions, self.sequences, strict=True)):
+            keys[row, :, position] = self.rotated(heads[token, new_keys], position)
+            values[row, :, position] = heads[token, new_keys.stop :]
+        group = variant.heads // variant.kv_heads
+        for token, (position, row) in enumerate(zip(self.positions, self.sequences, strict=True)):
+            queries = self.rotated(heads[token, : variant.heads], position)
+            oldest = max(0, position + 1 - variant.window) if variant.window else 0
+            for head, query in enumerate(queries):
+                seen = (row, head // group, slice(oldest, position + 1))
+                score = self.scale * keys[seen] @ query
+                weight = np.exp(score - score.max())
+                out[token, head] = weight @ values[seen] / weight.sum()
+        return out.reshape(len(heads), -1), keys, values
+
+    def rotated(self, heads: np.ndarray, position: int) -> np.ndarray:
+        half = self.variant.rotary_dim // 2
+        first, second, rest = np.split(heads, (half, 2 * half), axis=-1)
+        cosine, sine = self.cosines[position], self.sines[position]
+        turned = (first * cosine - second * sine, second * cosine + first * sine, rest)
+        return np.concatenate(turned, axis=-1)
+
+    def check(
+        self, out: np.ndarray, keys: np.ndarray, values: np.ndarray, tolerance: float
+    ) -> None:
+        """Compares with float64, relative to the largest number."""
+        expected = self.expected()
+        for actual, wanted, name in zip(
+            (out, keys, values), expected, ("out", "keys", "values"), strict=True
+        ):
+            largest = np.nanmax(np.abs(wanted))
+            np.testing.assert_allclose(
+                actual, wanted, rtol=0, atol=tolerance * largest, equal_nan=True, err_msg=name
+            )

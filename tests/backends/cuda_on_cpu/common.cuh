@@ -1,0 +1,243 @@
+// CUDA C++ on a CPU, as much of it as the tested kernels use: it takes the place of
+// engines/kernels/common.cuh. A thread block's threads are fibers of one thread, so that a kernel's
+// indices, barriers and masks can be tested where there is no GPU; nothing here says how fast it is.
+// Thread blocks run one after the other, or all at once, each in its own thread.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static thread_local
+#define __launch_bounds__(...)
+using std::max;
+using std::min;
+
+#if HALF
+typedef _Float16 Half;
+typedef Half Element;
+inline float to_float(Half x) { return static_cast<float>(x); }
+inline void store(Half* at, float x) { *at = static_cast<Half>(x); }
+#else
+typedef float Element;
+#endif
+inline float to_float(float x) { return x; }
+inline void store(float* at, float x) { *at = x; }
+
+constexpr int WIDE = 16 / sizeof(Element);
+constexpr int LANES = 32;
+constexpr unsigned ALL = 0xffffffffu;
+constexpr int SHARED_BYTES = 227 << 10;
+
+struct Dimensions {
+    unsigned x, y, z;
+};
+inline thread_local Dimensions threadIdx, blockIdx, blockDim, gridDim;
+alignas(128) inline thread_local unsigned char shared_memory[SHARED_BYTES];
+inline thread_local int used_bytes;
+
+// Whether a kernel wrote beyond the shared memory that it was launched with.
+inline bool overrun(int from) {
+    return std::any_of(shared_memory + from, shared_memory + SHARED_BYTES, [](auto byte) { return byte != 0xff; });
+}
+
+// Where all of a group's threads meet; the last to come does something for all.
+struct Meeting {
+    unsigned size = 0, arrived = 0, round = 0;
+};
+
+struct Copy {
+    void* to;
+    const void* from;
+    int bytes;
+    bool valid;
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    bool done = false;
+    std::vector<Copy> copies;                // of the group that is being made
+    std::deque<std::vector<Copy>> on_their_way;  // groups, oldest first
+};
+
+struct Block {
+    std::vector<Fiber> fibers;
+    std::vector<Meeting> warps;
+    Meeting all;
+    ucontext_t scheduler;
+    unsigned running = 0;
+    std::function<void()> kernel;
+};
+inline thread_local Block block;
+
+inline Fiber& this_fiber() { return block.fibers[block.running]; }
+inline void let_others_run() { swapcontext(&this_fiber().context, &block.scheduler); }
+
+template <class Work>
+void meet(Meeting& meeting, Work work) {
+    const unsigned round = meeting.round;
+    if (++meeting.arrived == meeting.size) {
+        work();
+        meeting.arrived = 0, ++meeting.round;
+    }
+    while (meeting.round == round) let_others_run();
+}
+inline Meeting& this_warp() { return block.warps[threadIdx.x / LANES]; }
+
+inline void fiber_main() {
+    block.kernel();
+    this_fiber().done = true;
+    let_others_run();
+}
+
+inline void run_block() {
+    const unsigned threads = blockDim.x;
+    std::memset(shared_memory, 0xff, used_bytes);  // NaN, whatever the type
+    block.fibers = std::vector<Fiber>(threads);
+    block.warps.assign((threads + LANES - 1) / LANES, Meeting{LANES});
+    block.all = Meeting{threads};
+    for (Fiber& fiber : block.fibers) {
+        constexpr int STACK = 128 << 10;
+        fiber.stack.reset(new char[STACK]);  // not filled with zeros
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = STACK;
+        makecontext(&fiber.context, fiber_main, 0);
+    }
+    for (bool alive = true; alive;) {
+        alive = false;
+        for (block.running = 0; block.running < threads; ++block.running) {
+            if (this_fiber().done) continue;
+            alive = true;
+            threadIdx = {block.running, 0, 0};
+            swapcontext(&block.scheduler, &this_fiber().context);
+        }
+    }
+}
+
+template <class... Types, std::size_t... Indices>
+void launch(void (*kernel)(Types...), void* const* arguments, std::index_sequence<Indices...>) {
+    block.kernel = [=] { kernel(*static_cast<Types*>(arguments[Indices])...); };
+    for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
+        for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
+            for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block();
+}
+
+template <class... Types>
+void launch(void (*kernel)(Types...), const unsigned* grid, unsigned threads, void* const* arguments,
+            int shared_bytes) {
+    std::memset(shared_memory, 0xff, SHARED_BYTES);
+    used_bytes = shared_bytes;
+    gridDim = {grid[0], grid[1], grid[2]}, blockDim = {threads, 1, 1};
+    launch(kernel, arguments, std::index_sequence_for<Types...>());
+}
+
+// All thread blocks at once: for kernels whose thread blocks wait for one another.
+template <class... Types>
+void launch_together(void (*kernel)(Types...), const unsigned* grid, unsigned threads, void* const* arguments) {
+    std::vector<std::thread> blocks;
+    for (unsigned x = 0; x < grid[0]; ++x)
+        blocks.emplace_back([=] {
+            gridDim = {grid[0], 1, 1}, blockDim = {threads, 1, 1}, blockIdx = {x, 0, 0};
+            const auto run = [=]<std::size_t... Indices>(std::index_sequence<Indices...>) {
+                block.kernel = [=] { kernel(*static_cast<Types*>(arguments[Indices])...); };
+            };
+            run(std::index_sequence_for<Types...>());
+            run_block();
+        });
+    for (std::thread& each : blocks) each.join();
+}
+
+inline void __syncthreads() { meet(block.all, [] {}); }
+inline void __syncwarp() { meet(this_warp(), [] {}); }
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void wait_for_previous() {}
+inline void let_next_start() {}
+
+template <class T>
+T __shfl_sync(unsigned, T x, int lane) {
+    static thread_local T values[1024];
+    const unsigned thread = threadIdx.x;
+    values[thread] = x;
+    __syncwarp();
+    const T result = values[thread / LANES * LANES + lane];
+    __syncwarp();
+    return result;
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
+    return __shfl_sync(ALL, x, threadIdx.x % LANES ^ mask);
+}
+template <class T>
+T __shfl_up_sync(unsigned, T x, int distance) {
+    const int lane = threadIdx.x % LANES;
+    return __shfl_sync(ALL, x, lane < distance ? lane : lane - distance);
+}
+inline unsigned __ballot_sync(unsigned, bool x) {
+    unsigned bits = 0;
+    for (int lane = 0; lane < LANES; ++lane) bits |= static_cast<unsigned>(__shfl_sync(ALL, x, lane)) << lane;
+    return bits;
+}
+inline int __ffs(unsigned bits) { return __builtin_ffs(bits); }
+template <class T>
+T atomicAdd(T* at, T x) {
+    return __atomic_fetch_add(at, x, __ATOMIC_SEQ_CST);
+}
+
+
+template <int WIDTH = LANES>
+float lanes_sum(float x) {
+    for (int offset = WIDTH / 2; offset; offset /= 2) x += __shfl_xor_sync(ALL, x, offset);
+    return x;
+}
+
+inline unsigned atomicInc(unsigned* at, unsigned limit) {
+    const unsigned old = *at;
+    *at = old >= limit ? 0 : old + 1;
+    return old;
+}
+
+template <class To, class From>
+To bits_as(From x) {
+    To y;
+    std::memcpy(&y, &x, sizeof(y));
+    return y;
+}
+inline unsigned __float_as_uint(float x) { return bits_as<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return bits_as<float>(x); }
+inline float __int_as_float(int x) { return bits_as<float>(x); }
+
+struct float4 {
+    float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+struct alignas(16) Chunk {
+    Element values[WIDE];
+};
+inline Chunk load(const Element* at) { return *reinterpret_cast<const Chunk*>(at); }
+
+inline unsigned long long load_word(const unsigned long long* at) {
+    std::this_thread::yield();  // it may be asked for again and again
+    let_others_run();
+    return __atomic_load_n(at, __ATOMIC_RELAXED);
+}
+inline void store_word(unsigned long long* at, unsigned long long value) {
+    __atomic_store_n(at, value, __ATOMIC_RELAXED);
+}
+inline void store_word_for_host(unsigned long long* at, unsigned long long value) { store_word(at, value); }
+
+inline int called_off;
+inline bool is_called_off() { return called_off; }

@@ -1,0 +1,140 @@
+"""The attention kernels against float64, run on the CPU thread by thread (cuda_on_cpu)."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attention_cases import VARIANTS, Example, Variant
+from tolerances import ATTENTION_FP16_RELATIVE, ATTENTION_FP32_RELATIVE
+
+from ojfa_export.backends.tensorrt.attention import Attention, Scratch, step_launch
+from ojfa_export.backends.tensorrt.sources import source_directory
+
+HERE = Path(__file__).parent / "cuda_on_cpu"
+COMPILER = shutil.which("g++")
+MULTIPROCESSORS = 7
+# What the matrix-vector product leaves of a multiprocessor of compute capability 9.0: its 512
+# threads have 104 registers each, and 40 KiB of shared memory at Llama-2-7B's shape.
+FREE_REGISTERS, FREE_SHARED_BYTES = (64 << 10) - 512 * 104, (228 - 2 - 41) << 10
+
+
+class CpuKernels:
+    """Takes the place of `kernels.Kernels`."""
+
+    def __init__(self, variant: Variant, directory: Path) -> None:
+        for name in ("common.cuh", "instructions.cuh", "attention.cpp"):
+            shutil.copy(HERE / name, directory)
+        for name in ("tiles.cuh", "attention.cu", "prompt.cu"):
+            shutil.copy(source_directory() / name, directory)
+        macros = [f"-D{name}={value}" for name, value in variant.definitions().items()]
+        library = directory / "attention.so"
+        command = [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", *macros, "-o", str(library)]
+        result = subprocess.run(
+            [*command, str(directory / "attention.cpp")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "_Float16" in result.stderr:
+            pytest.skip("this g++ has no _Float16")
+        assert result.returncode == 0, result.stderr
+        self._library = ctypes.CDLL(str(library))
+
+    def launch(self, name, grid, block, arguments, *, shared_bytes=0, overlapping=False):
+        held = [kind(value) for value, kind in arguments]
+        addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
+        result = self._library.run_kernel(
+            name.encode(), (ctypes.c_uint * 3)(*grid), block[0], addresses, shared_bytes
+        )
+        assert result == 0, name
+
+
+class CpuArray:
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.pointer, self.nbytes = array, array.ctypes.data, array.nbytes
+
+
+class Cpu:
+    """Takes the place of `Device` and `DeviceArrays`."""
+
+    multiprocessors = MULTIPROCESSORS
+
+    def empty(self, shape, dtype):
+        return CpuArray(np.full(shape, 127, dtype))
+
+    def clear(self, pointer, size):
+        ctypes.memset(pointer, 0, size)
+
+
+# Those that another covers are left to the GPU (tests/gpu/test_gpu_attention.py).
+@pytest.fixture(scope="module", params=sorted(set(VARIANTS) - {"mha", "fp32"}))
+def compiled(request, tmp_path_factory):
+    if COMPILER is None:
+        pytest.skip("needs g++")
+    variant = VARIANTS[request.param]
+    return variant, CpuKernels(variant, tmp_path_factory.mktemp(request.param))
+
+
+def run(compiled, example, sequences, tokens, *, prompt=False):
+    variant, kernels = compiled
+    attention = Attention(kernels, variant.geometry, MULTIPROCESSORS)
+    arrays = {name: array.copy() for name, array in example.arrays().items()}
+    operands = example.operands({name: array.ctypes.data for name, array in arrays.items()})
+    if prompt:
+        attention.prompt(operands, tokens)
+    else:
+        scratch = Scratch(Cpu(), Cpu(), variant.geometry, sequences * tokens)
+        for _ in range(2):  # the second finds what the first has left
+            attention.step(operands, scratch, sequences, tokens)
+    tolerance = ATTENTION_FP16_RELATIVE if variant.half else ATTENTION_FP32_RELATIVE
+    example.check(arrays["out"], arrays["keys"], arrays["values"], tolerance)
+
+
+@pytest.mark.parametrize("pasts", [[0], [15], [300], [5, 130, 64]])
+def test_one_token_of_each_sequence(compiled, rng, pasts):
+    example = Example(compiled[0], rng, pasts, 1, capacity=320)
+    run(compiled, example, len(pasts), 1)
+
+
+@pytest.mark.parametrize(("past", "tokens"), [(0, 2), (150, 9)])
+def test_a_few_tokens_of_one_sequence(compiled, rng, past, tokens):
+    example = Example(compiled[0], rng, [past], tokens, capacity=180)
+    run(compiled, example, 1, tokens)
+
+
+@pytest.mark.parametrize(("past", "tokens"), [(0, 40), (37, 33)])
+def test_a_prompt(compiled, rng, past, tokens):
+    example = Example(compiled[0], rng, [past], tokens, capacity=100)
+    run(compiled, example, 1, tokens, prompt=True)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    "variant",
+    [Variant(32, 8, 128, 128, 0, half=True), Variant(8, 1, 256, 256, 64, half=False)],
+    ids=["fp16", "fp32-wide-head"],
+)
+def test_nothing_is_spilled(variant, architecture, tmp_path):
+    """And a step's thread block finds room beside the matrix-vector product before it."""
+    macros = [f"-D{name}={value}" for name, value in variant.definitions().items()]
+    for source in ("attention.cu", "prompt.cu"):
+        command = ["nvcc", "-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
+        command += [*macros, "-o", str(tmp_path / "out.cubin"), str(source_directory() / source)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert "warning" not in result.stderr
+        spilled = re.findall(r"(\d+) bytes spill stores", result.stderr)
+        assert spilled
+        assert not any(map(int, spilled)), result.stderr
+        if source == "attention.cu" and variant.half:
+            [registers] = re.findall(r"'attention'.*?Used (\d+) registers", result.stderr, re.S)
+            launch = step_launch(variant.geometry, 1, 1, MULTIPROCESSORS)
+            assert int(registers) * launch.threads <= FREE_REGISTERS
+            assert launch.shared_bytes <= FREE_SHARED_BYTES

@@ -1,0 +1,224 @@
+"""The kernels that choose against float64, run on the CPU thread by thread (cuda_on_cpu)."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tolerances import CONFIDENCE
+
+from ojfa_export.backends.choice import Choosing, Stop
+from ojfa_export.backends.tensorrt.sources import source_directory
+from ojfa_export.runtime.sampling import GREEDY, Sampling
+
+HERE = Path(__file__).parent / "cuda_on_cpu"
+COMPILER = shutil.which("g++")
+THREADS, MOST_RANK = 512, 128
+# A thread block of a thousand fibers takes its time; tests/gpu/test_gpu_choose.py has more cases.
+SAMPLINGS = [Sampling(1.0), Sampling(0.7, top_k=40), Sampling(2.0, top_k=50, top_p=0.5)]
+
+
+class CpuKernels:
+    """Takes the place of `kernels.Kernels`."""
+
+    def __init__(self, directory: Path, *, half: bool) -> None:
+        self.element = np.float16 if half else np.float32
+        for name in ("common.cuh", "instructions.cuh", "choose.cpp"):
+            shutil.copy(HERE / name, directory)
+        for name in ("choose.cuh", "choose.cu", "sample.cu", "exit_check.cu"):
+            shutil.copy(source_directory() / name, directory)
+        library = directory / "choose.so"
+        command = [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
+        command += [f"-DHALF={int(half)}", "-o", str(library), str(directory / "choose.cpp")]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if "_Float16" in result.stderr:
+            pytest.skip("this g++ has no _Float16")
+        assert result.returncode == 0, result.stderr
+        self.library = ctypes.CDLL(str(library))
+
+    def launch(self, name, grid, block, arguments, *, shared_bytes=0, overlapping=False):
+        held = [kind(value) for value, kind in arguments]
+        addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
+        result = self.library.run_kernel(
+            name.encode(), (ctypes.c_uint * 3)(*grid), block[0], addresses
+        )
+        assert result == 0, name
+
+
+@pytest.fixture(scope="module")
+def kernels(driver, tmp_path_factory):
+    if COMPILER is None:
+        pytest.skip("needs g++")
+    return CpuKernels(tmp_path_factory.mktemp("choose"), half=True)
+
+
+@pytest.fixture
+def mailbox(driver):
+    from ojfa_export.backends.cuda.device import the_device
+    from ojfa_export.backends.tensorrt.mailbox import Mailbox
+
+    return Mailbox(the_device())
+
+
+class Logits:
+    """Takes the place of a `DeviceArray`."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = np.ascontiguousarray(array, np.float32)
+        self.pointer = self.array.ctypes.data
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+
+def confidences64(logits):
+    """As `runtime.policy.confidence` defines them, in float64 throughout."""
+    below = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    p = np.exp(below) / np.exp(below).sum(axis=1, keepdims=True)
+    ranked = np.sort(p, axis=1)
+    margin = ranked[:, -1] - (ranked[:, -2] if p.shape[1] > 1 else 0)
+    entropy = np.sum(p * np.log(np.where(p > 0, p, 1)), axis=1)
+    return {"top": ranked[:, -1], "margin": margin, "entropy": entropy}
+
+
+def assert_choices(choices, logits):
+    assert choices.likeliest() == logits.argmax(axis=1).tolist()
+    for measure, expected in confidences64(logits).items():
+        np.testing.assert_allclose(choices.confidence(measure), expected, atol=CONFIDENCE, rtol=0)
+
+
+def assert_drawn(token, logits, sampling, draw):
+    """The host's token, but where the draw lies at the border of two."""
+    shares = np.cumsum(sampling.probabilities(logits))
+    low, high = shares[token - 1] if token else 0.0, shares[token]
+    assert low - 1e-5 <= draw <= high + 1e-5
+    if token != sampling.pick(logits, draw):
+        assert min(abs(draw - low), abs(draw - high)) < 1e-5
+
+
+def choose(kernels, mailbox, logits, how):
+    from ojfa_export.backends.tensorrt.heads import Chooser
+    from ojfa_export.backends.tensorrt.mailbox import Asked
+
+    asked = Asked.of(how, logits.shape[1])
+    mailbox.leave(how.draws)
+    Chooser(kernels, mailbox, logits.shape[1]).choose(Logits(logits), asked)
+    return mailbox.expect(len(logits))
+
+
+@pytest.mark.parametrize(("vocabulary", "scale"), [(1, 3.0), (31, 0.01), (700, 3.0), (700, 200.0)])
+def test_tokens_and_confidence(kernels, mailbox, rng, vocabulary, scale):
+    logits = (scale * rng.normal(size=(2, vocabulary))).astype(np.float32)
+    choices = choose(kernels, mailbox, logits, Choosing())
+    assert_choices(choices, logits)
+    assert choices.tokens() == choices.likeliest()
+
+
+def test_ties_go_to_the_lowest_token(kernels, mailbox, rng):
+    logits = rng.integers(-3, 4, size=(2, 700)).astype(np.float32)
+    choices = choose(kernels, mailbox, logits, Choosing())
+    assert choices.tokens() == logits.argmax(axis=1).tolist()
+    assert not choices.confidence("margin").any()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_sampled_tokens_are_those_of_the_host(kernels, mailbox, rng, sampling):
+    logits = (3 * rng.normal(size=(2, 300))).astype(np.float32)
+    logits[1] = np.round(logits[1])  # with many ties
+    draws = rng.random(2).tolist()
+    choices = choose(kernels, mailbox, logits, Choosing(sampling, draws))
+    for row, token in enumerate(choices.tokens()):
+        assert_drawn(token, logits[row], sampling, draws[row])
+    assert_choices(choices, logits)
+
+
+def check_exit(kernels, mailbox, head, hidden, how, blocks, kept=None):
+    """Launches the exit's check as `heads.ExitHead` does; its logits."""
+    from ojfa_export.backends.tensorrt.heads import Chooser
+    from ojfa_export.backends.tensorrt.kernels import integer, number, pointer
+    from ojfa_export.backends.tensorrt.mailbox import Asked
+
+    project, bias, vocabulary, vocabulary_bias, rank = head
+    rows, features = hidden.shape
+    outputs, columns = vocabulary.shape
+    logits = np.full((rows, outputs), np.nan, np.float32)
+    parts = np.zeros((blocks, rows, MOST_RANK), np.uint64)
+    asked = Asked.of(how, outputs)
+    mailbox.leave(how.draws)
+    keeping = (None, None, None, 0)
+    if kept is not None:
+        positions, sequences = np.array([3, 1], np.int32), np.array([1, 0], np.int32)
+        keeping = kept.ctypes.data, positions.ctypes.data, sequences.ctypes.data, kept.shape[1]
+    for _ in range(2):  # the second finds what the first has left
+        kernels.launch(
+            f"exit_check_{rows}",
+            (blocks, 1, 1),
+            (THREADS, 1, 1),
+            (
+                pointer(logits.ctypes.data),
+                pointer(hidden.ctypes.data),
+                pointer(project.ctypes.data),
+                pointer(bias.ctypes.data),
+                pointer(vocabulary.ctypes.data),
+                pointer(None if vocabulary_bias is None else vocabulary_bias.ctypes.data),
+                pointer(parts.ctypes.data),
+                *map(integer, (features, rank, columns, outputs)),
+                number(1e-5),
+                *map(pointer, keeping[:3]),
+                integer(keeping[3]),
+                *mailbox.asked(asked),
+            ),
+        )
+        Chooser(kernels, mailbox, outputs).sample(Logits(logits), asked)
+        choices = mailbox.expect(rows)
+        choices.answers()
+        mailbox.leave(how.draws)
+    return choices, logits
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "rank", "outputs", "blocks"),
+    [(1, 32, 9, 70, 3), (2, 256, 42, 1000, 5), (1, 1152, 128, 515, 4), (2, 64, 1, 2, 3)],
+)
+def test_exit_check(kernels, mailbox, rng, rows, features, rank, outputs, blocks):
+    """More tiles than thread blocks and fewer, more outputs than threads, ranks to the largest."""
+    element = kernels.element
+    wide = 16 // np.dtype(element).itemsize
+    columns = -(-rank // wide) * wide
+    project = rng.normal(size=(rank, features)).astype(np.float32)
+    bias = rng.normal(size=rank).astype(np.float32)
+    vocabulary = np.zeros((outputs, columns), element)
+    vocabulary[:, :rank] = rng.normal(size=(outputs, rank))
+    vocabulary_bias = rng.normal(size=outputs).astype(np.float32) if rows == 2 else None
+    hidden = rng.normal(size=(rows, features)).astype(np.float32)
+    z = hidden.astype(np.float64) @ project.T + bias
+    z /= np.sqrt((z**2).mean(axis=1, keepdims=True) + 1e-5)
+    exact = z @ vocabulary[:, :rank].astype(np.float64).T
+    if vocabulary_bias is not None:
+        exact = exact + vocabulary_bias
+    head = project, bias, vocabulary, vocabulary_bias, rank
+    draws = rng.random(rows).tolist()
+    kept = np.zeros((2, 5, features), np.float32)
+    sampling = Sampling(1.5, top_k=30)
+    choices, logits = check_exit(
+        kernels, mailbox, head, hidden, Choosing(sampling, draws), blocks, kept
+    )
+    np.testing.assert_allclose(logits, exact, atol=1e-4, rtol=1e-4)
+    assert_choices(choices, logits)
+    for row, token in enumerate(choices.tokens()):
+        assert_drawn(token, logits[row], sampling, draws[row])
+    for row, (sequence, position) in enumerate([(1, 3), (0, 1)][:rows]):
+        np.testing.assert_array_equal(kept[sequence, position], hidden[row])
+        kept[sequence, position] = 0
+    assert not kept.any()
+    assert not kernels.library.was_called_off()
+    least = float(choices.confidence("top").min())
+    for threshold, off in ((least * 1.01, 0), (least, 1)):
+        stop = Stop("top", threshold, range(1))
+        check_exit(kernels, mailbox, head, hidden, Choosing(GREEDY, (), stop), blocks)
+        assert kernels.library.was_called_off() == off
+    ctypes.c_int.in_dll(kernels.library, "called_off").value = 0

@@ -1,0 +1,165 @@
+"""The TensorRT backend's sessions on a stand-in for the GPU, against the CPU runtime."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from backends.stand_in_gpu import StandInDriver
+from chain import Chain, build_chain
+from tiny_models import VOCAB_SIZE, make_checkpoint
+from tolerances import LOGITS_FP32
+
+from ojfa_export.bundle.names import graph_names
+from ojfa_export.runtime.decoding import StepByStep
+from ojfa_export.runtime.policy import ExitPolicy
+from ojfa_export.runtime.sampling import Sampling
+from ojfa_export.runtime.session import Session
+
+MAX_LENGTH = 40
+
+
+@dataclass
+class Case:
+    """A model with sessions of both backends."""
+
+    chain: Chain
+    driver: StandInDriver
+    engines: object
+
+    def session(self, batch: int = 1, shadow=None) -> Session:
+        return Session(self.chain.spec, self.engines, batch, MAX_LENGTH, shadow)
+
+    def reference(self, batch: int = 1, shadow=None) -> Session:
+        return Session(self.chain.spec, self.chain.engines, batch, MAX_LENGTH, shadow)
+
+
+@pytest.fixture(scope="module", params=["llama-gqa", "gpt2-residual", "gpt2-fp16"])
+def case(request, driver, tmp_path_factory):
+    from ojfa_export.backends.tensorrt import build
+    from ojfa_export.backends.tensorrt.backend import BACKEND
+    from ojfa_export.backends.tensorrt.sources import definitions
+
+    directory = tmp_path_factory.mktemp(request.param)
+    variant, residual, _ = request.param.removesuffix("-fp16").partition("-residual")
+    half = request.param.endswith("-fp16")
+    chain = build_chain(
+        make_checkpoint(variant, directory / "checkpoint", seed=5),
+        directory,
+        precision="fp16" if half else "fp32",
+        max_length=MAX_LENGTH,
+        residual=bool(residual),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            build, "compile_kernels", lambda macros, capability: json.dumps(macros).encode()
+        )
+        patch.setattr(
+            build,
+            "_build",
+            lambda name, model, file, half: file.write_bytes(model.SerializeToString()),
+        )
+        plans = {}
+        (directory / "built").mkdir()
+        for name in graph_names(chain.spec.blocks):
+            plans[name] = directory / "built" / f"{name}.json"
+            BACKEND.build_engine(chain.spec, chain.graphs / f"{name}.onnx", plans[name])
+    rotary = chain.checkpoint.family.rotary(chain.checkpoint.config)
+    tables = rotary.tables(chain.max_length) if rotary else None
+    assert definitions
+    return Case(chain, driver, BACKEND.open_engines(chain.spec, chain.graphs, plans, tables))
+
+
+def tolerance(case: Case, expected: np.ndarray) -> float:
+    return 0.02 * float(np.abs(expected).max()) if case.chain.precision == "fp16" else LOGITS_FP32
+
+
+def assert_close(case: Case, actual, expected) -> None:
+    np.testing.assert_allclose(actual, expected, atol=tolerance(case, expected), rtol=0)
+
+
+def test_logits_token_by_token_at_any_exit(case, rng):
+    session, reference = case.session(2), case.reference(2)
+    prompts = [[1, 2, 3, 4, 5], [6, 7]]
+    assert_close(case, session.advance(prompts), reference.advance(prompts))
+    for _ in range(12):
+        exit = int(rng.integers(1, case.chain.spec.blocks + 1))
+        new = rng.integers(VOCAB_SIZE, size=(2, 1)).tolist()
+        if rng.random() < 0.2:
+            new[int(rng.integers(2))] = []
+        assert_close(case, session.advance(new, exit), reference.advance(new, exit))
+    np.testing.assert_array_equal(session.watermarks, reference.watermarks)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 20, 0.9, seed=2)])
+def test_choices_are_those_of_the_host(case, rng, batch, sampling):
+    """Tokens and confidence, at fixed exits, and at exits that are checked in turn."""
+    session, reference = case.session(batch), case.reference(batch)
+    pending = [[1 + row, 2, 3] for row in range(batch)]
+    for step in range(14):
+        draws = rng.random(batch).tolist()
+        exit: object = int(rng.integers(1, case.chain.spec.blocks + 1))
+        if step % 2:
+            inner = range(1, case.chain.spec.blocks)
+            asked = sorted(rng.choice(inner, size=2, replace=False).tolist())
+            measure = ("top", "margin", "entropy")[step % 3]
+            probe = case.reference(batch)
+            probe.advance([reference.tokens(row) for row in range(batch)])
+            policy = ExitPolicy(exits=asked, measure=measure, thresholds=(9.0, 9.0))
+            said = probe.decide(pending, policy).confidence
+            # Between what the sequences say, so that some stop and some go on.
+            thresholds = [
+                float(said[i].mean()) if batch > 1 else rng.choice([-9.0, 9.0]) for i in (0, 1)
+            ]
+            exit = ExitPolicy(exits=asked, measure=measure, thresholds=thresholds)
+        mine = session.choose(pending, exit, sampling, draws)
+        theirs = reference.choose(pending, exit, sampling, draws)
+        if case.chain.precision == "fp16":
+            pending = [[token] for token in theirs.tokens]
+            continue
+        assert mine.blocks_run == theirs.blocks_run
+        assert mine.tokens == theirs.tokens
+        np.testing.assert_allclose(mine.confidence, theirs.confidence, atol=1e-5, rtol=0)
+        pending = [[token] for token in theirs.tokens]
+        if step == 9:
+            for each in (session, reference):
+                each.rewind(5, batch - 1)
+    new = [[5]] * batch
+    assert_close(case, session.advance(new), reference.advance(new))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 20, 0.9, seed=2)])
+def test_steps_begun_ahead_change_nothing(case, rng, batch, sampling):
+    """Token by token, with now and then another token than the one that was chosen, or none."""
+    if case.chain.precision == "fp16":
+        pytest.skip("tokens of fp16 are not those of fp32")
+    exit = int(rng.integers(1, case.chain.spec.blocks + 1))
+    sessions = case.session(batch), case.reference(batch)
+    decoders = [
+        StepByStep(each, exit, sampling, [sampling.generator(row) for row in range(batch)])
+        for each in sessions
+    ]
+    started = []
+    follow = sessions[0].follow
+    sessions[0].follow = lambda *arguments: started.append(1) or follow(*arguments)
+    pending = [[row + 1, 5, 6] for row in range(batch)]
+    for step in range(20):
+        mine, theirs = (each.step(pending, [20 - step] * batch) for each in decoders)
+        assert mine == theirs
+        assert sessions[0].tokens()[: sessions[1].lengths[0]] == sessions[1].tokens()
+        pending = [[token.id for token in tokens] for tokens in theirs]
+        if step % 5 == 3:
+            pending[int(rng.integers(batch))] = [7]
+        if step % 7 == 5 and batch > 1:
+            pending[int(rng.integers(batch))] = []
+    assert len(started) > 5
+    for each in decoders:
+        each.end()
+    assert sessions[0].tokens() == sessions[1].tokens()
+    np.testing.assert_array_equal(sessions[0].watermarks, sessions[1].watermarks)
+    new = [[5]] * batch
+    assert_close(case, sessions[0].advance(new), sessions[1].advance(new))

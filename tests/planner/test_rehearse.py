@@ -1,0 +1,79 @@
+"""Rehearsals with a clock that moves only with the engines' work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from known_costs import ClockedEngines, step_costs
+from test_frontier import replay
+
+import ojfa_export
+from ojfa_export.guarantee import ExitPolicy, ExitStatistics
+from ojfa_export.guarantee.policy import depths_of
+from ojfa_export.measure.turns import Turns
+from ojfa_export.planner.frontier import fixed_exits, policy_point, round_ms, speculation
+from ojfa_export.planner.rehearse import DRAFTING_EXITS, ROOM, rehearse, time_points
+from ojfa_export.progress import SILENT
+
+Make = Callable[..., ExitStatistics]
+POLICY = ExitPolicy(exits=(1, 3), measure="margin", thresholds=(0.4, 0.5))
+
+
+@pytest.fixture
+def turns(tiny_bundle: Path) -> Turns:
+    model = ojfa_export.load(tiny_bundle)
+    engines = ClockedEngines(model.engines)
+    return Turns(model.spec, engines, model.manifest.cache.max_length, ROOM, clock=engines.clock)
+
+
+def test_a_policy_takes_what_its_depths_take(make_statistics: Make, turns: Turns) -> None:
+    statistics = make_statistics(windows=3, tokens=64, run=64, blocks=4)
+    costs = step_costs(4)
+    point = policy_point(POLICY, statistics, costs)
+    depths = depths_of(statistics, POLICY)
+    assert len(np.unique(depths)) == 3, "every exit is taken"
+    found = time_points([point], statistics, costs, turns, 1e9, SILENT)[point]
+    one_after_the_other = replay(depths.ravel(), POLICY, 4)
+    # The cache is taken back to its past now and then, and tokens that wait with it; before the
+    # first token, the last ones may have left some waiting.
+    assert found.ms == pytest.approx(one_after_the_other, rel=0.05)
+    assert replace(found, ms=0.0) == replace(point, ms=0.0)
+
+
+def test_what_few_tokens_take_is_carried_over_to_all(make_statistics: Make, turns: Turns) -> None:
+    statistics, costs = make_statistics(windows=40, blocks=4), step_costs(4)
+    point = policy_point(POLICY, statistics, costs)
+    slow = replace(point, ms=1e6)  # so that only a run of tokens can be afforded
+    found = time_points([slow], statistics, costs, turns, 1.0, SILENT)[slow]
+    assert found.ms / slow.ms == pytest.approx(1.0, rel=0.35)  # the few begin with none waiting
+    whole = time_points([point], statistics, costs, turns, 1e9, SILENT)[point]
+    assert whole.ms == pytest.approx(point.ms, rel=0.05)
+
+
+def test_drafts_are_timed_and_the_others_corrected(make_statistics: Make, turns: Turns) -> None:
+    statistics, costs = make_statistics(blocks=4), step_costs(4)
+    true = {(p.exit, p.draft): p for p in speculation(statistics, costs)}
+    cheap = step_costs(4, catch_up=0.1, waiting=0.1)  # which is less than the engines take
+    points = fixed_exits(statistics, cheap) + speculation(statistics, cheap)
+    found = rehearse(points, statistics, cheap, turns, 1e9, SILENT)
+    assert found[:4] == points[:4]
+    exact = [
+        point for point in found[4:] if point.ms == pytest.approx(true[point.exit, point.draft].ms)
+    ]
+    assert len({point.exit for point in exact}) == DRAFTING_EXITS
+    for before, after in zip(points[4:], found[4:], strict=True):
+        assert after.ms > before.ms
+    for exit, draft in ((1, 2), (3, 1)):
+        [point] = (p for p in points if (p.exit, p.draft) == (exit, draft))
+        timed = time_points([point], statistics, cheap, turns, 1e9, SILENT)[point]
+        tokens = round_ms(costs, exit, draft) / true[exit, draft].ms
+        assert timed.ms == pytest.approx(round_ms(costs, exit, draft) / tokens)
+
+
+def test_nothing_to_rehearse(make_statistics: Make, turns: Turns) -> None:
+    points = fixed_exits(make_statistics(blocks=4), step_costs(4))
+    assert rehearse(points, make_statistics(blocks=4), step_costs(4), turns, 1.0, SILENT) == points
