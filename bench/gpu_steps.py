@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,12 +81,14 @@ def host_work(session: Session, engines: TensorRtEngines, past: int, tokens: int
         def logits(exit: int = exit) -> None:
             session.advance([1], exit)
 
-        for name, samples in (
-            ("step", _each(session, step, past, tokens)),
-            ("logits", _each(session, logits, past, tokens)),
-            ("sampling", decoding(session, exit, past, tokens, DRAWN)),
-            ("generating", decoding(session, exit, past, tokens)),
-        ):
+        ways: dict[str, Callable[[], list[float]]] = {
+            "step": partial(_each, session, step, past, tokens),
+            "logits": partial(_each, session, logits, past, tokens),
+            "sampling": partial(decoding, session, exit, past, tokens, DRAWN),
+            "generating": partial(decoding, session, exit, past, tokens),
+        }
+        for name, run in ways.items():
+            samples = run()
             device = _newest_time(engines)
             row[name] = {
                 "device_us": round(device, 2),

@@ -5,6 +5,9 @@ LOGITS_FP32 = 1e-4
 # One block's output against transformers in fp32, relative to the largest value: a few hundred
 # fp32 roundings (1e-7 each) in another order of summation.
 BLOCK_FP32_RELATIVE = 1e-5
+# An engine of a block in fp16 against float64 on its fp16 weights, relative to the largest value:
+# inputs and outputs of products rounded to 11 bits (5e-4 each), three products in a row.
+BLOCK_FP16_RELATIVE = 5e-3
 # A fit's loss against the optimum found another way, both float64, relative: the shortcut is
 # rounded to fp32 (6e-8), which moves the loss by its square at the optimum and by 1e-6 at most
 # where a mean is a thousand times what varies.

@@ -43,6 +43,7 @@ __device__ inline Mass block_total(Mass x) {
 template <class Weight>
 __device__ Mass sum_of(int vocabulary, Weight weight) {
     Mass sum = 0;
+#pragma unroll 8
     for (int i = threadIdx.x; i < vocabulary; i += SAMPLE_THREADS) sum += weight(i);
     return block_total(sum);
 }
@@ -53,6 +54,7 @@ __device__ unsigned border(const Row& row, Mass goal, Weight weight) {
     unsigned found = 0;
     for (int shift = 32 - DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
         Mass sums[HIGHER] = {};
+#pragma unroll 8
         for (int i = threadIdx.x; i < row.vocabulary; i += SAMPLE_THREADS) {
             const unsigned key = row.key(i);
             const Mass each = weight(i);
@@ -77,29 +79,31 @@ __device__ int find(int vocabulary, Mass goal, Weight weight) {
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     const int each = (vocabulary + SAMPLE_WARPS - 1) / SAMPLE_WARPS;
     const int first = min(warp * each, vocabulary), stop = min(first + each, vocabulary);
+    // A lane's part of the warp's.
+    const int own = (each + LANES - 1) / LANES;
+    const int from = min(first + lane * own, stop), to = min(from + own, stop);
     Mass sum = 0;
-    for (int i = first + lane; i < stop; i += LANES) sum += weight(i);
-    sum = lanes_total(sum);
+#pragma unroll 8
+    for (int i = from; i < to; ++i) sum += weight(i);
+    Mass upto = sum;
+#pragma unroll
+    for (int offset = 1; offset < LANES; offset *= 2) {
+        const Mass left = __shfl_up_sync(ALL, upto, offset);
+        if (lane >= offset) upto += left;
+    }
     __syncthreads();
-    if (lane == 0) before[warp] = sum;
+    if (lane == LANES - 1) before[warp] = upto;
     if (threadIdx.x == 0) result = 0;
     __syncthreads();
-    Mass reached = 0;
+    Mass reached = upto - sum;
     for (int i = 0; i < warp; ++i) reached += before[i];
     if (reached <= goal && goal < reached + sum) {
-        for (int at = first; at < stop; at += LANES) {
-            Mass upto = at + lane < stop ? weight(at + lane) : 0;
-#pragma unroll
-            for (int offset = 1; offset < LANES; offset *= 2) {
-                const Mass left = __shfl_up_sync(ALL, upto, offset);
-                if (lane >= offset) upto += left;
-            }
-            const unsigned beyond = __ballot_sync(ALL, reached + upto > goal);
-            if (beyond) {
-                if (lane == 0) result = at + __ffs(beyond) - 1;
+        for (int i = from; i < to; ++i) {
+            reached += weight(i);
+            if (reached > goal) {
+                result = i;
                 break;
             }
-            reached += __shfl_sync(ALL, upto, LANES - 1);
         }
     }
     __syncthreads();

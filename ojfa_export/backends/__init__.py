@@ -31,7 +31,7 @@ def load(name: str) -> Backend:
         )
     try:
         backend: Backend = import_module(PACKAGES[name]).BACKEND
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: of a library that an SDK loads by itself
         raise BackendError(
             f"backend '{name}' can't be used: {error}", hint="see 'ojfa-export doctor'"
         ) from error

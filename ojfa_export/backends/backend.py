@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.families.spec import ModelSpec, Precision
 
 if TYPE_CHECKING:
     from ojfa_export.backends.choice import Choices, Choosing
@@ -179,4 +179,64 @@ class Backend(Protocol):
             engines: Engine files by graph name.
             rotary: Cosines and sines [rows, rotary_dim/2], or None.
         """
+        ...
+
+
+@runtime_checkable
+class SharesEngines(Protocol):
+    """A backend with engines that several graphs share, and that take long to build."""
+
+    def engine_names(self, spec: ModelSpec, graph: Path) -> list[str]:
+        """The engines that a graph needs; what two graphs share has the same name for both."""
+        ...
+
+
+@runtime_checkable
+class ShowsLayers(Protocol):
+    """A backend whose compiler can be asked what it made of a graph."""
+
+    def describe_layers(self, engines: Mapping[str, Path]) -> dict[str, str]:
+        """Layers of every engine file, for people.
+
+        Args:
+            engines: As `open_engines` takes them; digests have been checked.
+
+        Raises:
+            BackendError: They can't be looked at here.
+        """
+        ...
+
+
+@runtime_checkable
+class Tracing(Protocol):
+    """A backend that shows what is inside a block, so that verification can name a tensor."""
+
+    def trace_block(self, engines: Engines, block: int, hidden: Float32) -> dict[str, Float32]:
+        """Runs a block on one whole sequence, as a prompt.
+
+        Args:
+            engines: What `open_engines` gave.
+            block: Which block, from 0; loaded for this and let go of.
+            hidden: [tokens, H].
+
+        Returns:
+            Some of the tensors of `verify.exact.ExactModel.block`, [tokens, features], in order.
+        """
+        ...
+
+
+@runtime_checkable
+class Accelerated(Protocol):
+    """A backend whose weights lie in the memory of a device: what measurements compare with."""
+
+    def device(self) -> dict[str, str]:
+        """What the device is, and the versions that matter for speed."""
+        ...
+
+    def copy_bandwidth(self) -> float:
+        """Bytes per second that a copy within the device reads and writes, measured."""
+        ...
+
+    def weight_bytes(self, precision: Precision) -> int:
+        """Of one number of a matrix of weights, as it lies in the device's memory."""
         ...

@@ -73,7 +73,7 @@ class Inputs:
         parts = [
             self.model_sha256,
             [self.name, self.options.revision],
-            self.backend.name,
+            [self.backend.name, self.backend.versions()],
             self.tokenizer.to_str(),
             [[text.name, text.sha256, text.domain] for text in self.texts],
             [settings.precision, settings.rank, settings.max_cache_length],

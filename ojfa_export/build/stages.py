@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import onnx
 from tokenizers import Tokenizer
 
-from ojfa_export.backends.backend import Backend, Engines, Float32
+from ojfa_export.backends.backend import Backend, Engines, Float32, SharesEngines
 from ojfa_export.backends.frugal import frugal
 from ojfa_export.build.describe import describe_files, describe_graphs, describe_rotary
 from ojfa_export.build.golden import make_golden
@@ -71,14 +72,22 @@ def export(exporter: Exporter, progress: Progress) -> None:
 def build_engines(
     bundle: Path, names: list[str], spec: ModelSpec, backend: Backend, progress: Progress
 ) -> None:
-    """Builds the engines of the named graphs."""
+    """Builds the engines of the named graphs; progress counts those that graphs share once."""
     directory = bundle / ENGINES / backend.name
     directory.mkdir(parents=True, exist_ok=True)
-    with progress.task(f"building {backend.name} engines", len(names), "engines") as task:
-        for name in names:
-            engine = directory / f"{name}{backend.suffix}"
-            backend.build_engine(spec, bundle / GRAPHS / f"{name}.onnx", engine)
-            task.advance()
+    graphs = {name: bundle / GRAPHS / f"{name}.onnx" for name in names}
+    needed = {
+        name: backend.engine_names(spec, path) if isinstance(backend, SharesEngines) else [name]
+        for name, path in graphs.items()
+    }
+    total = len(set(itertools.chain(*needed.values())))
+    built: set[str] = set()
+    with progress.task(f"building {backend.name} engines", total, "engines") as task:
+        for name, path in graphs.items():
+            backend.build_engine(spec, path, directory / f"{name}{backend.suffix}")
+            new = set(needed[name]) - built
+            built |= new
+            task.advance(len(new))
 
 
 def engine_files(bundle: Path, backend: Backend, names: list[str]) -> dict[str, Path]:

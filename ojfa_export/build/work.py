@@ -43,11 +43,12 @@ class Work:
         output: The bundle to be.
         fingerprint: Of everything that decides the result; work of another fingerprint is begun
             anew.
+        suffix: Of the directory's name.
     """
 
-    def __init__(self, output: Path, fingerprint: str) -> None:
+    def __init__(self, output: Path, fingerprint: str, suffix: str = ".partial") -> None:
         self.output = output
-        self.directory = output.with_name(f"{output.name}.partial")
+        self.directory = output.with_name(f"{output.name}{suffix}")
         self.bundle = self.directory / "bundle"
         self.scratch = self.directory / "scratch"
         self._state = self.directory / "state.json"
@@ -99,10 +100,16 @@ class Work:
     def publish(self) -> None:
         """Makes the finished bundle appear under its name, and removes the rest."""
         flush(self.bundle)
-        if os.path.lexists(self.output):
+        replaced = os.path.lexists(self.output)
+        if replaced:
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.output.rename(self.scratch)
-        self.bundle.rename(self.output)
+        try:
+            self.bundle.rename(self.output)
+        except BaseException:
+            if replaced:
+                self.scratch.rename(self.output)
+            raise
         shutil.rmtree(self.directory)
 
     def _taken(self) -> OjfaError:

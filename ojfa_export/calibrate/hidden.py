@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ojfa_export.backends.backend import Backend, Float32, Int32
+from ojfa_export.backends.backend import Backend, Cache, Float32, Int32
+from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import CalibrationError
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.progress import Progress
@@ -86,27 +87,48 @@ def collect_hidden_states(
                 source = None if depth == 0 else states.open(depth - 1).reshape(count, length, -1)
                 with partial.open("wb") as file:
                     for index, window in enumerate(windows):
-                        if source is None:
-                            hidden = cache.embed(window[None], [0])
-                        else:
-                            hidden = cache.run_blocks(
-                                range(depth - 1, depth),
-                                np.ascontiguousarray(source[index : index + 1]),
-                                slice(0, 1),
-                                [0],
-                                long_context=False,
-                            )
-                        _check_finite(hidden, depth)
+                        before = None if source is None else source[index]
+                        hidden = _run_window(cache, window, before, depth)
+                        if not np.isfinite(hidden).all():
+                            raise _not_finite(spec, weights, rotary, before, depth)
                         file.write(hidden.tobytes())
                 partial.rename(states.path(depth))
             task.advance()
     return states
 
 
-def _check_finite(hidden: Float32, depth: int) -> None:
-    if not np.isfinite(hidden).all():
-        where = "the embedding" if depth == 0 else f"block {depth}"
-        raise CalibrationError(
-            f"hidden states after {where} hold NaN or infinity on the calibration text",
-            hint="build with --precision fp32, or check the checkpoint",
-        )
+def _run_window(cache: Cache, window: Int32, before: Float32 | None, depth: int) -> Float32:
+    """Hidden states [1, length, H] of a window at a depth, of those one block before it."""
+    if before is None:
+        return np.asarray(cache.embed(window[None], [0]))
+    block = range(depth - 1, depth)
+    states = np.ascontiguousarray(before[None])
+    return np.asarray(cache.run_blocks(block, states, slice(0, 1), [0], long_context=False))
+
+
+def _not_finite(
+    spec: ModelSpec,
+    weights: Path,
+    rotary: tuple[Float32, Float32] | None,
+    before: Float32 | None,
+    depth: int,
+) -> CalibrationError:
+    """What to raise where hidden states are not finite: names a tensor that fp16 can't hold."""
+    from ojfa_export.verify.blocks import largest_tensor
+    from ojfa_export.verify.exact import ExactModel
+    from ojfa_export.verify.tolerances import FP16_LARGEST
+
+    hint = "build with --precision fp32, or check the checkpoint"
+    where = "the embedding" if depth == 0 else f"block {depth}"
+    if before is not None and np.isfinite(before).all():
+        exact = ExactModel(spec, weights, rotary)
+        largest = largest_tensor(exact.block(depth - 1, before[None].astype(np.float64)))
+        if largest.value > FP16_LARGEST:
+            return CalibrationError(
+                f"fp16 overflows in {block_name(depth - 1)} on the calibration text: "
+                f"{largest.tensor} reaches {largest.value:.3g}, fp16 holds {FP16_LARGEST:.0f}",
+                hint="build with --precision fp32",
+            )
+    return CalibrationError(
+        f"hidden states after {where} hold NaN or infinity on the calibration text", hint=hint
+    )

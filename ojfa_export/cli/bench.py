@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ojfa_export import backends
 from ojfa_export.cli.command import command as define
-from ojfa_export.cli.console import Console, readable_bytes
+from ojfa_export.cli.console import Console, describe_hardware, readable_bytes
 from ojfa_export.cli.exit_option import METAVAR_WITH_AUTO, parse_exit_or_auto
 from ojfa_export.errors import UsageError
 
@@ -71,6 +72,7 @@ ITERATIONS, TEXT_TOKENS = 50, 1024
     metavar="FILE",
     help="Save the JSON document here too.",
 )
+@click.option("--backend", metavar="NAME", default=backends.DEFAULT, help="Engines to time.")
 def command(
     console: Console,
     bundle: Path,
@@ -83,6 +85,7 @@ def command(
     warmup: int,
     iterations: int | None,
     output: Path | None,
+    backend: str,
 ) -> None:
     """Measure the latency of BUNDLE at every exit, on this machine.
 
@@ -103,7 +106,7 @@ def command(
         speculation = Speculation(draft_exit, draft_length) if speculate else None
         reading = read_bundle(
             bundle, text, exits, speculation, prompt_length, iterations or TEXT_TOKENS,
-            console.progress(),
+            console.progress(), backend,
         )  # fmt: skip
         _emit(console, reading.to_json(), output, lambda: _show_reading(console, reading))
     else:
@@ -116,7 +119,13 @@ def command(
         from ojfa_export.measure.bench import bench_bundle
 
         result = bench_bundle(
-            bundle, fixed, prompt_length, warmup, iterations or ITERATIONS, console.progress()
+            bundle,
+            fixed,
+            prompt_length,
+            warmup,
+            iterations or ITERATIONS,
+            console.progress(),
+            backend,
         )
         _emit(console, result.to_json(), output, lambda: _show(console, result))
 
@@ -154,8 +163,7 @@ def _show_reading(console: Console, result: ReadingResult) -> None:
 
 
 def _show_machine(console: Console, machine: dict[str, Any], facts: dict[str, str]) -> None:
-    about = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
-    console.facts({"CPU": about, **facts})
+    console.facts({**describe_hardware(machine), **facts})
     console.print()
 
 
@@ -165,7 +173,8 @@ def _show(console: Console, result: BenchResult) -> None:
         console,
         result.machine,
         {
-            "read bandwidth": f"{bandwidth}/s, measured",
+            "bandwidth": f"{bandwidth}/s, measured by "
+            + ("copying on the device" if "device" in result.machine else "reading"),
             "prompt": f"{result.settings.prompt_length} tokens",
         },
     )

@@ -40,7 +40,7 @@ from ojfa_export.cli.errors import resumable
 @click.option("--backend", metavar="NAME", default=backends.DEFAULT, help="Engines to build.")
 @checkpoint_options
 @overwrite_option
-@click.option("--skip-verification", is_flag=True, help="Don't compare with transformers.")
+@click.option("--skip-verification", is_flag=True, help="Don't compare with the references.")
 @click.option("--dry-run", is_flag=True, help="Check all input, say what would be done, and stop.")
 def command(
     console: Console,
@@ -56,7 +56,8 @@ def command(
     the shortcut and verifies. The bundle is written whole or not at all; an interrupted build goes
     on where it stopped when the same command is run again.
 
-    With an existing bundle in place of CHECKPOINT and without -o, adds a backend's engines to it.
+    With an existing bundle in place of CHECKPOINT and without -o, adds a backend's engines to it,
+    or builds them again. Precision, batch size and cache length are the bundle's.
     """
     if output is None:
         _add_engines(console, Path(checkpoint), backend)
@@ -86,7 +87,7 @@ def _add_engines(console: Console, bundle: Path, backend: str) -> None:
     if not (bundle / MANIFEST).is_file():
         raise click.UsageError("missing option '-o' / '--output'", context)
     for name in context.params:
-        if name in ("checkpoint", "backend"):
+        if name in ("checkpoint", "backend", "skip_verification"):
             continue
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = f"--{name.replace('_', '-')}"
@@ -95,7 +96,9 @@ def _add_engines(console: Console, bundle: Path, backend: str) -> None:
             )
     from ojfa_export.build.add_engines import add_engines
 
-    result = add_engines(bundle, backend, console.progress())
+    skip = bool(context.params["skip_verification"])
+    with resumable():
+        result = add_engines(bundle, backend, console.progress(), skip_verification=skip)
     if console.json:
         console.emit(result)
     else:

@@ -112,6 +112,14 @@ class Console:
             self.print(line.rstrip())
 
 
+def describe_hardware(machine: Mapping[str, Any]) -> dict[str, str]:
+    """What was measured on, of `measure.machine.describe_machine`, as facts."""
+    about = f"{machine['cpu']}, {machine['cores']} cores"
+    if "device" in machine:
+        return {**machine["device"], "CPU": about}
+    return {"CPU": f"{about}, {machine['threads']} threads"}
+
+
 def readable_bytes(count: float) -> str:
     """A size as people read it: 1 kB is 1000 bytes."""
     for unit in ("B", "kB", "MB"):

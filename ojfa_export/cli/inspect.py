@@ -23,7 +23,8 @@ def command(console: Console, bundle: Path) -> None:
     """Show what is in BUNDLE.
 
     Model, graphs, sizes, engines, calibration and provenance; every file is checked first. With
-    -v, every graph by itself and every file. With --json, the manifest and the sizes.
+    -v, every graph by itself, every file, and the layers of TensorRT's engines. With --json, the
+    manifest and the sizes.
     """
     from ojfa_export.bundle.bundle import Bundle
 
@@ -38,6 +39,7 @@ def command(console: Console, bundle: Path) -> None:
     _section(console, "Sizes", {kind: readable_bytes(size) for kind, size in sizes.items()})
     _show_origin(console, opened.manifest)
     if console.verbosity > 0:
+        _show_layers(console, opened)
         _show_files(console, opened.manifest)
 
 
@@ -165,6 +167,29 @@ def _show_origin(console: Console, manifest: Manifest) -> None:
             ),
         },
     )
+
+
+def _show_layers(console: Console, bundle: Bundle) -> None:
+    """What a backend's compiler made of the graphs, where that can be looked at here."""
+    from ojfa_export import backends
+    from ojfa_export.backends.backend import ShowsLayers
+    from ojfa_export.errors import OjfaError
+
+    for engines in bundle.manifest.engines:
+        try:
+            backend = backends.load(engines.backend)
+            if not isinstance(backend, ShowsLayers):
+                continue
+            backend.check(engines.built_with)
+            files = {name: bundle.directory / file for name, file in engines.files.items()}
+            layers = backend.describe_layers(files)
+        except OjfaError as error:
+            _section(console, f"Layers of {engines.backend}", {"not shown": error.message})
+            continue
+        for name, text in layers.items():
+            console.print()
+            console.heading(f"Layers of {name}")
+            console.print(text)
 
 
 def _show_files(console: Console, manifest: Manifest) -> None:

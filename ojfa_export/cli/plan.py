@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ojfa_export import backends
 from ojfa_export.cli.command import command as define
-from ojfa_export.cli.console import Console
+from ojfa_export.cli.console import Console, describe_hardware
 
 if TYPE_CHECKING:
     from ojfa_export.planner.frontier import Point
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
     metavar="PNG",
     help="Draw the frontier here too.",
 )
-def command(console: Console, bundle: Path, confidence: float, output: Path | None) -> None:
+@click.option("--backend", metavar="NAME", default=backends.DEFAULT, help="Engines to time.")
+def command(
+    console: Console, bundle: Path, confidence: float, output: Path | None, backend: str
+) -> None:
     """Predict what each way of running BUNDLE costs and gives here.
 
     Times blocks and heads here and now, and joins that with what every exit said on the
@@ -45,7 +49,7 @@ def command(console: Console, bundle: Path, confidence: float, output: Path | No
         check_picture(output)
     from ojfa_export.planner.plan import plan_bundle
 
-    plan = plan_bundle(bundle, console.progress(), confidence)
+    plan = plan_bundle(bundle, console.progress(), confidence, backend)
     if output is not None:
         from ojfa_export.planner.picture import frontier
         from ojfa_export.shortcut.atomic import write_atomically
@@ -83,7 +87,7 @@ def _show(console: Console, plan: Plan) -> None:
     machine, full = plan.machine, plan.costs.full
     console.facts(
         {
-            "CPU": f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads",
+            **describe_hardware(machine),
             "full depth": f"{full:.3f} ms per token, measured",
             "text": f"{plan.tokens:,} tokens from {plan.windows} windows",
         }

@@ -46,10 +46,12 @@ def command(
 ) -> int:
     """Check that BUNDLE computes what it should, on this machine.
 
-    Without --against, its engines must reproduce the tokens recorded when it was built. Exit status
-    3 means that a check failed.
+    Its engines must reproduce the tokens recorded when it was built, and every block and head must
+    give what float64 gives on the bundle's own weights; in fp16 nothing may be beyond what that
+    holds. Checks come in the order of the computation: the first that failed says where it began.
+    Exit status 3 means that a check failed.
     """
-    from ojfa_export.verify.verify import verify_bundle
+    from ojfa_export.verify.verify import can_compare_blocks, verify_bundle
 
     if atol is not None and not math.isfinite(atol):
         raise UsageError(
@@ -72,6 +74,8 @@ def command(
         _show(console, checks)
         outcome = f"{len(failed)} of {len(checks)} checks failed" if failed else "all checks passed"
         console.note(outcome)
+        if not can_compare_blocks():
+            console.note("blocks were not compared with float64: pip install 'ojfa-export[build]'")
     return ExitStatus.VERIFICATION if failed else ExitStatus.OK
 
 

@@ -138,11 +138,13 @@ def compare(
 def _deepen(cache: Cache, text: Int32, hidden: Float32, depth: int) -> Float32:
     """Hidden states [length, H] of a window after `depth` blocks, of those after one less."""
     if depth == 0:
-        embedded: Float32 = cache.embed(text[None], [0])[0]
+        embedded: Float32 = np.asarray(cache.embed(text[None], [0]))[0]
         return embedded
     block = range(depth - 1, depth)
     source = np.ascontiguousarray(hidden[None])
-    result: Float32 = cache.run_blocks(block, source, slice(0, 1), [0], long_context=False)[0]
+    result: Float32 = np.asarray(
+        cache.run_blocks(block, source, slice(0, 1), [0], long_context=False)
+    )[0]
     return result
 
 

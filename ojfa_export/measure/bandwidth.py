@@ -1,4 +1,4 @@
-"""The machine's memory read bandwidth: the bound on decoding, which reads every weight once."""
+"""Memory bandwidth where the weights are: the bound on decoding, which reads every one once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from ojfa_export.backends.onnxruntime.session import default_threads
+from ojfa_export.backends.backend import Accelerated, Backend
 
 # Several times the largest last-level cache of common machines.
 BUFFER_BYTES = 512 << 20
+
+
+def bandwidth_of(backend: Backend) -> float:
+    """Bytes per second of the memory that a backend's weights lie in, measured.
+
+    Of the machine's memory, reading alone; of a device's own, a copy, which reads and writes.
+    """
+    return backend.copy_bandwidth() if isinstance(backend, Accelerated) else read_bandwidth()
 
 
 def read_bandwidth(buffer_bytes: int = BUFFER_BYTES, repeats: int = 9) -> float:
@@ -26,6 +34,8 @@ def read_bandwidth(buffer_bytes: int = BUFFER_BYTES, repeats: int = 9) -> float:
     Returns:
         Bytes per second.
     """
+    from ojfa_export.backends.onnxruntime.session import default_threads
+
     buffer = np.ones(buffer_bytes // 8, np.int64)
     threads = default_threads()
     parts = np.array_split(buffer, threads)

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ojfa_export.backends.backend import Engines
+from ojfa_export import backends
+from ojfa_export.backends.backend import Accelerated, Engines
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec
-from ojfa_export.measure.bandwidth import read_bandwidth
+from ojfa_export.measure.bandwidth import bandwidth_of
 from ojfa_export.measure.machine import describe_machine
-from ojfa_export.measure.traffic import decode_bytes
+from ojfa_export.measure.traffic import FLOAT_BYTES, decode_bytes
 from ojfa_export.progress import Progress
 from ojfa_export.runtime.model import load
 from ojfa_export.runtime.session import Exit, Session, resolve_exit
@@ -49,8 +50,8 @@ class ExitLatency:
     Attributes:
         blocks: Blocks run.
         bytes_touched: What a decode step must read.
-        bandwidth_share: bytes_touched over the median time, over the machine's read bandwidth;
-            above 1 where the weights stay in the caches.
+        bandwidth_share: bytes_touched over the median time, over the bandwidth of the memory that
+            they lie in (`measure.bandwidth`); above 1 where the weights stay in the caches.
     """
 
     blocks: int
@@ -95,6 +96,7 @@ def bench_bundle(
     warmup: int,
     iterations: int,
     progress: Progress,
+    backend: str = backends.DEFAULT,
 ) -> BenchResult:
     """Measures a bundle's latencies.
 
@@ -105,22 +107,26 @@ def bench_bundle(
         warmup: Tokens per exit that are not counted.
         iterations: Tokens per exit that are.
         progress: Told of every round.
+        backend: Which of its engines to run.
 
     Raises:
         BundleError: The bundle can't be opened.
         UsageError: An exit outside the model, or numbers that leave nothing to measure.
     """
     settings = Settings(prompt_length, warmup, iterations, prefills=max(3, iterations // BURST))
-    model = load(bundle)
+    model, runs = load(bundle, backend=backend), backends.load(backend)
     spec = model.spec
     chosen: Sequence[Exit] = exits or range(1, spec.blocks + 1)
     depths = sorted({resolve_exit(exit, spec.blocks) for exit in chosen})
     _check(settings, model.manifest.cache.max_length)
     with progress.task("memory bandwidth", 1, "pass") as task:
-        bandwidth = read_bandwidth()
+        bandwidth = bandwidth_of(runs)
         task.advance()
     samples = time_exits(spec, model.engines, depths, settings, progress)
     shortcut = model.manifest.shortcut
+    element = FLOAT_BYTES
+    if isinstance(runs, Accelerated):
+        element = runs.weight_bytes(model.manifest.precision)
     latencies = [
         summarise(
             spec,
@@ -130,10 +136,11 @@ def bench_bundle(
             shortcut.rank,
             bandwidth,
             residual=shortcut.residual,
+            element_bytes=element,
         )
         for e in depths
     ]
-    machine = {**describe_machine(), "bandwidth_bytes_per_second": bandwidth}
+    machine = {**describe_machine(backend=runs), "bandwidth_bytes_per_second": bandwidth}
     return BenchResult(machine, settings, latencies, samples)
 
 
@@ -214,12 +221,15 @@ def summarise(
     bandwidth: float,
     *,
     residual: bool = False,
+    element_bytes: int = FLOAT_BYTES,
 ) -> ExitLatency:
     """Medians and percentiles of an exit's samples (milliseconds)."""
     decode, decode_p95 = np.percentile(samples["decode"], [50, 95]).tolist()
     prefill, prefill_p95 = np.percentile(samples["prefill"], [50, 95]).tolist()
     length = settings.prompt_length + 1 + BURST // 2
-    touched = decode_bytes(spec, exit, length, exit_rank, residual=residual)
+    touched = decode_bytes(
+        spec, exit, length, exit_rank, residual=residual, element_bytes=element_bytes
+    )
     return ExitLatency(
         blocks=exit,
         decode_ms_median=decode,

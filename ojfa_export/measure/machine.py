@@ -9,21 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from ojfa_export._version import __version__
-from ojfa_export.backends.onnxruntime.session import default_threads
+from ojfa_export.backends.backend import Accelerated, Backend
 
 PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers")
 
 
-def describe_machine(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
+def describe_machine(
+    packages: tuple[str, ...] = PACKAGES, backend: Backend | None = None
+) -> dict[str, Any]:
     """Describes the machine and the versions that matter for speed; nothing that names the host.
 
     Args:
         packages: Packages whose versions are wanted; those not installed are left out.
+        backend: What runs; its device is described too, where it has one.
     """
+    device = backend.device() if isinstance(backend, Accelerated) else None
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
-        "threads": default_threads(),
+        **({"threads": _threads()} if device is None else {"device": device}),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
@@ -33,6 +37,12 @@ def describe_machine(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
             **_versions(packages),
         },
     }
+
+
+def _threads() -> int:
+    from ojfa_export.backends.onnxruntime.session import default_threads
+
+    return default_threads()
 
 
 def _cpu_model() -> str:

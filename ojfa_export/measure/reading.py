@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export import backends
 from ojfa_export.backends.backend import Int32
 from ojfa_export.calibrate.text import read_text
 from ojfa_export.errors import UsageError
@@ -209,6 +210,7 @@ def read_bundle(
     prompt_length: int,
     tokens: int,
     progress: Progress,
+    backend: str = backends.DEFAULT,
 ) -> ReadingResult:
     """Times a bundle's ways of decoding on a text.
 
@@ -220,18 +222,20 @@ def read_bundle(
         prompt_length: Tokens in the cache before those that are timed.
         tokens: To time, each way; rounded up to whole pieces.
         progress: Told of every piece.
+        backend: Which of its engines to run.
 
     Raises:
         BundleError: It can't be opened, or "auto" is asked and it has no policy.
         CalibrationError: The text can't be read.
         UsageError: An exit outside the model, or too little text.
     """
-    model = load(bundle)
+    model = load(bundle, backend=backend)
     ways = _ways(model, exits, speculation)
     pieces = cut_pieces(model, [text], prompt_length, tokens)
     readings = read_pieces(model, pieces, ways, prompt_length, progress)
     counted = len(pieces) * (pieces.shape[1] - prompt_length - 1)
-    return ReadingResult(describe_machine(), prompt_length, counted, readings)
+    machine = describe_machine(backend=backends.load(backend))
+    return ReadingResult(machine, prompt_length, counted, readings)
 
 
 def _ways(

@@ -37,7 +37,13 @@ def cache_bytes(spec: ModelSpec, length: int) -> int:
 
 
 def decode_bytes(
-    spec: ModelSpec, blocks: int, length: int, exit_rank: int, *, residual: bool = False
+    spec: ModelSpec,
+    blocks: int,
+    length: int,
+    exit_rank: int,
+    *,
+    residual: bool = False,
+    element_bytes: int = FLOAT_BYTES,
 ) -> int:
     """Everything that one token reads.
 
@@ -47,7 +53,10 @@ def decode_bytes(
         length: Tokens of the sequence, the new one included.
         exit_rank: Of the shortcut.
         residual: Whether the exit head is that of a residual shortcut.
+        element_bytes: Of a weight and of the cache; what stays fp32 in fp16 models (norms, the
+            exit head's first matrix) is counted as if it didn't.
     """
     rows = (2 if spec.learned_positions else 1) * FLOAT_BYTES * spec.hidden_size
     head = head_bytes(spec, None if blocks == spec.blocks else exit_rank, residual=residual)
-    return rows + blocks * (block_bytes(spec) + cache_bytes(spec, length)) + head
+    total = rows + blocks * (block_bytes(spec) + cache_bytes(spec, length)) + head
+    return total // FLOAT_BYTES * element_bytes

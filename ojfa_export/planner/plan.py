@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ojfa_export import backends
 from ojfa_export.bundle.names import STATISTICS
 from ojfa_export.guarantee import ExitStatistics, load_statistics
 from ojfa_export.guarantee.promise import DEFAULT_CONFIDENCE
@@ -69,7 +70,10 @@ def _as_json(point: Point) -> dict[str, Any]:
 
 
 def plan_bundle(
-    bundle: Path, progress: Progress = SILENT, confidence: float = DEFAULT_CONFIDENCE
+    bundle: Path,
+    progress: Progress = SILENT,
+    confidence: float = DEFAULT_CONFIDENCE,
+    backend: str = backends.DEFAULT,
 ) -> Plan:
     """Plans for a bundle on this machine.
 
@@ -77,11 +81,12 @@ def plan_bundle(
         bundle: Its directory.
         progress: Shows what is under way.
         confidence: With which a policy must be shown to keep its limit to count as certified.
+        backend: Which of its engines to run.
 
     Raises:
         BundleError: It can't be opened, or has no statistics of its exits.
     """
-    model = load(bundle)
+    model = load(bundle, backend=backend)
     splits = load_statistics(bundle / STATISTICS)
     manifest = model.manifest
     length = manifest.cache.max_length
@@ -90,7 +95,8 @@ def plan_bundle(
     )
     policy = manifest.auto if manifest.promise is not None else None
     turns = Turns(model.spec, model.engines, length, ROOM)
-    return make_plan(splits, costs, policy, confidence, progress, turns)
+    machine = describe_machine(backend=backends.load(backend))
+    return make_plan(splits, costs, policy, confidence, progress, turns, machine)
 
 
 def make_plan(
@@ -100,6 +106,7 @@ def make_plan(
     confidence: float,
     progress: Progress = SILENT,
     turns: Turns | None = None,
+    machine: dict[str, Any] | None = None,
 ) -> Plan:
     """The plan that follows from statistics and costs.
 
@@ -110,13 +117,14 @@ def make_plan(
         confidence: Of certification.
         progress: Shows what is under way.
         turns: Where to rehearse; without it, times are what the costs add up to.
+        machine: That the costs were measured on; default: this one.
     """
     certification = splits["certification"]
     points = basic_points(splits, costs) + policies(splits, costs, confidence, progress)
     own = own_point(splits, costs, policy)
     points, own = _rehearsed(points, own, splits, costs, turns, SECONDS, progress)
     return Plan(
-        machine=describe_machine(),
+        machine=describe_machine() if machine is None else machine,
         costs=costs,
         points=points,
         own=own,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from ojfa_export.report.model import Check
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.session import Session
 from ojfa_export.shortcut import FinalNorm, LanguageHead, Shortcut
+from ojfa_export.verify.pieces import engine_in_pieces
 from ojfa_export.verify.portable import PortableGraphs
 from ojfa_export.verify.reference import TransformersReference
 from ojfa_export.verify.tolerances import Comparisons, exit_allowance
@@ -217,11 +217,15 @@ def compare_parts(
                 window.token_ids, positions, long_context=window.long_context
             )
             record("graph", embedded)
-            record("engine", engines.new_cache(batch, length).embed(window.token_ids, [0] * batch))
+            embedded = engines.new_cache(batch, length).embed(window.token_ids, [0] * batch)
+            record("engine", np.asarray(embedded))
         else:
             for actual in _graph_in_pieces(graphs, depth - 1, previous, positions, rotations):
                 record("graph", actual)
-            for actual in _engine_in_pieces(engines, depth - 1, previous, window.long_context):
+            pieces = engine_in_pieces(
+                engines, depth - 1, previous, long_context=window.long_context
+            )
+            for actual in pieces:
                 record("engine", actual)
         if 0 < depth < parts.spec.blocks:
             exits[depth] = hidden[:, :per_row].copy()
@@ -255,30 +259,6 @@ def _graph_in_pieces(
         piece, past = graphs.block(block, hidden[:, part], positions[:, part], turned, past)
         pieces.append(piece)
     return [whole, np.concatenate(pieces, axis=1)]
-
-
-def _engine_in_pieces(
-    engines: Engines, block: int, hidden: Float32, long_context: bool
-) -> list[Float32]:
-    """A block's output [B,S,H] in one piece; and in three, the last one decode step of all rows."""
-    batch, length, _ = hidden.shape
-    results = []
-    for bounds in ((0, length), (0, length // 2, length - 1, length)):
-        cache = engines.new_cache(batch, length)
-        result = np.empty_like(hidden)
-        for start, stop in pairwise(bounds):
-            together = batch if stop - start == 1 else 1
-            for row in range(0, batch, together):
-                rows = slice(row, row + together)
-                result[rows, start:stop] = cache.run_blocks(
-                    range(block, block + 1),
-                    np.ascontiguousarray(hidden[rows, start:stop]),
-                    rows,
-                    [start] * together,
-                    long_context=long_context,
-                )
-        results.append(result)
-    return results
 
 
 def compare_full_depth(

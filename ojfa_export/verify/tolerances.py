@@ -14,6 +14,9 @@ from ojfa_export.report.model import Check
 from ojfa_export.shortcut import FinalNorm, Shortcut
 
 Quantity = Literal["hidden", "logits"]
+FP16_LARGEST = 65504.0
+# Begins the names of checks of what fp16 holds.
+RANGE = "fp16 range "
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
+from ojfa_export import backends
+from ojfa_export.backends.backend import Int32
 from ojfa_export.bundle.bundle import Bundle
+from ojfa_export.bundle.names import SHORTCUT
 from ojfa_export.errors import BundleError, CheckpointError
 from ojfa_export.progress import Progress
 from ojfa_export.report.model import Check
@@ -40,6 +44,8 @@ def verify_bundle(
     opened = Bundle(bundle)
     model = Model(opened, backend)
     checks = verify_golden(model)
+    if can_compare_blocks():
+        checks += compare_blocks(opened, model, backend, progress)
     if against is None:
         if not checks:  # random weights, say: no token leads the others clearly
             raise BundleError(
@@ -58,7 +64,48 @@ def verify_bundle(
             f"{bundle} was not built from {against}: the digests of config and weights differ",
             hint="name the checkpoint that the bundle was built from",
         )
-    token_ids = sample_token_ids(model, TOKENS)
+    token_ids = sample_token_ids(model, TOKENS)[: opened.manifest.cache.max_batch_size]
     return checks + verify_against(
         opened, model, directory, token_ids, progress, trust_remote_code=trust_remote_code
     )
+
+
+def can_compare_blocks() -> bool:
+    """Whether the packages are here that `compare_blocks` needs beside those that run a bundle."""
+    return all(find_spec(package) for package in ("onnx", "safetensors"))
+
+
+def has_reference() -> bool:
+    """Whether transformers, the reference for whole models, can run here."""
+    return all(find_spec(package) for package in ("accelerate", "torch", "transformers"))
+
+
+def compare_blocks(
+    bundle: Bundle, model: Model, backend: str, progress: Progress, token_ids: Int32 | None = None
+) -> list[Check]:
+    """Compares a bundle's engines with float64 on the bundle's own weights.
+
+    Args:
+        bundle: The bundle.
+        model: The same, opened.
+        backend: Whose engines the model runs.
+        progress: Shows blocks.
+        token_ids: [B,S] within the bundle's cache; default: the texts that ship.
+    """
+    from ojfa_export.shortcut import load
+    from ojfa_export.verify.blocks import make_subject, verify_blocks
+    from ojfa_export.verify.sample import sample_token_ids
+
+    manifest, tables = bundle.manifest, bundle.manifest.rotary
+    if token_ids is None:
+        token_ids = sample_token_ids(model, TOKENS)[: manifest.cache.max_batch_size]
+    subject = make_subject(
+        model.spec,
+        manifest.precision,
+        bundle.graphs,
+        (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None,
+        load(bundle.directory / SHORTCUT)[0],
+        model.engines,
+        backends.load(backend),
+    )
+    return verify_blocks(subject, token_ids, progress)

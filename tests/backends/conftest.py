@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-import types
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from backends.stand_in_gpu import StandInDriver, StandInEngine
-
-PACKAGES = ("ojfa_export.backends.tensorrt.", "ojfa_export.backends.cuda.")
-API = "ojfa_export.backends.tensorrt.api"
-MODULES = ("cuda", "cuda.bindings", "cuda.bindings.driver", "cuda.bindings.nvrtc", API)
 
 
 @pytest.fixture(scope="module")
-def driver():
-    """The backend's modules imported over the stand-in, and taken out again."""
-    names = [name for name in sys.modules if name.startswith(PACKAGES)]
-    before = {name: sys.modules.pop(name) for name in (*names, *MODULES) if name in sys.modules}
-    driver = StandInDriver(seed=3)
-    nvrtc, bindings = types.ModuleType("nvrtc"), types.ModuleType("bindings")
-    bindings.driver, bindings.nvrtc = driver, nvrtc
-    stand_ins = (types.ModuleType("cuda"), bindings, driver, nvrtc, types.ModuleType(API))
-    sys.modules.update(zip(MODULES, stand_ins, strict=True))
-    from ojfa_export.backends.tensorrt import engine, mailbox
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The stand-in's driver; the backend's modules are imported over it, and taken out again."""
+    from stand_in import stand_in_gpu  # where ONNX Runtime is
 
-    def look_again(_: float) -> None:
-        driver.progress(int(driver.rng.integers(1, 4)))
-
-    mailbox.time = types.SimpleNamespace(sleep=look_again)
-    engine.Engine = lambda device, path: StandInEngine(driver, path)
-    yield driver
-    for name in [n for n in sys.modules if n.startswith(PACKAGES)]:
-        del sys.modules[name]
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
+    with stand_in_gpu() as driver, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield driver

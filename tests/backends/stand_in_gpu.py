@@ -1,4 +1,4 @@
-"""A GPU for machines without one: the driver, our kernels and TensorRT's engines by NumPy.
+"""A GPU for machines without one: the driver and our kernels by NumPy.
 
 What is put on the stream runs as late as it may, some of it whenever the host looks for an answer,
 so that code which reads or overwrites something too early finds the wrong bytes; fresh and freed
@@ -13,12 +13,10 @@ import json
 import re
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ojfa_export.backends.onnxruntime.session import open_session
 from ojfa_export.backends.tensorrt.sources import ACTIVATIONS, SOURCES, source_directory
 
 SMS = 5  # multiprocessors: no round number of anything
@@ -216,7 +214,8 @@ class StandInKernels:
         named = dict(zip(PARAMETERS[kind], values, strict=True))
         if self.called_off and kind in ("norm_linear", "norm_up", "linear", "attention"):
             return
-        getattr(self, kind)(types.SimpleNamespace(**named, grid=grid, count=int(tokens)))
+        with np.errstate(over="ignore", invalid="ignore"):  # as on a GPU
+            getattr(self, kind)(types.SimpleNamespace(**named, grid=grid, count=int(tokens)))
 
     def _floats(self, pointer: int, *shape: int) -> np.ndarray:
         return view(pointer, np.float32, *shape)
@@ -421,32 +420,3 @@ class StandInKernels:
         if a.logits:
             self._floats(a.logits, a.count, a.outputs)[...] = logits
         self._answer(a, logits, mailbox)
-
-
-class StandInEngine:
-    """A TensorRT engine whose file is the ONNX graph that it would be built from."""
-
-    activation_bytes = 0
-
-    def __init__(self, driver: StandInDriver, path: Path) -> None:
-        self._driver = driver
-        self._session = open_session(path.read_bytes(), path.stem, path.parent)
-
-    def work_in(self, memory: Any) -> None:
-        pass
-
-    def run(self, tokens: int, per_token: Any, fixed: Any) -> None:
-        addresses = {name: pointer for name, (pointer, _) in per_token.items()} | dict(fixed)
-
-        def work() -> None:
-            feeds = {}
-            for each in self._session.get_inputs():
-                shape = [tokens if isinstance(dim, str) else dim for dim in each.shape]
-                dtype = np.float16 if "float16" in each.type else np.float32
-                feeds[each.name] = view(addresses[each.name], dtype, *shape)
-            for each, value in zip(
-                self._session.get_outputs(), self._session.run(None, feeds), strict=True
-            ):
-                view(addresses[each.name], value.dtype, *value.shape)[...] = value
-
-        self._driver.put(work)

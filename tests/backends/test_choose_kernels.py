@@ -182,7 +182,7 @@ def check_exit(kernels, mailbox, head, hidden, how, blocks, kept=None):
 
 @pytest.mark.parametrize(
     ("rows", "features", "rank", "outputs", "blocks"),
-    [(1, 32, 9, 70, 3), (2, 256, 42, 1000, 5), (1, 1152, 128, 515, 4), (2, 64, 1, 2, 3)],
+    [(1, 32, 9, 70, 3), (2, 160, 42, 90, 3), (1, 384, 128, 1100, 2), (2, 64, 1, 2, 3)],
 )
 def test_exit_check(kernels, mailbox, rng, rows, features, rank, outputs, blocks):
     """More tiles than thread blocks and fewer, more outputs than threads, ranks to the largest."""

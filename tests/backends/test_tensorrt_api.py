@@ -7,6 +7,7 @@ alone, in which anything else is an AttributeError, and every function of api.py
 
 from __future__ import annotations
 
+import ast
 import enum
 import importlib
 import json
@@ -26,6 +27,7 @@ ENUMS = (
     "LayerType",
     "MemoryPoolType",
     "NetworkDefinitionCreationFlag",
+    "ProfilingVerbosity",
     "TacticSource",
 )
 # What calls give, where not a plain value: class.member -> class or value.
@@ -70,6 +72,8 @@ class Fake:
 
         def call(*arguments: Any, **named: Any) -> Any:
             self._module.calls.append((member, arguments))
+            if member == "ILayer.get_input" and arguments == (1,):
+                return types.SimpleNamespace(dtype=self._module.input_dtype)
             given = GIVES.get(member)
             return Fake(self._module, given) if isinstance(given, str) else given
 
@@ -86,6 +90,7 @@ class FakeTensorRt(types.ModuleType):
         super().__init__("tensorrt")
         self.names = {kind: set(names) for kind, names in surface["names"].items()}
         self.calls: list[tuple[str, Any]] = []
+        self.input_dtype = "float16"  # of a matrix product's weights
         self.__version__ = surface["version"]
         logger = type("ILogger", (), {})
         logger.Severity = enum.Enum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE")  # type: ignore[attr-defined]
@@ -123,9 +128,13 @@ def called(fake: FakeTensorRt, member: str) -> list[Any]:
     return [arguments for name, arguments in fake.calls if name == member]
 
 
-@pytest.mark.parametrize("half", [True, False])
-def test_building(bindings, tmp_path, half):
+@pytest.mark.parametrize(
+    ("half", "inputs"), [(True, "float16"), (True, "float32"), (False, "float32")]
+)
+def test_building(bindings, tmp_path, half, inputs):
+    """A product with fp32 weights, as of the exit head's projection, stays in fp32."""
     fake, api = bindings
+    fake.input_dtype = inputs
     cache = tmp_path / "timing"
     profile = {"hidden": ((1, 8), (1, 8), (16, 8))}
     assert api.build("block", b"model", [profile], half=half, timing_cache=cache) == b"plan"
@@ -136,7 +145,7 @@ def test_building(bindings, tmp_path, half):
     wanted = "STRONGLY_TYPED" if typed else "EXPLICIT_BATCH"
     assert flags == 1 << fake.NetworkDefinitionCreationFlag[wanted]
     chosen = called(fake, "ILayer.precision")
-    assert chosen == ([("float16",)] if half and not typed else [])
+    assert chosen == ([(inputs,)] if half and not typed else [])
     for (sources,) in called(fake, "IBuilderConfig.set_tactic_sources"):
         assert not sources & 1 << fake.TacticSource.CUDNN
 
@@ -168,3 +177,47 @@ def test_refusals_name_the_engine(bindings, monkeypatch, tmp_path):
     monkeypatch.setitem(GIVES, "Runtime.deserialize_cuda_engine", None)
     with pytest.raises(BackendError, match=r"can't open engine 'block\.mlp'"):
         api.deserialize("block.mlp", b"")
+
+
+# What api.py names and a version lacks: each stands behind a question whether the library has it.
+ABSENT = {
+    "8.6.0": {"ExecutionContextAllocationStrategy", "NetworkDefinitionCreationFlag.STRONGLY_TYPED"},
+    "10.16.1": set(),
+    "11.4.0": {
+        "BuilderFlag.FP16",
+        "BuilderFlag.OBEY_PRECISION_CONSTRAINTS",
+        "TacticSource.CUDNN",
+    },
+}
+
+
+def named_in_source() -> set[str]:
+    """Every `trt.Class` and `trt.Class.member` in api.py, and what it asks for by a string."""
+    source = Path("ojfa_export/backends/tensorrt/api.py")
+    tree = ast.parse((Path(__file__).parents[2] / source).read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(ast.Attribute(ast.Name("trt"), kind), member):
+                found.add(f"{kind}.{member}")
+            case ast.Attribute(ast.Name("trt"), kind):
+                found.add(kind)
+            case ast.Call(ast.Name("getattr" | "hasattr"), [of, ast.Constant(member), *_]):
+                if ast.unparse(of).startswith("trt"):
+                    found.add(".".join([*ast.unparse(of).split(".")[1:], member]))
+    return found
+
+
+@pytest.mark.parametrize("path", SURFACES, ids=lambda path: path.stem)
+def test_every_name_in_the_source_is_in_the_bindings(path: Path) -> None:
+    names = json.loads(path.read_text())["names"]
+    used = named_in_source()
+    assert {"Builder", "OnnxParser", "Runtime", "BuilderFlag.TF32"} <= used
+    lacking = set()
+    for name in used:
+        kind, _, member = name.rpartition(".")
+        if member.startswith("__"):  # Python's own
+            continue
+        if member not in names.get(kind, ()):
+            lacking.add(name)
+    assert lacking == ABSENT[path.stem]

@@ -135,8 +135,17 @@ def test_engines_of_another_gpu_are_refused_by_name():
 
 def test_a_plan_names_files_beside_it_only(tmp_path):
     path = tmp_path / "block_00.json"
-    plan = GraphPlan(precision="fp16", engines={"qkv": "block.qkv.engine"}, kernels={}, weights={})
+    plan = GraphPlan(
+        precision="fp16",
+        engines={"qkv": "block.qkv.engine"},
+        kernels={},
+        weights={},
+        activation_bytes=0,
+    )
     path.write_text(plan.model_dump_json())
+    with pytest.raises(BundleError, match="which the bundle doesn't hold"):
+        read_plan(path)
+    (tmp_path / "block.qkv.engine").touch()
     assert read_plan(path) == plan
     path.write_text(plan.model_dump_json().replace("block.qkv", "../elsewhere/block.qkv"))
     with pytest.raises(BundleError, match="names a file elsewhere"):

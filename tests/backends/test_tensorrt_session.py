@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,9 +37,7 @@ class Case:
 
 @pytest.fixture(scope="module", params=["llama-gqa", "gpt2-residual", "gpt2-fp16"])
 def case(request, driver, tmp_path_factory):
-    from ojfa_export.backends.tensorrt import build
     from ojfa_export.backends.tensorrt.backend import BACKEND
-    from ojfa_export.backends.tensorrt.sources import definitions
 
     directory = tmp_path_factory.mktemp(request.param)
     variant, residual, _ = request.param.removesuffix("-fp16").partition("-residual")
@@ -52,23 +49,13 @@ def case(request, driver, tmp_path_factory):
         max_length=MAX_LENGTH,
         residual=bool(residual),
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            build, "compile_kernels", lambda macros, capability: json.dumps(macros).encode()
-        )
-        patch.setattr(
-            build,
-            "_build",
-            lambda name, model, file, half: file.write_bytes(model.SerializeToString()),
-        )
-        plans = {}
-        (directory / "built").mkdir()
-        for name in graph_names(chain.spec.blocks):
-            plans[name] = directory / "built" / f"{name}.json"
-            BACKEND.build_engine(chain.spec, chain.graphs / f"{name}.onnx", plans[name])
+    plans = {}
+    (directory / "built").mkdir()
+    for name in graph_names(chain.spec.blocks):
+        plans[name] = directory / "built" / f"{name}.json"
+        BACKEND.build_engine(chain.spec, chain.graphs / f"{name}.onnx", plans[name])
     rotary = chain.checkpoint.family.rotary(chain.checkpoint.config)
     tables = rotary.tables(chain.max_length) if rotary else None
-    assert definitions
     return Case(chain, driver, BACKEND.open_engines(chain.spec, chain.graphs, plans, tables))
 
 
@@ -163,3 +150,25 @@ def test_steps_begun_ahead_change_nothing(case, rng, batch, sampling):
     np.testing.assert_array_equal(sessions[0].watermarks, sessions[1].watermarks)
     new = [[5]] * batch
     assert_close(case, sessions[0].advance(new), sessions[1].advance(new))
+
+
+def test_texts_that_take_turns(case):
+    """Each has a step begun ahead whose answer waits longer than there are places for answers."""
+    sessions, greedy = [case.session() for _ in range(2)], Sampling()
+    decoders = [StepByStep(each, "full", greedy, [greedy.generator(0)]) for each in sessions]
+    pending, expected = [[[3, 4]], [[5]]], [[3, 4], [5]]
+    for _ in range(3):
+        for which, decoder in enumerate(decoders):
+            for _ in range(2 + 9 * which):
+                pending[which] = [[each.id for each in decoder.step(pending[which], [99])[0]]]
+                expected[which] += pending[which][0]
+    for which, decoder in enumerate(decoders):
+        decoder.end()
+        assert sessions[which].tokens() == expected[which][:-1]
+        reference, tokens = case.reference(), expected[which]
+        logits = reference.advance(tokens[:-1], every_position=True)[0]
+        prompt = 2 - which
+        for at in range(prompt, len(tokens)):
+            best = logits[at - 1].max()
+            near = 0.02 * np.abs(logits[at - 1]).max() if case.chain.precision == "fp16" else 1e-3
+            assert best - logits[at - 1][tokens[at]] <= near

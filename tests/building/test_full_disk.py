@@ -78,7 +78,6 @@ def test_engines_that_fail_leave_the_bundle(
     monkeypatch.setattr(Path, "write_bytes", no_space)
     with pytest.raises(OSError, match="No space left"):
         add_engines(bundle, "onnxruntime", SILENT)
-    assert [path.name for path in tmp_path.iterdir()] == ["copy.ojfa"]
     assert contents(bundle) == contents(tiny_bundle)
 
 

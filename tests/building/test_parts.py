@@ -12,12 +12,20 @@ import numpy as np
 import pytest
 from steps import Steps, contents, interrupt_at
 
+from ojfa_export.backends.onnxruntime import build as build_module
 from ojfa_export.build.add_engines import add_engines
 from ojfa_export.build.parts import calibrate_only, export_only
 from ojfa_export.build.pipeline import build, plan
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import MANIFEST, graph_names
-from ojfa_export.errors import BundleError, CheckpointError, OjfaError, UsageError
+from ojfa_export.errors import (
+    BundleError,
+    CheckpointError,
+    OjfaError,
+    UsageError,
+    VerificationError,
+)
+from ojfa_export.families.spec import ModelSpec
 from ojfa_export.progress import SILENT
 from ojfa_export.runtime.model import load
 from ojfa_export.shortcut import load as load_shortcut
@@ -35,7 +43,9 @@ def test_engines_are_rebuilt_in_place(bundle: Path, tiny_bundle: Path) -> None:
     weights = bundle / "graphs" / "block_00.bin"
     inode = weights.stat().st_ino
     result = add_engines(bundle, "onnxruntime", SILENT)
+    checks = result.pop("checks")
     assert result == {"bundle": str(bundle), "backend": "onnxruntime", "engines": 7}
+    assert checks > 4  # of each block, at least
     assert weights.stat().st_ino == inode  # linked, not copied
     assert weights.stat().st_nlink == 1
     assert contents(bundle) == contents(tiny_bundle)
@@ -71,6 +81,25 @@ def test_interrupted_engines_leave_the_bundle(bundle: Path, tiny_bundle: Path) -
     with pytest.raises(KeyboardInterrupt):
         add_engines(bundle, "onnxruntime", interrupt_at(3))
     assert contents(bundle) == contents(tiny_bundle)
+    add_engines(bundle, "onnxruntime", SILENT)
+    assert contents(bundle) == contents(tiny_bundle)
+    assert [path.name for path in bundle.parent.iterdir()] == ["copy.ojfa"]
+
+
+def test_engines_that_compute_something_else_are_refused(
+    bundle: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines of the wrong block, say: the first check that fails names it."""
+    right = build_module.build_engine
+
+    def of_another_block(spec: ModelSpec, graph: Path, engine: Path) -> None:
+        right(spec, graph.with_name(graph.name.replace("block_02", "block_01")), engine)
+
+    monkeypatch.setattr(build_module, "build_engine", of_another_block)
+    with pytest.raises(VerificationError, match="the first: float64 block_02: hidden") as caught:
+        add_engines(bundle, "onnxruntime", SILENT)
+    assert "nothing was written" in str(caught.value.hint)
+    assert contents(bundle) == contents(tiny_bundle)
     assert [path.name for path in bundle.parent.iterdir()] == ["copy.ojfa"]
 
 
@@ -80,7 +109,7 @@ def test_engines_that_cannot_take_their_place_leave_the_bundle(
     real = Path.rename
 
     def rename(self: Path, target: Path) -> Path:
-        if self.name == "fresh":
+        if self.name == "bundle":
             raise KeyboardInterrupt
         return real(self, target)
 

@@ -296,5 +296,5 @@ def test_failed_verification_leaves_no_bundle(
     monkeypatch.setattr(stages.Exporter, "final_head", wrong)
     with pytest.raises(VerificationError, match="checks failed against transformers") as caught:
         build(options(skip_verification=False))
-    assert "no bundle was written" in str(caught.value.hint)
+    assert "nothing was written" in str(caught.value.hint)
     assert not options().output.exists()

@@ -60,7 +60,11 @@ def test_verify_reproduces_golden_tokens(invoke, bundle: Path) -> None:
     document = json.loads(result.stdout)
     assert result.exit_code == 0
     assert document["passed"] is True
-    assert len(document["checks"]) == len(Bundle(bundle).manifest.golden)
+    names = [check["name"] for check in document["checks"]]
+    manifest = Bundle(bundle).manifest
+    assert sum(name.startswith("golden tokens") for name in names) == len(manifest.golden)
+    blocks = {f"float64 block_{index:02d}: hidden" for index in range(manifest.model.spec.blocks)}
+    assert blocks <= set(names)
 
 
 def _with_checks(monkeypatch: pytest.MonkeyPatch, *rows: tuple[str, float, float]) -> None:

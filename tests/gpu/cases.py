@@ -3,6 +3,7 @@
 SEED = 23
 LENGTH, SEQUENCES, EXIT = 48, 2, 2
 RANK = 7
+BUNDLES = "bundles"  # the folder beside the cases
 # One of each kind of norm, activation, position, head grouping, bias and window, by precision.
 CASES = {
     "llama-gqa": "fp32",

@@ -70,7 +70,8 @@ class Case:
 
 def case_names() -> list[str]:
     directory = os.environ.get(VARIABLE)
-    return sorted(path.name for path in Path(directory).iterdir()) if directory else []
+    described = Path(directory).glob("*/case.json") if directory else ()
+    return sorted(path.parent.name for path in described)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -7,6 +7,7 @@ the GPU needs neither torch nor transformers.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 import tempfile
@@ -17,14 +18,18 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from chain import Chain, build_chain
-from gpu.cases import CASES, EXIT, LENGTH, RANK, SEED, SEQUENCES
+from gpu.cases import BUNDLES, CASES, EXIT, LENGTH, RANK, SEED, SEQUENCES
 from tiny_models import make_checkpoint
+
+from ojfa_export.build.options import BuildOptions
+from ojfa_export.build.pipeline import build
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     directory: Path = parser.parse_args().directory
+    make_bundles(directory / BUNDLES)
     for name, precision in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             variant, residual, _ = name.removesuffix("-fp16").partition("-residual")
@@ -39,6 +44,26 @@ def main() -> None:
             )
             describe(chain, directory / name)
         print(name, flush=True)
+
+
+def make_bundles(directory: Path) -> None:
+    """Tiny bundles for a GPU to add its engines to, and the checkpoint and text they are of."""
+    checkpoint = make_checkpoint("llama-gqa", directory / "checkpoint", seed=SEED)
+    text = directory / "text.txt"
+    text.write_text(inspect.getsource(argparse)[:30_000], encoding="utf-8")
+    for precision in ("fp32", "fp16"):
+        options = BuildOptions(
+            str(checkpoint),
+            directory / f"{precision}.ojfa",
+            precision=precision,
+            rank=RANK,
+            shortcut="ojfa",
+            calibration_data=(text,),
+            calibration_tokens=1024,
+            max_cache_length=2 * LENGTH,
+            skip_verification=True,
+        )
+        build(options)
 
 
 def describe(chain: Chain, directory: Path) -> None:

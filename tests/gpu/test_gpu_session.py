@@ -7,6 +7,7 @@ import pytest
 from gpu.cases import EXIT
 from tolerances import LOGITS_FP16_RELATIVE, LOGITS_FP32
 
+from ojfa_export.runtime.decoding import StepByStep
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
@@ -165,3 +166,27 @@ def test_shadow_checks_and_closed_heads(case, decode):
             or case.precision == "fp16"
             or near < 1e-3
         )
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_steps_begun_ahead(case, decode, batch):
+    """Text whose next step begins before the last token is known, against single steps."""
+    prompts = case.expected["token_ids"][:batch, :6].tolist()
+    for exit in (EXIT, case.spec.blocks):
+        session, plain = case.session(batch), case.session(batch)
+        generators = [np.random.default_rng(0)] * batch
+        decoder = StepByStep(session, exit, Sampling(), generators)
+        pending = expected = prompts
+        for step in range(20):
+            chosen = decoder.step(pending, [20 - step] * batch)
+            pending = [[token.id for token in each] for each in chosen]
+            logits = plain.advance(expected, exit)
+            for row, [token] in enumerate(pending):
+                near = 2e-3 * np.abs(logits[row]).max()
+                assert logits[row].max() - logits[row, token] <= near
+            expected = pending
+            if step == 12:
+                pending = expected = [[7]] * batch
+        decoder.end()
+        assert session.tokens() == plain.tokens()
+        assert session.watermarks.tolist() == plain.watermarks.tolist()

@@ -12,14 +12,18 @@ import numpy as np
 from cuda.bindings import driver
 from numpy.typing import NDArray
 
+from ojfa_export.backends.cuda.failures import failure
 from ojfa_export.backends.cuda.recorder import Recorder
+from ojfa_export.backends.cuda.sizes import GIB, readable
 from ojfa_export.errors import BackendError
 
-GIB = 1 << 30
 
-
-def check(result: tuple[Any, ...]) -> Any:
+def check(result: tuple[Any, ...], what: str | None = None) -> Any:
     """Takes the results of a driver call: none, one, or a tuple of them.
+
+    Args:
+        result: What the call gave.
+        what: Was being done, for the message.
 
     Raises:
         BackendError: The call failed.
@@ -28,10 +32,7 @@ def check(result: tuple[Any, ...]) -> Any:
     if status != driver.CUresult.CUDA_SUCCESS:
         _, text = driver.cuGetErrorString(status)
         detail = text.decode() if isinstance(text, bytes) else str(status)
-        raise BackendError(
-            f"CUDA: {detail} ({status.name})",
-            hint="'nvidia-smi' shows the GPU's state; after an error of a kernel, start anew",
-        )
+        raise failure(status.name, detail, what)
     return values[0] if len(values) == 1 else tuple(values) if values else None
 
 
@@ -49,17 +50,24 @@ class Memory:
         if not size:
             self.pointer = 0
             return
-        stream = device.stream
-        result = driver.cuMemAllocAsync(size, stream) if pooled else driver.cuMemAlloc(size)
+        result = self._allocate(size)
+        if result[0] == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            device.trim()  # what the pool kept for the next step may be enough
+            result = self._allocate(size)
         if result[0] == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             free, total = device.memory()
             raise BackendError(
-                f"{device.name} has {free / GIB:.2f} of {total / GIB:.1f} GiB free, and "
-                f"{size / GIB:.2f} GiB more are needed",
+                f"{device.name} has {readable(free)} of {readable(total)} free, and "
+                f"{readable(size)} more are needed",
                 hint="use fewer sequences, a shorter cache (max_length), or an earlier fixed exit: "
                 "blocks past it take no memory",
             )
         self.pointer = int(check(result))
+
+    def _allocate(self, size: int) -> tuple[Any, ...]:
+        if self.pooled:
+            return tuple(driver.cuMemAllocAsync(size, self._device.stream))
+        return tuple(driver.cuMemAlloc(size))
 
     def __del__(self) -> None:
         # At the interpreter's end the driver may be gone already.
@@ -113,7 +121,7 @@ class Device:
         )
         self.recorder = Recorder(self)
         # Memory of one step is kept for the next.
-        pool = check(driver.cuDeviceGetDefaultMemPool(handle))
+        self._pool = pool = check(driver.cuDeviceGetDefaultMemPool(handle))
         threshold = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
         check(driver.cuMemPoolSetAttribute(pool, threshold, driver.cuuint64_t(4 * GIB)))
 
@@ -125,6 +133,23 @@ class Device:
         """Free and total bytes."""
         free, total = check(driver.cuMemGetInfo())
         return int(free), int(total)
+
+    def available(self) -> int:
+        """Bytes that can be taken: what is free, and what the pool keeps without using it."""
+        attributes = driver.CUmemPool_attribute
+        reserved, used = (
+            int(check(driver.cuMemPoolGetAttribute(self._pool, which)))
+            for which in (
+                attributes.CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT,
+                attributes.CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
+            )
+        )
+        return self.memory()[0] + reserved - used
+
+    def trim(self) -> None:
+        """Gives back what the pool keeps without using it."""
+        self.synchronize()
+        check(driver.cuMemPoolTrimTo(self._pool, 0))
 
     def upload(self, array: NDArray[Any], pointer: int) -> None:
         """Copies host memory to the device; the host memory may be reused at once."""

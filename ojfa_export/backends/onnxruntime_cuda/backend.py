@@ -8,11 +8,13 @@ from pathlib import Path
 import onnxruntime as ort
 
 from ojfa_export.backends.backend import Backend, Float32
+from ojfa_export.backends.cuda.arrays import DTYPES
+from ojfa_export.backends.cuda.bandwidth import copy_bandwidth
 from ojfa_export.backends.cuda.device import the_device
 from ojfa_export.backends.onnxruntime_cuda.engines import OnnxRuntimeCudaEngines
 from ojfa_export.backends.onnxruntime_cuda.plan import NAME
 from ojfa_export.backends.onnxruntime_cuda.provider import check_provider
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.families.spec import ModelSpec, Precision
 
 
 class OnnxRuntimeCuda:
@@ -52,6 +54,18 @@ class OnnxRuntimeCuda:
     ) -> OnnxRuntimeCudaEngines:
         """Opens built engines."""
         return OnnxRuntimeCudaEngines(the_device(), spec, weights, engines, rotary)
+
+    def device(self) -> dict[str, str]:
+        """GPU, driver and ONNX Runtime's version."""
+        return self.versions()
+
+    def copy_bandwidth(self) -> float:
+        """Bytes per second that a copy on the GPU reads and writes."""
+        return copy_bandwidth(the_device())
+
+    def weight_bytes(self, precision: Precision) -> int:
+        """Of one number of a matrix of weights."""
+        return int(DTYPES[precision].itemsize)
 
 
 BACKEND: Backend = OnnxRuntimeCuda()

@@ -51,6 +51,11 @@ def version() -> str:
     return str(trt.__version__)
 
 
+def settings() -> dict[str, Any]:
+    """What an engine depends on beside its graph, its profiles and the GPU."""
+    return {"tensorrt": version(), "level": LEVEL, "workspace": WORKSPACE_BYTES}
+
+
 def build(
     name: str, model: bytes, profiles: list[Profile], *, half: bool, timing_cache: Path
 ) -> bytes:
@@ -77,6 +82,7 @@ def build(
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
     config.builder_optimization_level = LEVEL
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for `inspect -v`
     config.clear_flag(trt.BuilderFlag.TF32)
     config.max_aux_streams = 0  # one stream, in whose order memory is reused
     _leave_out_cudnn(config)
@@ -128,7 +134,11 @@ def _set_precision(network: Any, config: Any, *, half: bool) -> None:
             continue
         if layer.get_output(0).dtype not in (trt.float32, trt.float16):
             continue
-        kind = trt.float16 if layer.type == kinds.MATRIX_MULTIPLY else trt.float32
+        # By the weights: the exit head's projection is in fp32 in fp16 bundles too. (What was cast
+        # to fp16 before still says fp32 here.)
+        product = layer.type == kinds.MATRIX_MULTIPLY
+        half_weights = product and layer.get_input(1).dtype == trt.float16
+        kind = trt.float16 if half_weights else trt.float32
         layer.precision = kind
         for output in range(layer.num_outputs):
             layer.set_output_type(output, kind)
@@ -149,9 +159,13 @@ def deserialize(name: str, plan: bytes) -> Any:
     return engine
 
 
-def failure(name: str) -> BackendError:
-    """What to raise where an engine doesn't run."""
-    return BackendError(f"TensorRT {version()} can't run engine '{name}': {LOG.take()}")
+def failure(name: str, free: str) -> BackendError:
+    """What to raise where an engine doesn't run, with so much GPU memory free."""
+    return BackendError(
+        f"TensorRT {version()} can't run engine '{name}': {LOG.take()}",
+        hint=f"{free} of GPU memory are free; where that is little, free some: TensorRT loads its "
+        "kernels when they are first used",
+    )
 
 
 def activation_bytes(engine: Any) -> int:

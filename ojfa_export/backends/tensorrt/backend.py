@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ojfa_export.backends.backend import Backend, Float32
+from ojfa_export.backends.backend import Backend, Engines, Float32
+from ojfa_export.backends.cuda.arrays import DTYPES
+from ojfa_export.backends.cuda.bandwidth import copy_bandwidth
 from ojfa_export.backends.cuda.device import the_device
 from ojfa_export.backends.tensorrt import api
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
-from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for, read_plan
+from ojfa_export.backends.tensorrt.probe import trace_block
+from ojfa_export.families.spec import ModelSpec, Precision
 
 
 class TensorRt:
@@ -51,6 +54,40 @@ class TensorRt:
     ) -> TensorRtEngines:
         """Opens built engines."""
         return TensorRtEngines(the_device(), spec, weights, engines, rotary)
+
+    def engine_names(self, spec: ModelSpec, graph: Path) -> list[str]:
+        """Engines that a graph needs, equal ones of several graphs by the same name."""
+        from ojfa_export.backends.tensorrt.build import engine_names  # needs onnx
+
+        return engine_names(spec, graph)
+
+    def describe_layers(self, engines: Mapping[str, Path]) -> dict[str, str]:
+        """See `backends.backend.ShowsLayers`; what graphs share is told once."""
+        from ojfa_export.backends.tensorrt.layers import describe_layers  # needs Polygraphy
+
+        files = {
+            plan.parent / file
+            for plan in engines.values()
+            for file in read_plan(plan).engines.values()
+        }
+        return {path.name: describe_layers(path) for path in sorted(files)}
+
+    def trace_block(self, engines: Engines, block: int, hidden: Float32) -> dict[str, Float32]:
+        """See `backends.backend.Tracing`."""
+        assert isinstance(engines, TensorRtEngines)
+        return trace_block(engines, block, hidden)
+
+    def device(self) -> dict[str, str]:
+        """GPU, driver and TensorRT's version."""
+        return {name: each for name, each in self.versions().items() if name != "profiles"}
+
+    def copy_bandwidth(self) -> float:
+        """Bytes per second that a copy on the GPU reads and writes."""
+        return copy_bandwidth(the_device())
+
+    def weight_bytes(self, precision: Precision) -> int:
+        """Of one number of a matrix of weights."""
+        return int(DTYPES[precision].itemsize)
 
 
 BACKEND: Backend = TensorRt()

@@ -1,9 +1,19 @@
-"""Building engines for the GPU at hand, from a bundle's portable graphs."""
+"""Building engines for the GPU at hand, from a bundle's portable graphs.
+
+Files are named by a digest of all that they depend on: graph, profiles, precision, settings,
+TensorRT, GPU. One that is there is therefore the right one, and a build that was interrupted goes
+on with what it had finished.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -12,9 +22,11 @@ from ojfa_export.backends.tensorrt import api
 from ojfa_export.backends.tensorrt.graphs import parts, transposed
 from ojfa_export.backends.tensorrt.kernels import compile_kernels
 from ojfa_export.backends.tensorrt.plan import PROFILES, GraphPlan, Weight
-from ojfa_export.backends.tensorrt.sources import definitions
+from ojfa_export.backends.tensorrt.sources import definitions, sources_digest
 from ojfa_export.families.spec import ModelSpec, Precision
-from ojfa_export.graphs.weights import references
+from ojfa_export.graphs.weights import TensorRef, references
+
+KERNELS = "kernels"
 
 
 def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
@@ -31,17 +43,16 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
     Raises:
         BackendError: TensorRT can't build it.
     """
-    refs = references(onnx.load(graph, load_external_data=False))
-    half = any(ref.dtype == onnx.TensorProto.FLOAT16 for ref in refs.values())
-    precision: Precision = "fp16" if half else "fp32"
-    models = parts(graph.stem, spec, refs, precision)
-    for name, model in models.items():
-        _build(name, model, plan.with_name(f"{name}.engine"), half=half)
-    kernels = _kernels(spec, plan.parent, half=half) if graph.stem == "embed" else {}
+    refs, precision = _references(graph)
+    # By part: a name without what comes before it, "qkv" and "mlp" of a block.
+    engines = {
+        name.split(".")[-1]: _build(name, model, plan.parent, precision)
+        for name, model in parts(graph.stem, spec, refs, precision).items()
+    }
     described = GraphPlan(
         precision=precision,
-        engines={name.split(".")[-1]: f"{name}.engine" for name in models},
-        kernels=kernels,
+        engines=engines,
+        kernels=_kernels(spec, plan.parent, precision) if graph.stem == "embed" else {},
         weights={
             name: Weight(
                 file=ref.location,
@@ -52,14 +63,31 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
             )
             for name, ref in refs.items()
         },
+        activation_bytes=max(
+            (_activation_bytes(plan.with_name(file)) for file in engines.values()), default=0
+        ),
     )
     _write(plan, described.model_dump_json(indent=2).encode())
 
 
-def _build(name: str, model: onnx.ModelProto, file: Path, *, half: bool) -> None:
-    if file.exists():
-        return
-    timing_cache = cache_directory() / f"tensorrt-{api.version()}.timing"
+def engine_names(spec: ModelSpec, graph: Path) -> list[str]:
+    """What `build_engine` builds for a graph: names of engines, which equal blocks share."""
+    if graph.stem == "embed":
+        return [KERNELS]
+    refs, precision = _references(graph)
+    return list(parts(graph.stem, spec, refs, precision))
+
+
+def _references(graph: Path) -> tuple[dict[str, TensorRef], Precision]:
+    """A graph's weights, and the precision of its matrix products."""
+    refs = references(onnx.load(graph, load_external_data=False))
+    half = any(ref.dtype == onnx.TensorProto.FLOAT16 for ref in refs.values())
+    return refs, "fp16" if half else "fp32"
+
+
+def _build(name: str, model: onnx.ModelProto, directory: Path, precision: Precision) -> str:
+    """Builds an engine, unless it is there; the name of its file."""
+    serialized = model.SerializeToString(deterministic=True)
     shapes = _shapes(model)
     profiles = [
         {
@@ -69,10 +97,30 @@ def _build(name: str, model: onnx.ModelProto, file: Path, *, half: bool) -> None
         }
         for tokens in PROFILES
     ]
-    engine = api.build(
-        name, model.SerializeToString(), profiles, half=half, timing_cache=timing_cache
-    )
-    _write(file, engine)
+    settings = {"profiles": profiles, "precision": precision, **api.settings()}
+    file = directory / f"{name}-{_digest(serialized, settings)}.engine"
+    if not file.exists():
+        timing_cache = cache_directory() / f"tensorrt-{api.version()}.timing"
+        engine = api.build(
+            name, serialized, profiles, half=precision == "fp16", timing_cache=timing_cache
+        )
+        _write(file, engine)
+    return file.name
+
+
+@cache
+def _activation_bytes(engine: Path) -> int:
+    """What an engine that was just built works in; its name says what it is."""
+    return api.activation_bytes(api.deserialize(engine.stem, engine.read_bytes()))
+
+
+def _digest(content: bytes, settings: Mapping[str, Any]) -> str:
+    """Of what a file depends on; the GPU is part of it."""
+    device = the_device()
+    here = [device.name, device.compute_capability, settings]
+    digest = hashlib.sha256(json.dumps(here, sort_keys=True).encode())
+    digest.update(content)
+    return digest.hexdigest()[:16]
 
 
 def cache_directory() -> Path:
@@ -101,14 +149,17 @@ def _range(
     return least, best, most
 
 
-def _kernels(spec: ModelSpec, directory: Path, *, half: bool) -> dict[Precision, str]:
+def _kernels(spec: ModelSpec, directory: Path, precision: Precision) -> dict[Precision, str]:
     """Compiles the kernels; the exit head's projection is fp32 in an fp16 bundle as well."""
     files: dict[Precision, str] = {}
-    kinds: tuple[Precision, ...] = ("fp16", "fp32") if half else ("fp32",)
+    kinds: tuple[Precision, ...] = ("fp16", "fp32") if precision == "fp16" else ("fp32",)
     for kind in kinds:
         macros = definitions(spec, half=kind == "fp16")
-        files[kind] = f"kernels.{kind}.cubin"
-        _write(directory / files[kind], compile_kernels(macros, the_device().compute_capability))
+        digest = _digest(sources_digest().encode(), {"macros": macros})
+        path = directory / f"{KERNELS}.{kind}-{digest}.cubin"
+        if not path.exists():
+            _write(path, compile_kernels(macros, the_device().compute_capability))
+        files[kind] = path.name
     return files
 
 

@@ -16,6 +16,7 @@ from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.heads import Keeping
 from ojfa_export.backends.tensorrt.kernels import pointer
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
+from ojfa_export.backends.tensorrt.memory import Request
 from ojfa_export.backends.tensorrt.plan import PREFILL_TOKENS
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class TensorRtCache:
         if not self._recorder.pending:  # else this thread has just embedded
             self._device.make_current()
         states = self.arrays.asarray(hidden)
-        self._open(blocks)
+        self._open(blocks, states.shape[0] * states.shape[1])
         if states.shape[1] == 1:
             return self._decode(blocks, states, rows, list(starts), long_context)
         self._engines.call_off()
@@ -162,7 +163,7 @@ class TensorRtCache:
     def begin(self, last: Pass, blocks: range) -> None:
         """Adds blocks after a pass and its exit's check, which may call them off on the device."""
         self._engines.ahead = blocks = blocks[:AHEAD_BLOCKS]
-        self._open(blocks)
+        self._open(blocks, len(last.hidden))
         self._add(blocks, len(last.hidden), last.long_context)
 
     def unload(self, block: int) -> None:
@@ -212,10 +213,14 @@ class TensorRtCache:
             return 0
         return len(ahead) if blocks[: len(ahead)] == ahead else 0
 
-    def _open(self, blocks: range) -> None:
-        for block in blocks:
-            if block not in self._blocks:
-                self._blocks[block] = Block(self._engines, block, self._shape)
+    def _open(self, blocks: range, tokens: int) -> None:
+        """Makes the blocks' parts of the cache, if all that these tokens need fits."""
+        new = [block for block in blocks if block not in self._blocks]
+        if new:
+            batch, _, capacity, _ = self._shape
+            self._engines.check_room(Request(blocks, batch, capacity, tokens), self._blocks)
+        for block in new:
+            self._blocks[block] = Block(self._engines, block, self._shape)
 
     def _add(self, blocks: range, count: int, long_context: bool) -> None:
         """Adds a pass of one token of each of some sequences to what is launched next."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ojfa_export.backends.cuda.device import Device, Memory
+from ojfa_export.backends.cuda.sizes import readable
 from ojfa_export.backends.tensorrt import api
 from ojfa_export.backends.tensorrt.plan import PROFILES, profile_for
 
@@ -60,7 +61,7 @@ class Engine:
             context.set_tensor_address(name, address)
         self._tokens[index] = tokens
         if not context.execute_async_v3(int(self._device.stream)):
-            raise api.failure(self._name)
+            raise api.failure(self._name, readable(self._device.available()))
 
 
 class EngineSet:

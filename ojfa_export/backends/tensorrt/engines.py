@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from ojfa_export.backends.tensorrt.heads import (
 from ojfa_export.backends.tensorrt.kernels import Argument, Kernels, integer, pointer
 from ojfa_export.backends.tensorrt.linear import LinearKernels
 from ojfa_export.backends.tensorrt.mailbox import Asked, DeviceChoices, JoinedChoices, Mailbox
+from ojfa_export.backends.tensorrt.memory import Request, Room
 from ojfa_export.backends.tensorrt.plan import GraphPlan, read_plan
 from ojfa_export.backends.tensorrt.weights import WeightStore
 from ojfa_export.bundle.names import block_name
@@ -77,6 +78,7 @@ class TensorRtEngines:
             for kind, file in embed.kernels.items()
         }
         self.store = WeightStore(device, weights, self.kernels)
+        self._room = Room(spec, DTYPES[self.precision].itemsize, self._plans)
         self.rotary = tuple(map(self.arrays.upload, rotary)) if rotary else None
         self.rotary_rows = len(rotary[0]) if rotary else 0
         self._engines: EngineSet | None = None
@@ -165,8 +167,20 @@ class TensorRtEngines:
 
     def load_blocks(self, depth: int) -> None:
         """Uploads the weights of the embedding and the first blocks."""
+        self.check_room(Request(range(depth)))
         for name in ("embed", *map(block_name, range(depth))):
             self.weights(name)
+
+    def check_room(self, request: Request, cached: Collection[int] = ()) -> None:
+        """Refuses what won't fit, before any of it takes memory: see `memory.Room.check`."""
+        self._room.check(
+            request,
+            self.device.available(),
+            self.device.name,
+            self.store.held,
+            cached,
+            opened=self._engines is not None,
+        )
 
     def unload_heads(self) -> None:
         """Lets go of the heads' weights; they are uploaded again when used."""

@@ -30,9 +30,15 @@ def compile_kernels(macros: dict[str, int], compute_capability: tuple[int, int])
     names = [*SOURCES, *HEADERS]
     texts = [(directory / name).read_bytes() for name in names]
     whole = "".join(f'#include "{name}"\n' for name in SOURCES).encode()
-    status, program = nvrtc.nvrtcCreateProgram(
-        whole, b"kernels.cu", len(names), texts, [name.encode() for name in names]
-    )
+    try:
+        status, program = nvrtc.nvrtcCreateProgram(
+            whole, b"kernels.cu", len(names), texts, [name.encode() for name in names]
+        )
+    except RuntimeError as error:  # cuda-python's, where the library isn't there
+        raise BackendError(
+            f"NVRTC, which compiles the CUDA kernels, was not found: {error}",
+            hint="pip install nvidia-cuda-nvrtc, of the driver's CUDA version",
+        ) from error
     _check_nvrtc(status)
     major, minor = compute_capability
     options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
@@ -71,7 +77,7 @@ class Kernels:
     def __init__(self, device: Device, code: bytes) -> None:
         self._device = device
         self._code = code  # the module refers to it
-        self._module = check(driver.cuModuleLoadData(code))
+        self._module = check(driver.cuModuleLoadData(code), "loading the kernels")
         self._functions: dict[str, Any] = {}
         # A kernel may start while the one before it ends, from compute capability 9.0 on.
         self._overlapping = device.compute_capability >= (9, 0)
@@ -110,13 +116,14 @@ class Kernels:
             config.attrs = [attribute]
             config.numAttrs = 1
         values, types = (tuple(argument[i] for argument in arguments) for i in (0, 1))
-        check(
-            driver.cuLaunchKernelEx(config, self._function(name, shared_bytes), (values, types), 0)
-        )
+        function = self._function(name, shared_bytes)
+        launched = driver.cuLaunchKernelEx(config, function, (values, types), 0)
+        check(launched, f"kernel '{name}'")
 
     def _function(self, name: str, shared_bytes: int) -> Any:
         if name not in self._functions:
-            function = check(driver.cuModuleGetFunction(self._module, name.encode()))
+            found = driver.cuModuleGetFunction(self._module, name.encode())
+            function = check(found, f"kernel '{name}'")
             which = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
             check(driver.cuFuncSetAttribute(function, which, SHARED_PERCENT))
             self._functions[name] = function

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +91,7 @@ class Mailbox:
         self._device.synchronize()
         self._mail.array[...] = 0
         self._turn = 0
+        self._places: list[Callable[[], DeviceChoices | None]] = [lambda: None] * SLOTS
 
     def arguments(self) -> tuple[Argument, Argument]:
         """Of a kernel that writes answers."""
@@ -101,14 +103,19 @@ class Mailbox:
         return *self.arguments(), integer(asked.measure), wide_number(asked.threshold), sampled
 
     def leave(self, draws: Sequence[float]) -> None:
-        """Leaves the random numbers of the answer that is launched next."""
+        """Makes room for the answer that is launched next, and leaves its random numbers."""
+        before = self._places[self._turn % SLOTS]()
+        if before is not None:
+            before.answers()  # another takes its place
         if draws:
             self._draws[self._turn % SLOTS, : len(draws)] = draws
 
     def expect(self, rows: int) -> DeviceChoices:
         """Tells of an answer that has been launched."""
         slot, self._turn = self._turn % SLOTS, (self._turn + 1) & 0xFFFFFFFF
-        return DeviceChoices(self, slot, self._turn, rows, self._device.recorder.launches)
+        choices = DeviceChoices(self, slot, self._turn, rows, self._device.recorder.launches)
+        self._places[slot] = weakref.ref(choices)
+        return choices
 
     def is_newest(self, choices: object) -> bool:
         """Whether choices are the last that were launched, so that `tokens` will be theirs."""

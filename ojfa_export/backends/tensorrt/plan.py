@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import NonNegativeInt, PositiveInt
 
 from ojfa_export.backends.cuda.plan import Part, read
-from ojfa_export.errors import BackendError
+from ojfa_export.errors import BackendError, BundleError
 from ojfa_export.families.spec import Precision
 
 # Tokens of one call of an engine: few, as when sequences decode together, and many, as of a
@@ -49,6 +50,10 @@ def profile_for(tokens: int) -> int:
     return 0 if tokens <= DECODE_TOKENS[-1] else 1
 
 
+# Where a weight is in the bundle: its file and offset. One tensor may be part of several graphs.
+Place = tuple[str, int]
+
+
 class Weight(Part):
     """A weight in a file of the bundle's graphs, little-endian.
 
@@ -62,6 +67,16 @@ class Weight(Part):
     precision: Precision
     transposed: bool
 
+    @property
+    def place(self) -> Place:
+        """Where it is."""
+        return self.file, self.offset
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * (2 if self.precision == "fp16" else 4)
+
 
 class GraphPlan(Part):
     """One graph.
@@ -71,12 +86,14 @@ class GraphPlan(Part):
         engines: Engine files, in this file's directory, by part: "qkv" and "mlp" of a block.
         kernels: Files of compiled CUDA kernels by precision, in this file's directory.
         weights: By their names in the graph.
+        activation_bytes: Memory that the largest of the engines works in.
     """
 
     precision: Precision
     engines: dict[str, str]
     kernels: dict[Precision, str]
     weights: dict[str, Weight]
+    activation_bytes: NonNegativeInt
 
 
 def read_plan(path: Path) -> GraphPlan:
@@ -85,7 +102,15 @@ def read_plan(path: Path) -> GraphPlan:
     Raises:
         BundleError: It is damaged, or names files elsewhere.
     """
-    return read(path, GraphPlan, _files, "tensorrt")
+    plan = read(path, GraphPlan, _files, "tensorrt")
+    # The bundle holds no file but those that its manifest names with their digests.
+    for name in (*plan.engines.values(), *plan.kernels.values()):
+        if not (path.parent / name).is_file():
+            raise BundleError(
+                f"{path} names {name!r}, which the bundle doesn't hold",
+                hint="rebuild the engines with 'ojfa-export build BUNDLE --backend tensorrt'",
+            )
+    return plan
 
 
 def _files(plan: GraphPlan) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from ojfa_export.errors import BackendError
@@ -38,6 +39,14 @@ def definitions(spec: ModelSpec, *, half: bool) -> dict[str, int]:
         "ACTIVATION": ACTIVATIONS[spec.activation],
         "GATED": int(spec.gated),
     }
+
+
+def sources_digest() -> str:
+    """Hex SHA-256 of all sources."""
+    digest, directory = hashlib.sha256(), source_directory()
+    for name in (*SOURCES, *HEADERS):
+        digest.update((directory / name).read_bytes())
+    return digest.hexdigest()
 
 
 def source_directory() -> Path:

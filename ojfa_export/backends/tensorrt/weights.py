@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.tensorrt.kernels import Kernels, integer, pointer
-from ojfa_export.backends.tensorrt.plan import GraphPlan, Weight
+from ojfa_export.backends.tensorrt.plan import GraphPlan, Place, Weight
 from ojfa_export.families.spec import Precision
 
 ROW_BYTES = 16  # of what a kernel loads at once
@@ -32,7 +32,12 @@ class WeightStore:
     ) -> None:
         self._device, self._directory, self._kernels = device, directory, kernels
         self._arrays = DeviceArrays(device)
-        self._held: dict[tuple[str, int], DeviceArray] = {}
+        self._held: dict[Place, DeviceArray] = {}
+
+    @property
+    def held(self) -> Collection[Place]:
+        """What is on the device."""
+        return self._held.keys()
 
     def load(self, plan: GraphPlan) -> dict[str, DeviceArray]:
         """The weights of a graph, by name."""
@@ -41,7 +46,7 @@ class WeightStore:
     def forget(self, plan: GraphPlan) -> None:
         """Lets go of a graph's weights; their memory is free when no one holds them."""
         for weight in plan.weights.values():
-            self._held.pop((weight.file, weight.offset), None)
+            self._held.pop(weight.place, None)
 
     def padded(self, weight: Weight, *, turned: bool) -> DeviceArray:
         """A matrix with rows filled up to whole 16-byte loads, transposed first where asked."""
@@ -65,10 +70,9 @@ class WeightStore:
         return np.memmap(self._directory / weight.file, dtype, "r", weight.offset, weight.shape)
 
     def _get(self, weight: Weight) -> DeviceArray:
-        key = (weight.file, weight.offset)
-        if key not in self._held:
-            self._held[key] = self._upload(weight)
-        return self._held[key]
+        if weight.place not in self._held:
+            self._held[weight.place] = self._upload(weight)
+        return self._held[weight.place]
 
     def _upload(self, weight: Weight) -> DeviceArray:
         host = self.mapped(weight)

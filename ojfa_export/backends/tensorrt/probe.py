@@ -1,0 +1,28 @@
+"""What verifying asks of the GPU; nothing of it is on a token's way."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ojfa_export.backends.backend import Float32
+from ojfa_export.backends.tensorrt.blocks import Block, Workspace
+from ojfa_export.backends.tensorrt.engines import TensorRtEngines
+
+
+def trace_block(engines: TensorRtEngines, index: int, hidden: Float32) -> dict[str, Float32]:
+    """Runs a block on one sequence as a prompt: see `backends.backend.Tracing`."""
+    engines.device.make_current()
+    spec, tokens = engines.spec, len(hidden)
+    block = Block(engines, index, (1, spec.kv_heads, tokens, spec.head_dim))
+    workspace = Workspace(engines, tokens)
+    workspace.place(range(tokens), [0] * tokens)
+    workspace.take(engines.arrays.asarray(hidden), index)
+    block.run(workspace, False, together=False)
+    found = {
+        "attention.qkv": workspace.qkv,
+        "attention.mixed": workspace.mixed,
+        "hidden": workspace.hidden[1 - index % 2],
+    }
+    result = {name: np.asarray(array).astype(np.float32) for name, array in found.items()}
+    block.unload()
+    return result

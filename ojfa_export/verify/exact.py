@@ -1,0 +1,181 @@
+"""A bundle's model in NumPy float64, read from its weight files alone.
+
+Neither a graph nor an engine nor an SDK is involved: a second opinion wherever NumPy runs, on
+machines without torch too. A few dozen tokens of one block at a time; slow, and never on the path
+of a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from ojfa_export.backends.backend import Float32, Int32
+from ojfa_export.bundle.names import block_name
+from ojfa_export.families.spec import ModelSpec
+from ojfa_export.graphs.weights import references
+
+Float64 = NDArray[np.float64]
+Tensors = dict[str, Float64]
+# The last tensor of a block: what it hands on.
+HIDDEN = "hidden"
+# Elements of a weight matrix that are widened at a time.
+CHUNK = 1 << 22
+
+
+class ExactModel:
+    """The model of a directory of graphs.
+
+    Args:
+        spec: The model.
+        graphs: The bundle's graphs directory: its graphs say where the weights are.
+        rotary: Cosines and sines [rows, rotary_dim/2], or None for learned positions.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, graphs: Path, rotary: tuple[Float32, Float32] | None
+    ) -> None:
+        self._spec, self._graphs, self._rotary = spec, graphs, rotary
+
+    def embed(self, token_ids: Int32) -> Float64:
+        """Embeds sequences [B,S] from position 0 on: [B,S,H]."""
+        weights = self._weights("embed")
+        hidden = weights["token_embedding"][token_ids].astype(np.float64)
+        if "position_embedding" in weights:
+            hidden = hidden + weights["position_embedding"][: token_ids.shape[1]]
+        return hidden
+
+    def block(self, index: int, hidden: Float64) -> Tensors:
+        """Runs a block on whole sequences, without a cache.
+
+        Args:
+            index: Which block.
+            hidden: [B,S,H].
+
+        Returns:
+            Every tensor that goes into or comes out of a matrix product, in their order, and the
+            block's output as `HIDDEN`: [B,S,features] each.
+        """
+        spec, weights = self._spec, self._weights(block_name(index))
+        found: Tensors = {}
+        normed = found["attention.norm"] = self._norm(hidden, weights, "attention.norm")
+        qkv = found["attention.qkv"] = _linear(normed, weights, "attention.qkv")
+        mixed = found["attention.mixed"] = self._attend(qkv, spec.attention_scales[index])
+        out = found["attention.out"] = _linear(mixed, weights, "attention.out")
+        attended = hidden + out
+        normed = found["mlp.norm"] = self._norm(attended, weights, "mlp.norm")
+        up = found["mlp.up"] = _linear(normed, weights, "mlp.up")
+        inner = found["mlp.inner"] = self._activate(up)
+        down = found["mlp.down"] = _linear(inner, weights, "mlp.down")
+        found[HIDDEN] = attended + down
+        return found
+
+    def logits(self, hidden: Float64, blocks_run: int) -> Float64:
+        """The model's own head after all blocks, else the exit head: [rows,H] to [rows,V]."""
+        if blocks_run == self._spec.blocks:
+            return self._final(hidden, self._weights("final_head"))
+        weights = self._weights("exit_head")
+        z = _product(hidden, weights["project"]) + weights["project.bias"]
+        if "gates" in weights:
+            jump = float(weights["gates"][blocks_run - 1]) * _product(z, weights["up"])
+            return self._final(hidden + jump, weights)
+        z = z / _root_mean_square(z, self._spec.norm_epsilon)
+        return _product(z, weights["vocabulary"].T) + weights.get("vocabulary.bias", 0)
+
+    def _final(self, hidden: Float64, weights: Mapping[str, NDArray[Any]]) -> Float64:
+        return _product(self._norm(hidden, weights, "final_norm"), weights["head"].T)
+
+    def _weights(self, graph: str) -> dict[str, NDArray[Any]]:
+        """A graph's weights as they are stored, mapped into memory."""
+        model = onnx.load(self._graphs / f"{graph}.onnx", load_external_data=False)
+        return {
+            name: np.memmap(
+                self._graphs / ref.location,
+                onnx.helper.tensor_dtype_to_np_dtype(ref.dtype),
+                "r",
+                ref.offset,
+                ref.dims,
+            )
+            for name, ref in references(model).items()
+        }
+
+    def _norm(self, x: Float64, weights: Mapping[str, NDArray[Any]], name: str) -> Float64:
+        if self._spec.norm == "layer":
+            x = x - x.mean(axis=-1, keepdims=True)
+        normed: Float64 = x / _root_mean_square(x, self._spec.norm_epsilon)
+        scaled: Float64 = normed * weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0)
+        return scaled
+
+    def _activate(self, up: Float64) -> Float64:
+        """The MLP's activation, gated where the model's is."""
+        gate, value = np.split(up, 2, axis=-1) if self._spec.gated else (up, np.float64(1))
+        with np.errstate(over="ignore"):  # exp of a large number: the limit is right
+            match self._spec.activation:
+                case "silu":
+                    active = gate / (1 + np.exp(-gate))
+                case "relu":
+                    active = np.maximum(gate, 0)
+                case "gelu_tanh":
+                    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+                    active = 0.5 * gate * (1 + np.tanh(inner))
+                case "gelu":
+                    active = 0.5 * gate * (1 + _erf(gate / math.sqrt(2)))
+        result: Float64 = active * value
+        return result
+
+    def _attend(self, qkv: Float64, scale: float) -> Float64:
+        """Causal attention of whole sequences: [B,S,(heads + 2 kv_heads) D] to [B,S,heads D]."""
+        spec = self._spec
+        batch, length, _ = qkv.shape
+        heads = qkv.reshape(batch, length, -1, spec.head_dim).transpose(0, 2, 1, 3)
+        q, k, v = np.split(heads, [spec.heads, spec.heads + spec.kv_heads], axis=1)
+        if spec.rotary_dim:
+            q, k = self._rotate(q), self._rotate(k)
+        group = spec.heads // spec.kv_heads
+        k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+        scores = scale * (q @ k.transpose(0, 1, 3, 2))
+        distance = np.arange(length)[:, None] - np.arange(length)
+        visible = (distance >= 0) & (distance < (spec.window or length))
+        scores = np.where(visible, scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        mixed: Float64 = (weights / weights.sum(axis=-1, keepdims=True)) @ v
+        return mixed.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+
+    def _rotate(self, x: Float64) -> Float64:
+        """Rotates [B,heads,S,D] by positions; with LongRoPE by its short factors."""
+        assert self._rotary is not None
+        cos, sin = (table[: x.shape[2]].astype(np.float64) for table in self._rotary)
+        half = self._spec.rotary_dim // 2
+        first, second, rest = np.split(x, [half, 2 * half], axis=-1)
+        return np.concatenate(
+            [first * cos - second * sin, second * cos + first * sin, rest], axis=-1
+        )
+
+
+def _root_mean_square(x: Float64, epsilon: float) -> Float64:
+    result: Float64 = np.sqrt((x * x).mean(axis=-1, keepdims=True) + epsilon)
+    return result
+
+
+def _linear(x: Float64, weights: Mapping[str, NDArray[Any]], name: str) -> Float64:
+    return _product(x, weights[f"{name}.weight"]) + weights.get(f"{name}.bias", 0)
+
+
+def _product(x: Float64, matrix: NDArray[Any]) -> Float64:
+    """x @ matrix, the matrix widened some columns at a time."""
+    rows, columns = matrix.shape
+    step = max(1, CHUNK // rows)
+    parts = [x @ matrix[:, at : at + step].astype(np.float64) for at in range(0, columns, step)]
+    return np.concatenate(parts, axis=-1)
+
+
+def _erf(x: Float64) -> Float64:
+    """The error function; NumPy has none, and Python's takes one number at a time."""
+    result: Float64 = np.vectorize(math.erf, otypes=[np.float64])(x)
+    return result

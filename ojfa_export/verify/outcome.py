@@ -1,0 +1,41 @@
+"""What failed checks mean for whoever builds."""
+
+from __future__ import annotations
+
+from ojfa_export.errors import VerificationError
+from ojfa_export.families.spec import Precision
+from ojfa_export.report.model import Check
+from ojfa_export.verify.tolerances import RANGE
+
+
+def raise_failed(checks: list[Check], reference: str, precision: Precision) -> None:
+    """Refuses a build whose checks failed.
+
+    Args:
+        checks: In the order of the computation, so that the first that failed says where it began.
+        reference: What was compared with.
+        precision: Of the bundle.
+
+    Raises:
+        VerificationError: Some failed.
+    """
+    failed = [check for check in checks if not check.passed]
+    if not failed:
+        return
+    first = failed[0]
+    if first.name.startswith(RANGE):
+        raise VerificationError(
+            f"fp16 overflows in {first.name.removeprefix(RANGE)} reaches "
+            f"{first.max_abs_diff:.3g}, fp16 holds {first.tolerance:.0f}",
+            hint="nothing was written; build with --precision fp32",
+        )
+    raise VerificationError(
+        f"{len(failed)} of {len(checks)} checks failed against {reference}, the first: "
+        f"{first.name} differs by {first.max_abs_diff:.3g}, tolerance {first.tolerance:.3g}",
+        hint="nothing was written; "
+        + (
+            "--precision fp32 may pass"
+            if precision == "fp16"
+            else "please report this with the model's config.json"
+        ),
+    )
