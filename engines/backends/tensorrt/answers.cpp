@@ -46,9 +46,9 @@ Answers::Answers(TensorRtEngines& engines, Stream& stream)
 }
 
 void Answers::ask(CUdeviceptr hidden, bool in_place, int count, int blocks_run,
-                  const core::HeadOutputs& outputs, std::unique_ptr<EngineContexts>& contexts) {
+                  const core::HeadOutputs& outputs, std::unique_ptr<EngineSet>& engine_set) {
     const bool chosen = outputs.likeliest || outputs.confidence, copied = outputs.logits != nullptr;
-    if (count > MOST_TOKENS && !contexts) contexts = engines_.contexts(stream_.handle());
+    if (count > MOST_TOKENS && !engine_set) engine_set = engines_.engine_set(stream_.handle());
     if (!in_place) {
         stream_.copy(hidden, states_.address(), row_of(0, count, engines_.spec.hidden_size));
         hidden = states_.address();
@@ -60,8 +60,8 @@ void Answers::ask(CUdeviceptr hidden, bool in_place, int count, int blocks_run,
     const std::size_t size = row_of(0, count, engines_.spec.vocab_size);
     const auto number = [](auto value) { return static_cast<std::uint64_t>(value); };
     stream_.add({3, hidden, number(count), number(blocks_run), number(chosen), number(copied)},
-                [this, hidden, count, blocks_run, chosen, copied, size, &contexts] {
-                    run(hidden, count, blocks_run, contexts.get());
+                [this, hidden, count, blocks_run, chosen, copied, size, &engine_set] {
+                    run(hidden, count, blocks_run, engine_set.get());
                     if (chosen) choose(count);
                     if (copied)
                         check(driver().cuMemcpyDtoHAsync(logits_host_.as<void>(), logits_.address(), size,
@@ -97,26 +97,26 @@ void Answers::read(int row, const core::HeadOutputs& outputs) {
     outputs.confidence[row] = said;
 }
 
-void Answers::run(CUdeviceptr hidden, int count, int blocks_run, EngineContexts* contexts) {
+void Answers::run(CUdeviceptr hidden, int count, int blocks_run, EngineSet* engine_set) {
     if (blocks_run == engines_.spec.blocks) {
-        run_final(hidden, count, contexts);
+        run_final(hidden, count, engine_set);
     } else if (engines_.has_gates()) {
-        run_residual(hidden, count, blocks_run, contexts);
+        run_residual(hidden, count, blocks_run, engine_set);
     } else {
-        run_folded(hidden, count, contexts);
+        run_folded(hidden, count, engine_set);
     }
 }
 
-void Answers::run_final(CUdeviceptr hidden, int count, EngineContexts* contexts) {
-    if (count > MOST_TOKENS) return run_engine("final_head", hidden, count, *contexts);
+void Answers::run_final(CUdeviceptr hidden, int count, EngineSet* engine_set) {
+    if (count > MOST_TOKENS) return run_engine("final_head", hidden, count, *engine_set);
     const FinalHead& head = engines_.final_head();
     engines_.linear(engines_.precision)
         .norm_linear(stream_.handle(), logits_.address(), hidden, count, engines_.spec.hidden_size, head.norm,
                      head.matrix, 0);
 }
 
-void Answers::run_folded(CUdeviceptr hidden, int count, EngineContexts* contexts) {
-    if (count > MOST_TOKENS) return run_engine("exit_head", hidden, count, *contexts);
+void Answers::run_folded(CUdeviceptr hidden, int count, EngineSet* engine_set) {
+    if (count > MOST_TOKENS) return run_engine("exit_head", hidden, count, *engine_set);
     const FoldedHead& head = engines_.folded_head();
     engines_.linear(head.project_precision)
         .linear(stream_.handle(), z_.address(), 0, hidden, count, head.project, head.project_bias.address());
@@ -126,7 +126,7 @@ void Answers::run_folded(CUdeviceptr hidden, int count, EngineContexts* contexts
                      head.vocabulary, head.vocabulary_bias.address());
 }
 
-void Answers::run_residual(CUdeviceptr hidden, int count, int blocks_run, EngineContexts* contexts) {
+void Answers::run_residual(CUdeviceptr hidden, int count, int blocks_run, EngineSet* engine_set) {
     const ResidualHead& head = engines_.residual_head(blocks_run);
     const LinearKernels linear = engines_.linear("fp32");
     const int width = engines_.spec.hidden_size;
@@ -136,14 +136,14 @@ void Answers::run_residual(CUdeviceptr hidden, int count, int blocks_run, Engine
         linear.linear(stream_.handle(), z_.address(), 0, part, tokens, head.project, head.bias.address());
         linear.linear(stream_.handle(), jumped, part, z_.address(), tokens, head.up, 0);
     }
-    run_final(jumped_.address(), count, contexts);
+    run_final(jumped_.address(), count, engine_set);
 }
 
-void Answers::run_engine(const std::string& head, CUdeviceptr hidden, int count, EngineContexts& contexts) {
+void Answers::run_engine(const std::string& head, CUdeviceptr hidden, int count, EngineSet& engine_set) {
     std::vector<std::pair<std::string, CUdeviceptr>> fixed;
     for (const auto& [name, array] : engines_.weights(head)) fixed.emplace_back(name, array.address());
-    contexts.run(engines_.plan(head).engines.at(head), count,
-                 {{"hidden", hidden, engines_.spec.hidden_size}, {"logits", logits_.address(), 0}}, fixed);
+    engine_set.run(stream_.handle(), engines_.plan(head).engines.at(head), count,
+                   {{"hidden", hidden, engines_.spec.hidden_size}, {"logits", logits_.address(), 0}}, fixed);
 }
 
 void Answers::choose(int count) {

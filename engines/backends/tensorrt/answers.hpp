@@ -19,14 +19,14 @@ class Answers {
     // what is asked. `place` is where they always lie, as a recording may refer to them; else they are
     // copied.
     void ask(CUdeviceptr hidden, bool in_place, int count, int blocks_run, const core::HeadOutputs& outputs,
-             std::unique_ptr<EngineContexts>& contexts);
+             std::unique_ptr<EngineSet>& engine_set);
 
  private:
-    void run(CUdeviceptr hidden, int count, int blocks_run, EngineContexts* contexts);
-    void run_final(CUdeviceptr hidden, int count, EngineContexts* contexts);
-    void run_folded(CUdeviceptr hidden, int count, EngineContexts* contexts);
-    void run_residual(CUdeviceptr hidden, int count, int blocks_run, EngineContexts* contexts);
-    void run_engine(const std::string& head, CUdeviceptr hidden, int count, EngineContexts& contexts);
+    void run(CUdeviceptr hidden, int count, int blocks_run, EngineSet* engine_set);
+    void run_final(CUdeviceptr hidden, int count, EngineSet* engine_set);
+    void run_folded(CUdeviceptr hidden, int count, EngineSet* engine_set);
+    void run_residual(CUdeviceptr hidden, int count, int blocks_run, EngineSet* engine_set);
+    void run_engine(const std::string& head, CUdeviceptr hidden, int count, EngineSet& engine_set);
     void choose(int count);
     void read(int row, const core::HeadOutputs& outputs);
 

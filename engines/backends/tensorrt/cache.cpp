@@ -55,6 +55,7 @@ TensorRtCache::~TensorRtCache() {
     try {
         engines_.device.make_current();
         stream_.synchronize();
+        if (engine_set_) engines_.give_back(std::move(engine_set_));
     } catch (...) {  // the device is lost
     }
 }
@@ -145,7 +146,7 @@ core::Address TensorRtCache::run_blocks(int first, int stop, core::Address hidde
         block(index);
     }
     const int together = rows.tokens == 1 ? rows.count : rows.tokens;
-    if (together > MOST_TOKENS && !contexts_) contexts_ = engines_.contexts(stream_.handle());
+    if (together > MOST_TOKENS && !engine_set_) engine_set_ = engines_.engine_set(stream_.handle());
     return rows.tokens == 1 ? decode(first, stop, hidden, rows) : prefill(first, stop, hidden, rows);
 }
 
@@ -213,7 +214,7 @@ void TensorRtCache::head(core::Address hidden, int count, int blocks_run, const 
             outputs.confidence ? outputs.confidence + start : nullptr, outputs.measure};
         const auto step = steps_.find(count);
         const bool in_place = step != steps_.end() && step->second->holds(hidden) && rows == count;
-        answers_.ask(hidden + at(start) * row_bytes_, in_place, rows, blocks_run, part, contexts_);
+        answers_.ask(hidden + at(start) * row_bytes_, in_place, rows, blocks_run, part, engine_set_);
     }
     for (auto& step : steps_) step.second->was_read();
     if (prompt_) prompt_->was_read();
@@ -261,8 +262,8 @@ void TensorRtCache::before_attention(int index, const Workspace& workspace, int 
                          weights.at("attention.qkv.weight"), bias_of(weights, "attention.qkv"));
         return;
     }
-    contexts_->run(
-        engines_.plan(core::block_name(index)).engines.at("qkv"), tokens,
+    engine_set_->run(
+        stream_.handle(), engines_.plan(core::block_name(index)).engines.at("qkv"), tokens,
         {{"hidden", workspace.states(index), spec.hidden_size}, {"qkv", workspace.qkv.address(), 0}},
         fixed(weights, "attention.norm", "attention.qkv"));
 }
@@ -300,11 +301,11 @@ void TensorRtCache::after_attention(int index, const Workspace& workspace, int t
                       weights.at("mlp.down.weight"), bias_of(weights, "mlp.down"));
         return;
     }
-    contexts_->run(engines_.plan(core::block_name(index)).engines.at("mlp"), tokens,
-                   {{"hidden", source, spec.hidden_size},
-                    {"mixed", workspace.mixed.address(), spec.heads * spec.head_dim},
-                    {"hidden_out", target, 0}},
-                   fixed(weights, "attention.out", "mlp."));
+    engine_set_->run(stream_.handle(), engines_.plan(core::block_name(index)).engines.at("mlp"), tokens,
+                     {{"hidden", source, spec.hidden_size},
+                      {"mixed", workspace.mixed.address(), spec.heads * spec.head_dim},
+                      {"hidden_out", target, 0}},
+                     fixed(weights, "attention.out", "mlp."));
 }
 
 }  // namespace ojfa::tensorrt

@@ -50,7 +50,7 @@ class TensorRtCache : public core::Cache {
     Stream stream_;
     Attention attention_;
     Answers answers_;
-    std::unique_ptr<EngineContexts> contexts_;  // when first needed
+    std::unique_ptr<EngineSet> engine_set_;  // when first needed
     std::map<int, std::unique_ptr<Block>> blocks_;
     std::map<int, std::unique_ptr<Workspace>> steps_;  // by number of sequences, as recordings refer to them
     std::unique_ptr<Workspace> prompt_;

@@ -131,61 +131,58 @@ std::string library_version() {
     return shown(library().version);
 }
 
-EngineFiles::EngineFiles(Device& device)
-    : device_(device),
-      runtime_(static_cast<nvinfer1::IRuntime*>(library().create_runtime(&the_log(), VERSION))) {
-    if (!runtime_)
-        throw backend_failure("TensorRT " + library_version() + " can't start: " + the_log().take());
+EngineSet::EngineSet(Device& device, const std::vector<std::filesystem::path>& files, CUstream stream)
+    : device_(device) {
+    device.make_current();
+    try {
+        runtime_ = static_cast<nvinfer1::IRuntime*>(library().create_runtime(&the_log(), VERSION));
+        if (!runtime_)
+            throw backend_failure("TensorRT " + library_version() + " can't start: " + the_log().take());
+        std::size_t most = 1;
+        for (const std::filesystem::path& path : files) {
+            std::ifstream file(path, std::ios::binary);
+            const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
+            nvinfer1::ICudaEngine* const engine = runtime_->deserializeCudaEngine(bytes.data(), bytes.size());
+            if (!engine)
+                throw backend_failure("TensorRT " + library_version() + " can't open " + path.string() +
+                                          ": " + the_log().take(),
+                                      REBUILD);
+            engines_[path.filename()] = engine;
+            most = std::max(most, activations_of(*engine));
+        }
+        memory_ = std::make_unique<Buffer>(device, most);
+        for (const auto& [name, engine] : engines_)
+            for (int profile = 0; profile < PROFILES; ++profile) {
+                nvinfer1::IExecutionContext* const context = new_context(*engine);
+                if (context) contexts_[{name, profile}] = {context, 0};
+                if (!context || !context->setOptimizationProfileAsync(profile, stream))
+                    throw backend_failure("TensorRT " + library_version() + " can't run engine " + name +
+                                          ": " + the_log().take());
+                set_memory(*context, *memory_);
+            }
+    } catch (...) {
+        close();
+        throw;
+    }
 }
 
-EngineFiles::~EngineFiles() {
+EngineSet::~EngineSet() {
     try {
         device_.make_current();
     } catch (...) {  // the device is lost
     }
+    close();
+}
+
+void EngineSet::close() {
+    for (const auto& context : contexts_) delete context.second.context;
     for (const auto& engine : engines_) delete engine.second;
     delete runtime_;
 }
 
-void EngineFiles::open(const std::filesystem::path& path) {
-    if (engines_.count(path.filename())) return;
-    std::ifstream file(path, std::ios::binary);
-    const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
-    device_.make_current();
-    nvinfer1::ICudaEngine* const engine = runtime_->deserializeCudaEngine(bytes.data(), bytes.size());
-    if (!engine)
-        throw backend_failure(
-            "TensorRT " + library_version() + " can't open " + path.string() + ": " + the_log().take(),
-            REBUILD);
-    engines_[path.filename()] = engine;
-}
-
-std::size_t EngineFiles::activation_bytes() const {
-    std::size_t most = 1;
-    for (const auto& engine : engines_) most = std::max(most, activations_of(*engine.second));
-    return most;
-}
-
-EngineContexts::EngineContexts(Device& device, const EngineFiles& files, CUstream stream)
-    : stream_(stream), memory_(device, files.activation_bytes()) {
-    for (const auto& [name, engine] : files.all())
-        for (int profile = 0; profile < PROFILES; ++profile) {
-            nvinfer1::IExecutionContext* const context = new_context(*engine);
-            if (!context)
-                throw backend_failure("TensorRT " + library_version() + " can't run engine " + name + ": " +
-                                      the_log().take());
-            contexts_[{name, profile}] = {context, 0};
-            context->setOptimizationProfileAsync(profile, stream);
-            set_memory(*context, memory_);
-        }
-}
-
-EngineContexts::~EngineContexts() {
-    for (const auto& context : contexts_) delete context.second.context;
-}
-
-void EngineContexts::run(const std::string& file, int tokens, const std::vector<PerToken>& per_token,
-                         const std::vector<std::pair<std::string, CUdeviceptr>>& fixed) {
+void EngineSet::run(CUstream stream, const std::string& file, int tokens,
+                    const std::vector<PerToken>& per_token,
+                    const std::vector<std::pair<std::string, CUdeviceptr>>& fixed) {
     Context& chosen = contexts_.at({file, tokens <= MOST_DECODE_TOKENS ? 0 : 1});
     nvinfer1::IExecutionContext& context = *chosen.context;
     bool taken = true;
@@ -197,7 +194,7 @@ void EngineContexts::run(const std::string& file, int tokens, const std::vector<
     for (const auto& [name, address] : fixed)
         taken = taken && context.setTensorAddress(name.c_str(), reinterpret_cast<void*>(address));
     chosen.tokens = tokens;
-    if (!taken || !context.enqueueV3(stream_))
+    if (!taken || !context.enqueueV3(stream))
         throw backend_failure(
             "TensorRT " + library_version() + " can't run engine " + file + ": " + the_log().take(), REBUILD);
 }

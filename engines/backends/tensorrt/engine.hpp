@@ -22,36 +22,16 @@ namespace ojfa::tensorrt {
 // another major version than the headers that this was built with.
 std::string library_version();
 
-// Any thread, one at a time for `open`.
-class EngineFiles {
+// All engines of a model, opened, with a context for each profile: for one session at a time, as TensorRT 8.6
+// lets a profile be used by one context of an engine only. Weights are no part of them, so that they are
+// small. Contexts share the memory that they work in, as all work of a session is in order.
+class EngineSet {
  public:
-    explicit EngineFiles(Device& device);
-    ~EngineFiles();
-    EngineFiles(const EngineFiles&) = delete;
-    EngineFiles& operator=(const EngineFiles&) = delete;
-
-    // Opens an engine that isn't yet. Throws Failure where TensorRT refuses.
-    void open(const std::filesystem::path& path);
-
-    const std::map<std::string, nvinfer1::ICudaEngine*>& all() const { return engines_; }
-
-    // Memory that the largest works in.
-    std::size_t activation_bytes() const;
-
- private:
-    Device& device_;
-    nvinfer1::IRuntime* runtime_ = nullptr;
-    std::map<std::string, nvinfer1::ICudaEngine*> engines_;  // by file name
-};
-
-// A session's contexts: one for each engine and profile. They share the memory that they work in, as all work
-// of a session is in order.
-class EngineContexts {
- public:
-    EngineContexts(Device& device, const EngineFiles& files, CUstream stream);
-    ~EngineContexts();
-    EngineContexts(const EngineContexts&) = delete;
-    EngineContexts& operator=(const EngineContexts&) = delete;
+    // Throws Failure where TensorRT refuses.
+    EngineSet(Device& device, const std::vector<std::filesystem::path>& files, CUstream stream);
+    ~EngineSet();
+    EngineSet(const EngineSet&) = delete;
+    EngineSet& operator=(const EngineSet&) = delete;
 
     struct PerToken {
         const char* name;
@@ -59,8 +39,8 @@ class EngineContexts {
         int width;  // of an input [tokens, width]; 0 for an output
     };
 
-    // Puts an engine on the stream. Throws Failure where TensorRT refuses.
-    void run(const std::string& file, int tokens, const std::vector<PerToken>& per_token,
+    // Puts an engine on a stream. Throws Failure where TensorRT refuses.
+    void run(CUstream stream, const std::string& file, int tokens, const std::vector<PerToken>& per_token,
              const std::vector<std::pair<std::string, CUdeviceptr>>& fixed);
 
  private:
@@ -69,9 +49,13 @@ class EngineContexts {
         int tokens;  // of its shapes; 0 at first
     };
 
-    CUstream stream_;
-    Buffer memory_;
+    void close();
+
+    Device& device_;
+    nvinfer1::IRuntime* runtime_ = nullptr;
+    std::map<std::string, nvinfer1::ICudaEngine*> engines_;  // by file name
     std::map<std::pair<std::string, int>, Context> contexts_;
+    std::unique_ptr<Buffer> memory_;
 };
 
 }  // namespace ojfa::tensorrt

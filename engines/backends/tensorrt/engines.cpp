@@ -1,6 +1,8 @@
 #include "engines.hpp"
 
 #include <nlohmann/json.hpp>
+#include <set>
+#include <utility>
 
 #include "cache.hpp"
 #include "failure.hpp"
@@ -99,15 +101,25 @@ void TensorRtEngines::load_blocks(int depth) {
     for (int block = 0; block < depth; ++block) weights(core::block_name(block));
 }
 
-std::unique_ptr<EngineContexts> TensorRtEngines::contexts(CUstream stream) {
-    const std::lock_guard lock(mutex_);
-    if (!files_) {
-        auto files = std::make_unique<EngineFiles>(device);
-        for (const auto& plan : plans_)
-            for (const auto& engine : plan.second.engines) files->open(directory_ / engine.second);
-        files_ = std::move(files);
+std::unique_ptr<EngineSet> TensorRtEngines::engine_set(CUstream stream) {
+    std::set<std::filesystem::path> files;  // equal blocks share theirs
+    {
+        const std::lock_guard lock(mutex_);
+        if (!unused_.empty()) {
+            std::unique_ptr<EngineSet> unused = std::move(unused_.back());
+            unused_.pop_back();
+            return unused;
+        }
     }
-    return std::make_unique<EngineContexts>(device, *files_, stream);
+    for (const auto& plan : plans_)
+        for (const auto& engine : plan.second.engines) files.insert(directory_ / engine.second);
+    return std::make_unique<EngineSet>(device, std::vector<std::filesystem::path>(files.begin(), files.end()),
+                                       stream);
+}
+
+void TensorRtEngines::give_back(std::unique_ptr<EngineSet> unused) {
+    const std::lock_guard lock(mutex_);
+    unused_.push_back(std::move(unused));
 }
 
 const FinalHead& TensorRtEngines::final_head() {

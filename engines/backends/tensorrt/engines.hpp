@@ -52,8 +52,10 @@ class TensorRtEngines : public core::Engines {
     // A graph's weights, uploaded on first use.
     const Arrays& weights(const std::string& graph);
 
-    // Contexts of all engines for a stream; the engines are opened when first asked for.
-    std::unique_ptr<EngineContexts> contexts(CUstream stream);
+    // Opened engines for a session alone, which gives them back at its end when all its work is done: the
+    // next one takes them up.
+    std::unique_ptr<EngineSet> engine_set(CUstream stream);
+    void give_back(std::unique_ptr<EngineSet> unused);
 
     const FinalHead& final_head();
     const FoldedHead& folded_head();
@@ -84,7 +86,7 @@ class TensorRtEngines : public core::Engines {
     std::vector<Array> rotary_;   // cosines, sines
     std::recursive_mutex mutex_;  // of all that follows
     std::map<std::string, Arrays> weights_;
-    std::unique_ptr<EngineFiles> files_;
+    std::vector<std::unique_ptr<EngineSet>> unused_;
     std::unique_ptr<FinalHead> final_head_;
     std::unique_ptr<FoldedHead> folded_head_;
     std::map<int, std::unique_ptr<ResidualHead>> residual_heads_;
