@@ -10,7 +10,7 @@ constexpr int STEP_KEYS = 16;    // of a warp at a time
 constexpr int STEP_STAGES = 3;   // of a warp's keys in shared memory, all but one of them on their way
 // Few enough registers that a thread block fits beside the matrix-vector product before it (linear.cu), so
 // that it is there, with its first keys and values, when that ends.
-constexpr int STEP_RESIDENT = HALF && ROW_BYTES <= 256 ? 6 : 1;
+constexpr int STEP_RESIDENT = HALF && ROW_BYTES <= 256 ? 5 : 1;
 // Keys that a thread block takes by itself before others help (bench/NOTES.md).
 constexpr int SPLIT_KEYS = 192;
 constexpr int PARTIAL = HEAD_DIM + 2;  // largest, total, weighted values

@@ -72,8 +72,15 @@ class Cpu:
         ctypes.memset(pointer, 0, size)
 
 
-# Those that another covers are left to the GPU (tests/gpu/test_gpu_attention.py).
-@pytest.fixture(scope="module", params=sorted(set(VARIANTS) - {"mha", "fp32"}))
+# Those that another covers are left to the GPU (tests/gpu/test_gpu_attention.py). A variant's tests
+# stay in one process, which compiles it.
+HERE_TOO = [
+    pytest.param(name, marks=pytest.mark.xdist_group(f"attention-{name}"))
+    for name in sorted(set(VARIANTS) - {"mha", "fp32"})
+]
+
+
+@pytest.fixture(scope="module", params=HERE_TOO)
 def compiled(request, tmp_path_factory):
     if COMPILER is None:
         pytest.skip("needs g++")

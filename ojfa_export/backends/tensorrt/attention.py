@@ -23,10 +23,10 @@ STEP_QUERIES, MOST_WARPS, STEP_KEYS, STEP_STAGES = 8, 4, 16, 3
 APPEND_THREADS = 256
 MOST_SPLITS = 64
 # Thread blocks on a multiprocessor that keys of a step are split over (bench/NOTES.md).
-RESIDENT = 1
+RESIDENT = 2
 # What the memory can read in the time that attention takes at least: what attention leaves of it
 # is asked for of the matrix that the next kernel reads (bench/NOTES.md).
-AHEAD_BYTES = 24 << 20
+AHEAD_BYTES = 0
 
 
 @dataclass(frozen=True)
