@@ -10,10 +10,9 @@ namespace {
 // the warps at most, the keys that one takes at a time, and the stages of them in shared memory.
 constexpr unsigned LANES = 32, TILE_ROWS = 16;
 constexpr unsigned STEP_QUERIES = 8, MOST_WARPS = 4, STEP_KEYS = 16, STEP_STAGES = 3;
-constexpr unsigned APPEND_THREADS = 256, MOST_SPLITS = 64, RESIDENT = 1;
-// What the memory can read in the time that attention takes at least: what attention leaves of it is asked
-// for of the matrix that the next kernel reads.
-constexpr long long AHEAD_BYTES = 24 << 20;
+constexpr unsigned APPEND_THREADS = 256, MOST_SPLITS = 64, RESIDENT = 2;
+// Of the next matrix, asked for while attention runs (bench/NOTES.md).
+constexpr long long AHEAD_BYTES = 0;
 
 unsigned ceiling(unsigned value, unsigned by) {
     return (value + by - 1) / by;
