@@ -6,7 +6,7 @@ CONSTRAINTS := constraints.txt
 DEMO := calibration/demo/checkpoint
 BUNDLE := demo.ojfa
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test engines lint bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/python.stamp:
@@ -35,8 +35,13 @@ lint: $(VENV)/test.stamp
 test: $(VENV)/test.stamp lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=ojfa_export --cov-report=term:skip-covered
 
+	engines/test.sh
+
+engines:
+	engines/test.sh
+
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m bench.cpu --help
 
 clean:
-	rm -rf $(VENV) $(BUNDLE) $(BUNDLE).partial build dist
+	rm -rf $(VENV) $(BUNDLE) $(BUNDLE).partial build dist engines/build

@@ -18,19 +18,24 @@ HALF_BYTES = 2
 LABELS = {
     "kernels": "CUDA kernels for the whole step",
     "engines": "TensorRT engines, own attention",
+    "onnxruntime-cuda": "ONNX Runtime on CUDA, as CUDA graphs",
 }
-COLOURS = {"kernels": "#1a6faf", "engines": "#d1711f"}
+COLOURS = {"kernels": "#1a6faf", "engines": "#d1711f", "onnxruntime-cuda": "#4c8f3f"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draws a GPU benchmark.")
     parser.add_argument("result", type=Path, help="from bench.gpu; a .png comes beside it")
     parser.add_argument("--peers", type=Path, help="from bench.gpu_peers")
+    parser.add_argument("--ort", type=Path, help="from bench.gpu_ort")
     parser.add_argument("--past", type=int, default=512)
     options = parser.parse_args(arguments)
     result = json.loads(options.result.read_text())
     peers = json.loads(options.peers.read_text())["peers"] if options.peers else []
+    ort = json.loads(options.ort.read_text())["shapes"] if options.ort else []
     for shape in result["shapes"]:
+        for same in (each for each in ort if each["shape"] == shape["shape"]):
+            shape["decode"] += same["decode"]
         mine = [p for p in peers if p["shape"] == shape["shape"] and p["past"] == options.past]
         draw(shape, result, mine, options.past, options.result.with_suffix(".png"))
         describe(shape, result["copy_bytes_per_second"], mine)
@@ -71,6 +76,8 @@ def draw(
     axes = figure.add_subplot()
     for how, label in LABELS.items():
         rows = rows_of(shape, how, past)
+        if not rows:
+            continue
         blocks, times = [r["blocks"] for r in rows], [r["ms_median"] for r in rows]
         axes.plot(blocks, times, "o-", color=COLOURS[how], label=label, markersize=3)
     exits = list(range(1, spec.blocks + 1))
@@ -102,7 +109,7 @@ def describe(shape: dict[str, Any], speed: float, peers: list[dict[str, Any]]) -
                 f"  {row['decode']} past {row['past']}: {row['ms_median']:.3f} ms, p95 "
                 f"{row['ms_p95']:.3f}, {share:.1%} of the bandwidth of a copy"
             )
-    for past in sorted({row["past"] for row in shape["decode"]}):
+    for past in sorted({row["past"] for row in shape["decode"] if row["decode"] == "kernels"}):
         rows = {row["blocks"]: row["ms_median"] for row in rows_of(shape, "kernels", past)}
         first, last = min(rows), max(each for each in rows if each < spec.blocks)
         block = (rows[last] - rows[first]) / (last - first)
@@ -128,6 +135,9 @@ def describe(shape: dict[str, Any], speed: float, peers: list[dict[str, Any]]) -
             f"  {row['checks']} checks in {row['blocks']} blocks: {row['share']:+.1%}, "
             f"{each:.1f} us each"
         )
+    for row in rows_of(shape, "onnxruntime-cuda", 512):
+        if row["blocks"] == spec.blocks:
+            print(f"  onnxruntime-cuda: {row['ms_median'] / full['ms_median']:.2f}x")
     for peer in peers:
         times = peer["ms_median"] / full["ms_median"]
         print(f"  {peer['peer']}: {peer['ms_median']:.2f} ms, {times:.2f}x")

@@ -50,6 +50,9 @@ NEAR_TIE = 2 * LOGITS_FP32
 # A binomial tail in float64 against exact rationals: cumulative sums of at most 1e3 logarithms of
 # size 1e2..1e3, rounded at 1e-16 each.
 P_VALUE_RELATIVE = 1e-9
+# A confidence of the stored vectors on another processor: logits within LOGITS_FP32 of each other,
+# through a softmax, whose derivative is 1 at most.
+CONFIDENCE_OF_VECTORS = LOGITS_FP32
 # Attention's kernels against float64, relative to the largest number: fp16 queries, weights and
 # values (5e-4 each; a weight's error is that of its score, up to 8, times 5e-4); fp32 with
 # products of two parts of 11 bits each (2^-22) and 2^x by the hardware's approximation (2^-22).

@@ -12,9 +12,9 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS)
     logits += static_cast<long long>(blockIdx.y) * vocabulary;
     wait_for_previous();
     let_next_start();
-    const unsigned answer = desk->answers + 1;
+    const unsigned answer = fresh(&desk->answers) + 1;
     Summary summary = Summary::nothing(min(first + static_cast<int>(threadIdx.x), vocabulary - 1));
-    for (int i = first + threadIdx.x; i < stop; i += CHOOSE_THREADS) summary.add(logits[i], i);
+    for (int i = first + threadIdx.x; i < stop; i += CHOOSE_THREADS) summary.add(fresh(logits + i), i);
     summary = block_summary(summary);
     if (threadIdx.x == 0) {
         desk->parts[blockIdx.y * PARTS + part].tell(summary, answer);

@@ -117,9 +117,9 @@ struct Part {
 // kept [rows, capacity, features] at a token's sequence and position = hidden [token, features].
 __device__ inline void keep_token(float* kept, const float* hidden, const int* positions, const int* sequences,
                                   int capacity, int features, int token, int thread, int threads) {
-    const long long place = static_cast<long long>(sequences[token]) * capacity + positions[token];
+    const long long place = static_cast<long long>(fresh(sequences + token)) * capacity + fresh(positions + token);
     for (int i = thread; i < features; i += threads)
-        kept[place * features + i] = hidden[static_cast<long long>(token) * features + i];
+        kept[place * features + i] = fresh(hidden + static_cast<long long>(token) * features + i);
 }
 
 // Device memory that answers are made in; all zero at first.

@@ -84,6 +84,13 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
+// What the kernel before has written, after `wait_for_previous`, where thread blocks of that one may have
+// read what was there before, on this multiprocessor: its first-level cache may still have that.
+template <class T>
+__device__ __forceinline__ T fresh(const T* at) {
+    return __ldcg(at);
+}
+
 // Words that other thread blocks, or the host, look at while a kernel runs; not from the first-level
 // cache, which may be older.
 __device__ __forceinline__ unsigned long long load_word(const unsigned long long* at) {

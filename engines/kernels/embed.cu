@@ -9,7 +9,8 @@ extern "C" __global__ void embed(float* hidden, const Element* table, const Elem
     wait_for_previous();
     let_next_start();
     const long long token = blockIdx.x;
-    const int id = ids[token], position = positions[token] + steps;
+    const int id = *const_cast<const volatile int*>(ids + token);
+    const int position = *const_cast<const volatile int*>(positions + token) + steps;
     __syncthreads();  // it may be what is written
     if (threadIdx.x == 0) positions_out[token] = position;
     const Element* row = table + static_cast<long long>(id) * features;

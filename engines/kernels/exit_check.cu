@@ -31,7 +31,7 @@ __device__ unsigned project_part(Word* part, const float* hidden, const float* p
     load_weights(feature);  // does not depend on the kernel before
     wait_for_previous();
     let_next_start();
-    const unsigned answer = desk->answers + 1;
+    const unsigned answer = fresh(&desk->answers) + 1;
     const bool busy = static_cast<int>(blockIdx.x) * TILE < features;
     for (int tile = blockIdx.x; tile * TILE < features; tile += gridDim.x) {
         float4 x[TOKENS];
@@ -39,7 +39,7 @@ __device__ unsigned project_part(Word* part, const float* hidden, const float* p
         for (int token = 0; token < TOKENS; ++token) {
             x[token] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             if (feature < features)
-                x[token] = *reinterpret_cast<const float4*>(hidden + static_cast<long long>(token) * features + feature);
+                x[token] = fresh(reinterpret_cast<const float4*>(hidden + static_cast<long long>(token) * features + feature));
         }
 #pragma unroll
         for (int i = 0; i < RANKS_PER_WARP; ++i)

@@ -16,12 +16,12 @@ struct Row {
 
     // Increases with the logit.
     __device__ unsigned key(int i) const {
-        const unsigned bits = __float_as_uint(logits[i] + 0.0f);  // -0 becomes 0
+        const unsigned bits = __float_as_uint(fresh(logits + i) + 0.0f);  // -0 becomes 0
         return bits >> 31 ? ~bits : bits | 0x80000000u;
     }
 
     __device__ Mass mass(int i) const {
-        return static_cast<Mass>(expf((logits[i] - largest) / temperature) * 1099511627776.0f);
+        return static_cast<Mass>(expf((fresh(logits + i) - largest) / temperature) * 1099511627776.0f);
     }
 };
 
@@ -151,13 +151,13 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
     wait_for_previous();
     let_next_start();
     const int at = blockIdx.x;
-    const Row row{logits + static_cast<long long>(at) * vocabulary, vocabulary, desk->largest[at], temperature};
+    const Row row{logits + static_cast<long long>(at) * vocabulary, vocabulary, fresh(desk->largest + at), temperature};
     Kept kept = most_likely(row, top_k);
     if (top_p < 1.0) kept = nucleus(row, kept, top_p);
     const auto weight = [&](int i) -> Mass { return kept(row, i) ? row.mass(i) : 0; };
     const Mass total = sum_of(vocabulary, weight);
-    const unsigned answer = desk->answers + 1, slot = (answer - 1) % MAIL_SLOTS;
-    const Mass goal = static_cast<Mass>(mail->draws[slot][at] * static_cast<double>(total));
+    const unsigned answer = fresh(&desk->answers) + 1, slot = (answer - 1) % MAIL_SLOTS;
+    const Mass goal = static_cast<Mass>(*const_cast<const volatile double*>(&mail->draws[slot][at]) * static_cast<double>(total));
     const int token = find(vocabulary, min(goal, total - 1), weight);
     if (threadIdx.x == 0) {
         store_word_for_host(&mail->answers[slot][at][TOKEN], word(token, answer));

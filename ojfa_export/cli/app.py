@@ -86,6 +86,14 @@ def _give_up_stdout() -> None:
     },
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
+@click.option(
+    "--cmake-dir",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda ctx, _, wanted: _show_cmake_directory(ctx, wanted),
+    help="Show where find_package(ojfa CONFIG) finds the C++ runtime, and exit.",
+)
 @click.pass_context
 def app(ctx: click.Context) -> None:
     """Compile a Hugging Face language model into a bundle that exits early, and run it."""
@@ -95,6 +103,14 @@ def app(ctx: click.Context) -> None:
 
 
 app.params.extend(common_options())
+
+
+def _show_cmake_directory(ctx: click.Context, wanted: bool) -> None:
+    from ojfa_export.cmake import cmake_directory
+
+    if wanted:
+        click.echo(cmake_directory())
+        ctx.exit()
 
 
 def main() -> NoReturn:

@@ -6,6 +6,7 @@ tests/gpu has the same comparisons on a GPU.
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -22,6 +23,8 @@ from tolerances import LOGITS_FP16_RELATIVE, LOGITS_FP32
 from ojfa_export import backends
 from ojfa_export.backends.frugal import FrugalEngines
 from ojfa_export.build.add_engines import add_engines
+from ojfa_export.build.options import BuildOptions
+from ojfa_export.build.pipeline import build
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import block_name, graph_names
 from ojfa_export.errors import BackendError, BundleError
@@ -317,3 +320,25 @@ def test_engines_are_added_to_a_bundle_and_run(driver, tiny_bundle, tmp_path):
     for options in ({"exit": "full"}, {"exit": 2}, {"speculate": True}):
         expected, actual = (each.generate(prompts, **options) for each in (here, there))
         assert [p.text for p in actual.prompts] == [p.text for p in expected.prompts]
+
+
+@pytest.mark.slow
+def test_a_bundle_is_built_and_verified_on_this_backend(
+    driver, tiny_checkpoint, calibration_text, tmp_path
+):
+    """Calibration runs its engines, and every one of them is compared with transformers."""
+    options = BuildOptions(
+        str(tiny_checkpoint),
+        tmp_path / "built.ojfa",
+        backend=NAME,
+        rank=8,
+        calibration_data=(calibration_text,),
+        calibration_tokens=1024,
+        max_cache_length=64,
+    )
+    bundle = build(options).bundle
+    assert Bundle(bundle).engines(NAME).built_with["provider"] == "CUDA"
+    report = json.loads((bundle / "report" / "report.json").read_text())
+    engines = [each for each in report["checks"] if "engine" in each["name"]]
+    assert engines
+    assert all(each["passed"] for each in report["checks"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -37,6 +38,9 @@ def check_provider() -> None:
         raise BackendError(
             f"ONNX Runtime {ort.__version__} as installed here has no CUDA provider", hint=INSTALL
         )
+    # Its flash attention takes less time than its XQA kernels (bench/NOTES.md), and is what the
+    # tests on a GPU run, as XQA takes no small heads. Read where sessions are opened.
+    os.environ.setdefault("ORT_ENABLE_XQA", "0")
     # It warns at every session that it looked for a plugin of this name before its own provider.
     ort.set_default_logger_severity(3)
     if hasattr(ort, "preload_dlls"):

@@ -233,6 +233,8 @@ class ExitHead(_ByLogits):
         self._rank = project.shape[1]
         parts = (engines.device.multiprocessors, MOST_TOKENS, CHECK_RANK)
         self._z_parts = engines.arrays.lasting(parts, np.uint64)
+        # What was in this memory before may look like words of an answer to come.
+        engines.device.clear(self._z_parts.pointer, self._z_parts.nbytes)
         self._in_one = (
             self._rank <= CHECK_RANK
             and project.precision == "fp32"

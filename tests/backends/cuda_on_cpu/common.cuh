@@ -229,6 +229,11 @@ struct alignas(16) Chunk {
 };
 inline Chunk load(const Element* at) { return *reinterpret_cast<const Chunk*>(at); }
 
+template <class T>
+T fresh(const T* at) {
+    return *at;
+}
+
 inline unsigned long long load_word(const unsigned long long* at) {
     std::this_thread::yield();  // it may be asked for again and again
     let_others_run();

@@ -1,0 +1,52 @@
+// Launching the attention kernels (engines/kernels/attention.cu and prompt.cu); the shapes are those of
+// ojfa_export/backends/tensorrt/attention.py.
+#pragma once
+
+#include "bundle/manifest.hpp"
+#include "kernels.hpp"
+#include "weights.hpp"
+
+namespace ojfa::tensorrt {
+
+// What attention reads and writes.
+struct Operands {
+    CUdeviceptr out;                   // [tokens, heads * head_dim]
+    CUdeviceptr qkv;                   // [tokens, (heads + 2 kv_heads) head_dim] fp32
+    CUdeviceptr keys, values;          // [sequences, kv_heads, capacity, head_dim]
+    CUdeviceptr cosines, sines;        // [rows, rotary_dim / 2] fp32
+    CUdeviceptr positions, sequences;  // [tokens] int32
+    int capacity;
+    float scale;
+};
+
+// What the thread blocks of a step share, for steps of this many tokens at most.
+struct Scratch {
+    Buffer parts, finished;
+};
+
+class Attention {
+ public:
+    Attention(const core::ModelSpec& spec, Kernels& kernels, std::size_t element_bytes, int multiprocessors);
+
+    // Bytes of a scratch's buffers for steps of this many tokens.
+    std::size_t parts_bytes(int tokens) const;
+    std::size_t finished_bytes(int tokens) const;
+
+    // Appends the tokens' keys and values to the cache and attends. The tokens are of different sequences,
+    // one each, where `together`; else consecutive ones of one sequence. `ahead` is the matrix that
+    // the next kernel reads.
+    void run(CUstream stream, const Operands& operands, const Scratch& scratch, int tokens, bool together,
+             const Array& ahead) const;
+
+ private:
+    Launch step_launch(int sequences, int tokens) const;
+    Launch prompt_launch(int tokens) const;
+    void append(CUstream stream, const Operands& operands, int tokens) const;
+    void step(CUstream stream, const Operands& operands, const Scratch& scratch, int sequences, int tokens,
+              const Array& ahead) const;
+
+    Kernels& kernels_;
+    unsigned heads_, kv_heads_, head_dim_, vector_, element_bytes_, multiprocessors_;
+};
+
+}  // namespace ojfa::tensorrt

@@ -1,0 +1,122 @@
+// The GPU: its context, memory there and on the host, streams, recorded work.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "backend/account.hpp"
+#include "driver.hpp"
+
+namespace ojfa::tensorrt {
+
+// One GPU's primary context. Any thread, after `make_current` there.
+class Device {
+ public:
+    // Throws Failure where there is no such GPU. `memory_limit` is as in core::OpenOptions.
+    Device(int index, std::uint64_t memory_limit);
+    ~Device();
+    Device(const Device&) = delete;
+    Device& operator=(const Device&) = delete;
+
+    // Makes the context that of this thread.
+    void make_current() const { check(driver().cuCtxSetCurrent(context_), "choosing the GPU"); }
+
+    std::string name;
+    std::string compute_capability;  // "9.0"
+    std::string driver_version;      // "13.0", of CUDA
+    int multiprocessors = 0;
+    int major = 0;
+    core::Account account;
+
+ private:
+    CUdevice handle_ = 0;
+    CUcontext context_ = nullptr;
+};
+
+// Device memory, freed at its end.
+class Buffer {
+ public:
+    Buffer(Device& device, std::size_t bytes);
+    ~Buffer();
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+
+    CUdeviceptr address() const { return address_; }
+    std::size_t bytes() const { return bytes_; }
+
+ private:
+    Device& device_;
+    core::Taken taken_;
+    std::size_t bytes_;
+    CUdeviceptr address_ = 0;
+};
+
+// Memory of the host that the device reads and writes by the same address.
+class Pinned {
+ public:
+    Pinned(Device& device, std::size_t bytes);
+    ~Pinned();
+    Pinned(const Pinned&) = delete;
+    Pinned& operator=(const Pinned&) = delete;
+
+    template <class T>
+    T* as() const {
+        return static_cast<T*>(memory_);
+    }
+
+ private:
+    Device& device_;
+    void* memory_ = nullptr;
+};
+
+// What work does the same as other work: numbers that hold every address and shape that it is given.
+using Key = std::vector<std::uint64_t>;
+
+// A stream and its recordings. Work is added and launched together, as late as it can be: the first time as
+// it is, the second time it is recorded, and from then on the recording is launched. TensorRT wants to have
+// run once with the shapes and addresses of a recording. One thread at a time.
+class Stream {
+ public:
+    explicit Stream(Device& device);
+    ~Stream();
+    Stream(const Stream&) = delete;
+    Stream& operator=(const Stream&) = delete;
+
+    CUstream handle() const { return stream_; }
+
+    // Adds work that is the same whenever its key is.
+    void add(const Key& key, std::function<void()> work);
+
+    // Launches what was added.
+    void flush();
+
+    // The same, and waits for all work.
+    void synchronize();
+
+    // Throws Failure where work failed; to be called while waiting for something else than the end of all
+    // work.
+    void check_alive();
+
+    // Forgets all recordings: they refer to memory that may be given back now.
+    void forget();
+
+    void upload(const void* host, CUdeviceptr to, std::size_t bytes);
+    void copy(CUdeviceptr from, CUdeviceptr to, std::size_t bytes);
+    void clear(CUdeviceptr at, std::size_t bytes);
+
+ private:
+    CUgraphExec record();
+    void run_all();
+
+    Device& device_;
+    CUstream stream_ = nullptr;
+    Key key_;
+    std::vector<std::function<void()>> added_;
+    std::map<Key, CUgraphExec> graphs_;  // null: ran once
+};
+
+}  // namespace ojfa::tensorrt

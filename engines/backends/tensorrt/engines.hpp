@@ -1,0 +1,95 @@
+// An opened model on the GPU: weights, engines and kernels, loaded when first used and shared by all
+// sessions.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "attention.hpp"
+#include "backend/backend.hpp"
+#include "engine.hpp"
+#include "linear.hpp"
+#include "plan.hpp"
+#include "weights.hpp"
+
+namespace ojfa::tensorrt {
+
+// A head's matrices, and in which kernels they are multiplied.
+struct FinalHead {
+    Norm norm;
+    Array matrix;
+};
+
+// The folded shortcut: z = h P + b, logits = z / rms(z) V^T.
+struct FoldedHead {
+    Array project, project_bias, vocabulary, vocabulary_bias;
+    std::string project_precision, vocabulary_precision;
+    int rank;
+};
+
+// One exit's residual shortcut, before the model's own head: y = h + (h P + b) (gate U).
+struct ResidualHead {
+    Array project, bias, up;
+};
+
+// Any thread.
+class TensorRtEngines : public core::Engines {
+ public:
+    // Throws Failure where the engines were built for something else than what is here.
+    TensorRtEngines(const core::Bundle& bundle, const core::OpenOptions& options);
+
+    void load_blocks(int depth) override;
+    std::unique_ptr<core::Cache> new_cache(int batch_size, int capacity,
+                                           core::Interruption interruption) override;
+    std::uint64_t memory() const override { return device.account.held(); }
+    std::string describe() const override;
+
+    const Plan& plan(const std::string& graph) const { return plans_.at(graph); }
+
+    // A graph's weights, uploaded on first use.
+    const Arrays& weights(const std::string& graph);
+
+    // Opened engines for a session alone, which gives them back at its end when all its work is done: the
+    // next one takes them up.
+    std::unique_ptr<EngineSet> engine_set(CUstream stream);
+    void give_back(std::unique_ptr<EngineSet> unused);
+
+    const FinalHead& final_head();
+    const FoldedHead& folded_head();
+    const ResidualHead& residual_head(int blocks_run);
+    bool has_gates() const { return plan("exit_head").weights.count("gates") > 0; }
+
+    LinearKernels linear(const std::string& kind) {
+        return LinearKernels(device, *kernels.at(kind), kind == "fp16" ? 2 : 4);
+    }
+    Kernels& main_kernels() { return *kernels.at(precision); }
+
+    // Addresses of the cosines and sines [rows, rotary_dim / 2], of LongRoPE's second set where
+    // `long_context`.
+    std::pair<CUdeviceptr, CUdeviceptr> rotations(bool long_context) const;
+
+    const core::ModelSpec& spec;
+    Device device;
+    std::string precision;  // of matrix products and of the cache
+    std::size_t element_bytes;
+    std::map<std::string, std::unique_ptr<Kernels>> kernels;  // by precision
+
+ private:
+    void check_built_for(const core::EngineSet& engines) const;
+
+    std::filesystem::path directory_;
+    std::map<std::string, Plan> plans_;
+    std::unique_ptr<WeightStore> store_;
+    std::vector<Array> rotary_;   // cosines, sines
+    std::recursive_mutex mutex_;  // of all that follows
+    std::map<std::string, Arrays> weights_;
+    std::vector<std::unique_ptr<EngineSet>> unused_;
+    std::unique_ptr<FinalHead> final_head_;
+    std::unique_ptr<FoldedHead> folded_head_;
+    std::map<int, std::unique_ptr<ResidualHead>> residual_heads_;
+};
+
+}  // namespace ojfa::tensorrt

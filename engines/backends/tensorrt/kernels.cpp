@@ -1,0 +1,95 @@
+#include "kernels.hpp"
+
+#include <fstream>
+#include <iterator>
+
+#include "failure.hpp"
+
+namespace ojfa::tensorrt {
+namespace {
+
+// Dynamic shared memory that needs no permission: 48 KiB less what kernels declare themselves.
+constexpr unsigned PLAIN_SHARED_BYTES = 32 << 10;
+// Of a multiprocessor's memory, shared memory rather than first-level cache: all, and for every kernel. It
+// must be empty to divide it otherwise, and a kernel that wants that can't start while the one before it
+// ends.
+constexpr int SHARED_PERCENT = 100;
+const char* const REBUILD =
+    "rebuild the engines with 'ojfa-export build BUNDLE --backend tensorrt' of this version";
+
+}  // namespace
+
+Kernels::Kernels(Device& device, const std::filesystem::path& cubin)
+    : device_(device), file_(cubin.filename()) {
+    std::ifstream file(cubin, std::ios::binary);
+    const std::vector<char> image{std::istreambuf_iterator<char>(file), {}};
+    if (image.empty()) throw core::bundle_failure(cubin.string() + " can't be read", REBUILD);
+    device.make_current();
+    check(driver().cuModuleLoadData(&module_, image.data()), ("loading " + file_).c_str());
+}
+
+Kernels::~Kernels() {
+    try {
+        device_.make_current();
+        driver().cuModuleUnload(module_);
+    } catch (...) {  // the device is lost
+    }
+}
+
+void Kernels::launch_with(CUstream stream, const Launch& launch, void** arguments,
+                          const std::vector<std::size_t>& sizes) {
+    CUlaunchAttribute attribute{};
+    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    CUlaunchConfig config{};
+    config.gridDimX = launch.grid[0], config.gridDimY = launch.grid[1], config.gridDimZ = launch.grid[2];
+    config.blockDimX = launch.threads[0], config.blockDimY = launch.threads[1], config.blockDimZ = 1;
+    config.sharedMemBytes = launch.shared_bytes;
+    config.hStream = stream;
+    if (launch.overlapping && device_.major >= 9) {
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+    }
+    check(driver().cuLaunchKernelEx(&config, function(launch, sizes), arguments, nullptr),
+          ("launching " + launch.kernel).c_str());
+}
+
+CUfunction Kernels::function(const Launch& launch, const std::vector<std::size_t>& sizes) {
+    const std::lock_guard lock(mutex_);
+    const auto [found, is_new] = functions_.try_emplace(launch.kernel, Function{nullptr, PLAIN_SHARED_BYTES});
+    Function& function = found->second;
+    if (is_new) {
+        if (driver().cuModuleGetFunction(&function.handle, module_, launch.kernel.c_str()) != CUDA_SUCCESS) {
+            functions_.erase(found);
+            throw core::backend_failure(file_ + " has no kernel '" + launch.kernel + "'", REBUILD);
+        }
+        check_parameters(function.handle, launch.kernel, sizes);
+        check(driver().cuFuncSetAttribute(function.handle, CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+                                          SHARED_PERCENT),
+              ("dividing memory for " + launch.kernel).c_str());
+    }
+    if (launch.shared_bytes > function.shared_bytes) {
+        check(driver().cuFuncSetAttribute(function.handle, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                                          static_cast<int>(launch.shared_bytes)),
+              ("giving shared memory to " + launch.kernel).c_str());
+        function.shared_bytes = launch.shared_bytes;
+    }
+    return function.handle;
+}
+
+// A bundle's kernels may come from another version, with other parameters.
+void Kernels::check_parameters(CUfunction function, const std::string& name,
+                               const std::vector<std::size_t>& sizes) const {
+    if (!driver().cuFuncGetParamInfo) return;
+    std::size_t count = 0, offset = 0, size = 0;
+    bool same = true;
+    for (; driver().cuFuncGetParamInfo(function, count, &offset, &size) == CUDA_SUCCESS; ++count)
+        same = same && count < sizes.size() && sizes[count] == size;
+    if (!same || count != sizes.size())
+        throw core::backend_failure(file_ + " holds another version of kernel '" + name + "': it has " +
+                                        std::to_string(count) + " parameters, " +
+                                        std::to_string(sizes.size()) + " are passed",
+                                    REBUILD);
+}
+
+}  // namespace ojfa::tensorrt

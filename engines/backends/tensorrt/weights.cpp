@@ -1,0 +1,132 @@
+#include "weights.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "failure.hpp"
+
+namespace ojfa::tensorrt {
+namespace {
+
+constexpr std::size_t ROW_BYTES = 16;  // of what a kernel loads at once
+constexpr std::size_t STAGE_BYTES = std::size_t{32} << 20;
+
+// A part of a file in memory.
+class Mapped {
+ public:
+    Mapped(const std::filesystem::path& path, std::uint64_t offset, std::uint64_t bytes) {
+        const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+        const auto page = static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
+        const std::uint64_t start = offset / page * page;
+        bytes_ = bytes + (offset - start);
+        if (file >= 0)
+            memory_ = mmap(nullptr, bytes_, PROT_READ, MAP_PRIVATE, file, static_cast<off_t>(start));
+        if (file >= 0) ::close(file);
+        if (file < 0 || memory_ == MAP_FAILED)
+            throw core::bundle_failure(path.string() + " can't be read", "copy the bundle again whole");
+        madvise(memory_, bytes_, MADV_SEQUENTIAL);
+        data_ = static_cast<const char*>(memory_) + (offset - start);
+    }
+    ~Mapped() { munmap(memory_, bytes_); }
+    Mapped(const Mapped&) = delete;
+    Mapped& operator=(const Mapped&) = delete;
+
+    const char* data() const { return data_; }
+
+ private:
+    void* memory_ = MAP_FAILED;
+    const char* data_ = nullptr;
+    std::size_t bytes_ = 0;
+};
+
+unsigned tiles(std::int64_t length) {
+    return static_cast<unsigned>((length + 31) / 32);
+}
+
+}  // namespace
+
+WeightStore::WeightStore(Device& device, std::filesystem::path directory,
+                         const std::map<std::string, std::unique_ptr<Kernels>>& kernels)
+    : device_(device), directory_(std::move(directory)), kernels_(kernels), stream_(device) {}
+
+Arrays WeightStore::load(const Plan& plan) {
+    Arrays arrays;
+    for (const auto& [name, weight] : plan.weights) arrays[name] = get(weight);
+    return arrays;
+}
+
+Array WeightStore::get(const Weight& weight) {
+    const auto key = std::make_pair(weight.file, weight.offset);
+    const auto found = held_.find(key);
+    if (found != held_.end()) return found->second;
+    return held_[key] = upload_weight(weight);
+}
+
+Array WeightStore::upload_weight(const Weight& weight) {
+    const Mapped mapped(directory_ / weight.file, weight.offset, weight.bytes());
+    Array stored = {std::make_shared<Buffer>(device_, weight.bytes()), weight.shape};
+    for (std::uint64_t at = 0; at < weight.bytes(); at += STAGE_BYTES)
+        stream_.upload(mapped.data() + at, stored.address() + at, std::min(STAGE_BYTES, weight.bytes() - at));
+    if (!weight.transposed) {
+        stream_.synchronize();
+        return stored;
+    }
+    const std::int64_t rows = weight.shape[0], columns = weight.shape[1];
+    Array turned = {std::make_shared<Buffer>(device_, weight.bytes()), {columns, rows}};
+    kernels_.at(weight.precision)
+        ->launch(stream_.handle(), {"transpose", {tiles(columns), tiles(rows), 1}, {32, 8}}, turned.address(),
+                 stored.address(), static_cast<int>(rows), static_cast<int>(columns));
+    stream_.synchronize();
+    return turned;
+}
+
+std::vector<float> WeightStore::values(const Weight& weight) const {
+    if (weight.precision != "fp32")
+        throw core::bundle_failure("a weight that must be fp32 is not", "rebuild the engines");
+    const Mapped mapped(directory_ / weight.file, weight.offset, weight.bytes());
+    std::vector<float> values(weight.count());
+    std::memcpy(values.data(), mapped.data(), weight.bytes());
+    return values;
+}
+
+Array WeightStore::upload(const std::vector<float>& values) {
+    Array array = {std::make_shared<Buffer>(device_, values.size() * sizeof(float)),
+                   {static_cast<std::int64_t>(values.size())}};
+    stream_.upload(values.data(), array.address(), values.size() * sizeof(float));
+    stream_.synchronize();
+    return array;
+}
+
+Array WeightStore::padded(const Weight& weight, bool turned, float factor, bool pad_rows) {
+    const Mapped mapped(directory_ / weight.file, weight.offset, weight.bytes());
+    const std::size_t width = weight.element_bytes(), step = ROW_BYTES / width;
+    const auto stored_rows = static_cast<std::size_t>(weight.shape.at(0));
+    const auto stored_columns = static_cast<std::size_t>(weight.shape.at(1));
+    const std::size_t rows = turned ? stored_columns : stored_rows,
+                      columns = turned ? stored_rows : stored_columns;
+    const auto filled = [step](std::size_t length) { return (length + step - 1) / step * step; };
+    const std::size_t all_rows = pad_rows ? filled(rows) : rows, all_columns = filled(columns);
+    std::vector<char> whole(all_rows * all_columns * width);
+    for (std::size_t row = 0; row < rows; ++row)
+        for (std::size_t column = 0; column < columns; ++column) {
+            const std::size_t from = turned ? column * stored_columns + row : row * stored_columns + column;
+            char* const to = whole.data() + (row * all_columns + column) * width;
+            std::memcpy(to, mapped.data() + from * width, width);
+            if (factor == 1 || width != sizeof(float)) continue;
+            float value;
+            std::memcpy(&value, to, sizeof value);
+            value *= factor;
+            std::memcpy(to, &value, sizeof value);
+        }
+    Array array = {std::make_shared<Buffer>(device_, whole.size()),
+                   {static_cast<std::int64_t>(all_rows), static_cast<std::int64_t>(all_columns)}};
+    stream_.upload(whole.data(), array.address(), whole.size());
+    stream_.synchronize();
+    return array;
+}
+
+}  // namespace ojfa::tensorrt

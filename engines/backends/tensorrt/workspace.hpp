@@ -1,0 +1,54 @@
+// Buffers of a step, and where its tokens are.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attention.hpp"
+#include "engines.hpp"
+
+namespace ojfa::tensorrt {
+
+// For steps of at most so many tokens, whatever sequences they belong to. One thread at a time.
+class Workspace {
+ public:
+    Workspace(TensorRtEngines& engines, int most_tokens);
+
+    // Says which tokens come next, and where they are: `embed` reads that from the host's memory, and writes
+    // the positions to the device's.
+    void name(Stream& stream, core::Span<const std::int32_t> ids, const std::vector<std::int32_t>& positions);
+
+    // Says where the tokens are, and of which sequences; what the device knows is not copied again.
+    void place(Stream& stream, const std::vector<std::int32_t>& positions,
+               const std::vector<std::int32_t>& sequences);
+
+    // Puts hidden states [tokens, H] where a block reads them.
+    void take(Stream& stream, CUdeviceptr states, int block, int tokens);
+
+    // Puts the embedding of the named tokens on the stream, into the first buffer.
+    void embed(CUstream stream, int tokens) const;
+
+    // To be called when the stream has been waited for.
+    void was_read() { unread_ = false; }
+
+    CUdeviceptr states(int block) const { return hidden_[block % 2].address(); }
+    bool holds(CUdeviceptr address) const { return address == states(0) || address == states(1); }
+    CUdeviceptr positions() const { return places_.address(); }
+    CUdeviceptr sequences() const { return places_.address() + 4 * static_cast<CUdeviceptr>(most_); }
+
+    const int most_;
+    Buffer qkv;    // [tokens, (heads + 2 kv_heads) head_dim] fp32
+    Buffer mixed;  // [tokens, heads * head_dim], what attention gives
+    Buffer inner;  // [tokens, intermediate size], of the MLP
+    Scratch scratch;
+
+ private:
+    TensorRtEngines& engines_;
+    Buffer hidden_[2];  // [tokens, H] fp32; block i reads the (i % 2)th and writes the other
+    Buffer places_;
+    Pinned named_;  // ids, then positions
+    bool unread_ = false;
+    std::vector<std::int32_t> known_positions_, known_sequences_;
+};
+
+}  // namespace ojfa::tensorrt

@@ -1,0 +1,221 @@
+#include "bundle/bundle.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <fstream>
+#include <mutex>
+#include <set>
+#include <system_error>
+#include <thread>
+#include <utility>
+
+#include "bundle/sha256.hpp"
+#include "failure.hpp"
+
+namespace ojfa::core {
+namespace {
+
+const char* const WHOLE = "copy the bundle again whole, or build it again";
+const char* const MANIFEST = "manifest.json";
+
+// Whether a name of the manifest stays inside the bundle, spelt the only way it can be.
+bool stays_inside(const std::string& name) {
+    if (name.empty() || name[0] == '/' || name.find('\\') != std::string::npos ||
+        name.find('\0') != std::string::npos)
+        return false;
+    std::size_t start = 0;
+    while (true) {
+        const std::size_t end = std::min(name.find('/', start), name.size());
+        const std::string part = name.substr(start, end - start);
+        if (part.empty() || part == "." || part == "..") return false;
+        if (end == name.size()) return true;
+        start = end + 1;
+    }
+}
+
+// Every file below a directory, by its path inside; links are refused.
+std::set<std::string> walk(const std::filesystem::path& directory) {
+    std::set<std::string> names;
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(directory)) {
+        const auto kind = entry.symlink_status().type();
+        if (kind == std::filesystem::file_type::regular) {
+            names.insert(entry.path().lexically_relative(directory).generic_string());
+        } else if (kind != std::filesystem::file_type::directory) {
+            throw bundle_failure(entry.path().string() +
+                                     " is a symbolic link or special file; a bundle holds plain files only",
+                                 "use a fresh copy of the bundle");
+        }
+    }
+    return names;
+}
+
+// Files that threads take one by one, and the first thing that went wrong.
+class Checker {
+ public:
+    Checker(const std::filesystem::path& directory, const std::map<std::string, FileEntry>& files,
+            const Progress& progress)
+        : directory_(directory), progress_(progress) {
+        for (const auto& file : files) {
+            order_.push_back(&file);
+            total_ += file.second.size;
+        }
+        // The largest files first, so that none is last.
+        std::stable_sort(order_.begin(), order_.end(),
+                         [](auto* a, auto* b) { return a->second.size > b->second.size; });
+    }
+
+    void run() {
+        const std::size_t wanted = std::max(1u, std::thread::hardware_concurrency());
+        std::vector<std::thread> threads;
+        for (std::size_t i = 1; i < std::min(wanted, order_.size()); ++i)
+            threads.emplace_back([this] { work(); });
+        work();
+        for (std::thread& thread : threads) thread.join();
+        if (failed_) std::rethrow_exception(failed_);
+    }
+
+ private:
+    void work() {
+        for (std::size_t at = next_++; at < order_.size() && !stop_; at = next_++) {
+            try {
+                check(order_[at]->first, order_[at]->second);
+            } catch (...) {
+                const std::lock_guard lock(mutex_);
+                if (!failed_) failed_ = std::current_exception();
+                stop_ = true;
+            }
+        }
+    }
+
+    void check(const std::string& name, const FileEntry& entry) {
+        const std::filesystem::path path = directory_ / name;
+        std::error_code error;
+        const std::uint64_t size = std::filesystem::file_size(path, error);
+        if (error) throw bundle_failure(path.string() + " can't be read: " + error.message(), WHOLE);
+        if (size != entry.size)
+            throw bundle_failure(path.string() + " has " + std::to_string(size) +
+                                     " bytes, its manifest says " + std::to_string(entry.size),
+                                 WHOLE);
+        std::string digest;
+        try {
+            digest = sha256_file(path, [this](std::uint64_t count) { tell(count); });
+        } catch (const std::runtime_error& problem) {
+            throw bundle_failure(path.string() + " can't be read: " + problem.what(), WHOLE);
+        }
+        if (digest != entry.sha256)
+            throw bundle_failure(path.string() + " was altered: its SHA-256 differs", WHOLE);
+    }
+
+    void tell(std::uint64_t count) {
+        if (!progress_) return;
+        const std::lock_guard lock(mutex_);
+        done_ += count;
+        progress_(done_, total_);
+    }
+
+    const std::filesystem::path& directory_;
+    const Progress& progress_;
+    std::vector<const std::pair<const std::string, FileEntry>*> order_;
+    std::uint64_t total_ = 0, done_ = 0;
+    std::atomic<std::size_t> next_{0};
+    std::atomic<bool> stop_{false};
+    std::mutex mutex_;
+    std::exception_ptr failed_;
+};
+
+}  // namespace
+
+Bundle::Bundle(std::filesystem::path directory, const Progress& progress)
+    : directory_(std::move(directory)), manifest_(read_manifest(directory_)) {
+    check_names();
+    check_contents(progress);
+    check_references();
+}
+
+const EngineSet& Bundle::engines(const std::string& backend) const {
+    std::string built;
+    for (const EngineSet& each : manifest_.engines) {
+        if (each.backend == backend) return each;
+        built += (built.empty() ? "" : ", ") + each.backend;
+    }
+    throw bundle_failure(
+        directory_.string() + " has no engines for backend '" + backend +
+            "' (it has: " + (built.empty() ? "none" : built) + ")",
+        "build them with 'ojfa-export build " + directory_.string() + " --backend " + backend + "'");
+}
+
+std::vector<float> Bundle::tensor(const TensorSlice& slice) const {
+    const std::uint64_t size = manifest_.files.at(slice.file).size;
+    std::uint64_t count = 1;
+    for (const std::int64_t length : slice.shape)
+        count = count > size ? count : count * static_cast<std::uint64_t>(length);
+    if (slice.offset > size || count > (size - slice.offset) / sizeof(float))
+        throw bundle_failure(std::string(MANIFEST) + ": tensor at " + slice.file + " is beyond the file",
+                             WHOLE);
+    std::vector<float> values(count);
+    std::ifstream file(directory_ / slice.file, std::ios::binary);
+    file.seekg(static_cast<std::streamoff>(slice.offset));
+    file.read(reinterpret_cast<char*>(values.data()), static_cast<std::streamsize>(count * sizeof(float)));
+    if (!file) throw bundle_failure((directory_ / slice.file).string() + " can't be read", WHOLE);
+    return values;
+}
+
+void Bundle::check_names() const {
+    for (const auto& [name, entry] : manifest_.files)
+        if (!stays_inside(name))
+            throw bundle_failure(
+                (directory_ / MANIFEST).string() + " names a path that leaves the bundle: '" + name + "'",
+                "don't use this bundle: it was altered");
+    std::set<std::string> found;
+    try {
+        found = walk(directory_);
+    } catch (const std::filesystem::filesystem_error& error) {
+        throw bundle_failure(directory_.string() + " can't be read: " + error.what(), WHOLE);
+    }
+    found.erase(MANIFEST);
+    for (const auto& [name, entry] : manifest_.files)
+        if (!found.count(name))
+            throw bundle_failure(directory_.string() + " lacks file '" + name + "'", WHOLE);
+    for (const std::string& name : found)
+        if (!manifest_.files.count(name))
+            throw bundle_failure(
+                directory_.string() + " holds '" + name + "', which its manifest does not name",
+                "remove it, or use a fresh copy of the bundle");
+}
+
+void Bundle::check_contents(const Progress& progress) const {
+    Checker(directory_, manifest_.files, progress).run();
+}
+
+void Bundle::check_references() const {
+    std::set<std::string> wanted = {"tokenizer.json", "shortcut.safetensors"};
+    std::set<std::string> described;
+    for (const GraphEntry& graph : manifest_.graphs) {
+        wanted.insert(graph.file);
+        wanted.insert(graph.weights.begin(), graph.weights.end());
+        described.insert(graph.name);
+    }
+    for (const EngineSet& engines : manifest_.engines)
+        for (const auto& [graph, file] : engines.files) wanted.insert(file);
+    if (manifest_.rotary) wanted.insert({manifest_.rotary->cosines.file, manifest_.rotary->sines.file});
+    for (const std::string& name : wanted)
+        if (!manifest_.files.count(name))
+            throw bundle_failure(
+                (directory_ / MANIFEST).string() + " refers to '" + name + "' without its digest", WHOLE);
+    const std::vector<std::string> names = graph_names(manifest_.spec.blocks);
+    const std::set<std::string> expected(names.begin(), names.end());
+    const auto refuse = [&](const std::string& what) {
+        throw bundle_failure((directory_ / MANIFEST).string() + " names " + what + " other than those of " +
+                                 std::to_string(manifest_.spec.blocks) + " blocks",
+                             WHOLE);
+    };
+    if (described != expected || manifest_.graphs.size() != expected.size()) refuse("graphs");
+    for (const EngineSet& engines : manifest_.engines) {
+        std::set<std::string> built;
+        for (const auto& file : engines.files) built.insert(file.first);
+        if (built != expected) refuse(engines.backend + " engines");
+    }
+}
+
+}  // namespace ojfa::core

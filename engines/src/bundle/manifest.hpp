@@ -1,0 +1,98 @@
+// What a bundle says of itself: the same format and checks as ojfa_export/bundle/manifest.py.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "runtime/policy.hpp"
+#include "runtime/speculation.hpp"
+
+namespace ojfa::core {
+
+enum class Activation { silu, gelu, gelu_tanh, relu };
+enum class NormKind { rms, layer };
+
+// The architecture of a model; see ojfa_export/families/spec.py.
+struct ModelSpec {
+    std::string family;
+    int blocks, hidden_size, vocab_size, heads, kv_heads, head_dim, intermediate_size;
+    std::vector<double> attention_scales;  // of each block
+    std::optional<int> window;             // keys that a query sees at most, itself included
+    int rotary_dim;                        // 0 for learned positions
+    std::optional<int> rotary_switch;      // length above which LongRoPE's long factors apply
+    Activation activation;
+    bool gated;
+    NormKind norm;
+    double norm_epsilon;
+    int max_positions;
+    bool tied_head;
+    std::vector<std::int32_t> eos_token_ids;
+};
+
+// A little-endian float32 tensor in a file of the bundle.
+struct TensorSlice {
+    std::string file;
+    std::uint64_t offset;
+    std::vector<std::int64_t> shape;
+};
+
+struct RotaryTables {
+    TensorSlice cosines, sines;  // [positions, rotary_dim / 2]; LongRoPE's second set follows the first
+};
+
+struct GraphEntry {
+    std::string name, file;
+    std::vector<std::string> weights;  // files that it refers to
+};
+
+struct EngineSet {
+    std::string backend;
+    std::map<std::string, std::string> files;  // by graph
+    std::map<std::string, std::string> built_with;
+};
+
+struct Golden {
+    int exit;
+    std::vector<std::int32_t> prompt, tokens;
+};
+
+// What is done where a user names neither an exit nor speculation: one sequence, greedily.
+struct Default {
+    bool automatic;  // else full depth
+    std::optional<Speculation> speculation;
+};
+
+struct FileEntry {
+    std::uint64_t size;
+    std::string sha256;
+};
+
+struct Manifest {
+    ModelSpec spec;
+    std::string precision;  // "fp32" or "fp16"
+    int max_length, max_batch_size;
+    std::optional<RotaryTables> rotary;
+    std::vector<GraphEntry> graphs;
+    std::vector<EngineSet> engines;
+    std::vector<Golden> golden;
+    std::optional<Policy> automatic;
+    std::optional<Default> planned;
+    std::map<std::string, FileEntry> files;
+};
+
+// The text of manifest.json. Throws Failure where it is damaged, altered or of another version; `path` is for
+// messages.
+Manifest parse_manifest(const std::string& text, const std::filesystem::path& path);
+
+// Reads a bundle's manifest. Throws Failure, also where there is none.
+Manifest read_manifest(const std::filesystem::path& bundle);
+
+// The names of every graph of a model, in the order of the computation.
+std::vector<std::string> graph_names(int blocks);
+std::string block_name(int block);
+
+}  // namespace ojfa::core

@@ -1,0 +1,244 @@
+#include "bundle/parts.hpp"
+
+#include <cmath>
+#include <limits>
+
+#include "failure.hpp"
+
+namespace ojfa::core {
+namespace {
+
+constexpr std::int64_t ANY_SIZE = std::numeric_limits<std::int64_t>::max();
+
+std::optional<int> maybe_integer(Fields& fields, const std::string& name, int least) {
+    fields.at(name);
+    if (!fields.maybe(name)) return std::nullopt;
+    return static_cast<int>(fields.integer(name, least));
+}
+
+void maybe_text(Fields& fields, const std::string& name) {
+    fields.at(name);
+    if (fields.maybe(name)) fields.text(name);
+}
+
+std::map<std::string, std::string> texts_by_name(Fields fields) {
+    std::map<std::string, std::string> result;
+    for (const auto& member : fields.json().items()) result[member.key()] = fields.text(member.key());
+    return result;
+}
+
+ModelSpec read_spec(Fields fields) {
+    ModelSpec spec;
+    const auto positive = [&](const char* name) { return static_cast<int>(fields.integer(name, 1)); };
+    spec.family = fields.text("family");
+    spec.blocks = static_cast<int>(fields.integer("blocks", 1, 1 << 16));
+    spec.hidden_size = positive("hidden_size");
+    spec.vocab_size = positive("vocab_size");
+    spec.heads = positive("heads");
+    spec.kv_heads = positive("kv_heads");
+    spec.head_dim = positive("head_dim");
+    spec.intermediate_size = positive("intermediate_size");
+    spec.attention_scales = fields.numbers("attention_scales");
+    spec.window = maybe_integer(fields, "window", 1);
+    spec.rotary_dim = static_cast<int>(fields.integer("rotary_dim", 0));
+    spec.rotary_switch = maybe_integer(fields, "rotary_switch", 1);
+    const std::vector<std::string> activations = {"silu", "gelu", "gelu_tanh", "relu"};
+    const std::string activation = fields.one_of("activation", activations);
+    for (std::size_t i = 0; i < activations.size(); ++i)
+        if (activations[i] == activation) spec.activation = static_cast<Activation>(i);
+    spec.gated = fields.truth("gated");
+    spec.norm = fields.one_of("norm", {"rms", "layer"}) == "rms" ? NormKind::rms : NormKind::layer;
+    spec.norm_epsilon = fields.number("norm_epsilon");
+    spec.max_positions = positive("max_positions");
+    spec.tied_head = fields.truth("tied_head");
+    spec.eos_token_ids = fields.integers("eos_token_ids");
+    fields.done();
+    // What Python's runtime takes from the model's family, and this one must not trust.
+    if (spec.attention_scales.size() != static_cast<std::size_t>(spec.blocks))
+        fields.fail("attention_scales", "there must be one for each block");
+    if (spec.heads % spec.kv_heads) fields.fail("kv_heads", "they must divide the heads");
+    if (spec.rotary_dim % 2 || spec.rotary_dim > spec.head_dim)
+        fields.fail("rotary_dim", "it must be even and at most head_dim");
+    return spec;
+}
+
+TensorSlice read_slice(Fields fields) {
+    TensorSlice slice;
+    slice.file = fields.text("file");
+    slice.offset = static_cast<std::uint64_t>(fields.integer("offset", 0, ANY_SIZE));
+    for (const std::int32_t length : fields.integers("shape")) {
+        if (length < 1) fields.fail("shape", "a length is below 1");
+        slice.shape.push_back(length);
+    }
+    fields.done();
+    return slice;
+}
+
+void check_ports(Fields& fields, const std::string& name) {
+    for (Fields port : fields.objects(name)) {
+        port.text("name");
+        port.text("dtype");
+        const Json& shape = port.at("shape");
+        if (!shape.is_array()) port.fail("shape", "it is no list");
+        for (const Json& length : shape)
+            if (!length.is_string() && !length.is_number_integer()) port.fail("shape", "it is no shape");
+        port.done();
+    }
+}
+
+Speculation read_speculation(Fields fields) {
+    Speculation speculation;
+    if (fields.maybe("exit")) speculation.exit = static_cast<int>(fields.integer("exit", 1));
+    if (fields.maybe("draft")) speculation.draft = static_cast<int>(fields.integer("draft", 1));
+    if (fields.maybe("draft_cost")) speculation.draft_cost = fields.number("draft_cost");
+    if (fields.maybe("check_cost")) speculation.check_cost = fields.number("check_cost");
+    if (fields.maybe("round_cost")) speculation.round_cost = fields.number("round_cost");
+    if (fields.maybe("acceptance")) speculation.acceptance = fields.number("acceptance");
+    fields.done();
+    speculation.check();
+    return speculation;
+}
+
+void check_share(Fields& fields, const std::string& name) {
+    const double share = fields.number(name);
+    if (!(share >= 0 && share <= 1)) fields.fail(name, "it is no share");
+}
+
+void check_positive(Fields& fields, const std::string& name) {
+    if (!(fields.number(name) > 0)) fields.fail(name, "it must be above 0");
+}
+
+}  // namespace
+
+ModelSpec read_model(Fields fields) {
+    fields.text("name");
+    maybe_text(fields, "revision");
+    fields.sha256("sha256");
+    fields.object("config");
+    ModelSpec spec = read_spec(fields.object("spec"));
+    fields.done();
+    return spec;
+}
+
+RotaryTables read_rotary(Fields fields) {
+    RotaryTables tables = {read_slice(fields.object("cos")), read_slice(fields.object("sin"))};
+    fields.done();
+    return tables;
+}
+
+GraphEntry read_graph(Fields fields) {
+    GraphEntry graph;
+    graph.name = fields.text("name");
+    graph.file = fields.text("file");
+    fields.text("description");
+    check_ports(fields, "inputs");
+    check_ports(fields, "outputs");
+    graph.weights = fields.texts("weights");
+    fields.done();
+    return graph;
+}
+
+EngineSet read_engines(Fields fields) {
+    EngineSet engines;
+    engines.backend = fields.text("backend");
+    engines.files = texts_by_name(fields.object("files"));
+    engines.built_with = texts_by_name(fields.object("built_with"));
+    fields.done();
+    return engines;
+}
+
+Golden read_golden(Fields fields) {
+    Golden golden;
+    golden.exit = static_cast<int>(fields.integer("exit", 1));
+    golden.prompt = fields.integers("prompt_token_ids");
+    golden.tokens = fields.integers("token_ids");
+    fields.done();
+    return golden;
+}
+
+Policy read_policy(Fields fields) {
+    Policy policy;
+    policy.exits = fields.integers("exits");
+    policy.measure = measure_named(fields.one_of("measure", {"top", "margin", "entropy"}));
+    policy.thresholds = fields.numbers("thresholds");
+    fields.done();
+    policy.check();
+    return policy;
+}
+
+Default read_default(Fields fields) {
+    Default planned;
+    planned.automatic = fields.one_of("exit", {"full", "auto"}) == "auto";
+    fields.at("speculation");
+    if (const Json* value = fields.maybe("speculation"))
+        planned.speculation = read_speculation(Fields(*value, fields.place() + ".speculation"));
+    check_positive(fields, "ms_per_token");
+    check_positive(fields, "full_ms_per_token");
+    fields.text("reason");
+    fields.done();
+    return planned;
+}
+
+FileEntry read_file_entry(Fields fields) {
+    const auto size = static_cast<std::uint64_t>(fields.integer("size", 0, ANY_SIZE));
+    FileEntry entry = {size, fields.sha256("sha256")};
+    fields.done();
+    return entry;
+}
+
+void check_shortcut(Fields fields) {
+    fields.text("kind");
+    for (const char* name : {"rank", "fitted_at", "parameters"}) fields.integer(name, 1, ANY_SIZE);
+    fields.truth("residual");
+    if (fields.maybe("gates")) fields.numbers("gates");
+    fields.done();
+}
+
+void check_calibration(Fields fields) {
+    for (Fields source : fields.objects("sources")) {
+        source.text("name");
+        source.sha256("sha256");
+        source.integer("bytes", 0, ANY_SIZE);
+        source.done();
+    }
+    fields.integer("tokens_fit", 1, ANY_SIZE);
+    fields.integer("tokens_held_out", 1, ANY_SIZE);
+    fields.done();
+}
+
+void check_promise(Fields fields) {
+    Fields limits = fields.object("limits");
+    check_share(limits, "max_disagreement");
+    check_share(limits, "confidence");
+    if (limits.maybe("max_extra_surprisal")) check_positive(limits, "max_extra_surprisal");
+    check_positive(limits, "surprisal_clip");
+    limits.done();
+    fields.at("policy");
+    if (const Json* policy = fields.maybe("policy")) read_policy(Fields(*policy, "promise.policy"));
+    std::vector<Fields> domains = fields.objects("domains");
+    if (domains.empty()) fields.fail("domains", "there is none");
+    for (Fields& domain : domains) {
+        domain.text("name");
+        domain.integer("windows", 1, ANY_SIZE);
+        domain.integer("tokens", 1, ANY_SIZE);
+        check_share(domain, "disagreement");
+        if (!(domain.number("extra_surprisal") >= 0)) domain.fail("extra_surprisal", "it is below 0");
+        check_positive(domain, "depth");
+        domain.at("p_value");
+        if (domain.maybe("p_value")) check_share(domain, "p_value");
+        domain.done();
+    }
+    check_positive(fields, "relative_cost");
+    fields.integer("candidates", 0, ANY_SIZE);
+    fields.text("reason");
+    fields.done();
+}
+
+void check_built(Fields fields) {
+    fields.text("time");
+    fields.text("host");
+    texts_by_name(fields.object("versions"));
+    fields.done();
+}
+
+}  // namespace ojfa::core

@@ -1,0 +1,71 @@
+#include "runtime/speculation.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "failure.hpp"
+
+namespace ojfa::core {
+namespace {
+
+// How many tokens' worth the acceptance is believed before anything was drafted.
+constexpr double PRIOR_WEIGHT = 4.0;
+// A checked token counts this much less with each one after it: about 30 are remembered.
+constexpr double MEMORY = 0.97;
+// Where drafting doesn't pay, every so many rounds one token is drafted all the same.
+constexpr int PROBE_ROUNDS = 16;
+
+}  // namespace
+
+void Speculation::check() const {
+    if (draft && *draft < 1)
+        throw usage_failure("the draft length must be 1 or more, not " + std::to_string(*draft));
+    for (const double cost : {draft_cost.value_or(0.0), check_cost, round_cost})
+        if (!(cost >= 0 && std::isfinite(cost)))
+            throw usage_failure("a cost of speculation must be 0 or more, not " + std::to_string(cost));
+    if (!(acceptance >= 0 && acceptance <= 1))
+        throw usage_failure("an acceptance must be between 0 and 1, not " + std::to_string(acceptance));
+}
+
+int Speculation::resolve_exit(int blocks) const {
+    const int depth = exit.value_or(std::max(1, blocks / 2));
+    if (depth < 1 || depth >= blocks)
+        throw usage_failure("exit " + std::to_string(depth) + " can't draft for this model of " +
+                                std::to_string(blocks) + " blocks",
+                            "drafts need an exit before the last block: 1.." + std::to_string(blocks - 1));
+    return depth;
+}
+
+DraftLength::DraftLength(double cost, double round_cost, double acceptance)
+    : accepted_(acceptance * PRIOR_WEIGHT), checked_(PRIOR_WEIGHT) {
+    for (int length = 0; length <= MOST_DRAFT; ++length)
+        costs_[static_cast<std::size_t>(length)] = 1 + (length ? round_cost : 0.0) + length * cost;
+}
+
+int DraftLength::next() {
+    const double acceptance = accepted_ / checked_;
+    int best = 0;
+    double tokens = 0, most = -1;
+    for (int length = 0; length <= MOST_DRAFT; ++length) {
+        tokens += std::pow(acceptance, length);
+        const double rate = tokens / costs_[static_cast<std::size_t>(length)];
+        if (rate > most) most = rate, best = length;
+    }
+    rounds_without_ = best ? 0 : rounds_without_ + 1;
+    if (rounds_without_ == PROBE_ROUNDS) {
+        rounds_without_ = 0;
+        return 1;
+    }
+    return best;
+}
+
+void DraftLength::learn(int accepted, int drafted) {
+    const int told = accepted + (accepted < drafted);
+    for (int i = 0; i < told; ++i) {
+        accepted_ = MEMORY * accepted_ + (i < accepted);
+        checked_ = MEMORY * checked_ + 1;
+    }
+}
+
+}  // namespace ojfa::core

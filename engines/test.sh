@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Builds and tests the C++ runtime as CI does: formatting, all tests under the address and undefined-behaviour
+# sanitizers, those of threads under the thread sanitizer. Where a tool or package is missing it says which and stops;
+# with OJFA_ENGINES=required that is an error.
+set -euo pipefail
+cd "$(dirname "$0")"
+build=${1:-build}
+without() {
+    echo "the C++ runtime is left out: $1"
+    echo "hint: apt-get install cmake g++ ninja-build nlohmann-json3-dev libssl-dev libgtest-dev clang-format"
+    [ "${OJFA_ENGINES:-}" != required ] || exit 1
+    exit 0
+}
+for tool in cmake c++ ninja; do
+    command -v "$tool" > /dev/null || without "there is no $tool"
+done
+configure() {
+    cmake -S . -B "$build/$1" -G Ninja -DCMAKE_BUILD_TYPE=Debug -DOJFA_TENSORRT=OFF "${@:2}" > "$build/$1.log" 2>&1
+}
+mkdir -p "$build"
+if ! configure asan -DOJFA_SANITIZE=address,undefined -DOJFA_WERROR=ON; then
+    cat "$build/asan.log"
+    grep -q 'is missing' "$build/asan.log" && without "a package is missing, see above"
+    exit 1
+fi
+if command -v clang-format > /dev/null; then
+    find backends examples include src tests tools -name '*.[ch]' -o -name '*.[ch]pp' |
+        xargs clang-format --dry-run --Werror
+else
+    echo "formatting is not checked: there is no clang-format"
+fi
+cmake --build "$build/asan"
+ctest --test-dir "$build/asan" --output-on-failure -j 2
+configure tsan -DOJFA_SANITIZE=thread
+cmake --build "$build/tsan" --target test_interface
+"$build/tsan/tests/test_interface" --gtest_filter='Threads.*:Cancellation.*'

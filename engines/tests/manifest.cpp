@@ -1,0 +1,142 @@
+#include "bundle/manifest.hpp"
+
+#include "bundle/canonical.hpp"
+#include "bundle/sha256.hpp"
+#include "failure.hpp"
+#include "fixtures.hpp"
+
+using namespace ojfa::core;
+using fixtures::Json;
+
+namespace {
+
+Json stored() {
+    return fixtures::read_json(fixtures::vectors("llama.ojfa") / "manifest.json");
+}
+
+// A manifest's text whose digest fits what it says.
+std::string signed_text(Json manifest) {
+    manifest["digest"] = sha256_text(canonical_json(manifest.dump(), "digest"));
+    return manifest.dump();
+}
+
+std::string refusal(const std::string& text) {
+    try {
+        parse_manifest(text, "B/manifest.json");
+    } catch (const Failure& failure) {
+        EXPECT_EQ(failure.status(), OJFA_ERROR_BUNDLE);
+        EXPECT_FALSE(failure.hint().empty());
+        return failure.what();
+    }
+    return "nothing was refused";
+}
+
+}  // namespace
+
+TEST(Manifest, SaysWhatTheBundleIs) {
+    const Manifest manifest = parse_manifest(signed_text(stored()), "manifest.json");
+    EXPECT_EQ(manifest.spec.family, "llama");
+    EXPECT_EQ(manifest.spec.blocks, 4);
+    EXPECT_EQ(manifest.spec.kv_heads, 2);
+    EXPECT_EQ(manifest.spec.activation, Activation::silu);
+    EXPECT_EQ(manifest.max_length, 64);
+    EXPECT_EQ(manifest.automatic->exits, (std::vector<std::int32_t>{1, 2, 3}));
+    EXPECT_EQ(manifest.planned->speculation->exit, 3);
+    EXPECT_EQ(manifest.golden.size(), 2u);
+    EXPECT_EQ(graph_names(2),
+              (std::vector<std::string>{"embed", "block_00", "block_01", "exit_head", "final_head"}));
+    EXPECT_EQ(block_name(123), "block_123");
+}
+
+TEST(Manifest, EveryMemberIsNeededAndKnown) {
+    const std::set<std::string> optional = {"auto", "promise", "default"};
+    const Json whole = stored();
+    for (const auto& member : whole.items()) {
+        Json without = stored(), other = stored();
+        without.erase(member.key());
+        other[member.key()] = 7.5;
+        if (member.key() == "digest") {
+            EXPECT_NE(refusal(without.dump()).find("altered"), std::string::npos);
+            continue;
+        }
+        if (!optional.count(member.key())) {
+            EXPECT_NE(refusal(signed_text(without)), "nothing was refused") << member.key();
+        }
+        EXPECT_NE(refusal(signed_text(other)), "nothing was refused") << member.key();
+    }
+    Json more = stored();
+    more["colour"] = "red";
+    EXPECT_EQ(refusal(signed_text(more)), "B/manifest.json is damaged: colour: it is not known");
+}
+
+TEST(Manifest, EveryLeafIsChecked) {
+    // Each number, text and truth value of it in turn becomes a list: refused, but for the free parts.
+    const Json flat = stored().flatten();
+    int refused = 0;
+    for (const auto& leaf : flat.items()) {
+        const std::string& place = leaf.key();
+        if (place.rfind("/model/config/", 0) == 0 || place == "/digest" || place.rfind("/cache/axes", 0) == 0)
+            continue;
+        Json other = stored();
+        other[Json::json_pointer(place)] = Json::array({Json::array()});
+        EXPECT_NE(refusal(signed_text(other)), "nothing was refused") << place;
+        ++refused;
+    }
+    EXPECT_GT(refused, 100);
+}
+
+TEST(Manifest, Versions) {
+    Json newer = stored();
+    newer["format_version"] = 2;
+    EXPECT_EQ(refusal(newer.dump()), "B/manifest.json has format version 2; this library reads 1");
+    Json other = stored();
+    other["format"] = "zip";
+    EXPECT_NE(refusal(other.dump()).find("does not say format"), std::string::npos);
+}
+
+TEST(Manifest, ByteByByte) {
+    // Whatever one byte becomes, the reader says so; or the byte means nothing.
+    std::mt19937 random = fixtures::random_numbers();
+    const std::string text = fixtures::read(fixtures::vectors("llama.ojfa") / "manifest.json");
+    for (int i = 0; i < 300; ++i) {
+        std::string altered = text;
+        altered[random() % altered.size()] = static_cast<char>(random());
+        try {
+            parse_manifest(altered, "m");
+            EXPECT_EQ(canonical_json(altered, "digest"), canonical_json(text, "digest"));
+        } catch (const Failure& failure) {
+            EXPECT_EQ(failure.status(), OJFA_ERROR_BUNDLE);
+        }
+        EXPECT_NE(refusal(text.substr(0, random() % (text.size() - 2))), "nothing was refused");
+    }
+}
+
+TEST(Manifest, ValuesThatCantBe) {
+    const std::pair<const char*, Json> cases[] = {
+        {"/model/spec/blocks", 5},
+        {"/model/spec/kv_heads", 3},
+        {"/model/spec/rotary_dim", 7},
+        {"/model/spec/rotary_dim", 0},
+        {"/model/spec/vocab_size", -1},
+        {"/auto/exits/2", 4},
+        {"/auto/exits/2", 1},
+        {"/auto/measure", "luck"},
+        {"/cache/max_length", 0},
+        {"/cache/max_length", 1e3},
+        {"/default/ms_per_token", 0},
+        {"/default/speculation/exit", 4},
+        {"/golden/0/exit", 9},
+        {"/golden/0/prompt_token_ids/0", 320},
+        {"/files/tokenizer.json/size", -1},
+        {"/files/tokenizer.json/sha256", "00"},
+        {"/rotary/cos/shape/0", 3},
+        {"/rotary/cos/shape/0", 0},
+        {"/model/spec/window", 0},
+        {"/model/spec/blocks", Json(std::uint64_t{1} << 63)},
+    };
+    for (const auto& [place, value] : cases) {
+        Json other = stored();
+        other[Json::json_pointer(place)] = value;
+        EXPECT_NE(refusal(signed_text(other)).find("is damaged"), std::string::npos) << place << " " << value;
+    }
+}

@@ -1,0 +1,97 @@
+// ojfa-run and ojfa-bench as users run them.
+#include <sys/wait.h>
+
+#include <cstdio>
+
+#include "fixtures.hpp"
+
+using fixtures::Json;
+
+namespace {
+
+struct Done {
+    int status;
+    std::string output;
+};
+
+Done run(const std::string& command) {
+    FILE* const pipe = popen((command + " 2>&1").c_str(), "r");
+    std::string output;
+    char buffer[4096];
+    while (const std::size_t count = fread(buffer, 1, sizeof buffer, pipe)) output.append(buffer, count);
+    return {WEXITSTATUS(pclose(pipe)), output};
+}
+
+std::string bundle() {
+    return " " + fixtures::vectors("llama.ojfa").string() + " --backend reference ";
+}
+
+}  // namespace
+
+TEST(Programs, RunGivesTheVectorsTokens) {
+    const Json stored = fixtures::read_json(fixtures::vectors("llama.json"));
+    ASSERT_FALSE(stored["generations"].empty());
+    for (const Json& each : stored["generations"]) {
+        if (each["exit"].is_object() || each["max_length"] != 64 || each.contains("shadow")) continue;
+        std::string command = OJFA_RUN + bundle();
+        for (const Json& prompt : each["prompts"]) {
+            std::string ids = prompt.dump();
+            command += " --ids " + ids.substr(1, ids.size() - 2);
+        }
+        const Json& exit = each["exit"];
+        if (exit != "default")
+            command += " --exit " + (exit.is_string() ? exit.get<std::string>() : exit.dump());
+        if (each.contains("speculation")) {
+            command += " --speculate";
+            for (const auto& [key, option] :
+                 {std::pair{"exit", " --draft-exit "}, {"draft", " --draft-length "}})
+                if (each["speculation"].contains(key)) command += option + each["speculation"][key].dump();
+        }
+        command += " --max-new-tokens " + each["max_new_tokens"].dump() + " --temperature " +
+                   each["temperature"].dump() + " --top-p " + each["top_p"].dump() + " --seed " +
+                   each["seed"].dump();
+        if (!each["top_k"].is_null()) command += " --top-k " + each["top_k"].dump();
+        const Done done = run(command);
+        ASSERT_EQ(done.status, 0) << command << "\n" << done.output;
+        const Json document = Json::parse(done.output);
+        for (std::size_t row = 0; row < each["prompts"].size(); ++row) {
+            EXPECT_EQ(document["prompts"][row]["token_ids"], each["gives"]["tokens"][row]) << command;
+            EXPECT_EQ(document["prompts"][row]["exit_blocks"], each["gives"]["blocks_run"][row]);
+            EXPECT_EQ(document["prompts"][row]["finish_reason"], each["gives"]["finish"][row]);
+        }
+    }
+}
+
+TEST(Programs, BenchMeasuresWhatIsAsked) {
+    const Done done = run(OJFA_BENCH + bundle() +
+                          "--exit 2 --exit full --prompt-length 8 --warmup 1 --iterations 9 "
+                          "--sessions 2");
+    ASSERT_EQ(done.status, 0) << done.output;
+    const Json document = Json::parse(done.output);
+    EXPECT_EQ(document["exits"][0]["blocks"], 2);
+    EXPECT_EQ(document["exits"][1]["blocks"], 4);
+    EXPECT_EQ(document["samples_ms"]["4"]["decode"].size(), 16u);  // whole bursts
+    EXPECT_GT(document["concurrent"]["tokens_per_second"], 0);
+}
+
+TEST(Programs, MistakesAreSaidAndGiveStatusTwo) {
+    const std::pair<std::string, const char*> cases[] = {
+        {OJFA_RUN + std::string(""), "BUNDLE is missing"},
+        {OJFA_RUN + bundle(), "--ids is missing"},
+        {OJFA_RUN + bundle() + "--ids 1,x", "'x' is no number"},
+        {OJFA_RUN + bundle() + "--ids 99999", "token ids outside"},
+        {OJFA_RUN + bundle() + "--ids 1 --exit 9", "exit 9 is outside"},
+        {OJFA_RUN + bundle() + "--ids 1 --colour red", "no such option"},
+        {OJFA_RUN + bundle() + "--ids 1 --draft-exit 1", "settings of --speculate"},
+        {OJFA_BENCH + bundle() + "--exit auto", "no latency of their own"},
+        {OJFA_BENCH + bundle() + "--prompt-length 60", "smaller --prompt-length"},
+    };
+    for (const auto& [command, said] : cases) {
+        const Done done = run(command);
+        EXPECT_EQ(done.status, 2) << command;
+        EXPECT_NE(done.output.find(said), std::string::npos) << done.output;
+    }
+    const Done absent = run(OJFA_RUN + std::string(" /nowhere --backend reference --ids 1"));
+    EXPECT_EQ(absent.status, 1);
+    EXPECT_NE(absent.output.find("hint: "), std::string::npos);
+}
