@@ -11,13 +11,12 @@ std::size_t at(int index) {
 }
 
 TokenRows rows_of(const Pending& pending) {
-    TokenRows rows;
-    for (const auto& ids : pending) rows.emplace_back(ids);
-    return rows;
+    return {pending.begin(), pending.end()};
 }
 
 std::vector<Random> generators_of(const Session& session, const Sampling& sampling) {
     std::vector<Random> result;
+    result.reserve(at(session.batch_size()));
     for (int row = 0; row < session.batch_size(); ++row) result.push_back(sampling.generator(row));
     return result;
 }

@@ -64,7 +64,6 @@ Session::Session(const ModelSpec& spec, Engines& engines, int batch_size, int ma
                     if (cancelled_.exchange(false))
                         throw Failure(OJFA_ERROR_CANCELLED, "the session was cancelled");
                 }),
-      engines_(engines),
       shadow_(std::move(shadow)) {}
 
 void Session::advance(const TokenRows& tokens, int depth, Answers answers) {

@@ -77,7 +77,6 @@ class Session : public Sequences {
     void checked(int row, int position, int blocks_run, bool agrees);
     Address gathered(std::size_t rows);
 
-    Engines& engines_;
     std::optional<Shadow> shadow_;
     std::atomic<bool> cancelled_{false};
     std::unique_ptr<Memory> gathered_;  // hidden states of several sequences, for a head

@@ -2,13 +2,12 @@
 
 #include <algorithm>
 #include <sstream>
-#include <utility>
 
 #include "failure.hpp"
 
 namespace ojfa::core {
 
-Shadow::Shadow(double share, Random random) : share_(share), random_(std::move(random)) {
+Shadow::Shadow(double share, const Random& random) : share_(share), random_(random) {
     if (share > 0 && share <= 1) return;
     std::ostringstream text;
     text << "the share of tokens for shadow checks must be above 0 and at most 1, not " << share;

@@ -20,7 +20,7 @@ class Shadow {
  public:
     // `share` is the probability that a token is chosen, above 0 and at most 1. Throws Failure where it
     // isn't.
-    Shadow(double share, Random random);
+    Shadow(double share, const Random& random);
 
     // The early tokens that are still to be compared, oldest first.
     const std::vector<Due>& due() const { return due_; }
