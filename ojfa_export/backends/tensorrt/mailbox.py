@@ -128,7 +128,7 @@ class Mailbox:
         while len(answers) < rows:
             place = first + len(answers) * ANSWER.size
             if ANSWER.unpack_from(self._bytes, place)[1::2] == (turn,) * 5:
-                # Once more: a number was looked at before the stamp that says it is there.
+                # Read again: a value is read before its number, and may be older than that.
                 answers.append(ANSWER.unpack_from(self._bytes, place)[::2])
                 continue
             if idle:
