@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
+import sys
+import types
 
 import pytest
 from stand_in.driver import Driver
@@ -72,3 +75,23 @@ def test_a_library_of_the_sdk_that_is_missing(monkeypatch):
     with pytest.raises(BackendError, match=r"backend 'tensorrt' can't be used: libnvinfer") as e:
         backends.load("tensorrt")
     assert "doctor" in e.value.hint
+
+
+def test_layers_that_polygraphy_cannot_read(driver, monkeypatch, tmp_path):
+    """8.6 writes control characters into the JSON of some; its own words are shown without them."""
+    util = types.ModuleType("polygraphy.backend.trt.util")
+
+    def unreadable(*_, **__):
+        return json.loads('{"Name": "\x01"}')
+
+    util.str_from_engine = unreadable
+    for name in ("polygraphy", "polygraphy.backend", "polygraphy.backend.trt"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, util.__name__, util)
+    layers = importlib.import_module("ojfa_export.backends.tensorrt.layers")
+    engine, context = object(), object()
+    monkeypatch.setattr(layers.api, "deserialize", lambda *_: engine)
+    monkeypatch.setattr(layers.api, "create_context", lambda *_: context)
+    monkeypatch.setattr(layers.api, "layers", lambda _: "Layers:\nnorm\x01 fp32\n")
+    (tmp_path / "block.qkv.engine").touch()
+    assert layers.describe_layers(tmp_path / "block.qkv.engine") == "Layers:\nnorm fp32\n"

@@ -31,5 +31,6 @@ def describe_layers(path: Path) -> str:
     context = api.create_context(engine, 0, int(device.stream))
     try:
         return str(str_from_engine(engine, context, show_layers=True, show_attrs=True))
-    except (KeyError, ValueError):  # of some layers 8.6 writes JSON that is none
-        return api.layers(engine)
+    except ValueError:  # of some layers 8.6 writes control characters into its JSON
+        text = api.layers(engine)
+        return "".join(each for each in text if each.isprintable() or each == "\n")
