@@ -1,10 +1,10 @@
-// The instructions of compute capability 8.0 that attention is made of, which CUDA C++ has no words
-// for without the toolkit's headers. Nothing else of attention is in assembly.
+// The instructions of compute capability 8.0 that attention and the exit's check are made of, which CUDA
+// C++ has no words for without the toolkit's headers. Nothing else of attention is in assembly.
 #pragma once
 #include "common.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#error "the attention kernels need a GPU of compute capability 8.0 or later"
+#error "the kernels need a GPU of compute capability 8.0 or later"
 #endif
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -36,6 +36,8 @@ template <int PENDING>
 __device__ __forceinline__ void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
+
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // 2^x, with 0 for -infinity.
 __device__ __forceinline__ float power_of_2(float x) {
