@@ -1,10 +1,10 @@
-// The instructions of compute capability 8.0 that attention is made of, which CUDA C++ has no words
-// for without the toolkit's headers. Nothing else of attention is in assembly.
+// The instructions of compute capability 8.0 that attention and the exit's check are made of, which CUDA
+// C++ has no words for without the toolkit's headers. Nothing else of attention is in assembly.
 #pragma once
 #include "common.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#error "the attention kernels need a GPU of compute capability 8.0 or later"
+#error "the kernels need a GPU of compute capability 8.0 or later"
 #endif
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
