@@ -20,7 +20,6 @@ from bench.gpu_clock import copy_bandwidth, graph_time
 from bench.gpu_shapes import SHAPES
 from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device, the_device
-from ojfa_export.backends.tensorrt import attention
 from ojfa_export.backends.tensorrt.attention import Attention, Geometry, Operands, Scratch
 from ojfa_export.backends.tensorrt.kernels import Kernels, compile_kernels
 from ojfa_export.backends.tensorrt.linear import LinearKernels, Norm
@@ -43,7 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, nargs="*", default=[512])
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--chain", action="store_true", help="whole blocks too, batch 1")
-    parser.add_argument("--ahead", type=int, nargs="+", help="MiB of weights asked for ahead")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     device = the_device()
@@ -58,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("  {what}: {us:.2f} us, {share:.0%} of a copy".format(**row), flush=True)
             rows.append(row)
         if options.chain:
-            for row in bench.chain(options.past, options.ahead or [attention.AHEAD_BYTES >> 20]):
+            for row in bench.chain(options.past):
                 row["shape"] = name
                 print("  {what}: {us:.2f} us".format(**row), flush=True)
                 rows.append(row)
@@ -117,17 +115,14 @@ class Bench:
             rows.append({"what": f"a prompt of {length}", "us": us, "bytes": self._read(length)})
         return rows
 
-    def chain(self, pasts: Sequence[int], ahead: Sequence[int]) -> list[Row]:
+    def chain(self, pasts: Sequence[int]) -> list[Row]:
         """Whole blocks by our kernels, one token."""
         weights = [self._weights() for _ in range(self._blocks)]
         rows = []
         for past in pasts:
             caches = self._caches(1, past + 1)
-            for mebibytes in ahead:
-                attention.AHEAD_BYTES = mebibytes << 20
-                us = self._time(caches, [past], [0], together=True, weights=weights)
-                what = f"a block, past {past}, {mebibytes} MiB ahead"
-                rows.append({"what": what, "us": us})
+            us = self._time(caches, [past], [0], together=True, weights=weights)
+            rows.append({"what": f"a block, past {past}", "us": us})
         return rows
 
     def _read(self, positions: int) -> int:
@@ -193,8 +188,8 @@ class Bench:
             for index, (keys, values) in enumerate(caches):
                 given = replace(operands, keys=keys.pointer, values=values.pointer)
 
-                def attend(given: Operands = given, ahead: DeviceArray | None = None) -> None:
-                    self._attention.run(given, scratch, tokens, together=together, ahead=ahead)
+                def attend(given: Operands = given) -> None:
+                    self._attention.run(given, scratch, tokens, together=together)
 
                 if block:
                     block(weights[index], attend)
@@ -205,16 +200,16 @@ class Bench:
 
     def _block(
         self, qkv: DeviceArray, mixed: DeviceArray
-    ) -> Callable[[dict[str, DeviceArray], Callable[..., None]], None]:
+    ) -> Callable[[dict[str, DeviceArray], Callable[[], None]], None]:
         spec, arrays = self._spec, self._arrays
         linear = LinearKernels(self._device, self._kernels, 2)
         hidden = arrays.asarray(np.ones((1, spec.hidden_size), np.float32))
         inner = arrays.empty((1, spec.intermediate_size), np.float16)
         norm = Norm(arrays.asarray(np.ones((1, spec.hidden_size), np.float32)), None, 1e-5)
 
-        def run(weights: dict[str, DeviceArray], attend: Callable[..., None]) -> None:
+        def run(weights: dict[str, DeviceArray], attend: Callable[[], None]) -> None:
             linear.norm_linear(qkv, hidden, norm, weights["qkv"], None)
-            attend(ahead=weights["out"])
+            attend()
             linear.linear(hidden, hidden, mixed, weights["out"], None)
             linear.norm_up(inner, hidden, norm, weights["up"], None)
             linear.linear(hidden, hidden, inner, weights["down"], None)

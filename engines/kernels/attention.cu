@@ -27,27 +27,6 @@ extern "C" __global__ void append(const float* qkv, Element* keys, Element* valu
     store_features(values + at, in.value(token, kv_head, feature));
 }
 
-// A matrix that the next kernel reads, and the bytes of it and of what attention reads that the memory has
-// time for meanwhile. The beginning of each row is asked for, as warps begin there.
-struct Ahead {
-    const unsigned char* matrix;
-    int rows, row_bytes;
-    long long budget;
-
-    // Asks for this thread block's share, where attention itself reads so many keys of every head.
-    __device__ void prefetch_share(int keys) const {
-        constexpr int LINE = 128, KEY_BYTES = 2 * HEAD_DIM * sizeof(Element);
-        const long long heads = static_cast<long long>(gridDim.z) * gridDim.y;
-        const long long left = budget - heads * keys * KEY_BYTES;
-        if (!rows || left <= 0) return;
-        const int lines = static_cast<int>(min(left / rows, static_cast<long long>(row_bytes)) / LINE);
-        const int blocks = gridDim.x * gridDim.y * gridDim.z;
-        const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-        for (int i = block * blockDim.x + threadIdx.x; i < rows * lines; i += blocks * blockDim.x)
-            prefetch(matrix + static_cast<long long>(i / lines) * row_bytes + i % lines * LINE);
-    }
-};
-
 // Combines parts [count][stride] for one feature: largest, total, weighted value.
 struct Combined {
     float largest = NONE, total = 0.0f, mixed = 0.0f;
@@ -65,6 +44,24 @@ struct Combined {
     }
 };
 
+// The queries as right operands: in registers, where they fit there.
+struct ColumnQueries {
+#if HALF
+    Right steps[DIM / DEPTH];
+
+    __device__ __forceinline__ explicit ColumnQueries(const Element* rows) {
+#pragma unroll
+        for (int step = 0; step < DIM / DEPTH; ++step) steps[step] = load_right(rows + step * DEPTH);
+    }
+    __device__ __forceinline__ Right at(int step) const { return steps[step]; }
+#else
+    const Element* rows;
+
+    __device__ __forceinline__ explicit ColumnQueries(const Element* rows) : rows(rows) {}
+    __device__ __forceinline__ Right at(int step) const { return load_right(rows + step * DEPTH); }
+#endif
+};
+
 // What a warp has seen for its queries, which are the columns of its products: keys times queries, and
 // features of values times weights. A lane holds of every 8 rows lane / 4, columns 2 (lane % 4) and the next.
 struct SeenByColumns {
@@ -74,13 +71,13 @@ struct SeenByColumns {
     float mixed[DIM / 16][4] = {};    // values weighted by it
 
     // Attends to STEP_KEYS keys from `first` on; `partly` where some queries don't see all of them.
-    __device__ __forceinline__ void attend(const Right (&queries)[DIM / DEPTH], const Element* keys,
+    __device__ __forceinline__ void attend(const ColumnQueries& queries, const Element* keys,
                                            const Element* values, int first, bool partly) {
         float score[4] = {}, other[4] = {};  // two sums, as each product waits for the one before
 #pragma unroll
         for (int step = 0; step < DIM / DEPTH; step += 2) {
-            multiply(score, load_left(keys + step * DEPTH), queries[step]);
-            if (step + 1 < DIM / DEPTH) multiply(other, load_left(keys + (step + 1) * DEPTH), queries[step + 1]);
+            multiply(score, load_left(keys + step * DEPTH), queries.at(step));
+            if (step + 1 < DIM / DEPTH) multiply(other, load_left(keys + (step + 1) * DEPTH), queries.at(step + 1));
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -145,15 +142,12 @@ struct SeenByColumns {
 //   tokens    of each sequence, consecutive; one is appended here, several by `append` before
 //   parts     [sequences * tokens, HEADS, splits, PARTIAL] where splits > 1
 //   finished  [gridDim.z, gridDim.y] zero before and after
-//   ahead_*   of `Ahead`
 extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     attention(Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,
               const float* sines, const int* positions, const int* sequences, int capacity, float scale, int tokens,
-              float* parts, unsigned* finished, const unsigned char* ahead_matrix, int ahead_rows, int ahead_row_bytes,
-              long long ahead_budget) {
+              float* parts, unsigned* finished) {
     constexpr int THREADS = STEP_WARPS * LANES, STAGE = 2 * STEP_KEYS * STRIDE;
     const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, capacity};
-    const Ahead ahead{ahead_matrix, ahead_rows, ahead_row_bytes, ahead_budget};
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     Element* const queries = reinterpret_cast<Element*>(shared_memory);
     Element* const fresh = queries + STEP_QUERIES * STRIDE;  // the new key and value
@@ -170,10 +164,8 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     int active = min(splits, (seen_keys + SPLIT_KEYS - 1) / SPLIT_KEYS);
     const int each = (seen_keys + active * STEP_KEYS - 1) / (active * STEP_KEYS) * STEP_KEYS;
     active = (seen_keys + each - 1) / each;
-    if (split >= active) {
+    if (split >= active) {  // not before the one before has ended: who waits for this one counts on that
         wait_for_previous();
-        let_next_start();
-        if (!is_called_off()) ahead.prefetch_share(seen_keys);
         return;
     }
     const int first = oldest + split * each, stop = min(first + each, highest + 1);
@@ -216,11 +208,8 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
         copies_wait<0>();
         return;
     }
-    ahead.prefetch_share(seen_keys);
 
-    Right query[DIM / DEPTH];
-#pragma unroll
-    for (int step = 0; step < DIM / DEPTH; ++step) query[step] = load_right(queries + step * DEPTH);
+    const ColumnQueries query(queries);
     SeenByColumns seen;
 #pragma unroll
     for (int column = 0; column < 2; ++column) {

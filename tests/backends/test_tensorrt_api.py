@@ -24,6 +24,7 @@ SURFACES = sorted((Path(__file__).parent / "tensorrt_surface").glob("*.json"))
 ENUMS = (
     "BuilderFlag",
     "ExecutionContextAllocationStrategy",
+    "LayerInformationFormat",
     "LayerType",
     "MemoryPoolType",
     "NetworkDefinitionCreationFlag",
@@ -43,6 +44,8 @@ GIVES: dict[str, Any] = {
     "ILayer.get_output": "ITensor",
     "OnnxParser.parse": True,
     "Runtime.deserialize_cuda_engine": "ICudaEngine",
+    "ICudaEngine.create_engine_inspector": "EngineInspector",
+    "EngineInspector.get_engine_information": 86,  # for its words
     "ICudaEngine.create_execution_context": "IExecutionContext",
     "ICudaEngine.create_execution_context_without_device_memory": "IExecutionContext",
 }
@@ -162,6 +165,7 @@ def test_opening_and_running(bindings):
         assert called(fake, "IExecutionContext.device_memory") == [(256,)]
     else:
         assert called(fake, "IExecutionContext.set_device_memory") == [(256, 4096)]
+    assert api.layers(engine) == "86"
     # What engine.py calls on a context.
     for name in ("set_input_shape", "set_tensor_address", "execute_async_v3"):
         fake.require("IExecutionContext", name)

@@ -11,8 +11,6 @@ namespace {
 constexpr unsigned LANES = 32, TILE_ROWS = 16;
 constexpr unsigned STEP_QUERIES = 8, MOST_WARPS = 4, STEP_KEYS = 16, STEP_STAGES = 3;
 constexpr unsigned APPEND_THREADS = 256, MOST_SPLITS = 64, RESIDENT = 2;
-// Of the next matrix, asked for while attention runs (bench/NOTES.md).
-constexpr long long AHEAD_BYTES = 0;
 
 unsigned ceiling(unsigned value, unsigned by) {
     return (value + by - 1) / by;
@@ -42,15 +40,15 @@ std::size_t Attention::finished_bytes(int tokens) const {
 }
 
 void Attention::run(CUstream stream, const Operands& operands, const Scratch& scratch, int tokens,
-                    bool together, const Array& ahead) const {
+                    bool together) const {
     if (together) {
-        step(stream, operands, scratch, tokens, 1, ahead);
+        step(stream, operands, scratch, tokens, 1);
         return;
     }
     const Launch prompt = prompt_launch(tokens);
     // With fewer thread blocks than half of the multiprocessors, splitting keys is worth more.
     if (2 * prompt.grid[0] * prompt.grid[1] < multiprocessors_) {
-        step(stream, operands, scratch, 1, tokens, ahead);
+        step(stream, operands, scratch, 1, tokens);
         return;
     }
     append(stream, operands, tokens);
@@ -60,15 +58,14 @@ void Attention::run(CUstream stream, const Operands& operands, const Scratch& sc
 }
 
 void Attention::step(CUstream stream, const Operands& operands, const Scratch& scratch, int sequences,
-                     int tokens, const Array& ahead) const {
+                     int tokens) const {
     if (tokens > 1) append(stream, operands, sequences * tokens);
     Launch launch = step_launch(sequences, tokens);
     launch.overlapping = tokens == 1;
-    kernels_.launch(
-        stream, launch, operands.out, operands.qkv, operands.keys, operands.values, operands.cosines,
-        operands.sines, operands.positions, operands.sequences, operands.capacity, operands.scale, tokens,
-        scratch.parts.address(), scratch.finished.address(), ahead.address(), ahead.rows(),
-        static_cast<int>(ahead.memory->bytes() / static_cast<std::size_t>(ahead.rows())), AHEAD_BYTES);
+    kernels_.launch(stream, launch, operands.out, operands.qkv, operands.keys, operands.values,
+                    operands.cosines, operands.sines, operands.positions, operands.sequences,
+                    operands.capacity, operands.scale, tokens, scratch.parts.address(),
+                    scratch.finished.address());
 }
 
 void Attention::append(CUstream stream, const Operands& operands, int tokens) const {

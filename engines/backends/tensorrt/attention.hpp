@@ -33,17 +33,16 @@ class Attention {
     std::size_t finished_bytes(int tokens) const;
 
     // Appends the tokens' keys and values to the cache and attends. The tokens are of different sequences,
-    // one each, where `together`; else consecutive ones of one sequence. `ahead` is the matrix that
-    // the next kernel reads.
-    void run(CUstream stream, const Operands& operands, const Scratch& scratch, int tokens, bool together,
-             const Array& ahead) const;
+    // one each, where `together`; else consecutive ones of one sequence.
+    void run(CUstream stream, const Operands& operands, const Scratch& scratch, int tokens,
+             bool together) const;
 
  private:
     Launch step_launch(int sequences, int tokens) const;
     Launch prompt_launch(int tokens) const;
     void append(CUstream stream, const Operands& operands, int tokens) const;
-    void step(CUstream stream, const Operands& operands, const Scratch& scratch, int sequences, int tokens,
-              const Array& ahead) const;
+    void step(CUstream stream, const Operands& operands, const Scratch& scratch, int sequences,
+              int tokens) const;
 
     Kernels& kernels_;
     unsigned heads_, kv_heads_, head_dim_, vector_, element_bytes_, multiprocessors_;

@@ -282,8 +282,7 @@ void TensorRtCache::attend(int index, const Workspace& workspace, int tokens, bo
                                workspace.sequences(),
                                capacity_,
                                static_cast<float>(engines_.spec.attention_scales[at(index)])};
-    const Array& next = engines_.weights(core::block_name(index)).at("attention.out.weight");
-    attention_.run(stream_.handle(), operands, workspace.scratch, tokens, together, next);
+    attention_.run(stream_.handle(), operands, workspace.scratch, tokens, together);
 }
 
 void TensorRtCache::after_attention(int index, const Workspace& workspace, int tokens) {

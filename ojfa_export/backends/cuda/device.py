@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -193,11 +194,18 @@ class Device:
         """Records what `work` puts on the stream, without running it."""
         self.recorder.flush()
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-        check(driver.cuStreamBeginCapture(self.stream, mode))
+        # Memory that nobody can reach any more must not be freed, nor be waited for, in between.
+        collecting = gc.isenabled()
+        gc.disable()
         try:
-            work()
+            check(driver.cuStreamBeginCapture(self.stream, mode))
+            try:
+                work()
+            finally:
+                ended = driver.cuStreamEndCapture(self.stream)
         finally:
-            ended = driver.cuStreamEndCapture(self.stream)
+            if collecting:
+                gc.enable()
         return Graph(self, check(ended))
 
 

@@ -81,10 +81,8 @@ class Recorder:
 
     def forget(self, owner: object) -> None:
         """Forgets the recordings whose keys hold an object."""
-        old = [key for key in self._graphs if any(owner in piece for piece in key)]
-        if old:
-            self._device.synchronize()
-        for key in old:
+        self._device.synchronize()  # what has been launched may still use the owner's memory
+        for key in [key for key in self._graphs if any(owner in piece for piece in key)]:
             del self._graphs[key]
 
     def clear(self) -> None:

@@ -159,6 +159,12 @@ def deserialize(name: str, plan: bytes) -> Any:
     return engine
 
 
+def layers(engine: Any) -> str:
+    """An engine's layers in TensorRT's own words, one a line."""
+    form = trt.LayerInformationFormat.ONELINE
+    return str(engine.create_engine_inspector().get_engine_information(form))
+
+
 def failure(name: str, free: str) -> BackendError:
     """What to raise where an engine doesn't run, with so much GPU memory free."""
     return BackendError(

@@ -12,7 +12,7 @@ import numpy as np
 from ojfa_export.families.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
+    from ojfa_export.backends.cuda.arrays import DeviceArrays
     from ojfa_export.backends.cuda.device import Device
     from ojfa_export.backends.tensorrt.kernels import Argument, Kernels
 
@@ -24,9 +24,6 @@ APPEND_THREADS = 256
 MOST_SPLITS = 64
 # Thread blocks on a multiprocessor that keys of a step are split over (bench/NOTES.md).
 RESIDENT = 2
-# What the memory can read in the time that attention takes at least: what attention leaves of it
-# is asked for of the matrix that the next kernel reads (bench/NOTES.md).
-AHEAD_BYTES = 0
 
 
 @dataclass(frozen=True)
@@ -201,7 +198,6 @@ class Attention:
         tokens: int,
         *,
         together: bool,
-        ahead: DeviceArray | None = None,
     ) -> None:
         """Appends the tokens' keys and values to the cache and attends.
 
@@ -211,17 +207,16 @@ class Attention:
             tokens: How many.
             together: Whether they are of different sequences, one each; else consecutive ones
                 of one sequence.
-            ahead: A matrix [rows, columns] that the next kernel reads.
         """
         if together:
-            self.step(operands, scratch, tokens, 1, ahead)
+            self.step(operands, scratch, tokens, 1)
             return
         prompt = prompt_launch(self._geometry, tokens)
         # With fewer thread blocks than half of the multiprocessors, splitting keys is worth more.
         if 2 * math.prod(prompt.grid) >= self._multiprocessors:
             self.prompt(operands, tokens)
         else:
-            self.step(operands, scratch, 1, tokens, ahead)
+            self.step(operands, scratch, 1, tokens)
 
     def step(
         self,
@@ -229,23 +224,15 @@ class Attention:
         scratch: Scratch,
         sequences: int,
         tokens: int,
-        ahead: DeviceArray | None = None,
     ) -> None:
         """The same, keys split over thread blocks; `tokens` of each sequence."""
         if tokens > 1:
             self._append(operands, sequences * tokens)
         launch = step_launch(self._geometry, sequences, tokens, self._multiprocessors)
-        matrix, rows, row_bytes = 0, 0, 0
-        if ahead is not None:
-            matrix, rows = ahead.pointer, len(ahead)
-            row_bytes = ahead.nbytes // rows
         arguments = (
             *operands.whole,
             (tokens, ctypes.c_int),
-            *_pointers(scratch.parts.pointer, scratch.finished.pointer, matrix),
-            (rows, ctypes.c_int),
-            (row_bytes, ctypes.c_int),
-            (AHEAD_BYTES, ctypes.c_longlong),
+            *_pointers(scratch.parts.pointer, scratch.finished.pointer),
         )
         self._launch(launch, arguments, overlapping=tokens == 1)
 

@@ -245,7 +245,6 @@ class Block:
             workspace.attention,
             workspace.tokens,
             together=together,
-            ahead=self._engines.weights(self._name)["attention.out.weight"],
         )
 
     def _rotations(self, long_context: bool) -> tuple[int, int]:

@@ -24,7 +24,6 @@ void copies_wait() {
                 std::memset(copy.to, 0, copy.bytes);
 }
 
-inline void prefetch(const void*) {}
 inline float power_of_2(float x) { return std::exp2(x); }
 
 #if HALF
