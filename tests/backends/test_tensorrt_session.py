@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,3 +173,20 @@ def test_texts_that_take_turns(case):
             best = logits[at - 1].max()
             near = 0.02 * np.abs(logits[at - 1]).max() if case.chain.precision == "fp16" else 1e-3
             assert best - logits[at - 1][tokens[at]] <= near
+
+
+def test_numbers_are_read_after_their_stamps(driver, monkeypatch):
+    """An answer that comes while the host looks: a number of before beside a stamp of now."""
+    from ojfa_export.backends.cuda.device import the_device
+    from ojfa_export.backends.tensorrt import mailbox
+
+    box = mailbox.Mailbox(the_device())
+    choices = box.expect(1)
+    answer = [number for each in (7, 7, 0.5, 0.25, -2.0) for number in (each, choices.turn)]
+    torn = [number for each in (0, 0, 0.0, 0.0, 0.0) for number in (each, choices.turn)]
+    looks = iter([[0] * 10, torn, answer])
+    plain = mailbox.ANSWER
+    looking = SimpleNamespace(size=plain.size, unpack_from=lambda *_: tuple(next(looks)))
+    monkeypatch.setattr(mailbox, "ANSWER", looking)
+    assert choices.tokens() == choices.likeliest() == [7]
+    assert choices.confidence("entropy").tolist() == [-2.0]

@@ -126,9 +126,10 @@ class Mailbox:
         looks, first, idle = 0, slot * ROWS * ANSWER.size, False
         answers: list[Row] = []
         while len(answers) < rows:
-            found = ANSWER.unpack_from(self._bytes, first + len(answers) * ANSWER.size)
-            if found[1::2] == (turn,) * 5:
-                answers.append(found[::2])
+            place = first + len(answers) * ANSWER.size
+            if ANSWER.unpack_from(self._bytes, place)[1::2] == (turn,) * 5:
+                # Read again: a value is read before its number, and may be older than that.
+                answers.append(ANSWER.unpack_from(self._bytes, place)[::2])
                 continue
             if idle:
                 raise BackendError(
