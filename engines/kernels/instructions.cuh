@@ -37,6 +37,8 @@ __device__ __forceinline__ void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // 2^x, with 0 for -infinity.
 __device__ __forceinline__ float power_of_2(float x) {
     float y;
