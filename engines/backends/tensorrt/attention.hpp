@@ -4,7 +4,6 @@
 
 #include "bundle/manifest.hpp"
 #include "kernels.hpp"
-#include "weights.hpp"
 
 namespace ojfa::tensorrt {
 
