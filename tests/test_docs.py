@@ -21,17 +21,10 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty directory in which the README's relative paths mean what they say."""
-    place = tmp_path_factory.mktemp("readme")
-    (place / "calibration").symlink_to(ROOT / "calibration")
-    return place
-
-
 @pytest.mark.slow
-@pytest.mark.xdist_group("readme")
-def test_console_commands(place: Path) -> None:
+def test_examples_run_as_they_are_written(tmp_path: Path) -> None:
+    """The console's commands in order, then the Python blocks on the bundle that they build."""
+    (tmp_path / "calibration").symlink_to(ROOT / "calibration")
     commands = [line[2:] for block in blocks("console") for line in block.splitlines()]
     assert len(commands) >= 5
     for command in commands:
@@ -39,22 +32,15 @@ def test_console_commands(place: Path) -> None:
         assert program == "ojfa-export"
         if arguments[0] == "bench":  # the machine is shared with other tests
             arguments += ["--iterations", "8", "--warmup", "1", "--exit", "6"]
-        run = [sys.executable, "-m", "ojfa_export", *arguments]
-        done = subprocess.run(run, cwd=place, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        assert done.stdout.strip(), command
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("readme")
-def test_python_blocks(place: Path) -> None:
-    assert (place / "demo.ojfa").is_dir(), "the console commands build it"
+        run([sys.executable, "-m", "ojfa_export", *arguments], tmp_path, command)
     for block in blocks("python"):
-        done = subprocess.run(
-            [sys.executable, "-c", block], cwd=place, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{block}\n{done.stderr}"
-        assert done.stdout.strip()
+        run([sys.executable, "-c", block], tmp_path, block)
+
+
+def run(command: list[str], place: Path, shown: str) -> None:
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{shown}\n{done.stdout}\n{done.stderr}"
+    assert done.stdout.strip(), shown
 
 
 def test_every_command_is_named() -> None:

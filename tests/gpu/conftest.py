@@ -18,6 +18,7 @@ import pytest
 
 from ojfa_export import backends
 from ojfa_export.bundle.names import graph_names
+from ojfa_export.errors import OjfaError
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.session import Session
 
@@ -28,6 +29,17 @@ DECODE = {
     "tensorrt": ("kernels", "engines"),
     "onnxruntime-cuda": ("recorded", "unrecorded"),
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def device() -> object:
+    """The GPU; where there is none, its tests are left out."""
+    try:
+        from ojfa_export.backends.cuda.device import the_device
+
+        return the_device()
+    except (ImportError, OjfaError) as error:
+        pytest.skip(f"no NVIDIA GPU can be used here: {error}")
 
 
 @dataclass
