@@ -34,7 +34,6 @@ lint: $(VENV)/test.stamp
 
 test: $(VENV)/test.stamp lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=ojfa_export --cov-report=term:skip-covered
-
 	engines/test.sh
 
 engines:
