@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bench.gpu_clock import copy_bandwidth, graph_time
 from bench.gpu_shapes import SHAPES
 from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device, the_device
+from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.tensorrt.attention import Attention, Geometry, Operands, Scratch
 from ojfa_export.backends.tensorrt.kernels import Kernels, compile_kernels
 from ojfa_export.backends.tensorrt.linear import LinearKernels, Norm
@@ -72,17 +74,21 @@ class Bench:
         device: The GPU.
         spec: The shape.
         blocks: How many.
+
+    Attributes:
+        kernels: Compiled for the shape.
+        arrays: Makes arrays on the GPU.
     """
 
     def __init__(self, device: Device, spec: ModelSpec, blocks: int) -> None:
         self._device, self._spec, self._blocks = device, spec, blocks
-        self._arrays = DeviceArrays(device)
+        self.arrays = DeviceArrays(device)
         macros = definitions(spec, half=True)
-        self._kernels = Kernels(device, compile_kernels(macros, device.compute_capability))
+        self.kernels = Kernels(device, compile_kernels(macros, device.compute_capability))
         self._geometry = Geometry.of(spec, 2)
-        self._attention = Attention(self._kernels, self._geometry, device.multiprocessors)
+        self._attention = Attention(self.kernels, self._geometry, device.multiprocessors)
         numbers = np.random.default_rng(0).standard_normal(POOL, np.float32)
-        self._pool = self._arrays.lasting((POOL,), np.float16)
+        self._pool = self.arrays.lasting((POOL,), np.float16)
         device.upload((0.02 * numbers).astype(np.float16), self._pool.pointer)
         device.synchronize()
 
@@ -117,13 +123,19 @@ class Bench:
 
     def chain(self, pasts: Sequence[int]) -> list[Row]:
         """Whole blocks by our kernels, one token."""
-        weights = [self._weights() for _ in range(self._blocks)]
-        rows = []
-        for past in pasts:
-            caches = self._caches(1, past + 1)
-            us = self._time(caches, [past], [0], together=True, weights=weights)
-            rows.append({"what": f"a block, past {past}", "us": us})
-        return rows
+        weights = [self.weights() for _ in range(self._blocks)]
+        return [
+            {
+                "what": f"a block, past {past}",
+                "us": graph_time(self._device, partial(run_all, self.block_works(past, weights)))
+                / self._blocks,
+            }
+            for past in pasts
+        ]
+
+    def block_works(self, past: int, weights: Sequence[dict[str, DeviceArray]]) -> list[Work]:
+        """What puts each whole block on the stream, one token with so many in the cache."""
+        return self._works(self._caches(1, past + 1), [past], [0], together=True, weights=weights)
 
     def _read(self, positions: int) -> int:
         return 2 * positions * self._spec.kv_heads * self._spec.head_dim * 2
@@ -132,7 +144,8 @@ class Bench:
         shape = (batch, self._spec.kv_heads, capacity, self._spec.head_dim)
         return [(self._filled(shape), self._filled(shape)) for _ in range(self._blocks)]
 
-    def _weights(self) -> dict[str, DeviceArray]:
+    def weights(self) -> dict[str, DeviceArray]:
+        """Random weights of one block."""
         spec = self._spec
         width = spec.heads * spec.head_dim
         shapes = {
@@ -144,7 +157,7 @@ class Bench:
         return {name: self._filled(shape) for name, shape in shapes.items()}
 
     def _filled(self, shape: tuple[int, ...]) -> DeviceArray:
-        result = self._arrays.lasting(shape, np.float16)
+        result = self.arrays.lasting(shape, np.float16)
         for at in range(0, result.nbytes, self._pool.nbytes):
             size = min(self._pool.nbytes, result.nbytes - at)
             self._device.copy(self._pool.pointer, result.pointer + at, size)
@@ -157,11 +170,23 @@ class Bench:
         sequences: list[int],
         *,
         together: bool,
-        weights: Sequence[dict[str, DeviceArray]] = (),
     ) -> float:
-        """Microseconds of attention, or of a block where there are weights."""
+        """Microseconds of attention."""
+        works = self._works(caches, positions, sequences, together=together)
+        return graph_time(self._device, partial(run_all, works)) / len(caches)
+
+    def _works(
+        self,
+        caches: Sequence[tuple[DeviceArray, DeviceArray]],
+        positions: list[int],
+        sequences: list[int],
+        *,
+        together: bool,
+        weights: Sequence[dict[str, DeviceArray]] = (),
+    ) -> list[Work]:
+        """What puts attention on the stream, or a block where there are weights, for each cache."""
         spec, tokens = self._spec, len(positions)
-        arrays = self._arrays
+        arrays = self.arrays
         width = spec.heads * spec.head_dim
         qkv_width = width + 2 * spec.kv_heads * spec.head_dim
         numbers = np.random.default_rng(1).standard_normal((tokens, qkv_width), np.float32)
@@ -184,25 +209,25 @@ class Bench:
         )
         block = self._block(qkv, out) if weights else None
 
-        def work() -> None:
-            for index, (keys, values) in enumerate(caches):
-                given = replace(operands, keys=keys.pointer, values=values.pointer)
+        def work(index: int) -> None:
+            keys, values = (array.pointer for array in caches[index])
+            given = replace(operands, keys=keys, values=values)
 
-                def attend(given: Operands = given) -> None:
-                    self._attention.run(given, scratch, tokens, together=together)
+            def attend() -> None:
+                self._attention.run(given, scratch, tokens, together=together)
 
-                if block:
-                    block(weights[index], attend)
-                else:
-                    attend()
+            if block:
+                block(weights[index], attend)
+            else:
+                attend()
 
-        return graph_time(self._device, work) / len(caches)
+        return [partial(work, index) for index in range(len(caches))]
 
     def _block(
         self, qkv: DeviceArray, mixed: DeviceArray
     ) -> Callable[[dict[str, DeviceArray], Callable[[], None]], None]:
-        spec, arrays = self._spec, self._arrays
-        linear = LinearKernels(self._device, self._kernels, 2)
+        spec, arrays = self._spec, self.arrays
+        linear = LinearKernels(self._device, self.kernels, 2)
         hidden = arrays.asarray(np.ones((1, spec.hidden_size), np.float32))
         inner = arrays.empty((1, spec.intermediate_size), np.float16)
         norm = Norm(arrays.asarray(np.ones((1, spec.hidden_size), np.float32)), None, 1e-5)
@@ -220,6 +245,12 @@ class Bench:
         if not self._spec.rotary_dim:
             return ()
         return Rotary(self._spec.rotary_dim, "default", 1e4, rows, {}).tables(rows)
+
+
+def run_all(works: Sequence[Work]) -> None:
+    """Puts pieces of work on the stream, one after the other."""
+    for work in works:
+        work()
 
 
 if __name__ == "__main__":

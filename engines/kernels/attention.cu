@@ -203,8 +203,10 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
             store_features((row == count ? keys : values) + place, loaded);
         }
     }
-    __syncthreads();
-    if (not_wanted) {
+    unsigned* const counter = finished + blockIdx.z * gridDim.y + blockIdx.y;
+    // Some may be called off where others are not: all are counted.
+    if (__syncthreads_or(not_wanted)) {
+        if (active > 1 && threadIdx.x == 0) atomicInc(counter, active - 1);
         copies_wait<0>();
         return;
     }
@@ -259,7 +261,6 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();  // what the barrier has shown this thread is seen by whoever sees the count
-        unsigned* counter = finished + blockIdx.z * gridDim.y + blockIdx.y;
         is_last = atomicInc(counter, active - 1) == active - 1;
         __threadfence();
     }

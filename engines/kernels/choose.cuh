@@ -63,6 +63,16 @@ struct Summary {
         if (other_largest > largest || (other_largest == largest && other_index < index)) index = other_index;
         largest = fmaxf(largest, other_largest);
     }
+
+    // Takes another's tokens, which are others than those of this one.
+    __device__ void add(Summary other) {
+        const float most = fmaxf(largest, other.largest);
+        relate_to(most);
+        other.relate_to(most);
+        rank(other.largest, other.second, other.index);
+        total += other.total;
+        products += other.products;
+    }
 };
 
 // Of a warp; every lane gets it. Sums are related to the largest once and then added.

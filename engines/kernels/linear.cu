@@ -149,7 +149,7 @@ __device__ __forceinline__ void each_task(const Element* matrix, int columns, in
     before();
     wait_for_previous();
     let_next_start();
-    const bool not_wanted = is_called_off();  // comes while the inputs do
+    const bool not_wanted = __any_sync(ALL, is_called_off());  // comes while the inputs do
     prepare();
     if (not_wanted) return;
     const Element* inputs = reinterpret_cast<const Element*>(shared_memory);

@@ -6,28 +6,67 @@
 
 constexpr int SAMPLE_THREADS = 1024;
 constexpr int SAMPLE_WARPS = SAMPLE_THREADS / LANES;
-constexpr int DIGIT_BITS = 2, HIGHER = (1 << DIGIT_BITS) - 1;
+constexpr int BIN_BITS = 11, BINS = 1 << BIN_BITS;
+// Of the first parts that logits are sorted into, where the largest is 0: narrow, so that few threads add to
+// the same bin at once; all logits that lie farther below are in the lowest.
+constexpr float PARTS_PER_UNIT = 32.0f;
 typedef unsigned long long Mass;
+
+struct Token {
+    int index;
+    float logit;
+
+    // Increases with the logit.
+    __device__ unsigned key() const {
+        const unsigned bits = __float_as_uint(logit + 0.0f);  // -0 becomes 0
+        return bits >> 31 ? ~bits : bits | 0x80000000u;
+    }
+};
 
 struct Row {
     const float* logits;
     int vocabulary;
     float largest, temperature;
 
-    // Increases with the logit.
-    __device__ unsigned key(int i) const {
-        const unsigned bits = __float_as_uint(fresh(logits + i) + 0.0f);  // -0 becomes 0
-        return bits >> 31 ? ~bits : bits | 0x80000000u;
+    __device__ Token operator[](int i) const { return {i, fresh(logits + i)}; }
+
+    __device__ Mass mass(Token token) const {
+        return static_cast<Mass>(expf((token.logit - largest) / temperature) * 1099511627776.0f);
     }
 
-    __device__ Mass mass(int i) const {
-        return static_cast<Mass>(expf((fresh(logits + i) - largest) / temperature) * 1099511627776.0f);
+    // The same or higher for a larger logit.
+    __device__ int part(Token token) const {
+        return BINS - 1 - static_cast<int>(fminf((largest - token.logit) * PARTS_PER_UNIT, BINS - 1));
     }
 };
 
 __device__ inline Mass lanes_total(Mass x) {
     for (int offset = LANES / 2; offset; offset /= 2) x += __shfl_xor_sync(ALL, x, offset);
     return x;
+}
+
+// This lane's number and those of the lanes before it.
+__device__ inline Mass lanes_upto(Mass x) {
+    const int lane = threadIdx.x % LANES;
+#pragma unroll
+    for (int offset = 1; offset < LANES; offset *= 2) {
+        const Mass left = __shfl_up_sync(ALL, x, offset);
+        if (lane >= offset) x += left;
+    }
+    return x;
+}
+
+// What the threads before this one have.
+__device__ inline Mass before_this_thread(Mass x) {
+    __shared__ Mass warps[SAMPLE_WARPS];
+    const int warp = threadIdx.x / LANES;
+    const Mass upto = lanes_upto(x);
+    __syncthreads();  // those of a call before may still be read
+    if (threadIdx.x % LANES == LANES - 1) warps[warp] = upto;
+    __syncthreads();
+    Mass before = upto - x;
+    for (int i = 0; i < warp; ++i) before += warps[i];
+    return before;
 }
 
 // Sum over the thread block; every thread gets it.
@@ -41,73 +80,103 @@ __device__ inline Mass block_total(Mass x) {
 }
 
 template <class Weight>
-__device__ Mass sum_of(int vocabulary, Weight weight) {
+__device__ Mass sum_of(const Row& row, Weight weight) {
     Mass sum = 0;
 #pragma unroll 8
-    for (int i = threadIdx.x; i < vocabulary; i += SAMPLE_THREADS) sum += weight(i);
+    for (int i = threadIdx.x; i < row.vocabulary; i += SAMPLE_THREADS) sum += weight(row[i]);
     return block_total(sum);
 }
 
-// The largest key such that tokens from it upwards weigh at least `goal`, digit by digit.
-template <class Weight>
-__device__ unsigned border(const Row& row, Mass goal, Weight weight) {
-    unsigned found = 0;
-    for (int shift = 32 - DIGIT_BITS; shift >= 0; shift -= DIGIT_BITS) {
-        Mass sums[HIGHER] = {};
+// Where the weights of tokens, from the most likely on, first reach a goal.
+struct Border {
+    unsigned key;       // of the tokens there
+    Mass above, equal;  // what those of larger keys weigh, and those of this one
+};
+
+// In shared memory, once for all that use it.
+struct Bins {
+    Mass weights[BINS];
+    Mass above;
+    int result;
+};
+
+// Sorts tokens into bins, those with a negative one into none, and finds the highest bin from which on they
+// reach the goal; the border's weights become those above and in that bin. Every thread gets it.
+template <class Bin, class Weight>
+__device__ int narrow(Border& border, Bins& shared, const Row& row, Mass goal, Bin bin_of, Weight weight) {
+    Mass(&bins)[BINS] = shared.weights;
+    for (int i = threadIdx.x; i < BINS; i += SAMPLE_THREADS) bins[i] = 0;
+    if (threadIdx.x == 0) shared.result = 0, shared.above = border.above;
+    __syncthreads();
 #pragma unroll 8
-        for (int i = threadIdx.x; i < row.vocabulary; i += SAMPLE_THREADS) {
-            const unsigned key = row.key(i);
-            const Mass each = weight(i);
-#pragma unroll
-            for (int digit = 1; digit <= HIGHER; ++digit)
-                if (key >= found + (static_cast<unsigned>(digit) << shift)) sums[digit - 1] += each;
-        }
-        unsigned digit = 0;
-#pragma unroll
-        for (int i = 0; i < HIGHER; ++i)
-            if (block_total(sums[i]) >= goal) digit = i + 1;
-        found += digit << shift;
+    for (int i = threadIdx.x; i < row.vocabulary; i += SAMPLE_THREADS) {
+        const Token token = row[i];
+        const int bin = bin_of(token);
+        if (bin < 0) continue;
+        if (const Mass each = weight(token)) atomicAdd(&bins[bin], each);
     }
-    return found;
+    __syncthreads();
+    constexpr int EACH = BINS / SAMPLE_THREADS;
+    int bin = BINS - 1 - static_cast<int>(threadIdx.x) * EACH;  // the first thread has the highest
+    Mass own = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) own += bins[bin - i];
+    Mass reached = border.above + before_this_thread(own);
+    if (reached < goal && reached + own >= goal) {  // one thread
+        while (reached + bins[bin] < goal) reached += bins[bin--];
+        shared.result = bin, shared.above = reached;
+    }
+    __syncthreads();
+    bin = shared.result;
+    border.above = shared.above, border.equal = bins[bin];
+    __syncthreads();  // all of this is used again
+    return bin;
 }
 
-// The first token at which the weights of those up to it exceed `goal`; the last with a weight if none does.
+// Bins are parts of the logits' range first, and then, of the tokens in one of them, digits of their keys.
 template <class Weight>
-__device__ int find(int vocabulary, Mass goal, Weight weight) {
-    __shared__ Mass before[SAMPLE_WARPS];
+__device__ Border border_at(Bins& bins, const Row& row, Mass goal, Weight weight) {
+    Border border{};
+    const int part = narrow(border, bins, row, goal, [&](Token token) { return row.part(token); }, weight);
+    for (int shift = 2 * BIN_BITS; shift >= 0; shift -= BIN_BITS) {
+        const auto digit = [&](Token token) {
+            const unsigned place = token.key() >> shift;
+            return row.part(token) == part && place / BINS == border.key ? static_cast<int>(place % BINS) : -1;
+        };
+        border.key = border.key * BINS + narrow(border, bins, row, goal, digit, weight);
+    }
+    return border;
+}
+
+// The first token at which the weights of those up to it exceed `goal`, less than all weigh: first among the
+// warps' equal shares of the tokens, then within one.
+template <class Weight>
+__device__ int find(const Row& row, Mass goal, Weight weight) {
+    __shared__ Mass shares[SAMPLE_WARPS];
     __shared__ int result;
-    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    const int each = (vocabulary + SAMPLE_WARPS - 1) / SAMPLE_WARPS;
-    const int first = min(warp * each, vocabulary), stop = min(first + each, vocabulary);
-    // A lane's part of the warp's.
-    const int own = (each + LANES - 1) / LANES;
-    const int from = min(first + lane * own, stop), to = min(from + own, stop);
+    const int warp = threadIdx.x / LANES, each = (row.vocabulary + SAMPLE_WARPS - 1) / SAMPLE_WARPS;
     Mass sum = 0;
 #pragma unroll 8
-    for (int i = from; i < to; ++i) sum += weight(i);
-    Mass upto = sum;
-#pragma unroll
-    for (int offset = 1; offset < LANES; offset *= 2) {
-        const Mass left = __shfl_up_sync(ALL, upto, offset);
-        if (lane >= offset) upto += left;
-    }
-    __syncthreads();
-    if (lane == LANES - 1) before[warp] = upto;
+    for (int i = warp * each + threadIdx.x % LANES; i < min((warp + 1) * each, row.vocabulary); i += LANES)
+        sum += weight(row[i]);
+    sum = lanes_total(sum);
+    if (threadIdx.x % LANES == 0) shares[warp] = sum;
     if (threadIdx.x == 0) result = 0;
     __syncthreads();
-    Mass reached = upto - sum;
-    for (int i = 0; i < warp; ++i) reached += before[i];
-    if (reached <= goal && goal < reached + sum) {
-        for (int i = from; i < to; ++i) {
-            reached += weight(i);
-            if (reached > goal) {
-                result = i;
-                break;
-            }
-        }
+    Mass reached = 0;
+    int share = 0;
+    while (share < SAMPLE_WARPS - 1 && reached + shares[share] <= goal) reached += shares[share++];
+    for (int at = share * each; at < min((share + 1) * each, row.vocabulary); at += SAMPLE_THREADS) {
+        const int i = at + static_cast<int>(threadIdx.x);
+        const Mass own = i < min((share + 1) * each, row.vocabulary) ? weight(row[i]) : 0;
+        const Mass before = reached + before_this_thread(own);
+        if (before <= goal && goal < before + own) result = i;  // one thread
+        reached += block_total(own);
     }
     __syncthreads();
-    return result;
+    const int found = result;
+    __syncthreads();  // all of this is used again
+    return found;
 }
 
 // Which tokens may be drawn: keys above `key`, and of those that equal it the ones up to `last`.
@@ -115,33 +184,31 @@ struct Kept {
     unsigned key;
     int last;
 
-    __device__ bool operator()(const Row& row, int i) const {
-        const unsigned mine = row.key(i);
-        return mine > key || (mine == key && i <= last);
+    __device__ bool operator()(Token token) const {
+        const unsigned mine = token.key();
+        return mine > key || (mine == key && token.index <= last);
     }
 };
 
 __device__ inline Kept all_with_key(const Row& row, unsigned key, Mass count) {
-    return {key, find(row.vocabulary, count - 1, [&](int i) -> Mass { return row.key(i) == key; })};
+    return {key, find(row, count - 1, [&](Token token) -> Mass { return token.key() == key; })};
 }
 
-__device__ Kept most_likely(const Row& row, int top_k) {
+__device__ Kept most_likely(Bins& bins, const Row& row, int top_k) {
     if (top_k >= row.vocabulary) return {0u, row.vocabulary};
-    const unsigned key = border(row, top_k, [](int) -> Mass { return 1; });
-    const Mass above = sum_of(row.vocabulary, [&](int i) -> Mass { return row.key(i) > key; });
-    return all_with_key(row, key, top_k - above);
+    const Border border = border_at(bins, row, top_k, [](Token) -> Mass { return 1; });
+    return all_with_key(row, border.key, top_k - border.above);
 }
 
-__device__ Kept nucleus(const Row& row, const Kept& kept, double top_p) {
-    const auto weight = [&](int i) -> Mass { return kept(row, i) ? row.mass(i) : 0; };
-    const Mass total = sum_of(row.vocabulary, weight);
+__device__ Kept nucleus(Bins& bins, const Row& row, const Kept& kept, double top_p) {
+    const auto weight = [&](Token token) -> Mass { return kept(token) ? row.mass(token) : 0; };
+    const Mass total = sum_of(row, weight);
     const Mass goal = max(static_cast<Mass>(1), static_cast<Mass>(ceil(top_p * static_cast<double>(total))));
-    const unsigned key = border(row, goal, weight);
-    const Mass above = sum_of(row.vocabulary, [&](int i) -> Mass { return row.key(i) > key ? weight(i) : 0; });
-    const Mass equal = sum_of(row.vocabulary, [&](int i) -> Mass { return row.key(i) == key ? weight(i) : 0; });
-    const Mass ties = sum_of(row.vocabulary, [&](int i) -> Mass { return row.key(i) == key && kept(row, i); });
-    const Mass one = max(static_cast<Mass>(1), equal / max(static_cast<Mass>(1), ties));
-    return all_with_key(row, key, max(static_cast<Mass>(1), min(ties, (goal - above + one - 1) / one)));
+    const Border border = border_at(bins, row, goal, weight);
+    const Mass ties = sum_of(row, [&](Token token) -> Mass { return token.key() == border.key && kept(token); });
+    const Mass one = max(static_cast<Mass>(1), border.equal / max(static_cast<Mass>(1), ties));
+    const Mass count = (goal - border.above + one - 1) / one;
+    return all_with_key(row, border.key, max(static_cast<Mass>(1), min(ties, count)));
 }
 
 // Grid (rows). After `choose` or an exit's check, whose answer it completes.
@@ -152,13 +219,14 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
     let_next_start();
     const int at = blockIdx.x;
     const Row row{logits + static_cast<long long>(at) * vocabulary, vocabulary, fresh(desk->largest + at), temperature};
-    Kept kept = most_likely(row, top_k);
-    if (top_p < 1.0) kept = nucleus(row, kept, top_p);
-    const auto weight = [&](int i) -> Mass { return kept(row, i) ? row.mass(i) : 0; };
-    const Mass total = sum_of(vocabulary, weight);
+    __shared__ Bins bins;
+    Kept kept = most_likely(bins, row, top_k);
+    if (top_p < 1.0) kept = nucleus(bins, row, kept, top_p);
+    const auto weight = [&](Token token) -> Mass { return kept(token) ? row.mass(token) : 0; };
+    const Mass total = sum_of(row, weight);
     const unsigned answer = fresh(&desk->answers) + 1, slot = (answer - 1) % MAIL_SLOTS;
     const Mass goal = static_cast<Mass>(*const_cast<const volatile double*>(&mail->draws[slot][at]) * static_cast<double>(total));
-    const int token = find(vocabulary, min(goal, total - 1), weight);
+    const int token = find(row, min(goal, total - 1), weight);
     if (threadIdx.x == 0) {
         store_word_for_host(&mail->answers[slot][at][TOKEN], word(token, answer));
         desk->tokens[at] = token;

@@ -58,6 +58,7 @@ class StandInDriver(types.ModuleType):
     CUstreamCaptureMode = Enumeration()
     CUlaunchAttributeID = Enumeration()
     CUfunction_attribute = Enumeration()
+    CUevent_flags = Enumeration()
     CUlaunchConfig = types.SimpleNamespace
     cuuint64_t = int
 
@@ -68,6 +69,8 @@ class StandInDriver(types.ModuleType):
         self.pinned: set[int] = set()
         self.stream: list[Callable[[], None]] = []
         self.recording: list[Callable[[], None]] | None = None
+        self.beside: list[Callable[[], None]] = []  # on the second stream
+        self.forked_at = 0
         self.launched: list[str] = []
 
     def CUlaunchAttribute(self) -> Any:
@@ -78,8 +81,9 @@ class StandInDriver(types.ModuleType):
             return lambda *_: (SUCCESS, 0)
         raise AttributeError(name)
 
-    def put(self, work: Callable[[], None]) -> None:
-        (self.stream if self.recording is None else self.recording).append(work)
+    def put(self, work: Callable[[], None], stream: int = 0) -> None:
+        now = self.stream if self.recording is None else self.recording
+        (self.beside if stream else now).append(work)
 
     def progress(self, most: int | None = None) -> None:
         """Runs some of what is on the stream, all of it by default."""
@@ -88,6 +92,28 @@ class StandInDriver(types.ModuleType):
         now, self.stream = self.stream[:count], self.stream[count:]
         for work in now:
             work()
+
+    def cuCtxGetStreamPriorityRange(self) -> Any:
+        return SUCCESS, 0, -5
+
+    def cuStreamCreateWithPriority(self, *_: Any) -> Any:
+        return SUCCESS, 1
+
+    def cuStreamWaitEvent(self, stream: int, *_: Any) -> Any:
+        """Forks, or joins: what is on the second stream happens at some time in between."""
+        if stream:
+            self.forked_at = 0 if self.recording is None else len(self.recording)
+        elif self.recording is None:  # some of what was launched since may have run
+            self.stream += self.beside
+            self.beside = []
+        else:
+            at = self.forked_at
+            for work in self.beside:
+                at = int(self.rng.integers(at, len(self.recording) + 1))
+                self.recording.insert(at, work)
+                at += 1
+            self.beside = []
+        return (SUCCESS,)
 
     def cuDeviceGetName(self, *_: Any) -> Any:
         return SUCCESS, b"stand-in\0"
@@ -186,7 +212,7 @@ class StandInDriver(types.ModuleType):
         module, name = function
         grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
         self.launched.append(name)
-        self.put(lambda: module.run(name, grid, arguments[0]))
+        self.put(lambda: module.run(name, grid, arguments[0]), config.hStream)
         return (SUCCESS,)
 
 
@@ -194,10 +220,12 @@ PARAMETERS: dict[str, list[str]] = {}
 for _source in SOURCES:
     _text = (source_directory() / _source).read_text().replace("\\\n", "\n")
     for _found in re.finditer(
-        r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+?)(?:_##TOKENS)?\(([^)]*)\)",
+        r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?"
+        r"(\w+?)(?:##KIND##)?(?:_##TOKENS)?\(([^)]*)\)",
         _text,
     ):
         PARAMETERS[_found[1]] = re.findall(r"(\w+)\s*(?:,|$)", _found[2].strip())
+PARAMETERS["exit_check_beside"] = PARAMETERS["exit_check"]
 
 
 class StandInKernels:
@@ -421,3 +449,5 @@ class StandInKernels:
         if a.logits:
             self._floats(a.logits, a.count, a.outputs)[...] = logits
         self._answer(a, logits, mailbox)
+
+    exit_check_beside = exit_check

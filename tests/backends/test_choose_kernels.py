@@ -17,7 +17,7 @@ from ojfa_export.runtime.sampling import GREEDY, Sampling
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
 COMPILER = shutil.which("g++")
-THREADS, MOST_RANK = 512, 128
+THREADS, BESIDE_THREADS, MOST_RANK = 512, 64, 128
 # A thread block of a thousand fibers takes its time; tests/gpu/test_gpu_choose.py has more cases.
 SAMPLINGS = [Sampling(1.0), Sampling(0.7, top_k=40), Sampling(2.0, top_k=50, top_p=0.5)]
 
@@ -136,7 +136,7 @@ def test_sampled_tokens_are_those_of_the_host(kernels, mailbox, rng, sampling):
     assert_choices(choices, logits)
 
 
-def check_exit(kernels, mailbox, head, hidden, how, blocks, kept=None):
+def check_exit(kernels, mailbox, head, hidden, how, blocks, kept=None, *, beside=False):
     """Launches the exit's check as `heads.ExitHead` does; its logits."""
     from ojfa_export.backends.tensorrt.heads import Chooser
     from ojfa_export.backends.tensorrt.kernels import integer, number, pointer
@@ -155,9 +155,9 @@ def check_exit(kernels, mailbox, head, hidden, how, blocks, kept=None):
         keeping = kept.ctypes.data, positions.ctypes.data, sequences.ctypes.data, kept.shape[1]
     for _ in range(2):  # the second finds what the first has left
         kernels.launch(
-            f"exit_check_{rows}",
+            f"exit_check{'_beside' * beside}_{rows}",
             (blocks, 1, 1),
-            (THREADS, 1, 1),
+            (BESIDE_THREADS if beside else THREADS, 1, 1),
             (
                 pointer(logits.ctypes.data),
                 pointer(hidden.ctypes.data),
@@ -184,7 +184,8 @@ def check_exit(kernels, mailbox, head, hidden, how, blocks, kept=None):
     ("rows", "features", "rank", "outputs", "blocks"),
     [(1, 32, 9, 70, 3), (2, 160, 42, 90, 3), (1, 384, 128, 1100, 2), (2, 64, 1, 2, 3)],
 )
-def test_exit_check(kernels, mailbox, rng, rows, features, rank, outputs, blocks):
+@pytest.mark.parametrize("beside", [False, True])
+def test_exit_check(kernels, mailbox, rng, beside, rows, features, rank, outputs, blocks):
     """More tiles than thread blocks and fewer, more outputs than threads, ranks to the largest."""
     element = kernels.element
     wide = 16 // np.dtype(element).itemsize
@@ -205,7 +206,7 @@ def test_exit_check(kernels, mailbox, rng, rows, features, rank, outputs, blocks
     kept = np.zeros((2, 5, features), np.float32)
     sampling = Sampling(1.5, top_k=30)
     choices, logits = check_exit(
-        kernels, mailbox, head, hidden, Choosing(sampling, draws), blocks, kept
+        kernels, mailbox, head, hidden, Choosing(sampling, draws), blocks, kept, beside=beside
     )
     np.testing.assert_allclose(logits, exact, atol=1e-4, rtol=1e-4)
     assert_choices(choices, logits)
@@ -219,6 +220,7 @@ def test_exit_check(kernels, mailbox, rng, rows, features, rank, outputs, blocks
     least = float(choices.confidence("top").min())
     for threshold, off in ((least * 1.01, 0), (least, 1)):
         stop = Stop("top", threshold, range(1))
-        check_exit(kernels, mailbox, head, hidden, Choosing(GREEDY, (), stop), blocks)
+        how = Choosing(GREEDY, (), stop)
+        check_exit(kernels, mailbox, head, hidden, how, blocks, beside=beside)
         assert kernels.library.was_called_off() == off
     ctypes.c_int.in_dll(kernels.library, "called_off").value = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -14,7 +13,7 @@ from cuda.bindings import driver
 from numpy.typing import NDArray
 
 from ojfa_export.backends.cuda.failures import failure
-from ojfa_export.backends.cuda.recorder import Recorder
+from ojfa_export.backends.cuda.recorder import Recorder, Work
 from ojfa_export.backends.cuda.sizes import GIB, readable
 from ojfa_export.errors import BackendError
 
@@ -84,6 +83,7 @@ class Device:
     """The first visible GPU, its primary context and the one stream that all work goes to.
 
     Attributes:
+        stream: That stream.
         name: As the driver calls it.
         compute_capability: For example (9, 0).
         driver_version: CUDA version of the driver, for example "13.0".
@@ -119,6 +119,17 @@ class Device:
         self.multiprocessors = attribute(attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
         self.stream = check(
             driver.cuStreamCreate(int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        )
+        # What runs beside the stream goes first where both could: it is small.
+        self._side = check(
+            driver.cuStreamCreateWithPriority(
+                int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING),
+                check(driver.cuCtxGetStreamPriorityRange())[1],
+            )
+        )
+        self._forked, self._joined = (
+            check(driver.cuEventCreate(int(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)))
+            for _ in range(2)
         )
         self.recorder = Recorder(self)
         # Memory of one step is kept for the next.
@@ -190,7 +201,26 @@ class Device:
         check((status,))
         return True
 
-    def capture(self, work: Callable[[], None]) -> Graph:
+    def beside(self, small: Work, work: Work) -> None:
+        """Puts two pieces of work on the device at once; what comes later waits for both.
+
+        Args:
+            small: Goes on a stream of its own.
+            work: Goes on the stream.
+        """
+        stream = self.stream
+        check(driver.cuEventRecord(self._forked, stream))
+        check(driver.cuStreamWaitEvent(self._side, self._forked, 0))
+        self.stream = self._side
+        try:
+            small()
+        finally:
+            self.stream = stream
+        check(driver.cuEventRecord(self._joined, self._side))
+        work()
+        check(driver.cuStreamWaitEvent(stream, self._joined, 0))
+
+    def capture(self, work: Work) -> Graph:
         """Records what `work` puts on the stream, without running it."""
         self.recorder.flush()
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ import numpy as np
 from ojfa_export.backends.backend import Float32, Int32, keep
 from ojfa_export.backends.choice import Choices
 from ojfa_export.backends.cuda.arrays import DeviceArray
+from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.heads import Keeping
 from ojfa_export.backends.tensorrt.kernels import pointer
@@ -160,11 +161,17 @@ class TensorRtCache:
         """Whether blocks can begin after a pass: TensorRT's engines can't be called off."""
         return len(last.hidden) <= MOST_TOKENS and self._engines.decode_kernels
 
-    def begin(self, last: Pass, blocks: range) -> None:
-        """Adds blocks after a pass and its exit's check, which may call them off on the device."""
+    def begin(self, last: Pass, blocks: range) -> tuple[tuple[Hashable, ...], Work]:
+        """The first blocks after a pass, while its exit's check may call them off on the device.
+
+        They leave the pass's result alone, which the check reads at the same time.
+
+        Returns:
+            What to launch, and its key.
+        """
         self._engines.ahead = blocks = blocks[:AHEAD_BLOCKS]
         self._open(blocks, len(last.hidden))
-        self._add(blocks, len(last.hidden), last.long_context)
+        return self._pass(blocks, len(last.hidden), last.long_context)
 
     def unload(self, block: int) -> None:
         """Lets go of a block's weights; its keys and values stay."""
@@ -199,7 +206,7 @@ class TensorRtCache:
             workspace.place(starts, range(rows.start, rows.stop))
             workspace.take(hidden, blocks.start)
         if rest := blocks[begun:]:
-            self._add(rest, len(hidden), long_context)
+            self._recorder.add(*self._pass(rest, len(hidden), long_context))
         self._engines.ahead, self._engines.last_pass = None, this
         return result
 
@@ -222,15 +229,17 @@ class TensorRtCache:
         for block in new:
             self._blocks[block] = Block(self._engines, block, self._shape)
 
-    def _add(self, blocks: range, count: int, long_context: bool) -> None:
-        """Adds a pass of one token of each of some sequences to what is launched next."""
+    def _pass(
+        self, blocks: range, count: int, long_context: bool
+    ) -> tuple[tuple[Hashable, ...], Work]:
+        """A pass of one token of each of some sequences, and its key."""
         workspace = self._workspace(count)
 
         def work() -> None:
             for block in blocks:
                 self._blocks[block].run(workspace, long_context, together=True)
 
-        self._recorder.add((self._key, blocks, count, long_context), work)
+        return (self._key, blocks, count, long_context), work
 
     def _prefill(
         self, blocks: range, hidden: DeviceArray, rows: slice, start: int, long_context: bool

@@ -13,6 +13,7 @@ from ojfa_export.backends.backend import Float32
 from ojfa_export.backends.choice import Choices, Choosing
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device, PinnedArray
+from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.tensorrt.blocks import Workspace
 from ojfa_export.backends.tensorrt.cache import Pass, TensorRtCache
 from ojfa_export.backends.tensorrt.engine import Engine, EngineSet
@@ -245,9 +246,12 @@ class TensorRtEngines:
             head.choose(states, self._logits[:count], asked, keeping)
 
         key = ("choose", self.mailbox, blocks_run, count, states.pointer, asked, *key)
-        recorder.add(key, work)
-        if how.stop is not None and last is not None:
-            last.cache.begin(last, how.stop.then)
+        if how.stop is None or last is None:
+            recorder.add(key, work)
+        else:
+            then, ahead = last.cache.begin(last, how.stop.then)
+            both = self.device.beside if head.slight else _one_after_the_other
+            recorder.add((*key, *then), lambda: both(work, ahead))
         self.mailbox.leave(how.draws)
         recorder.flush()
         return self.mailbox.expect(count)
@@ -284,6 +288,11 @@ class TensorRtEngines:
         # Every exit's head is the same: none but a residual jump knows of exits.
         others = (head for head in self._heads.values() if isinstance(head, ExitHead))
         return next(others, None) or ExitHead(self)
+
+
+def _one_after_the_other(first: Work, second: Work) -> None:
+    first()
+    second()
 
 
 def _decode_kernels() -> bool:

@@ -29,7 +29,7 @@ HEAD_ROWS = 16
 ROW_ELEMENTS = ROW_BYTES // 4  # of fp32, as a kernel loads them
 # As in choose.cu, sample.cu and exit_check.cu.
 CHOOSE_PARTS, CHOOSE_THREADS, SAMPLE_THREADS = 32, 512, 1024
-CHECK_THREADS, CHECK_RANK, KEEP_THREADS = 512, 128, 256
+CHECK_THREADS, BESIDE_THREADS, CHECK_RANK, KEEP_THREADS = 512, 64, 128, 256
 NOTHING_TO_KEEP = (pointer(None), pointer(None), pointer(None), integer(0))
 # What the folded exit head consists of; another exit head runs in its engine.
 FOLDED = {"project", "project.bias", "vocabulary", "vocabulary.bias"}
@@ -37,6 +37,11 @@ FOLDED = {"project", "project.bias", "vocabulary", "vocabulary.bias"}
 
 class Head(Protocol):
     """The model's own head, or the exit head."""
+
+    @property
+    def slight(self) -> bool:
+        """Whether a check of a few rows takes so little that the next block runs beside it."""
+        ...
 
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
         """Writes logits [rows, V] fp32 of hidden states [rows, H]."""
@@ -150,6 +155,7 @@ class _ByLogits:
     """A head that chooses by way of its logits."""
 
     _chooser: Chooser
+    slight = False
 
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
         raise NotImplementedError
@@ -215,6 +221,7 @@ class ExitHead(_ByLogits):
         self._engines, self._chooser = engines, engines.chooser
         weights = engines.plan("exit_head").weights
         self._kernels: tuple[LinearKernels, LinearKernels] | None = None
+        self.slight = False
         if not engines.decode_kernels or not set(weights) <= FOLDED:
             return
         project, vocabulary = weights["project"], weights["vocabulary"]
@@ -235,7 +242,7 @@ class ExitHead(_ByLogits):
         self._z_parts = engines.arrays.lasting(parts, np.uint64)
         # What was in this memory before may look like words of an answer to come.
         engines.device.clear(self._z_parts.pointer, self._z_parts.nbytes)
-        self._in_one = (
+        self.slight = (
             self._rank <= CHECK_RANK
             and project.precision == "fp32"
             and vocabulary.precision == engines.precision
@@ -257,15 +264,21 @@ class ExitHead(_ByLogits):
     ) -> None:
         """See `Head`."""
         few = len(hidden) <= MOST_TOKENS and self._engines.decode_kernels
-        if self._kernels is None or not few or not self._in_one:
+        if not few or not self.slight:
             super().choose(hidden, logits, asked, keeping)
             return
         outputs, columns = self._vocabulary.shape
         bias = self._bias
+        # Where the answer decides about more, the next block runs at the same time.
+        kind, threads = (
+            ("exit_check", CHECK_THREADS)
+            if asked.measure < 0
+            else ("exit_check_beside", BESIDE_THREADS)
+        )
         self._chooser.kernels.launch(
-            f"exit_check_{len(hidden)}",
+            f"{kind}_{len(hidden)}",
             (self._engines.device.multiprocessors, 1, 1),
-            (CHECK_THREADS, 1, 1),
+            (threads, 1, 1),
             (
                 pointer(logits.pointer if asked.temperature else None),
                 pointer(hidden.pointer),

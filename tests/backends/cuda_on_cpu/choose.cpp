@@ -9,6 +9,8 @@ extern "C" int run_kernel(const char* name, const unsigned* grid, unsigned threa
     else if (is("sample")) launch(sample, grid, threads, arguments, 0);
     else if (is("exit_check_1")) launch_together(exit_check_1, grid, threads, arguments);
     else if (is("exit_check_2")) launch_together(exit_check_2, grid, threads, arguments);
+    else if (is("exit_check_beside_1")) launch_together(exit_check_beside_1, grid, threads, arguments);
+    else if (is("exit_check_beside_2")) launch_together(exit_check_beside_2, grid, threads, arguments);
     else return 1;
     return 0;
 }

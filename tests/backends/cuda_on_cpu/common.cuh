@@ -161,6 +161,15 @@ void launch_together(void (*kernel)(Types...), const unsigned* grid, unsigned th
 }
 
 inline void __syncthreads() { meet(block.all, [] {}); }
+inline bool __syncthreads_or(bool x) {
+    static thread_local bool any;
+    __syncthreads();
+    any = false;
+    __syncthreads();
+    any = any || x;
+    __syncthreads();
+    return any;
+}
 inline void __syncwarp() { meet(this_warp(), [] {}); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void wait_for_previous() {}
@@ -245,4 +254,5 @@ inline void store_word(unsigned long long* at, unsigned long long value) {
 inline void store_word_for_host(unsigned long long* at, unsigned long long value) { store_word(at, value); }
 
 inline int called_off;
-inline bool is_called_off() { return called_off; }
+constexpr int HALF_CALLED_OFF = 2;  // comes between thread blocks
+inline bool is_called_off() { return called_off == HALF_CALLED_OFF ? blockIdx.x % 2 : called_off; }
