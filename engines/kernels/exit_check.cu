@@ -8,9 +8,9 @@
 #include "choose.cuh"
 #include "instructions.cuh"
 
-constexpr int CHECK_THREADS = 512, BESIDE_THREADS = 64;
+constexpr int CHECK_THREADS = 512, BESIDE_THREADS = 128;
 // Of the smaller ones, so many would fit on a multiprocessor: 64 registers a thread.
-constexpr int BESIDE_RESIDENT = 16;
+constexpr int BESIDE_RESIDENT = 8;
 constexpr int MOST_RANK = 128;
 constexpr int TILE = 4 * LANES;  // features that a thread block takes at a time
 constexpr int ROWS_AT_ONCE = 8, PARTS_AT_ONCE = 8;

@@ -39,6 +39,8 @@ __device__ __forceinline__ void copies_wait() {
 
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
+constexpr float LOG2_E = 1.44269504f;
+
 // 2^x, with 0 for -infinity.
 __device__ __forceinline__ float power_of_2(float x) {
     float y;

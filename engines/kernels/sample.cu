@@ -3,6 +3,7 @@
 // Weights exp((logit - largest) / temperature) are whole numbers of 2^-40, so that every order of adding
 // them gives the same sums, and a seed the same tokens.
 #include "choose.cuh"
+#include "instructions.cuh"
 
 constexpr int SAMPLE_THREADS = 1024;
 constexpr int SAMPLE_WARPS = SAMPLE_THREADS / LANES;
@@ -26,12 +27,10 @@ struct Token {
 struct Row {
     const float* logits;
     int vocabulary;
-    float largest, temperature;
-
-    __device__ Token operator[](int i) const { return {i, fresh(logits + i)}; }
+    float largest, powers;  // powers of 2 that a unit of the logits stands for
 
     __device__ Mass mass(Token token) const {
-        return static_cast<Mass>(expf((token.logit - largest) / temperature) * 1099511627776.0f);
+        return static_cast<Mass>(power_of_2((token.logit - largest) * powers) * 1099511627776.0f);
     }
 
     // The same or higher for a larger logit.
@@ -79,11 +78,24 @@ __device__ inline Mass block_total(Mass x) {
     return lanes_total(sums[threadIdx.x % LANES]);
 }
 
+// Calls use(token) for the tokens from `first` to `stop`, every `step`th of them; several are on their way.
+template <class Use>
+__device__ __forceinline__ void each_token(const Row& row, int first, int stop, int step, Use use) {
+    constexpr int AT_ONCE = 8;
+    for (; first < stop; first += AT_ONCE * step) {
+        float logits[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) logits[i] = fresh(row.logits + min(first + i * step, stop - 1));
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i)
+            if (first + i * step < stop) use(Token{first + i * step, logits[i]});
+    }
+}
+
 template <class Weight>
 __device__ Mass sum_of(const Row& row, Weight weight) {
     Mass sum = 0;
-#pragma unroll 8
-    for (int i = threadIdx.x; i < row.vocabulary; i += SAMPLE_THREADS) sum += weight(row[i]);
+    each_token(row, threadIdx.x, row.vocabulary, SAMPLE_THREADS, [&](Token token) { sum += weight(token); });
     return block_total(sum);
 }
 
@@ -108,13 +120,11 @@ __device__ int narrow(Border& border, Bins& shared, const Row& row, Mass goal, B
     for (int i = threadIdx.x; i < BINS; i += SAMPLE_THREADS) bins[i] = 0;
     if (threadIdx.x == 0) shared.result = 0, shared.above = border.above;
     __syncthreads();
-#pragma unroll 8
-    for (int i = threadIdx.x; i < row.vocabulary; i += SAMPLE_THREADS) {
-        const Token token = row[i];
+    each_token(row, threadIdx.x, row.vocabulary, SAMPLE_THREADS, [&](Token token) {
         const int bin = bin_of(token);
-        if (bin < 0) continue;
-        if (const Mass each = weight(token)) atomicAdd(&bins[bin], each);
-    }
+        const Mass each = bin < 0 ? 0 : weight(token);
+        if (each) atomicAdd(&bins[bin], each);
+    });
     __syncthreads();
     constexpr int EACH = BINS / SAMPLE_THREADS;
     int bin = BINS - 1 - static_cast<int>(threadIdx.x) * EACH;  // the first thread has the highest
@@ -156,9 +166,8 @@ __device__ int find(const Row& row, Mass goal, Weight weight) {
     __shared__ int result;
     const int warp = threadIdx.x / LANES, each = (row.vocabulary + SAMPLE_WARPS - 1) / SAMPLE_WARPS;
     Mass sum = 0;
-#pragma unroll 8
-    for (int i = warp * each + threadIdx.x % LANES; i < min((warp + 1) * each, row.vocabulary); i += LANES)
-        sum += weight(row[i]);
+    each_token(row, warp * each + threadIdx.x % LANES, min((warp + 1) * each, row.vocabulary), LANES,
+               [&](Token token) { sum += weight(token); });
     sum = lanes_total(sum);
     if (threadIdx.x % LANES == 0) shares[warp] = sum;
     if (threadIdx.x == 0) result = 0;
@@ -166,9 +175,10 @@ __device__ int find(const Row& row, Mass goal, Weight weight) {
     Mass reached = 0;
     int share = 0;
     while (share < SAMPLE_WARPS - 1 && reached + shares[share] <= goal) reached += shares[share++];
-    for (int at = share * each; at < min((share + 1) * each, row.vocabulary); at += SAMPLE_THREADS) {
+    const int stop = min((share + 1) * each, row.vocabulary);
+    for (int at = share * each; at < stop; at += SAMPLE_THREADS) {
         const int i = at + static_cast<int>(threadIdx.x);
-        const Mass own = i < min((share + 1) * each, row.vocabulary) ? weight(row[i]) : 0;
+        const Mass own = i < stop ? weight(Token{i, fresh(row.logits + i)}) : 0;
         const Mass before = reached + before_this_thread(own);
         if (before <= goal && goal < before + own) result = i;  // one thread
         reached += block_total(own);
@@ -218,7 +228,8 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
     wait_for_previous();
     let_next_start();
     const int at = blockIdx.x;
-    const Row row{logits + static_cast<long long>(at) * vocabulary, vocabulary, fresh(desk->largest + at), temperature};
+    const Row row{logits + static_cast<long long>(at) * vocabulary, vocabulary, fresh(desk->largest + at),
+                  LOG2_E / temperature};
     __shared__ Bins bins;
     Kept kept = most_likely(bins, row, top_k);
     if (top_p < 1.0) kept = nucleus(bins, row, kept, top_p);

@@ -12,7 +12,6 @@ constexpr int DIM = (HEAD_DIM + 15) / 16 * 16;  // features with those that are 
 constexpr int ROW_BYTES = DIM * sizeof(Element);
 // Elements from a row to the next in shared memory, so that eight rows lie in different banks.
 constexpr int STRIDE = DIM + WIDE;
-constexpr float LOG2_E = 1.44269504f;
 constexpr float NONE = -1e30f;  // of a score: less than any
 
 // Features that are loaded, rotated and stored at once.

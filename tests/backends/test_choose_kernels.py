@@ -17,7 +17,7 @@ from ojfa_export.runtime.sampling import GREEDY, Sampling
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
 COMPILER = shutil.which("g++")
-THREADS, BESIDE_THREADS, MOST_RANK = 512, 64, 128
+THREADS, BESIDE_THREADS, MOST_RANK = 512, 128, 128
 # A thread block of a thousand fibers takes its time; tests/gpu/test_gpu_choose.py has more cases.
 SAMPLINGS = [Sampling(1.0), Sampling(0.7, top_k=40), Sampling(2.0, top_k=50, top_p=0.5)]
 

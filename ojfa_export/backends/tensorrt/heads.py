@@ -29,7 +29,7 @@ HEAD_ROWS = 16
 ROW_ELEMENTS = ROW_BYTES // 4  # of fp32, as a kernel loads them
 # As in choose.cu, sample.cu and exit_check.cu.
 CHOOSE_PARTS, CHOOSE_THREADS, SAMPLE_THREADS = 32, 512, 1024
-CHECK_THREADS, BESIDE_THREADS, CHECK_RANK, KEEP_THREADS = 512, 64, 128, 256
+CHECK_THREADS, BESIDE_THREADS, CHECK_RANK, KEEP_THREADS = 512, 128, 128, 256
 NOTHING_TO_KEEP = (pointer(None), pointer(None), pointer(None), integer(0))
 # What the folded exit head consists of; another exit head runs in its engine.
 FOLDED = {"project", "project.bias", "vocabulary", "vocabulary.bias"}

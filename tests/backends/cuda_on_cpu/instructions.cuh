@@ -25,6 +25,7 @@ void copies_wait() {
 }
 
 inline void prefetch(const void*) {}
+constexpr float LOG2_E = 1.44269504f;
 inline float power_of_2(float x) { return std::exp2(x); }
 
 #if HALF
