@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", choices=ALL_SHAPES, default=["llama2-7b"])
     parser.add_argument("--past", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=32)
-    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rank", type=int, help="of the shortcut; default: features / 100")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     device = the_device()
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     for name in options.shapes:
         bench = Bench(device, ALL_SHAPES[name], options.blocks)
-        check = Check(device, bench, ALL_SHAPES[name], options.rank + 1)
+        rank = options.rank or ALL_SHAPES[name].hidden_size // 100
+        check = Check(device, bench, ALL_SHAPES[name], rank + 1)  # folded
         weights = [bench.weights() for _ in range(options.blocks)]
         found = [
             *check.alone(),
