@@ -9,9 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ojfa_export.backends.backend import Float32, Hidden
 from ojfa_export.runtime.policy import Measure, confidence
 from ojfa_export.runtime.sampling import GREEDY, Sampling
@@ -58,7 +55,7 @@ class Choices(Protocol):
         """The tokens of the largest logits, [rows]; the lowest id among equals."""
         ...
 
-    def confidence(self, measure: Measure) -> NDArray[np.float64]:
+    def confidence(self, measure: Measure) -> list[float]:
         """How sure the head is, [rows]; see `runtime.policy.confidence`."""
         ...
 
@@ -86,9 +83,10 @@ class HostChoices:
         tokens: list[int] = self.logits.argmax(axis=-1).tolist()
         return tokens
 
-    def confidence(self, measure: Measure) -> NDArray[np.float64]:
+    def confidence(self, measure: Measure) -> list[float]:
         """See `Choices`."""
-        return confidence(self.logits, measure)
+        values: list[float] = confidence(self.logits, measure).tolist()
+        return values
 
 
 class _GivesLogits(Protocol):

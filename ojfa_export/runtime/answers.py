@@ -9,7 +9,7 @@ from typing import Literal, overload
 import numpy as np
 
 from ojfa_export.backends.backend import Engines, Float32, Hidden
-from ojfa_export.backends.choice import Choices, Choosing, HostChoices
+from ojfa_export.backends.choice import Choices, Choosing
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.sequences import Sequences
@@ -150,12 +150,5 @@ class Answers(Sequences):
         self._count(len(hidden), depth)
         return self._engines.choose(hidden, depth, how)
 
-    def _choose_on_host(self, hidden: Hidden, depth: int, how: Choosing) -> HostChoices:
-        """The same from logits on the host, which it also gives."""
-        return HostChoices(self._logits(hidden, depth), how)
-
     def _count(self, rows: int, depth: int) -> None:
-        if depth == self.spec.blocks:
-            self.stats.final_heads += rows
-        else:
-            self.stats.exit_heads += rows
+        self.stats.count_head(rows, final=depth == self.spec.blocks)

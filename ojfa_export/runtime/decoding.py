@@ -8,9 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
+from ojfa_export.backends.choice import Choices
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.session import Choice, Exit, Session, Started
+from ojfa_export.runtime.session import Exit, Session
+from ojfa_export.runtime.steps import Started
 
 
 @dataclass(frozen=True)
@@ -69,47 +71,47 @@ class StepByStep:
         self._session, self._exit = session, exit
         self._sampling, self._generators = sampling, generators
         # The step after the last one, begun before anybody asked, and the tokens that it follows.
-        self._ahead: Started | None = None
+        self._ahead: Started[Choices] | None = None
         self._followed: list[list[int]] = []
         # By row: a random number that was drawn for a step that wasn't wanted.
         self._unused: dict[int, float] = {}
 
     def step(self, pending: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[list[Chosen]]:
         """See `Decoder`."""
-        if isinstance(self._exit, ExitPolicy):
-            choice = self._session.choose(pending, self._exit, self._sampling, self._draws(pending))
-        else:
-            choice = self._step(pending, wanted, self._exit)
-        return [
-            [Chosen(choice.tokens[row], choice.blocks_run[row])] if ids else []
-            for row, ids in enumerate(pending)
-        ]
-
-    def end(self) -> None:
-        """See `Decoder`."""
-        if self._ahead is not None:
-            for row, length in zip(self._ahead.rows, self._ahead.lengths, strict=True):
-                self._session.rewind(length - 1, row)
-            self._ahead = None
-
-    def _step(self, pending: Sequence[Sequence[int]], wanted: Sequence[int], exit: Exit) -> Choice:
-        """One token at a fixed exit, while the device begins with the next where it can."""
         session, started = self._session, self._ahead
         if started is None or [list(ids) for ids in pending] != self._followed:
             self.end()
-            started = session.start(pending, exit, self._sampling, self._draws(pending))
+            started = session.start(pending, self._exit, self._sampling, self._draws(pending))
         else:
             self._ahead, self._unused = None, {}
+        # The device begins with the next tokens before anything else is done about these.
         if min(wanted) > 1 and session.can_follow(started):
             draws = self._draws(pending)
             self._ahead = session.follow(started, self._sampling, draws)
             self._unused = dict(enumerate(draws))
         choice = session.finish(started)
         self._followed = [[token] for token in choice.tokens]
-        return choice
+        return [
+            [Chosen(token, blocks_run)] if ids else []
+            for token, blocks_run, ids in zip(
+                choice.tokens, choice.blocks_run, pending, strict=True
+            )
+        ]
+
+    def end(self) -> None:
+        """See `Decoder`."""
+        if self._ahead is not None:
+            for row, length in enumerate(self._ahead.lengths):
+                self._session.rewind(length - 1, row)
+            self._ahead = None
 
     def _draws(self, pending: Sequence[Sequence[int]]) -> list[float]:
-        """Each sequence's next random number; one that was drawn ahead and not used comes first."""
+        """Each sequence's next random number; one that was drawn ahead and not used comes first.
+
+        None at all where tokens aren't sampled.
+        """
+        if not self._sampling.temperature:
+            return []
         draws = [0.0] * len(pending)
         for row in (row for row, ids in enumerate(pending) if ids):
             known = self._unused.pop(row, None)

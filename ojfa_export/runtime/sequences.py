@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,6 +12,25 @@ from ojfa_export.backends.choice import Choices
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.watermarks import Watermarks
+
+
+@dataclass(slots=True)
+class OneToken:
+    """A pass of one token of each of some sequences.
+
+    Attributes:
+        depth: Blocks that they have run.
+        clear: The block up to which nothing else of these sequences waits.
+        rows: The sequences.
+        starts: Their positions.
+        hidden: States [rows, 1, H].
+    """
+
+    depth: int
+    clear: int
+    rows: slice
+    starts: list[int]
+    hidden: Hidden
 
 
 class Sequences:
@@ -51,8 +71,8 @@ class Sequences:
         self._waiting: dict[int, Hidden] = {}
         # The same of the last block, for which nothing waits.
         self._final = self._new_states() if keep_final else None
-        # What the newest pass gave, where no other came since: depth, rows, positions, states.
-        self._newest_pass: tuple[int, slice, list[int], Hidden] | None = None
+        # What the newest pass gave, where no other came since.
+        self._newest_pass: OneToken | None = None
         # What chooses the newest tokens, in a pass that begins before they are known.
         self._following: Choices | None = None
 
@@ -141,6 +161,10 @@ class Sequences:
         that costs less than another pass: it computes something at a position that no block from
         there on has processed, and what it writes is overwritten before it is read.
         """
+        if self.batch_size == 1:
+            if wanted[0]:
+                yield slice(0, 1)
+            return
         start = 0
         while start < self.batch_size:
             stop = start + 1
@@ -162,7 +186,7 @@ class Sequences:
     def _entry(self, row: int, depth: int) -> int | None:
         """The block before which a sequence's one token waits; None where it has more to run."""
         length, marks = len(self._tokens[row]), self._watermarks[row]
-        if marks.all_at(length - 1, depth):
+        if marks.end(0, length - 1) >= depth:
             return 0
         spans = list(marks.spans(depth))
         if [mark for _, mark in spans] == [length, length - 1]:
@@ -180,33 +204,52 @@ class Sequences:
         Returns:
             Hidden states [rows, tokens, H] of the newest tokens after `depth` blocks.
         """
-        marks, end = self._watermarks[rows.start], len(self._tokens[rows.start])
-        starts = [marks[0] for marks in self._watermarks[rows]]
+        newest, self._newest_pass = self._newest_pass, None  # an interrupted pass leaves none
         long = self._long_context(rows.start)
-        hidden = self._embed(rows, starts)
-        if hidden.shape[1]:
-            self._newest_pass = None
-        for blocks, start in marks.spans(depth):
-            covered = end - hidden.shape[1]
-            if start < covered:
-                starts = [each[blocks.start] for each in self._watermarks[rows]]
-                waiting = self._waited(blocks.start, rows, starts, covered - start)
-                join = self._cache.arrays.concatenate
-                hidden = join([waiting, hidden], axis=1) if hidden.shape[1] else waiting
-            if hidden.shape[1]:
-                hidden = self._cache.run_blocks(blocks, hidden, rows, starts, long_context=long)
+        if newest is not None and newest.depth < depth <= newest.clear and newest.rows == rows:
+            blocks, starts = range(newest.depth, depth), newest.starts
+            hidden = self._cache.run_blocks(blocks, newest.hidden, rows, starts, long_context=long)
+        else:
+            newest, (hidden, starts) = None, self._catch_up(rows, depth, newest, long)
         if depth < self.spec.blocks:
             if depth not in self._waiting:
                 self._waiting[depth] = self._new_states()
             self._cache.keep(self._waiting[depth], rows, starts, hidden)
         elif self._final is not None:
             self._cache.keep(self._final, rows, starts, hidden)
-        self._newest_pass = (depth, rows, starts, hidden) if hidden.shape[1] == 1 else None
         # Raised together, when all is done: a pass that is interrupted can be run again.
         for row in range(rows.start, rows.stop):
             if wanted[row]:
                 self._watermarks[row].raise_to(len(self._tokens[row]), depth)
+        if hidden.shape[1] == 1:
+            clear = newest.clear if newest is not None else self._clear(rows, depth, starts)
+            self._newest_pass = OneToken(depth, clear, rows, starts, hidden)
         return hidden
+
+    def _clear(self, rows: slice, depth: int, starts: Sequence[int]) -> int:
+        """The block up to which nothing waits, after `depth`, but what comes from these places."""
+        both = zip(self._watermarks[rows], starts, strict=True)
+        return min(marks.end(depth, start) for marks, start in both)
+
+    def _catch_up(
+        self, rows: slice, depth: int, newest: OneToken | None, long: bool
+    ) -> tuple[Hidden, list[int]]:
+        """Runs the first blocks on whatever waits before them; the result and its positions."""
+        marks, end = self._watermarks[rows.start], len(self._tokens[rows.start])
+        starts = [marks[0] for marks in self._watermarks[rows]]
+        hidden = self._embed(rows, starts)
+        if hidden.shape[1]:
+            newest = None
+        for blocks, start in marks.spans(depth):
+            covered = end - hidden.shape[1]
+            if start < covered:
+                starts = [each[blocks.start] for each in self._watermarks[rows]]
+                waiting = self._waited(blocks.start, rows, starts, covered - start, newest)
+                join = self._cache.arrays.concatenate
+                hidden = join([waiting, hidden], axis=1) if hidden.shape[1] else waiting
+            if hidden.shape[1]:
+                hidden = self._cache.run_blocks(blocks, hidden, rows, starts, long_context=long)
+        return hidden, starts
 
     def _embed(self, rows: slice, starts: list[int]) -> Hidden:
         """Embeds what waits before the first block: nothing, where tokens wait only later."""
@@ -219,10 +262,16 @@ class Sequences:
         new = [tokens[start : start + count] for tokens, start in both]
         return self._cache.embed(np.array(new, np.int32), starts)
 
-    def _waited(self, depth: int, rows: slice, starts: list[int], count: int) -> Hidden:
+    def _waited(
+        self, depth: int, rows: slice, starts: list[int], count: int, newest: OneToken | None
+    ) -> Hidden:
         """Hidden states that wait before a block, [rows, count, H]; count 1 for several rows."""
-        if self._newest_pass is not None and self._newest_pass[:3] == (depth, rows, starts):
-            return self._newest_pass[3]  # still where it was computed
+        if newest is not None and (newest.depth, newest.rows, newest.starts) == (
+            depth,
+            rows,
+            starts,
+        ):
+            return newest.hidden  # still where it was computed
         waiting = self._waiting[depth]
         return self._cache.arrays.stack(
             [waiting[rows.start + i, at : at + count] for i, at in enumerate(starts)]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar, overload
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Float32, Hidden, Int32
-from ojfa_export.backends.choice import Choices, Choosing, Stop
+from ojfa_export.backends.choice import Choices, Choosing, HostChoices
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import GREEDY, Sampling
+from ojfa_export.runtime.steps import C, Stage, Started, Taken, stages_of
 from ojfa_export.runtime.watched import Watched
 
 Exit = int | Literal["full"]
@@ -50,39 +51,10 @@ class Choice:
     confidence: NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Started:
-    """A step whose tokens may not be known yet.
-
-    Attributes:
-        choices: What chooses them; None where no sequence has new tokens.
-        rows: Sequences with new tokens.
-        lengths: Tokens of each of them.
-        depth: Blocks run.
-    """
-
-    choices: Choices | None
-    rows: list[int]
-    lengths: list[int]
-    depth: int
-
-
 # In place of a token that is not known yet.
 UNKNOWN = -1
-C = TypeVar("C", bound=Choices)
-
-
-@dataclass(frozen=True)
-class _Taken(Generic[C]):
-    """The answer that a sequence stopped at: a row of a head's choices."""
-
-    choices: C
-    index: int
-
-
-def _of(draws: Sequence[float], wanted: Sequence[bool]) -> list[float]:
-    """The draws of some sequences; none where tokens aren't sampled."""
-    return [draw for draw, each in zip(draws, wanted, strict=True) if each] if draws else []
+# Chooses by a head after so many blocks.
+Choose = Callable[[Hidden, int, Choosing], C]
 
 
 class Session(Watched):
@@ -171,12 +143,17 @@ class Session(Watched):
             UsageError: An exit or a token outside the model, or no room in the cache; the session
                 is unchanged.
         """
-        taken, blocks_run, asked = self._decide(token_ids, policy, self._choose_on_host)
+        step: Started[HostChoices] = self._append_step(token_ids, policy)
+        self._settle(step, self._choose_on_host)
         logits = np.zeros((self.batch_size, self.spec.vocab_size), np.float32)
-        for row, answer in enumerate(taken):
-            if answer is not None:
-                logits[row] = answer.choices.logits[answer.index]
-        return Step(logits, np.array(blocks_run, np.int32), asked)
+        blocks_run = np.zeros(self.batch_size, np.int32)
+        ends, confidence = step.taken(), step.confidence()
+        for row, taken in enumerate(ends):
+            if taken is not None:
+                logits[row] = taken.choices.logits[taken.index]
+                blocks_run[row] = taken.depth
+        self._account(step, ends, confidence)
+        return Step(logits, blocks_run, confidence)
 
     def choose(
         self,
@@ -199,129 +176,124 @@ class Session(Watched):
             UsageError: An exit or a token outside the model, or no room in the cache; the session
                 is unchanged.
         """
-        if isinstance(exit, ExitPolicy):
-            taken, blocks_run, asked = self._decide(token_ids, exit, self._choose, sampling, draws)
-            tokens = [-1 if each is None else each.choices.tokens()[each.index] for each in taken]
-            return Choice(tokens, blocks_run, asked)
         return self.finish(self.start(token_ids, exit, sampling, draws))
 
     def start(
         self,
         token_ids: Sequence[int] | Sequence[Sequence[int]],
-        exit: Exit = "full",
+        exit: Exit | ExitPolicy = "full",
         sampling: Sampling = GREEDY,
         draws: Sequence[float] = (),
-    ) -> Started:
-        """Begins what `choose` does at a fixed exit; `finish` ends it, and must come next.
+    ) -> Started[Choices]:
+        """Begins what `choose` does; `finish` ends it, and must come next.
 
         Only `follow` may come between.
         """
-        depth = resolve_exit(exit, self.spec.blocks)
-        wanted = [count > 0 for count in self._append(token_ids)]
-        return self._start(wanted, depth, Choosing(sampling, _of(draws, wanted)))
+        step: Started[Choices] = self._append_step(token_ids, exit, sampling, draws)
+        if step.rows:
+            self._ask(step, self._engines.choose)
+        return step
 
-    def can_follow(self, started: Started) -> bool:
+    def can_follow(self, started: Started[Choices]) -> bool:
         """Whether the step after a step can begin before that one's tokens are known.
 
-        That is where a device chooses them, every sequence goes on and has room, and nobody looks
-        at what is chosen.
+        That is where a device chooses them, every sequence stops at one head and has room, and
+        nobody looks at what is chosen. Waits until it is known where they stop.
         """
-        return (
+        if not (
             self._engines.follows
-            and len(started.rows) == self.batch_size
             and max(self.lengths) < self.max_length
             and self.spec.rotary_switch is None
             and self.on_event is None
             and self.shadow is None
-        )
+        ):
+            return False
+        self._settle(started, self._engines.choose)
+        last = started.last
+        return last is not None and len(last.rows) == self.batch_size
 
     def follow(
-        self, started: Started, sampling: Sampling = GREEDY, draws: Sequence[float] = ()
-    ) -> Started:
+        self, started: Started[Choices], sampling: Sampling = GREEDY, draws: Sequence[float] = ()
+    ) -> Started[Choices]:
         """Begins the step after a step; see `can_follow`.
 
         Where another token comes than the one that was chosen, `rewind` to the length before.
         """
-        everyone = [True] * self.batch_size
+        assert started.last is not None
         for tokens in self._tokens:
             tokens.append(UNKNOWN)
         self._newest_pass = None
-        self._following = started.choices
+        self._following = started.last.choices
+        everyone = [True] * self.batch_size
+        step: Started[Choices] = Started(started.stages, everyone, self.lengths, sampling, draws)
         try:
-            return self._start(everyone, started.depth, Choosing(sampling, draws))
+            self._ask(step, self._engines.choose)
         finally:
             self._following = None
+        return step
 
-    def finish(self, started: Started) -> Choice:
+    def finish(self, started: Started[Choices]) -> Choice:
         """Waits for the tokens that a step chooses."""
-        rows, depth = started.rows, started.depth
-        tokens, blocks_run = [-1] * self.batch_size, [0] * self.batch_size
-        if started.choices is not None:
-            for row, length, token in zip(
-                rows, started.lengths, started.choices.tokens(), strict=True
-            ):
-                tokens[row], blocks_run[row] = token, depth
+        self._settle(started, self._engines.choose)
+        ends, confidence = started.taken(), started.confidence()
+        blocks_run = [0 if taken is None else taken.depth for taken in ends]
+        self._account(started, ends, confidence)
+        tokens = [-1] * self.batch_size
+        for row, taken in enumerate(ends):
+            if taken is not None:
+                tokens[row] = taken.choices.tokens()[taken.index]
+                length = started.lengths[row]
                 if len(self._tokens[row]) > length:  # of the step that follows
-                    self._tokens[row][length] = token
-            self._count(len(rows), depth)
-            self.stats.exits[depth] += len(rows)
-            if self.on_event is not None or self.shadow is not None:
-                for row, likeliest in zip(rows, started.choices.likeliest(), strict=True):
-                    self._watch(row, depth, likeliest)
-        return Choice(tokens, blocks_run, np.empty((0, self.batch_size)))
+                    self._tokens[row][length] = tokens[row]
+        return Choice(tokens, blocks_run, confidence)
 
-    def _start(self, wanted: Sequence[bool], depth: int, how: Choosing) -> Started:
-        rows = [row for row, each in enumerate(wanted) if each]
-        choices = None
-        if rows:
-            choices = self._engines.choose(self._newest(wanted, depth), depth, how)
-        return Started(choices, rows, [len(self._tokens[row]) for row in rows], depth)
-
-    def _decide(
+    def _append_step(
         self,
         token_ids: Sequence[int] | Sequence[Sequence[int]],
-        policy: ExitPolicy,
-        choose: Callable[[Hidden, int, Choosing], C],
+        exit: Exit | ExitPolicy,
         sampling: Sampling = GREEDY,
         draws: Sequence[float] = (),
-    ) -> tuple[list[_Taken[C] | None], list[int], NDArray[np.float64]]:
-        """What each sequence's new tokens ended in, blocks run, and confidence at each exit."""
-        policy.check_fits(self.spec.blocks)
-        going = [count > 0 for count in self._append(token_ids)]
-        taken: list[_Taken[C] | None] = [None] * self.batch_size
-        blocks_run = [0] * self.batch_size
-        asked = np.full((len(policy.exits), self.batch_size), np.nan)
-        exits = (*policy.exits, self.spec.blocks)
-        for index, depth in enumerate(exits):
-            rows = [row for row, each in enumerate(going) if each]
-            if not rows:
-                break
-            stop = None
-            if depth < self.spec.blocks:
-                then = range(depth, exits[index + 1])
-                stop = Stop(policy.measure, policy.thresholds[index], then)
-            how = Choosing(sampling, _of(draws, going), stop)
-            choices = choose(self._newest(going, depth), depth, how)
-            stopped = list(range(len(rows)))
-            if stop is not None:
-                said = choices.confidence(stop.measure)
-                asked[index, rows] = said
-                self.stats.checks += len(rows)
-                stopped = [at for at in stopped if said[at] >= stop.threshold]
-                if stopped:
-                    total = float(said[stopped].sum())
-                    self.stats.count_stopped(depth, len(stopped), total)
-            for at in stopped:
-                row = rows[at]
-                taken[row], blocks_run[row], going[row] = _Taken(choices, at), depth, False
-        self.stats.exits.update(blocks for blocks in blocks_run if blocks)
-        if self.on_event is not None or self.shadow is not None:
-            for row, answer in enumerate(taken):
-                if answer is not None:
-                    said = asked[:, row][~np.isnan(asked[:, row])]
-                    likeliest = answer.choices.likeliest()[answer.index]
-                    self._watch(row, blocks_run[row], likeliest, tuple(said.tolist()))
-        return taken, blocks_run, asked
+    ) -> Started[C]:
+        """Takes new tokens, for a step that begins with them."""
+        if isinstance(exit, ExitPolicy):
+            stages = stages_of(exit, self.spec.blocks)
+        else:
+            stages = (Stage(resolve_exit(exit, self.spec.blocks)),)
+        wanted = [count > 0 for count in self._append(token_ids)]
+        return Started(stages, wanted, self.lengths, sampling, draws)
+
+    def _ask(self, step: Started[C], choose: Choose[C]) -> None:
+        """Runs the sequences that go on to the next head, and asks it."""
+        stage = step.next_stage
+        hidden = self._newest(step.going, stage.depth)
+        step.add(stage, choose(hidden, stage.depth, step.how(stage)))
+
+    def _settle(self, step: Started[C], choose: Choose[C]) -> None:
+        """Goes on with a step until it is known where each sequence stops."""
+        while not step.decided:
+            if step.judged:
+                self._ask(step, choose)
+            else:
+                step.judge()
+
+    def _choose_on_host(self, hidden: Hidden, depth: int, how: Choosing) -> HostChoices:
+        return HostChoices(self._engines.logits(hidden, depth), how)
+
+    def _account(
+        self, step: Started[C], ends: list[Taken[C] | None], confidence: NDArray[np.float64]
+    ) -> None:
+        """Counts a step whose sequences stopped where they did, and tells of it."""
+        step.count(self.stats, self.spec.blocks)
+        for taken in ends:
+            if taken is not None:
+                self.stats.exits[taken.depth] += 1
+        if self.on_event is None and self.shadow is None:
+            return
+        for row, taken in enumerate(ends):
+            if taken is not None:
+                said = confidence[:, row][~np.isnan(confidence[:, row])]
+                likeliest = taken.choices.likeliest()[taken.index]
+                self._watch(row, taken.depth, likeliest, tuple(said.tolist()))
 
     @overload
     def deepen(self, exit: Exit = ..., *, every_position: Literal[False] = ...) -> Float32: ...

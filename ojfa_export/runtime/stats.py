@@ -46,6 +46,13 @@ class Stats:
                 for depth, count in more.items():
                     mine[depth] = mine.get(depth, 0) + count
 
+    def count_head(self, rows: int, *, final: bool) -> None:
+        """Counts rows that a head was applied to: the model's own, or the exit head."""
+        if final:
+            self.final_heads += rows
+        else:
+            self.exit_heads += rows
+
     def count_stopped(self, depth: int, count: int, confidence: float) -> None:
         """Counts tokens that a policy stopped after `depth` blocks, and their summed confidence."""
         self.stopped[depth] += count

@@ -31,10 +31,12 @@ class Watermarks:
             yield range(start, min(stop, depth)), mark
             start = stop
 
-    def all_at(self, mark: int, depth: int) -> bool:
-        """Whether the first blocks all have this mark."""
-        stop, first = self._spans[0]
-        return first == mark and stop >= depth
+    def end(self, block: int, mark: int) -> int:
+        """One past the last block that has this mark, as all from `block` on have."""
+        for stop, each in self._spans:
+            if block < stop:
+                return stop if each == mark else block
+        return block
 
     def raise_to(self, mark: int, depth: int) -> None:
         """Raises the first blocks to a mark that none of all blocks exceeds."""

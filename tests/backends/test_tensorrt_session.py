@@ -189,4 +189,4 @@ def test_numbers_are_read_after_their_stamps(driver, monkeypatch):
     looking = SimpleNamespace(size=plain.size, unpack_from=lambda *_: tuple(next(looks)))
     monkeypatch.setattr(mailbox, "ANSWER", looking)
     assert choices.tokens() == choices.likeliest() == [7]
-    assert choices.confidence("entropy").tolist() == [-2.0]
+    assert choices.confidence("entropy") == [-2.0]

@@ -24,11 +24,14 @@ def test_spans_are_the_marks(program):
             marks.lower_to(number)
             plain = [min(number, each) for each in plain]
         assert [marks[block] for block in range(BLOCKS)] == plain
-        for depth in range(1, BLOCKS + 1):
+        for depth in range(BLOCKS + 1):
             spans = list(marks.spans(depth))
             assert [mark for blocks, mark in spans for _ in blocks] == plain[:depth]
             assert [block for blocks, _ in spans for block in blocks] == list(range(depth))
             values = [mark for _, mark in spans]
             assert values == sorted(set(values), reverse=True), "few spans: no mark stands twice"
             for mark in {*plain, number}:
-                assert marks.all_at(mark, depth) == all(each == mark for each in plain[:depth])
+                end = depth
+                while end < BLOCKS and plain[end] == mark:
+                    end += 1
+                assert marks.end(depth, mark) == end

@@ -17,6 +17,8 @@ from ojfa_export.backends.cuda.recorder import Recorder, Work
 from ojfa_export.backends.cuda.sizes import GIB, readable
 from ojfa_export.errors import BackendError
 
+SUCCESS = driver.CUresult.CUDA_SUCCESS
+
 
 def check(result: tuple[Any, ...], what: str | None = None) -> Any:
     """Takes the results of a driver call: none, one, or a tuple of them.
@@ -28,12 +30,13 @@ def check(result: tuple[Any, ...], what: str | None = None) -> Any:
     Raises:
         BackendError: The call failed.
     """
-    status, *values = result
-    if status != driver.CUresult.CUDA_SUCCESS:
+    status = result[0]
+    if status != SUCCESS:
         _, text = driver.cuGetErrorString(status)
         detail = text.decode() if isinstance(text, bytes) else str(status)
         raise failure(status.name, detail, what)
-    return values[0] if len(values) == 1 else tuple(values) if values else None
+    values = result[1:]
+    return values[0] if len(values) == 1 else values or None
 
 
 class Memory:

@@ -30,6 +30,7 @@ class Workspace:
 
     Attributes:
         hidden: Two buffers [tokens, H] fp32; block i reads the (i % 2)th and writes the other.
+        steps: The same as tokens of different sequences, [tokens, 1, H].
         qkv: [tokens, (heads + 2 kv_heads) head_dim] fp32.
         mixed: [tokens, heads * head_dim], what attention gives.
         inner: [tokens, intermediate size], of the MLP.
@@ -44,6 +45,7 @@ class Workspace:
         self._arrays = arrays
         self.tokens = tokens
         self.hidden = tuple(arrays.empty((tokens, spec.hidden_size), np.float32) for _ in range(2))
+        self.steps = tuple(each.reshape(tokens, 1, spec.hidden_size) for each in self.hidden)
         width = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
         self.qkv = arrays.empty((tokens, width), np.float32)
         self.mixed = arrays.empty((tokens, spec.heads * spec.head_dim), dtype)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 AHEAD_BLOCKS = 1
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Pass:
     """A one-token pass, as long as its result lies where it was computed.
 
@@ -50,7 +50,8 @@ class Pass:
 
     def holds(self, states: DeviceArray) -> bool:
         """Whether hidden states are the pass's result."""
-        return states.pointer == self.hidden.pointer and len(states) == len(self.hidden)
+        hidden = self.hidden
+        return states.pointer == hidden.pointer and states.shape[0] == hidden.shape[0]
 
 
 class TensorRtCache:
@@ -75,6 +76,7 @@ class TensorRtCache:
         self.arrays = engines.arrays
         self._shape = (batch_size, engines.spec.kv_heads, capacity, engines.spec.head_dim)
         self._blocks: dict[int, Block] = {}
+        self._opened: set[range] = set()
         self._workspaces: dict[int, Workspace] = {}
         self._recorder = engines.device.recorder
         self._key = object()  # of this cache's recordings
@@ -99,6 +101,7 @@ class TensorRtCache:
             workspace.name(token_ids, starts)
             key = ("embed", self._key, rows)
             self._recorder.add(key, lambda: self._engines.embed(workspace))
+            return workspace.steps[0]
         return workspace.hidden[0].reshape(rows, tokens, self._engines.spec.hidden_size)
 
     def _follows(self, choices: Choices, starts: Sequence[int]) -> bool:
@@ -117,7 +120,7 @@ class TensorRtCache:
         key = ("follow", self._key, rows)
         self._recorder.add(key, lambda: self._engines.embed(workspace, (tokens, before), steps=1))
         workspace.moved_to(starts)
-        return workspace.hidden[0].reshape(rows, 1, self._engines.spec.hidden_size)
+        return workspace.steps[0]
 
     def run_blocks(
         self,
@@ -132,8 +135,9 @@ class TensorRtCache:
         if not self._recorder.pending:  # else this thread has just embedded
             self._device.make_current()
         states = self.arrays.asarray(hidden)
-        self._open(blocks, states.shape[0] * states.shape[1])
-        if states.shape[1] == 1:
+        count, tokens, _ = states.shape
+        self._open(blocks, count * tokens)
+        if tokens == 1:
             return self._decode(blocks, states, rows, list(starts), long_context)
         self._engines.call_off()
         most = PREFILL_TOKENS[-1]
@@ -147,19 +151,20 @@ class TensorRtCache:
         self, kept: DeviceArray, rows: slice, starts: Sequence[int], hidden: DeviceArray
     ) -> None:
         """Copies hidden states for later; see `backends.backend.Cache`."""
-        last = self._engines.last_pass
+        engines, count = self._engines, hidden.shape[0]
+        last = engines.last_pass
         if last is None or last.cache is not self or not last.holds(hidden):
             keep(kept, rows, starts, hidden)
             return
-        kernels = self._engines.kernels[self._engines.precision]
-        keeping = Keeping(kernels, kept, hidden, self._workspace(len(hidden)))
-        key = ("keep", self._key, kept.pointer, hidden.pointer, len(hidden))
+        kernels = engines.kernels[engines.precision]
+        keeping = Keeping(kernels, kept, hidden, self._workspace(count))
+        key = ("keep", self._key, kept.pointer, hidden.pointer, count)
         self._recorder.add(key, keeping.run)
-        self._engines.keeping = key, keeping
+        engines.keeping = key, keeping
 
     def can_begin(self, last: Pass) -> bool:
         """Whether blocks can begin after a pass: TensorRT's engines can't be called off."""
-        return len(last.hidden) <= MOST_TOKENS and self._engines.decode_kernels
+        return last.hidden.shape[0] <= MOST_TOKENS and self._engines.decode_kernels
 
     def begin(self, last: Pass, blocks: range) -> tuple[tuple[Hashable, ...], Work]:
         """The first blocks after a pass, while its exit's check may call them off on the device.
@@ -170,8 +175,9 @@ class TensorRtCache:
             What to launch, and its key.
         """
         self._engines.ahead = blocks = blocks[:AHEAD_BLOCKS]
-        self._open(blocks, len(last.hidden))
-        return self._pass(blocks, len(last.hidden), last.long_context)
+        count = last.hidden.shape[0]
+        self._open(blocks, count)
+        return self._pass(blocks, count, last.long_context)
 
     def unload(self, block: int) -> None:
         """Lets go of a block's weights; its keys and values stay."""
@@ -185,9 +191,10 @@ class TensorRtCache:
 
     def _workspace(self, count: int) -> Workspace:
         """The buffers of steps with this many sequences, kept as recordings refer to them."""
-        if count not in self._workspaces:
-            self._workspaces[count] = Workspace(self._engines, count, lasting=True)
-        return self._workspaces[count]
+        workspace = self._workspaces.get(count)
+        if workspace is None:
+            workspace = self._workspaces[count] = Workspace(self._engines, count, lasting=True)
+        return workspace
 
     def _decode(
         self,
@@ -197,17 +204,18 @@ class TensorRtCache:
         starts: list[int],
         long_context: bool,
     ) -> DeviceArray:
-        workspace = self._workspace(len(hidden))
-        result = workspace.hidden[blocks.stop % 2].reshape(*hidden.shape)
+        engines, count = self._engines, hidden.shape[0]
+        workspace = self._workspace(count)
+        result = workspace.steps[blocks.stop % 2]
         this = Pass(self, blocks.stop, rows, starts, long_context, result)
         begun = self._begun(blocks, hidden, this)
         if not begun:
-            self._engines.call_off()
+            engines.call_off()
             workspace.place(starts, range(rows.start, rows.stop))
             workspace.take(hidden, blocks.start)
         if rest := blocks[begun:]:
-            self._recorder.add(*self._pass(rest, len(hidden), long_context))
-        self._engines.ahead, self._engines.last_pass = None, this
+            self._recorder.add(*self._pass(rest, count, long_context))
+        engines.ahead, engines.last_pass = None, this
         return result
 
     def _begun(self, blocks: range, hidden: DeviceArray, this: Pass) -> int:
@@ -222,12 +230,15 @@ class TensorRtCache:
 
     def _open(self, blocks: range, tokens: int) -> None:
         """Makes the blocks' parts of the cache, if all that these tokens need fits."""
+        if blocks in self._opened:
+            return
         new = [block for block in blocks if block not in self._blocks]
         if new:
             batch, _, capacity, _ = self._shape
             self._engines.check_room(Request(blocks, batch, capacity, tokens), self._blocks)
         for block in new:
             self._blocks[block] = Block(self._engines, block, self._shape)
+        self._opened.add(blocks)
 
     def _pass(
         self, blocks: range, count: int, long_context: bool

@@ -225,31 +225,31 @@ class TensorRtEngines:
         states = self.arrays.asarray(hidden)
         if self.ahead is not None:
             self.call_off()
-        if len(states) > HEAD_ROWS:
+        if states.shape[0] > HEAD_ROWS:
             return self._choose_many(states, blocks_run, how)
         return self._choose(states, blocks_run, how)
 
     def _choose(self, states: DeviceArray, blocks_run: int, how: Choosing) -> DeviceChoices:
-        head, count = self._head(blocks_run), len(states)
+        head, count = self._head(blocks_run), states.shape[0]
         states = self._in_place(states)
-        last = self.last_pass
-        if last is None or how.stop is None or not last.cache.can_begin(last):
-            how = replace(how, stop=None) if how.stop is not None else how
-        asked = Asked.of(how, self.spec.vocab_size)
-
-        recorder, key, keeping = self.device.recorder, *self.keeping
+        last, stop, sampling = self.last_pass, how.stop, how.sampling
+        if last is None or not last.cache.can_begin(last):
+            stop = None
+        recorder, (key, keeping) = self.device.recorder, self.keeping
         if keeping is not None and not (keeping.keeps(states) and recorder.take_back(key)):
             key, keeping = (), None
         self.keeping = (), None
 
         def work() -> None:
+            asked = Asked.of(Choosing(sampling, (), stop), self.spec.vocab_size)
             head.choose(states, self._logits[:count], asked, keeping)
 
-        key = ("choose", self.mailbox, blocks_run, count, states.pointer, asked, *key)
-        if how.stop is None or last is None:
+        asked = sampling.temperature, sampling.top_k, sampling.top_p, stop
+        key = ("choose", self.mailbox, blocks_run, count, states.pointer, *asked, *key)
+        if stop is None or last is None:
             recorder.add(key, work)
         else:
-            then, ahead = last.cache.begin(last, how.stop.then)
+            then, ahead = last.cache.begin(last, stop.then)
             both = self.device.beside if head.slight else _one_after_the_other
             recorder.add((*key, *then), lambda: both(work, ahead))
         self.mailbox.leave(how.draws)
@@ -276,9 +276,10 @@ class TensorRtEngines:
         return target
 
     def _head(self, blocks_run: int) -> Head:
-        if blocks_run not in self._heads:
-            self._heads[blocks_run] = self._open_head(blocks_run)
-        return self._heads[blocks_run]
+        head = self._heads.get(blocks_run)
+        if head is None:
+            head = self._heads[blocks_run] = self._open_head(blocks_run)
+        return head
 
     def _open_head(self, blocks_run: int) -> Head:
         if blocks_run == self.spec.blocks:

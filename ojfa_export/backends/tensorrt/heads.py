@@ -57,7 +57,7 @@ class Head(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Keeping:
     """Hidden states of a step that are kept for later.
 
@@ -75,7 +75,8 @@ class Keeping:
 
     def keeps(self, states: DeviceArray) -> bool:
         """Whether these are the hidden states."""
-        return states.pointer == self.hidden.pointer and len(states) == len(self.hidden)
+        hidden = self.hidden
+        return states.pointer == hidden.pointer and states.shape[0] == hidden.shape[0]
 
     def arguments(self) -> tuple[Argument, ...]:
         """Where they go, for a kernel."""

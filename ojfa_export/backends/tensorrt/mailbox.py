@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ojfa_export.backends.choice import Choosing
 from ojfa_export.backends.cuda.device import Device, Memory, PinnedArray
@@ -123,13 +122,14 @@ class Mailbox:
 
     def read(self, slot: int, turn: int, rows: int, launch: int) -> list[Row]:
         """Waits for an answer."""
-        looks, first, idle = 0, slot * ROWS * ANSWER.size, False
+        looks, place, idle = 0, slot * ROWS * ANSWER.size, False
+        look, mail, stamps = ANSWER.unpack_from, self._bytes, (turn,) * 5
         answers: list[Row] = []
         while len(answers) < rows:
-            place = first + len(answers) * ANSWER.size
-            if ANSWER.unpack_from(self._bytes, place)[1::2] == (turn,) * 5:
+            if look(mail, place)[1::2] == stamps:
                 # Read again: a value is read before its number, and may be older than that.
-                answers.append(ANSWER.unpack_from(self._bytes, place)[::2])
+                answers.append(look(mail, place)[::2])
+                place += ANSWER.size
                 continue
             if idle:
                 raise BackendError(
@@ -139,7 +139,9 @@ class Mailbox:
             if looks % LOOKS == 0:
                 time.sleep(0)
                 idle = looks % LOOKS_AT_STREAM == 0 and self._device.idle()
-        self._device.recorder.done = max(self._device.recorder.done, launch)
+        recorder = self._device.recorder
+        if launch > recorder.done:
+            recorder.done = launch
         return answers
 
 
@@ -173,9 +175,10 @@ class DeviceChoices:
         """See `Choices`."""
         return [answer[1] for answer in self.answers()]
 
-    def confidence(self, measure: Measure) -> NDArray[np.float64]:
+    def confidence(self, measure: Measure) -> list[float]:
         """See `Choices`."""
-        return np.array([answer[2 + MEASURES[measure]] for answer in self.answers()])
+        place = 2 + MEASURES[measure]
+        return [answer[place] for answer in self.answers()]
 
 
 class JoinedChoices:
@@ -192,6 +195,6 @@ class JoinedChoices:
         """See `Choices`."""
         return [token for part in self._parts for token in part.likeliest()]
 
-    def confidence(self, measure: Measure) -> NDArray[np.float64]:
+    def confidence(self, measure: Measure) -> list[float]:
         """See `Choices`."""
-        return np.concatenate([part.confidence(measure) for part in self._parts])
+        return [each for part in self._parts for each in part.confidence(measure)]
