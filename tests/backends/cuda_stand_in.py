@@ -44,6 +44,9 @@ class Driver(ModuleType):
             raise AttributeError(name)
         return lambda *arguments: (OK, 1)
 
+    def cuCtxGetStreamPriorityRange(self):
+        return OK, 0, -5
+
     def cuDriverGetVersion(self):
         return OK, 13000
 
