@@ -32,6 +32,7 @@ class Driver(ModuleType):
         CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT=1,
     )
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+    CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUmemPool_attribute = SimpleNamespace(CU_MEMPOOL_ATTR_RELEASE_THRESHOLD=1)
     cuuint64_t = int
 
