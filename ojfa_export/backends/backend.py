@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ojfa_export.families.spec import ModelSpec, Precision
 
 if TYPE_CHECKING:
-    from ojfa_export.backends.choice import Choices, Choosing
+    from ojfa_export.backends.choice import Choices, Choosing, OneToken
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
@@ -122,6 +122,23 @@ class Engines(Protocol):
         """Applies a head as `logits` does, and chooses a token for each row of [rows, H].
 
         Engines whose logits are on the host inherit this from `backends.choice.ChoosesOnHost`.
+        """
+        ...
+
+    def step(
+        self, cache: Cache, one: OneToken, depth: int, kept: Hidden | None, how: Choosing
+    ) -> Choices:
+        """Runs tokens on to a depth, keeps what comes out, and asks the head there.
+
+        What `Cache.embed`, `run_blocks` and `keep` and `choose` do one after the other
+        (`backends.choice.run_on`): engines may know a shorter way.
+
+        Args:
+            cache: Of the tokens' sequences.
+            one: The tokens; knows them at the new depth afterwards.
+            depth: Blocks to have run.
+            kept: As of `Cache.keep`; None to keep nothing.
+            how: As of `choose`.
         """
         ...
 

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ojfa_export.backends.backend import Float32, Hidden
+import numpy as np
+
+from ojfa_export.backends.backend import Cache, Float32, Hidden
 from ojfa_export.runtime.policy import Measure, confidence
 from ojfa_export.runtime.sampling import GREEDY, Sampling
 
@@ -89,7 +91,57 @@ class HostChoices:
         return values
 
 
-class _GivesLogits(Protocol):
+@dataclass(slots=True)
+class OneToken:
+    """One token of each of some sequences on its way through the blocks.
+
+    Attributes:
+        rows: The sequences, neighbours.
+        starts: The tokens' positions.
+        tokens: Their ids, or the choices that they will be; None where they have been embedded.
+        long_context: Whether LongRoPE's long factors apply.
+        depth: Blocks that they have run.
+        hidden: States [rows, 1, H] after so many; None before the first.
+        clear: The block up to which nothing else of these sequences waits.
+    """
+
+    rows: slice
+    starts: list[int]
+    tokens: list[int] | Choices | None
+    long_context: bool
+    depth: int = 0
+    hidden: Hidden | None = None
+    clear: int = 0
+
+    def is_at(self, depth: int, rows: slice, starts: list[int]) -> bool:
+        """Whether these sequences' tokens at these positions have run so many blocks."""
+        return (self.depth, self.rows, self.starts) == (depth, rows, starts)
+
+
+def run_on(
+    engines: _Chooses, cache: Cache, one: OneToken, depth: int, kept: Hidden | None, how: Choosing
+) -> Choices:
+    """`Engines.step`, by its parts."""
+    hidden, rows, starts = one.hidden, one.rows, one.starts
+    if hidden is None:
+        known = isinstance(one.tokens, list)
+        hidden = cache.embed(
+            np.array(one.tokens, np.int32)[:, None] if known else one.tokens, starts
+        )
+    blocks = range(one.depth, depth)
+    hidden = cache.run_blocks(blocks, hidden, rows, starts, long_context=one.long_context)
+    if kept is not None:
+        cache.keep(kept, rows, starts, hidden)
+    one.depth, one.hidden = depth, hidden
+    states = cache.arrays.ascontiguousarray(hidden.reshape(len(hidden), -1))
+    return engines.choose(states, depth, how)
+
+
+class _Chooses(Protocol):
+    def choose(self, hidden: Hidden, blocks_run: int, how: Choosing) -> Choices: ...
+
+
+class _GivesLogits(_Chooses, Protocol):
     def logits(self, hidden: Hidden, blocks_run: int) -> Float32: ...
 
 
@@ -101,3 +153,14 @@ class ChoosesOnHost:
     def choose(self: _GivesLogits, hidden: Hidden, blocks_run: int, how: Choosing) -> HostChoices:
         """See `Engines.choose`."""
         return HostChoices(self.logits(hidden, blocks_run), how)
+
+    def step(
+        self: _Chooses,
+        cache: Cache,
+        one: OneToken,
+        depth: int,
+        kept: Hidden | None,
+        how: Choosing,
+    ) -> Choices:
+        """See `Engines.step`."""
+        return run_on(self, cache, one, depth, kept, how)

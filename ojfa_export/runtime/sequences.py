@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from ojfa_export.backends.backend import Engines, Hidden, Int32
-from ojfa_export.backends.choice import Choices
+from ojfa_export.backends.choice import Choices, OneToken
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.watermarks import Watermarks
-
-
-@dataclass(slots=True)
-class OneToken:
-    """A pass of one token of each of some sequences.
-
-    Attributes:
-        depth: Blocks that they have run.
-        clear: The block up to which nothing else of these sequences waits.
-        rows: The sequences.
-        starts: Their positions.
-        hidden: States [rows, 1, H].
-    """
-
-    depth: int
-    clear: int
-    rows: slice
-    starts: list[int]
-    hidden: Hidden
 
 
 class Sequences:
@@ -71,7 +51,7 @@ class Sequences:
         self._waiting: dict[int, Hidden] = {}
         # The same of the last block, for which nothing waits.
         self._final = self._new_states() if keep_final else None
-        # What the newest pass gave, where no other came since.
+        # The newest pass of one token a sequence, where no other came since.
         self._newest_pass: OneToken | None = None
         # What chooses the newest tokens, in a pass that begins before they are known.
         self._following: Choices | None = None
@@ -205,38 +185,9 @@ class Sequences:
             Hidden states [rows, tokens, H] of the newest tokens after `depth` blocks.
         """
         newest, self._newest_pass = self._newest_pass, None  # an interrupted pass leaves none
-        long = self._long_context(rows.start)
-        if newest is not None and newest.depth < depth <= newest.clear and newest.rows == rows:
-            blocks, starts = range(newest.depth, depth), newest.starts
-            hidden = self._cache.run_blocks(blocks, newest.hidden, rows, starts, long_context=long)
-        else:
-            newest, (hidden, starts) = None, self._catch_up(rows, depth, newest, long)
-        if depth < self.spec.blocks:
-            if depth not in self._waiting:
-                self._waiting[depth] = self._new_states()
-            self._cache.keep(self._waiting[depth], rows, starts, hidden)
-        elif self._final is not None:
-            self._cache.keep(self._final, rows, starts, hidden)
-        # Raised together, when all is done: a pass that is interrupted can be run again.
-        for row in range(rows.start, rows.stop):
-            if wanted[row]:
-                self._watermarks[row].raise_to(len(self._tokens[row]), depth)
-        if hidden.shape[1] == 1:
-            clear = newest.clear if newest is not None else self._clear(rows, depth, starts)
-            self._newest_pass = OneToken(depth, clear, rows, starts, hidden)
-        return hidden
-
-    def _clear(self, rows: slice, depth: int, starts: Sequence[int]) -> int:
-        """The block up to which nothing waits, after `depth`, but what comes from these places."""
-        both = zip(self._watermarks[rows], starts, strict=True)
-        return min(marks.end(depth, start) for marks, start in both)
-
-    def _catch_up(
-        self, rows: slice, depth: int, newest: OneToken | None, long: bool
-    ) -> tuple[Hidden, list[int]]:
-        """Runs the first blocks on whatever waits before them; the result and its positions."""
         marks, end = self._watermarks[rows.start], len(self._tokens[rows.start])
         starts = [marks[0] for marks in self._watermarks[rows]]
+        long = self._long_context(rows.start)
         hidden = self._embed(rows, starts)
         if hidden.shape[1]:
             newest = None
@@ -249,7 +200,37 @@ class Sequences:
                 hidden = join([waiting, hidden], axis=1) if hidden.shape[1] else waiting
             if hidden.shape[1]:
                 hidden = self._cache.run_blocks(blocks, hidden, rows, starts, long_context=long)
-        return hidden, starts
+        if (kept := self._kept(depth)) is not None:
+            self._cache.keep(kept, rows, starts, hidden)
+        # Raised together, when all is done: a pass that is interrupted can be run again.
+        for row in range(rows.start, rows.stop):
+            if wanted[row]:
+                self._watermarks[row].raise_to(len(self._tokens[row]), depth)
+        if hidden.shape[1] == 1:
+            self._newest_pass = OneToken(rows, starts, None, long, depth, hidden)
+        return hidden
+
+    def _one_each(self) -> OneToken | None:
+        """Each sequence's newest token, if that is all of it that waits before the first block."""
+        starts, clear, long = [], self.spec.blocks, self._long_context(0)
+        for row, tokens in enumerate(self._tokens):
+            starts.append(len(tokens) - 1)
+            clear = min(clear, self._watermarks[row].end(0, starts[row]))
+            if self._long_context(row) != long:
+                return None
+        if not clear:
+            return None
+        new = self._following or [tokens[-1] for tokens in self._tokens]
+        return OneToken(slice(0, self.batch_size), starts, new, long, clear=clear)
+
+    def _kept(self, depth: int) -> Hidden | None:
+        """Where hidden states after so many blocks are kept, if they are."""
+        if depth == self.spec.blocks:
+            return self._final
+        kept = self._waiting.get(depth)
+        if kept is None:
+            kept = self._waiting[depth] = self._new_states()
+        return kept
 
     def _embed(self, rows: slice, starts: list[int]) -> Hidden:
         """Embeds what waits before the first block: nothing, where tokens wait only later."""
@@ -266,11 +247,7 @@ class Sequences:
         self, depth: int, rows: slice, starts: list[int], count: int, newest: OneToken | None
     ) -> Hidden:
         """Hidden states that wait before a block, [rows, count, H]; count 1 for several rows."""
-        if newest is not None and (newest.depth, newest.rows, newest.starts) == (
-            depth,
-            rows,
-            starts,
-        ):
+        if newest is not None and newest.is_at(depth, rows, starts):
             return newest.hidden  # still where it was computed
         waiting = self._waiting[depth]
         return self._cache.arrays.stack(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.backends.backend import Float32, Hidden, Int32
-from ojfa_export.backends.choice import Choices, Choosing, HostChoices
+from ojfa_export.backends.backend import Float32, Int32
+from ojfa_export.backends.choice import Choices, HostChoices
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import GREEDY, Sampling
@@ -53,8 +53,6 @@ class Choice:
 
 # In place of a token that is not known yet.
 UNKNOWN = -1
-# Chooses by a head after so many blocks.
-Choose = Callable[[Hidden, int, Choosing], C]
 
 
 class Session(Watched):
@@ -144,7 +142,13 @@ class Session(Watched):
                 is unchanged.
         """
         step: Started[HostChoices] = self._append_step(token_ids, policy)
-        self._settle(step, self._choose_on_host)
+        while not step.decided:
+            stage = step.next_stage
+            hidden = self._newest(step.going, stage.depth)
+            logits = self._engines.logits(hidden, stage.depth)
+            step.add(stage, HostChoices(logits, step.how(stage)))
+            if stage.stop is not None:
+                step.judge()
         logits = np.zeros((self.batch_size, self.spec.vocab_size), np.float32)
         blocks_run = np.zeros(self.batch_size, np.int32)
         ends, confidence = step.taken(), step.confidence()
@@ -190,8 +194,7 @@ class Session(Watched):
         Only `follow` may come between.
         """
         step: Started[Choices] = self._append_step(token_ids, exit, sampling, draws)
-        if step.rows:
-            self._ask(step, self._engines.choose)
+        self._begin(step)
         return step
 
     def can_follow(self, started: Started[Choices]) -> bool:
@@ -200,15 +203,15 @@ class Session(Watched):
         That is where a device chooses them, every sequence stops at one head and has room, and
         nobody looks at what is chosen. Waits until it is known where they stop.
         """
-        if not (
-            self._engines.follows
-            and max(self.lengths) < self.max_length
-            and self.spec.rotary_switch is None
-            and self.on_event is None
-            and self.shadow is None
+        if (
+            not self._engines.follows
+            or self.on_event is not None
+            or self.shadow is not None
+            or self.spec.rotary_switch is not None
+            or max(started.lengths) >= self.max_length
         ):
             return False
-        self._settle(started, self._engines.choose)
+        self._settle(started)
         last = started.last
         return last is not None and len(last.rows) == self.batch_size
 
@@ -227,14 +230,18 @@ class Session(Watched):
         everyone = [True] * self.batch_size
         step: Started[Choices] = Started(started.stages, everyone, self.lengths, sampling, draws)
         try:
-            self._ask(step, self._engines.choose)
+            self._begin(step)
+        except BaseException:
+            for row, length in enumerate(step.lengths):
+                self.rewind(length - 1, row)
+            raise
         finally:
             self._following = None
         return step
 
     def finish(self, started: Started[Choices]) -> Choice:
         """Waits for the tokens that a step chooses."""
-        self._settle(started, self._engines.choose)
+        self._settle(started)
         ends, confidence = started.taken(), started.confidence()
         blocks_run = [0 if taken is None else taken.depth for taken in ends]
         self._account(started, ends, confidence)
@@ -262,22 +269,36 @@ class Session(Watched):
         wanted = [count > 0 for count in self._append(token_ids)]
         return Started(stages, wanted, self.lengths, sampling, draws)
 
-    def _ask(self, step: Started[C], choose: Choose[C]) -> None:
-        """Runs the sequences that go on to the next head, and asks it."""
-        stage = step.next_stage
-        hidden = self._newest(step.going, stage.depth)
-        step.add(stage, choose(hidden, stage.depth, step.how(stage)))
+    def _begin(self, step: Started[Choices]) -> None:
+        if len(step.rows) == self.batch_size:
+            step.together = self._one_each()
+        if step.rows:
+            self._ask(step)
 
-    def _settle(self, step: Started[C], choose: Choose[C]) -> None:
+    def _ask(self, step: Started[Choices]) -> None:
+        """Runs the sequences that go on to the next head, and asks it."""
+        stage, one = step.next_stage, step.together
+        how = step.how(stage)
+        if one is not None and (len(step.rows) < self.batch_size or stage.depth > one.clear):
+            if one.hidden is not None:
+                self._newest_pass = one
+            step.together = one = None
+        if one is None:
+            hidden = self._newest(step.going, stage.depth)
+            step.add(stage, self._engines.choose(hidden, stage.depth, how))
+            return
+        kept = self._kept(stage.depth)
+        step.add(stage, self._engines.step(self._cache, one, stage.depth, kept, how))
+        for tokens, marks in zip(self._tokens, self._watermarks, strict=True):
+            marks.raise_to(len(tokens), stage.depth)
+
+    def _settle(self, step: Started[Choices]) -> None:
         """Goes on with a step until it is known where each sequence stops."""
         while not step.decided:
             if step.judged:
-                self._ask(step, choose)
+                self._ask(step)
             else:
                 step.judge()
-
-    def _choose_on_host(self, hidden: Hidden, depth: int, how: Choosing) -> HostChoices:
-        return HostChoices(self._engines.logits(hidden, depth), how)
 
     def _account(
         self, step: Started[C], ends: list[Taken[C] | None], confidence: NDArray[np.float64]

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.backends.choice import Choices, Choosing, Stop
+from ojfa_export.backends.choice import Choices, Choosing, OneToken, Stop
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.stats import Stats
@@ -78,6 +78,8 @@ class Started(Generic[C]):
     Attributes:
         going: [sequences] those that no head was sure of.
         rows: The same as numbers.
+        together: Their newest tokens on their way, as long as all sequences go on and nothing else
+            waits where they come.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Started(Generic[C]):
         self.stages, self.lengths = stages, lengths
         self.going = list(wanted)
         self.rows = [row for row, each in enumerate(wanted) if each]
+        self.together: OneToken | None = None
         self._sampling, self._draws = sampling, draws
         self._asked: list[Asked[C]] = []
         self._said: list[list[float]] = []  # of the heads that were judged

@@ -186,8 +186,9 @@ class StandInDriver(types.ModuleType):
         ctypes.memset(pointer, 0xFF, size)  # kept all the same: who reads it finds that
 
     def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, _: Any) -> Any:
-        pinned = tuple(self.pinned)  # garbage that is collected meanwhile may take some out
-        assert not any(start <= source < start + self.memory[start][1] for start in pinned)
+        for start in tuple(self.pinned):
+            _, held = self.memory.get(start, (None, 0))  # garbage may be collected meanwhile
+            assert not start <= source < start + held
         data = ctypes.string_at(source, size)  # pageable memory is taken at once
         self.put(lambda: ctypes.memmove(target, data, size))
         return (SUCCESS,)

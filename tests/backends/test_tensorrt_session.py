@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -151,6 +151,88 @@ def test_steps_begun_ahead_change_nothing(case, rng, batch, sampling):
     np.testing.assert_array_equal(sessions[0].watermarks, sessions[1].watermarks)
     new = [[5]] * batch
     assert_close(case, sessions[0].advance(new), sessions[1].advance(new))
+
+
+def deciding(case: Case, rng, batch: int) -> ExitPolicy:
+    """Checks after some blocks that some tokens pass and some don't."""
+    probe = case.reference(batch)
+    said = probe.decide(
+        [[row + 1, 5, 6] for row in range(batch)],
+        ExitPolicy(exits=(1, 2), measure="margin", thresholds=(9.0, 9.0)),
+    ).confidence
+    thresholds = tuple(float(each * rng.uniform(0.5, 1.5)) for each in said.mean(axis=1))
+    return ExitPolicy(exits=(1, 2), measure="margin", thresholds=thresholds)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 20, 0.9, seed=2)])
+def test_decided_steps_begun_ahead_change_nothing(case, rng, batch, sampling):
+    """As above with exits that are checked; what was launched is replayed, and some is in vain."""
+    if case.chain.precision == "fp16":
+        pytest.skip("tokens of fp16 are not those of fp32")
+    policy = deciding(case, rng, batch)
+    sessions = case.session(batch), case.reference(batch)
+    decoders = [
+        StepByStep(each, policy, sampling, [sampling.generator(row) for row in range(batch)])
+        for each in sessions
+    ]
+    pending = [[row + 1, 5, 6] for row in range(batch)]
+    for step in range(30):
+        mine, theirs = (each.step(pending, [30 - step] * batch) for each in decoders)
+        assert mine == theirs
+        pending = [[token.id for token in tokens] for tokens in theirs]
+        if step % 5 == 3:
+            pending[int(rng.integers(batch))] = [7]
+        if step % 7 == 5 and batch > 1:
+            pending[int(rng.integers(batch))] = []
+    for each in decoders:
+        each.end()
+    assert sessions[0].tokens() == sessions[1].tokens()
+    mine, theirs = (each.stats for each in sessions)
+    assert mine.confidence_sums == pytest.approx(theirs.confidence_sums, rel=1e-5)
+    assert replace(mine, confidence_sums={}) == replace(theirs, confidence_sums={})
+    np.testing.assert_array_equal(sessions[0].watermarks, sessions[1].watermarks)
+    new = [[5]] * batch
+    assert_close(case, sessions[0].advance(new), sessions[1].advance(new))
+
+
+def test_a_step_that_was_interrupted_can_be_taken_again(case, rng, monkeypatch):
+    """Steps at fixed and decided exits, of which launches fail now and then."""
+    if case.chain.precision == "fp16":
+        pytest.skip("tokens of fp16 are not those of fp32")
+    policy, greedy = deciding(case, rng, 1), Sampling()
+    launch, failed = case.driver.cuGraphLaunch, []
+
+    def failing(*arguments):
+        if rng.random() < 0.2:
+            failed.append(1)
+            raise KeyboardInterrupt
+        return launch(*arguments)
+
+    monkeypatch.setattr(case.driver, "cuGraphLaunch", failing)
+    session, reference = case.session(), case.reference()
+    pending: list[list[int]] = [[1, 5, 6]]
+    for _ in range(12):
+        exit = policy if rng.random() < 0.7 else "full"
+        mine = StepByStep(session, exit, greedy, [greedy.generator(0)])
+        theirs = StepByStep(reference, exit, greedy, [greedy.generator(0)])
+        for _ in range(3):
+            if reference.lengths[0] == MAX_LENGTH - 1:
+                return
+            length = reference.lengths[0]
+            expected = theirs.step(pending, [9])
+            for _ in range(50):
+                try:
+                    chosen = mine.step(pending, [9])
+                    break
+                except KeyboardInterrupt:
+                    mine = StepByStep(session, exit, greedy, [greedy.generator(0)])
+                    session.rewind(length)
+            assert chosen == expected
+            pending = [[token.id for token in expected[0]]]
+        mine.end()
+        assert session.tokens() == reference.tokens()
+    assert failed
 
 
 def test_texts_that_take_turns(case):

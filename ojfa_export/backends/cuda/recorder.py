@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ojfa_export.backends.cuda.device import Device, Graph
@@ -27,13 +27,18 @@ class Recorder:
         launches: How often work was launched.
         done: How many of those launches are known to have ended.
         newest: The recording that was launched last, for whoever measures.
+        failed: Whether the last launch failed or was interrupted, so that what it held may not have
+            been done; whoever has seen to that may set it back.
     """
 
     def __init__(self, device: Device, most: int = 512) -> None:
         self._device, self._most = device, most
         self._graphs: dict[Key, Graph | None] = {}
         self.launches = self.done = 0
+        self.failed = False
         self.newest: Graph | None = None
+        self._named: dict[Hashable, tuple[Graph, Any]] = {}
+        self._launched: Graph | None = None  # with the last launch, if it was a recording
         self._keys: list[tuple[Hashable, ...]] = []
         self._work: list[Work] = []
 
@@ -64,9 +69,14 @@ class Recorder:
         """Launches what was added."""
         if not self._keys:
             return
-        self.launches += 1
         key, work = tuple(self._keys), self._work
+        self.failed, self._launched = True, None
         self._keys, self._work = [], []
+        self.launches += 1
+        self._launch(key, work)
+        self.failed = False
+
+    def _launch(self, key: Key, work: list[Work]) -> None:
         graph = self._graphs.get(key)
         if graph is None:
             if key not in self._graphs:
@@ -76,19 +86,39 @@ class Recorder:
                 _run(work)
                 return
             graph = self._graphs[key] = self._device.capture(lambda: _run(work))
-        self.newest = graph
+        self.newest = self._launched = graph
         graph.launch()
+
+    def name(self, key: Hashable, note: Any) -> None:
+        """Gives what was launched last, if it was a recording, a key of its own and a note."""
+        if self._launched is not None:
+            self._named[key] = self._launched, note
+
+    def find(self, key: Hashable) -> tuple[Graph, Any] | None:
+        """A named recording and its note, if it is still known."""
+        return self._named.get(key)
+
+    def replay(self, graph: Graph) -> None:
+        """Launches a recording that was found, where nothing is pending."""
+        self.failed = True
+        self.launches += 1
+        self.newest = self._launched = graph
+        graph.launch()
+        self.failed = False
 
     def forget(self, owner: object) -> None:
         """Forgets the recordings whose keys hold an object."""
         self._device.synchronize()  # what has been launched may still use the owner's memory
         for key in [key for key in self._graphs if any(owner in piece for piece in key)]:
             del self._graphs[key]
+        kept = set(map(id, self._graphs.values()))
+        self._named = {key: known for key, known in self._named.items() if id(known[0]) in kept}
 
     def clear(self) -> None:
         """Forgets all recordings: they refer to memory that may be given back now."""
         self._device.synchronize()
         self._graphs.clear()
+        self._named.clear()
         self.newest = None
 
 

@@ -71,13 +71,18 @@ class Workspace:
         """Says which tokens they are, and where, to the embedding, which tells the others where."""
         self._positions = list(positions)
         if self._named is not None:
-            if self._device.recorder.done < self._named_with:
-                self._device.synchronize()  # the tokens before may not have been read yet
-            self._named_with = self._device.recorder.launches + 1
-            self._named.array[0], self._named.array[1] = token_ids.reshape(-1), self._positions
+            self.leave(token_ids.reshape(-1), positions)
             return
         both = np.array([token_ids.reshape(-1), self._positions], np.int32)
         self._named_here = self._arrays.asarray(both)
+
+    def leave(self, token_ids: Sequence[int] | Int32, positions: Sequence[int]) -> None:
+        """Leaves the tokens of a step where the next launch reads them."""
+        assert self._named is not None
+        if self._device.recorder.done < self._named_with:
+            self._device.synchronize()  # the tokens before may not have been read yet
+        self._named_with = self._device.recorder.launches + 1
+        self._named.array[0], self._named.array[1] = token_ids, positions
 
     def place(self, positions: Sequence[int], sequences: Sequence[int]) -> None:
         """Says where the tokens are, and of which sequences; what is known is not copied again."""
@@ -91,6 +96,10 @@ class Workspace:
     def places(self) -> tuple[Argument, Argument]:
         """Positions and sequences, for a kernel."""
         return pointer(self.positions), pointer(self.sequences)
+
+    def is_of(self, rows: slice) -> bool:
+        """Whether the device has these sequences as the tokens'."""
+        return self._sequences == list(range(rows.start, rows.stop))
 
     def is_placed(self, positions: list[int]) -> bool:
         """Whether the device has these positions."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ojfa_export.backends.backend import Float32, Int32, keep
-from ojfa_export.backends.choice import Choices
+from ojfa_export.backends.choice import Choices, OneToken
 from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
@@ -67,6 +67,7 @@ class TensorRtCache:
 
     Attributes:
         arrays: Makes arrays of hidden states.
+        key: Of this cache's recordings.
     """
 
     def __init__(self, engines: TensorRtEngines, batch_size: int, capacity: int) -> None:
@@ -79,7 +80,7 @@ class TensorRtCache:
         self._opened: set[range] = set()
         self._workspaces: dict[int, Workspace] = {}
         self._recorder = engines.device.recorder
-        self._key = object()  # of this cache's recordings
+        self.key = object()
 
     def embed(self, token_ids: Int32 | Choices, starts: Sequence[int]) -> DeviceArray:
         """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
@@ -97,17 +98,17 @@ class TensorRtCache:
             self._recorder.flush()
             self._engines.embed(workspace)
         else:
-            workspace = self._workspace(rows)
+            workspace = self.workspace(rows)
             workspace.name(token_ids, starts)
-            key = ("embed", self._key, rows)
+            key = ("embed", self.key, rows)
             self._recorder.add(key, lambda: self._engines.embed(workspace))
             return workspace.steps[0]
         return workspace.hidden[0].reshape(rows, tokens, self._engines.spec.hidden_size)
 
-    def _follows(self, choices: Choices, starts: Sequence[int]) -> bool:
+    def _follows(self, choices: Choices | None, starts: Sequence[int]) -> bool:
         """Whether tokens are the newest answer's, at the positions after those of the last step."""
         before = [start - 1 for start in starts]
-        return self._engines.mailbox.is_newest(choices) and self._workspace(len(starts)).is_placed(
+        return self._engines.mailbox.is_newest(choices) and self.workspace(len(starts)).is_placed(
             before
         )
 
@@ -115,9 +116,9 @@ class TensorRtCache:
         """Embeds the newest answer's tokens, known to the device alone."""
         self._engines.call_off()
         rows, tokens = len(starts), pointer(self._engines.mailbox.tokens)
-        workspace = self._workspace(rows)
+        workspace = self.workspace(rows)
         before = pointer(workspace.positions)
-        key = ("follow", self._key, rows)
+        key = ("follow", self.key, rows)
         self._recorder.add(key, lambda: self._engines.embed(workspace, (tokens, before), steps=1))
         workspace.moved_to(starts)
         return workspace.steps[0]
@@ -157,8 +158,8 @@ class TensorRtCache:
             keep(kept, rows, starts, hidden)
             return
         kernels = engines.kernels[engines.precision]
-        keeping = Keeping(kernels, kept, hidden, self._workspace(count))
-        key = ("keep", self._key, kept.pointer, hidden.pointer, count)
+        keeping = Keeping(kernels, kept, hidden, self.workspace(count))
+        key = ("keep", self.key, kept.pointer, hidden.pointer, count)
         self._recorder.add(key, keeping.run)
         engines.keeping = key, keeping
 
@@ -187,9 +188,9 @@ class TensorRtCache:
 
     def __del__(self) -> None:
         with suppress(Exception):
-            self._recorder.forget(self._key)
+            self._recorder.forget(self.key)
 
-    def _workspace(self, count: int) -> Workspace:
+    def workspace(self, count: int) -> Workspace:
         """The buffers of steps with this many sequences, kept as recordings refer to them."""
         workspace = self._workspaces.get(count)
         if workspace is None:
@@ -205,7 +206,7 @@ class TensorRtCache:
         long_context: bool,
     ) -> DeviceArray:
         engines, count = self._engines, hidden.shape[0]
-        workspace = self._workspace(count)
+        workspace = self.workspace(count)
         result = workspace.steps[blocks.stop % 2]
         this = Pass(self, blocks.stop, rows, starts, long_context, result)
         begun = self._begun(blocks, hidden, this)
@@ -218,7 +219,7 @@ class TensorRtCache:
         engines.ahead, engines.last_pass = None, this
         return result
 
-    def _begun(self, blocks: range, hidden: DeviceArray, this: Pass) -> int:
+    def _begun(self, blocks: range, hidden: DeviceArray, this: Pass | OneToken) -> int:
         """With how many of the blocks the last pass has been followed already."""
         last, ahead = self._engines.last_pass, self._engines.ahead
         if ahead is None or last is None or not last.holds(hidden):
@@ -227,6 +228,16 @@ class TensorRtCache:
         if same != (self, this.rows, this.starts, this.long_context):
             return 0
         return len(ahead) if blocks[: len(ahead)] == ahead else 0
+
+    def way(self, one: OneToken, depth: int) -> Hashable:
+        """How tokens get to a depth, where that takes one recording; else None."""
+        if one.hidden is not None:
+            return self._begun(range(one.depth, depth), one.hidden, one) or None
+        if not self.workspace(len(one.starts)).is_of(one.rows):
+            return None
+        if isinstance(one.tokens, list):
+            return "embed"
+        return "follow" if self._follows(one.tokens, one.starts) else None
 
     def _open(self, blocks: range, tokens: int) -> None:
         """Makes the blocks' parts of the cache, if all that these tokens need fits."""
@@ -244,13 +255,13 @@ class TensorRtCache:
         self, blocks: range, count: int, long_context: bool
     ) -> tuple[tuple[Hashable, ...], Work]:
         """A pass of one token of each of some sequences, and its key."""
-        workspace = self._workspace(count)
+        workspace = self.workspace(count)
 
         def work() -> None:
             for block in blocks:
                 self._blocks[block].run(workspace, long_context, together=True)
 
-        return (self._key, blocks, count, long_context), work
+        return (self.key, blocks, count, long_context), work
 
     def _prefill(
         self, blocks: range, hidden: DeviceArray, rows: slice, start: int, long_context: bool

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ojfa_export.backends.backend import Float32
-from ojfa_export.backends.choice import Choices, Choosing
+from ojfa_export.backends.backend import Cache, Float32
+from ojfa_export.backends.choice import Choices, Choosing, OneToken
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device, PinnedArray
 from ojfa_export.backends.cuda.recorder import Work
@@ -31,6 +31,7 @@ from ojfa_export.backends.tensorrt.linear import LinearKernels
 from ojfa_export.backends.tensorrt.mailbox import Asked, DeviceChoices, JoinedChoices, Mailbox
 from ojfa_export.backends.tensorrt.memory import Request, Room
 from ojfa_export.backends.tensorrt.plan import GraphPlan, read_plan
+from ojfa_export.backends.tensorrt.replays import Replays
 from ojfa_export.backends.tensorrt.weights import WeightStore
 from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import UsageError
@@ -94,6 +95,7 @@ class TensorRtEngines:
         self.ahead: range | None = None
         # What was asked to be kept last, and its recording's key: a head may do it along the way.
         self.keeping: tuple[tuple[Hashable, ...], Keeping | None] = (), None
+        self._replays = Replays(self)
         self._states = self.arrays.lasting((HEAD_ROWS, spec.hidden_size), np.float32)
         self._logits = self.arrays.lasting((HEAD_ROWS, spec.vocab_size), np.float32)
         self._pinned = PinnedArray((HEAD_ROWS, spec.vocab_size), np.float32)
@@ -155,11 +157,16 @@ class TensorRtEngines:
             overlapping=True,
         )
 
+    @property
+    def may_be_off(self) -> bool:
+        """Whether kernels on the device may find themselves called off."""
+        return self.ahead is not None or self.device.recorder.failed
+
     def call_off(self) -> None:
         """Before anything but the blocks that were begun ahead: they are not wanted."""
         self.last_pass = None
-        if self.ahead is not None:
-            self.ahead = None
+        if self.may_be_off:
+            self.ahead, self.device.recorder.failed = None, False
             self.device.recorder.add(("go on", self.mailbox), self._go_on)
 
     def _go_on(self) -> None:
@@ -198,7 +205,7 @@ class TensorRtEngines:
         self.device.make_current()
         states = self.arrays.asarray(hidden)
         head = self._head(blocks_run)
-        if self.ahead is not None:
+        if self.may_be_off:
             self.call_off()
         result = np.empty((len(states), self.spec.vocab_size), np.float32)
         for at in range(0, len(states), HEAD_ROWS):
@@ -223,11 +230,24 @@ class TensorRtEngines:
         if not self.device.recorder.pending:  # else this thread has just run blocks
             self.device.make_current()
         states = self.arrays.asarray(hidden)
-        if self.ahead is not None:
+        if self.may_be_off:
             self.call_off()
         if states.shape[0] > HEAD_ROWS:
             return self._choose_many(states, blocks_run, how)
         return self._choose(states, blocks_run, how)
+
+    def step(
+        self,
+        cache: Cache,
+        one: OneToken,
+        depth: int,
+        kept: DeviceArray | None,
+        how: Choosing,
+    ) -> Choices:
+        """Runs tokens on and asks the head there; see `backends.backend.Engines`."""
+        assert isinstance(cache, TensorRtCache)
+        self.device.make_current()
+        return self._replays.step(cache, one, depth, kept, how)
 
     def _choose(self, states: DeviceArray, blocks_run: int, how: Choosing) -> DeviceChoices:
         head, count = self._head(blocks_run), states.shape[0]
