@@ -32,10 +32,11 @@ Float64 = NDArray[np.float64]
 class StepCosts(BaseModel):
     """Milliseconds of steps of one sequence.
 
-    A step at an exit is timed where steps at that exit follow each other. That is right for any
-    mixture of exits too, as far as caches forget what was used longest ago: what a block costs
-    depends on how many blocks ran since it ran last, and over a whole text the sum of these costs
-    is that of the exits, each by itself.
+    A step at an exit is timed where steps at that exit follow each other, as they do in generated
+    text: where engines begin a step before the token before it is known, so they do here. That is
+    right for any mixture of exits too, as far as caches forget what was used longest ago: what a
+    block costs depends on how many blocks ran since it ran last, and over a whole text the sum of
+    these costs is that of the exits, each by itself.
 
     Attributes:
         exits: [L] a step at each exit: embedding, blocks, head, choice of the token.
@@ -142,37 +143,33 @@ class _Steps:
 
     def time(self, rounds: int, seconds: float, progress: Progress) -> None:
         """Times all kinds in turns."""
-        kinds = {kind: [step] * STEPS for kind, step in self._make_kinds()}
+        kinds = dict(self._make_kinds())
         times = self._turns.time(kinds, rounds, seconds, "timing blocks and heads", progress)
-        self._typical = {kind: float(each.mean()) for kind, each in times.items()}
+        self._typical = {kind: float(each.sum()) / STEPS for kind, each in times.items()}
 
-    def _make_kinds(self) -> list[tuple[object, Step]]:
-        session, token = self._turns.session, self._turns.token
+    def _make_kinds(self) -> list[tuple[object, list[Step]]]:
+        """Every kind's steps, which are STEPS or do as much at once."""
+        turns = self._turns
         shallow, depth = self._shallow, self._depth
         rows = np.random.default_rng(0).normal(size=(AT_ONCE[-1], self._spec.hidden_size))
         hidden = rows.astype(np.float32)
 
-        def at_exit(exit: int) -> Step:
-            return lambda: session.choose([token()], exit)
-
-        def asking(exits: Sequence[int], measure: Measure) -> Step:
+        def asking(exits: Sequence[int], measure: Measure) -> list[Step]:
             never_but_last = (*[2.0] * (len(exits) - 1), -1e9)
             policy = ExitPolicy(exits=tuple(exits), measure=measure, thresholds=never_but_last)
-            return lambda: session.choose([token()], policy)
+            return turns.steps([policy] * STEPS)
 
-        def catching_up(size: int, exit: int = shallow) -> Step:
+        def catching_up(size: int, exit: int = shallow) -> list[Step]:
+            return [turns.in_a_row([*[exit] * (size - 1), depth])] * STEPS
+
+        def head(count: int, blocks_run: int) -> list[Step]:
             def run() -> object:
-                for _ in range(size - 1):
-                    session.choose([token()], exit)
-                return session.choose([token()], depth)
+                return self._engines.choose(hidden[:count], blocks_run, Choosing()).tokens()
 
-            return run
-
-        def head(count: int, blocks_run: int) -> Step:
-            return lambda: self._engines.choose(hidden[:count], blocks_run, Choosing()).tokens()
+            return [run] * STEPS
 
         return [
-            *((("exit", int(exit)), at_exit(int(exit))) for exit in self._exits),
+            *((("exit", exit), turns.steps([exit] * STEPS)) for exit in self._exits.tolist()),
             *((("ask", m), asking(self._asked, m)) for m in MEASURES),
             (("ask", "one"), asking(self._asked[-1:], "top")),
             *((("at once", size), catching_up(size)) for size in self._sizes),

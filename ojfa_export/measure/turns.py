@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 from ojfa_export.backends.backend import Engines
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.progress import Progress
-from ojfa_export.runtime.session import Session
+from ojfa_export.runtime.policy import ExitPolicy
+from ojfa_export.runtime.session import Exit, Session
 
 # Tokens in the cache before the first step.
 PAST = 128
 # Steps at the beginning of a turn that aren't counted: they find another kind's caches.
 SETTLING = 4
 FEWEST_ROUNDS = 3
+# Tokens of steps that are timed as one where each begins before the token before it is known.
+FOLLOWING = 8
 # Tokens of steps that follow each other before the cache is taken back to its past.
 _GROWTH = 128
 
@@ -56,6 +59,8 @@ class Turns:
         clock: Clock = time.perf_counter,
     ) -> None:
         max_length = min(max_length, spec.rotary_switch or max_length)
+        self._at_once = min(FOLLOWING, max_length) if engines.follows else 1
+        room = max(room, self._at_once)
         self._past = min(PAST, max(0, max_length - room - _GROWTH))
         self._room, self._clock = room, clock
         self.session = Session(spec, engines, 1, min(max_length, self._past + room + _GROWTH))
@@ -67,6 +72,31 @@ class Turns:
     def token(self) -> int:
         """Another token."""
         return int(next(self._ids))
+
+    def steps(self, exits: Sequence[Exit | ExitPolicy]) -> list[Step]:
+        """Steps at these exits, as text is generated: some as one, where engines begin ahead."""
+        return [
+            self.in_a_row(exits[at : at + self._at_once])
+            for at in range(0, len(exits), self._at_once)
+        ]
+
+    def in_a_row(self, exits: Sequence[Exit | ExitPolicy]) -> Step:
+        """Steps at these exits as one; each begins before the token before it is known.
+
+        Where engines can't do that, and for the first, the token is made up.
+        """
+        session = self.session
+
+        def run() -> None:
+            ahead = None
+            for at, exit in enumerate(exits):
+                started = ahead or session.start([self.token()], exit)
+                ahead = None
+                if at + 1 < len(exits) and session.can_follow(started):
+                    ahead = session.follow(started, exits[at + 1])
+                session.finish(started)
+
+        return run
 
     def time(
         self,

@@ -6,7 +6,7 @@ then timed and not added up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -81,13 +81,14 @@ def time_points(
     times = turns.time(scripts, ROUNDS, seconds, "rehearsing", progress)
     result = {}
     for point, milliseconds in times.items():
-        taken = float(milliseconds.mean())
         if point.policy is not None:
+            taken = float(milliseconds.sum()) / (sample.windows * sample.tokens_per_window)
             # These few tokens may leave earlier or later than all do: as much as is expected.
             few = apply(sample, point.policy, costs.of_policies(), surprisal_clip=1.0)
             taken *= point.ms / float(few.cost.mean())
         else:
             assert point.draft is not None
+            taken = float(milliseconds.mean())
             taken *= point.blocks / ((point.draft + 1) * statistics.blocks)  # per token it gives
         result[point] = replace(point, ms=taken)
     return result
@@ -122,15 +123,13 @@ def _script(point: Point, sample: ExitStatistics, turns: Turns) -> list[Step]:
 
 def _deciding(policy: ExitPolicy, depths: NDArray[np.int32], turns: Turns) -> list[Step]:
     """Steps of a policy that stop at given depths, [W, m], whatever the exits say."""
-    session, token = turns.session, turns.token
 
-    def stopping(depth: int) -> Step:
+    def stopping(depth: int) -> ExitPolicy:
         thresholds = tuple(2.0 if exit < depth else -1e9 for exit in policy.exits)
-        forced = policy.model_copy(update={"thresholds": thresholds})
-        return lambda: session.choose([token()], forced)
+        return policy.model_copy(update={"thresholds": thresholds})
 
-    steps: Mapping[int, Step] = {depth: stopping(depth) for depth in np.unique(depths).tolist()}
-    return [steps[depth] for depth in depths.ravel().tolist()]
+    forced = {depth: stopping(depth) for depth in np.unique(depths).tolist()}
+    return turns.steps([forced[depth] for depth in depths.ravel().tolist()])
 
 
 def _drafting(point: Point, turns: Turns) -> Step:

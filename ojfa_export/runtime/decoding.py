@@ -87,7 +87,7 @@ class StepByStep:
         # The device begins with the next tokens before anything else is done about these.
         if min(wanted) > 1 and session.can_follow(started):
             draws = self._draws(pending)
-            self._ahead = session.follow(started, self._sampling, draws)
+            self._ahead = session.follow(started, self._exit, self._sampling, draws)
             self._unused = dict(enumerate(draws))
         choice = session.finish(started)
         self._followed = [[token] for token in choice.tokens]

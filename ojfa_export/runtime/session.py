@@ -216,19 +216,24 @@ class Session(Watched):
         return last is not None and len(last.rows) == self.batch_size
 
     def follow(
-        self, started: Started[Choices], sampling: Sampling = GREEDY, draws: Sequence[float] = ()
+        self,
+        started: Started[Choices],
+        exit: Exit | ExitPolicy = "full",
+        sampling: Sampling = GREEDY,
+        draws: Sequence[float] = (),
     ) -> Started[Choices]:
-        """Begins the step after a step; see `can_follow`.
+        """Begins the step after a step, as `start` does; see `can_follow`.
 
         Where another token comes than the one that was chosen, `rewind` to the length before.
         """
         assert started.last is not None
+        stages = self._stages(exit)
         for tokens in self._tokens:
             tokens.append(UNKNOWN)
         self._newest_pass = None
         self._following = started.last.choices
         everyone = [True] * self.batch_size
-        step: Started[Choices] = Started(started.stages, everyone, self.lengths, sampling, draws)
+        step: Started[Choices] = Started(stages, everyone, self.lengths, sampling, draws)
         try:
             self._begin(step)
         except BaseException:
@@ -262,12 +267,14 @@ class Session(Watched):
         draws: Sequence[float] = (),
     ) -> Started[C]:
         """Takes new tokens, for a step that begins with them."""
-        if isinstance(exit, ExitPolicy):
-            stages = stages_of(exit, self.spec.blocks)
-        else:
-            stages = (Stage(resolve_exit(exit, self.spec.blocks)),)
+        stages = self._stages(exit)
         wanted = [count > 0 for count in self._append(token_ids)]
         return Started(stages, wanted, self.lengths, sampling, draws)
+
+    def _stages(self, exit: Exit | ExitPolicy) -> tuple[Stage, ...]:
+        if isinstance(exit, ExitPolicy):
+            return stages_of(exit, self.spec.blocks)
+        return (Stage(resolve_exit(exit, self.spec.blocks)),)
 
     def _begin(self, step: Started[Choices]) -> None:
         if len(step.rows) == self.batch_size:

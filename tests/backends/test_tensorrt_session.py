@@ -13,6 +13,7 @@ from tiny_models import VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_FP32
 
 from ojfa_export.bundle.names import graph_names
+from ojfa_export.measure.turns import FOLLOWING, Turns
 from ojfa_export.runtime.decoding import StepByStep
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
@@ -233,6 +234,30 @@ def test_a_step_that_was_interrupted_can_be_taken_again(case, rng, monkeypatch):
         mine.end()
         assert session.tokens() == reference.tokens()
     assert failed
+
+
+def test_steps_are_timed_as_text_is_generated(case):
+    """Some as one, each begun before the token before it is known: the device's own choice."""
+    if case.chain.precision == "fp16":
+        pytest.skip("tokens of fp16 are not those of fp32")
+    turns = Turns(case.chain.spec, case.engines, MAX_LENGTH, 2)
+    session = turns.session
+    started = []
+    follow = session.follow
+    session.follow = lambda *arguments: started.append(1) or follow(*arguments)
+    never = ExitPolicy(exits=(1, 2), measure="top", thresholds=(2.0, 2.0))
+    exits = [2, 1, never, "full", 2, 2, 1, never, 2, 3]
+    steps = turns.steps(exits)
+    for step in steps:
+        step()
+    assert len(steps) == 2
+    assert len(started) == len(exits) - len(steps)
+    tokens, reference = session.tokens(), case.reference()
+    chosen: list[int] = []
+    for at, (token, exit) in enumerate(zip(tokens, exits, strict=True)):
+        if at % FOLLOWING:
+            assert [token] == chosen
+        chosen = reference.choose([token], exit).tokens
 
 
 def test_texts_that_take_turns(case):
