@@ -6,7 +6,7 @@ exports a `Backend` as BACKEND (see `backends.load`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -125,13 +125,14 @@ class Engines(Protocol):
         """
         ...
 
-    def step(
+    def prepare(
         self, cache: Cache, one: OneToken, depth: int, kept: Hidden | None, how: Choosing
-    ) -> Choices:
-        """Runs tokens on to a depth, keeps what comes out, and asks the head there.
+    ) -> Callable[[], Choices]:
+        """Gets ready to run tokens on to a depth, keep what comes out, and ask the head there.
 
-        What `Cache.embed`, `run_blocks` and `keep` and `choose` do one after the other
-        (`backends.choice.run_on`): engines may know a shorter way.
+        That is what `Cache.embed`, `run_blocks` and `keep` and `choose` do one after the other
+        (`backends.choice.run_on`); engines may know a shorter way. Nothing else may be asked of
+        the engines before it is run, or it must not be run.
 
         Args:
             cache: Of the tokens' sequences.

@@ -5,8 +5,9 @@ A backend with a device computes the same there, so that a few numbers come to t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -121,7 +122,7 @@ class OneToken:
 def run_on(
     engines: _Chooses, cache: Cache, one: OneToken, depth: int, kept: Hidden | None, how: Choosing
 ) -> Choices:
-    """`Engines.step`, by its parts."""
+    """What `Engines.prepare` gets ready, by its parts."""
     hidden, rows, starts = one.hidden, one.rows, one.starts
     if hidden is None:
         known = isinstance(one.tokens, list)
@@ -154,13 +155,13 @@ class ChoosesOnHost:
         """See `Engines.choose`."""
         return HostChoices(self.logits(hidden, blocks_run), how)
 
-    def step(
+    def prepare(
         self: _Chooses,
         cache: Cache,
         one: OneToken,
         depth: int,
         kept: Hidden | None,
         how: Choosing,
-    ) -> Choices:
-        """See `Engines.step`."""
-        return run_on(self, cache, one, depth, kept, how)
+    ) -> Callable[[], Choices]:
+        """See `Engines.prepare`."""
+        return partial(run_on, self, cache, one, depth, kept, how)

@@ -223,6 +223,10 @@ class Sequences:
         new = self._following or [tokens[-1] for tokens in self._tokens]
         return OneToken(slice(0, self.batch_size), starts, new, long, clear=clear)
 
+    def _keeps(self, depth: int) -> bool:
+        """Whether there is room already for what is kept after so many blocks."""
+        return depth == self.spec.blocks or depth in self._waiting
+
     def _kept(self, depth: int) -> Hidden | None:
         """Where hidden states after so many blocks are kept, if they are."""
         if depth == self.spec.blocks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -280,32 +280,43 @@ class Session(Watched):
         if len(step.rows) == self.batch_size:
             step.together = self._one_each()
         if step.rows:
-            self._ask(step)
+            self._ask(step, self._prepare(step))
 
-    def _ask(self, step: Started[Choices]) -> None:
-        """Runs the sequences that go on to the next head, and asks it."""
+    def _prepare(self, step: Started[Choices]) -> Callable[[], Choices] | None:
+        """What runs all sequences on to the next head together, if that can be."""
         stage, one = step.next_stage, step.together
-        how = step.how(stage)
-        if one is not None and (len(step.rows) < self.batch_size or stage.depth > one.clear):
-            if one.hidden is not None:
-                self._newest_pass = one
-            step.together = one = None
-        if one is None:
-            hidden = self._newest(step.going, stage.depth)
-            step.add(stage, self._engines.choose(hidden, stage.depth, how))
-            return
+        if one is None or stage.depth > one.clear:
+            return None
         kept = self._kept(stage.depth)
-        step.add(stage, self._engines.step(self._cache, one, stage.depth, kept, how))
-        for tokens, marks in zip(self._tokens, self._watermarks, strict=True):
-            marks.raise_to(len(tokens), stage.depth)
+        return self._engines.prepare(self._cache, one, stage.depth, kept, step.how(stage))
+
+    def _ask(self, step: Started[Choices], prepared: Callable[[], Choices] | None) -> None:
+        """Runs the sequences that go on to the next head, and asks it."""
+        stage = step.next_stage
+        if prepared is not None:
+            step.add(stage, prepared())
+            for tokens, marks in zip(self._tokens, self._watermarks, strict=True):
+                marks.raise_to(len(tokens), stage.depth)
+            return
+        if step.together is not None and step.together.depth:
+            self._newest_pass = step.together
+        step.together = None
+        hidden = self._newest(step.going, stage.depth)
+        step.add(stage, self._engines.choose(hidden, stage.depth, step.how(stage)))
 
     def _settle(self, step: Started[Choices]) -> None:
         """Goes on with a step until it is known where each sequence stops."""
         while not step.decided:
-            if step.judged:
-                self._ask(step)
-            else:
+            rows, prepared = step.rows, None
+            if not step.judged:
+                # What may follow is looked up while the answer is on its way.
+                if self._keeps(step.next_stage.depth):
+                    prepared = self._prepare(step)
                 step.judge()
+            if step.rows is rows:
+                self._ask(step, prepared or self._prepare(step))
+            elif step.rows:
+                self._ask(step, None)
 
     def _account(
         self, step: Started[C], ends: list[Taken[C] | None], confidence: NDArray[np.float64]

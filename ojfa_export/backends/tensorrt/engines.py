@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -236,18 +236,18 @@ class TensorRtEngines:
             return self._choose_many(states, blocks_run, how)
         return self._choose(states, blocks_run, how)
 
-    def step(
+    def prepare(
         self,
         cache: Cache,
         one: OneToken,
         depth: int,
         kept: DeviceArray | None,
         how: Choosing,
-    ) -> Choices:
-        """Runs tokens on and asks the head there; see `backends.backend.Engines`."""
+    ) -> Callable[[], Choices]:
+        """Gets ready to run tokens on and ask the head there; see `backends.backend.Engines`."""
         assert isinstance(cache, TensorRtCache)
         self.device.make_current()
-        return self._replays.step(cache, one, depth, kept, how)
+        return self._replays.prepare(cache, one, depth, kept, how)
 
     def _choose(self, states: DeviceArray, blocks_run: int, how: Choosing) -> DeviceChoices:
         head, count = self._head(blocks_run), states.shape[0]

@@ -7,7 +7,8 @@ here, and of what the pieces know only what they would have left behind is set.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ojfa_export.backends.backend import Hidden
@@ -31,19 +32,29 @@ class Replays:
         self._engines = engines
         self._recorder = engines.device.recorder
 
-    def step(
+    def prepare(
         self, cache: TensorRtCache, one: OneToken, depth: int, kept: Hidden | None, how: Choosing
-    ) -> Choices:
-        """See `backends.backend.Engines.step`."""
-        engines, recorder = self._engines, self._recorder
+    ) -> Callable[[], Choices]:
+        """See `backends.backend.Engines.prepare`."""
         key = self._key(cache, one, depth, kept, how)
-        known = None if key is None else recorder.find(key)
+        known = None if key is None else self._recorder.find(key)
         if known is not None:
-            return self._replay(cache, one, depth, how, *known)
-        launches = recorder.launches
-        choices = run_on(engines, cache, one, depth, kept, how)
-        if key is not None and recorder.launches == launches + 1:
-            recorder.name(key, engines.ahead)
+            return partial(self._replay, cache, one, depth, how, *known)
+        return partial(self._record, key, cache, one, depth, kept, how)
+
+    def _record(
+        self,
+        key: Hashable | None,
+        cache: TensorRtCache,
+        one: OneToken,
+        depth: int,
+        kept: Hidden | None,
+        how: Choosing,
+    ) -> Choices:
+        launches = self._recorder.launches
+        choices = run_on(self._engines, cache, one, depth, kept, how)
+        if key is not None and self._recorder.launches == launches + 1:
+            self._recorder.name(key, self._engines.ahead)
         return choices
 
     def _key(
