@@ -8,8 +8,6 @@ machine, versions, commit and raw samples.
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from bench.gpu_clock import copy_bandwidth, graph_time
-from bench.gpu_machine import commit, nvidia_smi
+from bench.gpu_clock import graph_time
+from bench.gpu_run import run
 from bench.gpu_shapes import SHAPES, RandomGraphs
 from bench.gpu_steps import WARMUP, checks, decoding, host_work, prefill
 from ojfa_export.backends.choice import Choosing
-from ojfa_export.backends.cuda.device import Device, the_device
+from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.tensorrt.backend import BACKEND
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
@@ -32,7 +30,6 @@ from ojfa_export.backends.tensorrt.mailbox import Asked
 from ojfa_export.bundle.names import graph_names
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.session import Session
-from ojfa_export.shortcut.atomic import write_atomically
 
 PREFILL = CHECKED_PAST = 512
 # Positions beyond those that are timed: recordings are replayed to time them, and each moves on.
@@ -40,28 +37,13 @@ SPARE = 256
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Times the TensorRT backend on this GPU.")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llama2-7b"])
-    parser.add_argument("--past", type=int, nargs="+", default=[128, 512, 2048])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--tokens", type=int, default=40, help="timed tokens of each setting")
-    parser.add_argument("--commit", default=commit(), help="where this is no checkout")
-    parser.add_argument("--exits", type=int, nargs="*", help="default: all")
-    options = parser.parse_args(arguments)
-    device = the_device()
-    result: dict[str, Any] = {
-        "commit": options.commit,
-        "machine": {**BACKEND.versions(), "nvidia_smi": nvidia_smi()},
-        "copy_bytes_per_second": copy_bandwidth(device),
-        "settings": {"tokens": options.tokens, "warmup": WARMUP, "precision": "fp16"},
-        "shapes": [],
-    }
-    print(f"{device.name}: copies {result['copy_bytes_per_second'] / 1e12:.2f} TB/s", flush=True)
-    for name in options.shapes:
-        with tempfile.TemporaryDirectory(prefix="ojfa-gpu-") as folder:
-            result["shapes"].append(measure_shape(device, name, Path(folder), options))
-            write_atomically(options.out, (json.dumps(result) + "\n").encode())
+    run(
+        arguments,
+        "Times the TensorRT backend on this GPU.",
+        BACKEND,
+        measure_shape,
+        batch=(1, 4, 16),
+    )
 
 
 def measure_shape(

@@ -7,8 +7,6 @@ and format. Run it beside bench.gpu, on the same machine, with onnxruntime-gpu i
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,17 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from bench.gpu_clock import copy_bandwidth
-from bench.gpu_machine import commit, nvidia_smi
+from bench.gpu_run import run
 from bench.gpu_shapes import SHAPES, RandomGraphs
 from bench.gpu_steps import WARMUP, decoding, prefill
-from ojfa_export.backends.cuda.device import Device, the_device
+from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.onnxruntime_cuda.backend import BACKEND
 from ojfa_export.backends.onnxruntime_cuda.engines import OnnxRuntimeCudaEngines
 from ojfa_export.bundle.names import graph_names
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.session import Session
-from ojfa_export.shortcut.atomic import write_atomically
 
 PREFILL = 512
 # Steps as recorded CUDA graphs, and as ONNX Runtime puts its kernels on the stream.
@@ -34,28 +30,7 @@ RECORDED = {"onnxruntime-cuda": True, "onnxruntime-cuda, no graph": False}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Times ONNX Runtime's CUDA provider.")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llama2-7b"])
-    parser.add_argument("--past", type=int, nargs="+", default=[128, 512, 2048])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--tokens", type=int, default=40, help="timed tokens of each setting")
-    parser.add_argument("--commit", default=commit(), help="where this is no checkout")
-    parser.add_argument("--exits", type=int, nargs="*", help="default: all")
-    options = parser.parse_args(arguments)
-    device = the_device()
-    result: dict[str, Any] = {
-        "commit": options.commit,
-        "machine": {**BACKEND.versions(), "nvidia_smi": nvidia_smi()},
-        "copy_bytes_per_second": copy_bandwidth(device),
-        "settings": {"tokens": options.tokens, "warmup": WARMUP, "precision": "fp16"},
-        "shapes": [],
-    }
-    print(f"{device.name}: copies {result['copy_bytes_per_second'] / 1e12:.2f} TB/s", flush=True)
-    for name in options.shapes:
-        with tempfile.TemporaryDirectory(prefix="ojfa-gpu-") as folder:
-            result["shapes"].append(measure_shape(device, name, Path(folder), options))
-            write_atomically(options.out, (json.dumps(result) + "\n").encode())
+    run(arguments, "Times ONNX Runtime's CUDA provider.", BACKEND, measure_shape, batch=(1,))
 
 
 def measure_shape(

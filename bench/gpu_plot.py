@@ -36,9 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for shape in result["shapes"]:
         for same in (each for each in ort if each["shape"] == shape["shape"]):
             shape["decode"] += same["decode"]
-        mine = [p for p in peers if p["shape"] == shape["shape"] and p["past"] == options.past]
-        draw(shape, result, mine, options.past, options.result.with_suffix(".png"))
-        describe(shape, result["copy_bytes_per_second"], mine)
+        mine = [peer for peer in peers if peer["shape"] == shape["shape"]]
+        shown = [p for p in mine if (p["batch"], p["past"]) == (1, options.past)]
+        draw(shape, result, shown, options.past, options.result.with_suffix(".png"))
+        describe(shape, result["copy_bytes_per_second"])
+        compare(shape, mine)
 
 
 def step_bytes(spec: ModelSpec, blocks: int, past: int) -> int:
@@ -98,7 +100,7 @@ def draw(
     figure.savefig(path, dpi=120)
 
 
-def describe(shape: dict[str, Any], speed: float, peers: list[dict[str, Any]]) -> None:
+def describe(shape: dict[str, Any], speed: float) -> None:
     """Prints the figures of full depth, of the exits' linearity, and of the host."""
     spec = ModelSpec.model_validate_json(json.dumps(shape["spec"]))
     print(shape["shape"])
@@ -135,12 +137,39 @@ def describe(shape: dict[str, Any], speed: float, peers: list[dict[str, Any]]) -
             f"  {row['checks']} checks in {row['blocks']} blocks: {row['share']:+.1%}, "
             f"{each:.1f} us each"
         )
-    for row in rows_of(shape, "onnxruntime-cuda", 512):
-        if row["blocks"] == spec.blocks:
-            print(f"  onnxruntime-cuda: {row['ms_median'] / full['ms_median']:.2f}x")
-    for peer in peers:
-        times = peer["ms_median"] / full["ms_median"]
-        print(f"  {peer['peer']}: {peer['ms_median']:.2f} ms, {times:.2f}x")
+    pasts = {
+        row["past"]: row["ms_median"]
+        for row in shape["decode"]
+        if (row["decode"], row["batch"], row["blocks"]) == ("kernels", 1, spec.blocks)
+    }
+    short, long = min(pasts), max(pasts)
+    more = step_bytes(spec, spec.blocks, long) - step_bytes(spec, spec.blocks, short)
+    if more:
+        print(
+            f"  past {long} against {short}: {pasts[long] - pasts[short]:.3f} ms, of which reading "
+            f"explains {more / speed * 1e3:.3f}"
+        )
+
+
+def compare(shape: dict[str, Any], peers: list[dict[str, Any]]) -> None:
+    """Prints how many times longer others take for a token at full depth."""
+    blocks = shape["spec"]["blocks"]
+    full = [row for row in shape["decode"] if row["blocks"] == blocks]
+    ours = {
+        (row["batch"], row["past"]): row["ms_median"]
+        for how in ("engines", "kernels")  # kernels where they run
+        for row in full
+        if row["decode"] == how
+    }
+    others = [(row["decode"], row) for row in full if row["decode"].startswith("onnxruntime")]
+    for name, row in [*others, *((peer["peer"], peer) for peer in peers)]:
+        place = row["batch"], row["past"]
+        if place in ours:
+            times = row["ms_median"] / ours[place]
+            print(
+                f"  {name}, batch {place[0]}, past {place[1]}: {row['ms_median']:.2f} ms, "
+                f"{times:.2f}x of {ours[place]:.2f}"
+            )
 
 
 if __name__ == "__main__":
