@@ -228,6 +228,11 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
     wait_for_previous();
     let_next_start();
     const int at = blockIdx.x;
+    const unsigned answer = fresh(&desk->answers) + 1, slot = (answer - 1) % MAIL_SLOTS;
+    // One thread reads the host's memory, as each warp that does waits for it; the rest goes on meanwhile.
+    __shared__ double draw;
+    double drawn = 0.0;
+    if (threadIdx.x == 0) drawn = *const_cast<const volatile double*>(&mail->draws[slot][at]);
     const Row row{logits + static_cast<long long>(at) * vocabulary, vocabulary, fresh(desk->largest + at),
                   LOG2_E / temperature};
     __shared__ Bins bins;
@@ -235,8 +240,9 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
     if (top_p < 1.0) kept = nucleus(bins, row, kept, top_p);
     const auto weight = [&](Token token) -> Mass { return kept(token) ? row.mass(token) : 0; };
     const Mass total = sum_of(row, weight);
-    const unsigned answer = fresh(&desk->answers) + 1, slot = (answer - 1) % MAIL_SLOTS;
-    const Mass goal = static_cast<Mass>(*const_cast<const volatile double*>(&mail->draws[slot][at]) * static_cast<double>(total));
+    if (threadIdx.x == 0) draw = drawn;
+    __syncthreads();
+    const Mass goal = static_cast<Mass>(draw * static_cast<double>(total));
     const int token = find(row, min(goal, total - 1), weight);
     if (threadIdx.x == 0) {
         store_word_for_host(&mail->answers[slot][at][TOKEN], word(token, answer));
