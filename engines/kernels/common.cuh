@@ -39,15 +39,18 @@ struct alignas(16) Chunk {
     Element values[WIDE];
 };
 
-// A load of weights: each is read once, so that it need not stay in the first-level cache.
-__device__ __forceinline__ Chunk load_once(const Element* at) {
+// A load of weights: each is read once, so that it need not stay in the first-level cache. Zeros where not
+// valid, without a branch, so that loads before and after are on their way together.
+__device__ __forceinline__ Chunk load_once(const Element* at, bool valid) {
     union {
         uint4 words;
         Chunk chunk;
     } loaded;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(loaded.words.x), "=r"(loaded.words.y), "=r"(loaded.words.z), "=r"(loaded.words.w)
-                 : "l"(at));
+    asm volatile(
+        "{.reg .pred valid;\n setp.ne.u32 valid, %5, 0;\n mov.u32 %0, 0;\n mov.u32 %1, 0;\n mov.u32 %2, 0;\n "
+        "mov.u32 %3, 0;\n @valid ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
+        : "=&r"(loaded.words.x), "=&r"(loaded.words.y), "=&r"(loaded.words.z), "=&r"(loaded.words.w)
+        : "l"(at), "r"(static_cast<unsigned>(valid)));
     return loaded.chunk;
 }
 

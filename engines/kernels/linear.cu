@@ -5,29 +5,51 @@
 
 constexpr int LINEAR_THREADS = 512;
 constexpr int LINEAR_WARPS = LINEAR_THREADS / LANES;
-// Rows of a warp's task, and 16-byte loads of a thread that are in flight (bench/NOTES.md).
-constexpr int ROWS = 2;
+// 16-byte loads of a thread that are in flight, and rows of a warp's task: two where one row of a matrix that
+// takes hidden states doesn't need them all (bench/NOTES.md).
 constexpr int LOADS = 16;
+constexpr int ROWS = HEADS * HEAD_DIM > LANES * WIDE * LOADS / 2 ? 1 : 2;
 
 extern __shared__ __align__(16) unsigned char shared_memory[];
+
+// Weights of a warp's rows that are on their way together: LOADS loads of a thread.
+template <int COUNT>
+struct Step {
+    static constexpr int CHUNKS = LOADS / COUNT;  // of each row
+    Chunk weights[CHUNKS][COUNT];
+
+    // From a chunk of each row on; zeros beyond the row.
+    __device__ __forceinline__ void load(const Element* const (&rows)[COUNT], int chunk, int chunks) {
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i)
+#pragma unroll
+            for (int row = 0; row < COUNT; ++row) {
+                const int at = chunk + LANES * i;
+                weights[i][row] = load_once(rows[row] + at * WIDE, at < chunks);
+            }
+    }
+};
 
 template <int TOKENS, int COUNT>
 struct Sums {
     float values[COUNT][TOKENS] = {};
 
-    __device__ void add(const Chunk (&weights)[COUNT], const Element* inputs, int columns, int chunk) {
+    __device__ __forceinline__ void add(const Step<COUNT>& step, const Element* inputs, int columns, int chunk) {
+        const int last = columns / WIDE - 1;
 #pragma unroll
-        for (int token = 0; token < TOKENS; ++token) {
-            const Chunk input = load(inputs + token * columns + chunk * WIDE);
+        for (int i = 0; i < Step<COUNT>::CHUNKS; ++i)
 #pragma unroll
-            for (int row = 0; row < COUNT; ++row)
+            for (int token = 0; token < TOKENS; ++token) {
+                const Chunk input = load(inputs + token * columns + min(chunk + LANES * i, last) * WIDE);
 #pragma unroll
-                for (int i = 0; i < WIDE; ++i)
-                    values[row][token] += to_float(weights[row].values[i]) * to_float(input.values[i]);
-        }
+                for (int row = 0; row < COUNT; ++row)
+#pragma unroll
+                    for (int j = 0; j < WIDE; ++j)
+                        values[row][token] += to_float(step.weights[i][row].values[j]) * to_float(input.values[j]);
+            }
     }
 
-    __device__ void reduce() {
+    __device__ __forceinline__ void reduce() {
 #pragma unroll
         for (int row = 0; row < COUNT; ++row)
 #pragma unroll
@@ -35,32 +57,19 @@ struct Sums {
     }
 };
 
-// Products of COUNT rows with the inputs in shared memory; LOADS loads of a thread are in flight.
+// This lane's part of the products of COUNT rows with the inputs in shared memory. `step` holds the rows' first
+// weights.
 template <int TOKENS, int COUNT>
-__device__ __forceinline__ Sums<TOKENS, COUNT> dot_rows(const Element* const (&rows)[COUNT],
+__device__ __forceinline__ Sums<TOKENS, COUNT> dot_rows(Step<COUNT>& step, const Element* const (&rows)[COUNT],
                                                         const Element* inputs, int columns) {
-    constexpr int AHEAD = LOADS / COUNT;
-    const int chunks = columns / WIDE;
+    const int chunks = columns / WIDE, lane = threadIdx.x % LANES;
     Sums<TOKENS, COUNT> sums;
-    int chunk = threadIdx.x % LANES;
-    for (; chunk + LANES * (AHEAD - 1) < chunks; chunk += LANES * AHEAD) {
-        Chunk weights[AHEAD][COUNT];
-#pragma unroll
-        for (int step = 0; step < AHEAD; ++step)
-#pragma unroll
-            for (int row = 0; row < COUNT; ++row)
-                weights[step][row] = load_once(rows[row] + (chunk + LANES * step) * WIDE);
-#pragma unroll
-        for (int step = 0; step < AHEAD; ++step) sums.add(weights[step], inputs, columns, chunk + LANES * step);
+    for (int first = 0;;) {
+        sums.add(step, inputs, columns, first + lane);
+        first += LANES * Step<COUNT>::CHUNKS;
+        if (first >= chunks) return sums;
+        step.load(rows, first + lane, chunks);
     }
-    for (; chunk < chunks; chunk += LANES) {
-        Chunk weights[COUNT];
-#pragma unroll
-        for (int row = 0; row < COUNT; ++row) weights[row] = load_once(rows[row] + chunk * WIDE);
-        sums.add(weights, inputs, columns, chunk);
-    }
-    sums.reduce();
-    return sums;
 }
 
 // Shared memory: the inputs [tokens, columns], then what a norm needs of them, fp32: the hidden
@@ -140,22 +149,32 @@ __device__ __forceinline__ float activate(float x) {
 
 // Calls use(task, sums) for every task of `COUNT` rows, those of this warp; row_of(task, i) names a
 // task's rows. before() does what can be done while the kernel before still runs; prepare() brings
-// the inputs into shared memory.
+// the inputs into shared memory. A task's first weights are on their way while the inputs come, or while the
+// sums of the task before are added up.
 template <int TOKENS, int COUNT, class RowOf, class Before, class Prepare, class Use>
 __device__ __forceinline__ void each_task(const Element* matrix, int columns, int tasks, RowOf row_of,
                                           Before before, Prepare prepare, Use use) {
-    const int first = blockIdx.x * LINEAR_WARPS + threadIdx.x / LANES;
+    const int first = blockIdx.x * LINEAR_WARPS + threadIdx.x / LANES, all = gridDim.x * LINEAR_WARPS;
     const Element* rows[COUNT];
+    Step<COUNT> step;
+    const auto begin = [&](int task) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) rows[i] = matrix + static_cast<long long>(row_of(task, i)) * columns;
+        step.load(rows, threadIdx.x % LANES, columns / WIDE);
+    };
     before();
+    if (first < tasks) begin(first);
     wait_for_previous();
     let_next_start();
     const bool not_wanted = __any_sync(ALL, is_called_off());  // comes while the inputs do
     prepare();
     if (not_wanted) return;
     const Element* inputs = reinterpret_cast<const Element*>(shared_memory);
-    for (int task = first; task < tasks; task += gridDim.x * LINEAR_WARPS) {
-        for (int i = 0; i < COUNT; ++i) rows[i] = matrix + static_cast<long long>(row_of(task, i)) * columns;
-        use(task, dot_rows<TOKENS, COUNT>(rows, inputs, columns));
+    for (int task = first; task < tasks; task += all) {
+        Sums<TOKENS, COUNT> sums = dot_rows<TOKENS, COUNT>(step, rows, inputs, columns);
+        if (task + all < tasks) begin(task + all);
+        sums.reduce();
+        use(task, sums);
     }
 }
 
@@ -187,7 +206,7 @@ __device__ void norm_linear(float* out, const float* hidden, const float* norm_w
 template <int TOKENS>
 __device__ void norm_up(Element* inner, const float* hidden, const float* norm_weight, const float* norm_bias,
                         float epsilon, const Element* matrix, const float* bias, int columns, int width_out) {
-    constexpr int COUNT = ROWS, FEATURES = GATED ? COUNT / 2 : COUNT;
+    constexpr int COUNT = GATED && ROWS == 1 ? 2 : ROWS, FEATURES = GATED ? COUNT / 2 : COUNT;
     each_task<TOKENS, COUNT>(
         matrix, columns, (width_out + FEATURES - 1) / FEATURES,
         [=](int task, int i) {

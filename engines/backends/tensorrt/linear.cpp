@@ -7,7 +7,7 @@ namespace {
 
 // As in the kernel: threads and warps of a block, matrix rows of a warp's task; thread blocks on a
 // multiprocessor.
-constexpr unsigned THREADS = 512, WARPS = 16, ROWS = 2, RESIDENT = 1;
+constexpr unsigned THREADS = 512, WARPS = 16, RESIDENT = 1;
 
 }  // namespace
 
@@ -32,7 +32,7 @@ void LinearKernels::linear(CUstream stream, CUdeviceptr out, CUdeviceptr residua
 Launch LinearKernels::launch(const char* kind, int tokens, const Array& matrix, bool normed) const {
     const auto columns = static_cast<unsigned>(matrix.columns()),
                outputs = static_cast<unsigned>(matrix.rows());
-    const unsigned blocks = (outputs + ROWS * WARPS - 1) / (ROWS * WARPS);
+    const unsigned blocks = (outputs + WARPS - 1) / WARPS;
     // The inputs; for a norm a token's hidden states and the norm's weight beside them.
     const unsigned shared = columns * (static_cast<unsigned>(tokens) * element_bytes_ + (normed ? 8 : 0));
     return {kind + std::to_string(tokens),

@@ -11,8 +11,8 @@ from ojfa_export.backends.tensorrt.kernels import Argument, Kernels, integer, nu
 
 # Of a step in these kernels; with more, TensorRT's tensor-core kernels are faster (bench/NOTES.md).
 MOST_TOKENS = 2
-# As in the kernel: threads and warps of a block, matrix rows of a warp's task.
-THREADS, WARPS, ROWS = 512, 16, 2
+# As in the kernel: threads and warps of a block. A warp takes a row of the matrix at a time, or two.
+THREADS, WARPS = 512, 16
 # Thread blocks on a multiprocessor: measured (bench/NOTES.md).
 RESIDENT = 1
 
@@ -105,7 +105,7 @@ class LinearKernels:
     def _launch(
         self, kind: str, tokens: int, columns: int, outputs: int, arguments: tuple[Argument, ...]
     ) -> None:
-        blocks = math.ceil(outputs / ROWS / WARPS)
+        blocks = math.ceil(outputs / WARPS)
         self._kernels.launch(
             f"{kind}_{tokens}",
             (min(blocks, RESIDENT * self._device.multiprocessors), 1, 1),

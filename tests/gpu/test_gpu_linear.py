@@ -1,0 +1,113 @@
+"""The matrix-vector kernels against float64; neither TensorRT nor prepared cases are needed."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from tolerances import BLOCK_FP16_RELATIVE, BLOCK_FP32_RELATIVE
+
+pytestmark = pytest.mark.gpu
+EPSILON = 1e-5
+# Less than one load of every lane, not whole steps of loads, several of them; fewer outputs than a
+# warp takes, an odd number, more than all warps take at once.
+SIZES = [(32, 1), (200, 7), (1600, 513), (4096, 12_289), (11_008, 4096)]
+
+
+class Compiled:
+    """The kernels for one kind of model."""
+
+    def __init__(self, *, half: bool, layer: bool, gated: bool) -> None:
+        from ojfa_export.backends.cuda.arrays import DeviceArrays
+        from ojfa_export.backends.cuda.device import the_device
+        from ojfa_export.backends.tensorrt.kernels import Kernels, compile_kernels
+        from ojfa_export.backends.tensorrt.linear import LinearKernels
+
+        self.half, self.layer, self.gated = half, layer, gated
+        self.element = np.float16 if half else np.float32
+        self.tolerance = BLOCK_FP16_RELATIVE if half else BLOCK_FP32_RELATIVE
+        device = the_device()
+        device.make_current()
+        macros = {
+            "HALF": int(half),
+            "HEAD_DIM": 16,
+            "HEADS": 1,
+            "KV_HEADS": 1,
+            "ROTARY_DIM": 0,
+            "WINDOW": 0,
+            "NORM_LAYER": int(layer),
+            "ACTIVATION": 0,
+            "GATED": int(gated),
+        }
+        self.arrays = DeviceArrays(device)
+        kernels = Kernels(device, compile_kernels(macros, device.compute_capability))
+        self.linear = LinearKernels(device, kernels, self.element().itemsize)
+
+    def normed(self, hidden, weight, bias):
+        """The norm in float64."""
+        mean = hidden.mean(axis=1, keepdims=True) if self.layer else 0.0
+        variance = ((hidden - mean) ** 2).mean(axis=1, keepdims=True)
+        return (hidden - mean) / np.sqrt(variance + EPSILON) * weight + bias
+
+    def check(self, actual, expected):
+        actual = np.asarray(actual)
+        np.testing.assert_allclose(
+            actual, expected, atol=self.tolerance * np.abs(expected).max(), rtol=0
+        )
+
+
+@pytest.fixture(scope="module", params=["fp16-rms-gated", "fp32-layer"])
+def compiled(request):
+    half, layer = request.param.startswith("fp16"), "layer" in request.param
+    return Compiled(half=half, layer=layer, gated="gated" in request.param)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize(("columns", "outputs"), SIZES)
+def test_products(compiled, rng, tokens, columns, outputs):
+    """With and without norm, bias and residual."""
+    from ojfa_export.backends.tensorrt.linear import Norm
+
+    arrays, exact = compiled.arrays, np.float64
+    matrix = (rng.standard_normal((outputs, columns)) / math.sqrt(columns)).astype(compiled.element)
+    x = rng.standard_normal((tokens, columns)).astype(compiled.element)
+    residual, bias, hidden, weight, shift = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((tokens, outputs), outputs, (tokens, columns), columns, columns)
+    )
+    held = [arrays.asarray(each) for each in (matrix, x, residual, bias, hidden, weight, shift)]
+    out = arrays.empty((tokens, outputs), np.float32)
+    product = x.astype(exact) @ matrix.astype(exact).T
+    compiled.linear.linear(out, held[2], held[1], held[0], held[3])
+    compiled.check(out, product + residual + bias)
+    compiled.linear.linear(held[2], held[2], held[1], held[0], None)
+    compiled.check(held[2], product + residual)
+    normed = compiled.normed(hidden.astype(exact), weight, shift) @ matrix.astype(exact).T
+    norm = Norm(held[5], held[6], EPSILON)
+    compiled.linear.norm_linear(out, held[4], norm, held[0], held[3])
+    compiled.check(out, normed + bias)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize(("columns", "width"), SIZES)
+def test_activated_products(compiled, rng, tokens, columns, width):
+    from ojfa_export.backends.tensorrt.linear import Norm
+
+    arrays, exact = compiled.arrays, np.float64
+    outputs = width * (2 if compiled.gated else 1)
+    matrix = (rng.standard_normal((outputs, columns)) / math.sqrt(columns)).astype(compiled.element)
+    hidden, weight, bias, shift = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((tokens, columns), columns, outputs, columns)
+    )
+    held = [arrays.asarray(each) for each in (matrix, hidden, weight, bias, shift)]
+    inner = arrays.empty((tokens, width), compiled.element)
+    norm = Norm(held[2], held[4], EPSILON)
+    compiled.linear.norm_up(inner, held[1], norm, held[0], held[3])
+    y = compiled.normed(hidden.astype(exact), weight, shift) @ matrix.astype(exact).T + bias
+    gate = y[:, :width]
+    expected = gate / (1 + np.exp(-gate))
+    if compiled.gated:
+        expected = expected * y[:, width:]
+    compiled.check(inner, expected)
