@@ -11,7 +11,7 @@ from ojfa_export.backends.tensorrt.kernels import Argument, Kernels, integer, nu
 
 # Of a step in these kernels; with more, TensorRT's tensor-core kernels are faster (bench/NOTES.md).
 MOST_TOKENS = 2
-# As in the kernel: threads and warps of a block. A warp takes a row of the matrix at a time, or two.
+# As in the kernel: threads and warps of a block. A warp takes a row of the matrix, or two.
 THREADS, WARPS = 512, 16
 # Thread blocks on a multiprocessor: measured (bench/NOTES.md).
 RESIDENT = 1
