@@ -32,7 +32,7 @@ class Stop:
     then: range
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Choosing:
     """How tokens are chosen from a head's logits.
 
@@ -113,10 +113,6 @@ class OneToken:
     depth: int = 0
     hidden: Hidden | None = None
     clear: int = 0
-
-    def is_at(self, depth: int, rows: slice, starts: list[int]) -> bool:
-        """Whether these sequences' tokens at these positions have run so many blocks."""
-        return (self.depth, self.rows, self.starts) == (depth, rows, starts)
 
 
 def run_on(

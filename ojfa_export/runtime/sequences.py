@@ -12,6 +12,9 @@ from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.watermarks import Watermarks
 
+# Depth, sequences, positions of their first tokens, and hidden states [rows, tokens, H].
+NewestPass = tuple[int, slice, list[int], Hidden]
+
 
 class Sequences:
     """Tokens of some sequences, and how many of them each block has processed.
@@ -51,8 +54,8 @@ class Sequences:
         self._waiting: dict[int, Hidden] = {}
         # The same of the last block, for which nothing waits.
         self._final = self._new_states() if keep_final else None
-        # The newest pass of one token a sequence, where no other came since.
-        self._newest_pass: OneToken | None = None
+        # What the newest pass gave, where no other came since.
+        self._newest_pass: NewestPass | None = None
         # What chooses the newest tokens, in a pass that begins before they are known.
         self._following: Choices | None = None
 
@@ -97,7 +100,7 @@ class Sequences:
         return [len(ids) for ids in new]
 
     def _check(self, token_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        nested = len(token_ids) > 0 and not isinstance(token_ids[0], int | np.integer)
+        nested = len(token_ids) > 0 and not isinstance(token_ids[0], (int, np.integer))
         new: list[Sequence[int]] = list(token_ids) if nested else [token_ids]  # type: ignore[arg-type, list-item]
         if len(new) != self.batch_size:
             raise UsageError(
@@ -206,8 +209,8 @@ class Sequences:
         for row in range(rows.start, rows.stop):
             if wanted[row]:
                 self._watermarks[row].raise_to(len(self._tokens[row]), depth)
-        if hidden.shape[1] == 1:
-            self._newest_pass = OneToken(rows, starts, None, long, depth, hidden)
+        if hidden.shape[1]:
+            self._newest_pass = depth, rows, starts, hidden
         return hidden
 
     def _one_each(self) -> OneToken | None:
@@ -248,11 +251,13 @@ class Sequences:
         return self._cache.embed(np.array(new, np.int32), starts)
 
     def _waited(
-        self, depth: int, rows: slice, starts: list[int], count: int, newest: OneToken | None
+        self, depth: int, rows: slice, starts: list[int], count: int, newest: NewestPass | None
     ) -> Hidden:
         """Hidden states that wait before a block, [rows, count, H]; count 1 for several rows."""
-        if newest is not None and newest.is_at(depth, rows, starts):
-            return newest.hidden  # still where it was computed
+        if newest is not None and newest[:3] == (depth, rows, starts):
+            hidden = newest[3]
+            if hidden.shape[1] == count:
+                return hidden  # still where it was computed
         waiting = self._waiting[depth]
         return self._cache.arrays.stack(
             [waiting[rows.start + i, at : at + count] for i, at in enumerate(starts)]

@@ -298,9 +298,9 @@ class Session(Watched):
             for tokens, marks in zip(self._tokens, self._watermarks, strict=True):
                 marks.raise_to(len(tokens), stage.depth)
             return
-        if step.together is not None and step.together.depth:
-            self._newest_pass = step.together
-        step.together = None
+        one, step.together = step.together, None
+        if one is not None and one.depth:
+            self._newest_pass = one.depth, one.rows, one.starts, one.hidden
         hidden = self._newest(step.going, stage.depth)
         step.add(stage, self._engines.choose(hidden, stage.depth, step.how(stage)))
 

@@ -18,7 +18,7 @@ from ojfa_export.runtime.stats import Stats
 C = TypeVar("C", bound=Choices)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Stage:
     """A head that a step asks.
 

@@ -68,6 +68,7 @@ class StandInDriver(types.ModuleType):
         self.memory: dict[int, Any] = {}
         self.pinned: set[int] = set()
         self.stream: list[Callable[[], None]] = []
+        self.running = False
         self.recording: list[Callable[[], None]] | None = None
         self.beside: list[Callable[[], None]] = []  # on the second stream
         self.forked_at = 0
@@ -89,9 +90,14 @@ class StandInDriver(types.ModuleType):
         """Runs some of what is on the stream, all of it by default."""
         assert self.recording is None
         count = len(self.stream) if most is None else min(most, len(self.stream))
-        now, self.stream = self.stream[:count], self.stream[count:]
-        for work in now:
-            work()
+        if self.running:  # one after the other, whatever garbage is collected meanwhile
+            return
+        self.running = True
+        try:
+            for _ in range(count):
+                self.stream.pop(0)()
+        finally:
+            self.running = False
 
     def cuCtxGetStreamPriorityRange(self) -> Any:
         return SUCCESS, 0, -5
@@ -170,6 +176,8 @@ class StandInDriver(types.ModuleType):
         return status, pointer
 
     def cuMemFree(self, pointer: int) -> Any:
+        if self.running:
+            return self.cuMemFreeAsync(pointer, 0)
         self.progress()
         self._free(pointer)
         return (SUCCESS,)

@@ -17,7 +17,7 @@ class Recorder:
 
     The same pieces in the same order run one by one the first time, are recorded the second, and
     replayed from then on. (TensorRT wants to have run once with the shapes and addresses of a
-    recording.)
+    recording; see also `add`.)
 
     Args:
         device: Where it runs; flushes before everything else that it puts on its stream.
@@ -41,17 +41,21 @@ class Recorder:
         self._launched: Graph | None = None  # with the last launch, if it was a recording
         self._keys: list[tuple[Hashable, ...]] = []
         self._work: list[Work] = []
+        self._before: list[Work] = []
 
-    def add(self, key: tuple[Hashable, ...], work: Work) -> None:
+    def add(self, key: tuple[Hashable, ...], work: Work, before: Work | None = None) -> None:
         """Adds work to what is launched next.
 
         Args:
             key: Holds every address and number that the work is given: it does the same whenever
                 its key is the same.
             work: Puts something on the stream; nothing that waits for it.
+            before: Run right before a recording, for what the work must not be the first to do.
         """
         self._keys.append(key)
         self._work.append(work)
+        if before is not None:
+            self._before.append(before)
 
     @property
     def pending(self) -> bool:
@@ -69,14 +73,19 @@ class Recorder:
         """Launches what was added."""
         if not self._keys:
             return
-        key, work = tuple(self._keys), self._work
+        no_keys: list[tuple[Hashable, ...]] = []
+        no_work: list[Work] = []
+        nothing_before: list[Work] = []
+        # Nothing is made in between: garbage that is collected then may flush as well.
+        keys, self._keys = self._keys, no_keys
+        work, self._work = self._work, no_work
+        before, self._before = self._before, nothing_before
         self.failed, self._launched = True, None
-        self._keys, self._work = [], []
         self.launches += 1
-        self._launch(key, work)
+        self._launch(tuple(keys), work, before)
         self.failed = False
 
-    def _launch(self, key: Key, work: list[Work]) -> None:
+    def _launch(self, key: Key, work: list[Work], before: list[Work]) -> None:
         graph = self._graphs.get(key)
         if graph is None:
             if key not in self._graphs:
@@ -85,6 +94,7 @@ class Recorder:
                 self._graphs[key] = None
                 _run(work)
                 return
+            _run(before)
             graph = self._graphs[key] = self._device.capture(lambda: _run(work))
         self.newest = self._launched = graph
         graph.launch()

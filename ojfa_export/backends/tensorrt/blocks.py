@@ -152,7 +152,7 @@ class Block:
             long_context: Whether LongRoPE's long factors apply.
             together: Whether the tokens are of different sequences, one each.
         """
-        few = workspace.tokens <= MOST_TOKENS and self._engines.decode_kernels
+        few = self.by_kernels(self._engines, workspace.tokens)
         if few:
             self._qkv_by_kernels(workspace)
         else:
@@ -162,6 +162,20 @@ class Block:
             self._mlp_by_kernels(workspace)
         else:
             self._mlp_by_engine(workspace)
+
+    def settle(self, tokens: int) -> None:
+        """Runs the engines for nothing, so that TensorRT has these shapes before a recording.
+
+        Where the shapes are others than at its last run it has things to do that can't be recorded.
+        """
+        workspace = Workspace(self._engines, tokens)
+        self._qkv_by_engine(workspace)
+        self._mlp_by_engine(workspace)
+
+    @staticmethod
+    def by_kernels(engines: TensorRtEngines, tokens: int) -> bool:
+        """Whether a block runs so many tokens in CUDA kernels of ours."""
+        return tokens <= MOST_TOKENS and engines.decode_kernels
 
     def _qkv_by_kernels(self, workspace: Workspace) -> None:
         weights, source = self._engines.weights(self._name), workspace.hidden[self._index % 2]

@@ -16,7 +16,6 @@ from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.heads import Keeping
 from ojfa_export.backends.tensorrt.kernels import pointer
-from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
 from ojfa_export.backends.tensorrt.memory import Request
 from ojfa_export.backends.tensorrt.plan import PREFILL_TOKENS
 
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
 # Of what follows an exit, so many blocks begin before its check is known.
 AHEAD_BLOCKS = 1
+# Passes of up to so many tokens of a sequence are recorded: few kinds, each of them often run.
+FEW_TOKENS = 8
 
 
 @dataclass(slots=True)
@@ -141,6 +142,8 @@ class TensorRtCache:
         if tokens == 1:
             return self._decode(blocks, states, rows, list(starts), long_context)
         self._engines.call_off()
+        if tokens <= FEW_TOKENS:
+            return self._few(blocks, states, rows, starts[0], long_context)
         most = PREFILL_TOKENS[-1]
         pieces = [
             self._prefill(blocks, states[:, at : at + most], rows, starts[0] + at, long_context)
@@ -165,7 +168,7 @@ class TensorRtCache:
 
     def can_begin(self, last: Pass) -> bool:
         """Whether blocks can begin after a pass: TensorRT's engines can't be called off."""
-        return last.hidden.shape[0] <= MOST_TOKENS and self._engines.decode_kernels
+        return Block.by_kernels(self._engines, last.hidden.shape[0])
 
     def begin(self, last: Pass, blocks: range) -> tuple[tuple[Hashable, ...], Work]:
         """The first blocks after a pass, while its exit's check may call them off on the device.
@@ -215,7 +218,7 @@ class TensorRtCache:
             workspace.place(starts, range(rows.start, rows.stop))
             workspace.take(hidden, blocks.start)
         if rest := blocks[begun:]:
-            self._recorder.add(*self._pass(rest, count, long_context))
+            self._recorder.add(*self._pass(rest, count, long_context), self._before(rest, count))
         engines.ahead, engines.last_pass = None, this
         return result
 
@@ -262,6 +265,30 @@ class TensorRtCache:
                 self._blocks[block].run(workspace, long_context, together=True)
 
         return (self.key, blocks, count, long_context), work
+
+    def _before(self, blocks: range, count: int) -> Work | None:
+        """What must run before a pass is recorded."""
+        if Block.by_kernels(self._engines, count):
+            return None
+        return lambda: self._blocks[blocks.start].settle(count)
+
+    def _few(
+        self, blocks: range, hidden: DeviceArray, rows: slice, start: int, long_context: bool
+    ) -> DeviceArray:
+        """Runs some tokens of one sequence: drafts that are checked, or tokens that catch up."""
+        count = hidden.shape[1]
+        workspace = self.workspace(count)
+        workspace.place(range(start, start + count), [rows.start] * count)
+        workspace.take(hidden, blocks.start)
+
+        def work() -> None:
+            for block in blocks:
+                self._blocks[block].run(workspace, long_context, together=False)
+
+        key = (self.key, "few", blocks, count, long_context)
+        self._recorder.add(key, work, self._before(blocks, count))
+        self._recorder.flush()  # a session counts on what it was given: it is no longer pending
+        return workspace.hidden[blocks.stop % 2].reshape(*hidden.shape)
 
     def _prefill(
         self, blocks: range, hidden: DeviceArray, rows: slice, start: int, long_context: bool
