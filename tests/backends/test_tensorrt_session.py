@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from backends.stand_in_gpu import StandInDriver
 from chain import Chain, build_chain
+from stand_in.late_driver import StandInDriver
 from tiny_models import VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_FP32
 

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnx
-from backends.stand_in_gpu import view
 
 from ojfa_export.backends.onnxruntime.session import open_session
 from stand_in.driver import ALIGNMENT, Driver
+from stand_in.kernels import view
 
 MAGIC = b"stand-in engine "
 ACTIVATION_BYTES = 4096

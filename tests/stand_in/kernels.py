@@ -1,228 +1,24 @@
-"""A GPU for machines without one: the driver and our kernels by NumPy.
+"""Our kernels in NumPy, by name, with their parameters by the names in the CUDA sources.
 
-What is put on the stream runs as late as it may, some of it whenever the host looks for an answer,
-so that code which reads or overwrites something too early finds the wrong bytes; fresh and freed
-memory is full of NaN. Kernels are given by name and take their parameters by the names in the CUDA
-sources. It shows that the backend's own logic is right, and nothing about the kernels.
+They show that the backend's own logic is right, and nothing about the kernels.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import re
 import types
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ojfa_export.backends.tensorrt.sources import ACTIVATIONS, SOURCES, source_directory
 
-SMS = 5  # multiprocessors: no round number of anything
-
-
-class Constant(int):
-    """A member of one of the driver's enumerations."""
-
-    name: str
-
-
-class Enumeration:
-    def __init__(self, **values: int) -> None:
-        self._values = values
-
-    def __getattr__(self, name: str) -> Constant:
-        constant = Constant(self._values.get(name, abs(hash(name)) % 100_000))
-        constant.name = name
-        return constant
-
-
-SUCCESS = Constant(0)
-SUCCESS.name = "CUDA_SUCCESS"
-
 
 def view(pointer: int, dtype: Any, *shape: int) -> np.ndarray:
     """Memory as an array; for a scalar parameter's pointer too."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return np.frombuffer((ctypes.c_char * size).from_address(pointer), dtype).reshape(shape)
-
-
-class StandInDriver(types.ModuleType):
-    """What of `cuda.bindings.driver` the backend uses."""
-
-    CUresult = Enumeration(CUDA_SUCCESS=0, CUDA_ERROR_NOT_READY=600)
-    CUdevice_attribute = Enumeration()
-    CUstream_flags = Enumeration()
-    CUmemPool_attribute = Enumeration()
-    CUstreamCaptureMode = Enumeration()
-    CUlaunchAttributeID = Enumeration()
-    CUfunction_attribute = Enumeration()
-    CUevent_flags = Enumeration()
-    CUlaunchConfig = types.SimpleNamespace
-    cuuint64_t = int
-
-    def __init__(self, seed: int) -> None:
-        super().__init__("cuda.bindings.driver")
-        self.rng = np.random.default_rng(seed)
-        self.memory: dict[int, Any] = {}
-        self.pinned: set[int] = set()
-        self.stream: list[Callable[[], None]] = []
-        self.running = False
-        self.recording: list[Callable[[], None]] | None = None
-        self.beside: list[Callable[[], None]] = []  # on the second stream
-        self.forked_at = 0
-        self.launched: list[str] = []
-
-    def CUlaunchAttribute(self) -> Any:
-        return types.SimpleNamespace(value=types.SimpleNamespace())
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("cu"):
-            return lambda *_: (SUCCESS, 0)
-        raise AttributeError(name)
-
-    def put(self, work: Callable[[], None], stream: int = 0) -> None:
-        now = self.stream if self.recording is None else self.recording
-        (self.beside if stream else now).append(work)
-
-    def progress(self, most: int | None = None) -> None:
-        """Runs some of what is on the stream, all of it by default."""
-        assert self.recording is None
-        count = len(self.stream) if most is None else min(most, len(self.stream))
-        if self.running:  # one after the other, whatever garbage is collected meanwhile
-            return
-        self.running = True
-        try:
-            for _ in range(count):
-                self.stream.pop(0)()
-        finally:
-            self.running = False
-
-    def cuCtxGetStreamPriorityRange(self) -> Any:
-        return SUCCESS, 0, -5
-
-    def cuStreamCreateWithPriority(self, *_: Any) -> Any:
-        return SUCCESS, 1
-
-    def cuStreamWaitEvent(self, stream: int, *_: Any) -> Any:
-        """Forks, or joins: what is on the second stream happens at some time in between."""
-        if stream:
-            self.forked_at = 0 if self.recording is None else len(self.recording)
-        elif self.recording is None:  # some of what was launched since may have run
-            self.stream += self.beside
-            self.beside = []
-        else:
-            at = self.forked_at
-            for work in self.beside:
-                at = int(self.rng.integers(at, len(self.recording) + 1))
-                self.recording.insert(at, work)
-                at += 1
-            self.beside = []
-        return (SUCCESS,)
-
-    def cuDeviceGetName(self, *_: Any) -> Any:
-        return SUCCESS, b"stand-in\0"
-
-    def cuDriverGetVersion(self) -> Any:
-        return SUCCESS, 13000
-
-    def cuMemGetInfo(self) -> Any:
-        return SUCCESS, 1 << 40, 1 << 40
-
-    def cuDeviceGetAttribute(self, which: Constant, _: Any) -> Any:
-        return SUCCESS, {"CAPABILITY_MAJOR": 9, "CAPABILITY_MINOR": 0}.get(
-            which.name.removeprefix("CU_DEVICE_ATTRIBUTE_COMPUTE_"), SMS
-        )
-
-    def cuStreamSynchronize(self, _: Any) -> Any:
-        self.progress()
-        return (SUCCESS,)
-
-    def cuStreamQuery(self, _: Any) -> Any:
-        self.progress(1)
-        return (self.CUresult.CUDA_ERROR_NOT_READY if self.stream else SUCCESS,)
-
-    def cuStreamBeginCapture(self, *_: Any) -> Any:
-        self.recording = []
-        return (SUCCESS,)
-
-    def cuStreamEndCapture(self, _: Any) -> Any:
-        recorded, self.recording = self.recording, None
-        return SUCCESS, recorded
-
-    def cuGraphInstantiate(self, recorded: Any, _: Any) -> Any:
-        return SUCCESS, recorded
-
-    def cuGraphLaunch(self, graph: Any, _: Any) -> Any:
-        self.launched.append("graph")
-        for work in graph:
-            self.put(work)
-        return (SUCCESS,)
-
-    def cuMemAlloc(self, size: int) -> Any:
-        buffer = ctypes.create_string_buffer(b"\xff" * size, size + 256)
-        aligned = -(-ctypes.addressof(buffer) // 256) * 256
-        ctypes.memset(ctypes.addressof(buffer), 0xFF, size + 256)
-        self.memory[aligned] = (buffer, size)
-        return SUCCESS, aligned
-
-    def cuMemAllocAsync(self, size: int, _: Any) -> Any:
-        return self.cuMemAlloc(size)
-
-    def cuMemAllocHost(self, size: int) -> Any:
-        status, pointer = self.cuMemAlloc(size)
-        self.pinned.add(pointer)
-        return status, pointer
-
-    def cuMemFree(self, pointer: int) -> Any:
-        if self.running:
-            return self.cuMemFreeAsync(pointer, 0)
-        self.progress()
-        self._free(pointer)
-        return (SUCCESS,)
-
-    def cuMemFreeHost(self, pointer: int) -> Any:
-        return self.cuMemFree(pointer)
-
-    def cuMemFreeAsync(self, pointer: int, _: Any) -> Any:
-        self.put(lambda: self._free(pointer))
-        return (SUCCESS,)
-
-    def _free(self, pointer: int) -> None:
-        _, size = self.memory[pointer]
-        ctypes.memset(pointer, 0xFF, size)  # kept all the same: who reads it finds that
-
-    def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, _: Any) -> Any:
-        for start in tuple(self.pinned):
-            _, held = self.memory.get(start, (None, 0))  # garbage may be collected meanwhile
-            assert not start <= source < start + held
-        data = ctypes.string_at(source, size)  # pageable memory is taken at once
-        self.put(lambda: ctypes.memmove(target, data, size))
-        return (SUCCESS,)
-
-    def cuMemcpyDtoHAsync(self, target: int, source: int, size: int, _: Any) -> Any:
-        self.put(lambda: ctypes.memmove(target, source, size))
-        return (SUCCESS,)
-
-    cuMemcpyDtoDAsync = cuMemcpyDtoHAsync
-
-    def cuMemsetD8Async(self, pointer: int, value: int, size: int, _: Any) -> Any:
-        self.put(lambda: ctypes.memset(pointer, value, size))
-        return (SUCCESS,)
-
-    def cuModuleLoadData(self, code: bytes) -> Any:
-        return SUCCESS, StandInKernels(json.loads(code))
-
-    def cuModuleGetFunction(self, module: Any, name: bytes) -> Any:
-        return SUCCESS, (module, name.decode())
-
-    def cuLaunchKernelEx(self, config: Any, function: Any, arguments: Any, _: Any) -> Any:
-        module, name = function
-        grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
-        self.launched.append(name)
-        self.put(lambda: module.run(name, grid, arguments[0]), config.hStream)
-        return (SUCCESS,)
 
 
 PARAMETERS: dict[str, list[str]] = {}
