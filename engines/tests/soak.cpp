@@ -1,8 +1,15 @@
 // Many generations of several threads on one model:  soak BUNDLE BACKEND THREADS GENERATIONS [LIBRARY]
 // Each gives what it gave alone, and nothing is held at the end. For machines with a GPU; ctest runs it on
-// the reference backend, briefly.
+// the reference backend, briefly. At each moment it writes a line of JSON and reads one, so that others can
+// look at the memory: when everything that is kept has been made, after as many generations again, and when
+// the model is closed.
+#include <unistd.h>
+
 #include <atomic>
+#include <fstream>
 #include <iostream>
+#include <optional>
+#include <string>
 #include <thread>
 
 #include "ojfa/ojfa.hpp"
@@ -25,6 +32,20 @@ ojfa::TokenIds generate(const ojfa::Model& model, int kind) {
     return tokens;
 }
 
+std::uint64_t resident_bytes() {
+    std::uint64_t all = 0, resident = 0;
+    std::ifstream("/proc/self/statm") >> all >> resident;
+    return resident * static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
+}
+
+void tell(const char* moment, int generations, int different, std::uint64_t held) {
+    std::cout << "{\"moment\": \"" << moment << "\", \"generations\": " << generations
+              << ", \"different\": " << different << ", \"held_bytes\": " << held
+              << ", \"resident_bytes\": " << resident_bytes() << "}" << std::endl;
+    std::string line;
+    std::getline(std::cin, line);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) try {
@@ -32,14 +53,14 @@ int main(int argc, char** argv) try {
     ojfa::LoadOptions options;
     options.backend = argv[2];
     if (argc > 5) options.backend_library = argv[5];
-    const auto model = ojfa::Model::load(argv[1], options);
+    std::optional<ojfa::Model> model = ojfa::Model::load(argv[1], options);
     std::vector<ojfa::TokenIds> alone;
-    for (int kind = 0; kind < KINDS; ++kind) alone.push_back(generate(model, kind));
+    for (int kind = 0; kind < KINDS; ++kind) alone.push_back(generate(*model, kind));
     const int threads = std::stoi(argv[3]), generations = std::stoi(argv[4]);
     std::atomic<int> next{0}, different{0};
     const auto work = [&] {
         for (int i = next++; i < generations; i = next++)
-            different += generate(model, i % KINDS) != alone[static_cast<std::size_t>(i % KINDS)];
+            different += generate(*model, i % KINDS) != alone[static_cast<std::size_t>(i % KINDS)];
     };
     const auto all_at_once = [&] {
         next = 0;
@@ -48,11 +69,13 @@ int main(int argc, char** argv) try {
         for (auto& thread : running) thread.join();
     };
     all_at_once();  // what is kept for later sessions is there after as many at once
-    const std::uint64_t held = model.memory();
+    const std::uint64_t held = model->memory();
+    tell("warm", generations, different, held);
     all_at_once();
-    const std::uint64_t after = model.memory();
-    std::cout << 2 * generations << " generations of " << threads << " threads, " << different << " differ, "
-              << held << " bytes held before and " << after << " after\n";
+    const std::uint64_t after = model->memory();
+    tell("done", 2 * generations, different, after);
+    model.reset();
+    tell("closed", 2 * generations, different, 0);
     return different || after > held ? 1 : 0;
 } catch (const ojfa::Error& error) {
     std::cerr << "error: " << error.what() << "\nhint: " << error.hint() << "\n";
