@@ -9,7 +9,6 @@
 #include "backend/account.hpp"
 #include "compute.hpp"
 #include "failure.hpp"
-#include "runtime/sampling.hpp"
 #include "weights.hpp"
 
 namespace ojfa::core {
@@ -86,7 +85,9 @@ class ReferenceCache : public Cache {
     void keep(Address kept, std::size_t capacity, Address hidden, const Rows& rows) override {
         keep_by_copies(*this, kept, capacity, hidden, rows, at(spec_.hidden_size) * sizeof(float));
     }
-    void head(Address hidden, int count, int blocks_run, const HeadOutputs& outputs) override;
+    void logits(Address hidden, int count, int blocks_run, float* logits) override;
+    std::unique_ptr<Choices> choose(Address hidden, int count, int blocks_run, const Choosing& how) override;
+    Address embed_chosen(const Rows& rows) override { return embed(chosen_, rows); }
 
  private:
     Address buffer(std::size_t rows);
@@ -103,6 +104,7 @@ class ReferenceCache : public Cache {
     std::unique_ptr<Memory> buffer_;
     std::size_t buffer_rows_ = 0;
     std::map<int, std::unique_ptr<KeysAndValues>> cached_;
+    std::vector<std::int32_t> chosen_;  // by the last choice
 };
 
 Address ReferenceCache::buffer(std::size_t rows) {
@@ -260,15 +262,26 @@ Row ReferenceCache::logits_of(const float* hidden, int blocks_run) const {
                              final_head.at("head", {vocabulary, width}), nullptr);
 }
 
-void ReferenceCache::head(Address hidden, int count, int blocks_run, const HeadOutputs& outputs) {
-    const std::size_t width = at(spec_.vocab_size);
+void ReferenceCache::logits(Address hidden, int count, int blocks_run, float* logits) {
     for (std::size_t row = 0; row < at(count); ++row) {
         const Row exact = logits_of(floats(hidden) + row * at(spec_.hidden_size), blocks_run);
-        const std::vector<float> rounded(exact.begin(), exact.end());
-        if (outputs.logits) std::copy(rounded.begin(), rounded.end(), outputs.logits + row * width);
-        if (outputs.likeliest) outputs.likeliest[row] = likeliest(rounded);
-        if (outputs.confidence) outputs.confidence[row] = confidence(rounded, outputs.measure);
+        std::transform(exact.begin(), exact.end(), logits + row * exact.size(),
+                       [](double logit) { return static_cast<float>(logit); });
     }
+}
+
+std::unique_ptr<Choices> ReferenceCache::choose(Address hidden, int count, int blocks_run,
+                                                const Choosing& how) {
+    const std::size_t width = at(spec_.vocab_size);
+    std::vector<float> all(at(count) * width);
+    logits(hidden, count, blocks_run, all.data());
+    std::vector<Choice> rows;
+    chosen_.clear();
+    for (std::size_t row = 0; row < at(count); ++row) {
+        rows.push_back(choice_of({all.data() + row * width, width}, row, how));
+        chosen_.push_back(rows.back().token);
+    }
+    return std::make_unique<KnownChoices>(std::move(rows));
 }
 
 std::unique_ptr<Cache> ReferenceEngines::new_cache(int batch_size, int capacity, Interruption interruption) {

@@ -1,5 +1,6 @@
 #include "device.hpp"
 
+#include <atomic>
 #include <utility>
 
 #include "failure.hpp"
@@ -9,6 +10,11 @@ namespace {
 
 // Recordings that are kept; when there are more, all begin anew.
 constexpr std::size_t MOST_GRAPHS = 256;
+
+std::uint64_t next_number() {
+    static std::atomic<std::uint64_t> last{0};
+    return ++last;
+}
 
 }  // namespace
 
@@ -72,7 +78,20 @@ Pinned::~Pinned() {
     }
 }
 
-Stream::Stream(Device& device) : device_(device) {
+Event::Event(Device& device) : device_(device) {
+    device.make_current();
+    check(driver().cuEventCreate(&event_, CU_EVENT_DISABLE_TIMING), "making an event");
+}
+
+Event::~Event() {
+    try {
+        device_.make_current();
+        driver().cuEventDestroy(event_);
+    } catch (...) {  // the device is lost
+    }
+}
+
+Stream::Stream(Device& device) : device_(device), number_(next_number()) {
     device.make_current();
     check(driver().cuStreamCreate(&stream_, CU_STREAM_NON_BLOCKING), "opening a stream");
 }
@@ -89,29 +108,36 @@ Stream::~Stream() {
 }
 
 void Stream::add(const Key& key, std::function<void()> work) {
-    key_.push_back(key.size());  // so that no two lists of keys are the same numbers
-    key_.insert(key_.end(), key.begin(), key.end());
+    keys_.push_back(key);
     added_.push_back(std::move(work));
+}
+
+bool Stream::take_back(const Key& key) {
+    if (keys_.empty() || keys_.back() != key) return false;
+    keys_.pop_back();
+    added_.pop_back();
+    return true;
 }
 
 void Stream::flush() {
     if (added_.empty()) return;
-    auto found = graphs_.find(key_);
+    ++launches_;
+    auto found = graphs_.find(keys_);
     try {
         if (found == graphs_.end()) {
             if (graphs_.size() >= MOST_GRAPHS) forget();
             run_all();
-            graphs_[key_] = nullptr;
+            graphs_[keys_] = nullptr;
         } else {
             if (!found->second) found->second = record();
             check(driver().cuGraphLaunch(found->second, stream_), "launching recorded work");
         }
     } catch (...) {
-        key_.clear();
+        keys_.clear();
         added_.clear();
         throw;
     }
-    key_.clear();
+    keys_.clear();
     added_.clear();
 }
 

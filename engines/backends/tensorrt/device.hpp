@@ -73,6 +73,21 @@ class Pinned {
     void* memory_ = nullptr;
 };
 
+// A point in a stream's work.
+class Event {
+ public:
+    explicit Event(Device& device);
+    ~Event();
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+
+    CUevent handle() const { return event_; }
+
+ private:
+    Device& device_;
+    CUevent event_ = nullptr;
+};
+
 // What work does the same as other work: numbers that hold every address and shape that it is given.
 using Key = std::vector<std::uint64_t>;
 
@@ -87,12 +102,19 @@ class Stream {
     Stream& operator=(const Stream&) = delete;
 
     CUstream handle() const { return stream_; }
+    std::uint64_t number() const { return number_; }  // from 1, no two streams' the same
 
     // Adds work that is the same whenever its key is.
     void add(const Key& key, std::function<void()> work);
 
+    // Takes back what was added last, if that is its key; whether it is.
+    bool take_back(const Key& key);
+
     // Launches what was added.
     void flush();
+
+    // How often work was launched.
+    std::uint64_t launches() const { return launches_; }
 
     // The same, and waits for all work.
     void synchronize();
@@ -113,10 +135,12 @@ class Stream {
     void run_all();
 
     Device& device_;
+    const std::uint64_t number_;
     CUstream stream_ = nullptr;
-    Key key_;
+    std::vector<Key> keys_;
     std::vector<std::function<void()>> added_;
-    std::map<Key, CUgraphExec> graphs_;  // null: ran once
+    std::uint64_t launches_ = 0;
+    std::map<std::vector<Key>, CUgraphExec> graphs_;  // null: ran once
 };
 
 }  // namespace ojfa::tensorrt

@@ -29,10 +29,14 @@ namespace ojfa::tensorrt {
     X(cuMemcpyDtoHAsync, 3020)            \
     X(cuMemcpyDtoDAsync, 3020)            \
     X(cuMemsetD8Async, 3020)              \
+    X(cuEventCreate, 2000)                \
+    X(cuEventDestroy, 4000)               \
+    X(cuEventRecord, 2000)                \
     X(cuStreamCreate, 2000)               \
     X(cuStreamDestroy, 4000)              \
     X(cuStreamQuery, 2000)                \
     X(cuStreamSynchronize, 2000)          \
+    X(cuStreamWaitEvent, 3020)            \
     X(cuStreamBeginCapture, 10010)        \
     X(cuStreamEndCapture, 10000)          \
     X(cuGraphInstantiateWithFlags, 11040) \

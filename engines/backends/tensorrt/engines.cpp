@@ -42,7 +42,7 @@ const Weight& weight_in(const Plan& plan, const std::string& name) {
 }  // namespace
 
 TensorRtEngines::TensorRtEngines(const core::Bundle& bundle, const core::OpenOptions& options)
-    : spec(bundle.manifest().spec), device(options.device, options.memory_limit) {
+    : spec(bundle.manifest().spec), device(options.device, options.memory_limit), checked_(device) {
     const core::EngineSet& engines = bundle.engines("tensorrt");
     check_built_for(engines);
     for (const auto& [graph, file] : engines.files) {
@@ -101,25 +101,50 @@ void TensorRtEngines::load_blocks(int depth) {
     for (int block = 0; block < depth; ++block) weights(core::block_name(block));
 }
 
-std::unique_ptr<EngineSet> TensorRtEngines::engine_set(CUstream stream) {
-    std::set<std::filesystem::path> files;  // equal blocks share theirs
+std::unique_ptr<Kernels> TensorRtEngines::lend_kernels() {
+    ++lent_;
     {
         const std::lock_guard lock(mutex_);
-        if (!unused_.empty()) {
-            std::unique_ptr<EngineSet> unused = std::move(unused_.back());
-            unused_.pop_back();
+        if (!unused_kernels_.empty()) {
+            std::unique_ptr<Kernels> unused = std::move(unused_kernels_.back());
+            unused_kernels_.pop_back();
             return unused;
         }
     }
+    return std::make_unique<Kernels>(device, directory_ / plan("embed").kernels.at(precision));
+}
+
+std::unique_ptr<EngineSet> TensorRtEngines::lend_engines(CUstream stream) {
+    {
+        const std::lock_guard lock(mutex_);
+        if (!unused_engines_.empty()) {
+            std::unique_ptr<EngineSet> unused = std::move(unused_engines_.back());
+            unused_engines_.pop_back();
+            return unused;
+        }
+    }
+    std::set<std::filesystem::path> files;  // equal blocks share theirs
     for (const auto& plan : plans_)
         for (const auto& engine : plan.second.engines) files.insert(directory_ / engine.second);
     return std::make_unique<EngineSet>(device, std::vector<std::filesystem::path>(files.begin(), files.end()),
                                        stream);
 }
 
-void TensorRtEngines::give_back(std::unique_ptr<EngineSet> unused) {
+void TensorRtEngines::take_back(std::unique_ptr<Kernels> kernels_of_session,
+                                std::unique_ptr<EngineSet> engine_set) {
+    --lent_;
     const std::lock_guard lock(mutex_);
-    unused_.push_back(std::move(unused));
+    if (kernels_of_session) unused_kernels_.push_back(std::move(kernels_of_session));
+    if (engine_set) unused_engines_.push_back(std::move(engine_set));
+}
+
+void TensorRtEngines::launch_check(Stream& stream) {
+    const std::lock_guard lock(check_mutex_);
+    if (checked_by_ && checked_by_ != stream.number())
+        check(driver().cuStreamWaitEvent(stream.handle(), checked_.handle(), 0), "waiting for another check");
+    stream.flush();
+    check(driver().cuEventRecord(checked_.handle(), stream.handle()), "marking a check");
+    checked_by_ = stream.number();
 }
 
 const FinalHead& TensorRtEngines::final_head() {

@@ -2,6 +2,7 @@
 // sessions.
 #pragma once
 
+#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -52,20 +53,26 @@ class TensorRtEngines : public core::Engines {
     // A graph's weights, uploaded on first use.
     const Arrays& weights(const std::string& graph);
 
-    // Opened engines for a session alone, which gives them back at its end when all its work is done: the
-    // next one takes them up.
-    std::unique_ptr<EngineSet> engine_set(CUstream stream);
-    void give_back(std::unique_ptr<EngineSet> unused);
+    // Kernels of the model's precision, and opened engines, for a session alone; see Lent.
+    std::unique_ptr<Kernels> lend_kernels();
+    std::unique_ptr<EngineSet> lend_engines(CUstream stream);
+    void take_back(std::unique_ptr<Kernels> kernels, std::unique_ptr<EngineSet> engine_set);
+
+    // Launches what was added to a stream, a check in one kernel among it. The thread blocks of such a check
+    // wait for each other, so all must be running: two checks at once might both have only some. The
+    // device begins with one when the last of another session has ended.
+    void launch_check(Stream& stream);
+    bool has_several_sessions() const { return lent_ > 1; }
 
     const FinalHead& final_head();
     const FoldedHead& folded_head();
     const ResidualHead& residual_head(int blocks_run);
     bool has_gates() const { return plan("exit_head").weights.count("gates") > 0; }
 
-    LinearKernels linear(const std::string& kind) {
-        return LinearKernels(device, *kernels.at(kind), kind == "fp16" ? 2 : 4);
+    // Those for matrices of a precision; `own` are a session's.
+    LinearKernels linear(const std::string& kind, Kernels& own) {
+        return LinearKernels(device, kind == precision ? own : *kernels.at(kind), kind == "fp16" ? 2 : 4);
     }
-    Kernels& main_kernels() { return *kernels.at(precision); }
 
     // Addresses of the cosines and sines [rows, rotary_dim / 2], of LongRoPE's second set where
     // `long_context`.
@@ -86,10 +93,15 @@ class TensorRtEngines : public core::Engines {
     std::vector<Array> rotary_;   // cosines, sines
     std::recursive_mutex mutex_;  // of all that follows
     std::map<std::string, Arrays> weights_;
-    std::vector<std::unique_ptr<EngineSet>> unused_;
+    std::vector<std::unique_ptr<EngineSet>> unused_engines_;
+    std::vector<std::unique_ptr<Kernels>> unused_kernels_;
     std::unique_ptr<FinalHead> final_head_;
     std::unique_ptr<FoldedHead> folded_head_;
     std::map<int, std::unique_ptr<ResidualHead>> residual_heads_;
+    std::atomic<int> lent_{0};      // sets of kernels that sessions have
+    std::mutex check_mutex_;        // of the following
+    Event checked_;                 // the end of the last launch with a check
+    std::uint64_t checked_by_ = 0;  // which stream's it was
 };
 
 }  // namespace ojfa::tensorrt

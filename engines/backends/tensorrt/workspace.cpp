@@ -12,7 +12,8 @@ std::size_t bytes(int tokens, int width, std::size_t element) {
 }
 
 Attention attention_of(TensorRtEngines& engines) {
-    return {engines.spec, engines.main_kernels(), engines.element_bytes, engines.device.multiprocessors};
+    return {engines.spec, *engines.kernels.at(engines.precision), engines.element_bytes,
+            engines.device.multiprocessors};
 }
 
 // The most that any number of tokens up to this one needs.
@@ -42,12 +43,19 @@ Workspace::Workspace(TensorRtEngines& engines, int most_tokens)
       named_(engines.device, bytes(most_tokens, 2, 4)) {}
 
 void Workspace::name(Stream& stream, core::Span<const std::int32_t> ids,
-                     const std::vector<std::int32_t>& positions) {
-    if (unread_) stream.synchronize();  // the tokens before may not have been read yet
+                     const std::vector<std::int32_t>& positions, std::uint64_t ended) {
+    if (named_with_ > ended) stream.synchronize();  // the tokens before may not have been read yet
     std::copy(ids.begin(), ids.end(), named_.as<std::int32_t>());
     std::copy(positions.begin(), positions.end(), named_.as<std::int32_t>() + most_);
-    unread_ = true;
+    named_with_ = stream.launches() + 1;
     known_positions_ = positions;
+}
+
+void Workspace::follow(Stream& stream, const std::vector<std::int32_t>& positions) {
+    if (positions != known_positions_)
+        stream.upload(positions.data(), this->positions(), positions.size() * 4);
+    known_positions_ = positions;
+    for (std::int32_t& position : known_positions_) ++position;
 }
 
 void Workspace::place(Stream& stream, const std::vector<std::int32_t>& positions,
@@ -66,15 +74,16 @@ void Workspace::take(Stream& stream, CUdeviceptr from, int block, int tokens) {
     if (from != states(block)) stream.copy(from, states(block), bytes(tokens, engines_.spec.hidden_size, 4));
 }
 
-void Workspace::embed(CUstream stream, int tokens) const {
+void Workspace::embed(Kernels& kernels, CUstream stream, int tokens, CUdeviceptr following) const {
     const Arrays& weights = engines_.weights("embed");
     const auto learned = weights.find("position_embedding");
-    const CUdeviceptr ids = reinterpret_cast<CUdeviceptr>(named_.as<std::int32_t>());
-    engines_.main_kernels().launch(
-        stream, {"embed", {static_cast<unsigned>(tokens), 1, 1}, {EMBED_THREADS, 1}, 0, true}, states(0),
-        weights.at("token_embedding").address(),
-        learned == weights.end() ? CUdeviceptr{0} : learned->second.address(), ids,
-        ids + 4 * static_cast<CUdeviceptr>(most_), positions(), 0, engines_.spec.hidden_size);
+    const CUdeviceptr named = reinterpret_cast<CUdeviceptr>(named_.as<std::int32_t>());
+    kernels.launch(stream, {"embed", {static_cast<unsigned>(tokens), 1, 1}, {EMBED_THREADS, 1}, 0, true},
+                   states(0), weights.at("token_embedding").address(),
+                   learned == weights.end() ? CUdeviceptr{0} : learned->second.address(),
+                   following ? following : named,
+                   following ? positions() : named + 4 * static_cast<CUdeviceptr>(most_), positions(),
+                   following ? 1 : 0, engines_.spec.hidden_size);
 }
 
 }  // namespace ojfa::tensorrt

@@ -15,8 +15,12 @@ class Workspace {
     Workspace(TensorRtEngines& engines, int most_tokens);
 
     // Says which tokens come next, and where they are: `embed` reads that from the host's memory, and writes
-    // the positions to the device's.
-    void name(Stream& stream, core::Span<const std::int32_t> ids, const std::vector<std::int32_t>& positions);
+    // the positions to the device's. Of the stream's launches so many are known to have ended.
+    void name(Stream& stream, core::Span<const std::int32_t> ids, const std::vector<std::int32_t>& positions,
+              std::uint64_t ended);
+
+    // The same for tokens that are only on the device, one behind each of these positions.
+    void follow(Stream& stream, const std::vector<std::int32_t>& positions);
 
     // Says where the tokens are, and of which sequences; what the device knows is not copied again.
     void place(Stream& stream, const std::vector<std::int32_t>& positions,
@@ -25,11 +29,9 @@ class Workspace {
     // Puts hidden states [tokens, H] where a block reads them.
     void take(Stream& stream, CUdeviceptr states, int block, int tokens);
 
-    // Puts the embedding of the named tokens on the stream, into the first buffer.
-    void embed(CUstream stream, int tokens) const;
-
-    // To be called when the stream has been waited for.
-    void was_read() { unread_ = false; }
+    // Puts the embedding of the named tokens on the stream, into the first buffer; of those at an address
+    // on the device for tokens that follow.
+    void embed(Kernels& kernels, CUstream stream, int tokens, CUdeviceptr following = 0) const;
 
     CUdeviceptr states(int block) const { return hidden_[block % 2].address(); }
     bool holds(CUdeviceptr address) const { return address == states(0) || address == states(1); }
@@ -46,8 +48,8 @@ class Workspace {
     TensorRtEngines& engines_;
     Buffer hidden_[2];  // [tokens, H] fp32; block i reads the (i % 2)th and writes the other
     Buffer places_;
-    Pinned named_;  // ids, then positions
-    bool unread_ = false;
+    Pinned named_;                  // ids, then positions
+    std::uint64_t named_with_ = 0;  // the launch that reads it
     std::vector<std::int32_t> known_positions_, known_sequences_;
 };
 

@@ -6,9 +6,10 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "bundle/bundle.hpp"
-#include "runtime/policy.hpp"
+#include "runtime/choice.hpp"
 #include "span.hpp"
 
 namespace ojfa::core {
@@ -42,14 +43,6 @@ struct Rows {
     bool long_context;                // whether LongRoPE's long factors apply
 };
 
-// What is asked of a head; what is null is not computed where that saves something.
-struct HeadOutputs {
-    float* logits = nullptr;            // [count, V]
-    std::int32_t* likeliest = nullptr;  // [count] tokens, the first of equal ones
-    double* confidence = nullptr;       // [count], as `core::confidence`
-    Measure measure = Measure::top;     // of it
-};
-
 // The keys and values of one session's sequences, with a stream of their own where the backend has streams.
 // Used by one thread at a time. What it computes is in order; results on the host are there when a call
 // returns.
@@ -78,8 +71,16 @@ class Cache {
     // at their sequences and positions.
     virtual void keep(Address kept, std::size_t capacity, Address hidden, const Rows& rows) = 0;
 
-    // Applies the head after so many blocks to hidden states [count, H].
-    virtual void head(Address hidden, int count, int blocks_run, const HeadOutputs& outputs) = 0;
+    // Logits [count, V] of the head after so many blocks, of hidden states [count, H].
+    virtual void logits(Address hidden, int count, int blocks_run, float* logits) = 0;
+
+    // Begins to choose tokens by that head.
+    virtual std::unique_ptr<Choices> choose(Address hidden, int count, int blocks_run,
+                                            const Choosing& how) = 0;
+
+    // As embed, of the tokens that the last `choose` chooses, one of each row, which may not be known yet.
+    // They follow the tokens of the pass that it chose by.
+    virtual Address embed_chosen(const Rows& rows) = 0;
 };
 
 // `Cache::keep` by copies of rows of this many bytes.
@@ -120,7 +121,7 @@ struct OpenOptions {
 };
 
 // Raised whenever anything above, or what is passed through it, changes.
-constexpr std::uint32_t BACKEND_INTERFACE = 1;
+constexpr std::uint32_t BACKEND_INTERFACE = 2;
 
 // What a backend's shared library says of itself, by the function `ojfa_backend_entry`. The fields up to
 // `version` never change their place.

@@ -122,8 +122,12 @@ ojfa_status ojfa_session_decide(ojfa_session session, const ojfa_tokens* tokens,
         need(blocks_run, "blocks_run");
         const Borrowed borrowed(session);
         need_room(*borrowed, static_cast<std::size_t>(borrowed->batch_size()), logits, capacity);
-        borrowed->decide(rows_of(*borrowed, tokens), policy_of(*policy), {logits, likeliest}, blocks_run,
-                         confidence);
+        ojfa::core::Decided decided;
+        decided.logits = logits;
+        decided.likeliest = likeliest;
+        decided.blocks_run = blocks_run;
+        decided.confidence = confidence;
+        borrowed->decide(rows_of(*borrowed, tokens), policy_of(*policy), {}, decided);
     });
 }
 

@@ -28,27 +28,40 @@ StepByStep::StepByStep(Session& session, std::variant<int, Policy> exit, const S
       exit_(std::move(exit)),
       sampling_(sampling),
       generators_(generators_of(session, sampling)),
-      likeliest_(at(session.batch_size())),
-      blocks_(at(session.batch_size())) {
-    if (!sampling.greedy()) logits_.resize(at(session.batch_size()) * at(session.spec().vocab_size));
-}
+      drawn_(generators_.size()) {}
 
-std::vector<std::vector<Chosen>> StepByStep::step(const Pending& pending, const std::vector<int>&) {
-    const Answers answers = {sampling_.greedy() ? nullptr : logits_.data(), likeliest_.data()};
+std::vector<std::vector<Chosen>> StepByStep::step(const Pending& pending, const std::vector<int>& wanted) {
+    const Drawing how = drawing(pending, 0);
+    std::vector<std::int32_t> tokens(pending.size()), blocks(pending.size());
     if (const Policy* policy = std::get_if<Policy>(&exit_)) {
-        session_.decide(rows_of(pending), *policy, answers, blocks_.data(), nullptr);
+        Decided decided;
+        decided.tokens = tokens.data();
+        decided.blocks_run = blocks.data();
+        session_.decide(rows_of(pending), *policy, how, decided);
     } else {
-        session_.advance(rows_of(pending), std::get<int>(exit_), answers);
-        std::fill(blocks_.begin(), blocks_.end(), std::get<int>(exit_));
+        const bool goes_on = *std::min_element(wanted.begin(), wanted.end()) > 1;
+        const Drawing next = goes_on ? drawing(pending, 1) : Drawing();
+        session_.choose(rows_of(pending), std::get<int>(exit_), how, goes_on ? &next : nullptr,
+                        tokens.data());
+        std::fill(blocks.begin(), blocks.end(), std::get<int>(exit_));
     }
     std::vector<std::vector<Chosen>> result(pending.size());
-    const std::size_t width = at(session_.spec().vocab_size);
     for (std::size_t row = 0; row < pending.size(); ++row) {
         if (pending[row].empty()) continue;
-        const std::int32_t token =
-            sampling_.greedy() ? likeliest_[row]
-                               : sampling_.choose({logits_.data() + row * width, width}, generators_[row]);
-        result[row].push_back({token, blocks_[row]});
+        result[row].push_back({tokens[row], blocks[row]});
+        if (!drawn_[row].empty()) drawn_[row].pop_front();
+    }
+    return result;
+}
+
+// How tokens are chosen in this step, or so many steps later.
+Drawing StepByStep::drawing(const Pending& pending, std::size_t ahead) {
+    Drawing result = {sampling_, {}};
+    if (sampling_.greedy()) return result;
+    for (std::size_t row = 0; row < pending.size(); ++row) {
+        while (!pending[row].empty() && drawn_[row].size() <= ahead)
+            drawn_[row].push_back(generators_[row].uniform());
+        result.draws.push_back(pending[row].empty() ? 0.0 : drawn_[row][ahead]);
     }
     return result;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <set>
@@ -44,12 +45,15 @@ class StepByStep : public Decoder {
     std::vector<std::vector<Chosen>> step(const Pending& pending, const std::vector<int>& wanted) override;
 
  private:
+    Drawing drawing(const Pending& pending, std::size_t ahead);
+
     Session& session_;
     std::variant<int, Policy> exit_;
     Sampling sampling_;
     std::vector<Random> generators_;
-    std::vector<float> logits_;
-    std::vector<std::int32_t> likeliest_, blocks_;
+    // Numbers that were drawn of each, for this step and the one after it. They are used up when a step is
+    // done, so that one that failed is the same when it is called again.
+    std::vector<std::deque<double>> drawn_;
 };
 
 // Several tokens per full pass.

@@ -89,12 +89,12 @@ double Random::uniform() {
     return static_cast<double>(next() >> 11) * 0x1p-53;
 }
 
-std::size_t Random::choice(const std::vector<double>& weights) {
+std::size_t Random::choice(const std::vector<double>& weights, double draw) {
     std::vector<double> sums(weights.size());
     double sum = 0;
     for (std::size_t i = 0; i < weights.size(); ++i) sums[i] = sum += weights[i];
     for (double& each : sums) each /= sum;
-    const auto found = std::upper_bound(sums.begin(), sums.end(), uniform());
+    const auto found = std::upper_bound(sums.begin(), sums.end(), draw);
     return std::min<std::size_t>(static_cast<std::size_t>(found - sums.begin()), weights.size() - 1);
 }
 

@@ -18,7 +18,10 @@ class Random {
     double uniform();
 
     // As Generator.choice(len(weights), p=weights): an index, drawn by weights that sum to 1 (or nearly).
-    std::size_t choice(const std::vector<double>& weights);
+    std::size_t choice(const std::vector<double>& weights) { return choice(weights, uniform()); }
+
+    // The index that a number from [0, 1) stands for.
+    static std::size_t choice(const std::vector<double>& weights, double draw);
 
  private:
     std::uint64_t next();

@@ -75,9 +75,8 @@ Random Sampling::generator(int row) const {
     return Random({seed, static_cast<std::uint64_t>(row)});
 }
 
-std::int32_t Sampling::choose(Span<const float> logits, Random& random) const {
-    if (greedy()) return likeliest(logits);
-    return static_cast<std::int32_t>(random.choice(probabilities(logits)));
+std::int32_t Sampling::pick(Span<const float> logits, double draw) const {
+    return static_cast<std::int32_t>(Random::choice(probabilities(logits), draw));
 }
 
 std::vector<double> Sampling::probabilities(Span<const float> logits) const {

@@ -27,8 +27,8 @@ struct Sampling {
     // The random numbers of one sequence.
     Random generator(int row) const;
 
-    // Chooses a token from logits [V].
-    std::int32_t choose(Span<const float> logits, Random& random) const;
+    // The token that a number from [0, 1) stands for, by logits [V]; temperature must not be 0.
+    std::int32_t pick(Span<const float> logits, double draw) const;
 
     // The distribution [V] that tokens are drawn from; temperature must not be 0.
     std::vector<double> probabilities(Span<const float> logits) const;

@@ -69,6 +69,7 @@ void Sequences::append(const TokenRows& tokens) {
 // Makes the marks fit a sequence's new length. LongRoPE rotates every position by the sequence's length
 // class: a change starts over.
 void Sequences::resize(int row, int length) {
+    newest_.depth = 0;
     if (spec_.rotary_switch && (length > *spec_.rotary_switch) != long_context(row)) {
         marks_[at(row)].lower_to(0);
     } else if (length < this->length(row)) {
@@ -120,6 +121,7 @@ States Sequences::deepen(Group group, int depth, const Wanted& wanted) {
     };
     starts_before(0);
     States states = embed(group, starts);
+    if (states.tokens) newest_.depth = 0;
     for (const Watermarks::Span& span : marks_[at(group.first)].spans(depth)) {
         const int covered = end - states.tokens;
         if (span.mark < covered) {
@@ -127,15 +129,35 @@ States Sequences::deepen(Group group, int depth, const Wanted& wanted) {
             states = waiting(span.first, group, starts, covered - span.mark, states);
         }
         if (!states.tokens) continue;
+        newest_.depth = 0;
         interruption_();
         const Rows rows = {group.first, count, states.tokens, starts, long_context(group.first)};
         states.address = cache_->run_blocks(span.first, span.stop, states.address, rows);
     }
-    if (states.tokens) keep(depth, group, starts, states);
+    if (states.tokens) {
+        const Rows rows = {group.first, count, states.tokens, starts, long_context(group.first)};
+        keep(depth, rows, states.address);
+        if (states.tokens == 1) newest_ = {depth, group, starts, states.address};
+    }
     // Raised together, when all is done: a pass that is interrupted can be run again.
     for (int row = group.first; row < group.stop; ++row)
         if (wanted[at(row)]) marks_[at(row)].raise_to(length(row), depth);
     return states;
+}
+
+Address Sequences::run_ahead(int depth) {
+    newest_.depth = 0;
+    std::vector<std::int32_t> starts;
+    for (int row = 0; row < batch_size(); ++row) starts.push_back(length(row));
+    const Rows rows = {0, batch_size(), 1, starts, long_context(0)};
+    const Address states = cache_->run_blocks(0, depth, cache_->embed_chosen(rows), rows);
+    keep(depth, rows, states);
+    return states;
+}
+
+void Sequences::take_ahead(const TokenRows& tokens, int depth) {
+    append(tokens);
+    for (int row = 0; row < batch_size(); ++row) marks_[at(row)].raise_to(length(row), depth);
 }
 
 // Embeds what waits before the first block: nothing, where tokens wait only later.
@@ -155,6 +177,9 @@ States Sequences::embed(Group group, const std::vector<std::int32_t>& starts) {
 // them.
 States Sequences::waiting(int depth, Group group, const std::vector<std::int32_t>& starts, int count,
                           States newer) {
+    if (depth == newest_.depth && group.first == newest_.group.first && group.stop == newest_.group.stop &&
+        starts == newest_.starts && count == 1 && !newer.tokens)
+        return {newest_.address, 1};  // still where it was computed
     const Memory& kept = *kept_.at(depth);
     if (group.stop - group.first == 1 && !newer.tokens)
         return {kept_row(kept, group.first, starts[0]), count};
@@ -166,14 +191,12 @@ States Sequences::waiting(int depth, Group group, const std::vector<std::int32_t
     return {target, count + newer.tokens};
 }
 
-// Keeps hidden states for later, from these positions on.
-void Sequences::keep(int depth, Group group, const std::vector<std::int32_t>& starts, States states) {
+// Keeps hidden states for later.
+void Sequences::keep(int depth, const Rows& rows, Address states) {
     if (depth == spec_.blocks && !keep_final_) return;
     std::unique_ptr<Memory>& kept = kept_[depth];
     if (!kept) kept = cache_->allocate(at(batch_size()) * at(max_length_));
-    const Rows rows = {group.first, group.stop - group.first, states.tokens, starts,
-                       long_context(group.first)};
-    cache_->keep(kept->address(), at(max_length_), states.address, rows);
+    cache_->keep(kept->address(), at(max_length_), states, rows);
 }
 
 Address Sequences::final_state(int row, int position) const {

@@ -54,6 +54,11 @@ class Sequences {
     std::vector<Group> groups(const Wanted& wanted, int depth) const;
     // Runs the first blocks on all that waits before them: hidden states of the group's newest tokens.
     States deepen(Group group, int depth, const Wanted& wanted);
+    // Runs the first blocks, which must have processed every token, on one more of each sequence: those of
+    // the newest choice, wherever the backend has them. The sequences don't show it before `take_ahead`.
+    Address run_ahead(int depth);
+    // Takes the tokens of the last `run_ahead`, nothing having been done since.
+    void take_ahead(const TokenRows& tokens, int depth);
     bool long_context(int row) const;
 
     Cache& cache() { return *cache_; }
@@ -67,7 +72,7 @@ class Sequences {
     void resize(int row, int length);
     States embed(Group group, const std::vector<std::int32_t>& starts);
     States waiting(int depth, Group group, const std::vector<std::int32_t>& starts, int count, States newer);
-    void keep(int depth, Group group, const std::vector<std::int32_t>& starts, States states);
+    void keep(int depth, const Rows& rows, Address states);
     Address kept_row(const Memory& kept, int row, int position) const;
     Address joined(std::size_t rows);
 
@@ -82,6 +87,13 @@ class Sequences {
     // Hidden states that came out of so many blocks, [sequences, max_length, H]: they wait for the next
     // block. Those of all blocks wait for nothing, and are kept only where asked.
     std::map<int, std::unique_ptr<Memory>> kept_;
+    // The last pass of one token of each of some sequences, whose result lies where it was computed.
+    struct Newest {
+        int depth = 0;  // 0: there is none
+        Group group{};
+        std::vector<std::int32_t> starts;
+        Address address = 0;
+    } newest_;
     std::unique_ptr<Memory> joined_;
     std::size_t joined_rows_ = 0;
 };

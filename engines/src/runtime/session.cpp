@@ -1,7 +1,6 @@
 #include "runtime/session.hpp"
 
 #include <algorithm>
-#include <limits>
 #include <utility>
 
 #include "failure.hpp"
@@ -16,6 +15,8 @@ std::size_t at(int index) {
     return static_cast<std::size_t>(index);
 }
 
+}  // namespace
+
 Wanted with_new(const TokenRows& tokens) {
     Wanted wanted;
     for (const auto& ids : tokens) wanted.push_back(!ids.empty());
@@ -26,8 +27,6 @@ int count_of(const Wanted& wanted) {
     return static_cast<int>(std::count(wanted.begin(), wanted.end(), 1));
 }
 
-}  // namespace
-
 int resolve_exit(int exit, int blocks) {
     if (exit == 0) return blocks;
     if (exit < 0 || exit > blocks)
@@ -37,25 +36,16 @@ int resolve_exit(int exit, int blocks) {
     return exit;
 }
 
-// Takes back the new tokens of an operation that fails.
-class Session::Unless {
- public:
-    explicit Unless(Session& session) : session_(session) {
-        for (int row = 0; row < session.batch_size(); ++row) lengths_.push_back(session.length(row));
-    }
-    ~Unless() {
-        for (int row = 0; !done && row < session_.batch_size(); ++row)
-            if (session_.length(row) > lengths_[at(row)]) session_.Sequences::rewind(lengths_[at(row)], row);
-    }
-    Unless(const Unless&) = delete;
-    Unless& operator=(const Unless&) = delete;
+Session::Unless::Unless(Session& session) : session_(session) {
+    for (int row = 0; row < session.batch_size(); ++row) lengths_.push_back(session.length(row));
+}
 
-    bool done = false;
-
- private:
-    Session& session_;
-    std::vector<int> lengths_;
-};
+Session::Unless::~Unless() {
+    if (done) return;
+    session_.ahead_.reset();
+    for (int row = 0; row < session_.batch_size(); ++row)
+        if (session_.length(row) > lengths_[at(row)]) session_.Sequences::rewind(lengths_[at(row)], row);
+}
 
 Session::Session(const ModelSpec& spec, Engines& engines, int batch_size, int max_length,
                  std::optional<Shadow> shadow)
@@ -71,15 +61,12 @@ void Session::advance(const TokenRows& tokens, int depth, Answers answers) {
     Unless failed(*this);
     append_checked(tokens);
     const Wanted wanted = with_new(tokens);
-    const bool watched = watching(true);
-    if (watched && !answers.likeliest) {
-        choices_.resize(tokens.size());
-        answers.likeliest = choices_.data();
-    }
-    answer_scattered(wanted, depth, answers);
+    std::vector<std::int32_t> choices(tokens.size());
+    if (!answers.likeliest) answers.likeliest = choices.data();
+    answer(wanted, depth, answers);
     failed.done = true;
     if (const int steps = count_of(wanted)) stats.exits[depth] += static_cast<std::uint64_t>(steps);
-    for (int row = 0; watched && row < batch_size(); ++row)
+    for (int row = 0; watching() && row < batch_size(); ++row)
         if (wanted[at(row)]) watch(row, depth, answers.likeliest[row]);
 }
 
@@ -94,67 +81,8 @@ void Session::advance_every(const TokenRows& tokens, int depth, float* logits) {
     for (int row = 0; row < batch_size(); ++row) {
         if (!counts[at(row)]) continue;
         ++stats.exits[depth];
-        if (watching(false)) watch(row, depth, std::nullopt);
+        if (on_event) watch(row, depth, std::nullopt);
     }
-}
-
-void Session::decide(const TokenRows& tokens, const Policy& policy, Answers answers, std::int32_t* blocks_run,
-                     double* confidences) {
-    policy.check_fits(spec().blocks);
-    check(tokens);
-    Unless failed(*this);
-    append_checked(tokens);
-    const std::size_t sequences = tokens.size(), width = at(spec().vocab_size);
-    Wanted going = with_new(tokens);
-    std::vector<std::int32_t> chosen(sequences, -1);
-    std::vector<double> asked(policy.exits.size() * sequences, std::numeric_limits<double>::quiet_NaN());
-    std::fill_n(blocks_run, sequences, 0);
-    if (answers.logits) std::fill_n(answers.logits, sequences * width, 0.0f);
-    // Of the sequences that go on, one behind the other.
-    std::vector<float> packed;
-    std::vector<std::int32_t> best(sequences);
-    std::vector<double> sure(sequences);
-    Stats counted;
-    const auto ask = [&](int depth, double* confidence) {
-        if (answers.logits) packed.resize(at(count_of(going)) * width);
-        answer(going, depth,
-               {answers.logits ? packed.data() : nullptr, best.data(), confidence, policy.measure});
-    };
-    const auto take = [&](std::size_t row, std::size_t place, int depth) {
-        if (answers.logits) std::copy_n(packed.data() + place * width, width, answers.logits + row * width);
-        chosen[row] = best[place];
-        blocks_run[row] = depth;
-        ++counted.exits[depth];
-    };
-    for (std::size_t index = 0; index < policy.exits.size() && count_of(going); ++index) {
-        const int depth = policy.exits[index];
-        ask(depth, sure.data());
-        const Wanted before = going;
-        for (std::size_t row = 0, place = 0; row < sequences; ++row) {
-            if (!before[row]) continue;
-            asked[index * sequences + row] = sure[place];
-            ++counted.checks;
-            if (sure[place] >= policy.thresholds[index]) {
-                take(row, place, depth);
-                going[row] = 0;
-                ++counted.stopped[depth];
-                counted.confidence_sums[depth] += sure[place];
-            }
-            ++place;
-        }
-    }
-    if (count_of(going)) ask(spec().blocks, nullptr);
-    for (std::size_t row = 0, place = 0; row < sequences; ++row)
-        if (going[row]) take(row, place++, spec().blocks);
-    failed.done = true;
-    stats.checks += counted.checks;
-    for (const auto& [depth, count] : counted.exits) stats.exits[depth] += count;
-    for (const auto& [depth, count] : counted.stopped) stats.stopped[depth] += count;
-    for (const auto& [depth, sum] : counted.confidence_sums) stats.confidence_sums[depth] += sum;
-    if (answers.likeliest) std::copy(chosen.begin(), chosen.end(), answers.likeliest);
-    if (confidences) std::copy(asked.begin(), asked.end(), confidences);
-    for (int row = 0; watching(true) && row < batch_size(); ++row)
-        if (blocks_run[row]) watch(row, blocks_run[row], chosen[at(row)]);
 }
 
 void Session::complete(const TokenRows& tokens, const std::vector<int>& counts, float* logits,
@@ -178,11 +106,13 @@ void Session::complete(const TokenRows& tokens, const std::vector<int>& counts, 
 void Session::deepen(int depth, Answers answers) {
     Wanted waiting;
     for (int row = 0; row < batch_size(); ++row) waiting.push_back(length(row) > watermark(depth - 1, row));
-    answer_scattered(waiting, depth, answers);
+    ahead_.reset();
+    answer(waiting, depth, answers);
 }
 
 void Session::rewind(int length, int row) {
     const bool known = row >= 0 && row < batch_size(), was_long = known && long_context(row);
+    if (known && length < this->length(row)) ahead_.reset();
     Sequences::rewind(length, row);
     // What was said with the long factors can't be compared once they no longer apply.
     if (shadow_) shadow_->forget(row, was_long != long_context(row) ? 0 : length);
@@ -192,6 +122,7 @@ int Session::run_shadow_checks(std::optional<int> budget) {
     if (!shadow_)
         throw usage_failure("this session chooses no tokens for shadow checks",
                             "open it with a shadow share");
+    ahead_.reset();
     std::vector<Due> due = shadow_->due();
     if (budget) due.resize(std::min(due.size(), at(*budget)));
     const int blocks = spec().blocks;
@@ -199,7 +130,6 @@ int Session::run_shadow_checks(std::optional<int> budget) {
     for (const Due& each : due)
         if (watermark(blocks - 1, each.row) <= each.position) waiting[at(each.row)] = 1;
     for (const Group group : groups(waiting, blocks)) Sequences::deepen(group, blocks, waiting);
-    std::vector<std::int32_t> choices(ROWS_AT_ONCE);
     for (std::size_t start = 0; start < due.size(); start += ROWS_AT_ONCE) {
         const int count = static_cast<int>(std::min<std::size_t>(ROWS_AT_ONCE, due.size() - start));
         const Address states = gathered(at(count));
@@ -207,11 +137,14 @@ int Session::run_shadow_checks(std::optional<int> budget) {
             const Due& each = due[start + at(i)];
             cache().copy(final_state(each.row, each.position), row_of(states, at(i)), 1);
         }
-        head(states, count, blocks, {nullptr, choices.data()});
+        check_interruption();
+        const std::unique_ptr<Choices> choices = cache().choose(states, count, blocks, {});
         for (int i = 0; i < count; ++i) {
             const Due& each = due[start + at(i)];
-            checked(each.row, each.position, each.blocks_run, each.choice == choices[at(i)]);
+            checked(each.row, each.position, each.blocks_run,
+                    each.choice == choices->wait()[at(i)].likeliest);
         }
+        count_heads(count, blocks);
     }
     return static_cast<int>(due.size());
 }
@@ -227,6 +160,7 @@ std::optional<double> Session::shadow_loss(int row) const {
 }
 
 void Session::append_checked(const TokenRows& tokens) {
+    ahead_.reset();
     const auto& rotary_switch = spec().rotary_switch;
     if (shadow_ && !shadow_->due().empty() && rotary_switch)
         for (int row = 0; row < batch_size(); ++row)
@@ -236,50 +170,6 @@ void Session::append_checked(const TokenRows& tokens) {
                 break;
             }
     append(tokens);
-}
-
-// Runs sequences through the first blocks; [wanted, V] and [wanted] of their newest tokens.
-void Session::answer(const Wanted& wanted, int depth, const HeadOutputs& outputs) {
-    const int count = count_of(wanted);
-    if (!count) return;
-    const std::vector<Group> together = groups(wanted, depth);
-    Address newest = 0;
-    std::size_t place = 0;
-    for (const Group group : together) {
-        const States states = Sequences::deepen(group, depth, wanted);
-        // One token of neighbours that are all wanted lies as a head takes it.
-        if (together.size() == 1 && group.stop - group.first == count) {
-            newest = row_of(states.address, at(states.tokens - 1));
-            break;
-        }
-        if (!newest) newest = gathered(at(count));
-        for (int row = group.first; row < group.stop; ++row) {
-            if (!wanted[at(row)]) continue;
-            const std::size_t last = at((row - group.first + 1) * states.tokens - 1);
-            cache().copy(row_of(states.address, last), row_of(newest, place++), 1);
-        }
-    }
-    head(newest, count, depth, outputs);
-}
-
-void Session::answer_scattered(const Wanted& wanted, int depth, Answers answers) {
-    const std::size_t width = at(spec().vocab_size), sequences = wanted.size();
-    const int count = count_of(wanted);
-    if (at(count) == sequences) {
-        answer(wanted, depth, {answers.logits, answers.likeliest});
-        return;
-    }
-    std::vector<std::int32_t> choices(at(count));
-    if (answers.logits) logits_.resize(at(count) * width);
-    answer(wanted, depth, {answers.logits ? logits_.data() : nullptr, choices.data()});
-    if (answers.logits) std::fill_n(answers.logits, sequences * width, 0.0f);
-    if (answers.likeliest) std::fill_n(answers.likeliest, sequences, -1);
-    for (std::size_t row = 0, place = 0; row < sequences; ++row) {
-        if (!wanted[row]) continue;
-        if (answers.logits) std::copy_n(logits_.data() + place * width, width, answers.logits + row * width);
-        if (answers.likeliest) answers.likeliest[row] = choices[place];
-        ++place;
-    }
 }
 
 // Runs the first blocks and a head on each sequence's last `counts` tokens.
@@ -303,12 +193,18 @@ void Session::run_every(const std::vector<int>& counts, int depth, float* logits
             cache().copy(row_of(states.address, first), row_of(states_of_all, places[at(row)]), at(count));
         }
     }
-    head(states_of_all, static_cast<int>(total), depth, {logits, likeliest});
+    const int count = static_cast<int>(total);
+    check_interruption();
+    if (logits) {
+        cache().logits(states_of_all, count, depth, logits);
+    } else {
+        const std::unique_ptr<Choices> choices = cache().choose(states_of_all, count, depth, {});
+        for (const Choice& each : choices->wait()) *likeliest++ = each.likeliest;
+    }
+    count_heads(count, depth);
 }
 
-void Session::head(Address hidden, int count, int depth, const HeadOutputs& outputs) {
-    check_interruption();
-    cache().head(hidden, count, depth, outputs);
+void Session::count_heads(int count, int depth) {
     (depth == spec().blocks ? stats.final_heads : stats.exit_heads) += static_cast<std::uint64_t>(count);
 }
 

@@ -15,10 +15,23 @@
 
 namespace ojfa::core {
 
-// Where answers of each sequence go; what is null isn't wanted.
+// Where answers of each sequence go; what is null isn't wanted. Without logits, the backend chooses.
 struct Answers {
     float* logits = nullptr;            // [sequences, V]; zero for sequences without new tokens
     std::int32_t* likeliest = nullptr;  // [sequences]; -1 for those
+};
+
+// The same of a policy's decision.
+struct Decided : Answers {
+    std::int32_t* tokens = nullptr;      // [sequences] that are chosen; -1 for sequences without new tokens
+    std::int32_t* blocks_run = nullptr;  // [sequences]; 0 for those
+    double* confidence = nullptr;        // [exits, sequences], NaN where the head wasn't asked
+};
+
+// How next tokens are chosen: a number from [0, 1) for each sequence, none where they aren't sampled.
+struct Drawing {
+    Sampling sampling;
+    std::vector<double> draws;
 };
 
 // Blocks to run for an exit: 0, for full depth, or 1 to all. Throws Failure for another.
@@ -39,10 +52,14 @@ class Session : public Sequences {
     // The same, with the logits of every new token: [all new tokens, V]. Shadow checks choose none of them.
     void advance_every(const TokenRows& tokens, int depth, float* logits);
 
-    // Appends tokens and runs each sequence until the policy stops it. `blocks_run` [sequences], 0 without
-    // new tokens; `confidence` [exits, sequences], NaN where the head wasn't asked.
-    void decide(const TokenRows& tokens, const Policy& policy, Answers answers, std::int32_t* blocks_run,
-                double* confidence);
+    // Appends tokens and chooses the next ones [sequences] at a fixed exit; -1 for sequences without new
+    // tokens. With `next`, the step after this one begins where it can before its tokens are known: the next
+    // call finds it done if it is of these tokens, depth and drawing.
+    void choose(const TokenRows& tokens, int depth, const Drawing& how, const Drawing* next,
+                std::int32_t* chosen);
+
+    // Appends tokens and runs each sequence until the policy stops it.
+    void decide(const TokenRows& tokens, const Policy& policy, const Drawing& how, const Decided& decided);
 
     // Appends tokens and runs all that waits, and them, through all blocks: logits of each sequence's last
     // `counts` tokens, [sum of counts, V], and the likeliest tokens [sum of counts]; either may be null.
@@ -65,24 +82,55 @@ class Session : public Sequences {
     void cancel() { cancelled_ = true; }
 
  private:
-    class Unless;  // rolls back
+    class Unless;    // rolls back
+    class Deciding;  // of one `decide`
+
+    // A step that was begun before its tokens were known.
+    struct Ahead {
+        std::unique_ptr<Choices> choices;
+        int depth;
+        Drawing how;
+        std::vector<std::int32_t> tokens;  // that it follows, once they are known
+    };
 
     void append_checked(const TokenRows& tokens);
-    void answer(const Wanted& wanted, int depth, const HeadOutputs& outputs);
-    void answer_scattered(const Wanted& wanted, int depth, Answers answers);
+    Address newest(const Wanted& wanted, int depth);
+    std::unique_ptr<Choices> begin_choice(const Wanted& wanted, int depth, const Choosing& how);
+    std::vector<Choice> ask(const Wanted& wanted, int depth, const Choosing& how, float* logits);
+    void answer(const Wanted& wanted, int depth, Answers answers);
+    std::unique_ptr<Choices> take_ahead(const TokenRows& tokens, int depth, const Drawing& how);
+    bool can_follow(const Wanted& wanted) const;
+    void follow(int depth, const Drawing& how);
     void run_every(const std::vector<int>& counts, int depth, float* logits, std::int32_t* likeliest);
-    void head(Address hidden, int count, int depth, const HeadOutputs& outputs);
-    bool watching(bool choosing) const { return on_event || (shadow_ && choosing); }
+    void count_heads(int count, int depth);
+    bool watching() const { return on_event || shadow_; }
     void watch(int row, int depth, std::optional<std::int32_t> choice);
     void checked(int row, int position, int blocks_run, bool agrees);
     Address gathered(std::size_t rows);
 
     std::optional<Shadow> shadow_;
     std::atomic<bool> cancelled_{false};
+    std::optional<Ahead> ahead_;
     std::unique_ptr<Memory> gathered_;  // hidden states of several sequences, for a head
     std::size_t gathered_rows_ = 0;
-    std::vector<float> logits_;
-    std::vector<std::int32_t> choices_;
 };
+
+// Takes back the new tokens of an operation that fails.
+class Session::Unless {
+ public:
+    explicit Unless(Session& session);
+    ~Unless();
+    Unless(const Unless&) = delete;
+    Unless& operator=(const Unless&) = delete;
+
+    bool done = false;
+
+ private:
+    Session& session_;
+    std::vector<int> lengths_;
+};
+
+Wanted with_new(const TokenRows& tokens);
+int count_of(const Wanted& wanted);
 
 }  // namespace ojfa::core

@@ -1,0 +1,62 @@
+#include "mailbox.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+namespace ojfa::tensorrt {
+namespace {
+
+// As in engines/kernels/choose.cuh: answers that may be on their way; what is told of a row, each four bytes
+// with the number of the answer.
+enum { TOKEN, LIKELIEST, TOP, MARGIN, ENTROPY, ANSWER_WORDS };
+constexpr std::size_t SLOTS = 8, ROWS = Mailbox::MOST_ROWS;
+constexpr std::size_t DRAWS_AT = SLOTS * ROWS * ANSWER_WORDS * 8, MAIL_BYTES = DRAWS_AT + SLOTS * ROWS * 8;
+constexpr std::size_t MOST_PARTS = 1024, PART_BYTES = 5 * 8;
+constexpr std::size_t DESK_BYTES = 4 * ROWS + 2 * 4 + 4 * ROWS + MOST_PARTS * PART_BYTES;
+// Looks for an answer between two at the stream's state.
+constexpr unsigned LOOKS_AT_STREAM = 1 << 14;
+
+int word_of(core::Measure measure) {
+    if (measure == core::Measure::top) return TOP;
+    return measure == core::Measure::margin ? MARGIN : ENTROPY;
+}
+
+}  // namespace
+
+Mailbox::Mailbox(Device& device, Stream& stream)
+    : stream_(stream), desk_(device, DESK_BYTES), mail_(device, MAIL_BYTES) {
+    std::memset(mail_.as<char>(), 0, MAIL_BYTES);
+    stream.clear(desk_.address(), DESK_BYTES);
+}
+
+void Mailbox::leave(core::Span<const double> draws) {
+    char* const at = mail_.as<char>() + DRAWS_AT + given_ % SLOTS * ROWS * sizeof(double);
+    if (!draws.empty()) std::memcpy(at, draws.data(), draws.size() * sizeof(double));
+}
+
+core::Choice Mailbox::read(std::uint32_t answer, int row, std::optional<core::Measure> measure) {
+    core::Choice choice{static_cast<std::int32_t>(await(answer, row, TOKEN)),
+                        static_cast<std::int32_t>(await(answer, row, LIKELIEST)),
+                        std::numeric_limits<double>::quiet_NaN()};
+    if (measure) {
+        const std::uint32_t bits = await(answer, row, word_of(*measure));
+        float said;
+        std::memcpy(&said, &bits, sizeof said);
+        choice.confidence = static_cast<double>(said);
+    }
+    return choice;
+}
+
+std::uint32_t Mailbox::await(std::uint32_t answer, int row, int which) {
+    const std::size_t place = ((answer - 1) % SLOTS * ROWS + static_cast<std::size_t>(row)) * ANSWER_WORDS +
+                              static_cast<std::size_t>(which);
+    const std::uint64_t* const word = mail_.as<std::uint64_t>() + place;
+    for (unsigned looks = 1;; ++looks) {
+        const std::uint64_t found = __atomic_load_n(word, __ATOMIC_ACQUIRE);
+        if (found >> 32 == answer) return static_cast<std::uint32_t>(found);
+        if (looks % LOOKS_AT_STREAM == 0) stream_.check_alive();
+    }
+}
+
+}  // namespace ojfa::tensorrt

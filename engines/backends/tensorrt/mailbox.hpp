@@ -1,0 +1,45 @@
+// How answers of the device come to the host: a few numbers in memory that both can reach. Kernels write them
+// there, each with the number of its answer (engines/kernels/choose.cuh); the host looks until they are
+// there. That is sooner known than the end of all work, which need not have come.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "device.hpp"
+#include "runtime/choice.hpp"
+
+namespace ojfa::tensorrt {
+
+// Of one session. One thread at a time.
+class Mailbox {
+ public:
+    // Rows of one answer.
+    static constexpr int MOST_ROWS = 16;
+
+    explicit Mailbox(Device& device, Stream& stream);
+
+    // What kernels make answers in, and where they put them. At the first address lie the newest answer's
+    // tokens.
+    CUdeviceptr desk() const { return desk_.address(); }
+    CUdeviceptr mail() const { return reinterpret_cast<CUdeviceptr>(mail_.as<void>()); }
+
+    // Leaves the random numbers of the answer that is launched next.
+    void leave(core::Span<const double> draws);
+
+    // The number of an answer that has been launched.
+    std::uint32_t expect() { return ++given_; }
+
+    // Waits for a row of an answer, one of the last few.
+    core::Choice read(std::uint32_t answer, int row, std::optional<core::Measure> measure);
+
+ private:
+    std::uint32_t await(std::uint32_t answer, int row, int which);
+
+    Stream& stream_;
+    Buffer desk_;
+    Pinned mail_;
+    std::uint32_t given_ = 0;  // answers so far
+};
+
+}  // namespace ojfa::tensorrt
