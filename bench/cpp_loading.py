@@ -14,7 +14,7 @@ PIECE = 16 << 20
 READERS = 16
 
 
-def loading(program: Path, bundle: Path, turns: int = 3) -> dict[str, Any]:
+def loading(program: Path, bundle: Path, turns: int = 2) -> dict[str, Any]:
     """Seconds of reading all files and of loading the model, each from the disk and from memory.
 
     Args:
