@@ -15,9 +15,19 @@ using fixtures::Json;
 
 namespace {
 
+// Opens a bundle and checks all its files.
+Bundle opened(const std::filesystem::path& directory, const Progress& progress = {},
+              const Receive& receive = {}) {
+    Bundle bundle(directory);
+    Checker checker(bundle.directory(), progress, bundle.bytes());
+    bundle.check_contents(checker, Bundle::Part::others, receive);
+    bundle.check_contents(checker, Bundle::Part::weights, receive);
+    return bundle;
+}
+
 std::string refusal(const std::filesystem::path& bundle) {
     try {
-        Bundle opened(bundle, {});
+        opened(bundle);
     } catch (const Failure& failure) {
         EXPECT_EQ(failure.status(), OJFA_ERROR_BUNDLE);
         EXPECT_FALSE(failure.hint().empty());
@@ -43,7 +53,7 @@ void rewrite(const std::filesystem::path& bundle, Change change) {
 
 TEST(BundleFiles, WholeOnesOpenAndReportProgress) {
     std::uint64_t last = 0, total = 0;
-    const Bundle bundle(fixtures::vectors("gpt2.ojfa"), [&](std::uint64_t done, std::uint64_t all) {
+    const Bundle bundle = opened(fixtures::vectors("gpt2.ojfa"), [&](std::uint64_t done, std::uint64_t all) {
         EXPECT_GE(done, last);
         last = done, total = all;
     });
@@ -69,6 +79,35 @@ TEST(BundleFiles, EveryFileIsCheckedForSizeAndContent) {
         std::filesystem::remove(path);
         expect_says(refusal(copy.bundle), "lacks file");
     }
+}
+
+namespace {
+
+// Keeps a file's bytes, with room for a few at a time.
+class Kept : public Receiver {
+ public:
+    explicit Kept(std::string& content) : content_(content) {}
+    Span<char> room() override { return {piece_, sizeof piece_}; }
+    void take(std::size_t count) override { content_.append(piece_, count); }
+
+ private:
+    char piece_[37] = {};
+    std::string& content_;
+};
+
+}  // namespace
+
+TEST(BundleFiles, AreGivenToWhoReceivesThemWhileTheyAreChecked) {
+    const auto directory = fixtures::vectors("llama.ojfa");
+    std::map<std::string, std::string> received;
+    const Bundle whole = opened(directory);
+    for (const auto& file : whole.manifest().files) received[file.first];  // threads then change no map
+    opened(directory, {}, [&](const std::string& name) -> std::unique_ptr<Receiver> {
+        if (name == "tokenizer.json") return nullptr;
+        return std::make_unique<Kept>(received.at(name));
+    });
+    for (const auto& [name, content] : received)
+        EXPECT_EQ(content, name == "tokenizer.json" ? "" : fixtures::read(directory / name)) << name;
 }
 
 TEST(BundleFiles, NothingElseMayBeThere) {
@@ -111,7 +150,7 @@ TEST(BundleFiles, TensorsBeyondTheirFiles) {
          {std::int64_t{1} << 20, std::numeric_limits<std::int64_t>::max(), std::int64_t{2052}}) {
         const Copy copy;
         rewrite(copy.bundle, [&](Json& manifest) { manifest["rotary"]["sin"]["offset"] = offset; });
-        const Bundle bundle(copy.bundle, {});
+        const Bundle bundle = opened(copy.bundle);
         EXPECT_THROW(bundle.tensor(bundle.manifest().rotary->sines), Failure);
         EXPECT_EQ(bundle.tensor(bundle.manifest().rotary->cosines).size(), 64u * 8);
     }

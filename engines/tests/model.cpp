@@ -39,3 +39,16 @@ TEST(GoldenTokens, AreComparedAtLoad) {
         EXPECT_NO_THROW(Model(copy.bundle, unchecked));
     }
 }
+
+TEST(Loading, BlocksThatAreAskedForAreThereAtOnce) {
+    LoadOptions options = reference();
+    Model all(fixtures::vectors("llama.ojfa"), options);
+    options.check_golden = false;
+    Model none(fixtures::vectors("llama.ojfa"), options);
+    options.blocks = 2;
+    Model two(fixtures::vectors("llama.ojfa"), options);
+    EXPECT_GT(two.engines().memory(), none.engines().memory());
+    EXPECT_LT(two.engines().memory(), all.engines().memory());
+    options.blocks = 5;
+    EXPECT_THROW(Model(fixtures::vectors("llama.ojfa"), options), Failure);
+}

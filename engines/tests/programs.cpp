@@ -74,6 +74,43 @@ TEST(Programs, BenchMeasuresWhatIsAsked) {
     EXPECT_GT(document["concurrent"]["tokens_per_second"], 0);
 }
 
+TEST(Programs, TurnsAnswersEachLine) {
+    const Json stored = fixtures::read_json(fixtures::vectors("llama.json"));
+    const fixtures::TemporaryDirectory directory;
+    std::string lines;
+    std::vector<Json> expected;
+    for (const Json& each : stored["generations"]) {
+        if (each["prompts"].size() != 1 || each["exit"] == "default" || each.contains("shadow")) continue;
+        const Json& tokens = each["gives"]["tokens"][0];
+        if (each["gives"]["finish"][0] != "max_new_tokens") continue;
+        Json asked = {{"ids", each["prompts"][0]},
+                      {"exit", each["exit"]},
+                      {"max_new_tokens", tokens.size()},
+                      {"temperature", each["temperature"]},
+                      {"top_p", each["top_p"]},
+                      {"seed", each["seed"]},
+                      {"top_k", each["top_k"].is_null() ? Json(0) : each["top_k"]}};
+        if (each.contains("speculation")) asked["speculation"] = each["speculation"];
+        lines += asked.dump() + "\n";
+        expected.push_back(each["gives"]);
+    }
+    ASSERT_GT(expected.size(), 3u);
+    fixtures::write(directory.path / "asked", lines);
+    const Done done = run(OJFA_TURNS + bundle() + "< " + (directory.path / "asked").string());
+    ASSERT_EQ(done.status, 0) << done.output;
+    std::istringstream answers(done.output);
+    std::string line;
+    std::getline(answers, line);
+    EXPECT_GT(Json::parse(line)["progress_calls"], 3);
+    for (const Json& gives : expected) {
+        ASSERT_TRUE(std::getline(answers, line));
+        const Json answer = Json::parse(line);
+        EXPECT_EQ(answer["tokens"], gives["tokens"][0]);
+        EXPECT_EQ(answer["blocks_run"], gives["blocks_run"][0]);
+        EXPECT_EQ(answer["ms"].size(), answer["tokens"].size());
+    }
+}
+
 TEST(Programs, MistakesAreSaidAndGiveStatusTwo) {
     const std::pair<std::string, const char*> cases[] = {
         {OJFA_RUN + std::string(""), "BUNDLE is missing"},

@@ -50,7 +50,7 @@ ojfa::GenerateOptions options_of(const Json& asked) {
     options.temperature = asked.value("temperature", 0.0);
     options.top_k = asked.value("top_k", 0);
     options.top_p = asked.value("top_p", 1.0);
-    options.seed = asked.value("seed", 0u);
+    options.seed = asked.value("seed", std::uint64_t{0});
     options.ignore_eos = true;
     return options;
 }
@@ -78,12 +78,10 @@ int body(int argc, char** argv) {
         ++told;
         bytes = total;
     };
+    options.blocks = OJFA_EXIT_FULL;
     const auto start = Clock::now();
     const auto model = ojfa::Model::load(line.operand(), options);
-    const double opened = ms_since(start);
-    model.load_blocks();
-    std::cout << Json{{"opened_ms", opened},
-                      {"loaded_ms", ms_since(start)},
+    std::cout << Json{{"loaded_ms", ms_since(start)},
                       {"bytes", bytes},
                       {"progress_calls", told},
                       {"memory_bytes", model.memory()},

@@ -32,6 +32,7 @@ namespace ojfa::tensorrt {
     X(cuEventCreate, 2000)                \
     X(cuEventDestroy, 4000)               \
     X(cuEventRecord, 2000)                \
+    X(cuEventSynchronize, 2000)           \
     X(cuStreamCreate, 2000)               \
     X(cuStreamDestroy, 4000)              \
     X(cuStreamQuery, 2000)                \

@@ -101,6 +101,14 @@ void TensorRtEngines::load_blocks(int depth) {
     for (int block = 0; block < depth; ++block) weights(core::block_name(block));
 }
 
+std::unique_ptr<core::Loading> TensorRtEngines::begin_loading(int depth) {
+    std::vector<const Plan*> plans = {&plan("embed")};
+    for (int block = 0; block < depth; ++block) plans.push_back(&plan(core::block_name(block)));
+    if (depth == spec.blocks) plans.push_back(&plan("final_head"));
+    device.make_current();
+    return store_->begin_loading(plans);
+}
+
 std::unique_ptr<Kernels> TensorRtEngines::lend_kernels() {
     ++lent_;
     {

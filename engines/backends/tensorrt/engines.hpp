@@ -43,6 +43,7 @@ class TensorRtEngines : public core::Engines {
     TensorRtEngines(const core::Bundle& bundle, const core::OpenOptions& options);
 
     void load_blocks(int depth) override;
+    std::unique_ptr<core::Loading> begin_loading(int depth) override;
     std::unique_ptr<core::Cache> new_cache(int batch_size, int capacity,
                                            core::Interruption interruption) override;
     std::uint64_t memory() const override { return device.account.held(); }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "failure.hpp"
 
@@ -13,7 +14,6 @@ namespace ojfa::tensorrt {
 namespace {
 
 constexpr std::size_t ROW_BYTES = 16;  // of what a kernel loads at once
-constexpr std::size_t STAGE_BYTES = std::size_t{32} << 20;
 
 // A part of a file in memory.
 class Mapped {
@@ -51,7 +51,7 @@ unsigned tiles(std::int64_t length) {
 
 WeightStore::WeightStore(Device& device, std::filesystem::path directory,
                          const std::map<std::string, std::unique_ptr<Kernels>>& kernels)
-    : device_(device), directory_(std::move(directory)), kernels_(kernels), stream_(device) {}
+    : device_(device), directory_(std::move(directory)), kernels_(kernels), stream_(device), lanes_(device) {}
 
 Arrays WeightStore::load(const Plan& plan) {
     Arrays arrays;
@@ -60,21 +60,38 @@ Arrays WeightStore::load(const Plan& plan) {
 }
 
 Array WeightStore::get(const Weight& weight) {
-    const auto key = std::make_pair(weight.file, weight.offset);
-    const auto found = held_.find(key);
+    const Place place = {weight.file, weight.offset};
+    const auto found = held_.find(place);
     if (found != held_.end()) return found->second;
-    return held_[key] = upload_weight(weight);
+    return held_[place] = read(weight);
 }
 
-Array WeightStore::upload_weight(const Weight& weight) {
-    const Mapped mapped(directory_ / weight.file, weight.offset, weight.bytes());
+Array WeightStore::read(const Weight& weight) {
     Array stored = {std::make_shared<Buffer>(device_, weight.bytes()), weight.shape};
-    for (std::uint64_t at = 0; at < weight.bytes(); at += STAGE_BYTES)
-        stream_.upload(mapped.data() + at, stored.address() + at, std::min(STAGE_BYTES, weight.bytes() - at));
-    if (!weight.transposed) {
-        stream_.synchronize();
-        return stored;
+    const std::filesystem::path path = directory_ / weight.file;
+    try {
+        core::SequentialFile file(path, weight.offset);
+        Uploading uploading(lanes_, {{weight.offset, weight.bytes(), stored.address()}}, weight.offset);
+        for (std::uint64_t left = weight.bytes(); left;) {
+            const core::Span<char> room = uploading.room();
+            const std::size_t wanted = std::min<std::uint64_t>(room.size(), left);
+            if (file.read({room.data(), wanted}) != wanted) throw std::runtime_error("it is too short");
+            uploading.take(wanted);
+            left -= wanted;
+        }
+        uploading.finish();
+    } catch (const core::Failure&) {
+        throw;
+    } catch (const std::runtime_error& error) {
+        throw core::bundle_failure(path.string() + " can't be read: " + error.what(),
+                                   "copy the bundle again whole");
     }
+    return arranged(weight, std::move(stored));
+}
+
+// As the device wants it.
+Array WeightStore::arranged(const Weight& weight, Array stored) {
+    if (!weight.transposed) return stored;
     const std::int64_t rows = weight.shape[0], columns = weight.shape[1];
     Array turned = {std::make_shared<Buffer>(device_, weight.bytes()), {columns, rows}};
     kernels_.at(weight.precision)
@@ -82,6 +99,48 @@ Array WeightStore::upload_weight(const Weight& weight) {
                  stored.address(), static_cast<int>(rows), static_cast<int>(columns));
     stream_.synchronize();
     return turned;
+}
+
+// Weights on their way while their files are read; they are held when all is done.
+class WeightStore::WhileRead : public core::Loading {
+ public:
+    WhileRead(WeightStore& store, const std::vector<const Plan*>& plans) : store_(store) {
+        for (const Plan* const plan : plans)
+            for (const auto& [name, weight] : plan->weights) {
+                const Place place = {weight.file, weight.offset};
+                if (store.held_.count(place) || coming_.count(place)) continue;
+                Array stored = {std::make_shared<Buffer>(store.device_, weight.bytes()), weight.shape};
+                files_["graphs/" + weight.file].push_back({weight.offset, weight.bytes(), stored.address()});
+                coming_.emplace(place, Coming{weight, std::move(stored)});
+            }
+    }
+
+    std::unique_ptr<core::Receiver> receive(const std::string& name) override {
+        const auto found = files_.find(name);
+        if (found == files_.end()) return nullptr;
+        store_.device_.make_current();
+        return std::make_unique<Uploading>(store_.lanes_, found->second);
+    }
+
+    void end() override {
+        store_.device_.make_current();
+        for (auto& [place, coming] : coming_)
+            store_.held_[place] = store_.arranged(coming.weight, std::move(coming.stored));
+    }
+
+ private:
+    struct Coming {
+        const Weight& weight;
+        Array stored;
+    };
+
+    WeightStore& store_;
+    std::map<Place, Coming> coming_;
+    std::map<std::string, std::vector<Destination>> files_;
+};
+
+std::unique_ptr<core::Loading> WeightStore::begin_loading(const std::vector<const Plan*>& plans) {
+    return std::make_unique<WhileRead>(*this, plans);
 }
 
 std::vector<float> WeightStore::values(const Weight& weight) const {

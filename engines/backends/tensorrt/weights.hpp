@@ -7,8 +7,10 @@
 #include <utility>
 #include <vector>
 
+#include "backend/backend.hpp"
 #include "kernels.hpp"
 #include "plan.hpp"
+#include "upload.hpp"
 
 namespace ojfa::tensorrt {
 
@@ -34,6 +36,9 @@ class WeightStore {
     // The weights of a graph, by name.
     Arrays load(const Plan& plan);
 
+    // Begins to take weights from their files as these are read.
+    std::unique_ptr<core::Loading> begin_loading(const std::vector<const Plan*>& plans);
+
     // A matrix [rows, columns] in fp32, or as its file has it, changed on the host and uploaded: transposed
     // first where `turned`, then multiplied by `factor` (fp32 alone), then with rows filled up to whole
     // 16-byte loads, and as many rows as those are filled up to where `square`.
@@ -44,14 +49,20 @@ class WeightStore {
     Array upload(const std::vector<float>& values);
 
  private:
+    class WhileRead;  // Loading
+
+    using Place = std::pair<std::string, std::uint64_t>;  // file and offset
+
     Array get(const Weight& weight);
-    Array upload_weight(const Weight& weight);
+    Array read(const Weight& weight);
+    Array arranged(const Weight& weight, Array stored);
 
     Device& device_;
     std::filesystem::path directory_;
     const std::map<std::string, std::unique_ptr<Kernels>>& kernels_;
     Stream stream_;
-    std::map<std::pair<std::string, std::uint64_t>, Array> held_;
+    Lanes lanes_;
+    std::map<Place, Array> held_;
 };
 
 }  // namespace ojfa::tensorrt

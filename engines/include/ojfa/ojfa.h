@@ -75,13 +75,14 @@ typedef struct ojfa_load_options {
     /* Told how many bytes of the bundle were checked; may be null. One call at a time, from any thread. */
     void (*progress)(void* user, uint64_t done, uint64_t total);
     void* user;
+    int32_t blocks; /* upload the first so many on the way, OJFA_EXIT_FULL for all; negative: none [-1] */
 } ojfa_load_options;
 
 OJFA_API void ojfa_load_options_init(ojfa_load_options* options);
 
 /* Opens a bundle directory: checks every file against the manifest, loads the backend and opens the engines.
- * The handle is closed with ojfa_model_close. Any thread. Blocks are uploaded when a token first needs them.
- */
+ * The handle is closed with ojfa_model_close. Any thread. Blocks that
+ * weren't asked for are uploaded when a token first needs them. */
 OJFA_API ojfa_status ojfa_model_load(const char* bundle, const ojfa_load_options* options, ojfa_model* model);
 
 /* Closes the handle; the model's memory is freed with its last session. Any thread. */

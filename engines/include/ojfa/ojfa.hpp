@@ -255,6 +255,7 @@ class Model {
         given.device = options.device;
         given.memory_limit = options.memory_limit;
         given.check_golden = options.check_golden;
+        given.blocks = options.blocks.value_or(-1);
         if (options.progress) {
             given.progress = [](void* user, std::uint64_t done, std::uint64_t total) {
                 (*static_cast<const decltype(options.progress)*>(user))(done, total);

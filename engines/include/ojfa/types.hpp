@@ -158,7 +158,8 @@ struct LoadOptions {
     std::uint64_t memory_limit = 0;    // bytes on the device; 0: none
     bool check_golden = true;
     std::function<void(std::uint64_t done, std::uint64_t total)> progress =
-        {};  // bytes checked; must not throw
+        {};                          // bytes checked; must not throw
+    std::optional<int> blocks = {};  // uploaded while the files are read, OJFA_EXIT_FULL for all
 };
 
 }  // namespace ojfa

@@ -94,6 +94,21 @@ inline void keep_by_copies(Cache& cache, Address kept, std::size_t capacity, Add
     }
 }
 
+// Takes the weights of some blocks from their files as these are read to be checked.
+class Loading {
+ public:
+    virtual ~Loading() = default;
+    Loading() = default;
+    Loading(const Loading&) = delete;
+    Loading& operator=(const Loading&) = delete;
+
+    // As core::Receive.
+    virtual std::unique_ptr<Receiver> receive(const std::string& name) = 0;
+
+    // All files were whole, and given whole.
+    virtual void end() = 0;
+};
+
 // An opened model. Used by any number of threads.
 class Engines {
  public:
@@ -104,6 +119,9 @@ class Engines {
 
     // Loads the embedding and the first blocks.
     virtual void load_blocks(int depth) = 0;
+
+    // Begins to load them from files that are about to be read; null where that saves nothing.
+    virtual std::unique_ptr<Loading> begin_loading(int /*depth*/) { return nullptr; }
 
     // A cache for this many sequences of at most this many tokens. It may outlive a call, not this object.
     virtual std::unique_ptr<Cache> new_cache(int batch_size, int capacity, Interruption interruption) = 0;

@@ -1,16 +1,11 @@
 #include "bundle/bundle.hpp"
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
 #include <fstream>
-#include <mutex>
 #include <set>
 #include <system_error>
-#include <thread>
 #include <utility>
 
-#include "bundle/sha256.hpp"
 #include "failure.hpp"
 
 namespace ojfa::core {
@@ -50,87 +45,27 @@ std::set<std::string> walk(const std::filesystem::path& directory) {
     return names;
 }
 
-// Files that threads take one by one, and the first thing that went wrong.
-class Checker {
- public:
-    Checker(const std::filesystem::path& directory, const std::map<std::string, FileEntry>& files,
-            const Progress& progress)
-        : directory_(directory), progress_(progress) {
-        for (const auto& file : files) {
-            order_.push_back(&file);
-            total_ += file.second.size;
-        }
-        // The largest files first, so that none is last.
-        std::stable_sort(order_.begin(), order_.end(),
-                         [](auto* a, auto* b) { return a->second.size > b->second.size; });
-    }
-
-    void run() {
-        const std::size_t wanted = std::max(1u, std::thread::hardware_concurrency());
-        std::vector<std::thread> threads;
-        for (std::size_t i = 1; i < std::min(wanted, order_.size()); ++i)
-            threads.emplace_back([this] { work(); });
-        work();
-        for (std::thread& thread : threads) thread.join();
-        if (failed_) std::rethrow_exception(failed_);
-    }
-
- private:
-    void work() {
-        for (std::size_t at = next_++; at < order_.size() && !stop_; at = next_++) {
-            try {
-                check(order_[at]->first, order_[at]->second);
-            } catch (...) {
-                const std::lock_guard lock(mutex_);
-                if (!failed_) failed_ = std::current_exception();
-                stop_ = true;
-            }
-        }
-    }
-
-    void check(const std::string& name, const FileEntry& entry) {
-        const std::filesystem::path path = directory_ / name;
-        std::error_code error;
-        const std::uint64_t size = std::filesystem::file_size(path, error);
-        if (error) throw bundle_failure(path.string() + " can't be read: " + error.message(), WHOLE);
-        if (size != entry.size)
-            throw bundle_failure(path.string() + " has " + std::to_string(size) +
-                                     " bytes, its manifest says " + std::to_string(entry.size),
-                                 WHOLE);
-        std::string digest;
-        try {
-            digest = sha256_file(path, [this](std::uint64_t count) { tell(count); });
-        } catch (const std::runtime_error& problem) {
-            throw bundle_failure(path.string() + " can't be read: " + problem.what(), WHOLE);
-        }
-        if (digest != entry.sha256)
-            throw bundle_failure(path.string() + " was altered: its SHA-256 differs", WHOLE);
-    }
-
-    void tell(std::uint64_t count) {
-        if (!progress_) return;
-        const std::lock_guard lock(mutex_);
-        done_ += count;
-        progress_(done_, total_);
-    }
-
-    const std::filesystem::path& directory_;
-    const Progress& progress_;
-    std::vector<const std::pair<const std::string, FileEntry>*> order_;
-    std::uint64_t total_ = 0, done_ = 0;
-    std::atomic<std::size_t> next_{0};
-    std::atomic<bool> stop_{false};
-    std::mutex mutex_;
-    std::exception_ptr failed_;
-};
-
 }  // namespace
 
-Bundle::Bundle(std::filesystem::path directory, const Progress& progress)
+Bundle::Bundle(std::filesystem::path directory)
     : directory_(std::move(directory)), manifest_(read_manifest(directory_)) {
     check_names();
-    check_contents(progress);
     check_references();
+    for (const GraphEntry& graph : manifest_.graphs)
+        weight_files_.insert(graph.weights.begin(), graph.weights.end());
+}
+
+void Bundle::check_contents(Checker& checker, Part part, const Receive& receive) const {
+    std::vector<std::pair<std::string, FileEntry>> files;
+    for (const auto& file : manifest_.files)
+        if ((weight_files_.count(file.first) > 0) == (part == Part::weights)) files.emplace_back(file);
+    checker.check(files, receive);
+}
+
+std::uint64_t Bundle::bytes() const {
+    std::uint64_t total = 0;
+    for (const auto& file : manifest_.files) total += file.second.size;
+    return total;
 }
 
 const EngineSet& Bundle::engines(const std::string& backend) const {
@@ -182,10 +117,6 @@ void Bundle::check_names() const {
             throw bundle_failure(
                 directory_.string() + " holds '" + name + "', which its manifest does not name",
                 "remove it, or use a fresh copy of the bundle");
-}
-
-void Bundle::check_contents(const Progress& progress) const {
-    Checker(directory_, manifest_.files, progress).run();
 }
 
 void Bundle::check_references() const {

@@ -3,22 +3,27 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <functional>
+#include <set>
 #include <string>
 #include <vector>
 
-#include "bundle/manifest.hpp"
+#include "bundle/files.hpp"
 
 namespace ojfa::core {
 
-// Told bytes that were checked, and all that are to be.
-using Progress = std::function<void(std::uint64_t done, std::uint64_t total)>;
-
 class Bundle {
  public:
-    // Checks every file, on all cores. Throws Failure where one is missing, extra, altered, a link, or
-    // outside the bundle.
-    Bundle(std::filesystem::path directory, const Progress& progress);
+    // Reads the manifest. Throws Failure where a file is missing, extra, a link, or outside the bundle.
+    explicit Bundle(std::filesystem::path directory);
+
+    // Which files: the weights, which are nearly all bytes, or all others.
+    enum class Part { weights, others };
+
+    // Checks files. Nothing that runs may be taken from one before that.
+    void check_contents(Checker& checker, Part part, const Receive& receive = {}) const;
+
+    // Of all files.
+    std::uint64_t bytes() const;
 
     const std::filesystem::path& directory() const { return directory_; }
     const Manifest& manifest() const { return manifest_; }
@@ -31,11 +36,11 @@ class Bundle {
 
  private:
     void check_names() const;
-    void check_contents(const Progress& progress) const;
     void check_references() const;
 
     std::filesystem::path directory_;
     Manifest manifest_;
+    std::set<std::string> weight_files_;
 };
 
 }  // namespace ojfa::core

@@ -1,17 +1,29 @@
 // SHA-256, by OpenSSL.
 #pragma once
 
-#include <cstdint>
-#include <filesystem>
-#include <functional>
+#include <memory>
 #include <string>
 
 namespace ojfa::core {
 
+class Sha256 {
+ public:
+    Sha256();
+    ~Sha256();
+    Sha256(const Sha256&) = delete;
+    Sha256& operator=(const Sha256&) = delete;
+
+    void add(const void* data, std::size_t size);
+
+    // Of all that was added, once.
+    std::string hex();
+
+ private:
+    struct State;
+    std::unique_ptr<State> state_;
+};
+
 // Hex digest of a text.
 std::string sha256_text(const std::string& text);
-
-// Hex digest of a file, read in pieces; `read` is told the bytes of each. Throws std::runtime_error.
-std::string sha256_file(const std::filesystem::path& path, const std::function<void(std::uint64_t)>& read);
 
 }  // namespace ojfa::core

@@ -44,6 +44,7 @@ core::LoadOptions load_options(const ojfa_load_options* given) {
     if (options.device < 0) throw usage_failure("device " + std::to_string(options.device) + " is below 0");
     result.open = {options.device, options.memory_limit};
     result.check_golden = options.check_golden != 0;
+    if (options.blocks >= 0) result.blocks = options.blocks;
     if (options.progress)
         result.progress = [progress = options.progress, user = options.user](
                               std::uint64_t done, std::uint64_t total) { progress(user, done, total); };
@@ -60,6 +61,7 @@ void ojfa_load_options_init(ojfa_load_options* options) {
     *options = {};
     options->struct_size = sizeof *options;
     options->check_golden = 1;
+    options->blocks = -1;
 }
 
 ojfa_status ojfa_model_load(const char* bundle, const ojfa_load_options* options, ojfa_model* model) {

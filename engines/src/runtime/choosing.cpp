@@ -32,6 +32,7 @@ void Session::choose(const TokenRows& tokens, int depth, const Drawing& how, con
     check(tokens);
     const Wanted wanted = with_new(tokens);
     Unless failed(*this);
+    check_interruption();  // what was begun ahead computes nothing more
     std::unique_ptr<Choices> choices = take_ahead(tokens, depth, how);
     if (!choices) {
         append_checked(tokens);

@@ -18,9 +18,23 @@ void check_limit(int value, int limit, const std::string& what, const std::strin
 
 Model::Model(const std::filesystem::path& bundle, const LoadOptions& options)
     // The backend first: one that isn't there is no reason to read a bundle.
-    : bundle_((load_backend(options.backend, options.library), bundle), options.progress),
-      engines_(load_backend(options.backend, options.library).open(bundle_, options.open)) {
+    : bundle_((load_backend(options.backend, options.library), bundle)) {
+    open(options);
     if (options.check_golden) check_golden();
+}
+
+// Opens the engines when what they are opened from is checked, and gives them the weights as these are.
+void Model::open(const LoadOptions& options) {
+    Checker checker(bundle_.directory(), options.progress, bundle_.bytes());
+    bundle_.check_contents(checker, Bundle::Part::others);
+    engines_ = load_backend(options.backend, options.library).open(bundle_, options.open);
+    const int depth = options.blocks ? resolve_exit(*options.blocks, spec().blocks) : 0;
+    const std::unique_ptr<Loading> loading = depth ? engines_->begin_loading(depth) : nullptr;
+    Receive receive;
+    if (loading) receive = [&loading](const std::string& name) { return loading->receive(name); };
+    bundle_.check_contents(checker, Bundle::Part::weights, receive);
+    if (loading) loading->end();
+    if (depth) engines_->load_blocks(depth);
 }
 
 std::unique_ptr<Session> Model::session(const SessionOptions& options) {

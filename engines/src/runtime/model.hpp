@@ -17,6 +17,7 @@ struct LoadOptions {
     std::string library;  // of the backend; empty: where it is looked for
     OpenOptions open;
     bool check_golden = true;
+    std::optional<int> blocks;  // that are loaded while the files are checked; 0: all; none: when needed
     Progress progress;
 };
 
@@ -46,6 +47,7 @@ class Model {
     const Policy& automatic() const;
 
  private:
+    void open(const LoadOptions& options);
     void check_golden();
 
     Bundle bundle_;
