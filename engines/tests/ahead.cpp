@@ -53,6 +53,25 @@ TEST_P(Ahead, GivesTheTokensOfSingleSteps) {
     }
 }
 
+TEST_P(Ahead, WhereAPolicyDecidesToo) {
+    const auto model = open(GetParam());
+    for (const double threshold : {-1.0, 0.02, 0.05, 0.1, 2.0}) {
+        const ojfa::Policy policy = {{1, 3}, ojfa::Measure::top, {threshold, threshold}};
+        auto session = model.session(), single = model.session();
+        ojfa::TokenIds pending = PROMPT;
+        for (const auto& step : session.generate(PROMPT, at(policy))) {
+            const ojfa::Decision decision = single.decide({pending}, policy);
+            EXPECT_EQ(step.token, decision.likeliest[0]);
+            EXPECT_EQ(step.blocks_run, decision.blocks_run[0]);
+            pending = {step.token};
+            EXPECT_EQ(session.watermarks(), single.watermarks());
+        }
+        EXPECT_EQ(session.stats().exits, single.stats().exits);
+        EXPECT_EQ(session.stats().checks, single.stats().checks);
+        EXPECT_EQ(session.stats().exit_heads, single.stats().exit_heads);
+    }
+}
+
 TEST_P(Ahead, ASessionShowsNothingOfIt) {
     const auto model = open(GetParam());
     auto session = model.session();

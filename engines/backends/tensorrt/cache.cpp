@@ -196,7 +196,10 @@ core::Address TensorRtCache::decode(int first, int stop, CUdeviceptr hidden, con
         workspace.take(stream_, hidden, first, rows.count);
     }
     const int rest = first + (begun ? 1 : 0);
-    if (rest < stop) add_blocks(rest, stop, rows.count, rows.long_context);
+    if (rest < stop) {
+        const Work work = blocks_of_step(rest, stop, rows.count, rows.long_context);
+        stream_.add(work.key, work.run);
+    }
     ahead_.reset();
     last_ = Pass{stop,
                  rows.first,
@@ -225,13 +228,13 @@ void TensorRtCache::call_off() {
     });
 }
 
-void TensorRtCache::add_blocks(int first, int stop, int count, bool long_context) {
+TensorRtCache::Work TensorRtCache::blocks_of_step(int first, int stop, int count, bool long_context) {
     const Workspace& workspace = step_workspace(count);
-    stream_.add({BLOCKS, number(first), number(stop), number(count), number(long_context)},
-                [this, &workspace, first, stop, count, long_context] {
-                    for (int index = first; index < stop; ++index)
-                        blocks_.run(index, workspace, count, long_context, true);
-                });
+    return {{BLOCKS, number(first), number(stop), number(count), number(long_context)},
+            [this, &workspace, first, stop, count, long_context] {
+                for (int index = first; index < stop; ++index)
+                    blocks_.run(index, workspace, count, long_context, true);
+            }};
 }
 
 core::Address TensorRtCache::prefill(int first, int stop, CUdeviceptr hidden, const core::Rows& rows) {
@@ -331,27 +334,41 @@ std::unique_ptr<core::Choices> TensorRtCache::choose_rows(CUdeviceptr hidden, in
         keeping = keeping_;
     keeping_ = {};
     const bool in_one = heads_.checks_in_one(count, blocks_run);
+    if (question.measure >= 0) blocks_.open(how.stop->first);
     if (in_one && engines_.has_several_sessions()) stream_.flush();  // the others needn't wait for all this
     Key key = {CHOOSE, states, number(count), number(blocks_run)};
     for (const Key& more : {question.key(), keeping.kept ? keeping.key() : Key()})
         key.insert(key.end(), more.begin(), more.end());
-    stream_.add(key, [this, states, count, blocks_run, question, keeping] {
+    const auto choice = [this, states, count, blocks_run, question, keeping] {
         heads_.choose(states, count, blocks_run, question, keeping);
-    });
-    if (question.measure >= 0) {
+    };
+    if (question.measure < 0) {
+        stream_.add(key, choice);
+    } else {
         ahead_ = how.stop->first;
-        add_blocks(*ahead_, *ahead_ + 1, count, last_->long_context);
+        const Work then = blocks_of_step(*ahead_, *ahead_ + 1, count, last_->long_context);
+        key.insert(key.end(), then.key.begin(), then.key.end());
+        stream_.add(key, [this, choice, in_one, run = then.run] {
+            if (in_one) return stream_.beside(choice, run);
+            choice();
+            run();
+        });
     }
     mailbox_.leave(how.draws);
-    in_one ? engines_.launch_check(stream_) : stream_.flush();
+    if (in_one) {
+        const std::uint32_t answer = mailbox_.next();
+        engines_.launch_check(stream_, mailbox_.first_word(answer), answer);
+    } else {
+        stream_.flush();
+    }
     return std::make_unique<OnTheirWay>(*this, count, how.measure);
 }
 
 // What kernels are asked. A check calls off the block that is begun with it: TensorRT's engines can't be
-// called off, and what takes memory isn't begun by a guess.
+// called off.
 Asked TensorRtCache::asked(const core::Choosing& how, int count) const {
     Asked result;
-    if (how.stop && how.measure && last_ && count <= MOST_TOKENS && blocks_.is_open(how.stop->first)) {
+    if (how.stop && how.measure && last_ && count <= MOST_TOKENS) {
         result.measure = static_cast<int>(*how.measure);
         result.threshold = how.stop->threshold;
     }

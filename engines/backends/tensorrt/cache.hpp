@@ -43,12 +43,18 @@ class TensorRtCache : public core::Cache {
         bool holds(CUdeviceptr states, int rows) const { return states == hidden && rows == count; }
     };
 
+    // What is launched, and its key.
+    struct Work {
+        Key key;
+        std::function<void()> run;
+    };
+
     Workspace& step_workspace(int count);
     Workspace& prompt_workspace(int tokens);
     CUdeviceptr gathered(std::size_t rows);
     core::Address decode(int first, int stop, CUdeviceptr hidden, const core::Rows& rows);
     core::Address prefill(int first, int stop, CUdeviceptr hidden, const core::Rows& rows);
-    void add_blocks(int first, int stop, int count, bool long_context);
+    Work blocks_of_step(int first, int stop, int count, bool long_context);
     bool was_begun(int first, int stop, CUdeviceptr hidden, const core::Rows& rows) const;
     void call_off();
     CUdeviceptr in_place(CUdeviceptr hidden, int count);

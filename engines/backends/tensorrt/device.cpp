@@ -91,9 +91,17 @@ Event::~Event() {
     }
 }
 
-Stream::Stream(Device& device) : device_(device), number_(next_number()) {
+Stream::Stream(Device& device) : device_(device), number_(next_number()), forked_(device), joined_(device) {
     device.make_current();
     check(driver().cuStreamCreate(&stream_, CU_STREAM_NON_BLOCKING), "opening a stream");
+    // What runs beside the stream goes first where both could: it is small.
+    int least = 0, greatest = 0;
+    const CUresult asked = driver().cuCtxGetStreamPriorityRange(&least, &greatest);
+    const CUresult made = driver().cuStreamCreateWithPriority(&side_, CU_STREAM_NON_BLOCKING, greatest);
+    if (asked == CUDA_SUCCESS && made == CUDA_SUCCESS) return;
+    driver().cuStreamDestroy(stream_);
+    check(asked, "asking for streams' priorities");
+    check(made, "opening a stream");
 }
 
 Stream::~Stream() {
@@ -103,6 +111,7 @@ Stream::~Stream() {
         for (const auto& graph : graphs_)
             if (graph.second) driver().cuGraphExecDestroy(graph.second);
         driver().cuStreamDestroy(stream_);
+        driver().cuStreamDestroy(side_);
     } catch (...) {  // the device is lost
     }
 }
@@ -117,6 +126,22 @@ bool Stream::take_back(const Key& key) {
     keys_.pop_back();
     added_.pop_back();
     return true;
+}
+
+void Stream::beside(const std::function<void()>& small, const std::function<void()>& work) {
+    check(driver().cuEventRecord(forked_.handle(), stream_), "dividing work");
+    check(driver().cuStreamWaitEvent(side_, forked_.handle(), 0), "dividing work");
+    std::swap(stream_, side_);
+    try {
+        small();
+    } catch (...) {
+        std::swap(stream_, side_);
+        throw;
+    }
+    std::swap(stream_, side_);
+    check(driver().cuEventRecord(joined_.handle(), side_), "joining work");
+    work();
+    check(driver().cuStreamWaitEvent(stream_, joined_.handle(), 0), "joining work");
 }
 
 void Stream::flush() {

@@ -110,6 +110,10 @@ class Stream {
     // Takes back what was added last, if that is its key; whether it is.
     bool take_back(const Key& key);
 
+    // Puts two pieces of work on the device at once, the small one on a stream of its own; what comes later
+    // waits for both. To be called by work.
+    void beside(const std::function<void()>& small, const std::function<void()>& work);
+
     // Launches what was added.
     void flush();
 
@@ -136,7 +140,8 @@ class Stream {
 
     Device& device_;
     const std::uint64_t number_;
-    CUstream stream_ = nullptr;
+    CUstream stream_ = nullptr, side_ = nullptr;
+    Event forked_, joined_;
     std::vector<Key> keys_;
     std::vector<std::function<void()>> added_;
     std::uint64_t launches_ = 0;

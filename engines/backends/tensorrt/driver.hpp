@@ -33,7 +33,9 @@ namespace ojfa::tensorrt {
     X(cuEventDestroy, 4000)               \
     X(cuEventRecord, 2000)                \
     X(cuEventSynchronize, 2000)           \
+    X(cuCtxGetStreamPriorityRange, 5050)  \
     X(cuStreamCreate, 2000)               \
+    X(cuStreamCreateWithPriority, 5050)   \
     X(cuStreamDestroy, 4000)              \
     X(cuStreamQuery, 2000)                \
     X(cuStreamSynchronize, 2000)          \

@@ -110,7 +110,7 @@ std::unique_ptr<core::Loading> TensorRtEngines::begin_loading(int depth) {
 }
 
 std::unique_ptr<Kernels> TensorRtEngines::lend_kernels() {
-    ++lent_;
+    join_sessions();
     {
         const std::lock_guard lock(mutex_);
         if (!unused_kernels_.empty()) {
@@ -140,19 +140,41 @@ std::unique_ptr<EngineSet> TensorRtEngines::lend_engines(CUstream stream) {
 
 void TensorRtEngines::take_back(std::unique_ptr<Kernels> kernels_of_session,
                                 std::unique_ptr<EngineSet> engine_set) {
-    --lent_;
+    {
+        const std::lock_guard lock(check_mutex_);
+        if (--sessions_ == 0) unmarked_ = nullptr;
+    }
     const std::lock_guard lock(mutex_);
     if (kernels_of_session) unused_kernels_.push_back(std::move(kernels_of_session));
     if (engine_set) unused_engines_.push_back(std::move(engine_set));
 }
 
-void TensorRtEngines::launch_check(Stream& stream) {
+void TensorRtEngines::launch_check(Stream& stream, const std::uint64_t* word, std::uint32_t answer) {
     const std::lock_guard lock(check_mutex_);
+    if (sessions_ == 1) {
+        stream.flush();
+        unmarked_ = word;
+        unmarked_answer_ = answer;
+        return;
+    }
     if (checked_by_ && checked_by_ != stream.number())
         check(driver().cuStreamWaitEvent(stream.handle(), checked_.handle(), 0), "waiting for another check");
     stream.flush();
     check(driver().cuEventRecord(checked_.handle(), stream.handle()), "marking a check");
     checked_by_ = stream.number();
+}
+
+// Takes in another session. What the one before has launched while it was alone must have come so far that no
+// thread block of it waits for another.
+void TensorRtEngines::join_sessions() {
+    const std::lock_guard lock(check_mutex_);
+    while (unmarked_ && __atomic_load_n(unmarked_, __ATOMIC_ACQUIRE) >> 32 != unmarked_answer_) {
+        std::size_t free = 0, all = 0;
+        device.make_current();
+        check(driver().cuMemGetInfo(&free, &all), "waiting for a check");  // says where the device is lost
+    }
+    unmarked_ = nullptr;
+    ++sessions_;
 }
 
 const FinalHead& TensorRtEngines::final_head() {

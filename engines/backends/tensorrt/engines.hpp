@@ -59,11 +59,12 @@ class TensorRtEngines : public core::Engines {
     std::unique_ptr<EngineSet> lend_engines(CUstream stream);
     void take_back(std::unique_ptr<Kernels> kernels, std::unique_ptr<EngineSet> engine_set);
 
-    // Launches what was added to a stream, a check in one kernel among it. The thread blocks of such a check
-    // wait for each other, so all must be running: two checks at once might both have only some. The
-    // device begins with one when the last of another session has ended.
-    void launch_check(Stream& stream);
-    bool has_several_sessions() const { return lent_ > 1; }
+    // Launches what was added to a stream, a check in one kernel among it, which will write an answer's
+    // number into a word. The thread blocks of such a check wait for each other, so all must be running: two
+    // checks at once might both have only some. The device begins with one when the last of another session
+    // has ended.
+    void launch_check(Stream& stream, const std::uint64_t* word, std::uint32_t answer);
+    bool has_several_sessions() const { return sessions_ > 1; }
 
     const FinalHead& final_head();
     const FoldedHead& folded_head();
@@ -87,6 +88,7 @@ class TensorRtEngines : public core::Engines {
 
  private:
     void check_built_for(const core::EngineSet& engines) const;
+    void join_sessions();
 
     std::filesystem::path directory_;
     std::map<std::string, Plan> plans_;
@@ -99,10 +101,13 @@ class TensorRtEngines : public core::Engines {
     std::unique_ptr<FinalHead> final_head_;
     std::unique_ptr<FoldedHead> folded_head_;
     std::map<int, std::unique_ptr<ResidualHead>> residual_heads_;
-    std::atomic<int> lent_{0};      // sets of kernels that sessions have
-    std::mutex check_mutex_;        // of the following
-    Event checked_;                 // the end of the last launch with a check
+    std::atomic<int> sessions_{0};  // that have kernels
+    std::mutex check_mutex_;        // of changes to that, and of the following
+    Event checked_;                 // the end of the last launch with a check while there were several
     std::uint64_t checked_by_ = 0;  // which stream's it was
+    // The last check of a session that was alone, which no event marks: that would be a pause.
+    const std::uint64_t* unmarked_ = nullptr;
+    std::uint32_t unmarked_answer_ = 0;
 };
 
 }  // namespace ojfa::tensorrt

@@ -8,7 +8,7 @@ namespace {
 
 // As in the kernels of choose.cu, sample.cu and exit_check.cu.
 constexpr unsigned CHOOSE_PARTS = 32, CHOOSE_THREADS = 512, SAMPLE_THREADS = 1024;
-constexpr unsigned CHECK_THREADS = 512, KEEP_THREADS = 256;
+constexpr unsigned CHECK_THREADS = 512, BESIDE_THREADS = 128, KEEP_THREADS = 256;
 constexpr int MOST_CHECK_RANK = 128;
 constexpr std::uint64_t KEEP = 100;  // a kind of work in recordings' keys, as those of cache.cpp
 // Floats that a shortcut's projection needs at most, a token.
@@ -145,15 +145,21 @@ void Heads::run_engine(const std::string& head, CUdeviceptr hidden, int count) {
 void Heads::check_in_one(CUdeviceptr hidden, int count, const Asked& asked, const Keeping& keeping) {
     const FoldedHead& head = engines_.folded_head();
     const auto blocks = static_cast<unsigned>(engines_.device.multiprocessors);
-    lent_.kernels->launch(
-        stream_.handle(),
-        {"exit_check_" + std::to_string(count), {blocks, 1, 1}, {CHECK_THREADS, 1}, 0, true},
-        asked.temperature > 0 ? logits_.address() : 0, hidden, head.project.address(),
-        head.project_bias.address(), head.vocabulary.address(), head.vocabulary_bias.address(),
-        z_parts_.address(), engines_.spec.hidden_size, head.rank, head.vocabulary.columns(),
-        head.vocabulary.rows(), static_cast<float>(engines_.spec.norm_epsilon), keeping.kept,
-        keeping.positions, keeping.sequences, keeping.capacity, mailbox_.desk(), mailbox_.mail(),
-        asked.measure, asked.threshold, static_cast<int>(asked.temperature > 0));
+    // Where the answer decides about more, the next block runs at the same time.
+    const bool beside = asked.measure >= 0;
+    lent_.kernels->launch(stream_.handle(),
+                          {(beside ? "exit_check_beside_" : "exit_check_") + std::to_string(count),
+                           {blocks, 1, 1},
+                           {beside ? BESIDE_THREADS : CHECK_THREADS, 1},
+                           0,
+                           true},
+                          asked.temperature > 0 ? logits_.address() : 0, hidden, head.project.address(),
+                          head.project_bias.address(), head.vocabulary.address(),
+                          head.vocabulary_bias.address(), z_parts_.address(), engines_.spec.hidden_size,
+                          head.rank, head.vocabulary.columns(), head.vocabulary.rows(),
+                          static_cast<float>(engines_.spec.norm_epsilon), keeping.kept, keeping.positions,
+                          keeping.sequences, keeping.capacity, mailbox_.desk(), mailbox_.mail(),
+                          asked.measure, asked.threshold, static_cast<int>(asked.temperature > 0));
 }
 
 void Heads::choose_by_logits(int count, const Asked& asked) {

@@ -38,7 +38,8 @@ class Heads {
     // Makes what the head after so many blocks needs, before it may be recorded.
     void prepare(int count, int blocks_run);
 
-    // Whether a check of so many rows is one kernel, whose thread blocks wait for each other.
+    // Whether a check of so many rows is one kernel, whose thread blocks wait for each other, and which takes
+    // so little that the next block runs beside it.
     bool checks_in_one(int count, int blocks_run) const;
 
     // Puts the head on the stream: logits [count, V] of hidden states [count, H], in `logits`.

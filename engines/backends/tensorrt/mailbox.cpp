@@ -48,12 +48,20 @@ core::Choice Mailbox::read(std::uint32_t answer, int row, std::optional<core::Me
     return choice;
 }
 
+const std::uint64_t* Mailbox::word(std::uint32_t answer, int row, int which) const {
+    return mail_.as<std::uint64_t>() +
+           ((answer - 1) % SLOTS * ROWS + static_cast<std::size_t>(row)) * ANSWER_WORDS +
+           static_cast<std::size_t>(which);
+}
+
+const std::uint64_t* Mailbox::first_word(std::uint32_t answer) const {
+    return word(answer, 0, LIKELIEST);
+}
+
 std::uint32_t Mailbox::await(std::uint32_t answer, int row, int which) {
-    const std::size_t place = ((answer - 1) % SLOTS * ROWS + static_cast<std::size_t>(row)) * ANSWER_WORDS +
-                              static_cast<std::size_t>(which);
-    const std::uint64_t* const word = mail_.as<std::uint64_t>() + place;
+    const std::uint64_t* const at = word(answer, row, which);
     for (unsigned looks = 1;; ++looks) {
-        const std::uint64_t found = __atomic_load_n(word, __ATOMIC_ACQUIRE);
+        const std::uint64_t found = __atomic_load_n(at, __ATOMIC_ACQUIRE);
         if (found >> 32 == answer) return static_cast<std::uint32_t>(found);
         if (looks % LOOKS_AT_STREAM == 0) stream_.check_alive();
     }

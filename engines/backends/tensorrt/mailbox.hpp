@@ -27,13 +27,18 @@ class Mailbox {
     // Leaves the random numbers of the answer that is launched next.
     void leave(core::Span<const double> draws);
 
-    // The number of an answer that has been launched.
+    // The number of the answer that is launched next, and of one that has been launched.
+    std::uint32_t next() const { return given_ + 1; }
     std::uint32_t expect() { return ++given_; }
+
+    // A word that has an answer's number when all of its first row but a sampled token is known.
+    const std::uint64_t* first_word(std::uint32_t answer) const;
 
     // Waits for a row of an answer, one of the last few.
     core::Choice read(std::uint32_t answer, int row, std::optional<core::Measure> measure);
 
  private:
+    const std::uint64_t* word(std::uint32_t answer, int row, int which) const;
     std::uint32_t await(std::uint32_t answer, int row, int which);
 
     Stream& stream_;

@@ -127,7 +127,7 @@ ojfa_status ojfa_session_decide(ojfa_session session, const ojfa_tokens* tokens,
         decided.likeliest = likeliest;
         decided.blocks_run = blocks_run;
         decided.confidence = confidence;
-        borrowed->decide(rows_of(*borrowed, tokens), policy_of(*policy), {}, decided);
+        borrowed->decide(rows_of(*borrowed, tokens), policy_of(*policy), decided);
     });
 }
 

@@ -11,74 +11,96 @@ std::size_t at(int index) {
     return static_cast<std::size_t>(index);
 }
 
-bool same(const Drawing& one, const Drawing& other) {
-    const Sampling &a = one.sampling, &b = other.sampling;
-    return a.temperature == b.temperature && a.top_k == b.top_k && a.top_p == b.top_p &&
-           one.draws == other.draws;
-}
-
-// The draws of some sequences.
-std::vector<double> of(const std::vector<double>& draws, const Wanted& wanted) {
-    std::vector<double> result;
-    for (std::size_t row = 0; row < draws.size(); ++row)
-        if (wanted[row]) result.push_back(draws[row]);
-    return result;
-}
-
 }  // namespace
 
-void Session::choose(const TokenRows& tokens, int depth, const Drawing& how, const Drawing* next,
-                     std::int32_t* chosen) {
+void Session::choose(const TokenRows& tokens, const Way& way, const Drawing& how, const Drawing* next,
+                     std::int32_t* tokens_out, std::int32_t* blocks_run) {
     check(tokens);
-    const Wanted wanted = with_new(tokens);
+    Step step(stages_of(way, spec().blocks), with_new(tokens), how);
     Unless failed(*this);
     check_interruption();  // what was begun ahead computes nothing more
-    std::unique_ptr<Choices> choices = take_ahead(tokens, depth, how);
-    if (!choices) {
+    if (std::unique_ptr<Choices> begun = take_ahead(tokens, way, how)) {
+        step.add(std::move(begun));
+        if (!step.decided()) step.judge();
+    } else {
         append_checked(tokens);
-        const std::vector<double> draws = of(how.draws, wanted);
-        choices = begin_choice(wanted, depth, {how.sampling, draws, std::nullopt, std::nullopt});
     }
-    if (next && can_follow(wanted)) follow(depth, *next);
-    const std::vector<Choice> rows = choices ? choices->wait() : std::vector<Choice>();
-    std::size_t place = 0;
-    for (int row = 0; row < batch_size(); ++row) chosen[row] = wanted[at(row)] ? rows[place++].token : -1;
-    if (ahead_) ahead_->tokens.assign(chosen, chosen + batch_size());
+    while (!step.decided()) {
+        const int depth = step.next_stage().depth;
+        step.add(begin_choice(step.going(), depth, step.choosing()));
+        if (!step.decided()) step.judge();
+    }
+    // The device begins with the next tokens before anything else is done about these.
+    if (next && can_follow(step)) follow(way, *next);
+    if (step.count()) step.judge();
+    for (int row = 0; row < batch_size(); ++row) {
+        tokens_out[row] = step.choices()[at(row)].token;
+        blocks_run[row] = step.blocks_run()[at(row)];
+    }
+    if (ahead_) ahead_->tokens.assign(tokens_out, tokens_out + batch_size());
     failed.done = true;
-    if (rows.empty()) return;
-    count_heads(static_cast<int>(rows.size()), depth);
-    stats.exits[depth] += rows.size();
-    place = 0;
-    for (int row = 0; watching() && row < batch_size(); ++row)
-        if (wanted[at(row)]) watch(row, depth, rows[place++].likeliest);
+    tell(step);
 }
 
-// Where everyone goes on and has room, and nobody looks at what is chosen.
-bool Session::can_follow(const Wanted& wanted) const {
-    if (at(count_of(wanted)) != wanted.size() || spec().rotary_switch || watching()) return false;
+void Session::decide(const TokenRows& tokens, const Policy& policy, const Decided& decided) {
+    check(tokens);
+    const Drawing greedy;
+    Step step(stages_of(policy, spec().blocks), with_new(tokens), greedy);
+    Unless failed(*this);
+    append_checked(tokens);
+    const std::size_t width = at(spec().vocab_size);
+    if (decided.logits) std::fill_n(decided.logits, tokens.size() * width, 0.0f);
+    std::vector<float> logits;
+    while (!step.decided()) {
+        if (decided.logits) logits.resize(at(step.count()) * width);
+        const int depth = step.next_stage().depth;
+        step.add(std::make_unique<KnownChoices>(
+            ask(step.going(), depth, step.choosing(), decided.logits ? logits.data() : nullptr)));
+        for (const auto& [row, place] : step.judge())
+            if (decided.logits)
+                std::copy_n(logits.data() + place * width, width, decided.logits + row * width);
+    }
+    for (std::size_t row = 0; row < tokens.size(); ++row) {
+        if (decided.likeliest) decided.likeliest[row] = step.choices()[row].likeliest;
+        if (decided.blocks_run) decided.blocks_run[row] = step.blocks_run()[row];
+    }
+    if (decided.confidence) std::copy(step.confidence().begin(), step.confidence().end(), decided.confidence);
+    failed.done = true;
+    tell(step);
+}
+
+// Counts a step, and tells of it.
+void Session::tell(const Step& step) {
+    step.count(stats, spec().blocks);
+    for (int row = 0; watching() && row < batch_size(); ++row)
+        if (const int depth = step.blocks_run()[at(row)])
+            watch(row, depth, step.choices()[at(row)].likeliest);
+}
+
+// Where every sequence stops at one head and has room, and nobody looks at what is chosen.
+bool Session::can_follow(const Step& step) const {
+    if (!step.asked_everyone() || spec().rotary_switch || watching()) return false;
     for (int row = 0; row < batch_size(); ++row)
         if (length(row) >= max_length()) return false;
     return true;
 }
 
-// Begins the step after one that has just begun.
-void Session::follow(int depth, const Drawing& how) {
+// Begins the step after one whose tokens are being chosen.
+void Session::follow(const Way& way, const Drawing& how) {
+    Step step(stages_of(way, spec().blocks), Wanted(at(batch_size()), 1), how);
+    const int depth = step.next_stage().depth;
     const Address states = run_ahead(depth);
-    ahead_ = Ahead{
-        cache().choose(states, batch_size(), depth, {how.sampling, how.draws, std::nullopt, std::nullopt}),
-        depth,
-        how,
-        {}};
+    ahead_ = Ahead{cache().choose(states, batch_size(), depth, step.choosing()), way, how, {}};
 }
 
 // The choices of a step that was begun ahead, if it is the one that is asked for.
-std::unique_ptr<Choices> Session::take_ahead(const TokenRows& tokens, int depth, const Drawing& how) {
-    if (!ahead_ || ahead_->depth != depth || !same(ahead_->how, how)) return nullptr;
+std::unique_ptr<Choices> Session::take_ahead(const TokenRows& tokens, const Way& way, const Drawing& how) {
+    if (!ahead_ || !same(ahead_->way, way) || !same(ahead_->how, how)) return nullptr;
     for (int row = 0; row < batch_size(); ++row)
         if (tokens[at(row)].size() != 1 || tokens[at(row)][0] != ahead_->tokens[at(row)]) return nullptr;
     std::unique_ptr<Choices> choices = std::move(ahead_->choices);
     ahead_.reset();
-    Sequences::take_ahead(tokens, depth);
+    Sequences::take_ahead(tokens);
     return choices;
 }
 
@@ -126,7 +148,6 @@ std::vector<Choice> Session::ask(const Wanted& wanted, int depth, const Choosing
     } else {
         rows = begin_choice(wanted, depth, how)->wait();
     }
-    count_heads(count, depth);
     return rows;
 }
 
@@ -136,6 +157,7 @@ void Session::answer(const Wanted& wanted, int depth, Answers answers) {
     std::vector<float> packed(answers.logits && !all ? count * width : 0);
     const std::vector<Choice> rows =
         ask(wanted, depth, {}, answers.logits && !all ? packed.data() : answers.logits);
+    count_heads(static_cast<int>(count), depth);
     if (answers.logits && !all) std::fill_n(answers.logits, wanted.size() * width, 0.0f);
     std::size_t place = 0;
     for (std::size_t row = 0; row < wanted.size(); ++row) {

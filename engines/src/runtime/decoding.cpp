@@ -23,9 +23,9 @@ std::vector<Random> generators_of(const Session& session, const Sampling& sampli
 
 }  // namespace
 
-StepByStep::StepByStep(Session& session, std::variant<int, Policy> exit, const Sampling& sampling)
+StepByStep::StepByStep(Session& session, Way way, const Sampling& sampling)
     : session_(session),
-      exit_(std::move(exit)),
+      way_(std::move(way)),
       sampling_(sampling),
       generators_(generators_of(session, sampling)),
       drawn_(generators_.size()) {}
@@ -33,18 +33,9 @@ StepByStep::StepByStep(Session& session, std::variant<int, Policy> exit, const S
 std::vector<std::vector<Chosen>> StepByStep::step(const Pending& pending, const std::vector<int>& wanted) {
     const Drawing how = drawing(pending, 0);
     std::vector<std::int32_t> tokens(pending.size()), blocks(pending.size());
-    if (const Policy* policy = std::get_if<Policy>(&exit_)) {
-        Decided decided;
-        decided.tokens = tokens.data();
-        decided.blocks_run = blocks.data();
-        session_.decide(rows_of(pending), *policy, how, decided);
-    } else {
-        const bool goes_on = *std::min_element(wanted.begin(), wanted.end()) > 1;
-        const Drawing next = goes_on ? drawing(pending, 1) : Drawing();
-        session_.choose(rows_of(pending), std::get<int>(exit_), how, goes_on ? &next : nullptr,
-                        tokens.data());
-        std::fill(blocks.begin(), blocks.end(), std::get<int>(exit_));
-    }
+    const bool goes_on = *std::min_element(wanted.begin(), wanted.end()) > 1;
+    const Drawing next = goes_on ? drawing(pending, 1) : Drawing();
+    session_.choose(rows_of(pending), way_, how, goes_on ? &next : nullptr, tokens.data(), blocks.data());
     std::vector<std::vector<Chosen>> result(pending.size());
     for (std::size_t row = 0; row < pending.size(); ++row) {
         if (pending[row].empty()) continue;

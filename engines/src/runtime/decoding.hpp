@@ -41,14 +41,14 @@ class Decoder {
 // One token per step, at a fixed exit (blocks run) or where a policy stops.
 class StepByStep : public Decoder {
  public:
-    StepByStep(Session& session, std::variant<int, Policy> exit, const Sampling& sampling);
+    StepByStep(Session& session, Way way, const Sampling& sampling);
     std::vector<std::vector<Chosen>> step(const Pending& pending, const std::vector<int>& wanted) override;
 
  private:
     Drawing drawing(const Pending& pending, std::size_t ahead);
 
     Session& session_;
-    std::variant<int, Policy> exit_;
+    Way way_;
     Sampling sampling_;
     std::vector<Random> generators_;
     // Numbers that were drawn of each, for this step and the one after it. They are used up when a step is

@@ -147,17 +147,18 @@ States Sequences::deepen(Group group, int depth, const Wanted& wanted) {
 
 Address Sequences::run_ahead(int depth) {
     newest_.depth = 0;
-    std::vector<std::int32_t> starts;
-    for (int row = 0; row < batch_size(); ++row) starts.push_back(length(row));
-    const Rows rows = {0, batch_size(), 1, starts, long_context(0)};
-    const Address states = cache_->run_blocks(0, depth, cache_->embed_chosen(rows), rows);
-    keep(depth, rows, states);
-    return states;
+    ran_ahead_ = {depth, {0, batch_size()}, {}, 0};
+    for (int row = 0; row < batch_size(); ++row) ran_ahead_.starts.push_back(length(row));
+    const Rows rows = {0, batch_size(), 1, ran_ahead_.starts, long_context(0)};
+    ran_ahead_.address = cache_->run_blocks(0, depth, cache_->embed_chosen(rows), rows);
+    keep(depth, rows, ran_ahead_.address);
+    return ran_ahead_.address;
 }
 
-void Sequences::take_ahead(const TokenRows& tokens, int depth) {
+void Sequences::take_ahead(const TokenRows& tokens) {
     append(tokens);
-    for (int row = 0; row < batch_size(); ++row) marks_[at(row)].raise_to(length(row), depth);
+    for (int row = 0; row < batch_size(); ++row) marks_[at(row)].raise_to(length(row), ran_ahead_.depth);
+    newest_ = ran_ahead_;
 }
 
 // Embeds what waits before the first block: nothing, where tokens wait only later.

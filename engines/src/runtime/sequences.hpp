@@ -58,7 +58,7 @@ class Sequences {
     // the newest choice, wherever the backend has them. The sequences don't show it before `take_ahead`.
     Address run_ahead(int depth);
     // Takes the tokens of the last `run_ahead`, nothing having been done since.
-    void take_ahead(const TokenRows& tokens, int depth);
+    void take_ahead(const TokenRows& tokens);
     bool long_context(int row) const;
 
     Cache& cache() { return *cache_; }
@@ -93,7 +93,7 @@ class Sequences {
         Group group{};
         std::vector<std::int32_t> starts;
         Address address = 0;
-    } newest_;
+    } newest_, ran_ahead_;
     std::unique_ptr<Memory> joined_;
     std::size_t joined_rows_ = 0;
 };

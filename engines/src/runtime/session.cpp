@@ -23,10 +23,6 @@ Wanted with_new(const TokenRows& tokens) {
     return wanted;
 }
 
-int count_of(const Wanted& wanted) {
-    return static_cast<int>(std::count(wanted.begin(), wanted.end(), 1));
-}
-
 int resolve_exit(int exit, int blocks) {
     if (exit == 0) return blocks;
     if (exit < 0 || exit > blocks)

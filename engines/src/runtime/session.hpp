@@ -12,6 +12,7 @@
 #include "runtime/sequences.hpp"
 #include "runtime/shadow.hpp"
 #include "runtime/stats.hpp"
+#include "runtime/steps.hpp"
 
 namespace ojfa::core {
 
@@ -23,15 +24,8 @@ struct Answers {
 
 // The same of a policy's decision.
 struct Decided : Answers {
-    std::int32_t* tokens = nullptr;      // [sequences] that are chosen; -1 for sequences without new tokens
     std::int32_t* blocks_run = nullptr;  // [sequences]; 0 for those
     double* confidence = nullptr;        // [exits, sequences], NaN where the head wasn't asked
-};
-
-// How next tokens are chosen: a number from [0, 1) for each sequence, none where they aren't sampled.
-struct Drawing {
-    Sampling sampling;
-    std::vector<double> draws;
 };
 
 // Blocks to run for an exit: 0, for full depth, or 1 to all. Throws Failure for another.
@@ -52,14 +46,14 @@ class Session : public Sequences {
     // The same, with the logits of every new token: [all new tokens, V]. Shadow checks choose none of them.
     void advance_every(const TokenRows& tokens, int depth, float* logits);
 
-    // Appends tokens and chooses the next ones [sequences] at a fixed exit; -1 for sequences without new
-    // tokens. With `next`, the step after this one begins where it can before its tokens are known: the next
-    // call finds it done if it is of these tokens, depth and drawing.
-    void choose(const TokenRows& tokens, int depth, const Drawing& how, const Drawing* next,
-                std::int32_t* chosen);
+    // Appends tokens and chooses the next ones: `tokens_out` and blocks run [sequences]; -1 and 0 for
+    // sequences without new tokens. With `next`, the step after this one begins where it can before its
+    // tokens are known: the next call finds that done if it is of these tokens, way and drawing.
+    void choose(const TokenRows& tokens, const Way& way, const Drawing& how, const Drawing* next,
+                std::int32_t* tokens_out, std::int32_t* blocks_run);
 
     // Appends tokens and runs each sequence until the policy stops it.
-    void decide(const TokenRows& tokens, const Policy& policy, const Drawing& how, const Decided& decided);
+    void decide(const TokenRows& tokens, const Policy& policy, const Decided& decided);
 
     // Appends tokens and runs all that waits, and them, through all blocks: logits of each sequence's last
     // `counts` tokens, [sum of counts, V], and the likeliest tokens [sum of counts]; either may be null.
@@ -82,13 +76,12 @@ class Session : public Sequences {
     void cancel() { cancelled_ = true; }
 
  private:
-    class Unless;    // rolls back
-    class Deciding;  // of one `decide`
+    class Unless;  // rolls back
 
     // A step that was begun before its tokens were known.
     struct Ahead {
-        std::unique_ptr<Choices> choices;
-        int depth;
+        std::unique_ptr<Choices> choices;  // of its first stage
+        Way way;
         Drawing how;
         std::vector<std::int32_t> tokens;  // that it follows, once they are known
     };
@@ -98,9 +91,10 @@ class Session : public Sequences {
     std::unique_ptr<Choices> begin_choice(const Wanted& wanted, int depth, const Choosing& how);
     std::vector<Choice> ask(const Wanted& wanted, int depth, const Choosing& how, float* logits);
     void answer(const Wanted& wanted, int depth, Answers answers);
-    std::unique_ptr<Choices> take_ahead(const TokenRows& tokens, int depth, const Drawing& how);
-    bool can_follow(const Wanted& wanted) const;
-    void follow(int depth, const Drawing& how);
+    std::unique_ptr<Choices> take_ahead(const TokenRows& tokens, const Way& way, const Drawing& how);
+    bool can_follow(const Step& step) const;
+    void follow(const Way& way, const Drawing& how);
+    void tell(const Step& step);
     void run_every(const std::vector<int>& counts, int depth, float* logits, std::int32_t* likeliest);
     void count_heads(int count, int depth);
     bool watching() const { return on_event || shadow_; }
@@ -131,6 +125,5 @@ class Session::Unless {
 };
 
 Wanted with_new(const TokenRows& tokens);
-int count_of(const Wanted& wanted);
 
 }  // namespace ojfa::core
