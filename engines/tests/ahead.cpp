@@ -7,7 +7,7 @@ namespace {
 const ojfa::TokenIds PROMPT = {5, 6, 7, 8, 9};
 
 ojfa::Model open(const char* name = "llama.ojfa") {
-    return ojfa::Model::load(fixtures::vectors(name), {0, "reference"});
+    return ojfa::Model::load(fixtures::bundle(name), {0, fixtures::BACKEND});
 }
 
 ojfa::GenerateOptions at(ojfa::Exit exit, double temperature = 0) {

@@ -63,6 +63,17 @@ struct Copy : TemporaryDirectory {
     fs::path bundle;
 };
 
+// The backend that tests run on, and a stored bundle that has engines for it.
+#ifdef OJFA_STAND_IN
+constexpr const char* BACKEND = "tensorrt";
+fs::path bundle(const std::string& name);
+#else
+constexpr const char* BACKEND = "reference";
+inline fs::path bundle(const std::string& name) {
+    return vectors(name);
+}
+#endif
+
 // Fresh in every run; OJFA_TEST_SEED repeats one.
 inline std::mt19937 random_numbers() {
     const char* const given = std::getenv("OJFA_TEST_SEED");

@@ -9,7 +9,7 @@
 namespace {
 
 ojfa::Model open() {
-    return ojfa::Model::load(fixtures::vectors("llama.ojfa"), {0, "reference"});
+    return ojfa::Model::load(fixtures::bundle("llama.ojfa"), {0, fixtures::BACKEND});
 }
 
 ojfa::TokenIds tokens_of(const ojfa::Model& model, int which) {

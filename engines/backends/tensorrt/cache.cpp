@@ -84,9 +84,11 @@ TensorRtCache::TensorRtCache(TensorRtEngines& engines, int batch_size, int capac
 TensorRtCache::~TensorRtCache() {
     try {
         engines_.device.make_current();
-        call_off();  // who takes up the kernels must find them going
+        stream_.settle();  // the memory that it is about may be gone
+        go_on();           // who takes up the kernels must find them going
         stream_.synchronize();
-    } catch (...) {  // the device is lost
+    } catch (...) {
+        lent_.discard();
     }
 }
 
@@ -217,15 +219,19 @@ bool TensorRtCache::was_begun(int first, int stop, CUdeviceptr hidden, const cor
            std::equal(rows.starts.begin(), rows.starts.end(), last_->starts.begin(), last_->starts.end());
 }
 
-// Before anything but the block that was begun ahead: it is not wanted.
+// Before anything but the block that was begun ahead: it is not wanted. What a launch that failed was to do
+// about that is done again.
 void TensorRtCache::call_off() {
     last_.reset();
     keeping_ = {};
-    if (!ahead_) return;
+    if (!ahead_ && failures_ == stream_.failures()) return;
     ahead_.reset();
-    stream_.add({GO_ON}, [this] {
-        lent_.kernels->launch(stream_.handle(), {"go_on", {1, 1, 1}, {1, 1}, 0, true});
-    });
+    failures_ = stream_.failures();
+    stream_.add({GO_ON}, [this] { go_on(); });
+}
+
+void TensorRtCache::go_on() {
+    lent_.kernels->launch(stream_.handle(), {"go_on", {1, 1, 1}, {1, 1}, 0, true});
 }
 
 TensorRtCache::Work TensorRtCache::blocks_of_step(int first, int stop, int count, bool long_context) {
@@ -302,7 +308,17 @@ std::unique_ptr<core::Choices> TensorRtCache::choose(core::Address hidden, int c
                                           : choose_rows(hidden, count, blocks_run, how);
     } catch (...) {
         last_.reset();  // what was to begin after it may not have
+        forget_answers();
         throw;
+    }
+}
+
+void TensorRtCache::forget_answers() noexcept {
+    try {
+        stream_.settle();
+        engines_.forget_check();
+        mailbox_.reset();
+    } catch (...) {  // the device is lost, and says so again
     }
 }
 

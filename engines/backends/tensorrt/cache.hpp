@@ -57,6 +57,8 @@ class TensorRtCache : public core::Cache {
     Work blocks_of_step(int first, int stop, int count, bool long_context);
     bool was_begun(int first, int stop, CUdeviceptr hidden, const core::Rows& rows) const;
     void call_off();
+    void go_on();
+    void forget_answers() noexcept;
     CUdeviceptr in_place(CUdeviceptr hidden, int count);
     Asked asked(const core::Choosing& how, int count) const;
     std::unique_ptr<core::Choices> choose_rows(CUdeviceptr hidden, int count, int blocks_run,
@@ -75,6 +77,7 @@ class TensorRtCache : public core::Cache {
     std::uint64_t ended_ = 0;  // of the stream's launches, so many are known to have ended
     std::optional<Pass> last_;
     std::optional<int> ahead_;          // the block that was begun after it, ahead of an exit's check
+    std::uint64_t failures_ = 0;        // of the stream's launches that were taken note of
     Keeping keeping_;                   // what was asked to be kept last, if a head may do it along the way
     std::vector<std::int32_t> chosen_;  // by the newest choice, where the device doesn't have all of them
     std::map<int, std::unique_ptr<Workspace>> steps_;  // by number of sequences, as recordings refer to them

@@ -56,12 +56,9 @@ Buffer::Buffer(Device& device, std::size_t bytes)
 }
 
 Buffer::~Buffer() {
-    try {
-        device_.make_current();
-        // Waits for work that may use it.
-        driver().cuMemFree(address_);
-    } catch (...) {  // the device is lost, and its memory with it
-    }
+    device_.try_make_current();
+    // Waits for work that may use it.
+    driver().cuMemFree(address_);
 }
 
 Pinned::Pinned(Device& device, std::size_t bytes) : device_(device) {
@@ -71,11 +68,8 @@ Pinned::Pinned(Device& device, std::size_t bytes) : device_(device) {
 }
 
 Pinned::~Pinned() {
-    try {
-        device_.make_current();
-        driver().cuMemFreeHost(memory_);
-    } catch (...) {  // the device is lost
-    }
+    device_.try_make_current();
+    driver().cuMemFreeHost(memory_);
 }
 
 Event::Event(Device& device) : device_(device) {
@@ -84,41 +78,45 @@ Event::Event(Device& device) : device_(device) {
 }
 
 Event::~Event() {
-    try {
-        device_.make_current();
-        driver().cuEventDestroy(event_);
-    } catch (...) {  // the device is lost
-    }
+    device_.try_make_current();
+    driver().cuEventDestroy(event_);
 }
 
 Stream::Stream(Device& device) : device_(device), number_(next_number()), forked_(device), joined_(device) {
     device.make_current();
-    check(driver().cuStreamCreate(&stream_, CU_STREAM_NON_BLOCKING), "opening a stream");
     // What runs beside the stream goes first where both could: it is small.
     int least = 0, greatest = 0;
-    const CUresult asked = driver().cuCtxGetStreamPriorityRange(&least, &greatest);
+    check(driver().cuCtxGetStreamPriorityRange(&least, &greatest), "asking for streams' priorities");
+    check(driver().cuStreamCreate(&stream_, CU_STREAM_NON_BLOCKING), "opening a stream");
     const CUresult made = driver().cuStreamCreateWithPriority(&side_, CU_STREAM_NON_BLOCKING, greatest);
-    if (asked == CUDA_SUCCESS && made == CUDA_SUCCESS) return;
-    driver().cuStreamDestroy(stream_);
-    check(asked, "asking for streams' priorities");
+    if (made != CUDA_SUCCESS) driver().cuStreamDestroy(stream_);
     check(made, "opening a stream");
 }
 
 Stream::~Stream() {
-    try {
-        device_.make_current();
-        driver().cuStreamSynchronize(stream_);
-        for (const auto& graph : graphs_)
-            if (graph.second) driver().cuGraphExecDestroy(graph.second);
-        driver().cuStreamDestroy(stream_);
-        driver().cuStreamDestroy(side_);
-    } catch (...) {  // the device is lost
-    }
+    device_.try_make_current();
+    driver().cuStreamSynchronize(stream_);
+    driver().cuStreamSynchronize(side_);
+    for (const auto& graph : graphs_)
+        if (graph.second) driver().cuGraphExecDestroy(graph.second);
+    driver().cuStreamDestroy(stream_);
+    driver().cuStreamDestroy(side_);
 }
 
 void Stream::add(const Key& key, std::function<void()> work) {
     keys_.push_back(key);
     added_.push_back(std::move(work));
+}
+
+void Stream::settle() {
+    drop();
+    check(driver().cuStreamSynchronize(stream_), "waiting for the GPU");
+    check(driver().cuStreamSynchronize(side_), "waiting for the GPU");
+}
+
+void Stream::drop() {
+    keys_.clear();
+    added_.clear();
 }
 
 bool Stream::take_back(const Key& key) {
@@ -158,12 +156,11 @@ void Stream::flush() {
             check(driver().cuGraphLaunch(found->second, stream_), "launching recorded work");
         }
     } catch (...) {
-        keys_.clear();
-        added_.clear();
+        ++failures_;
+        drop();
         throw;
     }
-    keys_.clear();
-    added_.clear();
+    drop();
 }
 
 void Stream::run_all() {

@@ -25,6 +25,9 @@ class Device {
     // Makes the context that of this thread.
     void make_current() const { check(driver().cuCtxSetCurrent(context_), "choosing the GPU"); }
 
+    // The same where things are given back: on a device that is lost that fails, too, and does no harm.
+    void try_make_current() const noexcept { driver().cuCtxSetCurrent(context_); }
+
     std::string name;
     std::string compute_capability;  // "9.0"
     std::string driver_version;      // "13.0", of CUDA
@@ -107,6 +110,9 @@ class Stream {
     // Adds work that is the same whenever its key is.
     void add(const Key& key, std::function<void()> work);
 
+    // Forgets what was added and not launched, and waits for all work, also of a launch that failed.
+    void settle();
+
     // Takes back what was added last, if that is its key; whether it is.
     bool take_back(const Key& key);
 
@@ -119,6 +125,9 @@ class Stream {
 
     // How often work was launched.
     std::uint64_t launches() const { return launches_; }
+
+    // How often a launch failed: some of what was added may have been launched, or none.
+    std::uint64_t failures() const { return failures_; }
 
     // The same, and waits for all work.
     void synchronize();
@@ -135,6 +144,7 @@ class Stream {
     void clear(CUdeviceptr at, std::size_t bytes);
 
  private:
+    void drop();
     CUgraphExec record();
     void run_all();
 
@@ -144,7 +154,7 @@ class Stream {
     Event forked_, joined_;
     std::vector<Key> keys_;
     std::vector<std::function<void()>> added_;
-    std::uint64_t launches_ = 0;
+    std::uint64_t launches_ = 0, failures_ = 0;
     std::map<std::vector<Key>, CUgraphExec> graphs_;  // null: ran once
 };
 

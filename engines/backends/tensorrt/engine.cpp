@@ -167,10 +167,7 @@ EngineSet::EngineSet(Device& device, const std::vector<std::filesystem::path>& f
 }
 
 EngineSet::~EngineSet() {
-    try {
-        device_.make_current();
-    } catch (...) {  // the device is lost
-    }
+    device_.try_make_current();
     close();
 }
 

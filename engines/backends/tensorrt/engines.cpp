@@ -164,6 +164,11 @@ void TensorRtEngines::launch_check(Stream& stream, const std::uint64_t* word, st
     checked_by_ = stream.number();
 }
 
+void TensorRtEngines::forget_check() {
+    const std::lock_guard lock(check_mutex_);
+    if (sessions_ == 1) unmarked_ = nullptr;
+}
+
 // Takes in another session. What the one before has launched while it was alone must have come so far that no
 // thread block of it waits for another.
 void TensorRtEngines::join_sessions() {

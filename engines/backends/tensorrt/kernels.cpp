@@ -29,11 +29,8 @@ Kernels::Kernels(Device& device, const std::filesystem::path& cubin)
 }
 
 Kernels::~Kernels() {
-    try {
-        device_.make_current();
-        driver().cuModuleUnload(module_);
-    } catch (...) {  // the device is lost
-    }
+    device_.try_make_current();
+    driver().cuModuleUnload(module_);
 }
 
 void Kernels::launch_with(CUstream stream, const Launch& launch, void** arguments,
@@ -59,14 +56,12 @@ CUfunction Kernels::function(const Launch& launch, const std::vector<std::size_t
     const auto [found, is_new] = functions_.try_emplace(launch.kernel, Function{nullptr, PLAIN_SHARED_BYTES});
     Function& function = found->second;
     if (is_new) {
-        if (driver().cuModuleGetFunction(&function.handle, module_, launch.kernel.c_str()) != CUDA_SUCCESS) {
+        try {
+            function.handle = open(launch.kernel, sizes);
+        } catch (...) {
             functions_.erase(found);
-            throw core::backend_failure(file_ + " has no kernel '" + launch.kernel + "'", REBUILD);
+            throw;
         }
-        check_parameters(function.handle, launch.kernel, sizes);
-        check(driver().cuFuncSetAttribute(function.handle, CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
-                                          SHARED_PERCENT),
-              ("dividing memory for " + launch.kernel).c_str());
     }
     if (launch.shared_bytes > function.shared_bytes) {
         check(driver().cuFuncSetAttribute(function.handle, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
@@ -77,14 +72,29 @@ CUfunction Kernels::function(const Launch& launch, const std::vector<std::size_t
     return function.handle;
 }
 
+CUfunction Kernels::open(const std::string& name, const std::vector<std::size_t>& sizes) const {
+    CUfunction function = nullptr;
+    const CUresult found = driver().cuModuleGetFunction(&function, module_, name.c_str());
+    if (found == CUDA_ERROR_NOT_FOUND)
+        throw core::backend_failure(file_ + " has no kernel '" + name + "'", REBUILD);
+    check(found, ("opening " + name).c_str());
+    check_parameters(function, name, sizes);
+    check(driver().cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+                                      SHARED_PERCENT),
+          ("dividing memory for " + name).c_str());
+    return function;
+}
+
 // A bundle's kernels may come from another version, with other parameters.
 void Kernels::check_parameters(CUfunction function, const std::string& name,
                                const std::vector<std::size_t>& sizes) const {
     if (!driver().cuFuncGetParamInfo) return;
     std::size_t count = 0, offset = 0, size = 0;
     bool same = true;
-    for (; driver().cuFuncGetParamInfo(function, count, &offset, &size) == CUDA_SUCCESS; ++count)
+    CUresult told = CUDA_SUCCESS;
+    for (; (told = driver().cuFuncGetParamInfo(function, count, &offset, &size)) == CUDA_SUCCESS; ++count)
         same = same && count < sizes.size() && sizes[count] == size;
+    if (told != CUDA_ERROR_INVALID_VALUE) check(told, ("looking at " + name).c_str());  // it ends so
     if (!same || count != sizes.size())
         throw core::backend_failure(file_ + " holds another version of kernel '" + name + "': it has " +
                                         std::to_string(count) + " parameters, " +

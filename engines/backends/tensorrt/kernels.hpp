@@ -48,6 +48,7 @@ class Kernels {
     void launch_with(CUstream stream, const Launch& launch, void** arguments,
                      const std::vector<std::size_t>& sizes);
     CUfunction function(const Launch& launch, const std::vector<std::size_t>& sizes);
+    CUfunction open(const std::string& name, const std::vector<std::size_t>& sizes) const;
     void check_parameters(CUfunction function, const std::string& name,
                           const std::vector<std::size_t>& sizes) const;
 

@@ -26,8 +26,14 @@ int word_of(core::Measure measure) {
 
 Mailbox::Mailbox(Device& device, Stream& stream)
     : stream_(stream), desk_(device, DESK_BYTES), mail_(device, MAIL_BYTES) {
+    reset();
+}
+
+void Mailbox::reset() {
+    stream_.clear(desk_.address(), DESK_BYTES);
+    stream_.synchronize();
     std::memset(mail_.as<char>(), 0, MAIL_BYTES);
-    stream.clear(desk_.address(), DESK_BYTES);
+    given_ = 0;
 }
 
 void Mailbox::leave(core::Span<const double> draws) {

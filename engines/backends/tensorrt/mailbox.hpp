@@ -24,6 +24,9 @@ class Mailbox {
     CUdeviceptr desk() const { return desk_.address(); }
     CUdeviceptr mail() const { return reinterpret_cast<CUdeviceptr>(mail_.as<void>()); }
 
+    // Begins anew, with no answer on its way: after a launch of which nobody knows how far it came.
+    void reset();
+
     // Leaves the random numbers of the answer that is launched next.
     void leave(core::Span<const double> draws);
 

@@ -52,7 +52,7 @@ Uploading::~Uploading() {
     try {
         lane_->finish();
         lanes_.take_back(std::move(lane_));
-    } catch (...) {  // the device is lost
+    } catch (...) {  // its lane isn't used again
     }
 }
 
