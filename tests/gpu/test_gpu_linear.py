@@ -51,9 +51,10 @@ class Compiled:
         return (hidden - mean) / np.sqrt(variance + EPSILON) * weight + bias
 
     def check(self, actual, expected):
-        actual = np.asarray(actual)
+        """Compares results whose terms are of size 1 together, though they may cancel."""
+        scale = max(1.0, np.abs(expected).max())
         np.testing.assert_allclose(
-            actual, expected, atol=self.tolerance * np.abs(expected).max(), rtol=0
+            np.asarray(actual), expected, atol=self.tolerance * scale, rtol=0
         )
 
 
