@@ -73,12 +73,9 @@ void TensorRtCache::copy(core::Address from, core::Address to, std::size_t rows)
 }
 
 Workspace& TensorRtCache::step_workspace(int count) {
-    auto& found = steps_[count];
-    if (!found) {
-        found = std::make_unique<Workspace>(engines_, count);
-        stream_.clear(found->scratch.finished.address(), found->scratch.finished.bytes());
-    }
-    return *found;
+    const auto found = steps_.find(count);
+    if (found != steps_.end()) return *found->second;
+    return *(steps_[count] = new_workspace(count));
 }
 
 Workspace& TensorRtCache::prompt_workspace(int tokens) {
@@ -88,10 +85,15 @@ Workspace& TensorRtCache::prompt_workspace(int tokens) {
         // In few sizes, so that growing prompts don't take memory anew each time.
         int size = MOST_DECODE_TOKENS;
         while (size < tokens) size *= 2;
-        prompt_ = std::make_unique<Workspace>(engines_, size);
-        stream_.clear(prompt_->scratch.finished.address(), prompt_->scratch.finished.bytes());
+        prompt_ = new_workspace(size);
     }
     return *prompt_;
+}
+
+std::unique_ptr<Workspace> TensorRtCache::new_workspace(int tokens) {
+    auto workspace = std::make_unique<Workspace>(engines_, tokens);
+    stream_.clear(workspace->scratch.finished.address(), workspace->scratch.finished.bytes());
+    return workspace;
 }
 
 CUdeviceptr TensorRtCache::gathered(std::size_t rows) {

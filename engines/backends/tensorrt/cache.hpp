@@ -67,6 +67,7 @@ class TensorRtCache : public core::Cache {
     core::Address run_opened(int first, int stop, CUdeviceptr hidden, const core::Rows& rows);
     Workspace& step_workspace(int count);
     Workspace& prompt_workspace(int tokens);
+    std::unique_ptr<Workspace> new_workspace(int tokens);
     CUdeviceptr gathered(std::size_t rows);
     core::Address decode(int first, int stop, CUdeviceptr hidden, const core::Rows& rows);
     core::Address prefill(int first, int stop, CUdeviceptr hidden, const core::Rows& rows);
