@@ -1,14 +1,10 @@
 #include "cache.hpp"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 namespace ojfa::tensorrt {
 namespace {
-
-// The kinds of work in recordings' keys.
-enum : std::uint64_t { EMBED, FOLLOW, BLOCKS, GO_ON, LOGITS, CHOOSE };
 
 std::size_t at(int index) {
     return static_cast<std::size_t>(index);
@@ -41,32 +37,6 @@ std::uint64_t number(int value) {
 }
 
 }  // namespace
-
-// Choices of a launch that may not have ended.
-class TensorRtCache::OnTheirWay : public core::Choices {
- public:
-    OnTheirWay(TensorRtCache& cache, int count, std::optional<core::Measure> measure)
-        : cache_(cache),
-          answer_(cache.mailbox_.expect()),
-          launch_(cache.stream_.launches()),
-          count_(count),
-          measure_(measure) {}
-
-    const std::vector<core::Choice>& wait() override {
-        while (rows_.size() < at(count_))
-            rows_.push_back(cache_.mailbox_.read(answer_, static_cast<int>(rows_.size()), measure_));
-        cache_.ended_ = std::max(cache_.ended_, launch_);
-        return rows_;
-    }
-
- private:
-    TensorRtCache& cache_;
-    const std::uint32_t answer_;
-    const std::uint64_t launch_;
-    const int count_;
-    const std::optional<core::Measure> measure_;
-    std::vector<core::Choice> rows_;
-};
 
 TensorRtCache::TensorRtCache(TensorRtEngines& engines, int batch_size, int capacity,
                              core::Interruption interruption)
@@ -103,12 +73,9 @@ void TensorRtCache::copy(core::Address from, core::Address to, std::size_t rows)
 }
 
 Workspace& TensorRtCache::step_workspace(int count) {
-    auto& found = steps_[count];
-    if (!found) {
-        found = std::make_unique<Workspace>(engines_, count);
-        stream_.clear(found->scratch.finished.address(), found->scratch.finished.bytes());
-    }
-    return *found;
+    const auto found = steps_.find(count);
+    if (found != steps_.end()) return *found->second;
+    return *(steps_[count] = new_workspace(count));
 }
 
 Workspace& TensorRtCache::prompt_workspace(int tokens) {
@@ -118,10 +85,15 @@ Workspace& TensorRtCache::prompt_workspace(int tokens) {
         // In few sizes, so that growing prompts don't take memory anew each time.
         int size = MOST_DECODE_TOKENS;
         while (size < tokens) size *= 2;
-        prompt_ = std::make_unique<Workspace>(engines_, size);
-        stream_.clear(prompt_->scratch.finished.address(), prompt_->scratch.finished.bytes());
+        prompt_ = new_workspace(size);
     }
     return *prompt_;
+}
+
+std::unique_ptr<Workspace> TensorRtCache::new_workspace(int tokens) {
+    auto workspace = std::make_unique<Workspace>(engines_, tokens);
+    stream_.clear(workspace->scratch.finished.address(), workspace->scratch.finished.bytes());
+    return workspace;
 }
 
 CUdeviceptr TensorRtCache::gathered(std::size_t rows) {
@@ -134,6 +106,10 @@ CUdeviceptr TensorRtCache::gathered(std::size_t rows) {
 }
 
 core::Address TensorRtCache::embed(core::Span<const std::int32_t> token_ids, const core::Rows& rows) {
+    return guarded([&] { return embed_named(token_ids, rows); });
+}
+
+core::Address TensorRtCache::embed_named(core::Span<const std::int32_t> token_ids, const core::Rows& rows) {
     engines_.device.make_current();
     engines_.weights("embed");
     call_off();
@@ -176,6 +152,10 @@ core::Address TensorRtCache::embed_chosen(const core::Rows& rows) {
 }
 
 core::Address TensorRtCache::run_blocks(int first, int stop, core::Address hidden, const core::Rows& rows) {
+    return guarded([&] { return run_opened(first, stop, hidden, rows); });
+}
+
+core::Address TensorRtCache::run_opened(int first, int stop, CUdeviceptr hidden, const core::Rows& rows) {
     engines_.device.make_current();
     // What takes memory or time comes before anything is recorded.
     for (int index = first; index < stop; ++index) {
@@ -276,132 +256,6 @@ void TensorRtCache::keep(core::Address kept, std::size_t capacity, core::Address
     keeping_ = {kept,      hidden, workspace.positions(), workspace.sequences(), static_cast<int>(capacity),
                 rows.count};
     stream_.add(keeping_.key(), [this, keeping = keeping_] { heads_.keep(keeping); });
-}
-
-void TensorRtCache::logits(core::Address hidden, int count, int blocks_run, float* logits) {
-    engines_.device.make_current();
-    if (ahead_) call_off();
-    for (int start = 0; start < count; start += Mailbox::MOST_ROWS) {
-        const int rows = std::min(Mailbox::MOST_ROWS, count - start);
-        heads_.prepare(rows, blocks_run);
-        const CUdeviceptr states = in_place(hidden + at(start) * row_bytes_, rows);
-        const std::size_t width = at(engines_.spec.vocab_size), bytes = at(rows) * width * sizeof(float);
-        stream_.add({LOGITS, states, number(rows), number(blocks_run)}, [this, states, rows, blocks_run,
-                                                                         bytes] {
-            heads_.run(states, rows, blocks_run);
-            check(driver().cuMemcpyDtoHAsync(logits_.as<void>(), heads_.logits(), bytes, stream_.handle()),
-                  "copying logits");
-        });
-        stream_.synchronize();
-        ended_ = stream_.launches();
-        std::memcpy(logits + at(start) * width, logits_.as<void>(), bytes);
-    }
-}
-
-std::unique_ptr<core::Choices> TensorRtCache::choose(core::Address hidden, int count, int blocks_run,
-                                                     const core::Choosing& how) {
-    engines_.device.make_current();
-    if (ahead_) call_off();
-    chosen_.clear();
-    try {
-        return count > Mailbox::MOST_ROWS ? choose_in_parts(hidden, count, blocks_run, how)
-                                          : choose_rows(hidden, count, blocks_run, how);
-    } catch (...) {
-        last_.reset();  // what was to begin after it may not have
-        forget_answers();
-        throw;
-    }
-}
-
-void TensorRtCache::forget_answers() noexcept {
-    try {
-        stream_.settle();
-        engines_.forget_check();
-        mailbox_.reset();
-    } catch (...) {  // the device is lost, and says so again
-    }
-}
-
-std::unique_ptr<core::Choices> TensorRtCache::choose_in_parts(CUdeviceptr hidden, int count, int blocks_run,
-                                                              const core::Choosing& how) {
-    std::vector<core::Choice> choices;
-    for (int start = 0; start < count; start += Mailbox::MOST_ROWS) {
-        const std::size_t rows = at(std::min(Mailbox::MOST_ROWS, count - start));
-        core::Choosing part = how;
-        if (!how.draws.empty()) part.draws = {how.draws.data() + start, rows};
-        part.stop.reset();
-        const auto chosen =
-            choose_rows(hidden + at(start) * row_bytes_, static_cast<int>(rows), blocks_run, part);
-        const std::vector<core::Choice>& known = chosen->wait();
-        choices.insert(choices.end(), known.begin(), known.end());
-    }
-    for (const core::Choice& choice : choices) chosen_.push_back(choice.token);
-    return std::make_unique<core::KnownChoices>(std::move(choices));
-}
-
-std::unique_ptr<core::Choices> TensorRtCache::choose_rows(CUdeviceptr hidden, int count, int blocks_run,
-                                                          const core::Choosing& how) {
-    heads_.prepare(count, blocks_run);
-    const CUdeviceptr states = in_place(hidden, count);
-    const Asked question = asked(how, count);
-    Keeping keeping;
-    if (keeping_.kept && keeping_.hidden == states && keeping_.tokens == count &&
-        stream_.take_back(keeping_.key()))
-        keeping = keeping_;
-    keeping_ = {};
-    const bool in_one = heads_.checks_in_one(count, blocks_run);
-    if (question.measure >= 0) blocks_.open(how.stop->first);
-    if (in_one && engines_.has_several_sessions()) stream_.flush();  // the others needn't wait for all this
-    Key key = {CHOOSE, states, number(count), number(blocks_run)};
-    for (const Key& more : {question.key(), keeping.kept ? keeping.key() : Key()})
-        key.insert(key.end(), more.begin(), more.end());
-    const auto choice = [this, states, count, blocks_run, question, keeping] {
-        heads_.choose(states, count, blocks_run, question, keeping);
-    };
-    if (question.measure < 0) {
-        stream_.add(key, choice);
-    } else {
-        ahead_ = how.stop->first;
-        const Work then = blocks_of_step(*ahead_, *ahead_ + 1, count, last_->long_context);
-        key.insert(key.end(), then.key.begin(), then.key.end());
-        stream_.add(key, [this, choice, in_one, run = then.run] {
-            if (in_one) return stream_.beside(choice, run);
-            choice();
-            run();
-        });
-    }
-    mailbox_.leave(how.draws);
-    if (in_one) {
-        const std::uint32_t answer = mailbox_.next();
-        engines_.launch_check(stream_, mailbox_.first_word(answer), answer);
-    } else {
-        stream_.flush();
-    }
-    return std::make_unique<OnTheirWay>(*this, count, how.measure);
-}
-
-// What kernels are asked. A check calls off the block that is begun with it: TensorRT's engines can't be
-// called off.
-Asked TensorRtCache::asked(const core::Choosing& how, int count) const {
-    Asked result;
-    if (how.stop && how.measure && last_ && count <= MOST_TOKENS) {
-        result.measure = static_cast<int>(*how.measure);
-        result.threshold = how.stop->threshold;
-    }
-    const int vocabulary = engines_.spec.vocab_size;
-    if (!how.sampling.greedy())  // smaller ones leave the largest logit alone, as this does
-        result.temperature = std::max(static_cast<float>(how.sampling.temperature), 1e-30f);
-    result.top_k = std::min(how.sampling.top_k.value_or(vocabulary), vocabulary);
-    result.top_p = how.sampling.top_p;
-    return result;
-}
-
-// Hidden states where they always lie, as recordings refer to them.
-CUdeviceptr TensorRtCache::in_place(CUdeviceptr hidden, int count) {
-    if (last_ && last_->holds(hidden, count)) return hidden;
-    last_.reset();
-    stream_.copy(hidden, states_.address(), at(count) * row_bytes_);
-    return states_.address();
 }
 
 }  // namespace ojfa::tensorrt

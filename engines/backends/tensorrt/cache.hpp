@@ -32,6 +32,9 @@ class TensorRtCache : public core::Cache {
  private:
     class OnTheirWay;  // choices
 
+    // The kinds of work in recordings' keys.
+    enum : std::uint64_t { EMBED, FOLLOW, BLOCKS, GO_ON, LOGITS, CHOOSE };
+
     // A one-token pass, as long as its result lies where it was computed.
     struct Pass {
         int stop;  // the block after it
@@ -49,8 +52,22 @@ class TensorRtCache : public core::Cache {
         std::function<void()> run;
     };
 
+    // An operation after whose failure the next one works.
+    template <class Operation>
+    auto guarded(Operation operation) {
+        try {
+            return operation();
+        } catch (...) {
+            forget();
+            throw;
+        }
+    }
+
+    core::Address embed_named(core::Span<const std::int32_t> token_ids, const core::Rows& rows);
+    core::Address run_opened(int first, int stop, CUdeviceptr hidden, const core::Rows& rows);
     Workspace& step_workspace(int count);
     Workspace& prompt_workspace(int tokens);
+    std::unique_ptr<Workspace> new_workspace(int tokens);
     CUdeviceptr gathered(std::size_t rows);
     core::Address decode(int first, int stop, CUdeviceptr hidden, const core::Rows& rows);
     core::Address prefill(int first, int stop, CUdeviceptr hidden, const core::Rows& rows);
@@ -58,7 +75,7 @@ class TensorRtCache : public core::Cache {
     bool was_begun(int first, int stop, CUdeviceptr hidden, const core::Rows& rows) const;
     void call_off();
     void go_on();
-    void forget_answers() noexcept;
+    void forget() noexcept;
     CUdeviceptr in_place(CUdeviceptr hidden, int count);
     Asked asked(const core::Choosing& how, int count) const;
     std::unique_ptr<core::Choices> choose_rows(CUdeviceptr hidden, int count, int blocks_run,

@@ -55,6 +55,7 @@ namespace ojfa::tensorrt {
 
 // Types of cuda.h's functions, after its macros have chosen their versions.
 struct Driver {
+// NOLINTNEXTLINE(bugprone-macro-parentheses): a declaration's name
 #define OJFA_DECLARE(name, version) decltype(&::name) name = nullptr;
     OJFA_DRIVER_FUNCTIONS(OJFA_DECLARE)
 #undef OJFA_DECLARE

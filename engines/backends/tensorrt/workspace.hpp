@@ -26,6 +26,12 @@ class Workspace {
     void place(Stream& stream, const std::vector<std::int32_t>& positions,
                const std::vector<std::int32_t>& sequences);
 
+    // Nothing is known any more of what is on the device.
+    void forget() {
+        known_positions_.clear();
+        known_sequences_.clear();
+    }
+
     // Puts hidden states [tokens, H] where a block reads them.
     void take(Stream& stream, CUdeviceptr states, int block, int tokens);
 

@@ -59,6 +59,7 @@ Checker::Checker(const std::filesystem::path& directory, const Progress& progres
 
 void Checker::check(const std::vector<std::pair<std::string, FileEntry>>& files, const Receive& receive) {
     std::vector<const std::pair<std::string, FileEntry>*> order;
+    order.reserve(files.size());
     for (const auto& file : files) order.push_back(&file);
     // The largest files first, so that none is last.
     std::stable_sort(order.begin(), order.end(),
