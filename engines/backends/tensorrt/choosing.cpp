@@ -67,13 +67,15 @@ void TensorRtCache::logits(core::Address hidden, int count, int blocks_run, floa
 
 std::unique_ptr<core::Choices> TensorRtCache::choose(core::Address hidden, int count, int blocks_run,
                                                      const core::Choosing& how) {
-    return guarded([&] {
+    std::unique_ptr<core::Choices> choices;
+    guarded([&] {
         engines_.device.make_current();
         if (ahead_) call_off();
         chosen_.clear();
-        return count > Mailbox::MOST_ROWS ? choose_in_parts(hidden, count, blocks_run, how)
-                                          : choose_rows(hidden, count, blocks_run, how);
+        choices = count > Mailbox::MOST_ROWS ? choose_in_parts(hidden, count, blocks_run, how)
+                                             : choose_rows(hidden, count, blocks_run, how);
     });
+    return choices;
 }
 
 // Makes sure that nothing is believed of what an operation has begun that failed.
