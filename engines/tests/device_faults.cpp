@@ -69,7 +69,7 @@ TEST_P(Faults, OfAnyCallAreSaidAndLeaveNothing) {
 TEST(LostDevice, FailsEverythingAndHangsNothing) {
     const auto model = ojfa::Model::load(fixtures::bundle("llama.ojfa"), {});
     const auto expected = every_way(model);
-    for (int call = 1; call < 400; call += 29) {
+    for (int call = 1; call < 400; call += 57) {
         const auto other = ojfa::Model::load(fixtures::bundle("llama.ojfa"), {});
         stand_in_fail(call, CUDA_ERROR_ILLEGAL_ADDRESS, 1);
         EXPECT_THROW(every_way(other), ojfa::Error);
