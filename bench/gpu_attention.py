@@ -21,11 +21,11 @@ from bench.gpu_clock import copy_bandwidth, graph_time
 from bench.gpu_shapes import SHAPES
 from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device, the_device
+from ojfa_export.backends.cuda.kernels import Kernels, compile_kernels
 from ojfa_export.backends.cuda.recorder import Work
+from ojfa_export.backends.cuda.sources import definitions
 from ojfa_export.backends.tensorrt.attention import Attention, Geometry, Operands, Scratch
-from ojfa_export.backends.tensorrt.kernels import Kernels, compile_kernels
 from ojfa_export.backends.tensorrt.linear import LinearKernels, Norm
-from ojfa_export.backends.tensorrt.sources import definitions
 from ojfa_export.families.rotary import Rotary
 from ojfa_export.families.spec import ModelSpec
 

@@ -19,17 +19,17 @@ import numpy as np
 from bench.gpu_attention import ALL_SHAPES, Bench, run_all
 from bench.gpu_clock import copy_bandwidth, event_time, graph_time
 from ojfa_export.backends.choice import Choosing
+from ojfa_export.backends.cuda.choosing import Chooser
 from ojfa_export.backends.cuda.device import Device, the_device
+from ojfa_export.backends.cuda.kernels import integer, number, pointer
+from ojfa_export.backends.cuda.mailbox import Asked, Mailbox
 from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.tensorrt.heads import (
     BESIDE_THREADS,
     CHECK_RANK,
     CHECK_THREADS,
     NOTHING_TO_KEEP,
-    Chooser,
 )
-from ojfa_export.backends.tensorrt.kernels import integer, number, pointer
-from ojfa_export.backends.tensorrt.mailbox import Asked, Mailbox
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.sampling import Sampling
 

@@ -142,14 +142,8 @@ class _GivesLogits(_Chooses, Protocol):
     def logits(self, hidden: Hidden, blocks_run: int) -> Float32: ...
 
 
-class ChoosesOnHost:
-    """The part of `Engines` that chooses, for engines whose logits are on the host anyway."""
-
-    follows = False
-
-    def choose(self: _GivesLogits, hidden: Hidden, blocks_run: int, how: Choosing) -> HostChoices:
-        """See `Engines.choose`."""
-        return HostChoices(self.logits(hidden, blocks_run), how)
+class PreparesByParts:
+    """The part of `Engines` that prepares, for engines that know no shorter way."""
 
     def prepare(
         self: _Chooses,
@@ -161,3 +155,13 @@ class ChoosesOnHost:
     ) -> Callable[[], Choices]:
         """See `Engines.prepare`."""
         return partial(run_on, self, cache, one, depth, kept, how)
+
+
+class ChoosesOnHost(PreparesByParts):
+    """The part of `Engines` that chooses, for engines whose logits are on the host anyway."""
+
+    follows = False
+
+    def choose(self: _GivesLogits, hidden: Hidden, blocks_run: int, how: Choosing) -> HostChoices:
+        """See `Engines.choose`."""
+        return HostChoices(self.logits(hidden, blocks_run), how)

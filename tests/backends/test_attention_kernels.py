@@ -13,8 +13,8 @@ import pytest
 from attention_cases import VARIANTS, Example, Variant
 from tolerances import ATTENTION_FP16_RELATIVE, ATTENTION_FP32_RELATIVE
 
+from ojfa_export.backends.cuda.sources import source_directory
 from ojfa_export.backends.tensorrt.attention import Attention, Scratch, step_launch
-from ojfa_export.backends.tensorrt.sources import source_directory
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
 COMPILER = shutil.which("g++")

@@ -12,7 +12,7 @@ import pytest
 from tolerances import CONFIDENCE
 
 from ojfa_export.backends.choice import Choosing, Stop
-from ojfa_export.backends.tensorrt.sources import source_directory
+from ojfa_export.backends.cuda.sources import source_directory
 from ojfa_export.runtime.sampling import GREEDY, Sampling
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
@@ -59,7 +59,7 @@ def kernels(driver, tmp_path_factory):
 @pytest.fixture
 def mailbox(driver):
     from ojfa_export.backends.cuda.device import the_device
-    from ojfa_export.backends.tensorrt.mailbox import Mailbox
+    from ojfa_export.backends.cuda.mailbox import Mailbox
 
     return Mailbox(the_device())
 
@@ -101,8 +101,8 @@ def assert_drawn(token, logits, sampling, draw):
 
 
 def choose(kernels, mailbox, logits, how):
-    from ojfa_export.backends.tensorrt.heads import Chooser
-    from ojfa_export.backends.tensorrt.mailbox import Asked
+    from ojfa_export.backends.cuda.choosing import Chooser
+    from ojfa_export.backends.cuda.mailbox import Asked
 
     asked = Asked.of(how, logits.shape[1])
     mailbox.leave(how.draws)
@@ -138,9 +138,9 @@ def test_sampled_tokens_are_those_of_the_host(kernels, mailbox, rng, sampling):
 
 def check_exit(kernels, mailbox, head, hidden, how, blocks, kept=None, *, beside=False):
     """Launches the exit's check as `heads.ExitHead` does; its logits."""
-    from ojfa_export.backends.tensorrt.heads import Chooser
-    from ojfa_export.backends.tensorrt.kernels import integer, number, pointer
-    from ojfa_export.backends.tensorrt.mailbox import Asked
+    from ojfa_export.backends.cuda.choosing import Chooser
+    from ojfa_export.backends.cuda.kernels import integer, number, pointer
+    from ojfa_export.backends.cuda.mailbox import Asked
 
     project, bias, vocabulary, vocabulary_bias, rank = head
     rows, features = hidden.shape

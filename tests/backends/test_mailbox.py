@@ -22,7 +22,7 @@ class Torn:
 
 
 def test_a_value_is_never_older_than_its_number(driver: Any, monkeypatch: Any) -> None:
-    from ojfa_export.backends.tensorrt import mailbox
+    from ojfa_export.backends.cuda import mailbox
 
     older = (3, 1, 3, 1, 0.25, 1, 0.125, 1, -2.0, 1)
     newer = (7, 9, 8, 9, 0.5, 9, 0.375, 9, -1.0, 9)
@@ -35,7 +35,7 @@ def test_a_value_is_never_older_than_its_number(driver: Any, monkeypatch: Any) -
 
 
 def test_an_answer_that_never_comes_is_an_error(driver: Any) -> None:
-    from ojfa_export.backends.tensorrt import mailbox
+    from ojfa_export.backends.cuda import mailbox
     from ojfa_export.errors import BackendError
 
     box = object.__new__(mailbox.Mailbox)

@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from chain import Chain, build_chain
-from cuda_stand_in import installed
 from tiny_models import VARIANTS, VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_FP16_RELATIVE, LOGITS_FP32
 
@@ -29,6 +27,7 @@ from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import block_name, graph_names
 from ojfa_export.errors import BackendError, BundleError
 from ojfa_export.progress import SILENT
+from ojfa_export.runtime.decoding import StepByStep
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
@@ -44,30 +43,14 @@ FP16 = ["llama-gqa", "gpt2", "phi3-sliding-window", "phi3-partial-rotary"]
 @pytest.fixture
 def driver(monkeypatch):
     """A device in host memory, and the CPU provider where the CUDA provider would be."""
-    with installed() as stand_in:
-        on_cpu(monkeypatch)
+    from stand_in import stand_in_gpu
+    from stand_in.onnxruntime_cuda import make_onnxruntime
+
+    with stand_in_gpu() as stand_in:
+        from ojfa_export.backends.onnxruntime_cuda import provider
+
+        monkeypatch.setattr(provider, "ort", make_onnxruntime(stand_in))
         yield stand_in
-
-
-def on_cpu(monkeypatch):
-    from ojfa_export.backends.onnxruntime_cuda import provider
-
-    class OnCpu(ort.InferenceSession):
-        def __init__(self, model, options, providers, *, enable_fallback):
-            assert [name for name, _ in providers] == ["CUDAExecutionProvider"]
-            assert not enable_fallback
-            super().__init__(model, options, providers=["CPUExecutionProvider"])
-
-        def get_providers(self):
-            return ["CUDAExecutionProvider"]
-
-    for_cuda = SimpleNamespace(**vars(ort))
-    for_cuda.InferenceSession = OnCpu
-    for_cuda.get_available_providers = lambda: ["CUDAExecutionProvider"]
-    for_cuda.preload_dlls = lambda: print("this must not be seen")
-    for_cuda.set_default_logger_severity = lambda severity: None
-    monkeypatch.setattr(provider, "ort", for_cuda)
-    monkeypatch.setattr(provider, "DEVICE", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +186,64 @@ def test_exits_per_token_speculation_and_shadow_checks(both_of, token_ids):
         ids = [[each[-1].id] for each in chosen]
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 20, 0.9, seed=2)])
+def test_steps_begun_ahead_change_nothing(both_of, driver, rng, name, sampling):
+    """The device goes on from tokens that the host hasn't seen; now and then others are wanted."""
+    sessions = both_of(name).sessions(2)
+    policy = ExitPolicy(exits=(1, EXIT), measure="top", thresholds=(0.02, 0.03))
+    for exit in (EXIT, policy):
+        decoders = [
+            StepByStep(each, exit, sampling, [sampling.generator(row) for row in range(2)])
+            for each in sessions
+        ]
+        driver.launched.clear()
+        pending = [[1, 5, 6], [2, 6]]
+        for step in range(14):
+            expected, chosen = (each.step(pending, [14 - step] * 2) for each in decoders)
+            assert chosen == expected
+            pending = [[token.id for token in tokens] for tokens in expected]
+            if step % 5 == 3:
+                pending[int(rng.integers(2))] = [7]
+        for each in decoders:
+            each.end()
+        # Run once and recorded once: from then on they are replayed.
+        assert driver.launched.count("embed") >= 2
+        assert driver.launched.count("graph") > 5
+        assert sessions[0].tokens() == sessions[1].tokens()
+
+
+def test_a_step_that_was_interrupted_can_be_taken_again(both_of, driver, rng, monkeypatch):
+    here, there = both_of("llama-gqa").sessions()
+    launch, failed = driver.cuGraphLaunch, []
+
+    def failing(*arguments):
+        if rng.random() < 0.2:
+            failed.append(1)
+            raise KeyboardInterrupt
+        return launch(*arguments)
+
+    monkeypatch.setattr(driver, "cuGraphLaunch", failing)
+    pending, greedy = [[1, 5, 6]], Sampling()
+    for _ in range(8):
+        steps = [StepByStep(each, EXIT, greedy, [greedy.generator(0)]) for each in (here, there)]
+        for _ in range(3):
+            length = here.lengths[0]
+            expected = steps[0].step(pending, [9])
+            for _ in range(50):
+                try:
+                    chosen = steps[1].step(pending, [9])
+                    break
+                except KeyboardInterrupt:
+                    steps[1] = StepByStep(there, EXIT, greedy, [greedy.generator(0)])
+                    there.rewind(length)
+            assert chosen == expected
+            pending = [[expected[0][0].id]]
+        for each in steps:
+            each.end()
+    assert failed
+
+
 def test_blocks_and_heads_close_and_open_again(both_of, token_ids):
     both = both_of("gpt2")
     here, there = both.chain.session(), Session(
@@ -221,9 +262,11 @@ def test_weights_are_on_the_device_once(driver, both_of):
     embedding = both.engines.weights("embed")["token_embedding"].pointer
     assert both.engines.weights("final_head")["head"].pointer == embedding
     stored = sum(path.stat().st_size for path in both.chain.graphs.glob("block_*.bin"))
-    before = sum(len(memory) for memory in driver.held.values())
+    driver.progress()
+    before = driver.used
     both.engines.load_blocks(both.chain.spec.blocks)
-    assert sum(len(memory) for memory in driver.held.values()) == before >= stored
+    driver.progress()
+    assert driver.used == before >= stored
 
 
 def test_equal_blocks_are_one_session(both_of):
@@ -275,9 +318,11 @@ def test_head_size_that_fused_attention_does_not_take(both_of, tmp_path):
         )
 
 
-def test_onnxruntime_without_cuda(monkeypatch):
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with installed(), pytest.raises(BackendError, match="has no CUDA provider") as raised:
+def test_onnxruntime_without_cuda(driver, monkeypatch):
+    from ojfa_export.backends.onnxruntime_cuda import provider
+
+    monkeypatch.setattr(provider, "ort", ort)
+    with pytest.raises(BackendError, match="has no CUDA provider") as raised:
         backends.load(NAME).check({})
     assert "onnxruntime-gpu" in raised.value.hint
 
@@ -314,7 +359,7 @@ def test_engines_are_added_to_a_bundle_and_run(driver, tiny_bundle, tmp_path):
     opened = Bundle(bundle)
     built_with = opened.engines(NAME).built_with
     assert built_with["onnxruntime"] == ort.__version__
-    assert (built_with["provider"], built_with["gpu"]) == ("CUDA", "A stand-in")
+    assert (built_with["provider"], built_with["gpu"]) == ("CUDA", "Stand-in GPU")
     here, there = Model(opened), Model(opened, NAME)
     prompts = ["def main(", "import "]
     for options in ({"exit": "full"}, {"exit": 2}, {"speculate": True}):

@@ -13,6 +13,7 @@ from chain import build_chain
 from tiny_models import make_checkpoint
 from tolerances import BLOCK_FP32_RELATIVE
 
+from ojfa_export.backends.cuda.sources import SOURCES, definitions, source_directory
 from ojfa_export.backends.onnxruntime.session import open_session
 from ojfa_export.backends.tensorrt.graphs import parts, transposed
 from ojfa_export.backends.tensorrt.plan import (
@@ -23,7 +24,6 @@ from ojfa_export.backends.tensorrt.plan import (
     profile_for,
     read_plan,
 )
-from ojfa_export.backends.tensorrt.sources import SOURCES, definitions, source_directory
 from ojfa_export.errors import BackendError, BundleError
 from ojfa_export.graphs.weights import references
 

@@ -16,7 +16,7 @@ from ojfa_export.errors import BackendError
 
 def kernels(driver: Driver):
     from ojfa_export.backends.cuda.device import the_device
-    from ojfa_export.backends.tensorrt.kernels import Kernels
+    from ojfa_export.backends.cuda.kernels import Kernels
 
     return Kernels(the_device(), b'{"HALF": 0}')
 
@@ -40,7 +40,7 @@ def test_a_kernel_that_is_missing(driver):
 
 def test_kernels_that_do_not_load(driver):
     from ojfa_export.backends.cuda.device import the_device
-    from ojfa_export.backends.tensorrt.kernels import Kernels
+    from ojfa_export.backends.cuda.kernels import Kernels
 
     with pytest.raises(BackendError, match="loading the kernels") as caught:
         Kernels(the_device(), b"damaged")
@@ -56,7 +56,7 @@ def test_no_gpu(driver, monkeypatch):
 
 
 def test_nvrtc_that_is_missing(driver, monkeypatch):
-    module = importlib.import_module("ojfa_export.backends.tensorrt.kernels")
+    module = importlib.import_module("ojfa_export.backends.cuda.kernels")
 
     def missing(*_):
         raise RuntimeError("Failed to dlopen libnvrtc.so.13")

@@ -284,8 +284,8 @@ def test_texts_that_take_turns(case):
 
 def test_numbers_are_read_after_their_stamps(driver, monkeypatch):
     """An answer that comes while the host looks: a number of before beside a stamp of now."""
+    from ojfa_export.backends.cuda import mailbox
     from ojfa_export.backends.cuda.device import the_device
-    from ojfa_export.backends.tensorrt import mailbox
 
     box = mailbox.Mailbox(the_device())
     choices = box.expect(1)

@@ -24,7 +24,7 @@ EVERY = {**VARIANTS, **WHOLE_MODELS}
 def codes():
     """Machine code of every variant: compiled beside one another, as each takes seconds."""
     from ojfa_export.backends.cuda.device import the_device
-    from ojfa_export.backends.tensorrt.kernels import compile_kernels
+    from ojfa_export.backends.cuda.kernels import compile_kernels
 
     chip = the_device().compute_capability
     with ThreadPoolExecutor() as pool:
@@ -40,8 +40,8 @@ class Compiled:
     def __init__(self, variant: Variant, code: bytes) -> None:
         from ojfa_export.backends.cuda.arrays import DeviceArrays
         from ojfa_export.backends.cuda.device import the_device
+        from ojfa_export.backends.cuda.kernels import Kernels
         from ojfa_export.backends.tensorrt.attention import Attention, Scratch
-        from ojfa_export.backends.tensorrt.kernels import Kernels
 
         self.variant, self.device = variant, the_device()
         self.device.make_current()

@@ -19,7 +19,7 @@ VOCABULARIES = (1, 5, 31, 32, 263, 32_000, 50_257, 128_256)
 def gpu():
     """The device, and the choosing kernels compiled for it."""
     from ojfa_export.backends.cuda.device import the_device
-    from ojfa_export.backends.tensorrt.kernels import Kernels, compile_kernels
+    from ojfa_export.backends.cuda.kernels import Kernels, compile_kernels
 
     device = the_device()
     macros = {
@@ -40,8 +40,8 @@ def answers(gpu, logits, sampling=GREEDY, draws=()):
     """What the kernels choose of logits [rows, V]."""
     from ojfa_export.backends.choice import Choosing
     from ojfa_export.backends.cuda.arrays import DeviceArrays
-    from ojfa_export.backends.tensorrt.heads import Chooser
-    from ojfa_export.backends.tensorrt.mailbox import Asked, Mailbox
+    from ojfa_export.backends.cuda.choosing import Chooser
+    from ojfa_export.backends.cuda.mailbox import Asked, Mailbox
 
     device, kernels = gpu
     mailbox = Mailbox(device)

@@ -21,7 +21,7 @@ class Compiled:
     def __init__(self, *, half: bool, layer: bool, gated: bool) -> None:
         from ojfa_export.backends.cuda.arrays import DeviceArrays
         from ojfa_export.backends.cuda.device import the_device
-        from ojfa_export.backends.tensorrt.kernels import Kernels, compile_kernels
+        from ojfa_export.backends.cuda.kernels import Kernels, compile_kernels
         from ojfa_export.backends.tensorrt.linear import LinearKernels
 
         self.half, self.layer, self.gated = half, layer, gated

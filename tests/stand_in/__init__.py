@@ -1,4 +1,4 @@
-"""Stand-ins for the CUDA driver, NVRTC and TensorRT: the whole TensorRT backend on a CPU.
+"""Stand-ins for the CUDA driver, NVRTC, TensorRT and ONNX Runtime: backends for GPUs on a CPU.
 
 "Device memory" is host memory of a limited amount, kernels are NumPy, engines run in ONNX Runtime.
 They show that the Python code around kernels and engines is right: what is built, loaded, launched
@@ -21,7 +21,7 @@ from stand_in.driver import Driver
 from stand_in.tensorrt import make_tensorrt
 
 PACKAGE = "ojfa_export.backends"
-FOLDERS = ("cuda", "tensorrt")
+FOLDERS = ("cuda", "onnxruntime_cuda", "tensorrt")
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def stand_in_gpu() -> Iterator[Driver]:
             patch.setitem(sys.modules, name, module)
         before = _take_away()
         try:
-            from ojfa_export.backends.tensorrt import mailbox
+            from ojfa_export.backends.cuda import mailbox
 
             def look_again(_: float) -> None:  # who waits for an answer lets the stream go on
                 driver.progress(int(driver.rng.integers(1, 4)))

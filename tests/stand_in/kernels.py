@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ojfa_export.backends.tensorrt.sources import ACTIVATIONS, SOURCES, source_directory
+from ojfa_export.backends.cuda.sources import ACTIVATIONS, SOURCES, source_directory
 
 
 def view(pointer: int, dtype: Any, *shape: int) -> np.ndarray:
@@ -194,7 +194,7 @@ class StandInKernels:
         self.called_off = False
 
     def choose(self, a: Any) -> None:
-        from ojfa_export.backends.tensorrt import mailbox
+        from ojfa_export.backends.cuda import mailbox
 
         rows = a.grid[1]
         self._answer(a, self._floats(a.logits, rows, a.vocabulary), mailbox)
@@ -222,7 +222,7 @@ class StandInKernels:
         return int(((answer - 1) % mailbox.SLOTS * mailbox.ROWS + row) * mailbox.ANSWER.size)
 
     def sample(self, a: Any) -> None:
-        from ojfa_export.backends.tensorrt import mailbox
+        from ojfa_export.backends.cuda import mailbox
         from ojfa_export.runtime.sampling import Sampling
 
         rows = a.grid[0]
@@ -239,7 +239,7 @@ class StandInKernels:
         count[0] = answer
 
     def exit_check(self, a: Any) -> None:
-        from ojfa_export.backends.tensorrt import mailbox
+        from ojfa_export.backends.cuda import mailbox
 
         if a.kept:
             a.grid = (a.count, 1, 1)

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ojfa_export.backends.backend import Float32, Int32, keep
+from ojfa_export.backends.choice import Choices
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
+from ojfa_export.backends.cuda.embedding import embed
+from ojfa_export.backends.cuda.kernels import pointer
 from ojfa_export.backends.onnxruntime_cuda.provider import Array, Work
 from ojfa_export.bundle.names import block_name
 
@@ -60,9 +63,29 @@ class Tokens:
         inputs = {"token_ids": self._ids, "positions": self._positions}
         self._engines.work("embed", inputs, {"hidden": self.hidden[0]}).run()
 
+    def follow(self) -> None:
+        """Puts the embedding of the newest answer's tokens on the stream, at the next positions.
+
+        The device alone knows them; `moved_to` says where that is.
+        """
+        engines, positions = self._engines, self._positions.pointer
+        named = pointer(engines.mailbox.tokens), pointer(positions)
+        embed(engines.kernels, engines.weights("embed"), self.hidden[0], named, positions, steps=1)
+
+    def is_placed(self, starts: Sequence[int]) -> bool:
+        """Whether the device has these positions."""
+        return list(starts) == self._starts
+
+    def moved_to(self, starts: Sequence[int]) -> None:
+        """Tells which positions the device has after what was put on the stream.
+
+        Should that fail, nothing is lost: the tokens there are embedded again before they run.
+        """
+        self._starts = list(starts)
+
     def place(self, starts: Sequence[int]) -> None:
         """Says at which position of its sequence each row begins; what is known isn't copied."""
-        if list(starts) != self._starts:
+        if not self.is_placed(starts):
             self._engines.device.upload(self._place(starts), self._positions.pointer)
 
     def _place(self, starts: Sequence[int]) -> Int32:
@@ -122,9 +145,18 @@ class OnnxRuntimeCudaCache:
             most = SCORE_BYTES // (4 * spec.heads * capacity)
             self._most_tokens = max(16, min(MOST_TOKENS, most))
 
-    def embed(self, token_ids: Int32, starts: Sequence[int]) -> DeviceArray:
+    def embed(self, token_ids: Int32 | Choices, starts: Sequence[int]) -> DeviceArray:
         """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
         self._device.make_current()  # the caller's thread may be another each time
+        if not isinstance(token_ids, np.ndarray):
+            step = self._step(len(starts))
+            if self._engines.mailbox.is_newest(token_ids) and step.is_placed(
+                [start - 1 for start in starts]
+            ):
+                self._add(("follow", len(starts)), step.follow)
+                step.moved_to(starts)
+                return step.hidden[0]
+            token_ids = np.array(token_ids.tokens(), np.int32)[:, None]
         rows, tokens = token_ids.shape
         if tokens == 1:
             step = self._step(rows)

@@ -1,18 +1,27 @@
-"""An opened model on ONNX Runtime's CUDA provider: sessions and weights, loaded when first used."""
+"""An opened model on ONNX Runtime's CUDA provider: sessions and weights, loaded when first used.
+
+What ONNX Runtime has no operator for, choosing a token and going on from it before the host has
+seen it, CUDA kernels of ours do between its sessions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
 from ojfa_export.backends.backend import Float32
-from ojfa_export.backends.choice import ChoosesOnHost
+from ojfa_export.backends.choice import Choices, Choosing, PreparesByParts
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.choosing import Chooser, choose_in_parts
 from ojfa_export.backends.cuda.device import Device, PinnedArray
+from ojfa_export.backends.cuda.kernels import Kernels, compile_kernels
+from ojfa_export.backends.cuda.mailbox import ROWS, Asked, DeviceChoices, Mailbox
+from ojfa_export.backends.cuda.sources import definitions
 from ojfa_export.backends.onnxruntime_cuda.cache import OnnxRuntimeCudaCache
 from ojfa_export.backends.onnxruntime_cuda.plan import read_plan
 from ojfa_export.backends.onnxruntime_cuda.provider import Array, Work, open_session
@@ -20,11 +29,11 @@ from ojfa_export.backends.onnxruntime_cuda.weights import Weights
 from ojfa_export.bundle.names import block_name
 from ojfa_export.families.spec import ModelSpec, Precision
 
-# Rows of logits that are on the device at once.
-HEAD_ROWS = 16
+# The kernels that are compiled for a model when it is opened.
+SOURCES = ("embed.cu", "choose.cu", "sample.cu")
 
 
-class OnnxRuntimeCudaEngines(ChoosesOnHost):
+class OnnxRuntimeCudaEngines(PreparesByParts):
     """An opened model.
 
     Args:
@@ -34,7 +43,14 @@ class OnnxRuntimeCudaEngines(ChoosesOnHost):
         engines: Plans by graph name.
         rotary: Cosines and sines [rows, rotary_dim/2], or None.
         record: Whether steps of one token are replayed as CUDA graphs.
+
+    Attributes:
+        follows: See `backends.backend.Engines`.
+        kernels: Of ours.
+        mailbox: Where chosen tokens come.
     """
+
+    follows = True
 
     def __init__(
         self,
@@ -57,11 +73,15 @@ class OnnxRuntimeCudaEngines(ChoosesOnHost):
         self._sessions: dict[str, ort.InferenceSession] = {}  # by graph file
         self._rotary = self._upload_rotary(rotary)
         self._key = object()  # of this model's recordings
-        self._states = self.arrays.lasting((HEAD_ROWS, spec.hidden_size), np.float32)
-        self._logits = self.arrays.lasting((HEAD_ROWS, spec.vocab_size), np.float32)
+        macros = definitions(spec, half=self.precision == "fp16")
+        code = compile_kernels(macros, device.compute_capability, SOURCES)
+        self.kernels, self.mailbox = Kernels(device, code), Mailbox(device)
+        self._chooser = Chooser(self.kernels, self.mailbox, spec.vocab_size)
+        self._states = self.arrays.lasting((ROWS, spec.hidden_size), np.float32)
+        self._logits = self.arrays.lasting((ROWS, spec.vocab_size), np.float32)
         exits = np.arange(spec.blocks + 1, dtype=np.int32)[:, None, None]
-        self._exits = self.arrays.upload(np.repeat(exits, HEAD_ROWS, axis=1))
-        self._pinned = PinnedArray((HEAD_ROWS, spec.vocab_size), np.float32)
+        self._exits = self.arrays.upload(np.repeat(exits, ROWS, axis=1))
+        self._pinned = PinnedArray((ROWS, spec.vocab_size), np.float32)
 
     def __del__(self) -> None:
         # Work that is under way still uses memory that sessions free at their end.
@@ -127,25 +147,52 @@ class OnnxRuntimeCudaEngines(ChoosesOnHost):
         self.device.make_current()
         states = self.arrays.asarray(hidden)
         result = np.empty((len(states), self.spec.vocab_size), np.float32)
-        for at in range(0, len(states), HEAD_ROWS):
-            part = self._in_place(states[at : at + HEAD_ROWS])
-            self._apply_head(part, blocks_run)
+        for at in range(0, len(states), ROWS):
+            part = self._in_place(states[at : at + ROWS])
+            logits = self._logits[: len(part)]
+            self._with_head(part, blocks_run, ("logits",), partial(self._fetch, logits))
             self.device.synchronize()
-            result[at : at + HEAD_ROWS] = self._pinned.array[: len(part)]
+            result[at : at + ROWS] = self._pinned.array[: len(part)]
         return result
 
-    def _apply_head(self, hidden: DeviceArray, blocks_run: int) -> None:
-        """Puts a head on the stream, and the copy of its logits to the host."""
+    def choose(self, hidden: Float32 | DeviceArray, blocks_run: int, how: Choosing) -> Choices:
+        """Applies the head after so many blocks, and chooses on the device."""
+        self.device.make_current()
+        states = self.arrays.asarray(hidden)
+        return choose_in_parts(partial(self._choose, blocks_run), states, how)
+
+    def _choose(self, blocks_run: int, states: DeviceArray, how: Choosing) -> DeviceChoices:
+        states, logits = self._in_place(states), self._logits[: len(states)]
+        # Nothing is begun ahead of an exit's check here, so that there is nothing to call off.
+        asked = Asked.of(Choosing(how.sampling), self.spec.vocab_size)
+        self.mailbox.leave(how.draws)
+        chosen = partial(self._chooser.choose, logits, asked)
+        self._with_head(states, blocks_run, ("choose", asked), chosen)
+        self.device.recorder.flush()
+        return self.mailbox.expect(len(states))
+
+    def _with_head(
+        self,
+        hidden: DeviceArray,
+        blocks_run: int,
+        then: tuple[Hashable, ...],
+        follows: Callable[[], None],
+    ) -> None:
+        """Puts a head on the stream, and what is done with its logits (`then` is its key)."""
         name = "final_head" if blocks_run == self.spec.blocks else "exit_head"
         gated, count = "gates" in self._plans[name].weights, len(hidden)
-        logits = self._logits[:count]
 
         def work() -> None:
             exits = self._exits[blocks_run, :count].reshape(count)
-            self.work(name, {"hidden": hidden, "blocks_run": exits}, {"logits": logits}).run()
-            self.device.download(logits.pointer, self._pinned.pointer, logits.nbytes)
+            inputs = {"hidden": hidden, "blocks_run": exits}
+            self.work(name, inputs, {"logits": self._logits[:count]}).run()
+            follows()
 
-        self.add((self._key, name, blocks_run if gated else None, count, hidden.pointer), work)
+        exit = blocks_run if gated else None
+        self.add((self._key, name, exit, count, hidden.pointer, *then), work)
+
+    def _fetch(self, logits: DeviceArray) -> None:
+        self.device.download(logits.pointer, self._pinned.pointer, logits.nbytes)
 
     def _in_place(self, states: DeviceArray) -> DeviceArray:
         """Hidden states where they lie for long, as recordings refer to them."""

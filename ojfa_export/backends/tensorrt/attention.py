@@ -14,7 +14,7 @@ from ojfa_export.families.spec import ModelSpec
 if TYPE_CHECKING:
     from ojfa_export.backends.cuda.arrays import DeviceArrays
     from ojfa_export.backends.cuda.device import Device
-    from ojfa_export.backends.tensorrt.kernels import Argument, Kernels
+    from ojfa_export.backends.cuda.kernels import Argument, Kernels
 
 # As in the kernels: threads of a warp; queries of a prompt's warp; of a step's thread block, its
 # queries, the warps at most, the keys that one takes at a time, and their stages in shared memory.

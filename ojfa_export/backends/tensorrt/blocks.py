@@ -10,8 +10,8 @@ import numpy as np
 from ojfa_export.backends.backend import Int32
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
 from ojfa_export.backends.cuda.device import PinnedArray
+from ojfa_export.backends.cuda.kernels import Argument, pointer
 from ojfa_export.backends.tensorrt.attention import Attention, Geometry, Operands, Scratch
-from ojfa_export.backends.tensorrt.kernels import Argument, pointer
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, Norm
 from ojfa_export.backends.tensorrt.plan import MLP, QKV
 from ojfa_export.bundle.names import block_name

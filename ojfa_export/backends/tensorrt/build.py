@@ -18,11 +18,11 @@ from typing import Any
 import onnx
 
 from ojfa_export.backends.cuda.device import the_device
+from ojfa_export.backends.cuda.kernels import compile_kernels
+from ojfa_export.backends.cuda.sources import definitions, sources_digest
 from ojfa_export.backends.tensorrt import api
 from ojfa_export.backends.tensorrt.graphs import parts, transposed
-from ojfa_export.backends.tensorrt.kernels import compile_kernels
 from ojfa_export.backends.tensorrt.plan import PROFILES, GraphPlan, Weight
-from ojfa_export.backends.tensorrt.sources import definitions, sources_digest
 from ojfa_export.families.spec import ModelSpec, Precision
 from ojfa_export.graphs.weights import TensorRef, references
 

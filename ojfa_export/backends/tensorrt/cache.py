@@ -12,10 +12,10 @@ import numpy as np
 from ojfa_export.backends.backend import Float32, Int32, keep
 from ojfa_export.backends.choice import Choices, OneToken
 from ojfa_export.backends.cuda.arrays import DeviceArray
+from ojfa_export.backends.cuda.kernels import pointer
 from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.heads import Keeping
-from ojfa_export.backends.tensorrt.kernels import pointer
 from ojfa_export.backends.tensorrt.memory import Request
 from ojfa_export.backends.tensorrt.plan import PREFILL_TOKENS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Hashable, Mapping
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +12,24 @@ import numpy as np
 from ojfa_export.backends.backend import Cache, Float32
 from ojfa_export.backends.choice import Choices, Choosing, OneToken
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.choosing import Chooser, choose_in_parts
 from ojfa_export.backends.cuda.device import Device, PinnedArray
+from ojfa_export.backends.cuda.embedding import embed
+from ojfa_export.backends.cuda.kernels import Argument, Kernels
+from ojfa_export.backends.cuda.mailbox import Asked, DeviceChoices, Mailbox
 from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.tensorrt.blocks import Workspace
 from ojfa_export.backends.tensorrt.cache import Pass, TensorRtCache
 from ojfa_export.backends.tensorrt.engine import Engine, EngineSet
 from ojfa_export.backends.tensorrt.heads import (
     HEAD_ROWS,
-    Chooser,
     ExitHead,
     FinalHead,
     Head,
     Keeping,
     ResidualExitHead,
 )
-from ojfa_export.backends.tensorrt.kernels import Argument, Kernels, integer, pointer
 from ojfa_export.backends.tensorrt.linear import LinearKernels
-from ojfa_export.backends.tensorrt.mailbox import Asked, DeviceChoices, JoinedChoices, Mailbox
 from ojfa_export.backends.tensorrt.memory import Request, Room
 from ojfa_export.backends.tensorrt.plan import GraphPlan, read_plan
 from ojfa_export.backends.tensorrt.replays import Replays
@@ -38,7 +39,6 @@ from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec, Precision
 
 DECODE_VARIABLE = "OJFA_DECODE"
-EMBED_THREADS = 256
 
 
 class TensorRtEngines:
@@ -137,25 +137,9 @@ class TensorRtEngines:
             named: Where ids and positions are, if not where the workspace names them.
             steps: Added to the positions.
         """
-        ids, positions = named or workspace.named_at
-        weights = self.weights("embed")
-        learned = weights.get("position_embedding")
-        self.kernels[self.precision].launch(
-            "embed",
-            (workspace.tokens, 1, 1),
-            (EMBED_THREADS, 1, 1),
-            (
-                pointer(workspace.hidden[0].pointer),
-                pointer(weights["token_embedding"].pointer),
-                pointer(None if learned is None else learned.pointer),
-                ids,
-                positions,
-                pointer(workspace.positions),
-                integer(steps),
-                integer(self.spec.hidden_size),
-            ),
-            overlapping=True,
-        )
+        kernels, hidden = self.kernels[self.precision], workspace.hidden[0]
+        named = named or workspace.named_at
+        embed(kernels, self.weights("embed"), hidden, named, workspace.positions, steps)
 
     @property
     def may_be_off(self) -> bool:
@@ -232,9 +216,7 @@ class TensorRtEngines:
         states = self.arrays.asarray(hidden)
         if self.may_be_off:
             self.call_off()
-        if states.shape[0] > HEAD_ROWS:
-            return self._choose_many(states, blocks_run, how)
-        return self._choose(states, blocks_run, how)
+        return choose_in_parts(partial(self._choose, blocks_run), states, how)
 
     def prepare(
         self,
@@ -249,7 +231,7 @@ class TensorRtEngines:
         self.device.make_current()
         return self._replays.prepare(cache, one, depth, kept, how)
 
-    def _choose(self, states: DeviceArray, blocks_run: int, how: Choosing) -> DeviceChoices:
+    def _choose(self, blocks_run: int, states: DeviceArray, how: Choosing) -> DeviceChoices:
         head, count = self._head(blocks_run), states.shape[0]
         states = self._in_place(states)
         last, stop, sampling = self.last_pass, how.stop, how.sampling
@@ -275,15 +257,6 @@ class TensorRtEngines:
         self.mailbox.leave(how.draws)
         recorder.flush()
         return self.mailbox.expect(count)
-
-    def _choose_many(self, states: DeviceArray, blocks_run: int, how: Choosing) -> JoinedChoices:
-        parts: list[DeviceChoices] = []
-        for at in range(0, len(states), HEAD_ROWS):
-            rows = slice(at, at + HEAD_ROWS)
-            part = replace(how, draws=how.draws[rows], stop=None)
-            parts.append(self._choose(states[rows], blocks_run, part))
-            parts[-1].tokens()  # places for answers on their way are few
-        return JoinedChoices(parts)
 
     def _in_place(self, states: DeviceArray) -> DeviceArray:
         """Hidden states where they always lie, as recordings refer to them."""

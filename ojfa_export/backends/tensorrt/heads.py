@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ojfa_export.backends.cuda.arrays import DeviceArray
-from ojfa_export.backends.tensorrt.kernels import (
+from ojfa_export.backends.cuda.choosing import Chooser
+from ojfa_export.backends.cuda.kernels import (
     Argument,
     Kernels,
     integer,
     number,
     pointer,
-    wide_number,
 )
+from ojfa_export.backends.cuda.mailbox import Asked
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
-from ojfa_export.backends.tensorrt.mailbox import Asked, Mailbox
 from ojfa_export.backends.tensorrt.weights import ROW_BYTES
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 # Rows of logits that are on the device at once.
 HEAD_ROWS = 16
 ROW_ELEMENTS = ROW_BYTES // 4  # of fp32, as a kernel loads them
-# As in choose.cu, sample.cu and exit_check.cu.
-CHOOSE_PARTS, CHOOSE_THREADS, SAMPLE_THREADS = 32, 512, 1024
+# As in exit_check.cu and choose.cu.
 CHECK_THREADS, BESIDE_THREADS, CHECK_RANK, KEEP_THREADS = 512, 128, 128, 256
 NOTHING_TO_KEEP = (pointer(None), pointer(None), pointer(None), integer(0))
 # What the folded exit head consists of; another exit head runs in its engine.
@@ -100,53 +99,6 @@ class Keeping:
                 sequences,
                 capacity,
                 integer(self.hidden.shape[-1]),
-            ),
-            overlapping=True,
-        )
-
-
-class Chooser:
-    """Answers from logits: the kernels of engines/kernels/choose.cu and sample.cu.
-
-    Args:
-        kernels: The compiled kernels.
-        mailbox: Where answers go.
-        vocabulary: Logits of a row.
-    """
-
-    def __init__(self, kernels: Kernels, mailbox: Mailbox, vocabulary: int) -> None:
-        self.kernels, self.mailbox, self._vocabulary = kernels, mailbox, vocabulary
-
-    def choose(self, logits: DeviceArray, asked: Asked) -> None:
-        """Gives an answer from logits [rows, V]."""
-        self.kernels.launch(
-            "choose",
-            (CHOOSE_PARTS, len(logits), 1),
-            (CHOOSE_THREADS, 1, 1),
-            (
-                pointer(logits.pointer),
-                integer(self._vocabulary),
-                *self.mailbox.asked(asked),
-            ),
-            overlapping=True,
-        )
-        self.sample(logits, asked)
-
-    def sample(self, logits: DeviceArray, asked: Asked) -> None:
-        """Completes an answer where tokens are sampled."""
-        if not asked.temperature:
-            return
-        self.kernels.launch(
-            "sample",
-            (len(logits), 1, 1),
-            (SAMPLE_THREADS, 1, 1),
-            (
-                pointer(logits.pointer),
-                integer(self._vocabulary),
-                number(asked.temperature),
-                integer(asked.top_k),
-                wide_number(asked.top_p),
-                *self.mailbox.arguments(),
             ),
             overlapping=True,
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.device import Device
-from ojfa_export.backends.tensorrt.kernels import Argument, Kernels, integer, number, pointer
+from ojfa_export.backends.cuda.kernels import Argument, Kernels, integer, number, pointer
 
 # Of a step in these kernels; with more, TensorRT's tensor-core kernels are faster (bench/NOTES.md).
 MOST_TOKENS = 2

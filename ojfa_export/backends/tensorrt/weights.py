@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device
-from ojfa_export.backends.tensorrt.kernels import Kernels, integer, pointer
+from ojfa_export.backends.cuda.kernels import Kernels, integer, pointer
 from ojfa_export.backends.tensorrt.plan import GraphPlan, Place, Weight
 from ojfa_export.families.spec import Precision
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ojfa_export.backends.choice import Choosing
 from ojfa_export.backends.cuda.device import Device, Memory, PinnedArray
-from ojfa_export.backends.tensorrt.kernels import Argument, integer, pointer, wide_number
+from ojfa_export.backends.cuda.kernels import Argument, integer, pointer, wide_number
 from ojfa_export.errors import BackendError
 from ojfa_export.runtime.policy import Measure
 

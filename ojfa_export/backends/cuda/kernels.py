@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 from cuda.bindings import driver, nvrtc
 
 from ojfa_export.backends.cuda.device import Device, check
-from ojfa_export.backends.tensorrt.sources import HEADERS, SOURCES, source_directory
+from ojfa_export.backends.cuda.sources import HEADERS, SOURCES, source_directory
 from ojfa_export.errors import BackendError
 
 # Dynamic shared memory that needs no permission: 48 KiB less what kernels declare themselves.
@@ -20,16 +21,25 @@ SHARED_PERCENT = 100
 Argument = tuple[Any, Any]  # a value and its ctypes type
 
 
-def compile_kernels(macros: dict[str, int], compute_capability: tuple[int, int]) -> bytes:
+def compile_kernels(
+    macros: dict[str, int],
+    compute_capability: tuple[int, int],
+    sources: Sequence[str] = SOURCES,
+) -> bytes:
     """Compiles the kernels to machine code.
+
+    Args:
+        macros: See `sources.definitions`.
+        compute_capability: Of the GPU.
+        sources: The files that are wanted.
 
     Raises:
         BackendError: The sources are missing or don't compile.
     """
     directory = source_directory()
-    names = [*SOURCES, *HEADERS]
+    names = [*sources, *HEADERS]
     texts = [(directory / name).read_bytes() for name in names]
-    whole = "".join(f'#include "{name}"\n' for name in SOURCES).encode()
+    whole = "".join(f'#include "{name}"\n' for name in sources).encode()
     try:
         status, program = nvrtc.nvrtcCreateProgram(
             whole, b"kernels.cu", len(names), texts, [name.encode() for name in names]

@@ -1,0 +1,81 @@
+"""Choosing tokens on the device: launching the kernels of choose.cu and sample.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ojfa_export.backends.choice import Choices, Choosing
+from ojfa_export.backends.cuda.arrays import DeviceArray
+from ojfa_export.backends.cuda.kernels import Kernels, integer, number, pointer, wide_number
+from ojfa_export.backends.cuda.mailbox import ROWS, Asked, DeviceChoices, JoinedChoices, Mailbox
+
+# As in choose.cu and sample.cu.
+CHOOSE_PARTS, CHOOSE_THREADS, SAMPLE_THREADS = 32, 512, 1024
+
+
+class Chooser:
+    """Answers from logits: the kernels of engines/kernels/choose.cu and sample.cu.
+
+    Args:
+        kernels: The compiled kernels.
+        mailbox: Where answers go.
+        vocabulary: Logits of a row.
+    """
+
+    def __init__(self, kernels: Kernels, mailbox: Mailbox, vocabulary: int) -> None:
+        self.kernels, self.mailbox, self._vocabulary = kernels, mailbox, vocabulary
+
+    def choose(self, logits: DeviceArray, asked: Asked) -> None:
+        """Gives an answer from logits [rows, V]."""
+        self.kernels.launch(
+            "choose",
+            (CHOOSE_PARTS, len(logits), 1),
+            (CHOOSE_THREADS, 1, 1),
+            (
+                pointer(logits.pointer),
+                integer(self._vocabulary),
+                *self.mailbox.asked(asked),
+            ),
+            overlapping=True,
+        )
+        self.sample(logits, asked)
+
+    def sample(self, logits: DeviceArray, asked: Asked) -> None:
+        """Completes an answer where tokens are sampled."""
+        if not asked.temperature:
+            return
+        self.kernels.launch(
+            "sample",
+            (len(logits), 1, 1),
+            (SAMPLE_THREADS, 1, 1),
+            (
+                pointer(logits.pointer),
+                integer(self._vocabulary),
+                number(asked.temperature),
+                integer(asked.top_k),
+                wide_number(asked.top_p),
+                *self.mailbox.arguments(),
+            ),
+            overlapping=True,
+        )
+
+
+def choose_in_parts(
+    choose: Callable[[DeviceArray, Choosing], DeviceChoices], states: DeviceArray, how: Choosing
+) -> Choices:
+    """Choices for any number of rows.
+
+    Args:
+        choose: Gives them for as many rows as one answer has.
+        states: [rows, H].
+        how: How tokens are chosen; what follows an exit is left out where one answer isn't enough.
+    """
+    if len(states) <= ROWS:
+        return choose(states, how)
+    parts: list[DeviceChoices] = []
+    for at in range(0, len(states), ROWS):
+        rows = slice(at, at + ROWS)
+        parts.append(choose(states[rows], replace(how, draws=how.draws[rows], stop=None)))
+        parts[-1].tokens()  # places for answers on their way are few
+    return JoinedChoices(parts)
