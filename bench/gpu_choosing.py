@@ -19,6 +19,7 @@ import numpy as np
 from bench.gpu_attention import ALL_SHAPES, Bench, run_all
 from bench.gpu_clock import copy_bandwidth, event_time, graph_time
 from ojfa_export.backends.choice import Choosing
+from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.choosing import Chooser
 from ojfa_export.backends.cuda.device import Device, the_device
 from ojfa_export.backends.cuda.kernels import integer, number, pointer
@@ -31,7 +32,7 @@ from ojfa_export.backends.tensorrt.heads import (
     NOTHING_TO_KEEP,
 )
 from ojfa_export.families.spec import ModelSpec
-from ojfa_export.runtime.sampling import Sampling
+from ojfa_export.runtime.sampling import GREEDY, Sampling
 
 SAMPLINGS = {
     "temperature": Sampling(0.8),
@@ -101,6 +102,8 @@ class Check:
         self._parts = arrays.lasting((device.multiprocessors, 2, CHECK_RANK), np.uint64)
         device.clear(self._parts.pointer, self._parts.nbytes)
         self._logits = arrays.asarray(3 * rng.standard_normal((1, spec.vocab_size), np.float32))
+        # The worst case for a kernel that sorts logits into bins.
+        self._equal = arrays.asarray(np.zeros((1, spec.vocab_size), np.float32))
 
     def launch(self, *, beside: bool) -> None:
         """Puts a check on the stream that never stops."""
@@ -136,12 +139,18 @@ class Check:
 
     def draws(self) -> list[Row]:
         """Drawing a token from logits that are there."""
-        rows = []
-        for name, sampling in SAMPLINGS.items():
-            asked = Asked.of(Choosing(sampling), self._spec.vocab_size)
-            us = self._repeated(partial(self._chooser.sample, self._logits, asked))
-            rows.append({"what": f"drawing, {name}", "us": us})
-        return rows
+        return [
+            {"what": f"drawing, {name}{kind}", "us": self._draw(logits, sampling)}
+            for kind, logits in {"": self._logits, ", equal logits": self._equal}.items()
+            for name, sampling in SAMPLINGS.items()
+        ]
+
+    def _draw(self, logits: DeviceArray, sampling: Sampling) -> float:
+        greedy, asked = (
+            Asked.of(Choosing(each), self._spec.vocab_size) for each in (GREEDY, sampling)
+        )
+        self._chooser.choose(logits, greedy)  # finds the largest
+        return self._repeated(partial(self._chooser.sample, logits, asked))
 
     def _repeated(self, work: Work) -> float:
         return graph_time(self._device, partial(run_all, [work] * REPEATS)) / REPEATS

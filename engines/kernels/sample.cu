@@ -120,11 +120,21 @@ __device__ int narrow(Border& border, Bins& shared, const Row& row, Mass goal, B
     for (int i = threadIdx.x; i < BINS; i += SAMPLE_THREADS) bins[i] = 0;
     if (threadIdx.x == 0) shared.result = 0, shared.above = border.above;
     __syncthreads();
+    // A bin's weight is held until another one's comes: where most logits are equal, as those far below the
+    // likely ones may be, additions to their bin would wait for each other.
+    int held_bin = 0;
+    Mass held = 0;
     each_token(row, threadIdx.x, row.vocabulary, SAMPLE_THREADS, [&](Token token) {
         const int bin = bin_of(token);
         const Mass each = bin < 0 ? 0 : weight(token);
-        if (each) atomicAdd(&bins[bin], each);
+        if (!each) return;
+        if (bin != held_bin) {
+            if (held) atomicAdd(&bins[held_bin], held);
+            held_bin = bin, held = 0;
+        }
+        held += each;
     });
+    if (held) atomicAdd(&bins[held_bin], held);
     __syncthreads();
     constexpr int EACH = BINS / SAMPLE_THREADS;
     int bin = BINS - 1 - static_cast<int>(threadIdx.x) * EACH;  // the first thread has the highest

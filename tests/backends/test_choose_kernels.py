@@ -127,9 +127,11 @@ def test_ties_go_to_the_lowest_token(kernels, mailbox, rng):
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_sampled_tokens_are_those_of_the_host(kernels, mailbox, rng, sampling):
-    logits = (3 * rng.normal(size=(2, 300))).astype(np.float32)
+    logits = (3 * rng.normal(size=(4, 300))).astype(np.float32)
     logits[1] = np.round(logits[1])  # with many ties
-    draws = rng.random(2).tolist()
+    logits[2] = logits[2, 0]  # nothing else
+    logits[3, 1:] -= 100 * (rng.random(299) < 0.9)  # most in the lowest bin
+    draws = rng.random(4).tolist()
     choices = choose(kernels, mailbox, logits, Choosing(sampling, draws))
     for row, token in enumerate(choices.tokens()):
         assert_drawn(token, logits[row], sampling, draws[row])
