@@ -13,6 +13,7 @@ import importlib
 import json
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,18 @@ def test_building(bindings, tmp_path, half, inputs):
     assert chosen == ([(inputs,)] if half and not typed else [])
     for (sources,) in called(fake, "IBuilderConfig.set_tactic_sources"):
         assert not sources & 1 << fake.TacticSource.CUDNN
+
+
+def test_builds_at_the_same_time_share_the_timing_cache(bindings, tmp_path):
+    _, api = bindings
+    cache = tmp_path / "timing"
+
+    def build(_: int) -> bytes:
+        return api.build("block", b"model", [], half=False, timing_cache=cache)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(build, range(200))) == {b"plan"}
+    assert [each.name for each in tmp_path.iterdir()] == ["timing"]
 
 
 def test_opening_and_running(bindings):

@@ -19,6 +19,7 @@ from typing import Any
 import tensorrt as trt
 
 from ojfa_export.errors import BackendError
+from ojfa_export.shortcut.atomic import write_atomically
 
 LEVEL = 2  # of optimisation: at 3 and above, 8.6 takes more than six minutes for a large block
 WORKSPACE_BYTES = 2 << 30
@@ -101,9 +102,7 @@ def build(
             f"TensorRT {version()} can't build '{name}': {LOG.take()}",
             hint="free GPU memory helps where it ran out; else please report this",
         )
-    partial = timing_cache.with_suffix(".partial")
-    partial.write_bytes(bytes(times.serialize()))
-    partial.rename(timing_cache)
+    write_atomically(timing_cache, bytes(times.serialize()))  # others may be building as well
     return bytes(plan)
 
 
