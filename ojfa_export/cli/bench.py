@@ -95,7 +95,7 @@ def command(
         raise UsageError(
             "--draft-exit and --draft-length are settings of speculation", hint="add --speculate"
         )
-    from ojfa_export.shortcut.atomic import check_writable
+    from ojfa_export.atomic import check_writable
 
     if output is not None:
         check_writable(output)
@@ -133,7 +133,7 @@ def command(
 def _emit(
     console: Console, document: dict[str, Any], output: Path | None, show: Callable[[], None]
 ) -> None:
-    from ojfa_export.shortcut.atomic import write_atomically
+    from ojfa_export.atomic import write_atomically
 
     if output is not None:
         write_atomically(output, (json.dumps(document, indent=2) + "\n").encode())

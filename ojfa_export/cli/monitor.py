@@ -65,11 +65,11 @@ def command(
     tokens that differ from the full model was seen to be broken.
     """
     import ojfa_export
+    from ojfa_export.atomic import write_atomically
     from ojfa_export.drift.figure import check_picture, draw
     from ojfa_export.drift.log import read_logs
     from ojfa_export.drift.replay import replay, watched
     from ojfa_export.drift.report import make_report
-    from ojfa_export.shortcut.atomic import write_atomically
 
     if picture is not None:
         check_picture(picture)

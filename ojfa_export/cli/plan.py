@@ -51,8 +51,8 @@ def command(
 
     plan = plan_bundle(bundle, console.progress(), confidence, backend)
     if output is not None:
+        from ojfa_export.atomic import write_atomically
         from ojfa_export.planner.picture import frontier
-        from ojfa_export.shortcut.atomic import write_atomically
 
         write_atomically(output, frontier(plan.points, plan.own))
     if console.json:
@@ -70,8 +70,8 @@ def check_picture(path: Path) -> None:
     """
     from importlib.util import find_spec
 
+    from ojfa_export.atomic import check_writable
     from ojfa_export.errors import UsageError
-    from ojfa_export.shortcut.atomic import check_writable
 
     if path.suffix.lower() != ".png":
         raise UsageError(f"{path} is no PNG file by its name", hint="call it frontier.png")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ojfa_export.atomic import write_atomically
 from ojfa_export.compare.model import Comparison
 from ojfa_export.report.write import render
-from ojfa_export.shortcut.atomic import write_atomically
 
 # The file by which a directory is known as a comparison.
 NAMED = "comparison.json"

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export.atomic import write_atomically
 from ojfa_export.errors import BundleError
 from ojfa_export.guarantee.confidence import MEASURES
 from ojfa_export.runtime.policy import Measure
-from ojfa_export.shortcut.atomic import write_atomically
 
 SPLITS = ("tuning", "certification")
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from ojfa_export.atomic import write_atomically
 from ojfa_export.report.model import CalibrationReport
-from ojfa_export.shortcut.atomic import write_atomically
 
 
 def write_report(report: CalibrationReport, directory: Path) -> list[Path]:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export.atomic import write_atomically
 from ojfa_export.errors import OjfaError
-from ojfa_export.shortcut.atomic import write_atomically
 
 # Version 2 has `gates`; files without them are still written, and read, as version 1.
 FORMAT_VERSION = "2"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from steps import contents
 
+from ojfa_export import atomic
 from ojfa_export.build import stages
 from ojfa_export.build.add_engines import add_engines
 from ojfa_export.build.parts import calibrate_only, export_only
@@ -20,7 +21,6 @@ from ojfa_export.build.pipeline import build
 from ojfa_export.errors import CalibrationError
 from ojfa_export.graphs import weights
 from ojfa_export.progress import SILENT
-from ojfa_export.shortcut import atomic
 
 Options = Callable[..., Any]
 
