@@ -26,7 +26,6 @@ from ojfa_export.backends.cuda.mailbox import Asked
 from ojfa_export.backends.tensorrt.backend import BACKEND
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
-from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
 from ojfa_export.bundle.names import graph_names
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.session import Session
@@ -68,8 +67,6 @@ def measure_shape(
         for kernels in (True, False):
             engines.decode_kernels = kernels
             engines.device.recorder.clear()
-            if batch > MOST_TOKENS and kernels:
-                continue  # more tokens than the kernels take: the engines run either way
             rows += decode(engines, spec, batch, options, length)
     return {
         "shape": name,
@@ -157,9 +154,15 @@ def parts(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
         space = workspace(engines, tokens, 512)
         measure(f"qkv by engine {tokens}", partial(Block._qkv_by_engine, workspace=space))
         measure(f"mlp by engine {tokens}", partial(Block._mlp_by_engine, workspace=space))
-        if tokens <= MOST_TOKENS:
-            measure(f"qkv by kernels {tokens}", partial(Block._qkv_by_kernels, workspace=space))
-            measure(f"mlp by kernels {tokens}", partial(Block._mlp_by_kernels, workspace=space))
+        if products := engines.products(tokens):
+            measure(
+                f"qkv by kernels {tokens}",
+                partial(Block._qkv_by_kernels, workspace=space, products=products),
+            )
+            measure(
+                f"mlp by kernels {tokens}",
+                partial(Block._mlp_by_kernels, workspace=space, products=products),
+            )
         measure(
             f"attention past 512 {tokens}",
             partial(Block._attend, workspace=space, long_context=False, together=True),

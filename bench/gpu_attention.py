@@ -25,7 +25,9 @@ from ojfa_export.backends.cuda.kernels import Kernels, compile_kernels
 from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.cuda.sources import definitions
 from ojfa_export.backends.tensorrt.attention import Attention, Geometry, Operands, Scratch
-from ojfa_export.backends.tensorrt.linear import LinearKernels, Norm
+from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
+from ojfa_export.backends.tensorrt.products import Products
+from ojfa_export.backends.tensorrt.tiled import TiledKernels
 from ojfa_export.families.rotary import Rotary
 from ojfa_export.families.spec import ModelSpec
 
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, nargs="*", default=[512])
     parser.add_argument("--blocks", type=int, default=32)
-    parser.add_argument("--chain", action="store_true", help="whole blocks too, batch 1")
+    parser.add_argument("--chain", action="store_true", help="whole blocks too")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     device = the_device()
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("  {what}: {us:.2f} us, {share:.0%} of a copy".format(**row), flush=True)
             rows.append(row)
         if options.chain:
-            for row in bench.chain(options.past):
+            for row in bench.chain(options.batch, options.past):
                 row["shape"] = name
                 print("  {what}: {us:.2f} us".format(**row), flush=True)
                 rows.append(row)
@@ -76,12 +78,14 @@ class Bench:
         blocks: How many.
 
     Attributes:
+        device: The GPU.
+        spec: The shape.
         kernels: Compiled for the shape.
         arrays: Makes arrays on the GPU.
     """
 
     def __init__(self, device: Device, spec: ModelSpec, blocks: int) -> None:
-        self._device, self._spec, self._blocks = device, spec, blocks
+        self.device, self.spec, self._blocks = device, spec, blocks
         self.arrays = DeviceArrays(device)
         macros = definitions(spec, half=True)
         self.kernels = Kernels(device, compile_kernels(macros, device.compute_capability))
@@ -121,32 +125,34 @@ class Bench:
             rows.append({"what": f"a prompt of {length}", "us": us, "bytes": self._read(length)})
         return rows
 
-    def chain(self, pasts: Sequence[int]) -> list[Row]:
-        """Whole blocks by our kernels, one token."""
+    def chain(self, batches: Sequence[int], pasts: Sequence[int]) -> list[Row]:
+        """Whole blocks by our kernels, one token of each sequence."""
         weights = [self.weights() for _ in range(self._blocks)]
-        return [
-            {
-                "what": f"a block, past {past}",
-                "us": graph_time(self._device, partial(run_all, self.block_works(past, weights)))
-                / self._blocks,
-            }
-            for past in pasts
-        ]
+        rows = []
+        for batch in batches:
+            for past in pasts:
+                works = self.block_works(past, weights, batch)
+                us = graph_time(self.device, partial(run_all, works)) / self._blocks
+                rows.append({"what": f"a block of {batch} sequences, past {past}", "us": us})
+        return rows
 
-    def block_works(self, past: int, weights: Sequence[dict[str, DeviceArray]]) -> list[Work]:
-        """What puts each whole block on the stream, one token with so many in the cache."""
-        return self._works(self._caches(1, past + 1), [past], [0], together=True, weights=weights)
+    def block_works(
+        self, past: int, weights: Sequence[dict[str, DeviceArray]], batch: int = 1
+    ) -> list[Work]:
+        """What puts each whole block on the stream, a token of each with so many in the cache."""
+        caches, positions = self._caches(batch, past + 1), [past] * batch
+        return self._works(caches, positions, list(range(batch)), together=True, weights=weights)
 
     def _read(self, positions: int) -> int:
-        return 2 * positions * self._spec.kv_heads * self._spec.head_dim * 2
+        return 2 * positions * self.spec.kv_heads * self.spec.head_dim * 2
 
     def _caches(self, batch: int, capacity: int) -> list[tuple[DeviceArray, DeviceArray]]:
-        shape = (batch, self._spec.kv_heads, capacity, self._spec.head_dim)
+        shape = (batch, self.spec.kv_heads, capacity, self.spec.head_dim)
         return [(self._filled(shape), self._filled(shape)) for _ in range(self._blocks)]
 
     def weights(self) -> dict[str, DeviceArray]:
         """Random weights of one block."""
-        spec = self._spec
+        spec = self.spec
         width = spec.heads * spec.head_dim
         shapes = {
             "qkv": (width + 2 * spec.kv_heads * spec.head_dim, spec.hidden_size),
@@ -160,7 +166,7 @@ class Bench:
         result = self.arrays.lasting(shape, np.float16)
         for at in range(0, result.nbytes, self._pool.nbytes):
             size = min(self._pool.nbytes, result.nbytes - at)
-            self._device.copy(self._pool.pointer, result.pointer + at, size)
+            self.device.copy(self._pool.pointer, result.pointer + at, size)
         return result
 
     def _time(
@@ -173,7 +179,7 @@ class Bench:
     ) -> float:
         """Microseconds of attention."""
         works = self._works(caches, positions, sequences, together=together)
-        return graph_time(self._device, partial(run_all, works)) / len(caches)
+        return graph_time(self.device, partial(run_all, works)) / len(caches)
 
     def _works(
         self,
@@ -185,7 +191,7 @@ class Bench:
         weights: Sequence[dict[str, DeviceArray]] = (),
     ) -> list[Work]:
         """What puts attention on the stream, or a block where there are weights, for each cache."""
-        spec, tokens = self._spec, len(positions)
+        spec, tokens = self.spec, len(positions)
         arrays = self.arrays
         width = spec.heads * spec.head_dim
         qkv_width = width + 2 * spec.kv_heads * spec.head_dim
@@ -193,7 +199,7 @@ class Bench:
         qkv = arrays.asarray(numbers)
         out = arrays.empty((tokens, width), np.float16)
         places = arrays.asarray(np.array([positions, sequences], np.int32))
-        scratch = Scratch(self._device, arrays, self._geometry, tokens)
+        scratch = Scratch(self.device, arrays, self._geometry, tokens)
         tables = [arrays.asarray(table) for table in self._rotary(max(positions) + 1)]
         operands = Operands(
             out=out.pointer,
@@ -226,10 +232,10 @@ class Bench:
     def _block(
         self, qkv: DeviceArray, mixed: DeviceArray
     ) -> Callable[[dict[str, DeviceArray], Callable[[], None]], None]:
-        spec, arrays = self._spec, self.arrays
-        linear = LinearKernels(self._device, self.kernels, 2)
-        hidden = arrays.asarray(np.ones((1, spec.hidden_size), np.float32))
-        inner = arrays.empty((1, spec.intermediate_size), np.float16)
+        spec, arrays, tokens = self.spec, self.arrays, len(mixed)
+        linear = self.products(tokens)
+        hidden = arrays.asarray(np.ones((tokens, spec.hidden_size), np.float32))
+        inner = arrays.empty((tokens, spec.intermediate_size), np.float16)
         norm = Norm(arrays.asarray(np.ones((1, spec.hidden_size), np.float32)), None, 1e-5)
 
         def run(weights: dict[str, DeviceArray], attend: Callable[[], None]) -> None:
@@ -241,10 +247,16 @@ class Bench:
 
         return run
 
+    def products(self, tokens: int) -> Products:
+        """The kernels that a step of so many tokens is made of."""
+        if tokens <= MOST_TOKENS:
+            return LinearKernels(self.device, self.kernels, 2)
+        return TiledKernels(self.device, self.arrays, self.kernels, self.spec.hidden_size, [])
+
     def _rotary(self, rows: int) -> tuple[np.ndarray[Any, Any], ...]:
-        if not self._spec.rotary_dim:
+        if not self.spec.rotary_dim:
             return ()
-        return Rotary(self._spec.rotary_dim, "default", 1e4, rows, {}).tables(rows)
+        return Rotary(self.spec.rotary_dim, "default", 1e4, rows, {}).tables(rows)
 
 
 def run_all(works: Sequence[Work]) -> None:

@@ -1,6 +1,7 @@
 // Matrix-vector products for the few tokens of a decode step, with norm, activation and residual
 // in the same pass. Bound by the memory that holds the weights [outputs, inputs]: a warp takes
 // several rows, the tokens' inputs lie in shared memory.
+#include "activation.cuh"
 #include "common.cuh"
 
 constexpr int LINEAR_THREADS = 512;
@@ -133,18 +134,6 @@ __device__ void stage(const Element* x, int columns) {
     const Chunk* from = reinterpret_cast<const Chunk*>(x);
     for (int i = threadIdx.x; i < TOKENS * columns / WIDE; i += blockDim.x) inputs[i] = from[i];
     __syncthreads();
-}
-
-__device__ __forceinline__ float activate(float x) {
-#if ACTIVATION == 0
-    return x / (1.0f + __expf(-x));
-#elif ACTIVATION == 1
-    return 0.5f * x * (1.0f + erff(x * 0.70710678f));
-#elif ACTIVATION == 2
-    return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-#else
-    return fmaxf(x, 0.0f);
-#endif
 }
 
 // Calls use(task, sums) for every task of `COUNT` rows, those of this warp; row_of(task, i) names a

@@ -1,4 +1,4 @@
-"""The matrix-vector kernels against float64; neither TensorRT nor prepared cases are needed."""
+"""The kernels for a step's products against float64; neither TensorRT nor cases are needed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from tolerances import BLOCK_FP16_RELATIVE, BLOCK_FP32_RELATIVE
 pytestmark = pytest.mark.gpu
 EPSILON = 1e-5
 # Less than one load of every lane, not whole steps of loads, several of them; fewer outputs than a
-# warp takes, an odd number, more than all warps take at once.
+# warp takes, an odd number, more than all warps take at once; inputs of 16 tokens that don't find
+# room in shared memory together.
 SIZES = [(32, 1), (200, 7), (1600, 513), (4096, 12_289), (11_008, 4096)]
+TOKENS = (1, 2, 3, 8, 9, 16)
 
 
 class Compiled:
@@ -43,6 +45,18 @@ class Compiled:
         self.arrays = DeviceArrays(device)
         kernels = Kernels(device, compile_kernels(macros, device.compute_capability))
         self.linear = LinearKernels(device, kernels, self.element().itemsize)
+        self.kernels, self.device = kernels, device
+
+    def products(self, tokens, columns):
+        """The kernels for so many tokens; left out where there are none."""
+        from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
+        from ojfa_export.backends.tensorrt.tiled import TiledKernels
+
+        if tokens <= MOST_TOKENS:
+            return self.linear
+        if not self.half:
+            pytest.skip("only fp16 has kernels for more than two tokens")
+        return TiledKernels(self.device, self.arrays, self.kernels, columns, [])
 
     def normed(self, hidden, weight, bias):
         """The norm in float64."""
@@ -64,13 +78,14 @@ def compiled(request):
     return Compiled(half=half, layer=layer, gated="gated" in request.param)
 
 
-@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("columns", "outputs"), SIZES)
 def test_products(compiled, rng, tokens, columns, outputs):
     """With and without norm, bias and residual."""
     from ojfa_export.backends.tensorrt.linear import Norm
 
     arrays, exact = compiled.arrays, np.float64
+    products = compiled.products(tokens, columns)
     matrix = (rng.standard_normal((outputs, columns)) / math.sqrt(columns)).astype(compiled.element)
     x = rng.standard_normal((tokens, columns)).astype(compiled.element)
     residual, bias, hidden, weight, shift = (
@@ -80,22 +95,23 @@ def test_products(compiled, rng, tokens, columns, outputs):
     held = [arrays.asarray(each) for each in (matrix, x, residual, bias, hidden, weight, shift)]
     out = arrays.empty((tokens, outputs), np.float32)
     product = x.astype(exact) @ matrix.astype(exact).T
-    compiled.linear.linear(out, held[2], held[1], held[0], held[3])
+    products.linear(out, held[2], held[1], held[0], held[3])
     compiled.check(out, product + residual + bias)
-    compiled.linear.linear(held[2], held[2], held[1], held[0], None)
+    products.linear(held[2], held[2], held[1], held[0], None)
     compiled.check(held[2], product + residual)
     normed = compiled.normed(hidden.astype(exact), weight, shift) @ matrix.astype(exact).T
     norm = Norm(held[5], held[6], EPSILON)
-    compiled.linear.norm_linear(out, held[4], norm, held[0], held[3])
+    products.norm_linear(out, held[4], norm, held[0], held[3])
     compiled.check(out, normed + bias)
 
 
-@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("columns", "width"), SIZES)
 def test_activated_products(compiled, rng, tokens, columns, width):
     from ojfa_export.backends.tensorrt.linear import Norm
 
     arrays, exact = compiled.arrays, np.float64
+    products = compiled.products(tokens, columns)
     outputs = width * (2 if compiled.gated else 1)
     matrix = (rng.standard_normal((outputs, columns)) / math.sqrt(columns)).astype(compiled.element)
     hidden, weight, bias, shift = (
@@ -105,7 +121,7 @@ def test_activated_products(compiled, rng, tokens, columns, width):
     held = [arrays.asarray(each) for each in (matrix, hidden, weight, bias, shift)]
     inner = arrays.empty((tokens, width), compiled.element)
     norm = Norm(held[2], held[4], EPSILON)
-    compiled.linear.norm_up(inner, held[1], norm, held[0], held[3])
+    products.norm_up(inner, held[1], norm, held[0], held[3])
     y = compiled.normed(hidden.astype(exact), weight, shift) @ matrix.astype(exact).T + bias
     gate = y[:, :width]
     expected = gate / (1 + np.exp(-gate))

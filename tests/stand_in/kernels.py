@@ -101,7 +101,10 @@ class StandInKernels:
         self._floats(a.out, a.count, a.outputs)[...] = self._product(x, a, a.outputs)
 
     def norm_up(self, a: Any) -> None:
-        x, width = self._normed(a, a.columns, a.columns), a.width_out
+        self._up(a, self._normed(a, a.columns, a.columns))
+
+    def _up(self, a: Any, x: np.ndarray) -> None:
+        width = a.width_out
         y = self._product(x, a, width * (2 if self.m.GATED else 1))
         gate = y[:, :width].astype(np.float64)
         kind = {number: name for name, number in ACTIVATIONS.items()}[self.m.ACTIVATION]
@@ -115,6 +118,18 @@ class StandInKernels:
         if self.m.GATED:
             inner = inner * y[:, width:]
         self._elements(a.inner, a.count, width)[...] = inner
+
+    def normalize(self, a: Any) -> None:
+        a.count = a.grid[0]
+        self._elements(a.x, a.count, a.columns)[...] = self._normed(a, a.width, a.columns)
+
+    def tiled_up(self, a: Any) -> None:
+        a.count = a.tokens
+        self._up(a, self._elements(a.x, a.count, a.columns).astype(np.float32))
+
+    def tiled_linear(self, a: Any) -> None:
+        a.count = a.tokens
+        self.linear(a)
 
     def linear(self, a: Any) -> None:
         x = self._elements(a.x, a.count, a.columns).astype(np.float32)

@@ -122,9 +122,12 @@ class StandInDriver(types.ModuleType):
         return SUCCESS, 1 << 40, 1 << 40
 
     def cuDeviceGetAttribute(self, which: Constant, _: Any) -> Any:
-        return SUCCESS, {"CAPABILITY_MAJOR": 9, "CAPABILITY_MINOR": 0}.get(
-            which.name.removeprefix("CU_DEVICE_ATTRIBUTE_COMPUTE_"), SMS
-        )
+        return SUCCESS, {
+            "COMPUTE_CAPABILITY_MAJOR": 9,
+            "COMPUTE_CAPABILITY_MINOR": 0,
+            "MULTIPROCESSOR_COUNT": SMS,
+            "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN": 227 << 10,
+        }[which.name.removeprefix("CU_DEVICE_ATTRIBUTE_")]
 
     def cuStreamSynchronize(self, _: Any) -> Any:
         self.progress()

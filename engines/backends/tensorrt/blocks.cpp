@@ -62,10 +62,12 @@ std::vector<std::pair<std::string, CUdeviceptr>> fixed(const Arrays& weights, co
 void Blocks::before_attention(int index, const Workspace& workspace, int tokens) {
     const Arrays& weights = blocks_.at(index)->weights;
     const core::ModelSpec& spec = engines_.spec;
-    if (tokens <= MOST_TOKENS) {
-        linear().norm_linear(stream_.handle(), workspace.qkv.address(), workspace.states(index), tokens,
-                             spec.hidden_size, norm(weights, "attention.norm"),
-                             weights.at("attention.qkv.weight"), bias_of(weights, "attention.qkv"));
+    if (engines_.in_kernels(tokens)) {
+        with_products(workspace, tokens, [&](const auto& kernels) {
+            kernels.norm_linear(stream_.handle(), workspace.qkv.address(), workspace.states(index), tokens,
+                                spec.hidden_size, norm(weights, "attention.norm"),
+                                weights.at("attention.qkv.weight"), bias_of(weights, "attention.qkv"));
+        });
         return;
     }
     lent_.engine_set->run(
@@ -94,15 +96,17 @@ void Blocks::after_attention(int index, const Workspace& workspace, int tokens) 
     const Arrays& weights = blocks_.at(index)->weights;
     const core::ModelSpec& spec = engines_.spec;
     const CUdeviceptr source = workspace.states(index), target = workspace.states(index + 1);
-    if (tokens <= MOST_TOKENS) {
-        const LinearKernels kernels = linear();
-        const CUstream stream = stream_.handle();
-        kernels.linear(stream, target, source, workspace.mixed.address(), tokens,
-                       weights.at("attention.out.weight"), bias_of(weights, "attention.out"));
-        kernels.norm_up(stream, workspace.inner.address(), target, tokens, spec.intermediate_size,
-                        norm(weights, "mlp.norm"), weights.at("mlp.up.weight"), bias_of(weights, "mlp.up"));
-        kernels.linear(stream, target, target, workspace.inner.address(), tokens,
-                       weights.at("mlp.down.weight"), bias_of(weights, "mlp.down"));
+    if (engines_.in_kernels(tokens)) {
+        with_products(workspace, tokens, [&](const auto& kernels) {
+            const CUstream stream = stream_.handle();
+            kernels.linear(stream, target, source, workspace.mixed.address(), tokens,
+                           weights.at("attention.out.weight"), bias_of(weights, "attention.out"));
+            kernels.norm_up(stream, workspace.inner.address(), target, tokens, spec.intermediate_size,
+                            norm(weights, "mlp.norm"), weights.at("mlp.up.weight"),
+                            bias_of(weights, "mlp.up"));
+            kernels.linear(stream, target, target, workspace.inner.address(), tokens,
+                           weights.at("mlp.down.weight"), bias_of(weights, "mlp.down"));
+        });
         return;
     }
     lent_.engine_set->run(stream_.handle(), engines_.plan(core::block_name(index)).engines.at("mlp"), tokens,

@@ -33,7 +33,15 @@ class Blocks {
     void attend(int index, const Workspace& workspace, int tokens, bool long_context, bool together);
     void after_attention(int index, const Workspace& workspace, int tokens);
     Norm norm(const Arrays& weights, const std::string& name) const;
-    LinearKernels linear() const { return engines_.linear(engines_.precision, *lent_.kernels); }
+    // Calls use(kernels) with those for so many tokens.
+    template <class Use>
+    void with_products(const Workspace& workspace, int tokens, Use use) const {
+        if (tokens <= MOST_TOKENS) {
+            use(engines_.linear(engines_.precision, *lent_.kernels));
+        } else {
+            use(TiledKernels(engines_.device, *lent_.kernels, workspace.normed.address()));
+        }
+    }
 
     TensorRtEngines& engines_;
     Lent& lent_;

@@ -165,7 +165,7 @@ core::Address TensorRtCache::run_opened(int first, int stop, CUdeviceptr hidden,
     }
     interruption_();
     const int together = rows.tokens == 1 ? rows.count : rows.tokens;
-    if (together > MOST_TOKENS) lent_.open_engines(stream_.handle());
+    if (!engines_.in_kernels(together)) lent_.open_engines(stream_.handle());
     return rows.tokens == 1 ? decode(first, stop, hidden, rows) : prefill(first, stop, hidden, rows);
 }
 

@@ -37,6 +37,7 @@ Device::Device(int index, std::uint64_t memory_limit) : account(memory_limit) {
     attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, major);
     attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, minor);
     attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, multiprocessors);
+    attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, shared_bytes);
     compute_capability = std::to_string(major) + "." + std::to_string(minor);
     check(driver().cuDriverGetVersion(&version), "asking for the driver's version");
     driver_version = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);

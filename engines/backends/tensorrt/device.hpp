@@ -32,6 +32,7 @@ class Device {
     std::string compute_capability;  // "9.0"
     std::string driver_version;      // "13.0", of CUDA
     int multiprocessors = 0;
+    int shared_bytes = 0;  // of shared memory that a thread block may have
     int major = 0;
     core::Account account;
 

@@ -52,6 +52,7 @@ TensorRtEngines::TensorRtEngines(const core::Bundle& bundle, const core::OpenOpt
     const Plan& embed = plans_.at("embed");
     precision = embed.precision;
     element_bytes = precision == "fp16" ? 2 : 4;
+    if (precision == "fp16") most_tiled_ = most_tiled_tokens(spec, device);
     for (const auto& [kind, file] : embed.kernels)
         kernels[kind] = std::make_unique<Kernels>(device, directory_ / file);
     for (const std::string& kind : {precision, std::string("fp32")})

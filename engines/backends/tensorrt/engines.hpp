@@ -14,6 +14,7 @@
 #include "engine.hpp"
 #include "linear.hpp"
 #include "plan.hpp"
+#include "tiled.hpp"
 #include "weights.hpp"
 
 namespace ojfa::tensorrt {
@@ -73,6 +74,9 @@ class TensorRtEngines : public core::Engines {
     const ResidualHead& residual_head(int blocks_run);
     bool has_gates() const { return plan("exit_head").weights.count("gates") > 0; }
 
+    // Whether our kernels run a step of so many tokens, rather than TensorRT's engines.
+    bool in_kernels(int tokens) const { return tokens <= MOST_TOKENS || tokens <= most_tiled_; }
+
     // Those for matrices of a precision; `own` are a session's.
     LinearKernels linear(const std::string& kind, Kernels& own) {
         return LinearKernels(device, kind == precision ? own : *kernels.at(kind), kind == "fp16" ? 2 : 4);
@@ -93,6 +97,7 @@ class TensorRtEngines : public core::Engines {
     void join_sessions();
 
     std::filesystem::path directory_;
+    int most_tiled_ = 0;  // tokens of a step, beyond MOST_TOKENS
     std::map<std::string, Plan> plans_;
     std::unique_ptr<WeightStore> store_;
     std::vector<Array> rotary_;   // cosines, sines

@@ -52,6 +52,7 @@ Heads::Heads(TensorRtEngines& engines, Lent& lent, Stream& stream, const Mailbox
       logits_(engines.device, rows_of(engines.spec.vocab_size)),
       z_(engines.device, MOST_TOKENS * MOST_RANK * sizeof(float)),
       jumped_(engines.device, rows_of(engines.spec.hidden_size)),
+      normed_(engines.device, rows_of(engines.spec.hidden_size)),
       z_parts_(engines.device, parts_bytes(engines.device)) {
     stream.clear(logits_.address(), logits_.bytes());
     // What was in this memory before may look like words of an answer to come.
@@ -63,7 +64,9 @@ void Heads::prepare(int count, int blocks_run) {
     if (!early || gates) engines_.final_head();
     if (early && gates) engines_.residual_head(blocks_run);
     if (early && !gates) engines_.folded_head();
-    if (count > MOST_TOKENS) lent_.open_engines(stream_.handle());
+    // Folded heads have kernels for fewer tokens than the model's own.
+    const bool in_kernels = early && !gates ? count <= MOST_TOKENS : engines_.in_kernels(count);
+    if (!in_kernels) lent_.open_engines(stream_.handle());
 }
 
 bool Heads::checks_in_one(int count, int blocks_run) const {
@@ -103,11 +106,17 @@ void Heads::keep(const Keeping& keeping) {
 }
 
 void Heads::run_final(CUdeviceptr hidden, int count) {
-    if (count > MOST_TOKENS) return run_engine("final_head", hidden, count);
+    if (!engines_.in_kernels(count)) return run_engine("final_head", hidden, count);
     const FinalHead& head = engines_.final_head();
-    linear(engines_.precision)
-        .norm_linear(stream_.handle(), logits_.address(), hidden, count, engines_.spec.hidden_size, head.norm,
-                     head.matrix, 0);
+    const auto run = [&](const auto& kernels) {
+        kernels.norm_linear(stream_.handle(), logits_.address(), hidden, count, engines_.spec.hidden_size,
+                            head.norm, head.matrix, 0);
+    };
+    if (count <= MOST_TOKENS) {
+        run(linear(engines_.precision));
+    } else {
+        run(TiledKernels(engines_.device, *lent_.kernels, normed_.address()));
+    }
 }
 
 void Heads::run_folded(CUdeviceptr hidden, int count) {

@@ -69,6 +69,7 @@ class Heads {
     const Mailbox& mailbox_;
     Buffer logits_;      // [MOST_ROWS, V] fp32
     Buffer z_, jumped_;  // what shortcuts work in
+    Buffer normed_;      // [MOST_ROWS, H], for products of a few tokens
     Buffer z_parts_;     // words [thread blocks, MOST_TOKENS, MOST_CHECK_RANK] of a check
 };
 

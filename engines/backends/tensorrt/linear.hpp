@@ -6,7 +6,7 @@
 
 namespace ojfa::tensorrt {
 
-// Tokens of a step in these kernels; with more, TensorRT's tensor-core kernels are faster (bench/NOTES.md).
+// Tokens of a step in these kernels; with more, tensor cores are faster (tiled.hpp, bench/NOTES.md).
 constexpr int MOST_TOKENS = 2;
 
 // A norm of the inputs: weight and bias, or none for x / rms(x).

@@ -31,6 +31,7 @@ Workspace::Workspace(TensorRtEngines& engines, int most_tokens)
     : most_(most_tokens),
       qkv(engines.device,
           bytes(most_tokens, (engines.spec.heads + 2 * engines.spec.kv_heads) * engines.spec.head_dim, 4)),
+      normed(engines.device, bytes(MOST_TILED_TOKENS, engines.spec.hidden_size, engines.element_bytes)),
       mixed(engines.device,
             bytes(most_tokens, engines.spec.heads * engines.spec.head_dim, engines.element_bytes)),
       inner(engines.device, bytes(most_tokens, engines.spec.intermediate_size, engines.element_bytes)),

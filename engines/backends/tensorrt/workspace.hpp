@@ -45,9 +45,10 @@ class Workspace {
     CUdeviceptr sequences() const { return places_.address() + 4 * static_cast<CUdeviceptr>(most_); }
 
     const int most_;
-    Buffer qkv;    // [tokens, (heads + 2 kv_heads) head_dim] fp32
-    Buffer mixed;  // [tokens, heads * head_dim], what attention gives
-    Buffer inner;  // [tokens, intermediate size], of the MLP
+    Buffer qkv;     // [tokens, (heads + 2 kv_heads) head_dim] fp32
+    Buffer normed;  // [MOST_TILED_TOKENS, H], for products of a few tokens
+    Buffer mixed;   // [tokens, heads * head_dim], what attention gives
+    Buffer inner;   // [tokens, intermediate size], of the MLP
     Scratch scratch;
 
  private:

@@ -44,6 +44,9 @@ struct Kernel {
 // By name, without the number of tokens at its end.
 const std::map<std::string, Kernel>& kernels();
 
+// The others and those with a block's matrices.
+std::map<std::string, Kernel> with_products(std::map<std::string, Kernel> kernels);
+
 // Parts of the kernels, for engines.
 void norm_linear(const Program& program, float* out, const float* hidden, int tokens, const float* weight,
                  const float* bias, float epsilon, int width, const void* matrix, const float* add,

@@ -1,12 +1,14 @@
 // A stand-in for NVIDIA's driver: device memory is the host's, kernels are functions (kernels.cpp), and a
 // stream does everything as late as it may. Calls can be made to fail.
 #include <algorithm>
+#include <cctype>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <memory>
 #include <mutex>
 #include <set>
+#include <string>
 #include <vector>
 
 #include "device.hpp"
@@ -179,9 +181,10 @@ CUresult cuDeviceGetName(char* name, int length, CUdevice) {
 }
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice) {
     BEGIN;
-    *value = which == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT       ? 8
-             : which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR ? 9
-                                                                     : 0;
+    *value = which == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT                ? 8
+             : which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR          ? 9
+             : which == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN ? 227 << 10
+                                                                              : 0;
     return CUDA_SUCCESS;
 }
 CUresult cuDriverGetVersion(int* version) {
@@ -374,9 +377,9 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* 
     BEGIN;
     std::string plain = name;
     int tokens = 0;
-    if (plain[plain.size() - 2] == '_') {
-        tokens = plain.back() - '0';
-        plain.resize(plain.size() - 2);
+    if (const size_t end = plain.rfind('_'); end != std::string::npos && std::isdigit(plain[end + 1])) {
+        tokens = std::stoi(plain.substr(end + 1));
+        plain.resize(end);
     }
     const auto found = stand_in::kernels().find(plain);
     if (found == stand_in::kernels().end()) return CUDA_ERROR_NOT_FOUND;

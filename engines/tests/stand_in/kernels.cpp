@@ -4,20 +4,15 @@
 #include <cstring>
 #include <sstream>
 #include <stdexcept>
-#include <tuple>
 #include <vector>
 
-#include "device.hpp"
+#include "binding.hpp"
 
 namespace stand_in {
 namespace {
 
 using std::int64_t;
 using std::size_t;
-
-size_t at(int64_t index) {
-    return static_cast<size_t>(index);
-}
 
 float widened(std::uint16_t half) {
     const int exponent = half >> 10 & 31, fraction = half & 1023;
@@ -32,36 +27,6 @@ std::uint16_t narrowed(float value) {  // to nearest; the tests have no infiniti
     const auto units = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
     const int bits = units + ((exponent + 14) << 10);
     return static_cast<std::uint16_t>(bits | (std::signbit(value) ? 1 << 15 : 0));
-}
-
-double activated(double x, int kind) {
-    if (kind == 0) return x / (1 + std::exp(-x));
-    if (kind == 1) return 0.5 * x * (1 + std::erf(x * std::sqrt(0.5)));
-    if (kind == 2)
-        return 0.5 * x * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
-    return std::max(x, 0.0);
-}
-
-// A token's inputs after their norm.
-std::vector<double> normed(const Program& program, const float* hidden, const float* weight,
-                           const float* bias, float epsilon, int width) {
-    std::vector<double> out(hidden, hidden + width);
-    double mean = 0, square = 0;
-    if (weight && program.at("NORM_LAYER")) {
-        for (const double x : out) mean += x;
-        mean /= width;
-    }
-    for (const double x : out) square += (x - mean) * (x - mean);
-    const double scale = 1 / std::sqrt(square / width + static_cast<double>(epsilon));
-    for (size_t i = 0; i < out.size(); ++i)
-        out[i] = (out[i] - mean) * scale * (weight ? weight[i] : 1.0f) + (bias ? bias[i] : 0.0f);
-    return out;
-}
-
-double dot(const Program& program, const std::vector<double>& x, const void* matrix, int columns, int row) {
-    double sum = 0;
-    for (size_t i = 0; i < x.size(); ++i) sum += x[i] * program.read(matrix, at(row) * at(columns) + i);
-    return sum;
 }
 
 // What attention is given.
@@ -244,23 +209,6 @@ void exit_check(Program& program, const Launch& launch, float* logits, const flo
     give(program, all.data(), outputs, tokens, desk, mail, measure, threshold, sampled);
 }
 
-// Binds a function's arguments when a kernel is launched, and runs it later.
-template <class... Parameters, size_t... Index>
-Kernel kernel(void (*function)(Program&, const Launch&, Parameters...), std::index_sequence<Index...>) {
-    return {{sizeof(Parameters)...},
-            [function](Program& program, const Launch& launch, [[maybe_unused]] void** arguments) -> Work {
-                const std::tuple<Parameters...> bound(*static_cast<Parameters*>(arguments[Index])...);
-                return [function, &program, launch, bound] {
-                    function(program, launch, std::get<Index>(bound)...);
-                };
-            }};
-}
-
-template <class... Parameters>
-Kernel kernel(void (*function)(Program&, const Launch&, Parameters...)) {
-    return kernel(function, std::index_sequence_for<Parameters...>());
-}
-
 }  // namespace
 
 Program Program::parse(const char* text, size_t most) {
@@ -286,48 +234,9 @@ void Program::write(void* elements, size_t index, float value) const {
     }
 }
 
-void norm_linear(const Program& program, float* out, const float* hidden, int tokens, const float* weight,
-                 const float* bias, float epsilon, int width, const void* matrix, const float* add,
-                 int columns, int outputs) {
-    for (int token = 0; token < tokens; ++token) {
-        const auto x = normed(program, hidden + token * width, weight, bias, epsilon, width);
-        for (int row = 0; row < outputs; ++row)
-            out[at(token) * at(outputs) + at(row)] =
-                static_cast<float>(dot(program, x, matrix, columns, row) + (add ? add[row] : 0.0f));
-    }
-}
-
-void norm_up(const Program& program, void* inner, const float* hidden, int tokens, const float* weight,
-             const float* bias, float epsilon, const void* matrix, const float* add, int columns, int width) {
-    for (int token = 0; token < tokens; ++token) {
-        const auto x = normed(program, hidden + token * columns, weight, bias, epsilon, columns);
-        for (int row = 0; row < width; ++row) {
-            const auto sum = [&](int of) {
-                return dot(program, x, matrix, columns, of) + (add ? add[of] : 0.0f);
-            };
-            const double y = activated(sum(row), program.at("ACTIVATION"));
-            program.write(inner, at(token) * at(width) + at(row),
-                          static_cast<float>(program.at("GATED") ? y * sum(width + row) : y));
-        }
-    }
-}
-
-void linear(const Program& program, float* out, const float* residual, const void* x, int tokens,
-            const void* matrix, const float* add, int columns, int outputs) {
-    for (int token = 0; token < tokens; ++token) {
-        std::vector<double> inputs;
-        for (int i = 0; i < columns; ++i) inputs.push_back(program.read(x, at(token * columns + i)));
-        for (int row = 0; row < outputs; ++row) {
-            const int place = token * outputs + row;
-            out[place] = static_cast<float>(dot(program, inputs, matrix, columns, row) +
-                                            (add ? add[row] : 0.0f) + (residual ? residual[place] : 0.0f));
-        }
-    }
-}
-
 const std::map<std::string, Kernel>& kernels() {
     using std::uint64_t;
-    static const std::map<std::string, Kernel> by_name = {
+    static const std::map<std::string, Kernel> by_name = with_products({
         {"embed", kernel(embed)},
         {"keep", kernel(keep)},
         {"exit_check", kernel(exit_check)},
@@ -341,25 +250,6 @@ const std::map<std::string, Kernel>& kernels() {
                          static_cast<char*>(out) + at(column * rows + row) * program.element_bytes(),
                          static_cast<const char*>(in) + at(row * columns + column) * program.element_bytes(),
                          program.element_bytes());
-         })},
-        {"norm_linear", kernel(+[](Program& program, const Launch& launch, float* out, const float* hidden,
-                                   const float* weight, const float* bias, float epsilon, int width,
-                                   const void* matrix, const float* add, int columns, int outputs) {
-             if (!program.called_off)
-                 norm_linear(program, out, hidden, launch.tokens, weight, bias, epsilon, width, matrix, add,
-                             columns, outputs);
-         })},
-        {"norm_up", kernel(+[](Program& program, const Launch& launch, void* inner, const float* hidden,
-                               const float* weight, const float* bias, float epsilon, const void* matrix,
-                               const float* add, int columns, int width) {
-             if (!program.called_off)
-                 norm_up(program, inner, hidden, launch.tokens, weight, bias, epsilon, matrix, add, columns,
-                         width);
-         })},
-        {"linear", kernel(+[](Program& program, const Launch& launch, float* out, const float* residual,
-                              const void* x, const void* matrix, const float* add, int columns, int outputs) {
-             if (!program.called_off)
-                 linear(program, out, residual, x, launch.tokens, matrix, add, columns, outputs);
          })},
         {"append", kernel(+[](Program& program, const Launch& launch, const float* qkv, void* keys,
                               void* values, const float* cosines, const float* sines, const int* positions,
@@ -400,7 +290,7 @@ const std::map<std::string, Kernel>& kernels() {
                  store(mail->answers[slot][row], word(desk->tokens[row], answer));
              }
          })},
-    };
+    });
     return by_name;
 }
 

@@ -91,6 +91,7 @@ class Device:
         compute_capability: For example (9, 0).
         driver_version: CUDA version of the driver, for example "13.0".
         multiprocessors: How many.
+        shared_bytes: Of shared memory that a thread block may have.
         recorder: Puts the work of steps together; everything else on the stream comes after it.
 
     Raises:
@@ -120,6 +121,9 @@ class Device:
             attribute(attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
         )
         self.multiprocessors = attribute(attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+        self.shared_bytes = attribute(
+            attributes.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        )
         self.stream = check(
             driver.cuStreamCreate(int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
         )

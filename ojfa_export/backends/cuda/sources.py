@@ -15,6 +15,7 @@ PLACES = (
 )
 SOURCES = (
     "linear.cu",
+    "tiled_linear.cu",
     "attention.cu",
     "prompt.cu",
     "embed.cu",
@@ -22,7 +23,7 @@ SOURCES = (
     "sample.cu",
     "exit_check.cu",
 )
-HEADERS = ("common.cuh", "instructions.cuh", "tiles.cuh", "choose.cuh")
+HEADERS = ("common.cuh", "instructions.cuh", "activation.cuh", "tiles.cuh", "choose.cuh")
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 

@@ -12,8 +12,9 @@ from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
 from ojfa_export.backends.cuda.device import PinnedArray
 from ojfa_export.backends.cuda.kernels import Argument, pointer
 from ojfa_export.backends.tensorrt.attention import Attention, Geometry, Operands, Scratch
-from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, Norm
+from ojfa_export.backends.tensorrt.linear import Norm
 from ojfa_export.backends.tensorrt.plan import MLP, QKV
+from ojfa_export.backends.tensorrt.products import Products
 from ojfa_export.bundle.names import block_name
 
 if TYPE_CHECKING:
@@ -138,7 +139,6 @@ class Block:
             Geometry.of(engines.spec, dtype.itemsize),
             engines.device.multiprocessors,
         )
-        self._linear = engines.linear(engines.precision)
 
     def unload(self) -> None:
         """Lets go of the weights."""
@@ -152,14 +152,14 @@ class Block:
             long_context: Whether LongRoPE's long factors apply.
             together: Whether the tokens are of different sequences, one each.
         """
-        few = self.by_kernels(self._engines, workspace.tokens)
-        if few:
-            self._qkv_by_kernels(workspace)
+        products = self._engines.products(workspace.tokens)
+        if products:
+            self._qkv_by_kernels(workspace, products)
         else:
             self._qkv_by_engine(workspace)
         self._attend(workspace, long_context, together=together)
-        if few:
-            self._mlp_by_kernels(workspace)
+        if products:
+            self._mlp_by_kernels(workspace, products)
         else:
             self._mlp_by_engine(workspace)
 
@@ -172,14 +172,9 @@ class Block:
         self._qkv_by_engine(workspace)
         self._mlp_by_engine(workspace)
 
-    @staticmethod
-    def by_kernels(engines: TensorRtEngines, tokens: int) -> bool:
-        """Whether a block runs so many tokens in CUDA kernels of ours."""
-        return tokens <= MOST_TOKENS and engines.decode_kernels
-
-    def _qkv_by_kernels(self, workspace: Workspace) -> None:
+    def _qkv_by_kernels(self, workspace: Workspace, products: Products) -> None:
         weights, source = self._engines.weights(self._name), workspace.hidden[self._index % 2]
-        self._linear.norm_linear(
+        products.norm_linear(
             workspace.qkv,
             source,
             self._norm("attention.norm"),
@@ -187,22 +182,22 @@ class Block:
             weights.get("attention.qkv.bias"),
         )
 
-    def _mlp_by_kernels(self, workspace: Workspace) -> None:
+    def _mlp_by_kernels(self, workspace: Workspace, products: Products) -> None:
         weights = self._engines.weights(self._name)
         source = workspace.hidden[self._index % 2]
         target = workspace.hidden[1 - self._index % 2]
         out, up, down = "attention.out", "mlp.up", "mlp.down"
-        self._linear.linear(
+        products.linear(
             target, source, workspace.mixed, weights[f"{out}.weight"], weights.get(f"{out}.bias")
         )
-        self._linear.norm_up(
+        products.norm_up(
             workspace.inner,
             target,
             self._norm("mlp.norm"),
             weights[f"{up}.weight"],
             weights.get(f"{up}.bias"),
         )
-        self._linear.linear(
+        products.linear(
             target, target, workspace.inner, weights[f"{down}.weight"], weights.get(f"{down}.bias")
         )
 

@@ -16,6 +16,7 @@ from ojfa_export.backends.cuda.kernels import pointer
 from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.heads import Keeping
+from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
 from ojfa_export.backends.tensorrt.memory import Request
 from ojfa_export.backends.tensorrt.plan import PREFILL_TOKENS
 
@@ -167,8 +168,8 @@ class TensorRtCache:
         engines.keeping = key, keeping
 
     def can_begin(self, last: Pass) -> bool:
-        """Whether blocks can begin after a pass: TensorRT's engines can't be called off."""
-        return Block.by_kernels(self._engines, last.hidden.shape[0])
+        """Whether blocks can begin after a pass: only these kernels can be called off."""
+        return self._engines.decode_kernels and last.hidden.shape[0] <= MOST_TOKENS
 
     def begin(self, last: Pass, blocks: range) -> tuple[tuple[Hashable, ...], Work]:
         """The first blocks after a pass, while its exit's check may call them off on the device.
@@ -268,7 +269,7 @@ class TensorRtCache:
 
     def _before(self, blocks: range, count: int) -> Work | None:
         """What must run before a pass is recorded."""
-        if Block.by_kernels(self._engines, count):
+        if self._engines.products(count):
             return None
         return lambda: self._blocks[blocks.start].settle(count)
 

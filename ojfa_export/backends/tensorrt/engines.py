@@ -29,10 +29,12 @@ from ojfa_export.backends.tensorrt.heads import (
     Keeping,
     ResidualExitHead,
 )
-from ojfa_export.backends.tensorrt.linear import LinearKernels
+from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels
 from ojfa_export.backends.tensorrt.memory import Request, Room
 from ojfa_export.backends.tensorrt.plan import GraphPlan, read_plan
+from ojfa_export.backends.tensorrt.products import Products
 from ojfa_export.backends.tensorrt.replays import Replays
+from ojfa_export.backends.tensorrt.tiled import TiledKernels, matrix_shapes
 from ojfa_export.backends.tensorrt.weights import WeightStore
 from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import UsageError
@@ -89,6 +91,10 @@ class TensorRtEngines:
         self.mailbox = Mailbox(device)
         chosen = self.kernels[self.precision]
         self.chooser = Chooser(chosen, self.mailbox, spec.vocab_size)
+        self._tiled = None
+        if self.precision == "fp16":
+            shapes = matrix_shapes(spec)
+            self._tiled = TiledKernels(device, self.arrays, chosen, spec.hidden_size, shapes)
         # The newest one-token pass, whose result still lies where it was computed; and the blocks
         # that were begun after it, ahead of an exit's check.
         self.last_pass: Pass | None = None
@@ -116,6 +122,14 @@ class TensorRtEngines:
             files = {file for plan in self._plans.values() for file in plan.engines.values()}
             self._engines = EngineSet(self.device, [self._directory / file for file in files])
         return self._engines[self._plans[name].engines[part]]
+
+    def products(self, tokens: int) -> Products | None:
+        """The kernels that run so many tokens of a step; None where TensorRT's engines do."""
+        if not self.decode_kernels:
+            return None
+        if tokens <= MOST_TOKENS:
+            return self.linear(self.precision)
+        return self._tiled if self._tiled and tokens <= self._tiled.most_tokens else None
 
     def linear(self, precision: Precision) -> LinearKernels:
         """The matrix-vector kernels for matrices of a precision."""

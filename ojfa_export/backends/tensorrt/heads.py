@@ -152,15 +152,14 @@ class FinalHead(_ByLogits):
             engines.spec.norm_epsilon,
         )
         self._matrix = weights["head"]
-        self._linear = engines.linear(engines.precision)
 
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
         """See `Head`."""
-        engines = self._engines
-        if len(hidden) > MOST_TOKENS or not engines.decode_kernels:
-            _run_engine(engines, "final_head", hidden, logits)
+        products = self._engines.products(len(hidden))
+        if products:
+            products.norm_linear(logits, hidden, self._norm, self._matrix, None)
         else:
-            self._linear.norm_linear(logits, hidden, self._norm, self._matrix, None)
+            _run_engine(self._engines, "final_head", hidden, logits)
 
 
 class ExitHead(_ByLogits):

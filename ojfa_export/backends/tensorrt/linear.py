@@ -9,7 +9,7 @@ from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.kernels import Argument, Kernels, integer, number, pointer
 
-# Of a step in these kernels; with more, TensorRT's tensor-core kernels are faster (bench/NOTES.md).
+# Of a step in these kernels; with more, tensor cores are faster (tiled.py, bench/NOTES.md).
 MOST_TOKENS = 2
 # As in the kernel: threads and warps of a block. A warp takes a row of the matrix, or two.
 THREADS, WARPS = 512, 16
@@ -27,7 +27,7 @@ class Norm:
 
     def arguments(self, hidden: DeviceArray) -> tuple[Argument, ...]:
         """Of a kernel that normalises `hidden`."""
-        weight, bias = (_address(each) for each in (self.weight, self.bias))
+        weight, bias = (address(each) for each in (self.weight, self.bias))
         return pointer(hidden.pointer), pointer(weight), pointer(bias), number(self.epsilon)
 
 
@@ -94,7 +94,7 @@ class LinearKernels:
         outputs, columns = matrix.shape
         arguments = (
             pointer(out.pointer),
-            pointer(_address(residual)),
+            pointer(address(residual)),
             pointer(x.pointer),
             *_matrix(matrix, bias),
             integer(columns),
@@ -118,8 +118,9 @@ class LinearKernels:
 
 
 def _matrix(matrix: DeviceArray, bias: DeviceArray | None) -> tuple[Argument, Argument]:
-    return pointer(matrix.pointer), pointer(_address(bias))
+    return pointer(matrix.pointer), pointer(address(bias))
 
 
-def _address(array: DeviceArray | None) -> int | None:
+def address(array: DeviceArray | None) -> int | None:
+    """Of what may not be there."""
     return None if array is None else array.pointer

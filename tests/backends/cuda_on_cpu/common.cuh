@@ -228,6 +228,20 @@ inline unsigned __float_as_uint(float x) { return bits_as<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return bits_as<float>(x); }
 inline float __int_as_float(int x) { return bits_as<float>(x); }
 
+inline float __expf(float x) { return std::exp(x); }
+
+inline float block_sum(float x) {
+    static thread_local float sums[LANES];
+    x = lanes_sum(x);
+    __syncthreads();
+    if (threadIdx.x % LANES == 0) sums[threadIdx.x / LANES] = x;
+    __syncthreads();
+    return lanes_sum(threadIdx.x % LANES < blockDim.x / LANES ? sums[threadIdx.x % LANES] : 0.0f);
+}
+
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 struct float4 {
     float x, y, z, w;
 };
@@ -237,6 +251,7 @@ struct alignas(16) Chunk {
     Element values[WIDE];
 };
 inline Chunk load(const Element* at) { return *reinterpret_cast<const Chunk*>(at); }
+inline Chunk load_once(const Element* at, bool valid) { return valid ? load(at) : Chunk{}; }
 
 template <class T>
 T fresh(const T* at) {

@@ -1,0 +1,177 @@
+"""Products of a few tokens against float64, run on the CPU thread by thread (cuda_on_cpu)."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tolerances import BLOCK_FP16_RELATIVE
+
+from ojfa_export.backends.cuda.sources import source_directory
+
+HERE = Path(__file__).parent / "cuda_on_cpu"
+COMPILER = shutil.which("g++")
+EPSILON = 1e-5
+MULTIPROCESSORS = 3
+SHARED_BYTES = 227 << 10
+
+
+@dataclass
+class Kind:
+    """Of model: what its MLP and its norms are."""
+
+    layer: bool
+    gated: bool
+
+    def macros(self):
+        return {"NORM_LAYER": self.layer, "GATED": self.gated, "ACTIVATION": 0, "HALF": True}
+
+    def normed(self, hidden, weight, shift):
+        """In float64, rounded as the products take it."""
+        hidden = hidden.astype(np.float64)
+        if self.layer:
+            hidden = hidden - hidden.mean(axis=1, keepdims=True)
+        scale = np.sqrt((hidden**2).mean(axis=1, keepdims=True) + EPSILON)
+        return (hidden / scale * weight + shift).astype(np.float16).astype(np.float64)
+
+
+KINDS = {"rms-gated": Kind(layer=False, gated=True), "layer": Kind(layer=True, gated=False)}
+
+
+class CpuKernels:
+    """Takes the place of `kernels.Kernels`."""
+
+    def __init__(self, kind: Kind, directory: Path) -> None:
+        for name in ("common.cuh", "instructions.cuh", "tiled.cpp"):
+            shutil.copy(HERE / name, directory)
+        for name in ("activation.cuh", "tiled_linear.cu"):
+            shutil.copy(source_directory() / name, directory)
+        library = directory / "tiled.so"
+        command = [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC"]
+        command += [f"-D{name}={int(value)}" for name, value in kind.macros().items()]
+        result = subprocess.run(
+            [*command, "-o", str(library), str(directory / "tiled.cpp")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if "_Float16" in result.stderr:
+            pytest.skip("this g++ has no _Float16")
+        assert result.returncode == 0, result.stderr
+        self._library = ctypes.CDLL(str(library))
+
+    def launch(self, name, grid, block, arguments, *, shared_bytes=0, overlapping=False):
+        held = [kind(value) for value, kind in arguments]
+        addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
+        result = self._library.run_kernel(
+            name.encode(), (ctypes.c_uint * 3)(*grid), block[0], addresses, shared_bytes
+        )
+        assert result == 0, name
+
+
+class CpuArray:
+    """Takes the place of a `DeviceArray`."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape, self.pointer = array, array.shape, array.ctypes.data
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, rows: slice) -> CpuArray:
+        return CpuArray(self.array[rows])
+
+
+class Cpu:
+    """Takes the place of `Device` and `DeviceArrays`."""
+
+    multiprocessors, shared_bytes = MULTIPROCESSORS, SHARED_BYTES
+
+    def lasting(self, shape, dtype):
+        return CpuArray(np.full(shape, np.nan, dtype))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def compiled(request, driver, tmp_path_factory):
+    if COMPILER is None:
+        pytest.skip("needs g++")
+    kind = KINDS[request.param]
+    return kind, CpuKernels(kind, tmp_path_factory.mktemp(request.param))
+
+
+def arrays(rng, *shapes):
+    return [CpuArray(rng.standard_normal(shape).astype(np.float32)) for shape in shapes]
+
+
+def halves(rng, scale, *shape):
+    return CpuArray((scale * rng.standard_normal(shape)).astype(np.float16))
+
+
+def check(actual, expected):
+    scale = max(1.0, np.abs(expected).max())
+    np.testing.assert_allclose(actual, expected, atol=BLOCK_FP16_RELATIVE * scale, rtol=0)
+
+
+# A part of a span, several rounds of the warps; fewer rows than a tile, tiles of several turns;
+# inputs that don't find room at once.
+@pytest.mark.parametrize(
+    ("tokens", "columns", "outputs"),
+    [(3, 24, 7), (8, 1048, 40), (9, 40, 16), (16, 4200, 50), (16, 11_008, 36)],
+)
+def test_products(compiled, rng, tokens, columns, outputs):
+    from ojfa_export.backends.tensorrt.linear import Norm
+    from ojfa_export.backends.tensorrt.tiled import TiledKernels
+
+    kind, kernels = compiled
+    tiled = TiledKernels(Cpu(), Cpu(), kernels, columns, [])
+    matrix = halves(rng, 1 / math.sqrt(columns), outputs, columns)
+    x = halves(rng, 1.0, tokens, columns)
+    hidden, residual, bias, weight, shift = arrays(
+        rng, (tokens, columns), (tokens, outputs), (outputs,), (columns,), (columns,)
+    )
+    exact = matrix.array.astype(np.float64).T
+    out = CpuArray(np.full((tokens, outputs), np.nan, np.float32))
+    tiled.norm_linear(out, hidden, Norm(weight, shift, EPSILON), matrix, None)
+    check(out.array, kind.normed(hidden.array, weight.array, shift.array) @ exact)
+    expected = residual.array + x.array.astype(np.float64) @ exact
+    tiled.linear(out, residual, x, matrix, bias)
+    check(out.array, expected + bias.array)
+    tiled.linear(residual, residual, x, matrix, None)
+    check(residual.array, expected)
+
+
+@pytest.mark.parametrize(("tokens", "columns", "width"), [(4, 72, 5), (13, 520, 70)])
+def test_activated_products(compiled, rng, tokens, columns, width):
+    from ojfa_export.backends.tensorrt.linear import Norm
+    from ojfa_export.backends.tensorrt.tiled import TiledKernels
+
+    kind, kernels = compiled
+    tiled = TiledKernels(Cpu(), Cpu(), kernels, columns, [])
+    outputs = width * (2 if kind.gated else 1)
+    matrix = halves(rng, 1 / math.sqrt(columns), outputs, columns)
+    hidden, bias, weight, shift = arrays(rng, (tokens, columns), (outputs,), (columns,), (columns,))
+    inner = CpuArray(np.full((tokens, width), np.nan, np.float16))
+    tiled.norm_up(inner, hidden, Norm(weight, shift, EPSILON), matrix, bias)
+    y = kind.normed(hidden.array, weight.array, shift.array) @ matrix.array.astype(np.float64).T
+    y = y + bias.array
+    expected = y[:, :width] / (1 + np.exp(-y[:, :width]))
+    check(inner.array, expected * y[:, width:] if kind.gated else expected)
+
+
+def test_what_finds_room(driver):
+    """Of Llama-2-7B's shape all tokens on an H200; inputs of 11,008 columns in parts."""
+    from ojfa_export.backends.tensorrt.tiled import most_tokens, spans_of_a_pass
+
+    shapes = [(12_288, 4096), (4096, 4096), (22_016, 4096), (4096, 11_008), (32_000, 4096)]
+    assert most_tokens(shapes, 132, 227 << 10) == 16
+    assert spans_of_a_pass(8, 4096, 11_008, 132, 227 << 10) == 172
+    assert spans_of_a_pass(16, 4096, 11_008, 132, 227 << 10) == 64
+    # Fewer where a thread block has less, none where it has nothing.
+    assert 2 < most_tokens(shapes, 84, 99 << 10) < 16
+    assert most_tokens(shapes, 132, 8 << 10) == 0
