@@ -19,7 +19,7 @@ import numpy as np
 from bench.gpu_clock import graph_time
 from bench.gpu_run import run
 from bench.gpu_shapes import SHAPES, RandomGraphs
-from bench.gpu_steps import WARMUP, checks, decoding, host_work, prefill
+from bench.gpu_steps import ROUNDS, WARMUP, checks, decoding, host_work, prefill
 from ojfa_export.backends.choice import Choosing
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.mailbox import Asked
@@ -119,8 +119,11 @@ def decode(
             session.rewind(0, sequence)
         session.advance(rng.integers(0, spec.vocab_size, (batch, past)).tolist())
         exits = [e for e in options.exits or range(1, spec.blocks + 1) if e <= spec.blocks]
-        for exit in exits:
-            samples = decoding(session, exit, past, options.tokens)
+        samples_of: dict[int, list[float]] = {exit: [] for exit in exits}
+        for _ in range(ROUNDS):
+            for exit in exits:
+                samples_of[exit] += decoding(session, exit, past, options.tokens)
+        for exit, samples in samples_of.items():
             rows.append(
                 {
                     "decode": "kernels" if engines.decode_kernels else "engines",

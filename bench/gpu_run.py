@@ -12,7 +12,7 @@ from typing import Any
 from bench.gpu_clock import copy_bandwidth
 from bench.gpu_machine import commit, nvidia_smi
 from bench.gpu_shapes import SHAPES
-from bench.gpu_steps import WARMUP
+from bench.gpu_steps import ROUNDS, WARMUP
 from ojfa_export.atomic import write_atomically
 from ojfa_export.backends.backend import Backend
 from ojfa_export.backends.cuda.device import Device, the_device
@@ -42,7 +42,12 @@ def run(
         "commit": options.commit,
         "machine": {**backend.versions(), "nvidia_smi": nvidia_smi()},
         "copy_bytes_per_second": copy_bandwidth(device),
-        "settings": {"tokens": options.tokens, "warmup": WARMUP, "precision": "fp16"},
+        "settings": {
+            "tokens": options.tokens,
+            "warmup": WARMUP,
+            "rounds": ROUNDS,
+            "precision": "fp16",
+        },
         "shapes": [],
     }
     print(f"{device.name}: copies {result['copy_bytes_per_second'] / 1e12:.2f} TB/s", flush=True)
@@ -58,7 +63,7 @@ def _parser(description: str, batch: Sequence[int]) -> argparse.ArgumentParser:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llama2-7b"])
     parser.add_argument("--past", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--batch", type=int, nargs="+", default=[*batch])
-    parser.add_argument("--tokens", type=int, default=40, help="timed tokens of each setting")
+    parser.add_argument("--tokens", type=int, default=40, help="timed tokens of a setting, a round")
     parser.add_argument("--commit", default=commit(), help="where this is no checkout")
     parser.add_argument("--exits", type=int, nargs="*", help="default: all")
     return parser

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 
 WARMUP = 4
+# Of a setting, with the others in between: what stalls the machine for a while decides no figure.
+ROUNDS = 3
 GREEDY, DRAWN = Sampling(), Sampling(0.8, top_k=50, top_p=0.9)
 NEVER, ALWAYS = 2.0, -1.0  # thresholds of the largest probability
 

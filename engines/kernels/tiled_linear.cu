@@ -82,7 +82,8 @@ struct Tile {
         const int lane = threadIdx.x % LANES;
 #pragma unroll
         for (int i = 0; i < SPANS<GROUPS>; ++i) {
-            const int at = min(span + TILED_WARPS * i, pass.stop_span - 1) - pass.first_span;
+            const int at = span + TILED_WARPS * i - pass.first_span;
+            if (pass.first_span + at >= pass.stop_span) break;
 #pragma unroll
             for (int odd = 0; odd < 2; ++odd) {  // places
                 const unsigned mine = lane / 4 % 2 == odd ? 0xffffffffu : 0u;
@@ -124,21 +125,23 @@ struct Tile {
     }
 };
 
-// Inputs of a pass into shared memory, zeros up to whole spans.
+// Inputs of this warp's spans of a pass into shared memory, zeros beyond the columns. No other warp looks at
+// them.
 __device__ __forceinline__ void stage_inputs(Element* inputs, int apart, const Element* x, int columns,
                                              int tokens, const Pass& pass) {
     constexpr int CHUNKS = SPAN / WIDE;  // of a span
-    const int wide = (pass.stop_span - pass.first_span) * CHUNKS, first = pass.first_span * CHUNKS;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < tokens * wide; i += TILED_THREADS) {
-        const int token = i / wide, chunk = i % wide, column = (first + chunk) * WIDE;
-        const bool valid = column < columns;
-        copy_async<16>(inputs + token * apart + chunk * WIDE,
-                       x + static_cast<long long>(token) * columns + (valid ? column : 0), valid);
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    for (int span = pass.first_span + warp; span < pass.stop_span; span += TILED_WARPS) {
+        const int column = span * SPAN + lane % CHUNKS * WIDE;
+        const Element* from = x + (column < columns ? column : 0);
+        Element* to = inputs + (span - pass.first_span) * SPAN + lane % CHUNKS * WIDE;
+        for (int token = lane / CHUNKS; token < tokens; token += LANES / CHUNKS)
+            copy_async<16>(to + token * apart, from + static_cast<long long>(token) * columns,
+                           column < columns);
     }
     copies_end();
     copies_wait<0>();
-    __syncthreads();
+    __syncwarp();
 }
 
 template <int GROUPS>
@@ -179,7 +182,7 @@ __device__ __forceinline__ void each_tile(const Element* x, const Element* matri
     wait_for_previous();
     let_next_start();
     for (Pass pass{0, min(pass_spans, spans)}; pass.first_span < spans;) {
-        if (pass.first_span) __syncthreads();  // the inputs before are still read
+        __syncwarp();  // the inputs before are no longer read
         stage_inputs(inputs, apart, x, columns, tokens, pass);
         const bool last = pass.stop_span == spans;
         int turn = 0;
