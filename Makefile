@@ -6,7 +6,7 @@ CONSTRAINTS := constraints.txt
 DEMO := calibration/demo/checkpoint
 BUNDLE := demo.ojfa
 
-.PHONY: demo test engines lint bench clean
+.PHONY: demo test coverage engines lint bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/python.stamp:
@@ -33,8 +33,11 @@ lint: $(VENV)/test.stamp
 	$(BIN)/mypy
 
 test: $(VENV)/test.stamp lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=ojfa_export --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 	engines/test.sh
+
+coverage: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=ojfa_export --cov-report=term:skip-covered
 
 engines:
 	engines/test.sh
