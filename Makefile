@@ -32,12 +32,15 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes of one thread each: with more they wait for each other's.
+PYTEST := OMP_NUM_THREADS=1 OJFA_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 test: $(VENV)/test.stamp lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(PYTEST)
 	engines/test.sh
 
 coverage: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=ojfa_export --cov-report=term:skip-covered
+	$(PYTEST) --cov=ojfa_export --cov-report=term:skip-covered
 
 engines:
 	engines/test.sh
