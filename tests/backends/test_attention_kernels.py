@@ -6,54 +6,22 @@ import ctypes
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 from attention_cases import VARIANTS, Example, Variant
+from kernels_on_cpu import CpuKernels
 from tolerances import ATTENTION_FP16_RELATIVE, ATTENTION_FP32_RELATIVE
 
 from ojfa_export.backends.cuda.sources import source_directory
 from ojfa_export.backends.tensorrt.attention import Attention, Scratch, step_launch
 
-HERE = Path(__file__).parent / "cuda_on_cpu"
-COMPILER = shutil.which("g++")
+SOURCES = ("tiles.cuh", "attention.cu", "prompt.cu")
 MULTIPROCESSORS = 7
 HALF_CALLED_OFF = 2  # as in cuda_on_cpu
 # What the matrix-vector product leaves of a multiprocessor of compute capability 9.0: its 512
 # threads have 104 registers each, and 40 KiB of shared memory at Llama-2-7B's shape.
 FREE_REGISTERS, FREE_SHARED_BYTES = (64 << 10) - 512 * 104, (228 - 2 - 41) << 10
-
-
-class CpuKernels:
-    """Takes the place of `kernels.Kernels`."""
-
-    def __init__(self, variant: Variant, directory: Path) -> None:
-        for name in ("common.cuh", "instructions.cuh", "attention.cpp"):
-            shutil.copy(HERE / name, directory)
-        for name in ("tiles.cuh", "attention.cu", "prompt.cu"):
-            shutil.copy(source_directory() / name, directory)
-        macros = [f"-D{name}={value}" for name, value in variant.definitions().items()]
-        library = directory / "attention.so"
-        command = [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", *macros, "-o", str(library)]
-        result = subprocess.run(
-            [*command, str(directory / "attention.cpp")],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if "_Float16" in result.stderr:
-            pytest.skip("this g++ has no _Float16")
-        assert result.returncode == 0, result.stderr
-        self.library = ctypes.CDLL(str(library))
-
-    def launch(self, name, grid, block, arguments, *, shared_bytes=0, overlapping=False):
-        held = [kind(value) for value, kind in arguments]
-        addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
-        result = self.library.run_kernel(
-            name.encode(), (ctypes.c_uint * 3)(*grid), block[0], addresses, shared_bytes
-        )
-        assert result == 0, name
 
 
 class CpuArray:
@@ -83,10 +51,8 @@ HERE_TOO = [
 
 @pytest.fixture(scope="module", params=HERE_TOO)
 def compiled(request, tmp_path_factory):
-    if COMPILER is None:
-        pytest.skip("needs g++")
-    variant = VARIANTS[request.param]
-    return variant, CpuKernels(variant, tmp_path_factory.mktemp(request.param))
+    variant, directory = VARIANTS[request.param], tmp_path_factory.mktemp(request.param)
+    return variant, CpuKernels("attention.cpp", SOURCES, variant.definitions(), directory)
 
 
 def run(compiled, example, sequences, tokens, *, prompt=False):

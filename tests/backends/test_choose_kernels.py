@@ -3,57 +3,24 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
+from kernels_on_cpu import CpuKernels
 from tolerances import CONFIDENCE
 
 from ojfa_export.backends.choice import Choosing, Stop
-from ojfa_export.backends.cuda.sources import source_directory
 from ojfa_export.runtime.sampling import GREEDY, Sampling
 
-HERE = Path(__file__).parent / "cuda_on_cpu"
-COMPILER = shutil.which("g++")
+SOURCES = ("choose.cuh", "choose.cu", "sample.cu", "exit_check.cu")
 THREADS, BESIDE_THREADS, MOST_RANK = 512, 128, 128
 # A thread block of a thousand fibers takes its time; tests/gpu/test_gpu_choose.py has more cases.
 SAMPLINGS = [Sampling(1.0), Sampling(0.7, top_k=40), Sampling(2.0, top_k=50, top_p=0.5)]
 
 
-class CpuKernels:
-    """Takes the place of `kernels.Kernels`."""
-
-    def __init__(self, directory: Path, *, half: bool) -> None:
-        self.element = np.float16 if half else np.float32
-        for name in ("common.cuh", "instructions.cuh", "choose.cpp"):
-            shutil.copy(HERE / name, directory)
-        for name in ("choose.cuh", "choose.cu", "sample.cu", "exit_check.cu"):
-            shutil.copy(source_directory() / name, directory)
-        library = directory / "choose.so"
-        command = [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread"]
-        command += [f"-DHALF={int(half)}", "-o", str(library), str(directory / "choose.cpp")]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if "_Float16" in result.stderr:
-            pytest.skip("this g++ has no _Float16")
-        assert result.returncode == 0, result.stderr
-        self.library = ctypes.CDLL(str(library))
-
-    def launch(self, name, grid, block, arguments, *, shared_bytes=0, overlapping=False):
-        held = [kind(value) for value, kind in arguments]
-        addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
-        result = self.library.run_kernel(
-            name.encode(), (ctypes.c_uint * 3)(*grid), block[0], addresses
-        )
-        assert result == 0, name
-
-
 @pytest.fixture(scope="module")
 def kernels(driver, tmp_path_factory):
-    if COMPILER is None:
-        pytest.skip("needs g++")
-    return CpuKernels(tmp_path_factory.mktemp("choose"), half=True)
+    return CpuKernels("choose.cpp", SOURCES, {"HALF": True}, tmp_path_factory.mktemp("choose"))
 
 
 @pytest.fixture
@@ -189,7 +156,7 @@ def check_exit(kernels, mailbox, head, hidden, how, blocks, kept=None, *, beside
 @pytest.mark.parametrize("beside", [False, True])
 def test_exit_check(kernels, mailbox, rng, beside, rows, features, rank, outputs, blocks):
     """More tiles than thread blocks and fewer, more outputs than threads, ranks to the largest."""
-    element = kernels.element
+    element = np.float16
     wide = 16 // np.dtype(element).itemsize
     columns = -(-rank // wide) * wide
     project = rng.normal(size=(rank, features)).astype(np.float32)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import shutil
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
+from kernels_on_cpu import CpuKernels
 from tolerances import BLOCK_FP16_RELATIVE
 
-from ojfa_export.backends.cuda.sources import source_directory
-
-HERE = Path(__file__).parent / "cuda_on_cpu"
-COMPILER = shutil.which("g++")
+SOURCES = ("activation.cuh", "tiled_linear.cu")
 EPSILON = 1e-5
 MULTIPROCESSORS = 3
 SHARED_BYTES = 227 << 10
@@ -44,37 +38,6 @@ class Kind:
 KINDS = {"rms-gated": Kind(layer=False, gated=True), "layer": Kind(layer=True, gated=False)}
 
 
-class CpuKernels:
-    """Takes the place of `kernels.Kernels`."""
-
-    def __init__(self, kind: Kind, directory: Path) -> None:
-        for name in ("common.cuh", "instructions.cuh", "tiled.cpp"):
-            shutil.copy(HERE / name, directory)
-        for name in ("activation.cuh", "tiled_linear.cu"):
-            shutil.copy(source_directory() / name, directory)
-        library = directory / "tiled.so"
-        command = [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC"]
-        command += [f"-D{name}={int(value)}" for name, value in kind.macros().items()]
-        result = subprocess.run(
-            [*command, "-o", str(library), str(directory / "tiled.cpp")],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if "_Float16" in result.stderr:
-            pytest.skip("this g++ has no _Float16")
-        assert result.returncode == 0, result.stderr
-        self._library = ctypes.CDLL(str(library))
-
-    def launch(self, name, grid, block, arguments, *, shared_bytes=0, overlapping=False):
-        held = [kind(value) for value, kind in arguments]
-        addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
-        result = self._library.run_kernel(
-            name.encode(), (ctypes.c_uint * 3)(*grid), block[0], addresses, shared_bytes
-        )
-        assert result == 0, name
-
-
 class CpuArray:
     """Takes the place of a `DeviceArray`."""
 
@@ -99,10 +62,9 @@ class Cpu:
 
 @pytest.fixture(scope="module", params=KINDS)
 def compiled(request, driver, tmp_path_factory):
-    if COMPILER is None:
-        pytest.skip("needs g++")
     kind = KINDS[request.param]
-    return kind, CpuKernels(kind, tmp_path_factory.mktemp(request.param))
+    directory = tmp_path_factory.mktemp(request.param)
+    return kind, CpuKernels("tiled.cpp", SOURCES, kind.macros(), directory)
 
 
 def arrays(rng, *shapes):
