@@ -251,7 +251,7 @@ class Bench:
         """The kernels that a step of so many tokens is made of."""
         if tokens <= MOST_TOKENS:
             return LinearKernels(self.device, self.kernels, 2)
-        return TiledKernels(self.device, self.arrays, self.kernels, self.spec.hidden_size, [])
+        return TiledKernels(self.device, self.arrays, self.kernels, self.spec.hidden_size)
 
     def _rotary(self, rows: int) -> tuple[np.ndarray[Any, Any], ...]:
         if not self.spec.rotary_dim:

@@ -91,7 +91,7 @@ def test_products(compiled, rng, tokens, columns, outputs):
     from ojfa_export.backends.tensorrt.tiled import TiledKernels
 
     kind, kernels = compiled
-    tiled = TiledKernels(Cpu(), Cpu(), kernels, columns, [])
+    tiled = TiledKernels(Cpu(), Cpu(), kernels, columns)
     matrix = halves(rng, 1 / math.sqrt(columns), outputs, columns)
     x = halves(rng, 1.0, tokens, columns)
     hidden, residual, bias, weight, shift = arrays(
@@ -114,7 +114,7 @@ def test_activated_products(compiled, rng, tokens, columns, width):
     from ojfa_export.backends.tensorrt.tiled import TiledKernels
 
     kind, kernels = compiled
-    tiled = TiledKernels(Cpu(), Cpu(), kernels, columns, [])
+    tiled = TiledKernels(Cpu(), Cpu(), kernels, columns)
     outputs = width * (2 if kind.gated else 1)
     matrix = halves(rng, 1 / math.sqrt(columns), outputs, columns)
     hidden, bias, weight, shift = arrays(rng, (tokens, columns), (outputs,), (columns,), (columns,))

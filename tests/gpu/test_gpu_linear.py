@@ -56,7 +56,7 @@ class Compiled:
             return self.linear
         if not self.half:
             pytest.skip("only fp16 has kernels for more than two tokens")
-        return TiledKernels(self.device, self.arrays, self.kernels, columns, [])
+        return TiledKernels(self.device, self.arrays, self.kernels, columns)
 
     def normed(self, hidden, weight, bias):
         """The norm in float64."""

@@ -34,7 +34,7 @@ from ojfa_export.backends.tensorrt.memory import Request, Room
 from ojfa_export.backends.tensorrt.plan import GraphPlan, read_plan
 from ojfa_export.backends.tensorrt.products import Products
 from ojfa_export.backends.tensorrt.replays import Replays
-from ojfa_export.backends.tensorrt.tiled import TiledKernels, matrix_shapes
+from ojfa_export.backends.tensorrt.tiled import TiledKernels, matrix_shapes, most_tokens
 from ojfa_export.backends.tensorrt.weights import WeightStore
 from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import UsageError
@@ -91,10 +91,11 @@ class TensorRtEngines:
         self.mailbox = Mailbox(device)
         chosen = self.kernels[self.precision]
         self.chooser = Chooser(chosen, self.mailbox, spec.vocab_size)
-        self._tiled = None
+        self._tiled, self._most_tiled = None, 0
         if self.precision == "fp16":
-            shapes = matrix_shapes(spec)
-            self._tiled = TiledKernels(device, self.arrays, chosen, spec.hidden_size, shapes)
+            self._tiled = TiledKernels(device, self.arrays, chosen, spec.hidden_size)
+            room = device.multiprocessors, device.shared_bytes
+            self._most_tiled = most_tokens(matrix_shapes(spec), *room)
         # The newest one-token pass, whose result still lies where it was computed; and the blocks
         # that were begun after it, ahead of an exit's check.
         self.last_pass: Pass | None = None
@@ -129,7 +130,7 @@ class TensorRtEngines:
             return None
         if tokens <= MOST_TOKENS:
             return self.linear(self.precision)
-        return self._tiled if self._tiled and tokens <= self._tiled.most_tokens else None
+        return self._tiled if tokens <= self._most_tiled else None
 
     def linear(self, precision: Precision) -> LinearKernels:
         """The matrix-vector kernels for matrices of a precision."""

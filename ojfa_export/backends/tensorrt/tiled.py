@@ -25,29 +25,19 @@ SUMS_BYTES = 4 * (TILE + 4)
 class TiledKernels:
     """Products in fp16 with matrices [outputs, columns], columns a multiple of 8.
 
-    As `LinearKernels`, for up to `MOST_TILED_TOKENS` tokens.
+    As `LinearKernels`, for as many tokens as `most_tokens` says of the model and the device.
 
     Args:
         device: Where they run.
         arrays: Makes arrays there.
         kernels: Compiled for fp16.
         columns: Of the matrices that multiply what is normalised.
-        shapes: Of all matrices, [outputs, columns].
-
-    Attributes:
-        most_tokens: That run at once: as many as find room in shared memory.
     """
 
     def __init__(
-        self,
-        device: Device,
-        arrays: DeviceArrays,
-        kernels: Kernels,
-        columns: int,
-        shapes: Iterable[tuple[int, int]],
+        self, device: Device, arrays: DeviceArrays, kernels: Kernels, columns: int
     ) -> None:
         self._device, self._kernels = device, kernels
-        self.most_tokens = most_tokens(shapes, device.multiprocessors, device.shared_bytes)
         self._normed = arrays.lasting((MOST_TILED_TOKENS, columns), np.float16)
 
     def norm_linear(
@@ -164,6 +154,13 @@ def spans_of_a_pass(
     """Columns, in spans, of which the inputs find room at once: all, or equal parts.
 
     None where not even those of a span for each warp do.
+
+    Args:
+        tokens: Of the step.
+        outputs: Rows of the matrix.
+        columns: Of the matrix.
+        blocks: Multiprocessors, each with one thread block.
+        shared: Bytes that a thread block may have.
     """
     spans = math.ceil(columns / SPAN)
     for passes in range(1, spans // WARPS + 2):
