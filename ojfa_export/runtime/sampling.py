@@ -79,9 +79,10 @@ class Sampling:
         if self.top_k is not None:
             ranked[self.top_k :] = 0
         ranked /= ranked.sum()
-        # A token stays if those before it hold less than top_p: the first always does.
-        before = np.concatenate([[0.0], np.cumsum(ranked)[:-1]])
-        ranked[before >= self.top_p] = 0
+        if self.top_p < 1:  # 1 keeps all, whatever their sums are rounded to
+            # A token stays if those before it hold less than top_p: the first always does.
+            before = np.concatenate([[0.0], np.cumsum(ranked)[:-1]])
+            ranked[before >= self.top_p] = 0
         probabilities: NDArray[np.float64] = np.empty_like(weights)
         probabilities[order] = ranked / ranked.sum()
         return probabilities

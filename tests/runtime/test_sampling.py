@@ -25,7 +25,7 @@ def reference(logits: list[float], temperature: float, top_k: int | None, top_p:
     total = math.fsum(weights[token] for token in ranked)
     kept: list[int] = []
     for token in ranked:
-        if math.fsum(weights[t] for t in kept) / total >= top_p:
+        if top_p < 1 and math.fsum(weights[t] for t in kept) / total >= top_p:
             break
         kept.append(token)
     mass = math.fsum(weights[token] for token in kept)
@@ -42,6 +42,7 @@ def reference(logits: list[float], temperature: float, top_k: int | None, top_p:
 @example([0.0, 0.0, 0.0, 0.0], 1.0, 2, 1.0)
 @example([1.0, 1.0, 1.0, 0.0], 1.0, 1, 0.5)
 @example([0.0], 1.0, None, 0.01)
+@example([0.0, -9.0, 9.25], 0.5, None, 1.0)  # the last one's share is lost in the sum
 def test_probabilities(logits, temperature, top_k, top_p):
     expected = reference(logits, temperature, top_k, top_p)
     probabilities = Sampling(temperature, top_k, top_p).probabilities(np.float32(logits))
