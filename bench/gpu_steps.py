@@ -15,7 +15,8 @@ from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.decoding import StepByStep
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.session import Exit, Session
+from ojfa_export.runtime.exits import Exit
+from ojfa_export.runtime.session import Session
 
 if TYPE_CHECKING:
     from ojfa_export.backends.tensorrt.engines import TensorRtEngines

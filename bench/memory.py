@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from ojfa_export.backends.passes import Chunk
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.measure.traffic import block_bytes, cache_bytes, head_bytes
 
@@ -116,8 +117,7 @@ def _generate_and_weigh(bundle: Path, exit: int | None) -> dict[str, Any]:
     before = _resident("self", "VmRSS")
     model = load(bundle)
     spec = model.spec
-    one = np.zeros((1, 1), np.int32)
-    model.engines.new_cache(1, 1).embed(one, [0])
+    model.engines.executor(1, 1).embed([0], [Chunk(0, 0, 1)])
     # By now tokenizer, thread pool and ONNX Runtime's own code are there, but no block is.
     fixed = _resident("self", "VmRSS") - before
     depth = spec.blocks // 2 if exit is None else exit or spec.blocks

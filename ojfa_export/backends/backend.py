@@ -16,80 +16,81 @@ from numpy.typing import NDArray
 from ojfa_export.families.spec import ModelSpec, Precision
 
 if TYPE_CHECKING:
-    from ojfa_export.backends.choice import Choices, Choosing, OneToken
+    from ojfa_export.backends.choice import Choices, Choosing, Newest
+    from ojfa_export.backends.passes import Chunk, Pass
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 
-# Hidden states, [rows, tokens, H] or part of it: an array of NumPy's, or one in the memory of a
-# device with as much of its interface as a session uses (`Cache.arrays` makes them).
+# Hidden states, [tokens, H]: an array of NumPy's, or one in the memory of a device with as much of
+# its interface as a session uses (`Executor.arrays` makes them).
 Hidden = Any
-# Token ids [rows, tokens] int32 of NumPy; where `Engines.follows`, also choices of one token a row.
+# Token ids in the order of the rows; where `Engines.follows`, also choices of one token a row.
 Tokens = Any
 
 
-def keep(kept: Hidden, rows: slice, starts: Sequence[int], hidden: Hidden) -> None:
-    """`Cache.keep` for arrays like NumPy's."""
-    for row, start, states in zip(range(rows.start, rows.stop), starts, hidden, strict=True):
-        kept[row, start : start + len(states)] = states
+class Executor(Protocol):
+    """Runs passes for the sequences of one KV cache, which holds a sequence in each slot.
 
-
-class Cache(Protocol):
-    """The keys and values of one session's sequences, and the buffers of its decode steps.
-
-    Made by `Engines.new_cache`; rows are positions, so that dropping tokens is a matter of the
-    session's watermarks alone.
+    Made by `Engines.executor`. Dropping tokens of a sequence is a matter of its watermarks alone:
+    cache rows from the first position of a chunk on are overwritten.
 
     Attributes:
-        arrays: NumPy, or a namespace like it for hidden states elsewhere: `empty`, `stack`,
-            `concatenate`, `ascontiguousarray`.
+        arrays: NumPy, or a namespace like it for hidden states elsewhere: `empty`, `concatenate`,
+            `ascontiguousarray`.
     """
 
     arrays: Any
 
-    def embed(self, token_ids: Tokens, starts: Sequence[int]) -> Hidden:
-        """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
+    def embed(self, tokens: Tokens, chunks: Sequence[Chunk]) -> Hidden:
+        """Embeds the tokens of chunks: [tokens, H].
+
+        Args:
+            tokens: Token ids in the order of the rows; where `Engines.follows`, also the choices
+                that they will be, of chunks of one token.
+            chunks: Where they are.
+        """
         ...
 
-    def run_blocks(
-        self,
-        blocks: range,
-        hidden: Hidden,
-        rows: slice,
-        starts: Sequence[int],
-        *,
-        long_context: bool,
+    def run(
+        self, blocks: range, hidden: Hidden, chunks: Sequence[Chunk], *, long_context: bool
     ) -> Hidden:
         """Runs consecutive blocks on new tokens, each appending its keys and values.
 
         Args:
             blocks: Which blocks, from 0.
-            hidden: [rows, tokens, H], of NumPy or of `arrays`; several rows only with one token
-                each.
-            rows: Which sequences.
-            starts: Position of each sequence's first token here; cache rows from there on are
-                overwritten.
+            hidden: [tokens, H], of NumPy or of `arrays`.
+            chunks: Whose tokens they are; each slot at most once.
             long_context: Whether LongRoPE's long factors apply.
 
         Returns:
-            [rows, tokens, H] after the last of the blocks; valid until the next call.
+            [tokens, H] after the last of the blocks; valid until the next call.
         """
         ...
 
-    def keep(self, kept: Hidden, rows: slice, starts: Sequence[int], hidden: Hidden) -> None:
-        """Copies hidden states [rows, tokens, H] to `kept` [sequences, positions, H].
+    def new_states(self) -> Hidden:
+        """Room for a hidden state of every position, [slots, capacity, H]; not set to anything."""
+        ...
 
-        Args:
-            kept: Made by `arrays`.
-            rows: Which sequences.
-            starts: Position of each sequence's first token.
-            hidden: What `run_blocks` gave.
-        """
+    def store(self, states: Hidden, chunks: Sequence[Chunk], hidden: Hidden) -> None:
+        """Copies hidden states [tokens, H], which `run` gave, to their places in `new_states`."""
+        ...
+
+    def load(self, states: Hidden, chunks: Sequence[Chunk]) -> Hidden:
+        """Hidden states [tokens, H] that `store` copied there."""
         ...
 
     def unload(self, block: int) -> None:
         """Closes a block's engine; its keys and values stay, and it is opened again when used."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """Gives memory of a slot back whose sequence has ended."""
+        ...
+
+    def copy_prefix(self, source: int, target: int, count: int) -> None:
+        """Copies the keys and values of a slot's first tokens to another, in every block."""
         ...
 
 
@@ -97,7 +98,8 @@ class Engines(Protocol):
     """An opened model. Blocks are loaded when first used, or by `load_blocks`.
 
     Attributes:
-        follows: Whether `Cache.embed` takes choices in place of token ids, before they are known.
+        follows: Whether `Executor.embed` takes choices in place of token ids, before they are
+            known.
     """
 
     follows: bool
@@ -106,8 +108,8 @@ class Engines(Protocol):
         """Loads the first blocks."""
         ...
 
-    def new_cache(self, batch_size: int, capacity: int) -> Cache:
-        """Makes a cache for this many sequences of at most this many tokens."""
+    def executor(self, slots: int, capacity: int) -> Executor:
+        """Makes a KV cache for this many sequences of at most this many tokens, and its passes."""
         ...
 
     def logits(self, hidden: Hidden, blocks_run: int) -> Float32:
@@ -126,19 +128,19 @@ class Engines(Protocol):
         ...
 
     def prepare(
-        self, cache: Cache, one: OneToken, depth: int, kept: Hidden | None, how: Choosing
+        self, executor: Executor, step: Pass, states: Hidden | None, newest: Newest, how: Choosing
     ) -> Callable[[], Choices]:
-        """Gets ready to run tokens on to a depth, keep what comes out, and ask the head there.
+        """Gets ready to run a pass of one token each, keep what comes out, and ask the head there.
 
-        That is what `Cache.embed`, `run_blocks` and `keep` and `choose` do one after the other
-        (`backends.choice.run_on`); engines may know a shorter way. Nothing else may be asked of
-        the engines before it is run, or it must not be run.
+        That is what `Executor.embed`, `run` and `store` and `choose` do one after the other
+        (`backends.choice.run_and_choose`); engines may know a shorter way. Nothing else may be
+        asked of the engines before it is run, or it must not be run.
 
         Args:
-            cache: Of the tokens' sequences.
-            one: The tokens; knows them at the new depth afterwards.
-            depth: Blocks to have run.
-            kept: As of `Cache.keep`; None to keep nothing.
+            executor: Of the sequences.
+            step: One token of each, from block 0 on, or from where `newest` is.
+            states: Where to keep what comes out, as of `Executor.store`; None to keep nothing.
+            newest: The newest pass of the executor; knows this one afterwards.
             how: As of `choose`.
         """
         ...

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-import numpy as np
-
-from ojfa_export.backends.backend import Cache, Float32, Hidden
+from ojfa_export.backends.backend import Executor, Float32, Hidden
+from ojfa_export.backends.passes import Chunk, Pass
 from ojfa_export.runtime.policy import Measure, confidence
 from ojfa_export.runtime.sampling import GREEDY, Sampling
 
@@ -93,45 +92,48 @@ class HostChoices:
 
 
 @dataclass(slots=True)
-class OneToken:
-    """One token of each of some sequences on its way through the blocks.
+class Newest:
+    """What the newest pass of an executor gave, as long as it lies where it was computed.
 
     Attributes:
-        rows: The sequences, neighbours.
-        starts: The tokens' positions.
-        tokens: Their ids, or the choices that they will be; None where they have been embedded.
-        long_context: Whether LongRoPE's long factors apply.
-        depth: Blocks that they have run.
-        hidden: States [rows, 1, H] after so many; None before the first.
-        clear: The block up to which nothing else of these sequences waits.
+        depth: Blocks that its tokens have run; 0 where there is none.
+        chunks: Whose tokens.
+        hidden: [tokens, H].
     """
 
-    rows: slice
-    starts: list[int]
-    tokens: list[int] | Choices | None
-    long_context: bool
     depth: int = 0
-    hidden: Hidden | None = None
-    clear: int = 0
+    chunks: tuple[Chunk, ...] = ()
+    hidden: Hidden = None
+
+    def is_of(self, step: Pass) -> bool:
+        """Whether a pass goes on with just these tokens."""
+        return self.depth == step.blocks.start > 0 and self.chunks == step.chunks
+
+    def set(self, step: Pass, hidden: Hidden) -> None:
+        """Takes what a pass gave."""
+        self.depth, self.chunks, self.hidden = step.blocks.stop, step.chunks, hidden
+
+    def clear(self) -> None:
+        """Forgets it: a pass is under way, or tokens were dropped."""
+        self.depth, self.chunks, self.hidden = 0, (), None
 
 
-def run_on(
-    engines: _Chooses, cache: Cache, one: OneToken, depth: int, kept: Hidden | None, how: Choosing
+def run_and_choose(
+    engines: _Chooses,
+    executor: Executor,
+    step: Pass,
+    states: Hidden | None,
+    newest: Newest,
+    how: Choosing,
 ) -> Choices:
     """What `Engines.prepare` gets ready, by its parts."""
-    hidden, rows, starts = one.hidden, one.rows, one.starts
-    if hidden is None:
-        known = isinstance(one.tokens, list)
-        hidden = cache.embed(
-            np.array(one.tokens, np.int32)[:, None] if known else one.tokens, starts
-        )
-    blocks = range(one.depth, depth)
-    hidden = cache.run_blocks(blocks, hidden, rows, starts, long_context=one.long_context)
-    if kept is not None:
-        cache.keep(kept, rows, starts, hidden)
-    one.depth, one.hidden = depth, hidden
-    states = cache.arrays.ascontiguousarray(hidden.reshape(len(hidden), -1))
-    return engines.choose(states, depth, how)
+    hidden = newest.hidden if step.tokens is None else executor.embed(step.tokens, step.chunks)
+    newest.clear()
+    hidden = executor.run(step.blocks, hidden, step.chunks, long_context=step.long_context)
+    if states is not None:
+        executor.store(states, step.chunks, hidden)
+    newest.set(step, hidden)
+    return engines.choose(executor.arrays.ascontiguousarray(hidden), step.blocks.stop, how)
 
 
 class _Chooses(Protocol):
@@ -147,14 +149,14 @@ class PreparesByParts:
 
     def prepare(
         self: _Chooses,
-        cache: Cache,
-        one: OneToken,
-        depth: int,
-        kept: Hidden | None,
+        executor: Executor,
+        step: Pass,
+        states: Hidden | None,
+        newest: Newest,
         how: Choosing,
     ) -> Callable[[], Choices]:
         """See `Engines.prepare`."""
-        return partial(run_on, self, cache, one, depth, kept, how)
+        return partial(run_and_choose, self, executor, step, states, newest, how)
 
 
 class ChoosesOnHost(PreparesByParts):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ojfa_export.backends.backend import Cache, Engines, Float32, Hidden, Int32
+from ojfa_export.backends.backend import Engines, Executor, Float32, Hidden, Tokens
 from ojfa_export.backends.choice import ChoosesOnHost
+from ojfa_export.backends.passes import Chunk
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.heap import trim_heap
 
@@ -39,9 +40,9 @@ class FrugalEngines(ChoosesOnHost):
     def load_blocks(self, depth: int) -> None:
         """Loads nothing ahead."""
 
-    def new_cache(self, batch_size: int, capacity: int) -> Cache:
-        """Makes a cache for this many sequences of at most this many tokens."""
-        return FrugalCache(self._engines.new_cache(batch_size, capacity))
+    def executor(self, slots: int, capacity: int) -> Executor:
+        """Makes a KV cache for this many sequences of at most this many tokens, and its passes."""
+        return FrugalExecutor(self._engines.executor(slots, capacity))
 
     def logits(self, hidden: Hidden, blocks_run: int) -> Float32:
         """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
@@ -54,37 +55,47 @@ class FrugalEngines(ChoosesOnHost):
         """Nothing is left to close."""
 
 
-class FrugalCache:
-    """A cache that closes each block after it has run; keys and values stay."""
+class FrugalExecutor:
+    """An executor that closes each block after it has run; keys and values stay."""
 
-    def __init__(self, cache: Cache) -> None:
-        self._cache = cache
-        self.arrays = cache.arrays
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.arrays = executor.arrays
 
-    def embed(self, token_ids: Int32, starts: Sequence[int]) -> Hidden:
-        """See `Cache`."""
-        return self._cache.embed(token_ids, starts)
+    def embed(self, tokens: Tokens, chunks: Sequence[Chunk]) -> Hidden:
+        """See `Executor`."""
+        return self._executor.embed(tokens, chunks)
 
-    def run_blocks(
-        self,
-        blocks: range,
-        hidden: Hidden,
-        rows: slice,
-        starts: Sequence[int],
-        *,
-        long_context: bool,
+    def run(
+        self, blocks: range, hidden: Hidden, chunks: Sequence[Chunk], *, long_context: bool
     ) -> Hidden:
-        """See `Cache`."""
+        """See `Executor`."""
         for block in blocks:
             one = range(block, block + 1)
-            hidden = self._cache.run_blocks(one, hidden, rows, starts, long_context=long_context)
-            self._cache.unload(block)
+            hidden = self._executor.run(one, hidden, chunks, long_context=long_context)
+            self._executor.unload(block)
             trim_heap()
         return hidden
 
-    def keep(self, kept: Hidden, rows: slice, starts: Sequence[int], hidden: Hidden) -> None:
-        """See `Cache`."""
-        self._cache.keep(kept, rows, starts, hidden)
+    def new_states(self) -> Hidden:
+        """See `Executor`."""
+        return self._executor.new_states()
+
+    def store(self, states: Hidden, chunks: Sequence[Chunk], hidden: Hidden) -> None:
+        """See `Executor`."""
+        self._executor.store(states, chunks, hidden)
+
+    def load(self, states: Hidden, chunks: Sequence[Chunk]) -> Hidden:
+        """See `Executor`."""
+        return self._executor.load(states, chunks)
 
     def unload(self, block: int) -> None:
         """Nothing is left to close."""
+
+    def release(self, slot: int) -> None:
+        """See `Executor`."""
+        self._executor.release(slot)
+
+    def copy_prefix(self, source: int, target: int, count: int) -> None:
+        """See `Executor`."""
+        self._executor.copy_prefix(source, target, count)

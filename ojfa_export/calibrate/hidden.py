@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ojfa_export.backends.backend import Backend, Cache, Float32, Int32
+from ojfa_export.backends.backend import Backend, Executor, Float32, Int32
+from ojfa_export.backends.passes import Chunk
 from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import CalibrationError
 from ojfa_export.families.spec import ModelSpec
@@ -82,13 +83,14 @@ def collect_hidden_states(
         for depth in range(spec.blocks + 1):
             if not states.path(depth).exists():
                 # Opened anew for each block, so that only one block's weights are in memory.
-                cache = backend.open_engines(spec, weights, engines, rotary).new_cache(1, length)
+                opened = backend.open_engines(spec, weights, engines, rotary)
+                executor = opened.executor(1, length)
                 partial = states.path(depth).with_suffix(".partial")
                 source = None if depth == 0 else states.open(depth - 1).reshape(count, length, -1)
                 with partial.open("wb") as file:
                     for index, window in enumerate(windows):
                         before = None if source is None else source[index]
-                        hidden = _run_window(cache, window, before, depth)
+                        hidden = _run_window(executor, window, before, depth)
                         if not np.isfinite(hidden).all():
                             raise _not_finite(spec, weights, rotary, before, depth)
                         file.write(hidden.tobytes())
@@ -97,13 +99,16 @@ def collect_hidden_states(
     return states
 
 
-def _run_window(cache: Cache, window: Int32, before: Float32 | None, depth: int) -> Float32:
-    """Hidden states [1, length, H] of a window at a depth, of those one block before it."""
+def _run_window(
+    executor: Executor, window: Int32, before: Float32 | None, depth: int
+) -> Float32:
+    """Hidden states [length, H] of a window at a depth, of those one block before it."""
+    chunks = [Chunk(0, 0, len(window))]
     if before is None:
-        return np.asarray(cache.embed(window[None], [0]))
+        return np.asarray(executor.embed(window.tolist(), chunks))
     block = range(depth - 1, depth)
-    states = np.ascontiguousarray(before[None])
-    return np.asarray(cache.run_blocks(block, states, slice(0, 1), [0], long_context=False))
+    states = np.ascontiguousarray(before)
+    return np.asarray(executor.run(block, states, chunks, long_context=False))
 
 
 def _not_finite(

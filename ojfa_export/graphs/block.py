@@ -31,12 +31,12 @@ def block_graph(
     graph = dialect.graph(
         block_name(index), f"Block {index + 1} of {spec.blocks} of a {spec.family} model"
     )
-    hidden = graph.input("hidden", FLOAT, "batch", "tokens", spec.hidden_size)
+    hidden = graph.input("hidden", FLOAT, *dialect.token_axes, spec.hidden_size)
     dialect.attention_inputs(graph)
     normed = dialect.norm(graph, hidden, weights, "attention.norm")
     mixed = dialect.attention(graph, dialect.linear(graph, normed, weights, "attention.qkv"), index)
     result = after_attention(graph, hidden, mixed, weights, dialect)
-    graph.output(result, "hidden_out", FLOAT, "batch", "tokens", spec.hidden_size)
+    graph.output(result, "hidden_out", FLOAT, *dialect.token_axes, spec.hidden_size)
     return graph.model()
 
 

@@ -30,7 +30,12 @@ class Portable:
     Args:
         spec: The model.
         precision: Precision of matrix products and of the cache.
+
+    Attributes:
+        token_axes: The axes of hidden states before their features.
     """
+
+    token_axes: tuple[str, ...] = ("batch", "tokens")
 
     def __init__(self, spec: ModelSpec, precision: Precision) -> None:
         self.spec = spec

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.backends.backend import Cache, Engines, Float32, Int32
+from ojfa_export.backends.backend import Engines, Executor, Float32, Int32
+from ojfa_export.backends.passes import Chunk
 from ojfa_export.errors import CalibrationError
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.guarantee.confidence import MEASURES, confidences, round_down, round_up
@@ -65,9 +66,9 @@ def collect_statistics(
     with progress.task("running text through every exit", spec.blocks + 1, "blocks") as task:
         for depth in range(spec.blocks + 1):
             engines = open_engines()
-            cache = engines.new_cache(1, length)
+            executor = engines.executor(1, length)
             for index in range(count):
-                states[index] = _deepen(cache, text[index], states[index], depth)
+                states[index] = _deepen(executor, text[index], states[index], depth)
                 if depth == 0:
                     continue
                 hidden = states[index][places[index]]
@@ -135,17 +136,13 @@ def compare(
     return tokens == choice[:, None], round_up(np.minimum(behind, np.float32(1000)))
 
 
-def _deepen(cache: Cache, text: Int32, hidden: Float32, depth: int) -> Float32:
+def _deepen(executor: Executor, text: Int32, hidden: Float32, depth: int) -> Float32:
     """Hidden states [length, H] of a window after `depth` blocks, of those after one less."""
+    chunks = [Chunk(0, 0, len(text))]
     if depth == 0:
-        embedded: Float32 = np.asarray(cache.embed(text[None], [0]))[0]
-        return embedded
-    block = range(depth - 1, depth)
-    source = np.ascontiguousarray(hidden[None])
-    result: Float32 = np.asarray(
-        cache.run_blocks(block, source, slice(0, 1), [0], long_context=False)
-    )[0]
-    return result
+        return np.asarray(executor.embed(text.tolist(), chunks))
+    block, source = range(depth - 1, depth), np.ascontiguousarray(hidden)
+    return np.asarray(executor.run(block, source, chunks, long_context=False))
 
 
 def _logits(engines: Engines, hidden: Float32, blocks_run: int, blocks: int) -> Float32:

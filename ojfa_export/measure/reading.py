@@ -21,7 +21,8 @@ from ojfa_export.progress import Progress
 from ojfa_export.runtime.model import ExitChoice, Model, load
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.session import Session, resolve_exit
+from ojfa_export.runtime.exits import resolve_exit
+from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.speculation import MAX_DRAFT, Speculation, Speculator
 
 # Tokens of the text that are read before a way begins at another place.

@@ -11,8 +11,9 @@ import numpy as np
 from ojfa_export.backends.choice import Choices
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.session import Exit, Session
-from ojfa_export.runtime.steps import Started
+from ojfa_export.runtime.exits import Exit
+from ojfa_export.runtime.session import Session
+from ojfa_export.runtime.steps import Step
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class StepByStep:
         self._session, self._exit = session, exit
         self._sampling, self._generators = sampling, generators
         # The step after the last one, begun before anybody asked, and the tokens that it follows.
-        self._ahead: Started[Choices] | None = None
+        self._ahead: Step[Choices] | None = None
         self._followed: list[list[int]] = []
         # By row: a random number that was drawn for a step that wasn't wanted.
         self._unused: dict[int, float] = {}

@@ -13,7 +13,8 @@ from ojfa_export.runtime.decoding import Decoder, StepByStep
 from ojfa_export.runtime.monitor import Monitor
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.session import Exit, Session
+from ojfa_export.runtime.exits import Exit
+from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.speculation import Speculation, Speculator
 from ojfa_export.runtime.text import TextStream
 

@@ -21,7 +21,8 @@ from ojfa_export.runtime.generation import Generation, Settings, Token, collect,
 from ojfa_export.runtime.monitor import Monitor
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.session import Exit, Session, resolve_exit
+from ojfa_export.runtime.exits import Exit, resolve_exit
+from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.speculation import Speculation
 
 # A fixed exit, a policy that decides for each token, or "auto", the bundle's own policy.

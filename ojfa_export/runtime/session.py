@@ -1,64 +1,41 @@
-"""A session: advancing sequences to an exit, fixed or decided, and checks in the shadow."""
+"""A session: a batch of sequences that its caller advances, to fixed exits or to decided ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ojfa_export.backends.backend import Float32, Int32
-from ojfa_export.backends.choice import Choices, HostChoices
+from ojfa_export.backends.backend import Engines, Float32, Hidden, Int32
+from ojfa_export.backends.choice import Choices, Choosing, HostChoices
 from ojfa_export.errors import UsageError
+from ojfa_export.families.spec import ModelSpec
+from ojfa_export.runtime.batch import TokenIds, check_tokens
+from ojfa_export.runtime.events import Listener, ShadowCheck
+from ojfa_export.runtime.exclusive import Exclusive, exclusive
+from ojfa_export.runtime.exits import Exit, resolve_exit
 from ojfa_export.runtime.policy import ExitPolicy
+from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sampling import GREEDY, Sampling
-from ojfa_export.runtime.steps import C, Stage, Started, Taken, stages_of
-from ojfa_export.runtime.watched import Watched
-
-Exit = int | Literal["full"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What `Session.decide` gave.
-
-    Attributes:
-        logits: [sequences, V] of the head that each sequence stopped at; zero for sequences
-            without new tokens.
-        blocks_run: [sequences] blocks run; 0 for sequences without new tokens.
-        confidence: [exits of the policy, sequences] float64, NaN where the head wasn't asked.
-    """
-
-    logits: Float32
-    blocks_run: Int32
-    confidence: NDArray[np.float64]
+from ojfa_export.runtime.sequence import UNKNOWN
+from ojfa_export.runtime.sequence import Sequence as TokenSequence
+from ojfa_export.runtime.shadow import Shadow
+from ojfa_export.runtime.shadow_checks import ShadowChecks
+from ojfa_export.runtime.stats import Stats
+from ojfa_export.runtime.step_output import Choice, Step
+from ojfa_export.runtime.steps import C, Row, Stage, stages_of
+from ojfa_export.runtime.steps import Step as RunningStep
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What `Session.choose` gave.
+class Session(Exclusive):
+    """Sequences in progress, one in each row of a batch.
 
-    Attributes:
-        tokens: [sequences] each sequence's next token; -1 for sequences without new tokens.
-        blocks_run: [sequences] blocks run; 0 for sequences without new tokens.
-        confidence: As of `Step`.
-    """
+    Each sequence has a watermark per block (`runtime.sequence`): a token that stopped at an exit is
+    pending there, and when a later one goes deeper it catches up in the same pass.
 
-    tokens: list[int]
-    blocks_run: list[int]
-    confidence: NDArray[np.float64]
-
-
-# In place of a token that is not known yet.
-UNKNOWN = -1
-
-
-class Session(Watched):
-    """Sequences in progress: see `Sequences` for what passes do.
-
-    Not thread-safe; make a session per thread.
+    One thread at a time may use it: a second one gets a UsageError.
 
     Args:
         spec: The model.
@@ -74,30 +51,79 @@ class Session(Watched):
             the step; it must not use the session.
     """
 
+    def __init__(
+        self,
+        spec: ModelSpec,
+        engines: Engines,
+        batch_size: int,
+        max_length: int,
+        shadow: Shadow | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.stats = Stats()
+        self.shadow = shadow
+        self._engines = engines
+        self._runner = ModelRunner(
+            spec, engines, batch_size, max_length, keep_final=shadow is not None
+        )
+        self._sequences = [
+            TokenSequence(slot, spec.blocks, spec.rotary_switch) for slot in range(batch_size)
+        ]
+        self._checks = ShadowChecks(self._runner, self._sequences, self)
+        self.on_event: Listener | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [len(sequence) for sequence in self._sequences]
+
+    @property
+    def watermarks(self) -> Int32:
+        """Tokens that each block has processed, [blocks, sequences]."""
+        marks = [[each.marks[block] for each in self._sequences] for block in range(self.spec.blocks)]
+        return np.array(marks, np.int32)
+
+    def tokens(self, row: int = 0) -> list[int]:
+        """Token ids of a sequence so far."""
+        return list(self._sequences[row].tokens)
+
+    @exclusive
+    def rewind(self, length: int, row: int = 0) -> None:
+        """Drops the tokens after the first `length`: a change of numbers, nothing is computed.
+
+        Raises:
+            UsageError: A row that isn't there, or more tokens than it has.
+        """
+        if not 0 <= row < self.batch_size:
+            raise UsageError(f"row {row} is outside 0..{self.batch_size - 1}")
+        sequence = self._sequences[row]
+        if not 0 <= length <= len(sequence):
+            raise UsageError(
+                f"can't rewind to {length} tokens: the sequence has {len(sequence)}",
+                hint="rewind only shortens a sequence",
+            )
+        long = sequence.long_context
+        sequence.truncate(length)
+        if self.shadow is not None:
+            # What was said with the long factors can't be compared once they no longer apply.
+            self.shadow.forget(row, 0 if long != sequence.long_context else length)
+
     @overload
     def advance(
-        self,
-        token_ids: Sequence[int] | Sequence[Sequence[int]],
-        exit: Exit = ...,
-        *,
-        every_position: Literal[False] = ...,
+        self, token_ids: TokenIds, exit: Exit = ..., *, every_position: Literal[False] = ...
     ) -> Float32: ...
 
     @overload
     def advance(
-        self,
-        token_ids: Sequence[int] | Sequence[Sequence[int]],
-        exit: Exit = ...,
-        *,
-        every_position: Literal[True],
+        self, token_ids: TokenIds, exit: Exit = ..., *, every_position: Literal[True]
     ) -> list[Float32]: ...
 
+    @exclusive
     def advance(
-        self,
-        token_ids: Sequence[int] | Sequence[Sequence[int]],
-        exit: Exit = "full",
-        *,
-        every_position: bool = False,
+        self, token_ids: TokenIds, exit: Exit = "full", *, every_position: bool = False
     ) -> Float32 | list[Float32]:
         """Appends tokens and runs them through the first blocks.
 
@@ -118,50 +144,43 @@ class Session(Watched):
         depth = resolve_exit(exit, self.spec.blocks)
         counts = self._append(token_ids)
         self.stats.exits[depth] += sum(count > 0 for count in counts)
-        answers = self._run(counts, depth, every_position)
+        logits = self._logits(counts, depth, every_position)
         if self.on_event is not None or (self.shadow is not None and not every_position):
             for row in (row for row, count in enumerate(counts) if count):
-                likeliest = None if every_position else int(answers[row].argmax())
-                self._watch(row, depth, likeliest)
-        return answers
+                likeliest = None if every_position else int(logits[row].argmax())
+                self._checks.watch(row, depth, likeliest)
+        return logits
 
-    def decide(
-        self, token_ids: Sequence[int] | Sequence[Sequence[int]], policy: ExitPolicy
-    ) -> Step:
-        """Appends tokens and runs each sequence until an exit is sure of its next token.
+    @exclusive
+    def decide(self, token_ids: TokenIds, policy: ExitPolicy) -> Step:
+        """Appends tokens and runs each sequence until an exit is confident of its next token.
 
         The newest token of each sequence is what the exit head is asked about; the others of a
         prompt stop where it stops.
 
         Args:
             token_ids: As of `advance`.
-            policy: Where to ask, and how sure is sure.
+            policy: Where to ask, and the thresholds of confidence.
 
         Raises:
             UsageError: An exit or a token outside the model, or no room in the cache; the session
                 is unchanged.
         """
-        step: Started[HostChoices] = self._append_step(token_ids, policy)
+        step: RunningStep[HostChoices] = self._append_step(token_ids, policy)
         while not step.decided:
             stage = step.next_stage
-            hidden = self._newest(step.going, stage.depth)
+            hidden = self._runner.run(step.sequences, stage.depth)
             logits = self._engines.logits(hidden, stage.depth)
             step.add(stage, HostChoices(logits, step.how(stage)))
             if stage.stop is not None:
                 step.judge()
-        logits = np.zeros((self.batch_size, self.spec.vocab_size), np.float32)
-        blocks_run = np.zeros(self.batch_size, np.int32)
-        ends, confidence = step.taken(), step.confidence()
-        for row, taken in enumerate(ends):
-            if taken is not None:
-                logits[row] = taken.choices.logits[taken.index]
-                blocks_run[row] = taken.depth
-        self._account(step, ends, confidence)
-        return Step(logits, blocks_run, confidence)
+        self._finish(step)
+        return Step.of(step, self.batch_size, self.spec.vocab_size, len(policy.exits))
 
+    @exclusive
     def choose(
         self,
-        token_ids: Sequence[int] | Sequence[Sequence[int]],
+        token_ids: TokenIds,
         exit: Exit | ExitPolicy = "full",
         sampling: Sampling = GREEDY,
         draws: Sequence[float] = (),
@@ -182,22 +201,25 @@ class Session(Watched):
         """
         return self.finish(self.start(token_ids, exit, sampling, draws))
 
+    @exclusive
     def start(
         self,
-        token_ids: Sequence[int] | Sequence[Sequence[int]],
+        token_ids: TokenIds,
         exit: Exit | ExitPolicy = "full",
         sampling: Sampling = GREEDY,
         draws: Sequence[float] = (),
-    ) -> Started[Choices]:
+    ) -> RunningStep[Choices]:
         """Begins what `choose` does; `finish` ends it, and must come next.
 
         Only `follow` may come between.
         """
-        step: Started[Choices] = self._append_step(token_ids, exit, sampling, draws)
-        self._begin(step)
+        step: RunningStep[Choices] = self._append_step(token_ids, exit, sampling, draws)
+        if step.rows:
+            self._ask(step)
         return step
 
-    def can_follow(self, started: Started[Choices]) -> bool:
+    @exclusive
+    def can_follow(self, step: RunningStep[Choices]) -> bool:
         """Whether the step after a step can begin before that one's tokens are known.
 
         That is where a device chooses them, every sequence stops at one head and has room, and
@@ -208,131 +230,84 @@ class Session(Watched):
             or self.on_event is not None
             or self.shadow is not None
             or self.spec.rotary_switch is not None
-            or max(started.lengths) >= self.max_length
+            or len(step.rows) < self.batch_size
+            or max(step.lengths) >= self.max_length
         ):
             return False
-        self._settle(started)
-        last = started.last
+        self._settle(step)
+        last = step.last
         return last is not None and len(last.rows) == self.batch_size
 
+    @exclusive
     def follow(
         self,
-        started: Started[Choices],
+        step: RunningStep[Choices],
         exit: Exit | ExitPolicy = "full",
         sampling: Sampling = GREEDY,
         draws: Sequence[float] = (),
-    ) -> Started[Choices]:
+    ) -> RunningStep[Choices]:
         """Begins the step after a step, as `start` does; see `can_follow`.
 
         Where another token comes than the one that was chosen, `rewind` to the length before.
         """
-        assert started.last is not None
+        assert step.last is not None
         stages = self._stages(exit)
-        for tokens in self._tokens:
-            tokens.append(UNKNOWN)
-        self._newest_pass = None
-        self._following = started.last.choices
-        everyone = [True] * self.batch_size
-        step: Started[Choices] = Started(stages, everyone, self.lengths, sampling, draws)
+        for sequence in self._sequences:
+            sequence.append([UNKNOWN])
+        following: RunningStep[Choices] = self._new_step(
+            stages, range(self.batch_size), sampling, draws
+        )
         try:
-            self._begin(step)
+            self._ask(following, after=step.last.output)
         except BaseException:
-            for row, length in enumerate(step.lengths):
+            for row, length in enumerate(following.lengths):
                 self.rewind(length - 1, row)
             raise
-        finally:
-            self._following = None
-        return step
+        return following
 
-    def finish(self, started: Started[Choices]) -> Choice:
+    @exclusive
+    def finish(self, step: RunningStep[Choices]) -> Choice:
         """Waits for the tokens that a step chooses."""
-        self._settle(started)
-        ends, confidence = started.taken(), started.confidence()
-        blocks_run = [0 if taken is None else taken.depth for taken in ends]
-        self._account(started, ends, confidence)
-        tokens = [-1] * self.batch_size
-        for row, taken in enumerate(ends):
-            if taken is not None:
-                tokens[row] = taken.choices.tokens()[taken.index]
-                length = started.lengths[row]
-                if len(self._tokens[row]) > length:  # of the step that follows
-                    self._tokens[row][length] = tokens[row]
-        return Choice(tokens, blocks_run, confidence)
+        self._settle(step)
+        self._finish(step)
+        choice = Choice.of(step, self.batch_size)
+        for row, length in zip(step.rows, step.lengths, strict=True):
+            if len(row.sequence) > length:  # of the step that follows
+                row.sequence.tokens[length] = choice.tokens[row.sequence.slot]
+        return choice
 
-    def _append_step(
-        self,
-        token_ids: Sequence[int] | Sequence[Sequence[int]],
-        exit: Exit | ExitPolicy,
-        sampling: Sampling = GREEDY,
-        draws: Sequence[float] = (),
-    ) -> Started[C]:
-        """Takes new tokens, for a step that begins with them."""
-        stages = self._stages(exit)
-        wanted = [count > 0 for count in self._append(token_ids)]
-        return Started(stages, wanted, self.lengths, sampling, draws)
+    @exclusive
+    def complete(self, token_ids: Sequence[Sequence[int]], counts: Sequence[int]) -> list[Float32]:
+        """Appends tokens and runs all that is pending, and them, through all blocks.
 
-    def _stages(self, exit: Exit | ExitPolicy) -> tuple[Stage, ...]:
-        if isinstance(exit, ExitPolicy):
-            return stages_of(exit, self.spec.blocks)
-        return (Stage(resolve_exit(exit, self.spec.blocks)),)
+        Args:
+            token_ids: New tokens of each sequence.
+            counts: For how many of each sequence's last tokens to give logits: no more than the
+                last block hasn't processed. A sequence with 0 and no new tokens is left alone.
 
-    def _begin(self, step: Started[Choices]) -> None:
-        if len(step.rows) == self.batch_size:
-            step.together = self._one_each()
-        if step.rows:
-            self._ask(step, self._prepare(step))
+        Returns:
+            Logits [count, V] of the model's own head for each sequence.
 
-    def _prepare(self, step: Started[Choices]) -> Callable[[], Choices] | None:
-        """What runs all sequences on to the next head together, if that can be."""
-        stage, one = step.next_stage, step.together
-        if one is None or stage.depth > one.clear:
-            return None
-        kept = self._kept(stage.depth)
-        return self._engines.prepare(self._cache, one, stage.depth, kept, step.how(stage))
+        Raises:
+            UsageError: A token outside the model, no room in the cache, or too large a count; the
+                session is unchanged.
+        """
+        self._append_before_completing(token_ids, counts)
+        return self._logits(counts, self.spec.blocks, True)
 
-    def _ask(self, step: Started[Choices], prepared: Callable[[], Choices] | None) -> None:
-        """Runs the sequences that go on to the next head, and asks it."""
-        stage = step.next_stage
-        if prepared is not None:
-            step.add(stage, prepared())
-            for tokens, marks in zip(self._tokens, self._watermarks, strict=True):
-                marks.raise_to(len(tokens), stage.depth)
-            return
-        one, step.together = step.together, None
-        if one is not None and one.depth:
-            self._newest_pass = one.depth, one.rows, one.starts, one.hidden
-        hidden = self._newest(step.going, stage.depth)
-        step.add(stage, self._engines.choose(hidden, stage.depth, step.how(stage)))
-
-    def _settle(self, step: Started[Choices]) -> None:
-        """Goes on with a step until it is known where each sequence stops."""
-        while not step.decided:
-            rows, prepared = step.rows, None
-            if not step.judged:
-                # What may follow is looked up while the answer is on its way.
-                if self._keeps(step.next_stage.depth):
-                    prepared = self._prepare(step)
-                step.judge()
-            if step.rows is rows:
-                self._ask(step, prepared or self._prepare(step))
-            elif step.rows:
-                self._ask(step, None)
-
-    def _account(
-        self, step: Started[C], ends: list[Taken[C] | None], confidence: NDArray[np.float64]
-    ) -> None:
-        """Counts a step whose sequences stopped where they did, and tells of it."""
-        step.count(self.stats, self.spec.blocks)
-        for taken in ends:
-            if taken is not None:
-                self.stats.exits[taken.depth] += 1
-        if self.on_event is None and self.shadow is None:
-            return
-        for row, taken in enumerate(ends):
-            if taken is not None:
-                said = confidence[:, row][~np.isnan(confidence[:, row])]
-                likeliest = taken.choices.likeliest()[taken.index]
-                self._watch(row, taken.depth, likeliest, tuple(said.tolist()))
+    @exclusive
+    def complete_greedily(
+        self, token_ids: Sequence[Sequence[int]], counts: Sequence[int]
+    ) -> list[list[int]]:
+        """As `complete`, with the token of the largest logit in place of each row of logits."""
+        self._append_before_completing(token_ids, counts)
+        states = self._states(counts, self.spec.blocks)
+        if states is None:
+            return [[] for _ in counts]
+        self.stats.count_head(len(states), final=True)
+        output = self._engines.choose(states, self.spec.blocks, Choosing())
+        best = iter(output.likeliest())
+        return [list(islice(best, count)) for count in counts]
 
     @overload
     def deepen(self, exit: Exit = ..., *, every_position: Literal[False] = ...) -> Float32: ...
@@ -340,6 +315,7 @@ class Session(Watched):
     @overload
     def deepen(self, exit: Exit = ..., *, every_position: Literal[True]) -> list[Float32]: ...
 
+    @exclusive
     def deepen(
         self, exit: Exit = "full", *, every_position: bool = False
     ) -> Float32 | list[Float32]:
@@ -350,28 +326,147 @@ class Session(Watched):
             every_position: Whether to give the logits of every token that ran, not just the last.
 
         Returns:
-            As `advance`; rows of sequences in which nothing waited are zero or empty.
+            As `advance`; rows of sequences in which nothing was pending are zero or empty.
 
         Raises:
             UsageError: An exit outside the model.
         """
         depth = resolve_exit(exit, self.spec.blocks)
-        rows = zip(self._tokens, self._watermarks, strict=True)
-        waiting = [len(tokens) - marks[depth - 1] for tokens, marks in rows]
-        return self._run(waiting, depth, every_position)
+        pending = [sequence.pending(depth) for sequence in self._sequences]
+        return self._logits(pending, depth, every_position)
 
+    @exclusive
+    def run_shadow_checks(self, budget: int | None = None) -> list[ShadowCheck]:
+        """Completes chosen early tokens to full depth and compares them with the full model.
 
-def resolve_exit(exit: Exit, blocks: int) -> int:
-    """Blocks to run for an exit.
+        To be called when the machine has nothing better to do: between tokens, or after the
+        sequence. Completing is the catching up that a later, deeper token would have caused, so
+        that later tokens are the same with checks as without. All pending tokens of a sequence are
+        completed in one pass.
 
-    Raises:
-        UsageError: Not "full" or a number from 1 to the number of blocks.
-    """
-    if exit == "full":
-        return blocks
-    if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= blocks:
-        raise UsageError(
-            f"exit {exit!r} is outside this model's 1..{blocks}",
-            hint=f"exits count blocks run: a number from 1 to {blocks}, or 'full'",
-        )
-    return exit
+        Args:
+            budget: Comparisons at most, oldest tokens first; None for all that are due.
+
+        Returns:
+            The comparisons; `stats` counts them.
+
+        Raises:
+            UsageError: The session was made without a `shadow`, or a negative budget.
+        """
+        return self._checks.run(budget)
+
+    def _append(self, token_ids: TokenIds) -> list[int]:
+        """Takes new tokens, which are then pending before the first block; how many of each."""
+        new = check_tokens(token_ids, self._sequences, self.max_length, self.spec.vocab_size)
+        self._checks.before_appending(new)
+        for sequence, ids in zip(self._sequences, new, strict=True):
+            if ids:
+                sequence.append(ids)
+        return [len(ids) for ids in new]
+
+    def _append_before_completing(
+        self, token_ids: Sequence[Sequence[int]], counts: Sequence[int]
+    ) -> None:
+        new = check_tokens(token_ids, self._sequences, self.max_length, self.spec.vocab_size)
+        for row, (count, ids) in enumerate(zip(counts, new, strict=True)):
+            pending = self._sequences[row].pending(self.spec.blocks) + len(ids)
+            if not min(len(ids), 1) <= count <= pending:
+                raise UsageError(
+                    f"asked for the logits of {count} tokens of sequence {row}, of which "
+                    f"{pending} wait for the last block"
+                )
+        self._append(new)
+
+    def _append_step(
+        self,
+        token_ids: TokenIds,
+        exit: Exit | ExitPolicy,
+        sampling: Sampling = GREEDY,
+        draws: Sequence[float] = (),
+    ) -> RunningStep[C]:
+        """Takes new tokens, for a step that begins with them."""
+        stages = self._stages(exit)
+        counts = self._append(token_ids)
+        wanted = [row for row, count in enumerate(counts) if count]
+        return self._new_step(stages, wanted, sampling, draws)
+
+    def _new_step(
+        self,
+        stages: tuple[Stage, ...],
+        wanted: Sequence[int],
+        sampling: Sampling,
+        draws: Sequence[float],
+    ) -> RunningStep[C]:
+        rows: list[Row[C]] = [
+            Row(self._sequences[row], stages, draws[row] if draws else 0.0) for row in wanted
+        ]
+        return RunningStep(rows, sampling)
+
+    def _stages(self, exit: Exit | ExitPolicy) -> tuple[Stage, ...]:
+        if isinstance(exit, ExitPolicy):
+            return stages_of(exit, self.spec.blocks)
+        return (Stage(resolve_exit(exit, self.spec.blocks)),)
+
+    def _states(self, counts: Sequence[int], depth: int) -> Hidden | None:
+        """Hidden states [sum of counts, H] of each sequence's last tokens at a depth."""
+        wanted = [row for row, count in enumerate(counts) if count > 0]
+        if not wanted:
+            return None
+        sequences = [self._sequences[row] for row in wanted]
+        return self._runner.run(sequences, depth, [counts[row] for row in wanted])
+
+    def _logits(
+        self, counts: Sequence[int], depth: int, every_position: bool
+    ) -> Float32 | list[Float32]:
+        """Runs the first blocks and a head: logits of each sequence's last tokens."""
+        counts = list(counts) if every_position else [min(count, 1) for count in counts]
+        states = self._states(counts, depth)
+        if states is None:
+            logits = np.zeros((0, self.spec.vocab_size), np.float32)
+        else:
+            self.stats.count_head(len(states), final=depth == self.spec.blocks)
+            logits = self._engines.logits(states, depth)
+        if every_position:
+            return np.split(logits, np.cumsum(counts)[:-1])
+        if len(logits) == self.batch_size:
+            return logits
+        result = np.zeros((self.batch_size, self.spec.vocab_size), np.float32)
+        result[np.array(counts) > 0] = logits
+        return result
+
+    def _ask(
+        self,
+        step: RunningStep[Choices],
+        prepared: Callable[[], Choices] | None = None,
+        after: Choices | None = None,
+    ) -> None:
+        """Runs the sequences that go on to the next head, and asks it."""
+        stage = step.next_stage
+        if prepared is None:
+            output = self._runner.choose(step.sequences, stage.depth, step.how(stage), after)
+        else:
+            output = prepared()
+        step.add(stage, output)
+
+    def _settle(self, step: RunningStep[Choices]) -> None:
+        """Goes on with a step until it is known where each sequence stops."""
+        while not step.decided:
+            going, prepared = step.going, None
+            if not step.judged:
+                # What may follow is looked up while the answer is on its way.
+                stage = step.next_stage
+                if self._runner.keeps(stage.depth):
+                    prepared = self._runner.prepare(step.sequences, stage.depth, step.how(stage))
+                step.judge()
+            if step.going:
+                self._ask(step, prepared if step.going is going else None)
+
+    def _finish(self, step: RunningStep[C]) -> None:
+        """Counts a step whose sequences stopped where they did, and tells of it."""
+        step.finish(self.stats, self.spec.blocks)
+        if self.on_event is None and self.shadow is None:
+            return
+        for row in step.rows:
+            assert row.output is not None
+            likeliest = row.output.likeliest()[row.index]
+            self._checks.watch(row.sequence.slot, row.depth, likeliest, tuple(row.confidence))

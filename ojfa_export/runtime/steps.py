@@ -1,24 +1,25 @@
-"""A step on its way: the heads that are asked in turn, and where each sequence stops."""
+"""One step of some sequences: from exit to exit until a head is confident, or the last is reached.
+
+This is the one loop behind fixed exits, exits that decide, and steps that begin before the tokens
+before them are known.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Generic, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ojfa_export.backends.choice import Choices, Choosing, OneToken, Stop
+from ojfa_export.backends.choice import Choices, Choosing, Stop
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
+from ojfa_export.runtime.sequence import Sequence as TokenSequence
 from ojfa_export.runtime.stats import Stats
 
 C = TypeVar("C", bound=Choices)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Stage:
     """A head that a step asks.
 
@@ -48,61 +49,107 @@ def stages_of(policy: ExitPolicy, blocks: int) -> tuple[Stage, ...]:
 
 
 @dataclass(slots=True)
-class Asked(Generic[C]):
-    """A head that was asked about some rows; the answer may be on its way."""
-
-    stage: Stage
-    rows: list[int]
-    choices: C
-
-
-@dataclass(slots=True)
-class Taken(Generic[C]):
-    """The answer that a sequence stopped at: a row of a head's choices, after so many blocks."""
-
-    choices: C
-    index: int
-    depth: int
-
-
-class Started(Generic[C]):
-    """A step whose depth and tokens may not be known yet.
-
-    Args:
-        stages: Heads to ask in turn.
-        wanted: Sequences with new tokens.
-        lengths: Tokens of each sequence, the new ones included.
-        sampling: How tokens are chosen.
-        draws: A number from [0, 1) for each sequence where they are sampled, else none.
+class Row(Generic[C]):
+    """A sequence in a step.
 
     Attributes:
-        going: [sequences] those that no head was sure of.
-        rows: The same as numbers.
-        together: Their newest tokens on their way, as long as all sequences go on and nothing else
-            waits where they come.
+        sequence: The sequence, its new tokens included.
+        stages: Heads to ask in turn.
+        draw: A number from [0, 1), where the token is sampled.
+        confidence: What each exit that was checked said.
+        output: The head that it stopped at, once that is known; else None.
+        index: Its row there.
+        depth: Blocks that it ran.
     """
 
-    def __init__(
-        self,
-        stages: tuple[Stage, ...],
-        wanted: Sequence[bool],
-        lengths: list[int],
-        sampling: Sampling,
-        draws: Sequence[float],
-    ) -> None:
-        self.stages, self.lengths = stages, lengths
-        self.going = list(wanted)
-        self.rows = [row for row, each in enumerate(wanted) if each]
-        self.together: OneToken | None = None
-        self._sampling, self._draws = sampling, draws
-        self._asked: list[Asked[C]] = []
-        self._said: list[list[float]] = []  # of the heads that were judged
-        self._taken: list[Taken[C] | None] = [None] * len(self.going)
+    sequence: TokenSequence
+    stages: tuple[Stage, ...]
+    draw: float = 0.0
+    confidence: list[float] = field(default_factory=list)
+    output: C | None = None
+    index: int = 0
+    depth: int = 0
 
     @property
     def next_stage(self) -> Stage:
         """The head to ask next."""
-        return self.stages[len(self._asked)]
+        return self.stages[len(self.confidence)]
+
+
+@dataclass(slots=True)
+class Asked(Generic[C]):
+    """A head that was asked about the newest tokens of some rows; the answer may be on its way.
+
+    Attributes:
+        stage: Where.
+        rows: Whose tokens, in the order of the output's rows.
+        output: The answer.
+    """
+
+    stage: Stage
+    rows: list[Row[C]]
+    output: C
+
+    def judge(self) -> list[Row[C]]:
+        """Waits for the answer of an exit that is checked; who is confident stops there.
+
+        Returns:
+            The rows that go on.
+        """
+        stop = self.stage.stop
+        if stop is None:
+            self.stop()
+            return []
+        said = self.output.confidence(stop.measure)
+        going = []
+        for index, (row, confidence) in enumerate(zip(self.rows, said, strict=True)):
+            row.confidence.append(confidence)
+            if confidence >= stop.threshold:
+                row.output, row.index, row.depth = self.output, index, self.stage.depth
+            else:
+                going.append(row)
+        return going
+
+    def stop(self) -> None:
+        """Lets all rows stop here."""
+        for index, row in enumerate(self.rows):
+            row.output, row.index, row.depth = self.output, index, self.stage.depth
+
+    def count(self, stats: Stats, blocks: int) -> None:
+        """Counts the rows that the head was asked about, and those that stopped."""
+        stats.count_head(len(self.rows), final=self.stage.depth == blocks)
+        if self.stage.stop is None:
+            return
+        stats.checks += len(self.rows)
+        stopped = [row.confidence[-1] for row in self.rows if row.output is self.output]
+        if stopped:
+            stats.count_stopped(self.stage.depth, len(stopped), sum(stopped))
+
+
+class Step(Generic[C]):
+    """A step whose depth and tokens may not be known yet.
+
+    Args:
+        rows: Sequences with new tokens, all with the same stages.
+        sampling: How tokens are chosen.
+
+    Attributes:
+        rows: As given.
+        going: Those that no head was confident about.
+        lengths: Tokens of each row's sequence, the new ones included.
+    """
+
+    def __init__(self, rows: list[Row[C]], sampling: Sampling) -> None:
+        self.rows = self.going = rows
+        self.lengths = [len(row.sequence) for row in rows]
+        self._sampling = sampling
+        self._asked: list[Asked[C]] = []
+        self._judged = 0
+
+    @property
+    def next_stage(self) -> Stage:
+        """The head to ask next."""
+        return self.rows[0].stages[len(self._asked)]
 
     @property
     def last(self) -> Asked[C] | None:
@@ -111,63 +158,40 @@ class Started(Generic[C]):
 
     @property
     def decided(self) -> bool:
-        """Whether it is known where each sequence stops."""
-        return not self.rows or len(self._asked) == len(self.stages)
+        """Whether it is known where each row stops."""
+        return not self.going or len(self._asked) == len(self.rows[0].stages)
 
     @property
     def judged(self) -> bool:
         """Whether the confidence of every head that was asked is known."""
-        return len(self._said) == len(self._asked)
+        return self._judged == len(self._asked)
+
+    @property
+    def sequences(self) -> list[TokenSequence]:
+        """The sequences that go on."""
+        return [row.sequence for row in self.going]
 
     def how(self, stage: Stage) -> Choosing:
         """How the sequences that go on choose at a stage."""
-        draws = [self._draws[row] for row in self.rows] if self._draws else ()
+        draws = [row.draw for row in self.going] if self._sampling.temperature else ()
         return Choosing(self._sampling, draws, stage.stop)
 
-    def add(self, stage: Stage, choices: C) -> None:
-        """Takes what a stage's head was asked about the sequences that go on."""
-        self._asked.append(Asked(stage, self.rows, choices))
+    def add(self, stage: Stage, output: C) -> None:
+        """Takes what a stage's head was asked about the rows that go on."""
+        self._asked.append(Asked(stage, self.going, output))
 
     def judge(self) -> None:
-        """Waits for the confidence of the head that was asked last; who is sure stops there."""
-        asked = self._asked[-1]
-        stop, rows = asked.stage.stop, asked.rows
-        assert stop is not None
-        said = asked.choices.confidence(stop.measure)
-        self._said.append(said)
-        sure = [at for at, each in enumerate(said) if each >= stop.threshold]
-        for at in sure:
-            row = rows[at]
-            self._taken[row] = Taken(asked.choices, at, asked.stage.depth)
-            self.going[row] = False
-        if sure:
-            self.rows = [row for row in rows if self.going[row]]
+        """Waits for the confidence of the head that was asked last; who is confident stops."""
+        going = self._asked[-1].judge()
+        self._judged += 1
+        if len(going) < len(self.going):
+            self.going = going
 
-    def taken(self) -> list[Taken[C] | None]:
-        """Once it is decided, what each sequence stopped at; None without new tokens."""
-        taken = self._taken.copy()
-        if self.rows:
-            last = self._asked[-1]
-            for at, row in enumerate(last.rows):
-                taken[row] = Taken(last.choices, at, last.stage.depth)
-        return taken
-
-    def confidence(self) -> NDArray[np.float64]:
-        """What each exit said of each sequence, [exits, sequences]; NaN where none was asked."""
-        table = np.empty((len(self.stages) - 1, len(self.going)))
-        if len(table):
-            table.fill(np.nan)
-        for line, asked, said in zip(table, self._asked, self._said, strict=False):
-            line[asked.rows] = said
-        return table
-
-    def count(self, stats: Stats, blocks: int) -> None:
-        """Counts the heads that were asked, of a model with this many blocks."""
+    def finish(self, stats: Stats, blocks: int) -> None:
+        """Once it is decided: the rest stops at the last head; counts everything."""
+        if self.going:
+            self._asked[-1].stop()
         for asked in self._asked:
-            stats.count_head(len(asked.rows), final=asked.stage.depth == blocks)
-        for asked, said in zip(self._asked, self._said, strict=False):
-            stats.checks += len(asked.rows)
-            assert asked.stage.stop is not None
-            stopped = [each for each in said if each >= asked.stage.stop.threshold]
-            if stopped:
-                stats.count_stopped(asked.stage.depth, len(stopped), sum(stopped))
+            asked.count(stats, blocks)
+        for row in self.rows:
+            stats.exits[row.depth] += 1

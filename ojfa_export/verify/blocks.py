@@ -22,7 +22,7 @@ from ojfa_export.report.model import Check
 from ojfa_export.runtime.session import Session
 from ojfa_export.shortcut import FinalNorm, Shortcut
 from ojfa_export.verify.exact import HIDDEN, ExactModel, Float64
-from ojfa_export.verify.pieces import engine_in_pieces
+from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
 from ojfa_export.verify.tolerances import FP16_LARGEST, RANGE, Comparisons, exit_allowance
 
 # Tokens of each sequence that are fed one by one, and rows that each head is compared on.
@@ -111,8 +111,8 @@ def verify_blocks(subject: Subject, token_ids: Int32, progress: Progress) -> lis
 
 def _compare_embed(subject: Subject, ids: Int32, expected: Float32) -> list[Check]:
     comparisons = Comparisons(subject.precision)
-    embedded = subject.engines.new_cache(*ids.shape).embed(ids, [0] * len(ids))
-    comparisons.record(f"float64 embed: {HIDDEN}", "hidden", np.asarray(embedded), expected)
+    embedded = embed_batch(subject.engines, ids)
+    comparisons.record(f"float64 embed: {HIDDEN}", "hidden", embedded, expected)
     return comparisons.checks()
 
 

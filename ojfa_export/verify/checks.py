@@ -27,7 +27,7 @@ from ojfa_export.report.model import Check
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.session import Session
 from ojfa_export.shortcut import FinalNorm, LanguageHead, Shortcut
-from ojfa_export.verify.pieces import engine_in_pieces
+from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
 from ojfa_export.verify.portable import PortableGraphs
 from ojfa_export.verify.reference import TransformersReference
 from ojfa_export.verify.tolerances import Comparisons, exit_allowance
@@ -217,8 +217,7 @@ def compare_parts(
                 window.token_ids, positions, long_context=window.long_context
             )
             record("graph", embedded)
-            embedded = engines.new_cache(batch, length).embed(window.token_ids, [0] * batch)
-            record("engine", np.asarray(embedded))
+            record("engine", embed_batch(engines, window.token_ids))
         else:
             for actual in _graph_in_pieces(graphs, depth - 1, previous, positions, rotations):
                 record("graph", actual)

@@ -1,4 +1,4 @@
-"""Running one block's engine in the ways in which a session runs it."""
+"""Running one engine at a time, a block in the ways in which a session runs it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from ojfa_export.backends.backend import Engines, Float32
+from ojfa_export.backends.backend import Engines, Float32, Int32
+from ojfa_export.backends.passes import Chunk
 
 
 def engine_in_pieces(
     engines: Engines, block: int, hidden: Float32, *, long_context: bool
 ) -> list[Float32]:
-    """A block's output [B,S,H] in one piece; and in three, the last one decode step of all rows.
+    """A block's output [B,S,H] in one piece; and in three, the last one decode step of all sequences.
 
     Args:
         engines: The opened engines.
@@ -23,19 +24,23 @@ def engine_in_pieces(
     batch, length, _ = hidden.shape
     results = []
     for bounds in ((0, length), (0, length // 2, length - 1, length)):
-        cache = engines.new_cache(batch, length)
+        executor = engines.executor(batch, length)
         result = np.empty_like(hidden)
         for start, stop in pairwise(bounds):
-            together = batch if stop - start == 1 else 1
-            for row in range(0, batch, together):
-                rows = slice(row, row + together)
-                piece = cache.run_blocks(
-                    range(block, block + 1),
-                    np.ascontiguousarray(hidden[rows, start:stop]),
-                    rows,
-                    [start] * together,
-                    long_context=long_context,
-                )
-                result[rows, start:stop] = np.asarray(piece)
+            piece = executor.run(
+                range(block, block + 1),
+                np.ascontiguousarray(hidden[:, start:stop]).reshape(-1, hidden.shape[-1]),
+                [Chunk(slot, start, stop - start) for slot in range(batch)],
+                long_context=long_context,
+            )
+            result[:, start:stop] = np.asarray(piece).reshape(batch, stop - start, -1)
         results.append(result)
     return results
+
+
+def embed_batch(engines: Engines, token_ids: Int32) -> Float32:
+    """The embedding of [B,S] tokens from position 0 on, [B,S,H]."""
+    batch, length = token_ids.shape
+    chunks = [Chunk(slot, 0, length) for slot in range(batch)]
+    hidden = engines.executor(batch, length).embed(token_ids.reshape(-1).tolist(), chunks)
+    return np.asarray(hidden).reshape(batch, length, -1)

@@ -10,9 +10,9 @@ from tiny_models import POSITIONS, VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_FP32
 
 from ojfa_export import backends
-from ojfa_export.backends.onnxruntime import engines as engines_module
+from ojfa_export.backends.onnxruntime import executor as executor_module
 from ojfa_export.backends.onnxruntime.build import build_engine
-from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeCache
+from ojfa_export.backends.onnxruntime.executor import Batch
 from ojfa_export.backends.onnxruntime.session import (
     THREADS_VARIABLE,
     default_threads,
@@ -31,8 +31,8 @@ def chain(tmp_path_factory) -> Chain:
 
 
 def addresses(session: Session) -> dict[int, tuple[int, int]]:
-    values = session._cache._values
-    return {block: (key.ctypes.data, value.ctypes.data) for block, (key, value) in values.items()}
+    executor = session._runner.executor
+    return {block: tuple(a.ctypes.data for a in executor.cache(block)) for block in executor._cache}
 
 
 def test_the_cache_stays_in_place(chain):
@@ -51,19 +51,20 @@ def test_a_step_writes_its_rows_and_no_others(chain):
     """Rows that hold a mark before a step hold it after, but for the one that the step adds."""
     session = chain.session(2)
     session.advance([[1, 2, 3, 4], [5, 6]])
-    for arrays in session._cache._values.values():
+    cache = {block: session._runner.executor.cache(block) for block in range(chain.spec.blocks)}
+    for arrays in cache.values():
         for array in arrays:
             array[0, :, 4:] = array[1, :, 2:] = 1234.5
-    kept = {b: [a.copy() for a in arrays] for b, arrays in session._cache._values.items()}
+    kept = {block: [array.copy() for array in arrays] for block, arrays in cache.items()}
     session.advance([[7], [8]])
-    for block, arrays in session._cache._values.items():
+    for block, arrays in cache.items():
         for array, before in zip(arrays, kept[block], strict=True):
             changed = (array != before).any(axis=(1, 3))
             assert [np.flatnonzero(row).tolist() for row in changed] == [[4], [2]]
 
 
 def test_a_decode_step_makes_no_array_and_no_binding(chain, monkeypatch):
-    """Once its groups of rows have been seen: buffers and bindings are reused."""
+    """Once its number of tokens has been seen: buffers and bindings are reused."""
     session = chain.session(2)
     session.advance([[1, 2], [3, 4]])
     session.advance([[5], [6]])
@@ -71,12 +72,12 @@ def test_a_decode_step_makes_no_array_and_no_binding(chain, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a decode step made a new array or binding")
 
-    monkeypatch.setattr(OnnxRuntimeCache, "bind", refuse)
-    monkeypatch.setattr(engines_module.np, "empty", refuse)
+    monkeypatch.setattr(Batch, "_bind", refuse)
+    monkeypatch.setattr(executor_module.np, "empty", refuse)
     session.advance([[7], [8]])
     session.advance([[9], [10]])
     with pytest.raises(AssertionError, match="new array or binding"):
-        session.advance([[11], []])  # another group of rows
+        session.advance([[11], []])  # another number of tokens
 
 
 @pytest.mark.parametrize("piece", [16, 17, 33])
@@ -85,16 +86,16 @@ def test_prefill_in_pieces_is_prefill_at_once(chain, monkeypatch, rng, piece, be
     ids = rng.integers(VOCAB_SIZE, size=before + 50).tolist()
     expected = chain.session().advance(ids, every_position=True)[0][before:]
     per_token = 4 * chain.spec.heads * POSITIONS
-    monkeypatch.setattr(engines_module, "SCORE_BYTES", piece * per_token)
+    monkeypatch.setattr(executor_module, "SCORE_BYTES", piece * per_token)
     session, lengths = chain.session(), []
-    run_prefill = session._cache._run_prefill
+    run = Batch.run
 
-    def record(block, hidden, *args):
-        lengths.append(hidden.shape[1])
-        return run_prefill(block, hidden, *args)
+    def record(self, blocks, hidden):
+        lengths.extend([len(hidden)] * len(blocks))
+        return run(self, blocks, hidden)
 
     session.advance(ids[:before])
-    monkeypatch.setattr(session._cache, "_run_prefill", record)
+    monkeypatch.setattr(Batch, "run", record)
     [logits] = session.advance(ids[before:], every_position=True)
     pieces = [min(piece, 50 - at) for at in range(0, 50, piece)]
     assert lengths == pieces * chain.spec.blocks
@@ -111,7 +112,7 @@ def test_blocks_past_a_fixed_exit_are_never_loaded(chain):
     for token in range(4):
         session.advance([token], 1 + token % 2)
     assert engines._sessions.keys() == {"embed", "block_00", "block_01", "exit_head"}
-    assert session._cache._values.keys() == {0, 1}
+    assert session._runner.executor._cache.keys() == {0, 1}
     session.advance([5])
     assert engines._sessions.keys() == chain.engine_files.keys()
 

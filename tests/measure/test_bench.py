@@ -34,16 +34,16 @@ class RecordingEngines(ChoosesOnHost):
     def __getattr__(self, name: str):
         return getattr(self.engines, name)
 
-    def new_cache(self, batch_size: int, capacity: int):
-        cache = self.engines.new_cache(batch_size, capacity)
-        run_blocks = cache.run_blocks
+    def executor(self, slots: int, capacity: int):
+        executor = self.engines.executor(slots, capacity)
+        run = executor.run
 
         def recorded(blocks, hidden, *arguments, **named):
-            self.calls += [(block, hidden.shape[1]) for block in blocks]
-            return run_blocks(blocks, hidden, *arguments, **named)
+            self.calls += [(block, len(hidden)) for block in blocks]
+            return run(blocks, hidden, *arguments, **named)
 
-        cache.run_blocks = recorded
-        return cache
+        executor.run = recorded
+        return executor
 
     def logits(self, hidden, blocks_run: int):
         self.finals.append(blocks_run == self.spec.blocks)

@@ -39,18 +39,18 @@ class ClockedEngines(ChoosesOnHost):
         self.now += 0.4 + 0.1 * (len(hidden) - 1) if final else 0.2
         return self._engines.logits(hidden, blocks_run)
 
-    def new_cache(self, batch_size: int, capacity: int) -> Any:
-        cache = self._engines.new_cache(batch_size, capacity)
-        embed, run_blocks = cache.embed, cache.run_blocks
+    def executor(self, slots: int, capacity: int) -> Any:
+        executor = self._engines.executor(slots, capacity)
+        embed, run = executor.embed, executor.run
 
-        def clocked_embed(token_ids: np.ndarray, starts: Any) -> np.ndarray:
+        def clocked_embed(tokens: Any, chunks: Any) -> np.ndarray:
             self.now += 0.1
-            return embed(token_ids, starts)
+            return embed(tokens, chunks)
 
         def clocked(blocks: range, hidden: np.ndarray, *arguments: Any, **named: Any) -> np.ndarray:
-            more = hidden.shape[1] - 1
+            more = len(hidden) - 1
             self.now += len(blocks) * (1 + 0.5 * (more > 0) + 0.25 * more)
-            return run_blocks(blocks, hidden, *arguments, **named)
+            return run(blocks, hidden, *arguments, **named)
 
-        cache.embed, cache.run_blocks = clocked_embed, clocked
-        return cache
+        executor.embed, executor.run = clocked_embed, clocked
+        return executor

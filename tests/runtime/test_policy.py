@@ -177,13 +177,13 @@ def test_sequences_that_go_on_run_together(chain_of, monkeypatch):
     session = chain.session(3, MAX_LENGTH)
     session.advance([[1, 2, 3], [4], [5, 6]])
     calls = []
-    run_blocks = session._cache.run_blocks
+    run = session._runner.executor.run
 
-    def counted(blocks, hidden, rows, starts, **options):
-        calls.extend((block, rows.stop - rows.start) for block in blocks)
-        return run_blocks(blocks, hidden, rows, starts, **options)
+    def counted(blocks, hidden, chunks, **options):
+        calls.extend((block, len(chunks)) for block in blocks)
+        return run(blocks, hidden, chunks, **options)
 
-    monkeypatch.setattr(session._cache, "run_blocks", counted)
+    monkeypatch.setattr(session._runner.executor, "run", counted)
     policy = ExitPolicy(exits=(1, 3), measure="top", thresholds=(2.0, 2.0))
     step = session.decide([[7], [8], [9]], policy)
     assert calls == [(block, 3) for block in range(4)]
@@ -192,7 +192,7 @@ def test_sequences_that_go_on_run_together(chain_of, monkeypatch):
         np.testing.assert_allclose(step.logits[row], expected, atol=LOGITS_FP32, rtol=0)
 
 
-def test_sequences_that_go_on_run_together_over_one_that_stopped(chain_of, monkeypatch):
+def test_sequences_that_go_on_run_together_without_one_between_that_stopped(chain_of, monkeypatch):
     chain = chain_of("llama-gqa")
     prompts = [[1, 2, 3], [4], [5, 6]]
     ask = ExitPolicy(exits=(1,), measure="top", thresholds=(9.0,))
@@ -208,17 +208,17 @@ def test_sequences_that_go_on_run_together_over_one_that_stopped(chain_of, monke
     session = chain.session(3, MAX_LENGTH)
     session.advance(prompts)
     calls = []
-    run_blocks = session._cache.run_blocks
+    run = session._runner.executor.run
 
-    def counted(blocks, hidden, rows, starts, **options):
-        calls.extend((block, rows.stop - rows.start) for block in blocks)
-        return run_blocks(blocks, hidden, rows, starts, **options)
+    def counted(blocks, hidden, chunks, **options):
+        calls.extend((block, len(chunks)) for block in blocks)
+        return run(blocks, hidden, chunks, **options)
 
-    monkeypatch.setattr(session._cache, "run_blocks", counted)
+    monkeypatch.setattr(session._runner.executor, "run", counted)
     poison(session)
     step = session.decide([[7], [token], [9]], between)
     assert step.blocks_run.tolist() == [4, 1, 4]
-    assert calls == [(block, 3) for block in range(4)]
+    assert calls == [(0, 3), *((block, 2) for block in (1, 2, 3))]
     assert session.watermarks[:, 1].tolist() == [2, 1, 1, 1]
     poison(session)
     for row, ids in enumerate(([1, 2, 3, 7], [4, token], [5, 6, 9])):

@@ -40,11 +40,12 @@ programs = st.lists(advance | decode | rewind, min_size=1, max_size=8)
 def poison(session) -> None:
     """Puts NaN wherever nothing that counts may lie: a step that reads it shows."""
     marks = session.watermarks
-    for block, arrays in session._cache._values.items():
-        for array in arrays:
+    executor = session._runner.executor
+    for block in executor._cache:
+        for array in executor.cache(block):
             for row in range(session.batch_size):
                 array[row, :, marks[block, row] :] = np.nan
-    for depth, waiting in session._waiting.items():
+    for depth, waiting in session._runner.pending.items():
         for row in range(session.batch_size):
             waiting[row, : marks[depth, row]] = np.nan
             waiting[row, marks[depth - 1, row] :] = np.nan
@@ -127,7 +128,7 @@ def test_exit_logits_are_the_shortcut_and_the_head_in_float64(chain_of, rng):
     for exit in range(1, chain.spec.blocks):
         session = chain.session()
         [logits] = session.advance(ids, exit, every_position=True)
-        jumped = jump64(chain.shortcut, session._waiting[exit][0, : len(ids)].astype(np.float64))
+        jumped = jump64(chain.shortcut, session._runner.pending[exit][0, : len(ids)].astype(np.float64))
         mean_square = (jumped**2).mean(axis=-1, keepdims=True)
         normed = jumped / np.sqrt(mean_square + chain.spec.norm_epsilon) * head.norm.weight
         expected = normed @ head.weight.astype(np.float64).T
@@ -219,16 +220,17 @@ def test_an_interrupted_step_can_be_taken_back(block, depth_before, chain_of, mo
     chain = chain_of("llama-gqa")
     session = chain.session(2, MAX_LENGTH)
     session.advance([[3, 4, 5], [6]], depth_before)
-    run_blocks = session._cache.run_blocks
+    executor = session._runner.executor
+    run = executor.run
 
     def interrupted(blocks, *args, **kwargs):
         if block in blocks:
-            run_blocks(range(blocks.start, block), *args, **kwargs)
+            run(range(blocks.start, block), *args, **kwargs)
             raise KeyboardInterrupt
-        return run_blocks(blocks, *args, **kwargs)
+        return run(blocks, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session._cache, "run_blocks", interrupted)
+        patch.setattr(executor, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             session.advance([[7], [8]])
     check_watermarks(session)

@@ -119,7 +119,7 @@ def test_what_caught_up_by_itself_is_only_compared(chain_of, monkeypatch):
     session = watched(chain)
     session.advance([1, 2, 3], 2)
     session.advance([4], "full")
-    monkeypatch.setattr(session._cache, "run_blocks", None)
+    monkeypatch.setattr(session._runner.executor, "run", None)
     [check] = session.run_shadow_checks()
     assert (check.position, check.blocks_run) == (2, 2)
     confirm(chain, [1, 2, 3], check)

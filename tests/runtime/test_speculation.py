@@ -19,7 +19,8 @@ from ojfa_export.errors import UsageError
 from ojfa_export.runtime.generation import Settings, collect, generate_tokens
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.sampling import GREEDY, Sampling
-from ojfa_export.runtime.session import Choice, Session
+from ojfa_export.runtime.session import Session
+from ojfa_export.runtime.step_output import Choice
 from ojfa_export.runtime.speculation import (
     MAX_DRAFT,
     PROBE_ROUNDS,

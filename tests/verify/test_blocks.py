@@ -181,22 +181,22 @@ def test_calibration_names_what_overflows(rng, tmp_path):
     enlarge(chain, "block_01", "mlp.norm.weight", 3000)
 
     class Overflowing:
-        def __init__(self, cache):
-            self._cache = cache
+        def __init__(self, executor):
+            self._executor = executor
 
         def embed(self, *arguments):
-            return self._cache.embed(*arguments)
+            return self._executor.embed(*arguments)
 
-        def run_blocks(self, *arguments, **named):
-            hidden = np.array(self._cache.run_blocks(*arguments, **named))
+        def run(self, *arguments, **named):
+            hidden = np.array(self._executor.run(*arguments, **named))
             hidden[np.abs(hidden) > 65504] = np.inf
             return hidden
 
     class Backend:
         def open_engines(self, *_):
             engines = chain.open_engines()
-            make_cache = engines.new_cache
-            engines.new_cache = lambda *shape: Overflowing(make_cache(*shape))
+            make_executor = engines.executor
+            engines.executor = lambda *shape: Overflowing(make_executor(*shape))
             return engines
 
     def collect(backend):

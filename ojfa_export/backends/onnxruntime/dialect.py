@@ -5,10 +5,12 @@ from __future__ import annotations
 from ojfa_export.errors import BackendError
 from ojfa_export.families.spec import Activation, ModelSpec
 from ojfa_export.graphs.dialect import Portable, Weights
-from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, MICROSOFT, Graph
+from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, INT64, MICROSOFT, Graph
 from ojfa_export.graphs.weights import TensorRef
 
 WIDENED_AT_ONCE = 64_000_000  # bytes
+# Which input of GroupQueryAttention `query_seqlens` is (ONNX Runtime 1.32 and later).
+QUERY_LENGTHS = 16
 SKIP_RMS_NORM = "SkipSimplifiedLayerNormalization"
 
 
@@ -97,6 +99,9 @@ class OnnxRuntimeDialect(Portable):
         """GroupQueryAttention: rotates, appends to the cache, attends."""
         spec = self.spec
         tables = ("rotary_cos_table", "rotary_sin_table") if spec.rotary_dim else ()
+        lengths = self.ragged_inputs()
+        if lengths:  # the last of the operator's inputs
+            lengths = ("",) * (QUERY_LENGTHS - 7 - len(tables)) + lengths
         mixed, key, value = graph.op(
             "GroupQueryAttention",
             qkv,
@@ -107,6 +112,7 @@ class OnnxRuntimeDialect(Portable):
             "last_positions",
             "total_length",
             *tables,
+            *lengths,
             outputs=3,
             domain=MICROSOFT,
             num_heads=spec.heads,
@@ -117,6 +123,10 @@ class OnnxRuntimeDialect(Portable):
         )
         self.cache_outputs(graph, key, value)
         return str(mixed)
+
+    def ragged_inputs(self) -> tuple[str, ...]:
+        """Further inputs of GroupQueryAttention where chunks of different lengths run together."""
+        return ()
 
     def cache_outputs(self, graph: Graph, key: str, value: str) -> None:
         """Declares the cache with its new rows: the same memory as the inputs'."""
@@ -135,8 +145,28 @@ class OnnxRuntimeCpu(OnnxRuntimeDialect):
         spec: The model.
     """
 
+    token_axes: tuple[str, ...] = ("tokens",)
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__(spec, "fp32")
+
+    def attention_inputs(self, graph: Graph) -> None:
+        """Beside the cache, where each slot's tokens are among those of the pass."""
+        super().attention_inputs(graph)
+        graph.input("query_lengths", INT32, "batch")
+        graph.input("unpack", INT64, "batch", "chunk")
+        graph.input("pack", INT64, "tokens")
+
+    def attention(self, graph: Graph, qkv: str, block: int) -> str:
+        """Attention of a ragged pass: tokens go to their slots' rows, padded, and back."""
+        rows = graph.op("Gather", qkv, "unpack", axis=0)
+        mixed = super().attention(graph, rows, block)
+        flat = graph.reshape(mixed, -1, self.spec.heads * self.spec.head_dim)
+        return str(graph.op("Gather", flat, "pack", axis=0))
+
+    def ragged_inputs(self) -> tuple[str, ...]:
+        """Of GroupQueryAttention: how many of a slot's tokens are no padding."""
+        return ("query_lengths",)
 
     def matrix(self, graph: Graph, name: str, ref: TensorRef) -> str:
         """A weight matrix, widened where it is stored in fp16."""

@@ -1,0 +1,259 @@
+"""Ragged passes on ONNX Runtime's CPU provider.
+
+Matrix products run on the tokens of a pass packed together; only attention sees a row for each
+slot of the cache, padded to the longest chunk, in which slots without tokens cost next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ojfa_export.backends.backend import Float32
+from ojfa_export.backends.onnxruntime.slots import SlotArray
+from ojfa_export.backends.passes import (
+    Chunk,
+    as_rows,
+    load_chunks,
+    positions_of,
+    row_ranges,
+    rows_of,
+    split_pass,
+    store_chunks,
+)
+from ojfa_export.bundle.names import block_name
+
+if TYPE_CHECKING:
+    from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
+
+# Attention scores of a prefill are held for one piece of the prompt at a time: at most this
+# many bytes.
+SCORE_BYTES = 64 << 20
+# Chunks of up to so many tokens run together: decode steps, and drafts that are verified.
+SHORT_CHUNK = 8
+# Shapes of passes whose bindings are kept.
+MOST_SHAPES = 64
+
+Run = Callable[[], None]
+
+
+class OnnxRuntimeExecutor:
+    """Keys and values [slots, kv_heads, capacity, head_dim] of each block, written in place.
+
+    Args:
+        engines: The opened model.
+        slots: Sequences.
+        capacity: Positions of each.
+    """
+
+    arrays: Any = np
+
+    def __init__(self, engines: OnnxRuntimeEngines, slots: int, capacity: int) -> None:
+        spec = engines.spec
+        self.engines = engines
+        self.slots, self.capacity = slots, capacity
+        # A chunk is padded to the longest of its pass, and the padding needs room as well.
+        self._shape = (slots, spec.kv_heads, capacity + SHORT_CHUNK - 1, spec.head_dim)
+        self._cache: dict[int, tuple[SlotArray, SlotArray]] = {}
+        self._states: list[SlotArray] = []
+        self._batches: dict[tuple[int, int, bool], Batch] = {}
+        self._prefill_tokens = max(16, SCORE_BYTES // (4 * spec.heads * capacity))
+
+    def embed(self, tokens: Sequence[int], chunks: Sequence[Chunk]) -> Float32:
+        """Embeds the tokens of chunks: [tokens, H]."""
+        feeds = {"token_ids": as_rows(tokens)}
+        if self.engines.spec.learned_positions:
+            feeds["positions"] = as_rows(positions_of(chunks))
+        hidden: Float32 = self.engines.session("embed").run(None, feeds)[0]
+        return hidden.reshape(len(tokens), -1)
+
+    def run(
+        self, blocks: range, hidden: Float32, chunks: Sequence[Chunk], *, long_context: bool
+    ) -> Float32:
+        """Runs consecutive blocks on new tokens; see `backends.backend.Executor`."""
+        parts = split_pass(chunks, SHORT_CHUNK)
+        if len(parts) == 1:
+            return self._run_part(blocks, hidden, chunks, long_context)
+        ranges, result = row_ranges(chunks), np.empty_like(hidden)
+        for part in parts:
+            rows = rows_of(ranges, part)
+            some = [chunks[index] for index in part]
+            result[rows] = self._run_part(blocks, hidden[rows], some, long_context)
+        return result
+
+    def new_states(self) -> Float32:
+        """Room for a hidden state of every position; untouched memory until it is used."""
+        states = SlotArray((self.slots, self.capacity, self.engines.spec.hidden_size))
+        self._states.append(states)
+        return states.array
+
+    def store(self, states: Float32, chunks: Sequence[Chunk], hidden: Float32) -> None:
+        """Copies hidden states to their places; see `backends.backend.Executor`."""
+        store_chunks(states, chunks, hidden)
+
+    def load(self, states: Float32, chunks: Sequence[Chunk]) -> Float32:
+        """Hidden states [tokens, H] that were stored."""
+        hidden: Float32 = load_chunks(np, states, chunks)
+        return hidden
+
+    def unload(self, block: int) -> None:
+        """Closes a block's session; its keys and values stay."""
+        for batch in self._batches.values():
+            batch.unbind(block)
+        self.engines.close(block_name(block))
+
+    def release(self, slot: int) -> None:
+        """Gives a slot's pages back to the operating system."""
+        for each in (*self._states, *(part for both in self._cache.values() for part in both)):
+            each.release(slot)
+
+    def copy_prefix(self, source: int, target: int, count: int) -> None:
+        """Copies keys and values of a slot's first tokens to another; see `Executor`."""
+        for both in self._cache.values():
+            for part in both:
+                part.array[target, :, :count] = part.array[source, :, :count]
+        for states in self._states:
+            states.array[target, :count] = states.array[source, :count]
+
+    def cache(self, block: int) -> tuple[Float32, Float32]:
+        """Keys and values of a block, [slots, kv_heads, positions, head_dim]."""
+        if block not in self._cache:
+            self._cache[block] = SlotArray(self._shape), SlotArray(self._shape)
+        keys, values = self._cache[block]
+        return keys.array, values.array
+
+    def _run_part(
+        self, blocks: range, hidden: Float32, chunks: Sequence[Chunk], long_context: bool
+    ) -> Float32:
+        if chunks[0].count > SHORT_CHUNK:
+            return self._prefill(blocks, hidden, chunks[0], long_context)
+        tokens, length = len(hidden), max(chunk.count for chunk in chunks)
+        batch = self._batches.get((tokens, length, long_context))
+        if batch is None:
+            if len(self._batches) >= MOST_SHAPES:
+                self._batches.clear()
+            batch = Batch(self, slice(0, self.slots), tokens, length, long_context)
+            self._batches[tokens, length, long_context] = batch
+        batch.place(chunks)
+        return batch.run(blocks, hidden)
+
+    def _prefill(
+        self, blocks: range, hidden: Float32, chunk: Chunk, long_context: bool
+    ) -> Float32:
+        """Runs many tokens of one sequence, a piece at a time."""
+        slot, start, count = chunk
+        pieces = [
+            Chunk(slot, start + at, min(self._prefill_tokens, count - at))
+            for at in range(0, count, self._prefill_tokens)
+        ]
+        batches = []
+        for piece in pieces:
+            batch = Batch(self, slice(slot, slot + 1), piece.count, piece.count, long_context)
+            batch.place([piece])
+            batches.append(batch)
+        if len(batches) == 1:
+            return batches[0].run(blocks, hidden)
+        for block in blocks:
+            result, at = np.empty_like(hidden), 0
+            for piece, batch in zip(pieces, batches, strict=True):
+                rows = slice(at, at + piece.count)
+                result[rows] = batch.run(range(block, block + 1), hidden[rows])
+                at += piece.count
+            hidden = result
+        return hidden
+
+
+class Batch:
+    """Passes of one shape: buffers that blocks are bound to once.
+
+    All that changes from pass to pass is what lies in them; hidden states go back and forth between
+    two. Little is done per block, as this is the path of every token.
+
+    Args:
+        executor: Whose cache.
+        slots: Neighbours in the cache.
+        tokens: Of all sequences together.
+        length: Of the longest chunk.
+        long_context: Whether LongRoPE's long factors apply.
+    """
+
+    def __init__(
+        self,
+        executor: OnnxRuntimeExecutor,
+        slots: slice,
+        tokens: int,
+        length: int,
+        long_context: bool,
+    ) -> None:
+        count = slots.stop - slots.start
+        self._executor, self._slots, self._long_context = executor, slots, long_context
+        width = executor.engines.spec.hidden_size
+        self._hidden = tuple(np.empty((tokens, width), np.float32) for _ in range(2))
+        self._inputs: dict[str, Any] = {
+            "last_positions": np.zeros(count, np.int32),
+            "total_length": np.zeros((), np.int32),
+            "query_lengths": np.zeros(count, np.int32),
+            "unpack": np.zeros((count, length), np.int64),
+            "pack": np.zeros(tokens, np.int64),
+        }
+        self._shape: list[tuple[int, int]] | None = None
+        self._runs: dict[int, Run] = {}
+
+    def place(self, chunks: Sequence[Chunk]) -> None:
+        """Says whose tokens they are, and where."""
+        first, inputs = self._slots.start, self._inputs
+        shape = [(chunk.slot, chunk.count) for chunk in chunks]
+        if shape != self._shape:
+            self._shape = None  # until all of it is known
+            lengths, unpack, pack = (inputs[n] for n in ("query_lengths", "unpack", "pack"))
+            inputs["last_positions"][...] = lengths[...] = unpack[...] = 0
+            for (slot, _, count), rows in zip(chunks, row_ranges(chunks), strict=True):
+                lengths[slot - first] = count
+                unpack[slot - first, :count] = rows
+                at = (slot - first) * unpack.shape[1]
+                pack[rows.start : rows.stop] = range(at, at + count)
+            self._shape = shape
+        last = inputs["last_positions"]
+        for slot, start, count in chunks:
+            last[slot - first] = start + count - 1
+        inputs["total_length"][...] = max(start + count for _, start, count in chunks)
+
+    def run(self, blocks: range, hidden: Float32) -> Float32:
+        """Runs consecutive blocks on hidden states [tokens, H]."""
+        self._hidden[blocks.start % 2][...] = hidden
+        for block in blocks:
+            run = self._runs.get(block)
+            if run is None:
+                run = self._runs[block] = self._bind(block)
+            run()
+        return self._hidden[blocks.stop % 2]
+
+    def unbind(self, block: int) -> None:
+        """Drops the binding to a block's session."""
+        self._runs.pop(block, None)
+
+    def _bind(self, block: int) -> Run:
+        """Binds a block's inputs and outputs to memory; past and present are the same memory."""
+        engines = self._executor.engines
+        session = engines.session(block_name(block))
+        keys, values = (part[self._slots] for part in self._executor.cache(block))
+        source, target = self._hidden[block % 2], self._hidden[1 - block % 2]
+        inputs = {
+            "hidden": source,
+            **self._inputs,
+            "past_key": keys,
+            "past_value": values,
+            **engines.rotary_tables(long_context=self._long_context),
+        }
+        binding = session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        for name, array in (("hidden_out", target), ("key", keys), ("value", values)):
+            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+        def run(arrays: object = (inputs, target)) -> None:  # they live as long as the binding
+            session.run_with_iobinding(binding)
+
+        return run

@@ -1,0 +1,111 @@
+"""The unit of work of an executor: some tokens of some sequences, through some blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ojfa_export.backends.choice import Choices
+
+
+class Chunk(NamedTuple):
+    """Consecutive tokens of one sequence.
+
+    Attributes:
+        slot: The sequence's place in the KV cache.
+        start: Position of the first token.
+        count: How many tokens.
+    """
+
+    slot: int
+    start: int
+    count: int
+
+
+@dataclass(slots=True)
+class Pass:
+    """Tokens of any sequences, any number of each, through consecutive blocks.
+
+    Attributes:
+        blocks: Which blocks, from 0.
+        chunks: Whose tokens, in the order of the rows of hidden states; each slot at most once.
+        long_context: Whether LongRoPE's long factors apply.
+        tokens: Where the first block is block 0: the token ids, in the order of the rows, or the
+            choices that they will be (see `Engines.follows`); else None.
+    """
+
+    blocks: range
+    chunks: tuple[Chunk, ...]
+    long_context: bool
+    tokens: list[int] | Choices | None = None
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is one token of each sequence."""
+        return all(chunk.count == 1 for chunk in self.chunks)
+
+
+def count_tokens(chunks: Sequence[Chunk]) -> int:
+    """Tokens of all chunks."""
+    return sum(chunk.count for chunk in chunks)
+
+
+def row_ranges(chunks: Sequence[Chunk]) -> list[range]:
+    """The rows of hidden states that belong to each chunk."""
+    stops = accumulate(chunk.count for chunk in chunks)
+    return [range(stop - chunk.count, stop) for chunk, stop in zip(chunks, stops, strict=True)]
+
+
+def positions_of(chunks: Sequence[Chunk]) -> list[int]:
+    """Each token's position in its sequence."""
+    if len(chunks) == 1:
+        [(_, start, count)] = chunks
+        return list(range(start, start + count))
+    return [start + token for _, start, count in chunks for token in range(count)]
+
+
+def store_chunks(states: Any, chunks: Sequence[Chunk], hidden: Any) -> None:
+    """Writes hidden states [tokens, H] to `states` [slots, positions, H], arrays like NumPy's."""
+    at = 0
+    for slot, start, count in chunks:
+        states[slot, start : start + count] = hidden[at : at + count]
+        at += count
+
+
+def load_chunks(arrays: Any, states: Any, chunks: Sequence[Chunk]) -> Any:
+    """Hidden states [tokens, H] of chunks, from `states` [slots, positions, H]."""
+    parts = [states[slot, start : start + count] for slot, start, count in chunks]
+    return parts[0].copy() if len(parts) == 1 else arrays.concatenate(parts)
+
+
+def split_pass(chunks: Sequence[Chunk], longest: int) -> list[list[int]]:
+    """Which chunks can run together on an executor that pads chunks to one length.
+
+    Args:
+        chunks: Of the pass.
+        longest: Chunks of up to so many tokens run together; of each longer one alone.
+
+    Returns:
+        Indices of the chunks of each part.
+    """
+    short = [index for index, chunk in enumerate(chunks) if chunk.count <= longest]
+    parts = [[index] for index, chunk in enumerate(chunks) if chunk.count > longest]
+    return [short, *parts] if short else parts
+
+
+def rows_of(ranges: Sequence[range], part: Sequence[int]) -> slice | list[int]:
+    """The rows of some chunks, as a slice where they are neighbours."""
+    rows = [row for index in part for row in ranges[index]]
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return slice(rows[0], rows[-1] + 1)
+    return rows
+
+
+def as_rows(values: Sequence[int]) -> Any:
+    """Token ids as an embedding takes them, [tokens, 1] int32."""
+    return np.array(values, np.int32)[:, None]

@@ -1,0 +1,220 @@
+"""Running sequences to a depth: the passes that this takes, and the hidden states in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
+
+from ojfa_export.backends.backend import Engines, Hidden
+from ojfa_export.backends.choice import Choices, Choosing, Newest
+from ojfa_export.backends.passes import Chunk, Pass, row_ranges
+from ojfa_export.families.spec import ModelSpec
+from ojfa_export.runtime.sequence import Sequence
+
+
+def plan_passes(
+    sequences: Many[Sequence], depth: int, following: Choices | None = None
+) -> Iterator[Pass]:
+    """The passes that bring all tokens of some sequences to a depth.
+
+    A pass ends where more tokens join: those that stopped there. What runs together is what a
+    block lacks of each sequence, whatever its length and however many tokens.
+
+    Args:
+        sequences: All before, or all beyond LongRoPE's switch.
+        depth: Blocks to run, 1 or more.
+        following: What chooses each sequence's newest token, where that is not known yet; before
+            the first block nothing else is pending then.
+    """
+    stops = {depth}
+    for sequence in sequences:
+        stops.update(blocks.stop for blocks, _ in sequence.marks.spans(depth))
+    start = 0
+    before: Pass | None = None
+    for stop in sorted(stops):
+        chunks = tuple(
+            chunk for sequence in sequences if (chunk := sequence.chunk(start)).count > 0
+        )
+        if before is not None and before.chunks == chunks:
+            before.blocks = range(before.blocks.start, stop)
+        else:
+            if before is not None:
+                yield before
+            before = None
+            if chunks:
+                before = Pass(range(start, stop), chunks, sequences[0].long_context)
+                if not start:
+                    before.tokens = following or _token_ids(chunks, sequences)
+        start = stop
+    if before is not None:
+        yield before
+
+
+def _token_ids(chunks: tuple[Chunk, ...], sequences: Many[Sequence]) -> list[int]:
+    if len(sequences) == 1:
+        return sequences[0].tokens[chunks[0].start :]
+    tokens = {sequence.slot: sequence.tokens for sequence in sequences}
+    return [
+        token for slot, start, count in chunks for token in tokens[slot][start : start + count]
+    ]
+
+
+class ModelRunner:
+    """Runs sequences of one KV cache.
+
+    Args:
+        spec: The model.
+        engines: The opened engines.
+        slots: Sequences.
+        capacity: Tokens that each may hold.
+        keep_final: Whether to keep the hidden states that come out of the last block.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        engines: Engines,
+        slots: int,
+        capacity: int,
+        *,
+        keep_final: bool = False,
+    ) -> None:
+        self.spec, self.engines = spec, engines
+        self.executor = engines.executor(slots, capacity)
+        # Hidden states after so many blocks, [slots, positions, H], of tokens that stopped there.
+        self.pending: dict[int, Hidden] = {}
+        self._keep_final = keep_final
+        self._newest = Newest()
+
+    def run(
+        self,
+        sequences: Many[Sequence],
+        depth: int,
+        counts: Many[int] | None = None,
+        following: Choices | None = None,
+    ) -> Hidden:
+        """Brings all tokens of sequences to a depth.
+
+        Args:
+            sequences: Each with tokens that are pending before the depth.
+            depth: Blocks to run.
+            counts: How many of each sequence's newest tokens count; None for one of each.
+            following: As of `plan_passes`.
+
+        Returns:
+            Hidden states [sum of counts, H] after `depth` blocks, sequence by sequence.
+        """
+        arrays = self.executor.arrays
+        parts: list[Hidden] = [None] * len(sequences)
+        for group in _by_context(sequences):
+            some = [sequences[index] for index in group]
+            hidden, step = self._run(some, depth, following)
+            if counts is None and step.is_decode and len(group) == len(sequences):
+                return arrays.ascontiguousarray(hidden)
+            for index, rows in zip(group, row_ranges(step.chunks), strict=True):
+                count = 1 if counts is None else counts[index]
+                # The next pass may write where it lies.
+                parts[index] = hidden[rows.stop - count : rows.stop].copy()
+        return parts[0] if len(parts) == 1 else arrays.concatenate(parts)
+
+    def choose(
+        self,
+        sequences: Many[Sequence],
+        depth: int,
+        how: Choosing,
+        following: Choices | None = None,
+    ) -> Choices:
+        """Brings sequences to a depth, and asks the head there about their newest tokens."""
+        prepared = self.prepare(sequences, depth, how, following)
+        if prepared is not None:
+            return prepared()
+        hidden = self.run(sequences, depth, None, following)
+        return self.engines.choose(hidden, depth, how)
+
+    def prepare(
+        self,
+        sequences: Many[Sequence],
+        depth: int,
+        how: Choosing,
+        following: Choices | None = None,
+    ) -> Callable[[], Choices] | None:
+        """What runs one token of each sequence to a depth and asks the head there.
+
+        Args:
+            sequences: Whose newest token is all that is pending.
+            depth: Blocks to run.
+            how: As of `Engines.choose`.
+            following: As of `plan_passes`.
+
+        Returns:
+            None where it takes more than one pass, or more tokens are pending.
+        """
+        if len({sequence.long_context for sequence in sequences}) != 1:
+            return None
+        passes = list(plan_passes(sequences, depth, following))
+        if len(passes) != 1 or len(passes[0].chunks) != len(sequences):
+            return None
+        [step] = passes
+        if not step.is_decode:
+            return None
+        if step.blocks.start:
+            if not self._newest.is_of(step):
+                return None
+        states = self._states(depth)
+        prepared = self.engines.prepare(self.executor, step, states, self._newest, how)
+
+        def run() -> Choices:
+            choices = prepared()
+            for sequence in sequences:
+                sequence.marks.raise_to(len(sequence), depth)
+            return choices
+
+        return run
+
+    def keeps(self, depth: int) -> bool:
+        """Whether there is room already for what is kept after so many blocks."""
+        return depth in self.pending or (depth == self.spec.blocks and not self._keep_final)
+
+    def _run(
+        self, sequences: Many[Sequence], depth: int, following: Choices | None
+    ) -> tuple[Hidden, Pass]:
+        step = hidden = None
+        for step in plan_passes(sequences, depth, following):
+            hidden = self._load(step)
+            self._newest.clear()  # an interrupted pass leaves none
+            hidden = self.executor.run(
+                step.blocks, hidden, step.chunks, long_context=step.long_context
+            )
+            states = self._states(step.blocks.stop)
+            if states is not None:
+                self.executor.store(states, step.chunks, hidden)
+            self._newest.set(step, hidden)
+        assert step is not None
+        # Raised together, when all is done: a pass that is interrupted can be run again.
+        for sequence in sequences:
+            sequence.marks.raise_to(len(sequence), depth)
+        return hidden, step
+
+    def _load(self, step: Pass) -> Hidden:
+        """What goes into a pass, [tokens, H]."""
+        if step.blocks.start == 0:
+            return self.executor.embed(step.tokens, step.chunks)
+        if self._newest.is_of(step):
+            return self._newest.hidden  # still where it was computed
+        return self.executor.load(self.pending[step.blocks.start], step.chunks)
+
+    def _states(self, depth: int) -> Hidden | None:
+        """Where hidden states after so many blocks are kept, if they are."""
+        if depth == self.spec.blocks and not self._keep_final:
+            return None
+        if depth not in self.pending:
+            self.pending[depth] = self.executor.new_states()
+        return self.pending[depth]
+
+
+def _by_context(sequences: Many[Sequence]) -> list[list[int]]:
+    """Indices of the sequences that run together: LongRoPE's factors are one set for a pass."""
+    groups: dict[bool, list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        groups.setdefault(sequence.long_context, []).append(index)
+    return list(groups.values())

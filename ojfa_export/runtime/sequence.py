@@ -1,0 +1,76 @@
+"""One sequence: its tokens, its place in the KV cache, and how far each block has come with it."""
+
+from __future__ import annotations
+
+from ojfa_export.backends.passes import Chunk
+from ojfa_export.runtime.watermarks import Watermarks
+
+# In place of a token that is not known yet.
+UNKNOWN = -1
+
+
+class Sequence:
+    """Tokens of one request, and how many of them each block has processed.
+
+    Each block has a watermark: how many of the tokens it has processed. Deeper blocks are never
+    ahead of shallower ones. A token that stopped at an exit is pending there; when a later one goes
+    deeper it catches up in the same pass, so that a token that reaches the last block sees exactly
+    the KV cache that the full model would have.
+
+    Args:
+        slot: Its place in the KV cache.
+        blocks: Of the model.
+        rotary_switch: Tokens beyond which LongRoPE's long factors apply, if there are any.
+
+    Attributes:
+        slot: As given.
+        tokens: Token ids so far.
+        marks: The watermarks.
+    """
+
+    __slots__ = ("_rotary_switch", "marks", "slot", "tokens")
+
+    def __init__(self, slot: int, blocks: int, rotary_switch: int | None = None) -> None:
+        self.slot = slot
+        self.tokens: list[int] = []
+        self.marks = Watermarks(blocks)
+        self._rotary_switch = rotary_switch
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def long_context(self) -> bool:
+        """Whether LongRoPE's long factors apply."""
+        switch = self._rotary_switch
+        return switch is not None and len(self.tokens) > switch
+
+    def append(self, token_ids: list[int]) -> None:
+        """Takes new tokens, which are then pending before the first block."""
+        self._resize(len(self.tokens) + len(token_ids))
+        self.tokens.extend(token_ids)
+
+    def truncate(self, length: int) -> None:
+        """Drops the tokens after the first `length`: a change of numbers, nothing is computed."""
+        self._resize(length)
+        del self.tokens[length:]
+
+    def pending(self, depth: int) -> int:
+        """Tokens that have not run the first `depth` blocks, `depth` being 1 or more."""
+        return len(self.tokens) - self.marks[depth - 1]
+
+    def chunk(self, block: int) -> Chunk:
+        """The tokens that are pending before a block or before blocks above it."""
+        start = self.marks[block]
+        return Chunk(self.slot, start, len(self.tokens) - start)
+
+    def _resize(self, length: int) -> None:
+        """Makes the marks fit a new length.
+
+        LongRoPE rotates every position by the sequence's length class: a change starts over.
+        """
+        switch = self._rotary_switch
+        if switch is not None and (length > switch) != self.long_context:
+            self.marks.lower_to(0)
+        elif length < len(self.tokens):
+            self.marks.lower_to(length)

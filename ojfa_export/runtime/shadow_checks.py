@@ -1,0 +1,99 @@
+"""Telling of the tokens of a session, and comparing some of them with the full model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ojfa_export.backends.choice import Choosing
+from ojfa_export.errors import UsageError
+from ojfa_export.runtime.events import ExitTaken, ShadowCheck
+from ojfa_export.runtime.runner import ModelRunner
+from ojfa_export.runtime.sequence import Sequence as TokenSequence
+from ojfa_export.runtime.shadow import Due, Shadow
+
+if TYPE_CHECKING:
+    from ojfa_export.runtime.session import Session
+
+# Tokens that a comparison takes at a time: the logits of one take 4 V bytes.
+_TOKENS_AT_ONCE = 32
+
+
+class ShadowChecks:
+    """The part of a session that watches it.
+
+    Args:
+        runner: Of the sequences; keeps what comes out of the last block.
+        sequences: Of the session.
+        session: Whose `shadow`, `on_event` and `stats` are looked at.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, sequences: Sequence[TokenSequence], session: Session
+    ) -> None:
+        self._runner, self._sequences, self._session = runner, sequences, session
+
+    def run(self, budget: int | None) -> list[ShadowCheck]:
+        """See `Session.run_shadow_checks`."""
+        shadow = self._session.shadow
+        if shadow is None:
+            raise UsageError(
+                "this session chooses no tokens for shadow checks",
+                hint="make it with Model.session(monitor=...)",
+            )
+        if budget is not None and budget < 0:
+            raise UsageError(f"the budget of shadow checks must be 0 or more, not {budget}")
+        due, blocks = shadow.due[:budget], self._runner.spec.blocks
+        late = {each.row for each in due if self._is_pending(each)}
+        if late:
+            self._runner.run([self._sequences[row] for row in sorted(late)], blocks)
+        checks = []
+        for start in range(0, len(due), _TOKENS_AT_ONCE):
+            part = due[start : start + _TOKENS_AT_ONCE]
+            final = self._runner.pending[blocks]
+            states = final[[each.row for each in part], [each.position for each in part]]
+            self._session.stats.count_head(len(part), final=True)
+            output = self._runner.engines.choose(states, blocks, Choosing())
+            for each, choice in zip(part, output.likeliest(), strict=True):
+                agrees = each.choice == choice
+                checks.append(ShadowCheck(each.row, each.position, each.blocks_run, agrees))
+                self._record(shadow, checks[-1])
+        return checks
+
+    def before_appending(self, new: Sequence[Sequence[int]]) -> None:
+        """Compares what can't be compared later: beyond LongRoPE's switch the past is another."""
+        session = self._session
+        shadow, switch = session.shadow, session.spec.rotary_switch
+        if shadow is None or not shadow.due or switch is None:
+            return
+        both = zip(self._sequences, new, strict=True)
+        if any(len(sequence) <= switch < len(sequence) + len(ids) for sequence, ids in both):
+            self.run(None)
+
+    def watch(
+        self, row: int, depth: int, likeliest: int | None, confidence: tuple[float, ...] = ()
+    ) -> None:
+        """Tells of a sequence's newest token and what its head found likeliest; may choose it."""
+        session, position = self._session, len(self._sequences[row]) - 1
+        if session.on_event is not None:
+            session.on_event(ExitTaken(row, position, depth, confidence))
+        shadow = session.shadow
+        if shadow is None or likeliest is None or not shadow.choose():
+            return
+        if depth < session.spec.blocks:
+            shadow.add(Due(row, position, depth, likeliest))
+        else:
+            self._record(shadow, ShadowCheck(row, position, depth, True))
+
+    def _is_pending(self, due: Due) -> bool:
+        last_block = self._runner.spec.blocks - 1
+        return self._sequences[due.row].marks[last_block] <= due.position
+
+    def _record(self, shadow: Shadow, check: ShadowCheck) -> None:
+        session = self._session
+        shadow.record(check)
+        if check.blocks_run < session.spec.blocks:
+            session.stats.shadow_checks += 1
+            session.stats.shadow_disagreements += not check.agrees
+        if session.on_event is not None:
+            session.on_event(check)
