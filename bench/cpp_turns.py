@@ -14,9 +14,9 @@ from typing_extensions import Self
 
 from bench.cpp_ways import Way
 from ojfa_export.runtime.decoding import Decoder, StepByStep
+from ojfa_export.runtime.exits import Exit
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.exits import Exit
 from ojfa_export.runtime.speculation import Speculator
 
 

@@ -23,8 +23,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ojfa_export.backends.passes import Chunk
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.measure.traffic import block_bytes, cache_bytes, head_bytes

@@ -19,12 +19,12 @@ class Chunk(NamedTuple):
     Attributes:
         slot: The sequence's place in the KV cache.
         start: Position of the first token.
-        count: How many tokens.
+        length: How many tokens.
     """
 
     slot: int
     start: int
-    count: int
+    length: int
 
 
 @dataclass(slots=True)
@@ -47,18 +47,18 @@ class Pass:
     @property
     def is_decode(self) -> bool:
         """Whether it is one token of each sequence."""
-        return all(chunk.count == 1 for chunk in self.chunks)
+        return all(chunk.length == 1 for chunk in self.chunks)
 
 
 def count_tokens(chunks: Sequence[Chunk]) -> int:
     """Tokens of all chunks."""
-    return sum(chunk.count for chunk in chunks)
+    return sum(chunk.length for chunk in chunks)
 
 
 def row_ranges(chunks: Sequence[Chunk]) -> list[range]:
     """The rows of hidden states that belong to each chunk."""
-    stops = accumulate(chunk.count for chunk in chunks)
-    return [range(stop - chunk.count, stop) for chunk, stop in zip(chunks, stops, strict=True)]
+    stops = accumulate(chunk.length for chunk in chunks)
+    return [range(stop - chunk.length, stop) for chunk, stop in zip(chunks, stops, strict=True)]
 
 
 def positions_of(chunks: Sequence[Chunk]) -> list[int]:
@@ -67,6 +67,11 @@ def positions_of(chunks: Sequence[Chunk]) -> list[int]:
         [(_, start, count)] = chunks
         return list(range(start, start + count))
     return [start + token for _, start, count in chunks for token in range(count)]
+
+
+def slots_of(chunks: Sequence[Chunk]) -> list[int]:
+    """Each token's slot."""
+    return [slot for slot, _, count in chunks for _ in range(count)]
 
 
 def store_chunks(states: Any, chunks: Sequence[Chunk], hidden: Any) -> None:
@@ -93,8 +98,8 @@ def split_pass(chunks: Sequence[Chunk], longest: int) -> list[list[int]]:
     Returns:
         Indices of the chunks of each part.
     """
-    short = [index for index, chunk in enumerate(chunks) if chunk.count <= longest]
-    parts = [[index] for index, chunk in enumerate(chunks) if chunk.count > longest]
+    short = [index for index, chunk in enumerate(chunks) if chunk.length <= longest]
+    parts = [[index] for index, chunk in enumerate(chunks) if chunk.length > longest]
     return [short, *parts] if short else parts
 
 
@@ -104,6 +109,15 @@ def rows_of(ranges: Sequence[range], part: Sequence[int]) -> slice | list[int]:
     if rows[-1] - rows[0] == len(rows) - 1:
         return slice(rows[0], rows[-1] + 1)
     return rows
+
+
+def write_rows(target: Any, rows: slice | list[int], values: Any) -> None:
+    """Writes rows of hidden states, of arrays like NumPy's, wherever they go."""
+    if isinstance(rows, slice):
+        target[rows] = values
+        return
+    for index, row in enumerate(rows):
+        target[row : row + 1] = values[index : index + 1]
 
 
 def as_rows(values: Sequence[int]) -> Any:

@@ -99,9 +99,7 @@ def collect_hidden_states(
     return states
 
 
-def _run_window(
-    executor: Executor, window: Int32, before: Float32 | None, depth: int
-) -> Float32:
+def _run_window(executor: Executor, window: Int32, before: Float32 | None, depth: int) -> Float32:
     """Hidden states [length, H] of a window at a depth, of those one block before it."""
     chunks = [Chunk(0, 0, len(window))]
     if before is None:

@@ -18,8 +18,8 @@ from ojfa_export.measure.bandwidth import bandwidth_of
 from ojfa_export.measure.machine import describe_machine
 from ojfa_export.measure.traffic import FLOAT_BYTES, decode_bytes
 from ojfa_export.progress import Progress
-from ojfa_export.runtime.model import load
 from ojfa_export.runtime.exits import Exit, resolve_exit
+from ojfa_export.runtime.model import load
 from ojfa_export.runtime.session import Session
 
 # Tokens that an exit decodes before it is the next one's turn: few, so that noise hits all exits

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from ojfa_export.backends.backend import Engines
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.progress import Progress
-from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.exits import Exit
+from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.session import Session
 
 # Tokens in the cache before the first step.

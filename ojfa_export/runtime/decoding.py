@@ -9,9 +9,9 @@ from typing import Protocol
 import numpy as np
 
 from ojfa_export.backends.choice import Choices
+from ojfa_export.runtime.exits import Exit
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.exits import Exit
 from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.steps import Step
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from ojfa_export.errors import UsageError
 
-P = ParamSpec("P")
-R = TypeVar("R")
-S = TypeVar("S", bound="Exclusive")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Exclusive:
@@ -21,15 +19,15 @@ class Exclusive:
         self._in_use = threading.RLock()
 
 
-def exclusive(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """Lets a method be called by one thread at a time.
+def exclusive(method: Method) -> Method:
+    """Lets a method be called by one thread at a time; it may call the others itself.
 
     Raises:
         UsageError: In the method, where another thread is in one of these methods.
     """
 
     @functools.wraps(method)
-    def guarded(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+    def guarded(self: Exclusive, *args: Any, **kwargs: Any) -> Any:
         if not self._in_use.acquire(blocking=False):
             raise UsageError(
                 f"two threads use one {type(self).__name__.lower()} at the same time",
@@ -40,4 +38,4 @@ def exclusive(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
         finally:
             self._in_use.release()
 
-    return guarded
+    return cast(Method, guarded)

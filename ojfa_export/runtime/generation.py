@@ -10,10 +10,10 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from ojfa_export.runtime.decoding import Decoder, StepByStep
+from ojfa_export.runtime.exits import Exit
 from ojfa_export.runtime.monitor import Monitor
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.exits import Exit
 from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.speculation import Speculation, Speculator
 from ojfa_export.runtime.text import TextStream

@@ -17,11 +17,11 @@ from ojfa_export.errors import BundleError, UsageError
 from ojfa_export.guarantee.monitor import DEFAULT_FALSE_ALARMS, DisagreementMonitor
 from ojfa_export.runtime.default import Default
 from ojfa_export.runtime.events import Listener
+from ojfa_export.runtime.exits import Exit, resolve_exit
 from ojfa_export.runtime.generation import Generation, Settings, Token, collect, generate_tokens
 from ojfa_export.runtime.monitor import Monitor
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.exits import Exit, resolve_exit
 from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.speculation import Speculation
 

@@ -33,7 +33,7 @@ def plan_passes(
     before: Pass | None = None
     for stop in sorted(stops):
         chunks = tuple(
-            chunk for sequence in sequences if (chunk := sequence.chunk(start)).count > 0
+            chunk for sequence in sequences if (chunk := sequence.chunk(start)).length > 0
         )
         if before is not None and before.chunks == chunks:
             before.blocks = range(before.blocks.start, stop)
@@ -54,9 +54,7 @@ def _token_ids(chunks: tuple[Chunk, ...], sequences: Many[Sequence]) -> list[int
     if len(sequences) == 1:
         return sequences[0].tokens[chunks[0].start :]
     tokens = {sequence.slot: sequence.tokens for sequence in sequences}
-    return [
-        token for slot, start, count in chunks for token in tokens[slot][start : start + count]
-    ]
+    return [token for slot, start, count in chunks for token in tokens[slot][start : start + count]]
 
 
 class ModelRunner:
@@ -157,9 +155,8 @@ class ModelRunner:
         [step] = passes
         if not step.is_decode:
             return None
-        if step.blocks.start:
-            if not self._newest.is_of(step):
-                return None
+        if step.blocks.start and not self._newest.is_of(step):
+            return None
         states = self._states(depth)
         prepared = self.engines.prepare(self.executor, step, states, self._newest, how)
 

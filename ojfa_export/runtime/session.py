@@ -83,7 +83,8 @@ class Session(Exclusive):
     @property
     def watermarks(self) -> Int32:
         """Tokens that each block has processed, [blocks, sequences]."""
-        marks = [[each.marks[block] for each in self._sequences] for block in range(self.spec.blocks)]
+        blocks = range(self.spec.blocks)
+        marks = [[sequence.marks[block] for sequence in self._sequences] for block in blocks]
         return np.array(marks, np.int32)
 
     def tokens(self, row: int = 0) -> list[int]:
@@ -414,6 +415,16 @@ class Session(Exclusive):
             return None
         sequences = [self._sequences[row] for row in wanted]
         return self._runner.run(sequences, depth, [counts[row] for row in wanted])
+
+    @overload
+    def _logits(
+        self, counts: Sequence[int], depth: int, every_position: Literal[True]
+    ) -> list[Float32]: ...
+
+    @overload
+    def _logits(
+        self, counts: Sequence[int], depth: int, every_position: bool
+    ) -> Float32 | list[Float32]: ...
 
     def _logits(
         self, counts: Sequence[int], depth: int, every_position: bool

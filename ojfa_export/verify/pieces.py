@@ -13,7 +13,7 @@ from ojfa_export.backends.passes import Chunk
 def engine_in_pieces(
     engines: Engines, block: int, hidden: Float32, *, long_context: bool
 ) -> list[Float32]:
-    """A block's output [B,S,H] in one piece; and in three, the last one decode step of all sequences.
+    """A block's output [B,S,H] in one piece; and in three, the last of them a decode step.
 
     Args:
         engines: The opened engines.

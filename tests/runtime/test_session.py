@@ -128,7 +128,8 @@ def test_exit_logits_are_the_shortcut_and_the_head_in_float64(chain_of, rng):
     for exit in range(1, chain.spec.blocks):
         session = chain.session()
         [logits] = session.advance(ids, exit, every_position=True)
-        jumped = jump64(chain.shortcut, session._runner.pending[exit][0, : len(ids)].astype(np.float64))
+        hidden = session._runner.pending[exit][0, : len(ids)]
+        jumped = jump64(chain.shortcut, hidden.astype(np.float64))
         mean_square = (jumped**2).mean(axis=-1, keepdims=True)
         normed = jumped / np.sqrt(mean_square + chain.spec.norm_epsilon) * head.norm.weight
         expected = normed @ head.weight.astype(np.float64).T

@@ -20,7 +20,6 @@ from ojfa_export.runtime.generation import Settings, collect, generate_tokens
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.sampling import GREEDY, Sampling
 from ojfa_export.runtime.session import Session
-from ojfa_export.runtime.step_output import Choice
 from ojfa_export.runtime.speculation import (
     MAX_DRAFT,
     PROBE_ROUNDS,
@@ -29,6 +28,7 @@ from ojfa_export.runtime.speculation import (
     Speculator,
     check,
 )
+from ojfa_export.runtime.step_output import Choice
 
 MAX_LENGTH = 40  # beyond LongRoPE's switch length (32) and the sliding window (8)
 

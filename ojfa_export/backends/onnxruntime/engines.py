@@ -15,6 +15,7 @@ from ojfa_export.backends.onnxruntime.session import open_session
 from ojfa_export.bundle.names import block_name
 from ojfa_export.families.spec import ModelSpec
 
+
 class OnnxRuntimeEngines(ChoosesOnHost):
     """An opened model.
 

@@ -127,9 +127,9 @@ class OnnxRuntimeExecutor:
     def _run_part(
         self, blocks: range, hidden: Float32, chunks: Sequence[Chunk], long_context: bool
     ) -> Float32:
-        if chunks[0].count > SHORT_CHUNK:
+        if chunks[0].length > SHORT_CHUNK:
             return self._prefill(blocks, hidden, chunks[0], long_context)
-        tokens, length = len(hidden), max(chunk.count for chunk in chunks)
+        tokens, length = len(hidden), max(chunk.length for chunk in chunks)
         batch = self._batches.get((tokens, length, long_context))
         if batch is None:
             if len(self._batches) >= MOST_SHAPES:
@@ -139,9 +139,7 @@ class OnnxRuntimeExecutor:
         batch.place(chunks)
         return batch.run(blocks, hidden)
 
-    def _prefill(
-        self, blocks: range, hidden: Float32, chunk: Chunk, long_context: bool
-    ) -> Float32:
+    def _prefill(self, blocks: range, hidden: Float32, chunk: Chunk, long_context: bool) -> Float32:
         """Runs many tokens of one sequence, a piece at a time."""
         slot, start, count = chunk
         pieces = [
@@ -150,7 +148,7 @@ class OnnxRuntimeExecutor:
         ]
         batches = []
         for piece in pieces:
-            batch = Batch(self, slice(slot, slot + 1), piece.count, piece.count, long_context)
+            batch = Batch(self, slice(slot, slot + 1), piece.length, piece.length, long_context)
             batch.place([piece])
             batches.append(batch)
         if len(batches) == 1:
@@ -158,9 +156,9 @@ class OnnxRuntimeExecutor:
         for block in blocks:
             result, at = np.empty_like(hidden), 0
             for piece, batch in zip(pieces, batches, strict=True):
-                rows = slice(at, at + piece.count)
+                rows = slice(at, at + piece.length)
                 result[rows] = batch.run(range(block, block + 1), hidden[rows])
-                at += piece.count
+                at += piece.length
             hidden = result
         return hidden
 
@@ -204,7 +202,7 @@ class Batch:
     def place(self, chunks: Sequence[Chunk]) -> None:
         """Says whose tokens they are, and where."""
         first, inputs = self._slots.start, self._inputs
-        shape = [(chunk.slot, chunk.count) for chunk in chunks]
+        shape = [(chunk.slot, chunk.length) for chunk in chunks]
         if shape != self._shape:
             self._shape = None  # until all of it is known
             lengths, unpack, pack = (inputs[n] for n in ("query_lengths", "unpack", "pack"))

@@ -22,7 +22,7 @@ from ojfa_export.backends.cuda.device import Device, PinnedArray
 from ojfa_export.backends.cuda.kernels import Kernels, compile_kernels
 from ojfa_export.backends.cuda.mailbox import ROWS, Asked, DeviceChoices, Mailbox
 from ojfa_export.backends.cuda.sources import definitions
-from ojfa_export.backends.onnxruntime_cuda.cache import OnnxRuntimeCudaCache
+from ojfa_export.backends.onnxruntime_cuda.executor import OnnxRuntimeCudaExecutor
 from ojfa_export.backends.onnxruntime_cuda.plan import read_plan
 from ojfa_export.backends.onnxruntime_cuda.provider import Array, Work, open_session
 from ojfa_export.backends.onnxruntime_cuda.weights import Weights
@@ -138,9 +138,9 @@ class OnnxRuntimeCudaEngines(PreparesByParts):
         for name in ("exit_head", "final_head"):
             self.close(name)
 
-    def new_cache(self, batch_size: int, capacity: int) -> OnnxRuntimeCudaCache:
-        """Makes a cache; a block's keys and values take memory when it is first used."""
-        return OnnxRuntimeCudaCache(self, batch_size, capacity)
+    def executor(self, slots: int, capacity: int) -> OnnxRuntimeCudaExecutor:
+        """Makes a KV cache; a block's part of it takes memory when it is first used."""
+        return OnnxRuntimeCudaExecutor(self, slots, capacity)
 
     def logits(self, hidden: Float32 | DeviceArray, blocks_run: int) -> Float32:
         """Applies the head after so many blocks: [rows, H] to [rows, V]."""

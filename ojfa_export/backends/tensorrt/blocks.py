@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ojfa_export.backends.backend import Int32
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
 from ojfa_export.backends.cuda.device import PinnedArray
 from ojfa_export.backends.cuda.kernels import Argument, pointer
@@ -31,7 +30,6 @@ class Workspace:
 
     Attributes:
         hidden: Two buffers [tokens, H] fp32; block i reads the (i % 2)th and writes the other.
-        steps: The same as tokens of different sequences, [tokens, 1, H].
         qkv: [tokens, (heads + 2 kv_heads) head_dim] fp32.
         mixed: [tokens, heads * head_dim], what attention gives.
         inner: [tokens, intermediate size], of the MLP.
@@ -46,7 +44,6 @@ class Workspace:
         self._arrays = arrays
         self.tokens = tokens
         self.hidden = tuple(arrays.empty((tokens, spec.hidden_size), np.float32) for _ in range(2))
-        self.steps = tuple(each.reshape(tokens, 1, spec.hidden_size) for each in self.hidden)
         width = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
         self.qkv = arrays.empty((tokens, width), np.float32)
         self.mixed = arrays.empty((tokens, spec.heads * spec.head_dim), dtype)
@@ -68,16 +65,16 @@ class Workspace:
         start = (self._named or self._named_here).pointer  # type: ignore[union-attr]
         return pointer(start), pointer(start + 4 * self.tokens)
 
-    def name(self, token_ids: Int32, positions: Sequence[int]) -> None:
+    def name(self, token_ids: Sequence[int], positions: Sequence[int]) -> None:
         """Says which tokens they are, and where, to the embedding, which tells the others where."""
         self._positions = list(positions)
         if self._named is not None:
-            self.leave(token_ids.reshape(-1), positions)
+            self.leave(token_ids, positions)
             return
-        both = np.array([token_ids.reshape(-1), self._positions], np.int32)
+        both = np.array([token_ids, self._positions], np.int32)
         self._named_here = self._arrays.asarray(both)
 
-    def leave(self, token_ids: Sequence[int] | Int32, positions: Sequence[int]) -> None:
+    def leave(self, token_ids: Sequence[int], positions: Sequence[int]) -> None:
         """Leaves the tokens of a step where the next launch reads them."""
         assert self._named is not None
         if self._device.recorder.done < self._named_with:
@@ -98,9 +95,9 @@ class Workspace:
         """Positions and sequences, for a kernel."""
         return pointer(self.positions), pointer(self.sequences)
 
-    def is_of(self, rows: slice) -> bool:
-        """Whether the device has these sequences as the tokens'."""
-        return self._sequences == list(range(rows.start, rows.stop))
+    def is_of(self, slots: list[int]) -> bool:
+        """Whether the device has these slots as the tokens'."""
+        return self._sequences == slots
 
     def is_placed(self, positions: list[int]) -> bool:
         """Whether the device has these positions."""
@@ -143,6 +140,12 @@ class Block:
     def unload(self) -> None:
         """Lets go of the weights."""
         self._engines.close(self._name)
+
+    def copy_prefix(self, source: int, target: int, count: int) -> None:
+        """Copies keys and values of a slot's first tokens to another."""
+        for array in (self._keys, self._values):
+            for head in range(self._shape[1]):
+                array[target, head, :count] = array[source, head, :count]
 
     def run(self, workspace: Workspace, long_context: bool, *, together: bool) -> None:
         """Puts the block on the stream.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ojfa_export.backends.backend import Cache, Float32
-from ojfa_export.backends.choice import Choices, Choosing, OneToken
+from ojfa_export.backends.backend import Executor, Float32
+from ojfa_export.backends.choice import Choices, Choosing, Newest
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.choosing import Chooser, choose_in_parts
 from ojfa_export.backends.cuda.device import Device, PinnedArray
@@ -18,9 +18,10 @@ from ojfa_export.backends.cuda.embedding import embed
 from ojfa_export.backends.cuda.kernels import Argument, Kernels
 from ojfa_export.backends.cuda.mailbox import Asked, DeviceChoices, Mailbox
 from ojfa_export.backends.cuda.recorder import Work
+from ojfa_export.backends.passes import Pass
 from ojfa_export.backends.tensorrt.blocks import Workspace
-from ojfa_export.backends.tensorrt.cache import Pass, TensorRtCache
 from ojfa_export.backends.tensorrt.engine import Engine, EngineSet
+from ojfa_export.backends.tensorrt.executor import NewestDecode, TensorRtExecutor
 from ojfa_export.backends.tensorrt.heads import (
     HEAD_ROWS,
     ExitHead,
@@ -98,7 +99,7 @@ class TensorRtEngines:
             self._most_tiled = most_tokens(matrix_shapes(spec), *room)
         # The newest one-token pass, whose result still lies where it was computed; and the blocks
         # that were begun after it, ahead of an exit's check.
-        self.last_pass: Pass | None = None
+        self.last_pass: NewestDecode | None = None
         self.ahead: range | None = None
         # What was asked to be kept last, and its recording's key: a head may do it along the way.
         self.keeping: tuple[tuple[Hashable, ...], Keeping | None] = (), None
@@ -195,9 +196,9 @@ class TensorRtEngines:
         for name in ("exit_head", "final_head"):
             self.close(name)
 
-    def new_cache(self, batch_size: int, capacity: int) -> TensorRtCache:
-        """Makes a cache; a block's keys and values take memory when it is first used."""
-        return TensorRtCache(self, batch_size, capacity)
+    def executor(self, slots: int, capacity: int) -> TensorRtExecutor:
+        """Makes a KV cache; a block's part of it takes memory when it is first used."""
+        return TensorRtExecutor(self, slots, capacity)
 
     def logits(self, hidden: Float32 | DeviceArray, blocks_run: int) -> Float32:
         """Applies the head after so many blocks: [rows, H] to [rows, V]."""
@@ -235,22 +236,22 @@ class TensorRtEngines:
 
     def prepare(
         self,
-        cache: Cache,
-        one: OneToken,
-        depth: int,
-        kept: DeviceArray | None,
+        executor: Executor,
+        step: Pass,
+        states: DeviceArray | None,
+        newest: Newest,
         how: Choosing,
     ) -> Callable[[], Choices]:
-        """Gets ready to run tokens on and ask the head there; see `backends.backend.Engines`."""
-        assert isinstance(cache, TensorRtCache)
+        """Gets ready to run a pass and ask the head there; see `backends.backend.Engines`."""
+        assert isinstance(executor, TensorRtExecutor)
         self.device.make_current()
-        return self._replays.prepare(cache, one, depth, kept, how)
+        return self._replays.prepare(executor, step, states, newest, how)
 
     def _choose(self, blocks_run: int, states: DeviceArray, how: Choosing) -> DeviceChoices:
         head, count = self._head(blocks_run), states.shape[0]
         states = self._in_place(states)
         last, stop, sampling = self.last_pass, how.stop, how.sampling
-        if last is None or not last.cache.can_begin(last):
+        if last is None or not last.executor.can_begin(last):
             stop = None
         recorder, (key, keeping) = self.device.recorder, self.keeping
         if keeping is not None and not (keeping.keeps(states) and recorder.take_back(key)):
@@ -266,7 +267,7 @@ class TensorRtEngines:
         if stop is None or last is None:
             recorder.add(key, work)
         else:
-            then, ahead = last.cache.begin(last, stop.then)
+            then, ahead = last.executor.begin(last, stop.then)
             both = self.device.beside if head.slight else _one_after_the_other
             recorder.add((*key, *then), lambda: both(work, ahead))
         self.mailbox.leave(how.draws)

@@ -9,11 +9,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ojfa_export.backends.backend import Float32, Int32, keep
-from ojfa_export.backends.choice import Choices, OneToken
+from ojfa_export.backends.backend import Float32
+from ojfa_export.backends.choice import Choices, Newest
 from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.kernels import pointer
 from ojfa_export.backends.cuda.recorder import Work
+from ojfa_export.backends.passes import (
+    Chunk,
+    Pass,
+    load_chunks,
+    positions_of,
+    row_ranges,
+    rows_of,
+    slots_of,
+    split_pass,
+    store_chunks,
+    write_rows,
+)
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.heads import Keeping
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
@@ -31,22 +43,20 @@ FEW_TOKENS = 8
 
 
 @dataclass(slots=True)
-class Pass:
-    """A one-token pass, as long as its result lies where it was computed.
+class NewestDecode:
+    """A pass of one token each, as long as its result lies where it was computed.
 
     Attributes:
-        cache: Whose.
+        executor: Whose.
         block: The one after it.
-        rows: Sequences.
-        starts: Their positions.
-        long_context: As of `TensorRtCache.run_blocks`.
-        hidden: The result, [rows, 1, H].
+        chunks: Whose tokens.
+        long_context: As of `TensorRtExecutor.run`.
+        hidden: The result, [tokens, H].
     """
 
-    cache: TensorRtCache
+    executor: TensorRtExecutor
     block: int
-    rows: slice
-    starts: list[int]
+    chunks: Sequence[Chunk]
     long_context: bool
     hidden: DeviceArray
 
@@ -56,122 +66,141 @@ class Pass:
         return states.pointer == hidden.pointer and states.shape[0] == hidden.shape[0]
 
 
-class TensorRtCache:
-    """Keys and values [batch, kv_heads, capacity, head_dim] of each block, written in place.
+class TensorRtExecutor:
+    """Keys and values [slots, kv_heads, capacity, head_dim] of each block, written in place.
 
-    One-token steps are recorded once for each range of blocks and number of sequences: positions
-    are read from device memory, so that the recording serves every position.
+    Passes of one token each are recorded once for each range of blocks and number of tokens: slots
+    and positions are read from device memory, so that the recording serves all of them.
 
     Args:
         engines: The opened model.
-        batch_size: Sequences.
+        slots: Sequences.
         capacity: Positions of each.
 
     Attributes:
         arrays: Makes arrays of hidden states.
-        key: Of this cache's recordings.
+        key: Of this executor's recordings.
     """
 
-    def __init__(self, engines: TensorRtEngines, batch_size: int, capacity: int) -> None:
+    def __init__(self, engines: TensorRtEngines, slots: int, capacity: int) -> None:
         engines.device.make_current()
         self._engines = engines
         self._device = engines.device
         self.arrays = engines.arrays
-        self._shape = (batch_size, engines.spec.kv_heads, capacity, engines.spec.head_dim)
+        self._shape = (slots, engines.spec.kv_heads, capacity, engines.spec.head_dim)
         self._blocks: dict[int, Block] = {}
         self._opened: set[range] = set()
         self._workspaces: dict[int, Workspace] = {}
         self._recorder = engines.device.recorder
         self.key = object()
 
-    def embed(self, token_ids: Int32 | Choices, starts: Sequence[int]) -> DeviceArray:
-        """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
+    def embed(self, tokens: Sequence[int] | Choices, chunks: Sequence[Chunk]) -> DeviceArray:
+        """Embeds the tokens of chunks: [tokens, H]."""
         self._device.make_current()  # the caller's thread may be another each time
-        if not isinstance(token_ids, np.ndarray):
-            if self._follows(token_ids, starts):
-                return self._embed_following(list(starts))
-            token_ids = np.array(token_ids.tokens(), np.int32)[:, None]
-        rows, tokens = token_ids.shape
+        positions = positions_of(chunks)
+        if not isinstance(tokens, list):
+            if self._follows(tokens, positions):
+                return self._embed_following(positions)
+            tokens = tokens.tokens()  # type: ignore[union-attr]
+        count = len(positions)
         self._engines.call_off()
-        if tokens > 1:
-            places = [start + token for start in starts for token in range(tokens)]
-            workspace = Workspace(self._engines, rows * tokens)
-            workspace.name(token_ids, places)
+        if len(chunks) == count:
+            workspace = self.workspace(count)
+            workspace.name(tokens, positions)
+            key = ("embed", self.key, count)
+            self._recorder.add(key, lambda: self._engines.embed(workspace))
+        else:
+            workspace = Workspace(self._engines, count)
+            workspace.name(tokens, positions)
             self._recorder.flush()
             self._engines.embed(workspace)
-        else:
-            workspace = self.workspace(rows)
-            workspace.name(token_ids, starts)
-            key = ("embed", self.key, rows)
-            self._recorder.add(key, lambda: self._engines.embed(workspace))
-            return workspace.steps[0]
-        return workspace.hidden[0].reshape(rows, tokens, self._engines.spec.hidden_size)
+        return workspace.hidden[0]
 
-    def _follows(self, choices: Choices | None, starts: Sequence[int]) -> bool:
+    def _follows(self, choices: object, positions: Sequence[int]) -> bool:
         """Whether tokens are the newest answer's, at the positions after those of the last step."""
-        before = [start - 1 for start in starts]
-        return self._engines.mailbox.is_newest(choices) and self.workspace(len(starts)).is_placed(
-            before
-        )
+        before = [position - 1 for position in positions]
+        return self._engines.mailbox.is_newest(choices) and self.workspace(
+            len(positions)
+        ).is_placed(before)
 
-    def _embed_following(self, starts: list[int]) -> DeviceArray:
+    def _embed_following(self, positions: list[int]) -> DeviceArray:
         """Embeds the newest answer's tokens, known to the device alone."""
         self._engines.call_off()
-        rows, tokens = len(starts), pointer(self._engines.mailbox.tokens)
-        workspace = self.workspace(rows)
+        count, tokens = len(positions), pointer(self._engines.mailbox.tokens)
+        workspace = self.workspace(count)
         before = pointer(workspace.positions)
-        key = ("follow", self.key, rows)
+        key = ("follow", self.key, count)
         self._recorder.add(key, lambda: self._engines.embed(workspace, (tokens, before), steps=1))
-        workspace.moved_to(starts)
-        return workspace.steps[0]
+        workspace.moved_to(positions)
+        return workspace.hidden[0]
 
-    def run_blocks(
+    def run(
         self,
         blocks: range,
         hidden: Float32 | DeviceArray,
-        rows: slice,
-        starts: Sequence[int],
+        chunks: Sequence[Chunk],
         *,
         long_context: bool,
     ) -> DeviceArray:
-        """Runs consecutive blocks on new tokens; see `backends.backend.Cache`."""
+        """Runs consecutive blocks on new tokens; see `backends.backend.Executor`."""
         if not self._recorder.pending:  # else this thread has just embedded
             self._device.make_current()
         states = self.arrays.asarray(hidden)
-        count, tokens, _ = states.shape
-        self._open(blocks, count * tokens)
-        if tokens == 1:
-            return self._decode(blocks, states, rows, list(starts), long_context)
-        self._engines.call_off()
-        if tokens <= FEW_TOKENS:
-            return self._few(blocks, states, rows, starts[0], long_context)
-        most = PREFILL_TOKENS[-1]
-        pieces = [
-            self._prefill(blocks, states[:, at : at + most], rows, starts[0] + at, long_context)
-            for at in range(0, states.shape[1], most)
-        ]
-        return pieces[0] if len(pieces) == 1 else self.arrays.concatenate(pieces, axis=1)
+        self._open(blocks, len(states))
+        parts = split_pass(chunks, 1)
+        if len(parts) == 1:
+            return self._run_part(blocks, states, chunks, long_context)
+        ranges, result = row_ranges(chunks), self.arrays.empty(states.shape, np.float32)
+        for part in parts:
+            rows = rows_of(ranges, part)
+            some = [chunks[index] for index in part]
+            write_rows(result, rows, self._run_part(blocks, states[rows], some, long_context))
+        return result
 
-    def keep(
-        self, kept: DeviceArray, rows: slice, starts: Sequence[int], hidden: DeviceArray
-    ) -> None:
-        """Copies hidden states for later; see `backends.backend.Cache`."""
+    def _run_part(
+        self, blocks: range, states: DeviceArray, chunks: Sequence[Chunk], long_context: bool
+    ) -> DeviceArray:
+        if len(chunks) == len(states):
+            return self._decode(blocks, states, chunks, long_context)
+        self._engines.call_off()
+        [chunk] = chunks
+        if chunk.length <= FEW_TOKENS:
+            return self._few(blocks, states, chunk, long_context)
+        slot, start, most = chunk.slot, chunk.start, PREFILL_TOKENS[-1]
+        pieces = [
+            self._prefill(blocks, states[at : at + most], slot, start + at, long_context)
+            for at in range(0, chunk.length, most)
+        ]
+        return pieces[0] if len(pieces) == 1 else self.arrays.concatenate(pieces)
+
+    def new_states(self) -> DeviceArray:
+        """Room for a hidden state of every position; see `backends.backend.Executor`."""
+        slots, _, capacity, _ = self._shape
+        return self.arrays.empty((slots, capacity, self._engines.spec.hidden_size), np.float32)
+
+    def store(self, states: DeviceArray, chunks: Sequence[Chunk], hidden: DeviceArray) -> None:
+        """Copies hidden states to their places; see `backends.backend.Executor`."""
         engines, count = self._engines, hidden.shape[0]
         last = engines.last_pass
-        if last is None or last.cache is not self or not last.holds(hidden):
-            keep(kept, rows, starts, hidden)
+        if last is None or last.executor is not self or not last.holds(hidden):
+            store_chunks(states, chunks, hidden)
             return
         kernels = engines.kernels[engines.precision]
-        keeping = Keeping(kernels, kept, hidden, self.workspace(count))
-        key = ("keep", self.key, kept.pointer, hidden.pointer, count)
+        keeping = Keeping(kernels, states, hidden, self.workspace(count))
+        key = ("keep", self.key, states.pointer, hidden.pointer, count)
         self._recorder.add(key, keeping.run)
         engines.keeping = key, keeping
 
-    def can_begin(self, last: Pass) -> bool:
+    def load(self, states: DeviceArray, chunks: Sequence[Chunk]) -> DeviceArray:
+        """Hidden states [tokens, H] that were stored."""
+        hidden: DeviceArray = load_chunks(self.arrays, states, chunks)
+        return hidden
+
+    def can_begin(self, last: NewestDecode) -> bool:
         """Whether blocks can begin after a pass: only these kernels can be called off."""
         return self._engines.decode_kernels and last.hidden.shape[0] <= MOST_TOKENS
 
-    def begin(self, last: Pass, blocks: range) -> tuple[tuple[Hashable, ...], Work]:
+    def begin(self, last: NewestDecode, blocks: range) -> tuple[tuple[Hashable, ...], Work]:
         """The first blocks after a pass, while its exit's check may call them off on the device.
 
         They leave the pass's result alone, which the check reads at the same time.
@@ -190,58 +219,64 @@ class TensorRtCache:
         if block in self._blocks:
             self._blocks[block].unload()
 
+    def release(self, slot: int) -> None:
+        """Nothing: the cache is one allocation, which the next sequence writes over."""
+
+    def copy_prefix(self, source: int, target: int, count: int) -> None:
+        """Copies keys and values of a slot's first tokens to another; see `Executor`."""
+        for block in self._blocks.values():
+            block.copy_prefix(source, target, count)
+
     def __del__(self) -> None:
         with suppress(Exception):
             self._recorder.forget(self.key)
 
     def workspace(self, count: int) -> Workspace:
-        """The buffers of steps with this many sequences, kept as recordings refer to them."""
+        """The buffers of steps with this many tokens, kept as recordings refer to them."""
         workspace = self._workspaces.get(count)
         if workspace is None:
             workspace = self._workspaces[count] = Workspace(self._engines, count, lasting=True)
         return workspace
 
     def _decode(
-        self,
-        blocks: range,
-        hidden: DeviceArray,
-        rows: slice,
-        starts: list[int],
-        long_context: bool,
+        self, blocks: range, hidden: DeviceArray, chunks: Sequence[Chunk], long_context: bool
     ) -> DeviceArray:
         engines, count = self._engines, hidden.shape[0]
         workspace = self.workspace(count)
-        result = workspace.steps[blocks.stop % 2]
-        this = Pass(self, blocks.stop, rows, starts, long_context, result)
-        begun = self._begun(blocks, hidden, this)
+        result = workspace.hidden[blocks.stop % 2]
+        this = NewestDecode(self, blocks.stop, tuple(chunks), long_context, result)
+        begun = self._begun(blocks, hidden, this.chunks, long_context)
         if not begun:
             engines.call_off()
-            workspace.place(starts, range(rows.start, rows.stop))
+            workspace.place(positions_of(chunks), slots_of(chunks))
             workspace.take(hidden, blocks.start)
         if rest := blocks[begun:]:
             self._recorder.add(*self._pass(rest, count, long_context), self._before(rest, count))
         engines.ahead, engines.last_pass = None, this
         return result
 
-    def _begun(self, blocks: range, hidden: DeviceArray, this: Pass | OneToken) -> int:
+    def _begun(
+        self, blocks: range, hidden: DeviceArray, chunks: Sequence[Chunk], long_context: bool
+    ) -> int:
         """With how many of the blocks the last pass has been followed already."""
         last, ahead = self._engines.last_pass, self._engines.ahead
         if ahead is None or last is None or not last.holds(hidden):
             return 0
-        same = (last.cache, last.rows, last.starts, last.long_context)
-        if same != (self, this.rows, this.starts, this.long_context):
+        same = (last.executor, last.chunks, last.long_context)
+        if same != (self, chunks, long_context):
             return 0
         return len(ahead) if blocks[: len(ahead)] == ahead else 0
 
-    def way(self, one: OneToken, depth: int) -> Hashable:
+    def way(self, step: Pass, newest: Newest) -> Hashable:
         """How tokens get to a depth, where that takes one recording; else None."""
-        if one.hidden is not None:
-            return self._begun(range(one.depth, depth), one.hidden, one) or None
-        if not self.workspace(len(one.starts)).is_of(one.rows):
+        if step.tokens is None:
+            chunks, long_context = step.chunks, step.long_context
+            return self._begun(step.blocks, newest.hidden, chunks, long_context) or None
+        if not self.workspace(len(step.chunks)).is_of(slots_of(step.chunks)):
             return None
-        if isinstance(one.tokens, list):
+        if isinstance(step.tokens, list):
             return "embed"
-        return "follow" if self._follows(one.tokens, one.starts) else None
+        return "follow" if self._follows(step.tokens, positions_of(step.chunks)) else None
 
     def _open(self, blocks: range, tokens: int) -> None:
         """Makes the blocks' parts of the cache, if all that these tokens need fits."""
@@ -274,12 +309,12 @@ class TensorRtCache:
         return lambda: self._blocks[blocks.start].settle(count)
 
     def _few(
-        self, blocks: range, hidden: DeviceArray, rows: slice, start: int, long_context: bool
+        self, blocks: range, hidden: DeviceArray, chunk: Chunk, long_context: bool
     ) -> DeviceArray:
-        """Runs some tokens of one sequence: drafts that are checked, or tokens that catch up."""
-        count = hidden.shape[1]
+        """Runs some tokens of one sequence: drafts that are verified, or tokens that catch up."""
+        count = chunk.length
         workspace = self.workspace(count)
-        workspace.place(range(start, start + count), [rows.start] * count)
+        workspace.place(positions_of([chunk]), [chunk.slot] * count)
         workspace.take(hidden, blocks.start)
 
         def work() -> None:
@@ -289,15 +324,15 @@ class TensorRtCache:
         key = (self.key, "few", blocks, count, long_context)
         self._recorder.add(key, work, self._before(blocks, count))
         self._recorder.flush()  # a session counts on what it was given: it is no longer pending
-        return workspace.hidden[blocks.stop % 2].reshape(*hidden.shape)
+        return workspace.hidden[blocks.stop % 2]
 
     def _prefill(
-        self, blocks: range, hidden: DeviceArray, rows: slice, start: int, long_context: bool
+        self, blocks: range, hidden: DeviceArray, slot: int, start: int, long_context: bool
     ) -> DeviceArray:
-        count = hidden.shape[1]
+        count = len(hidden)
         workspace = Workspace(self._engines, count)
-        workspace.place(range(start, start + count), [rows.start] * count)
+        workspace.place(range(start, start + count), [slot] * count)
         workspace.take(hidden, blocks.start)
         for block in blocks:
             self._blocks[block].run(workspace, long_context, together=False)
-        return workspace.hidden[blocks.stop % 2].reshape(*hidden.shape)
+        return workspace.hidden[blocks.stop % 2]

@@ -8,12 +8,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ojfa_export.backends.backend import Float32, Int32, keep
+from ojfa_export.backends.backend import Float32, Int32
 from ojfa_export.backends.choice import Choices
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
 from ojfa_export.backends.cuda.embedding import embed
 from ojfa_export.backends.cuda.kernels import pointer
 from ojfa_export.backends.onnxruntime_cuda.provider import Array, Work
+from ojfa_export.backends.passes import (
+    Chunk,
+    as_rows,
+    load_chunks,
+    positions_of,
+    row_ranges,
+    rows_of,
+    store_chunks,
+    write_rows,
+)
 from ojfa_export.bundle.names import block_name
 
 if TYPE_CHECKING:
@@ -114,87 +124,119 @@ class Tokens:
             self._engines.device.copy(hidden.pointer, target.pointer, target.nbytes)
 
 
-class OnnxRuntimeCudaCache:
-    """Keys and values [batch, kv_heads, capacity, head_dim] of each block, written in place.
+class OnnxRuntimeCudaExecutor:
+    """Keys and values [slots, kv_heads, capacity, head_dim] of each block, written in place.
 
-    One-token steps are recorded once for each range of blocks and of sequences: blocks read
-    positions from device memory, so that the recording serves every position.
+    Passes of one token each of neighbouring slots are recorded once for each range of blocks and of
+    slots: blocks read positions from device memory, so that the recording serves every position.
 
     Args:
         engines: The opened model.
-        batch_size: Sequences.
+        slots: Sequences.
         capacity: Positions of each.
 
     Attributes:
         arrays: Makes arrays of hidden states.
     """
 
-    def __init__(self, engines: OnnxRuntimeCudaEngines, batch_size: int, capacity: int) -> None:
+    def __init__(self, engines: OnnxRuntimeCudaEngines, slots: int, capacity: int) -> None:
         engines.device.make_current()
         self._engines, self._device = engines, engines.device
         self.arrays = engines.arrays
         spec = engines.spec
-        self._shape = (batch_size, spec.kv_heads, capacity, spec.head_dim)
+        self._shape = (slots, spec.kv_heads, capacity, spec.head_dim)
         self._values: dict[int, tuple[DeviceArray, DeviceArray]] = {}
         self._steps: dict[int, Tokens] = {}  # by sequences
         self._recorder = engines.device.recorder
-        self._key = object()  # of this cache's recordings
+        self._key = object()  # of this executor's recordings
         self._key_positions = self.arrays.upload(np.arange(capacity, dtype=np.int32))
         self._most_tokens = MOST_TOKENS
         if engines.precision == "fp32":
             most = SCORE_BYTES // (4 * spec.heads * capacity)
             self._most_tokens = max(16, min(MOST_TOKENS, most))
 
-    def embed(self, token_ids: Int32 | Choices, starts: Sequence[int]) -> DeviceArray:
-        """Embeds tokens [rows, tokens] from these positions on: [rows, tokens, H]."""
+    def embed(self, tokens: Sequence[int] | Choices, chunks: Sequence[Chunk]) -> DeviceArray:
+        """Embeds the tokens of chunks: [tokens, H]."""
         self._device.make_current()  # the caller's thread may be another each time
-        if not isinstance(token_ids, np.ndarray):
-            step = self._step(len(starts))
-            if self._engines.mailbox.is_newest(token_ids) and step.is_placed(
-                [start - 1 for start in starts]
+        positions = positions_of(chunks)
+        count = len(positions)
+        if not isinstance(tokens, list):
+            step = self._step(count)
+            if self._engines.mailbox.is_newest(tokens) and step.is_placed(
+                [position - 1 for position in positions]
             ):
-                self._add(("follow", len(starts)), step.follow)
-                step.moved_to(starts)
-                return step.hidden[0]
-            token_ids = np.array(token_ids.tokens(), np.int32)[:, None]
-        rows, tokens = token_ids.shape
-        if tokens == 1:
-            step = self._step(rows)
-            step.name(token_ids, starts)
-            self._add(("embed", rows), step.embed)
-            return step.hidden[0]
-        prompt = Tokens(self._engines, rows, tokens)
-        prompt.name(token_ids, starts)
+                self._add(("follow", count), step.follow)
+                step.moved_to(positions)
+                return _rows(step.hidden[0])
+            tokens = tokens.tokens()  # type: ignore[union-attr]
+        if len(chunks) == count:
+            step = self._step(count)
+            step.name(as_rows(tokens), positions)
+            self._add(("embed", count), step.embed)
+            return _rows(step.hidden[0])
+        some = Tokens(self._engines, count, 1)
+        some.name(as_rows(tokens), positions)
         self._recorder.flush()
-        prompt.embed()
-        return prompt.hidden[0]
+        some.embed()
+        return _rows(some.hidden[0])
 
-    def run_blocks(
+    def run(
         self,
         blocks: range,
         hidden: Float32 | DeviceArray,
-        rows: slice,
-        starts: Sequence[int],
+        chunks: Sequence[Chunk],
         *,
         long_context: bool,
     ) -> DeviceArray:
-        """Runs consecutive blocks on new tokens; see `backends.backend.Cache`."""
+        """Runs consecutive blocks on new tokens; see `backends.backend.Executor`."""
         self._device.make_current()
         states = self.arrays.asarray(hidden)
-        if states.shape[1] == 1:
-            return self._decode(blocks, states, rows, starts, long_context)
+        parts = _split(chunks)
+        if len(parts) == 1:
+            return self._run_part(blocks, states, chunks, long_context)
+        ranges, result = row_ranges(chunks), self.arrays.empty(states.shape, np.float32)
+        for part in parts:
+            rows = rows_of(ranges, part)
+            some = [chunks[index] for index in part]
+            write_rows(result, rows, self._run_part(blocks, states[rows], some, long_context))
+        return result
+
+    def _run_part(
+        self, blocks: range, states: DeviceArray, chunks: Sequence[Chunk], long_context: bool
+    ) -> DeviceArray:
+        if len(chunks) == len(states):
+            return self._decode(blocks, states, chunks, long_context)
+        [(slot, start, count)] = chunks
         most = self._most_tokens
         pieces = [
-            self._prefill(blocks, states[:, at : at + most], rows, starts[0] + at, long_context)
-            for at in range(0, states.shape[1], most)
+            self._prefill(blocks, states[at : at + most], slot, start + at, long_context)
+            for at in range(0, count, most)
         ]
-        return pieces[0] if len(pieces) == 1 else self.arrays.concatenate(pieces, axis=1)
+        return pieces[0] if len(pieces) == 1 else self.arrays.concatenate(pieces)
 
-    def keep(
-        self, kept: DeviceArray, rows: slice, starts: Sequence[int], hidden: DeviceArray
-    ) -> None:
-        """Copies hidden states for later; see `backends.backend.Cache`."""
-        keep(kept, rows, starts, hidden)
+    def new_states(self) -> DeviceArray:
+        """Room for a hidden state of every position; see `backends.backend.Executor`."""
+        slots, _, capacity, _ = self._shape
+        return self.arrays.empty((slots, capacity, self._engines.spec.hidden_size), np.float32)
+
+    def store(self, states: DeviceArray, chunks: Sequence[Chunk], hidden: DeviceArray) -> None:
+        """Copies hidden states to their places; see `backends.backend.Executor`."""
+        store_chunks(states, chunks, hidden)
+
+    def load(self, states: DeviceArray, chunks: Sequence[Chunk]) -> DeviceArray:
+        """Hidden states [tokens, H] that were stored."""
+        hidden: DeviceArray = load_chunks(self.arrays, states, chunks)
+        return hidden
+
+    def release(self, slot: int) -> None:
+        """Nothing: the cache is one allocation, which the next sequence writes over."""
+
+    def copy_prefix(self, source: int, target: int, count: int) -> None:
+        """Copies keys and values of a slot's first tokens to another; see `Executor`."""
+        for both in self._values.values():
+            for array in both:
+                for head in range(self._shape[1]):
+                    array[target, head, :count] = array[source, head, :count]
 
     def unload(self, block: int) -> None:
         """Lets go of a block's weights; its keys and values stay."""
@@ -214,15 +256,11 @@ class OnnxRuntimeCudaCache:
         return self._steps[rows]
 
     def _decode(
-        self,
-        blocks: range,
-        hidden: DeviceArray,
-        rows: slice,
-        starts: Sequence[int],
-        long_context: bool,
+        self, blocks: range, hidden: DeviceArray, chunks: Sequence[Chunk], long_context: bool
     ) -> DeviceArray:
-        step = self._step(len(hidden))
-        step.place(starts)
+        rows = slice(chunks[0].slot, chunks[-1].slot + 1)
+        step = self._step(len(chunks))
+        step.place([chunk.start for chunk in chunks])
         step.take(hidden, blocks.start)
 
         def work() -> None:
@@ -235,19 +273,20 @@ class OnnxRuntimeCudaCache:
                 step.works[key].run()
 
         self._add((blocks, rows.start, rows.stop, long_context), work)
-        return step.hidden[blocks.stop % 2]
+        return _rows(step.hidden[blocks.stop % 2])
 
     def _prefill(
-        self, blocks: range, hidden: DeviceArray, rows: slice, start: int, long_context: bool
+        self, blocks: range, hidden: DeviceArray, slot: int, start: int, long_context: bool
     ) -> DeviceArray:
-        count = hidden.shape[1]
+        count = len(hidden)
         tokens = Tokens(self._engines, 1, count)
         tokens.place([start])
         tokens.take(hidden, blocks.start)
         self._recorder.flush()
+        rows = slice(slot, slot + 1)
         for block in blocks:
             self._bind(block, tokens, rows, start + count, long_context).run()
-        return tokens.hidden[blocks.stop % 2]
+        return _rows(tokens.hidden[blocks.stop % 2])
 
     def _bind(
         self, block: int, tokens: Tokens, rows: slice, length: int, long_context: bool
@@ -285,3 +324,22 @@ class OnnxRuntimeCudaCache:
     def _add(self, key: tuple[Hashable, ...], work: Callable[[], None]) -> None:
         """Adds to the step what is the same whenever its key is."""
         self._engines.add((self._key, *key), work)
+
+
+def _rows(hidden: DeviceArray) -> DeviceArray:
+    """Hidden states [rows, tokens, H] as [rows * tokens, H]."""
+    rows, tokens, width = hidden.shape
+    return hidden.reshape(rows * tokens, width)
+
+
+def _split(chunks: Sequence[Chunk]) -> list[list[int]]:
+    """Which chunks run together: one token each, of neighbouring slots; others alone."""
+    parts: list[list[int]] = []
+    for index, chunk in enumerate(chunks):
+        before = chunks[index - 1]
+        joins = index and chunk.length == before.length == 1 and chunk.slot == before.slot + 1
+        if joins:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return parts
