@@ -57,6 +57,10 @@ class BackendError(OjfaError):
     """A backend that is missing, or that can't run what it was given."""
 
 
+class OverloadedError(OjfaError):
+    """More requests than the engine's queue holds; the same one may be taken later."""
+
+
 class VerificationError(OjfaError):
     """Results that differ from the reference by more than the tolerance."""
 

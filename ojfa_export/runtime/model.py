@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -206,19 +207,16 @@ class Model:
         settings = _monitored(settings, monitor, domain)
         return self._tokens(encoded, settings)
 
-    def encode(self, prompt: str) -> list[int]:
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """A prompt's token ids.
 
+        Args:
+            prompt: Text; token ids are only checked.
+
         Raises:
-            UsageError: It has none, or too many for the cache.
+            UsageError: It has none, too many for the cache, or one outside the model.
         """
-        try:
-            ids: list[int] = self.tokenizer.encode(prompt).ids
-        except TypeError as error:  # what tokenizers says of anything that is not UTF-8
-            raise UsageError(
-                f"a prompt is not text in UTF-8: {prompt!r:.40}",
-                hint="give a str of whole characters",
-            ) from error
+        ids = self._encode(prompt) if isinstance(prompt, str) else self._checked(prompt)
         if not ids:
             raise UsageError(
                 "the prompt is empty", hint="give at least one character: -p 'def main('"
@@ -228,6 +226,31 @@ class Model:
                 f"the prompt has {len(ids)} tokens, the cache holds "
                 f"{self.manifest.cache.max_length}",
                 hint="shorten it, or build the bundle with a larger --max-cache-length",
+            )
+        return ids
+
+    def _encode(self, prompt: str) -> list[int]:
+        try:
+            ids: list[int] = self.tokenizer.encode(prompt).ids
+        except TypeError as error:  # what tokenizers says of anything that is not UTF-8
+            raise UsageError(
+                f"a prompt is not text in UTF-8: {prompt!r:.40}",
+                hint="give a str of whole characters",
+            ) from error
+        return ids
+
+    def _checked(self, prompt: Sequence[int]) -> list[int]:
+        try:
+            ids = [operator.index(each) for each in prompt]
+        except TypeError:
+            raise UsageError(
+                f"a prompt is neither text nor token ids: {prompt!r:.40}",
+                hint="give a str, or a list of whole numbers",
+            ) from None
+        if ids and not 0 <= min(ids) <= max(ids) < self.spec.vocab_size:
+            raise UsageError(
+                f"the prompt has token ids outside 0..{self.spec.vocab_size - 1}",
+                hint="was it encoded with another model's tokenizer?",
             )
         return ids
 

@@ -13,7 +13,10 @@ from ojfa_export.runtime.sequence import Sequence
 
 
 def plan_passes(
-    sequences: Many[Sequence], depth: int, following: Choices | None = None
+    sequences: Many[Sequence],
+    depth: int,
+    following: Choices | None = None,
+    stops: Many[int] | None = None,
 ) -> Iterator[Pass]:
     """The passes that bring all tokens of some sequences to a depth.
 
@@ -25,34 +28,34 @@ def plan_passes(
         depth: Blocks to run, 1 or more.
         following: What chooses each sequence's newest token, where that is not known yet; before
             the first block nothing else is pending then.
+        stops: One past the last token of each sequence that counts; None for all tokens.
     """
-    stops = {depth}
+    depths = {depth}
     for sequence in sequences:
-        stops.update(blocks.stop for blocks, _ in sequence.marks.spans(depth))
+        depths.update(blocks.stop for blocks, _ in sequence.marks.spans(depth))
+    both = list(zip(sequences, stops or [len(sequence) for sequence in sequences], strict=True))
     start = 0
     before: Pass | None = None
-    for stop in sorted(stops):
+    for until in sorted(depths):
         chunks = tuple(
-            chunk for sequence in sequences if (chunk := sequence.chunk(start)).length > 0
+            chunk for each, stop in both if (chunk := each.chunk(start, stop)).length > 0
         )
         if before is not None and before.chunks == chunks:
-            before.blocks = range(before.blocks.start, stop)
+            before.blocks = range(before.blocks.start, until)
         else:
             if before is not None:
                 yield before
             before = None
             if chunks:
-                before = Pass(range(start, stop), chunks, sequences[0].long_context)
+                before = Pass(range(start, until), chunks, sequences[0].long_context)
                 if not start:
                     before.tokens = following or _token_ids(chunks, sequences)
-        start = stop
+        start = until
     if before is not None:
         yield before
 
 
 def _token_ids(chunks: tuple[Chunk, ...], sequences: Many[Sequence]) -> list[int]:
-    if len(sequences) == 1:
-        return sequences[0].tokens[chunks[0].start :]
     tokens = {sequence.slot: sequence.tokens for sequence in sequences}
     return [token for slot, start, count in chunks for token in tokens[slot][start : start + count]]
 
@@ -90,14 +93,16 @@ class ModelRunner:
         depth: int,
         counts: Many[int] | None = None,
         following: Choices | None = None,
+        stops: Many[int] | None = None,
     ) -> Hidden:
-        """Brings all tokens of sequences to a depth.
+        """Brings tokens of sequences to a depth.
 
         Args:
-            sequences: Each with tokens that are pending before the depth.
+            sequences: Each with tokens that are pending before the depth; each slot at most once.
             depth: Blocks to run.
             counts: How many of each sequence's newest tokens count; None for one of each.
             following: As of `plan_passes`.
+            stops: As of `plan_passes`.
 
         Returns:
             Hidden states [sum of counts, H] after `depth` blocks, sequence by sequence.
@@ -106,7 +111,8 @@ class ModelRunner:
         parts: list[Hidden] = [None] * len(sequences)
         for group in _by_context(sequences):
             some = [sequences[index] for index in group]
-            hidden, step = self._run(some, depth, following)
+            ends = None if stops is None else [stops[index] for index in group]
+            hidden, step = self._run(some, depth, following, ends)
             if counts is None and step.is_decode and len(group) == len(sequences):
                 return arrays.ascontiguousarray(hidden)
             for index, rows in zip(group, row_ranges(step.chunks), strict=True):
@@ -173,10 +179,14 @@ class ModelRunner:
         return depth in self.pending or (depth == self.spec.blocks and not self._keep_final)
 
     def _run(
-        self, sequences: Many[Sequence], depth: int, following: Choices | None
+        self,
+        sequences: Many[Sequence],
+        depth: int,
+        following: Choices | None,
+        stops: Many[int] | None,
     ) -> tuple[Hidden, Pass]:
         step = hidden = None
-        for step in plan_passes(sequences, depth, following):
+        for step in plan_passes(sequences, depth, following, stops):
             hidden = self._load(step)
             self._newest.clear()  # an interrupted pass leaves none
             hidden = self.executor.run(
@@ -188,8 +198,8 @@ class ModelRunner:
             self._newest.set(step, hidden)
         assert step is not None
         # Raised together, when all is done: a pass that is interrupted can be run again.
-        for sequence in sequences:
-            sequence.marks.raise_to(len(sequence), depth)
+        for sequence, stop in zip(sequences, stops or map(len, sequences), strict=True):
+            sequence.marks.raise_to(stop, depth)
         return hidden, step
 
     def _load(self, step: Pass) -> Hidden:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from ojfa_export.backends.passes import Chunk
 from ojfa_export.runtime.watermarks import Watermarks
 
@@ -59,10 +61,23 @@ class Sequence:
         """Tokens that have not run the first `depth` blocks, `depth` being 1 or more."""
         return len(self.tokens) - self.marks[depth - 1]
 
-    def chunk(self, block: int) -> Chunk:
-        """The tokens that are pending before a block or before blocks above it."""
+    @property
+    def room_before_switch(self) -> int:
+        """Tokens that may follow before all positions are rotated by LongRoPE's long factors."""
+        switch = self._rotary_switch
+        if switch is None or len(self.tokens) > switch:
+            return sys.maxsize
+        return switch - len(self.tokens)
+
+    def chunk(self, block: int, stop: int | None = None) -> Chunk:
+        """The tokens that are pending before a block or before blocks above it.
+
+        Args:
+            block: Which.
+            stop: One past the last of them that counts; None for all.
+        """
         start = self.marks[block]
-        return Chunk(self.slot, start, len(self.tokens) - start)
+        return Chunk(self.slot, start, (len(self.tokens) if stop is None else stop) - start)
 
     def _resize(self, length: int) -> None:
         """Makes the marks fit a new length.

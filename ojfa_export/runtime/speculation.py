@@ -231,7 +231,7 @@ class Speculator:
         tokens = [-1] * len(new)
         for row in (row for row, ids in enumerate(new) if ids):
             proposals[row].append(self._sampling.probabilities(logits[row]))
-            tokens[row] = _draw(proposals[row][-1], self._generators[row])
+            tokens[row] = draw(proposals[row][-1], self._generators[row])
         return tokens
 
 
@@ -262,8 +262,8 @@ def check(
         if generator.random() * q[token] >= p[token]:
             rest = np.maximum(p - q, 0)
             # p and q may differ by less than p - q can show.
-            return [*draft[:index], _draw(rest if rest.any() else p, generator)]
-    return [*draft, _draw(sampling.probabilities(logits[-1]), generator)]
+            return [*draft[:index], draw(rest if rest.any() else p, generator)]
+    return [*draft, draw(sampling.probabilities(logits[-1]), generator)]
 
 
 def agreeing(draft: Sequence[int], best: list[int]) -> list[int]:
@@ -272,5 +272,6 @@ def agreeing(draft: Sequence[int], best: list[int]) -> list[int]:
     return best[: next(others, len(draft)) + 1]
 
 
-def _draw(weights: Float64, generator: np.random.Generator) -> int:
+def draw(weights: Float64, generator: np.random.Generator) -> int:
+    """A token of a distribution [V] that need not be normalised."""
     return int(generator.choice(len(weights), p=weights / weights.sum()))

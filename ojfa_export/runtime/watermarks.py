@@ -22,6 +22,13 @@ class Watermarks:
         """The mark of a block."""
         return next(mark for stop, mark in self._spans if block < stop)
 
+    def copy_below(self, limit: int) -> Watermarks:
+        """The same marks, none above a limit."""
+        copy = Watermarks(self._spans[-1][0])
+        copy._spans = list(self._spans)
+        copy.lower_to(limit)
+        return copy
+
     def spans(self, depth: int) -> Iterator[tuple[range, int]]:
         """Blocks 0 .. depth-1 in runs of equal marks, and the marks."""
         start = 0
@@ -39,12 +46,15 @@ class Watermarks:
         return block
 
     def raise_to(self, mark: int, depth: int) -> None:
-        """Raises the first blocks to a mark that none of all blocks exceeds."""
+        """Raises the marks of the first blocks that are lower."""
+        higher = [span for span in self._spans if span[1] > mark]
+        if higher and higher[-1][0] >= depth:
+            return
         deeper = [span for span in self._spans if span[0] > depth]
         if deeper and deeper[0][1] == mark:
-            self._spans = deeper
+            self._spans = [*higher, *deeper]
         else:
-            self._spans = [(depth, mark), *deeper]
+            self._spans = [*higher, (depth, mark), *deeper]
 
     def lower_to(self, mark: int) -> None:
         """Lowers every mark that is higher."""

@@ -9,7 +9,11 @@ import onnxruntime as ort
 
 from ojfa_export.backends.backend import Backend, Float32
 from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
+from ojfa_export.errors import BackendError
 from ojfa_export.families.spec import ModelSpec
+
+# What blocks take: the tokens of a pass packed together, and where each slot's are among them.
+FORM, RAGGED = "form of blocks", "ragged passes"
 
 
 class OnnxRuntime:
@@ -20,10 +24,15 @@ class OnnxRuntime:
 
     def versions(self) -> dict[str, str]:
         """What the engines depend on."""
-        return {"onnxruntime": ort.__version__}
+        return {"onnxruntime": ort.__version__, FORM: RAGGED}
 
     def check(self, built_with: Mapping[str, str]) -> None:
-        """Nothing to refuse: the graphs are built anew for the machine when they are opened."""
+        """Refuses blocks of another form; ONNX Runtime itself takes graphs of any version."""
+        if built_with.get(FORM) != RAGGED:
+            raise BackendError(
+                "the bundle's engines for ONNX Runtime are of an earlier version of this program",
+                hint="rebuild them with 'ojfa-export build BUNDLE --backend onnxruntime'",
+            )
 
     def build_engine(self, spec: ModelSpec, graph: Path, engine: Path) -> None:
         """Builds the engine of one portable graph."""
