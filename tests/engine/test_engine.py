@@ -1,0 +1,215 @@
+"""Requests that run together against each alone, and what the engine does with them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from engine.watched_engine import WatchedEngine
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ojfa_export
+from ojfa_export.engine.budget import page_bytes
+from ojfa_export.errors import BackendError, OjfaError, OverloadedError, UsageError
+from ojfa_export.runtime.options import GenerationOptions
+from ojfa_export.runtime.policy import ExitPolicy
+from ojfa_export.runtime.speculation import Speculation
+
+TIMEOUT = 60.0
+MIDDLING = ExitPolicy(exits=(1, 3), measure="top", thresholds=(0.03, 0.03))
+
+examples = settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+tokens = st.integers(0, 95)
+# Some begin alike, so that prefixes are shared.
+beginnings = st.sampled_from([[], list(range(1, 31))])
+requests = st.lists(
+    st.fixed_dictionaries(
+        {
+            "prompt": st.tuples(beginnings, st.lists(tokens, min_size=1, max_size=25)),
+            "exit": st.sampled_from([1, 2, 3, "full", MIDDLING]),
+            "speculate": st.sampled_from([False, False, False, True, Speculation(2, 3)]),
+            "max_new_tokens": st.integers(1, 12),
+            "temperature": st.sampled_from([0.0, 0.0, 0.9]),
+            "seed": st.integers(0, 3),
+            "cancel": st.sampled_from([False, False, False, True]),
+        }
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+def alone(model, prompt: list[int], options: dict[str, Any]):
+    """What a request gives alone, by a session."""
+    return model.generate([prompt], **options).prompts[0]
+
+
+@pytest.mark.parametrize("pages", [3, 100])
+@examples
+@given(requests=requests, slots=st.integers(1, 4))
+def test_requests_give_the_tokens_of_each_alone(model, pages, requests, slots):
+    """Whatever joins, leaves, is cancelled, shares a prefix or is sent back for want of pages."""
+    with WatchedEngine(
+        model, max_sequences=slots, kv_cache_bytes=pages * page_bytes(model.spec)
+    ) as engine:
+        running = []
+        for request in requests:
+            options = {k: v for k, v in request.items() if k not in ("prompt", "cancel")}
+            if options["speculate"]:
+                options["exit"] = "full"
+            prompt = [token % model.spec.vocab_size for part in request["prompt"] for token in part]
+            running.append((prompt, options, engine.submit(prompt, GenerationOptions(**options))))
+        for request, (_, _, each) in zip(requests, running, strict=True):
+            if request["cancel"]:
+                each.cancel()
+        for prompt, options, each in running:
+            result = each.result(TIMEOUT)
+            expected = alone(model, prompt, options)
+            if result.finish_reason == "cancelled":
+                assert result.token_ids == expected.token_ids[: len(result.token_ids)]
+                continue
+            assert result.token_ids == expected.token_ids
+            assert result.exit_blocks == expected.exit_blocks
+            assert result.text == expected.text
+            assert result.finish_reason == expected.finish_reason
+        assert sum(engine.stats().finished.values()) == len(requests)
+        engine.assert_everything_was_given_back()
+
+
+def test_pages_that_run_out_send_the_youngest_back(llama):
+    prompts = [list(range(first, first + 20)) for first in (1, 30, 60)]
+    budget = 4 * page_bytes(llama.spec)
+    with WatchedEngine(llama, max_sequences=3, kv_cache_bytes=budget) as engine:
+        options = GenerationOptions(max_new_tokens=30, ignore_eos=True)
+        running = [engine.submit(prompt, options) for prompt in prompts]
+        results = [each.result(TIMEOUT) for each in running]
+        assert engine.stats().preemptions > 0
+    for prompt, result in zip(prompts, results, strict=True):
+        expected = alone(llama, prompt, {"max_new_tokens": 30, "ignore_eos": True})
+        assert result.token_ids == expected.token_ids
+
+
+def test_a_request_that_outgrows_all_pages_fails_alone(llama):
+    with WatchedEngine(llama, kv_cache_bytes=page_bytes(llama.spec)) as engine:
+        request = engine.submit([1] * 20, GenerationOptions(max_new_tokens=40, ignore_eos=True))
+        with pytest.raises(OjfaError, match="more than the 32 tokens of the KV cache"):
+            request.result(TIMEOUT)
+        with pytest.raises(UsageError, match="the KV cache holds 32"):
+            engine.submit([1] * 40)
+        assert engine.submit([1], GenerationOptions(max_new_tokens=3)).result(TIMEOUT).token_ids
+
+
+def test_a_common_prefix_is_computed_once(llama):
+    prefix = np.random.default_rng(0).integers(llama.spec.vocab_size, size=30).tolist()
+    with WatchedEngine(llama, max_sequences=2) as engine:
+        options = GenerationOptions(max_new_tokens=4)
+        first = engine.submit([*prefix, 5], options).result(TIMEOUT)
+        second = engine.submit([*prefix, 6, 7], options).result(TIMEOUT)
+        assert first.usage.cached_tokens == 0
+        assert second.usage.cached_tokens == 30
+        assert engine.stats().pass_tokens < 2 * 40
+    assert second.token_ids == alone(llama, [*prefix, 6, 7], {"max_new_tokens": 4}).token_ids
+
+
+def test_cancelling_a_prompt_that_is_being_read(llama):
+    with WatchedEngine(llama, prefill_tokens=1) as engine:
+        running = engine.submit([3], GenerationOptions(max_new_tokens=50, ignore_eos=True))
+        next(iter(running))
+        request = engine.submit([1] * 50, GenerationOptions(max_new_tokens=9))
+        request.cancel()
+        result = request.result(TIMEOUT)
+        assert (result.finish_reason, result.token_ids) == ("cancelled", [])
+        assert running.result(TIMEOUT).finish_reason == "max_new_tokens"
+
+
+def test_time_that_is_up(llama):
+    with WatchedEngine(llama) as engine:
+        assert engine.submit([1, 2], timeout=0.0).result(TIMEOUT).finish_reason == "timeout"
+
+
+def test_a_full_queue_says_so(llama):
+    with WatchedEngine(llama, max_sequences=1, max_queue=1) as engine:
+        options = GenerationOptions(max_new_tokens=60, ignore_eos=True)
+        with pytest.raises(OverloadedError, match="waiting already"):
+            for _ in range(50):
+                engine.submit([1], options)
+
+
+def test_a_closed_engine(llama):
+    engine = WatchedEngine(llama)
+    request = engine.submit([1], GenerationOptions(max_new_tokens=60, ignore_eos=True))
+    engine.close()
+    engine.close()
+    assert request.result(TIMEOUT).finish_reason in ("cancelled", "max_new_tokens")
+    with pytest.raises(OjfaError, match="closed"):
+        engine.submit([1])
+
+
+def test_an_error_of_the_device_fails_what_runs_and_the_engine_goes_on(llama, monkeypatch):
+    with WatchedEngine(llama, prefix_cache=False) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._runner.executor, "run", None)
+            request = engine.submit([1, 2])
+            with pytest.raises(BackendError, match="every running request failed"):
+                request.result(TIMEOUT)
+        expected = alone(llama, [1, 2], {"max_new_tokens": 5}).token_ids
+        again = engine.submit([1, 2], GenerationOptions(max_new_tokens=5))
+        assert again.result(TIMEOUT).token_ids == expected
+        assert engine.stats().finished["error"] == 1
+
+
+def test_tokens_come_as_they_are_made(llama):
+    with WatchedEngine(llama) as engine:
+        request = engine.submit([1, 2, 3], GenerationOptions(max_new_tokens=6, ignore_eos=True))
+        streamed = list(request)
+        result = request.result(TIMEOUT)
+    assert [token.id for token in streamed] == result.token_ids
+    assert "".join(token.text for token in streamed) == result.text
+    assert [token.finish_reason for token in streamed] == [None] * 5 + ["max_new_tokens"]
+    assert 0 < result.time_to_first_token <= result.seconds
+    assert result.usage.new_tokens == 6
+
+
+def test_from_asyncio_with_another_thread_beside_it(llama):
+    async def read(engine, prompt):
+        request = engine.submit(prompt, GenerationOptions(max_new_tokens=8, ignore_eos=True))
+        return [token.id async for token in request]
+
+    async def read_all(engine):
+        return await asyncio.gather(*(read(engine, [first, 2]) for first in range(1, 9)))
+
+    with WatchedEngine(llama, max_sequences=4) as engine:
+        beside: list[list[int]] = []
+        options = GenerationOptions(max_new_tokens=8, ignore_eos=True)
+        thread = threading.Thread(
+            target=lambda: beside.append(engine.submit([9, 9], options).result(TIMEOUT).token_ids)
+        )
+        thread.start()
+        results = asyncio.run(read_all(engine))
+        thread.join()
+    plain = {"max_new_tokens": 8, "ignore_eos": True}
+    assert results == [alone(llama, [first, 2], plain).token_ids for first in range(1, 9)]
+    assert beside == [alone(llama, [9, 9], plain).token_ids]
+
+
+def test_text_prompts_and_stop_strings(llama):
+    options = {"max_new_tokens": 20, "ignore_eos": True}
+    text = llama.generate("def main(", **options).prompts[0].text
+    stop = text[len(text) // 2 :][:2]
+    expected = llama.generate("def main(", **options, stop=stop).prompts[0]
+    with WatchedEngine(llama) as engine:
+        result = engine.submit("def main(", GenerationOptions(**options, stop=stop)).result(TIMEOUT)
+    assert (result.text, result.finish_reason) == (expected.text, "stop_string")
+
+
+def test_the_public_name():
+    assert ojfa_export.Engine.__name__ == "Engine"
+    assert ojfa_export.GenerationOptions().max_new_tokens == 64
