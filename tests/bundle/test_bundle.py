@@ -205,6 +205,29 @@ def test_path_that_leaves_the_bundle(copy: BundleCopy, name: str) -> None:
     assert repr(name) in error.message
 
 
+@pytest.mark.parametrize("kind", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_special_file_in_place_of_the_manifest(
+    copy: BundleCopy, kind: Callable[[Path], None]
+) -> None:
+    (copy.directory / MANIFEST).unlink()
+    kind(copy.directory / MANIFEST)
+    refused(copy.directory, r"manifest\.json is damaged: .* is no plain file")
+
+
+def test_manifest_without_end(copy: BundleCopy) -> None:
+    os.truncate(copy.own(MANIFEST), 1 << 40)  # a hole: it takes no space
+    refused(copy.directory, "has 1099511627776 bytes, more than the 67108864")
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_manifest_with_what_is_no_number(copy: BundleCopy, number: str) -> None:
+    path = copy.own(MANIFEST)
+    path.write_text(
+        path.read_text().replace('"norm_epsilon": ', f'"norm_epsilon": {number}, "x": ')
+    )
+    refused(copy.directory, f"{number} is no number that can be held")
+
+
 def test_missing_file(copy: BundleCopy) -> None:
     (copy.directory / "graphs" / "block_02.bin").unlink()
     refused(copy.directory, r"lacks file 'graphs/block_02\.bin'")

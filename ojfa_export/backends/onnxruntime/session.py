@@ -77,8 +77,8 @@ def open_session(
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(weights.resolve())
     )
-    used = {weights / tensor.location for tensor in read_onnx(model).tensors.values()}
     try:
+        used = {weights / tensor.location for tensor in read_onnx(model).tensors.values()}
         with files.held(*used):
             return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except OjfaError:
