@@ -28,7 +28,7 @@ from ojfa_export.verify.verify import verify_bundle
 
 VECTORS = Path(__file__).parents[2] / "engines" / "tests" / "vectors"
 NAMES = ("llama", "gpt2", "phi3")
-CASES = 250
+CASES = 150
 Fields = dict[str, Any]
 
 
