@@ -49,8 +49,9 @@ class Model:
         opener.check(built.built_with)
         tables = manifest.rotary
         rotary = (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None
-        engines = {name: bundle.directory / file for name, file in built.files.items()}
-        self.engines = opener.open_engines(self.spec, bundle.graphs, engines, rotary)
+        directory = bundle.files.directory
+        engines = {name: directory / file for name, file in built.files.items()}
+        self.engines = opener.open_engines(self.spec, bundle.graphs, engines, rotary, bundle.files)
 
     def __repr__(self) -> str:
         model = self.manifest.model
@@ -79,7 +80,9 @@ class Model:
 
         Raises:
             UsageError: More than the bundle was built for.
+            BundleError: Somebody has written into the bundle's files since they were checked.
         """
+        self.bundle.files.check_in_place()
         cache = self.manifest.cache
         length = cache.max_length if max_length is None else max_length
         for value, limit, what in (
@@ -342,9 +345,9 @@ def _listed(value: str | Sequence[str]) -> list[str]:
 
 
 def _read_tokenizer(bundle: Bundle) -> Tokenizer:
-    path = bundle.directory / TOKENIZER
+    path, text = bundle.directory / TOKENIZER, bundle.read(TOKENIZER)
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(text)
     except Exception as error:  # tokenizers raises plain Exception for every bad file
         raise BundleError(
             f"{path} can't be read: {error}", hint="build the bundle again"
