@@ -98,11 +98,18 @@ def _show(key: Key, verdict: Verdict, seed: int, whole: bool) -> None:
     name, number = key
     if whole:
         print(f"{name}:{number} {verdict.what!a}: {verdict.ended}")
+    shown = set()
     for fault in verdict.faults:
-        text = fault.what if whole else fault.what[-240:]
-        print(
-            f"--seed {seed} --only {name}:{number} {verdict.what[:120]!a}: {fault.kind}: {text!a}"
-        )
+        if whole:
+            print(f"  {fault.kind}: {fault.what}")
+        elif fault.kind not in shown:
+            shown.add(fault.kind)
+            print(f"--seed {seed} --only {name}:{number} {verdict.what[:120]!a}: ", end="")
+            print(f"{fault.kind}: {_short(fault.what)!a}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) < 260 else f"{text[:80]} … {text[-170:]}"
 
 
 def _summarize(found: dict[Key, Verdict]) -> None:

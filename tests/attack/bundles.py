@@ -111,10 +111,10 @@ def _ask_python(case: Case, rng: Rng) -> tuple[list[Outcome], str]:
         ended = "not refused"
     elif case.must is Must.NAME and not named:
         ended = "unnoticed"
-    elif _same(tokens, reference_tokens(case.subject)):
-        ended = "harmless"
     elif named:
         ended = "altered, named by verify"
+    elif _same(tokens, reference_tokens(case.subject)):
+        ended = "harmless"
     else:
         ended = "another model" if case.another else "unnoticed"
     return [opened, verified, more[rng.integers(len(more))]()], ended
@@ -211,7 +211,7 @@ def _tokens_cpp(bundle: Path, subject: str, run: Path) -> tuple[Outcome, dict[st
     for exit in EXITS:
         arguments = [str(run), str(bundle), "--backend", "reference", *ids]
         arguments += ["--exit", str(exit), "--max-new-tokens", str(NEW_TOKENS)]
-        outcome = run_program(arguments, {"ASAN_OPTIONS": "max_allocation_size_mb=4096"})
+        outcome = run_program(arguments)
         if outcome.status == 0:
             rows = json.loads(outcome.stdout)["prompts"]
             found[str(exit)] = [row["token_ids"] for row in rows]

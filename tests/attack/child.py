@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import resource
@@ -12,11 +13,11 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SECONDS = 10.0
+SECONDS = 10.0  # on a machine that isn't busy with other things
 MEMORY = 4 << 30  # address space
 OUTPUT = 64 << 20  # largest file that may be written
 
@@ -60,7 +61,7 @@ def run_forked(command: str, body: Callable[[], None], seconds: float = SECONDS)
             _be_child(body, out.fileno(), err.fileno())
         descriptor = os.pidfd_open(process)
         try:
-            ended, _, _ = select.select([descriptor], [], [], seconds)
+            ended, _, _ = select.select([descriptor], [], [], _patience(seconds))
         finally:
             os.close(descriptor)
         with contextlib.suppress(ProcessLookupError):
@@ -70,25 +71,40 @@ def run_forked(command: str, body: Callable[[], None], seconds: float = SECONDS)
         return Outcome(command, code, _text(out), _text(err))
 
 
-def run_program(
-    arguments: Sequence[str], environment: Mapping[str, str], seconds: float = SECONDS
-) -> Outcome:
-    """Runs another program; its memory is not limited, which sanitizers can't bear."""
+def run_program(arguments: Sequence[str], seconds: float = SECONDS) -> Outcome:
+    """Runs another program; sanitizers limit resident memory, which they take address space for."""
     command = " ".join(arguments)
+    sanitized = _is_sanitized(arguments[0])
+    options = f"hard_rss_limit_mb={MEMORY >> 20}:max_allocation_size_mb={MEMORY >> 20}"
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:
             status: int | None = subprocess.run(
                 arguments,
-                env={**os.environ, **environment},
+                env={**os.environ, "ASAN_OPTIONS": options},
+                preexec_fn=None if sanitized else _limit_memory,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                timeout=seconds,
+                timeout=_patience(seconds),
                 check=False,
             ).returncode
         except subprocess.TimeoutExpired:
             status = None
         return Outcome(command, status, _text(out), _text(err))
+
+
+def _limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+@functools.cache
+def _is_sanitized(program: str) -> bool:
+    return b"__asan_init" in Path(program).read_bytes()
+
+
+def _patience(seconds: float) -> float:
+    """A limit of time as it is where more processes want to run than there are cores."""
+    return seconds * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
 
 
 def _be_child(body: Callable[[], None], out: int, err: int) -> None:
@@ -103,7 +119,7 @@ def _be_child(body: Callable[[], None], out: int, err: int) -> None:
             os.fdopen(2, "wb", closefd=False), "utf-8", "backslashreplace", line_buffering=True
         )
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        _limit_memory()
         resource.setrlimit(resource.RLIMIT_FSIZE, (OUTPUT, OUTPUT))
         body()
         status = 0

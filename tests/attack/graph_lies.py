@@ -42,11 +42,11 @@ def _outside(folder: Path, bundle: Path, rng: Rng) -> tuple[str, Must]:
     path, kind = _graph(folder, rng), int(rng.integers(3))
 
     def change(entries: dict[str, str]) -> None:
-        source = (folder / entries["location"]).resolve()
+        weights = bundle / "graphs"  # engines refer to the same files as if they lay there
         outside = bundle.with_name("outside.bin")
-        outside.write_bytes(source.read_bytes())
-        up = os.path.relpath(outside, folder)
-        entries["location"] = (up, str(outside), f"./../{folder.name}/{up}")[kind]
+        outside.write_bytes((weights / entries["location"]).read_bytes())
+        up = os.path.relpath(outside, weights)
+        entries["location"] = (up, str(outside), f"./../graphs/{up}")[kind]
 
     return f"{_edit(path, rng, change)} lies outside the bundle", Must.NAME
 
@@ -58,7 +58,7 @@ def _unnamed(folder: Path, bundle: Path, rng: Rng) -> tuple[str, Must]:
         target = (
             bundle / ("tokenizer.json", "manifest.json", "shortcut.safetensors")[rng.integers(3)]
         )
-        entries["location"] = os.path.relpath(target, folder)
+        entries["location"] = os.path.relpath(target, bundle / "graphs")
         entries["offset"] = "0"
 
     return f"{_edit(_graph(folder, rng), rng, change)} lies in no weight file", Must.ANY

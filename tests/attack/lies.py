@@ -319,6 +319,7 @@ def _layout(case: Case, rng: Rng) -> str:
     what, change = changes[rng.integers(len(changes))]
     edit_manifest(case.bundle, lambda fields: change(fields) and None)
     case.another = "cache" in what
+    case.one_runtime = ENGINES_ONLY if "engine" in what else ""
     return what
 
 
