@@ -20,6 +20,8 @@ from pathlib import Path
 os.environ.update(OJFA_THREADS="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
+
 from .bundles import Verdict
 from .child import is_program, preload
 from .judge import FAULTS, Fault
@@ -35,7 +37,7 @@ def main() -> int:
     run = options.ojfa_run if is_program(options.ojfa_run) else None
     if run is None:
         print(f"C++ is left out: no program at {options.ojfa_run} (engines/test.sh builds it)")
-    cases = _cases(options.only, options.classes, options.share)
+    cases = _cases(options.only, options.classes, options.share, options.seed)
     preload()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="attack-") as bases:
@@ -71,11 +73,16 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _cases(only: str | None, classes: list[str], share: float) -> list[Key]:
+def _cases(only: str | None, classes: list[str], share: float, seed: int) -> list[Key]:
     if only is not None:
         name, _, number = only.partition(":")
         return [(name, int(number))]
-    return [(name, n) for name in classes for n in range(max(1, round(share * COUNTS[name])))]
+    cases = []
+    for name in classes:
+        count = max(1, round(share * COUNTS[name]))
+        chosen = np.random.default_rng(seed).choice(COUNTS[name], count, replace=False)
+        cases += [(name, number) for number in sorted(chosen.tolist())]
+    return cases
 
 
 def _run(attack: Attack, cases: list[Key], jobs: int) -> Iterator[tuple[Key, Verdict]]:

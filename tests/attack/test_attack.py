@@ -29,7 +29,7 @@ def _attack(rng: np.random.Generator, *arguments: str) -> None:
 
 
 def test_a_share_of_the_attack_finds_nothing(rng: np.random.Generator) -> None:
-    _attack(rng, "--classes", "damage", "lie", "value", "--share", "0.03", "--jobs", "1")
+    _attack(rng, "--classes", "damage", "lie", "value", "--share", "0.015", "--jobs", "1")
 
 
 @pytest.mark.slow
