@@ -98,7 +98,7 @@ def _guarded(attack: Attack, name: str, number: int) -> Verdict:
         return run_case(attack, name, number)
     except Exception:
         last = traceback.format_exc().splitlines()[-3:]
-        return Verdict("the attack itself failed", "", [Fault("tracebacks", " / ".join(last))])
+        return Verdict("the attack itself failed", faults=[Fault("tracebacks", " / ".join(last))])
 
 
 def _show(key: Key, verdict: Verdict, seed: int, whole: bool) -> None:
@@ -131,6 +131,9 @@ def _summarize(found: dict[Key, Verdict]) -> None:
             print(f"{name:12}" + "".join(f"{number:16}" for number in numbers))
     ends = Counter(verdict.ended for verdict in found.values() if not verdict.faults)
     print("without fault: " + ", ".join(f"{count} {end}" for end, count in ends.most_common()))
+    reasons = Counter(verdict.allowed for verdict in found.values() if verdict.allowed)
+    for reason, count in reasons.most_common():
+        print(f"{count} differences between the runtimes that may be: {reason}")
 
 
 def _write(path: Path, seed: int, found: dict[Key, Verdict]) -> None:

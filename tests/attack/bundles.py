@@ -23,6 +23,7 @@ SUBJECTS = ("llama", "gpt2", "phi3")
 PROMPTS = ("def f(x):", "import os\n", "usage: %(prog)s [options] where each word is a token")
 EXITS: tuple[int | str, ...] = ("full", 1, 2, "auto")
 NEW_TOKENS = 8
+GOLDEN_AT_LOAD = "C++ compares golden tokens when it loads a bundle, Python in verify"
 
 
 @dataclass
@@ -51,11 +52,13 @@ class Verdict:
     """What was found of a case.
 
     Attributes:
-        ended: One of judge.COUNTED.
+        ended: How, in a word or two.
+        allowed: Why the runtimes differ, where they do and may.
     """
 
     what: str
     ended: str = ""
+    allowed: str = ""
     faults: list[Fault] = field(default_factory=list)
 
 
@@ -74,13 +77,16 @@ def judge_bundle(case: Case, rng: Rng, run: Path | None) -> Verdict:
         rng: Chooses commands where not all are run.
         run: The C++ runtime's `ojfa-run`, or None.
     """
+    # First, since a build in the bundle changes it.
+    given, cpp = _tokens_cpp(case.bundle, case.subject, run) if run else (None, None)
     outcomes, ended = _ask_python(case, rng)
     verdict = Verdict(case.what, ended)
-    if run is not None:
-        given, cpp = _tokens_cpp(case.bundle, case.subject, run)
+    if run is not None and given is not None:
         outcomes.append(given)
         if (difference := _difference(case, ended, cpp, run)) is not None:
-            verdict.faults.append(Fault("differences", f"{difference}; {_said(given)}"))
+            verdict.allowed = _allowed(case, ended, cpp)
+            if not verdict.allowed:
+                verdict.faults.append(Fault("differences", f"{difference}; {_said(given)}"))
         if case.must is Must.REFUSE and cpp is not None:
             verdict.faults.append(Fault("silently wrong", "C++ runs it, which must refuse it"))
     for outcome in outcomes:
@@ -121,22 +127,22 @@ def _ask_python(case: Case, rng: Rng) -> tuple[list[Outcome], str]:
 
 
 def _difference(case: Case, ended: str, cpp: dict[str, Any] | None, run: Path) -> str | None:
-    """How the runtimes' verdicts differ where they mustn't.
-
-    Allowed: what only one runtime reads (`Case.one_runtime`), and what Python leaves to `verify`,
-    of which C++ compares the golden tokens when it loads.
-    """
-    if case.one_runtime:
-        return None
+    """How the runtimes' verdicts differ."""
     if ended == "refused":
         return None if cpp is None else "Python refuses it, C++ runs it"
     if cpp is None:
         sound = ended in ("harmless", "another model")
-        return "Python runs and verifies it, C++ refuses it" if sound else None
-    changed = not _same(cpp, reference_cpp(case.subject, run))
-    if ended == "harmless" and changed:
+        return f"Python runs{' and verifies' if sound else ''} it, C++ refuses it"
+    if ended == "harmless" and not _same(cpp, reference_cpp(case.subject, run)):
         return "C++ gives other tokens, Python the undamaged bundle's"
     return None
+
+
+def _allowed(case: Case, ended: str, cpp: dict[str, Any] | None) -> str:
+    """Why the runtimes may differ here; empty where they mustn't."""
+    if cpp is None and ended == "altered, named by verify":
+        return GOLDEN_AT_LOAD
+    return case.one_runtime
 
 
 def _same(tokens: dict[str, Any], expected: dict[str, Any]) -> bool:

@@ -71,7 +71,7 @@ def attack(number: int, rng: Rng, directory: Path, bases: Path) -> Verdict:
         return outcome.status
 
     planned = build("--dry-run", seconds=10)
-    if planned not in (0, None) and number % 4:
+    if planned is None or (planned != 0 and number % 4):
         return verdict
     built = build(seconds=BUILD_SECONDS)
     output = Path(hostile.output)

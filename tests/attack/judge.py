@@ -28,7 +28,6 @@ FAULTS = (
     "bundles lost",
     "differences",
 )
-COUNTED = ("altered, named by verify", "another model", "harmless", "refused")
 
 _TRACEBACK = re.compile(
     r"Traceback \(most recent call last\)|internal error|panicked at|PanicException"
