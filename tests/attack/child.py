@@ -75,7 +75,7 @@ def run_program(arguments: Sequence[str], seconds: float = SECONDS) -> Outcome:
     """Runs another program; sanitizers limit resident memory, which they take address space for."""
     command = " ".join([Path(arguments[0]).name, arguments[1], "…", *arguments[-4:]])
     sanitized = _is_sanitized(arguments[0])
-    options = f"hard_rss_limit_mb={MEMORY >> 20}:max_allocation_size_mb={MEMORY >> 20}"
+    options = f"hard_rss_limit_mb={MEMORY >> 20}:allocator_may_return_null=1"
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         try:
             status: int | None = subprocess.run(

@@ -34,7 +34,9 @@ _TRACEBACK = re.compile(
 )
 # What C++ and Python say of themselves where nobody put it into words.
 _RAW = re.compile(r"std::|bad_alloc|vector::|map::at|basic_string|KeyError|TypeError")
-_SANITIZER = re.compile(r"\w+Sanitizer[:\b]|runtime error: ")
+_SANITIZER = re.compile(r"Sanitizer: |runtime error: ")
+# Of one request that can't be met: a sanitized program ends where std::bad_alloc would be thrown.
+_NO_MEMORY = re.compile(r"Sanitizer: (allocator is out of memory|requested allocation size)")
 _DOCUMENTED = {0, 1, 2, 3}
 
 
@@ -63,6 +65,8 @@ def judge_outcome(outcome: Outcome) -> list[Fault]:
     said = f"{outcome.command}: {_shown(outcome.stderr)}"
     if outcome.status is None:
         return [Fault("hangs", f"{outcome.command}: killed when out of time")]
+    if lacks_memory(outcome):
+        return []
     if _SANITIZER.search(outcome.stderr):
         return [Fault("crashes", f"{outcome.command}: {_sanitizer_line(outcome.stderr)}")]
     if outcome.status < 0:
@@ -74,6 +78,11 @@ def judge_outcome(outcome: Outcome) -> list[Fault]:
     if outcome.status in (1, 2):
         return [Fault("untidy", f"{why}: {said}") for why in _untidy(outcome)]
     return []
+
+
+def lacks_memory(outcome: Outcome) -> bool:
+    """Whether a sanitized program asked for more memory at once than there can be."""
+    return _NO_MEMORY.search(outcome.stderr) is not None
 
 
 def refused(outcome: Outcome) -> bool:
