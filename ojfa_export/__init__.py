@@ -12,38 +12,61 @@ from typing import TYPE_CHECKING, Any
 from ojfa_export._version import __version__
 
 if TYPE_CHECKING:
-    from ojfa_export.errors import OjfaError
+    from ojfa_export.engine.engine import Engine
+    from ojfa_export.engine.request import Request
+    from ojfa_export.errors import (
+        BackendError,
+        BundleError,
+        OjfaError,
+        OverloadedError,
+        UsageError,
+    )
     from ojfa_export.runtime.generation import Completion, Generation, Token
     from ojfa_export.runtime.model import Model, load
     from ojfa_export.runtime.monitor import Monitor
+    from ojfa_export.runtime.options import GenerationOptions
     from ojfa_export.runtime.policy import ExitPolicy
     from ojfa_export.runtime.session import Session
     from ojfa_export.runtime.speculation import Speculation
 
 __all__ = [
+    "BackendError",
+    "BundleError",
     "Completion",
+    "Engine",
     "ExitPolicy",
     "Generation",
+    "GenerationOptions",
     "Model",
     "Monitor",
     "OjfaError",
+    "OverloadedError",
+    "Request",
     "Session",
     "Speculation",
     "Token",
+    "UsageError",
     "__version__",
     "load",
 ]
 
 _HOMES = {
+    "BackendError": "errors",
+    "BundleError": "errors",
     "Completion": "runtime.generation",
+    "Engine": "engine.engine",
     "ExitPolicy": "runtime.policy",
     "Generation": "runtime.generation",
+    "GenerationOptions": "runtime.options",
     "Model": "runtime.model",
     "Monitor": "runtime.monitor",
     "OjfaError": "errors",
+    "OverloadedError": "errors",
+    "Request": "engine.request",
     "Session": "runtime.session",
     "Speculation": "runtime.speculation",
     "Token": "runtime.generation",
+    "UsageError": "errors",
     "load": "runtime.model",
 }
 

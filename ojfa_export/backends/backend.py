@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.families.spec import ModelSpec, Precision
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ class Backend(Protocol):
         weights: Path,
         engines: Mapping[str, Path],
         rotary: tuple[Float32, Float32] | None,
+        files: Files = UNCHECKED,
     ) -> Engines:
         """Opens built engines.
 
@@ -198,6 +200,7 @@ class Backend(Protocol):
             weights: Directory of the weight files.
             engines: Engine files by graph name.
             rotary: Cosines and sines [rows, rotary_dim/2], or None.
+            files: Opens every one of these files, now and later.
         """
         ...
 

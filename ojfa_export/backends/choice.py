@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+import numpy as np
+
 from ojfa_export.backends.backend import Executor, Float32, Hidden
 from ojfa_export.backends.passes import Chunk, Pass
+from ojfa_export.errors import BackendError
 from ojfa_export.runtime.policy import Measure, confidence
 from ojfa_export.runtime.sampling import GREEDY, Sampling
 
@@ -75,15 +78,23 @@ class HostChoices:
 
     def tokens(self) -> list[int]:
         """See `Choices`."""
+        likeliest = self.likeliest()
         if not self._how.sampling.temperature:
-            return self.likeliest()
+            return likeliest
         both = zip(self.logits, self._how.draws, strict=True)
         return [self._how.sampling.pick(logits, draw) for logits, draw in both]
 
     def likeliest(self) -> list[int]:
         """See `Choices`."""
-        tokens: list[int] = self.logits.argmax(axis=-1).tolist()
-        return tokens
+        tokens = self.logits.argmax(axis=-1)
+        # NumPy's argmax finds what is not a number first, so that one look a row is enough.
+        if not np.isfinite(self.logits[np.arange(len(tokens)), tokens]).all():
+            raise BackendError(
+                "the model gives logits that are no numbers (NaN or infinite)",
+                hint="check the bundle with 'ojfa-export verify BUNDLE'",
+            )
+        chosen: list[int] = tokens.tolist()
+        return chosen
 
     def confidence(self, measure: Measure) -> list[float]:
         """See `Choices`."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from ojfa_export.backends.backend import Engines, Int32
+from ojfa_export.backends.backend import Engines, Float32, Int32
 from ojfa_export.bundle.manifest import Golden
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.session import Session
@@ -21,36 +23,55 @@ def make_golden(
 ) -> tuple[Golden, ...]:
     """Generates golden tokens at full depth and at half depth.
 
+    Where no token leads clearly, as of random weights, the one that leads most is golden at full
+    depth: a bundle without any could not be verified.
+
     Args:
         spec: The model.
         engines: The bundle's engines.
         windows: [n, length] token ids to take prompts from.
         max_length: Tokens that the bundle's cache holds, prompt and continuation.
     """
-    golden = []
-    for exit in (spec.blocks, max(1, spec.blocks // 2)):
+    golden, clearest = [], (-1.0, ([0], [0]))
+    for exit in dict.fromkeys((spec.blocks, max(1, spec.blocks // 2))):
         for window in windows[:8]:
             prompt = window[: max(1, min(PROMPT_TOKENS, max_length // 2))].tolist()
-            new_tokens = min(NEW_TOKENS, max_length - len(prompt))
-            if tokens := _continue(spec, engines, prompt, exit, new_tokens):
-                golden.append(
-                    Golden(exit=exit, prompt_token_ids=tuple(prompt), token_ids=tuple(tokens))
-                )
+            new_tokens = min(NEW_TOKENS, max_length + 1 - len(prompt))
+            tokens, lead = _continue(spec, engines, prompt, exit, new_tokens)
+            if tokens:
+                golden.append(_golden(exit, prompt, tokens))
                 break
-    return tuple(golden)
+            if exit == spec.blocks and lead.share > clearest[0]:
+                clearest = lead.share, (prompt, [lead.token])
+    return tuple(golden) or (_golden(spec.blocks, *clearest[1]),)
+
+
+def _golden(exit: int, prompt: list[int], tokens: list[int]) -> Golden:
+    return Golden(exit=exit, prompt_token_ids=tuple(prompt), token_ids=tuple(tokens))
+
+
+class _Lead(NamedTuple):
+    """The likeliest token, and by which share of the largest logit it leads the second."""
+
+    token: int
+    share: float
+
+    @classmethod
+    def of(cls, logits: Float32) -> _Lead:
+        second, first = np.partition(logits, -2)[-2:]
+        return cls(int(logits.argmax()), float((first - second) / np.abs(logits).max()))
 
 
 def _continue(
     spec: ModelSpec, engines: Engines, prompt: list[int], exit: int, new_tokens: int
-) -> list[int]:
-    """Greedy tokens up to the first that does not lead clearly."""
-    session = Session(spec, engines, 1, len(prompt) + new_tokens)
+) -> tuple[list[int], _Lead]:
+    """Greedy tokens up to the first that does not lead clearly, and that one."""
+    session = Session(spec, engines, 1, len(prompt) + new_tokens - 1)
     tokens: list[int] = []
-    logits = session.advance(prompt, exit)[0]
-    while len(tokens) < new_tokens:
-        second, first = np.partition(logits, -2)[-2:]
-        if first - second < LEAD * np.abs(logits).max():
+    lead = _Lead.of(session.advance(prompt, exit)[0])
+    while lead.share >= LEAD:
+        tokens.append(lead.token)
+        if len(tokens) == new_tokens:
             break
-        tokens.append(int(logits.argmax()))
-        logits = session.advance(tokens[-1:], exit)[0]
-    return tokens
+        lead = _Lead.of(session.advance(tokens[-1:], exit)[0])
+    return tokens, lead

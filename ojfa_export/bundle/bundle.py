@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import os
 import stat
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export.bundle.checked import WHOLE, CheckedFiles
+from ojfa_export.bundle.graphs import check_graphs
 from ojfa_export.bundle.manifest import EngineSet, Manifest, TensorSlice, read_manifest
 from ojfa_export.bundle.names import GRAPHS, MANIFEST, SHORTCUT, TOKENIZER, graph_names
-from ojfa_export.digest import sha256_file
 from ojfa_export.errors import BundleError
-
-WHOLE = "copy the bundle again whole, or build it again"
 
 
 class Bundle:
@@ -25,21 +21,27 @@ class Bundle:
     Args:
         directory: The bundle.
 
+    Attributes:
+        directory: The same.
+        files: Its files: everything that opens one asks here, whenever it does.
+
     Raises:
-        BundleError: A file is missing, extra, altered, a symbolic link, or outside the bundle.
+        BundleError: A file is missing, extra, altered, a symbolic link, or outside the bundle; the
+            manifest and the graphs contradict each other.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.manifest: Manifest = read_manifest(directory)
         self._check_names()
-        self._check_contents()
         self._check_references()
+        self.files = CheckedFiles(directory, self.manifest.files)
+        check_graphs(self.manifest, self.files)
 
     @property
     def graphs(self) -> Path:
         """Directory of the portable graphs and the weights."""
-        return self.directory / GRAPHS
+        return self.files.directory / GRAPHS
 
     def engines(self, backend: str) -> EngineSet:
         """The engines of a backend.
@@ -56,21 +58,33 @@ class Bundle:
             hint=f"build them with 'ojfa-export build {self.directory} --backend {backend}'",
         )
 
-    def tensor(self, location: TensorSlice) -> NDArray[np.float32]:
-        """Maps a float32 tensor into memory.
+    def path(self, name: str) -> Path:
+        """Where a file is, for what opens it right now.
 
         Raises:
-            BundleError: It reaches beyond its file.
+            BundleError: It was changed since the bundle was opened.
         """
-        count = math.prod(location.shape)
-        if location.offset + 4 * count > self.manifest.files[location.file].size:
-            raise BundleError(
-                f"{MANIFEST}: tensor at {location.file} is beyond the file", hint=WHOLE
-            )
-        array: NDArray[np.float32] = np.memmap(
-            self.directory / location.file, np.float32, "r", location.offset, location.shape
-        )
-        return array
+        path = self.files.directory / name
+        with self.files.held(path):
+            return path
+
+    def read(self, name: str) -> bytes:
+        """A file whole.
+
+        Raises:
+            BundleError: It was changed since the bundle was opened.
+        """
+        return self.files.read(self.files.directory / name)
+
+    def tensor(self, location: TensorSlice) -> NDArray[np.float32]:
+        """A float32 tensor, read into memory.
+
+        Raises:
+            BundleError: It reaches beyond its file, which may have been changed since.
+        """
+        path = self.files.directory / location.file
+        with self.files.mapped(path, "<f4", location.offset, location.shape) as array:
+            return np.array(array, np.float32)
 
     def _check_names(self) -> None:
         named = set(self.manifest.files)
@@ -90,25 +104,6 @@ class Bundle:
                 f"{self.directory} holds {name!r}, which its manifest does not name",
                 hint="remove it, or use a fresh copy of the bundle",
             )
-
-    def _check_contents(self) -> None:
-        def check(name: str) -> None:
-            path, entry = self.directory / name, self.manifest.files[name]
-            size = path.stat().st_size
-            if size != entry.size:
-                raise BundleError(
-                    f"{path} has {size} bytes, its manifest says {entry.size}", hint=WHOLE
-                )
-            if sha256_file(path) != entry.sha256:
-                raise BundleError(f"{path} was altered: its SHA-256 differs", hint=WHOLE)
-
-        # Hashing releases the interpreter lock; the largest files first, so that none is last.
-        names = sorted(self.manifest.files, key=lambda name: -self.manifest.files[name].size)
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            try:
-                list(pool.map(check, names))
-            except OSError as error:
-                raise BundleError(f"{self.directory} can't be read: {error}", hint=WHOLE) from error
 
     def _check_references(self) -> None:
         manifest = self.manifest

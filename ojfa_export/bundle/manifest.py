@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ from pydantic import (
 from ojfa_export.bundle.names import MANIFEST
 from ojfa_export.errors import BundleError, UsageError
 from ojfa_export.families.spec import ModelSpec, Precision
+from ojfa_export.files import read_regular
 from ojfa_export.guarantee.promise import Promise
 from ojfa_export.runtime.default import Default
 from ojfa_export.runtime.policy import ExitPolicy
@@ -31,6 +33,10 @@ from ojfa_export.runtime.policy import ExitPolicy
 FORMAT = "ojfa-bundle"
 FORMAT_VERSION = 1
 DIGEST = "digest"
+# What a manifest may hold, as the C++ runtime has it: nothing is allocated or counted beyond.
+MANIFEST_BYTES = 64 << 20
+BLOCKS = 1 << 16
+LARGEST = 2**31 - 1
 Sha256 = Field(pattern="^[0-9a-f]{64}$")
 
 
@@ -67,8 +73,8 @@ class CacheLayout(_Part):
     """The key-value cache that the engines expect."""
 
     axes: tuple[str, ...] = ("batch", "kv_head", "position", "head_feature")
-    max_length: PositiveInt
-    max_batch_size: PositiveInt
+    max_length: int = Field(ge=1, le=LARGEST)
+    max_batch_size: int = Field(ge=1, le=LARGEST)
 
 
 class TensorSlice(_Part):
@@ -159,8 +165,8 @@ class Golden(_Part):
     """
 
     exit: PositiveInt
-    prompt_token_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    token_ids: tuple[NonNegativeInt, ...] = Field(min_length=1)
 
 
 class Built(_Part):
@@ -196,12 +202,32 @@ class Manifest(_Part):
     engines: tuple[EngineSet, ...]
     shortcut: ShortcutEntry
     calibration: Calibration
-    golden: tuple[Golden, ...]
+    golden: tuple[Golden, ...] = Field(min_length=1)
     auto: ExitPolicy | None = None
     promise: Promise | None = None
     default: Default | None = None
     files: dict[str, FileEntry]
     built: Built
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Manifest:
+        check_spec(self.model.spec)
+        spec = self.model.spec
+        if spec.learned_positions and self.cache.max_length > spec.max_positions:
+            raise ValueError("the cache is longer than the model has positions")
+        blocks, vocabulary = spec.blocks, spec.vocab_size
+        for golden in self.golden:
+            ids = (*golden.prompt_token_ids, *golden.token_ids)
+            if (
+                golden.exit > blocks
+                or max(ids) >= vocabulary
+                or len(ids) > self.cache.max_length + 1
+            ):
+                raise ValueError("golden tokens are outside the model")
+        gates = self.shortcut.gates
+        if gates is not None and (not self.shortcut.residual or len(gates) != blocks - 1):
+            raise ValueError("the shortcut's gates must be one for each exit")
+        return self
 
     @model_validator(mode="after")
     def _exits_fit(self) -> Manifest:
@@ -264,7 +290,7 @@ def read_manifest(directory: Path) -> Manifest:
             hint="make one with 'ojfa-export build CHECKPOINT -o BUNDLE'",
         )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(read_regular(path, MANIFEST_BYTES))
     except FileNotFoundError:
         raise BundleError(
             f"{directory} is not a bundle: it has no {MANIFEST}",
@@ -289,10 +315,49 @@ def read_manifest(directory: Path) -> Manifest:
         return Manifest.model_validate_json(json.dumps(raw))
     except (ValidationError, ValueError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
-        detail = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+        detail = str(error)
+        if first:
+            place, message = ".".join(map(str, first["loc"])), first["msg"]
+            detail = f"{place}: {message}" if place else message.removeprefix("Value error, ")
         raise _damaged(path, detail) from error
     except UsageError as error:
         raise _damaged(path, error.message) from error
+
+
+def check_spec(spec: ModelSpec) -> None:
+    """Refuses what no model can be, before anything is made by it.
+
+    Raises:
+        ValueError: It is beyond what is read, or contradicts itself.
+    """
+    if spec.blocks > BLOCKS:
+        raise ValueError(f"model.spec.blocks: {spec.blocks} is above {BLOCKS}")
+    for name, value in spec:
+        values = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(each, int) and abs(each) > LARGEST for each in values):
+            raise ValueError(f"model.spec.{name}: above {LARGEST}")
+    if len(spec.attention_scales) != spec.blocks:
+        raise ValueError("model.spec.attention_scales: there must be one for each block")
+    if spec.heads % spec.kv_heads:
+        raise ValueError("model.spec.kv_heads: they must divide the heads")
+    if spec.rotary_dim % 2 or not 0 <= spec.rotary_dim <= spec.head_dim:
+        raise ValueError("model.spec.rotary_dim: it must be even and at most head_dim")
+
+
+def parse_json(text: bytes) -> Any:
+    """JSON as the standard has it: Python's own reader also takes NaN and numbers without end.
+
+    Raises:
+        ValueError: It is none.
+    """
+
+    def number(literal: str) -> float:
+        value = float(literal)
+        if not math.isfinite(value):
+            raise ValueError(f"{literal} is no number that can be held")
+        return value
+
+    return json.loads(text.decode(), parse_constant=number, parse_float=number)
 
 
 def _damaged(path: Path, detail: str) -> BundleError:

@@ -18,7 +18,7 @@ from ojfa_export.errors import UsageError
 if TYPE_CHECKING:
     from ojfa_export.measure.bench import BenchResult
     from ojfa_export.measure.reading import ReadingResult
-    from ojfa_export.runtime.model import ExitChoice
+    from ojfa_export.runtime.options import ExitChoice
 
 # Steps of an exit, and tokens of a text, where none are asked for: exits per token and drafts
 # take other times on other tokens.

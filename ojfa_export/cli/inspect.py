@@ -181,7 +181,7 @@ def _show_layers(console: Console, bundle: Bundle) -> None:
             if not isinstance(backend, ShowsLayers):
                 continue
             backend.check(engines.built_with)
-            files = {name: bundle.directory / file for name, file in engines.files.items()}
+            files = {name: bundle.path(file) for name, file in engines.files.items()}
             layers = backend.describe_layers(files)
         except OjfaError as error:
             _section(console, f"Layers of {engines.backend}", {"not shown": error.message})

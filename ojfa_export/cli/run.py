@@ -17,8 +17,9 @@ from ojfa_export.errors import UsageError
 
 if TYPE_CHECKING:
     from ojfa_export.runtime.generation import Generation, Token
-    from ojfa_export.runtime.model import ExitChoice, Model
+    from ojfa_export.runtime.model import Model
     from ojfa_export.runtime.monitor import Monitor
+    from ojfa_export.runtime.options import ExitChoice
 
 STDIN = "-"
 
@@ -112,7 +113,7 @@ def command(
     if depth is None:
         depth = "full" if speculate else _take_default(console, model, len(texts), settings)
     encoded = [model.encode(text) for text in texts]
-    tokens = _Interruptible(model.stream(texts, exit=depth, **settings), _printer(console, texts))
+    tokens = _Interruptible(model.stream(encoded, exit=depth, **settings), _printer(console, texts))
     generation = collect(encoded, tokens)
     if console.json:
         if not tokens.interrupted:

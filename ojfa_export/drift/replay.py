@@ -69,7 +69,7 @@ def watched(model: Model) -> Watched:
             f"{directory} has no calibration statistics of its exits",
             hint=f"build it with '{build} --max-disagreement 0.05'",
         )
-    splits = load_statistics(directory / STATISTICS)
+    splits = load_statistics(model.bundle.path(STATISTICS))
     return Watched(policy, promise, splits["certification"])
 
 

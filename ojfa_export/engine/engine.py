@@ -19,14 +19,15 @@ from ojfa_export.engine.scheduler import Scheduler, Work
 from ojfa_export.engine.slots import Slots
 from ojfa_export.engine.stats import Counts, EngineStats
 from ojfa_export.errors import BackendError, OjfaError, OverloadedError, UsageError
-from ojfa_export.runtime.exits import resolve_exit
-from ojfa_export.runtime.options import GenerationOptions
+from ojfa_export.runtime.options import GenerationOptions, OptionArguments
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
 from ojfa_export.runtime.text import TextStream
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from ojfa_export.runtime.model import Model
 
 NO_SLOT = -1
@@ -115,25 +116,25 @@ class Engine:
         options: GenerationOptions | None = None,
         *,
         timeout: float | None = None,
+        **changes: Unpack[OptionArguments],
     ) -> Request:
         """Adds a request; its tokens come from the request.
 
         Args:
             prompt: Text, or token ids.
-            options: How to generate.
+            options: How to generate; where no exit is named, at full depth.
             timeout: Seconds until it ends with what it has, the time in the queue included.
+            changes: Options by name, in place of those in `options`.
 
         Raises:
             UsageError: An argument out of range, or a request that never fits the cache.
             OverloadedError: The queue is full; try again later.
             OjfaError: The engine is closed.
         """
-        options = options or GenerationOptions()
-        if not isinstance(options, GenerationOptions):
-            raise UsageError(f"options must be GenerationOptions, not {options!r:.60}")
+        options = GenerationOptions.of(options, changes)
         spec = self.model.spec
         options.check_fits(spec.blocks, spec.vocab_size)
-        exit = self._resolve(options)
+        exit = self.model.resolve_exit("full" if options.exit is None else options.exit)
         ids = self.model.encode(prompt)
         if pages_of(len(ids) + 1) > self._pages:
             raise UsageError(
@@ -199,15 +200,6 @@ class Engine:
             reuse=self._prefix_cache,
         )
         self._scheduler = Scheduler(spec.blocks, self._costs, self._piece)
-
-    def _resolve(self, options: GenerationOptions) -> int | ExitPolicy:
-        if options.exit is None:
-            return self.model.spec.blocks
-        if options.exit == "auto":
-            return self.model.auto_policy()
-        if isinstance(options.exit, ExitPolicy):
-            return options.exit
-        return resolve_exit(options.exit, self.model.spec.blocks)
 
     def _running_of(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,10 +122,12 @@ def references(model: onnx.ModelProto) -> dict[str, TensorRef]:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entry = {item.key: item.value for item in tensor.external_data}
+        # The format lets both be left out.
+        width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         refs[tensor.name] = TensorRef(
             entry["location"],
-            int(entry["offset"]),
-            int(entry["length"]),
+            int(entry.get("offset", 0)),
+            int(entry.get("length", width * math.prod(tensor.dims))),
             tensor.data_type,
             tuple(tensor.dims),
         )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ojfa_export.atomic import write_atomically
 from ojfa_export.errors import BundleError
+from ojfa_export.files import check_regular
 from ojfa_export.guarantee.confidence import MEASURES
 from ojfa_export.runtime.policy import Measure
 
@@ -148,6 +149,7 @@ def load_statistics(path: Path) -> dict[str, ExitStatistics]:
         BundleError: Missing, or damaged.
     """
     try:
+        check_regular(path)
         with np.load(path, allow_pickle=False) as file:
             domains = tuple(str(name) for name in file["domains"])
             exits = tuple(int(depth) for depth in file["exits"])

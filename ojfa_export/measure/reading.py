@@ -19,7 +19,8 @@ from ojfa_export.measure.machine import describe_machine
 from ojfa_export.measure.turns import Clock
 from ojfa_export.progress import Progress
 from ojfa_export.runtime.exits import resolve_exit
-from ojfa_export.runtime.model import ExitChoice, Model, load
+from ojfa_export.runtime.model import Model, load
+from ojfa_export.runtime.options import ExitChoice
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session

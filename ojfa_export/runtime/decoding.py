@@ -8,8 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
+from ojfa_export.backends.backend import Float32
 from ojfa_export.backends.choice import Choices
-from ojfa_export.runtime.exits import Exit
+from ojfa_export.runtime.exits import Exit, resolve_exit
+from ojfa_export.runtime.logits import LogitsProcessor, TokenLogprobs
+from ojfa_export.runtime.options import GenerationOptions
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
@@ -23,11 +26,13 @@ class Chosen:
     Attributes:
         blocks_run: Blocks that computed its logits.
         drafted: Whether speculation proposed it before the full model took it.
+        logprobs: If they were asked for.
     """
 
     id: int
     blocks_run: int
     drafted: bool = False
+    logprobs: TokenLogprobs | None = None
 
 
 class Decoder(Protocol):
@@ -118,3 +123,51 @@ class StepByStep:
             known = self._unused.pop(row, None)
             draws[row] = self._sampling.draw(self._generators[row]) if known is None else known
         return draws
+
+
+class StepWithLogits:
+    """One token per step, chosen from logits on the host: penalties, biases, log probabilities.
+
+    Args:
+        session: With a sequence for each generator.
+        exit: A fixed exit, or the policy that decides.
+        options: How tokens are chosen.
+        generators: Random numbers of each sequence.
+        prompts: Token ids of each sequence.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        exit: Exit | ExitPolicy,
+        options: GenerationOptions,
+        generators: Sequence[np.random.Generator],
+        prompts: Sequence[Sequence[int]],
+    ) -> None:
+        self._session, self._exit, self._generators = session, exit, generators
+        self._sampling = options.sampling
+        self._processors = [LogitsProcessor(options, list(prompt)) for prompt in prompts]
+
+    def step(self, pending: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[list[Chosen]]:
+        """See `Decoder`."""
+        blocks_run: list[int]
+        if isinstance(self._exit, ExitPolicy):
+            step = self._session.decide(pending, self._exit)
+            logits, blocks_run = step.logits, step.blocks_run.tolist()
+        else:
+            logits = self._session.advance(pending, self._exit)
+            depth = resolve_exit(self._exit, self._session.spec.blocks)
+            blocks_run = [depth] * len(logits)
+        return [
+            [self._choose(row, logits[row], blocks_run[row])] if ids else []
+            for row, ids in enumerate(pending)
+        ]
+
+    def end(self) -> None:
+        """See `Decoder`: nothing is begun ahead."""
+
+    def _choose(self, row: int, logits: Float32, blocks_run: int) -> Chosen:
+        processor = self._processors[row]
+        token = self._sampling.choose(processor.adjust(logits), self._generators[row])
+        processor.push(token)
+        return Chosen(token, blocks_run, logprobs=processor.logprobs(logits, token))

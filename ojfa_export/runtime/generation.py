@@ -9,16 +9,18 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
-from ojfa_export.runtime.decoding import Decoder, StepByStep
+from ojfa_export.runtime.decoding import Decoder, StepByStep, StepWithLogits
 from ojfa_export.runtime.exits import Exit
+from ojfa_export.runtime.logits import TokenLogprobs
 from ojfa_export.runtime.monitor import Monitor
+from ojfa_export.runtime.options import GenerationOptions
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.speculation import Speculation, Speculator
 from ojfa_export.runtime.text import TextStream
 
-FinishReason = Literal["end_of_text", "stop_string", "max_new_tokens", "cache_full"]
+FinishReason = Literal["end_of_text", "stop_token", "stop_string", "max_new_tokens", "cache_full"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Token:
         blocks_run: Blocks that computed it.
         finish_reason: Why this is the prompt's last token, or None.
         drafted: Whether speculation proposed it before the full model took it.
+        logprobs: If they were asked for.
     """
 
     row: int
@@ -40,6 +43,7 @@ class Token:
     blocks_run: int
     finish_reason: FinishReason | None
     drafted: bool = False
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Completion:
         exit_blocks: Blocks run for each token.
         passes: Passes that gave the tokens: as many as tokens, or fewer where drafts of
             speculation were accepted.
+        logprobs: Of each token, if they were asked for.
     """
 
     prompt_token_ids: list[int]
@@ -58,6 +63,7 @@ class Completion:
     exit_blocks: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     passes: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 @dataclass
@@ -81,6 +87,9 @@ class Settings:
     Attributes:
         monitor: Takes the session when all prompts have ended.
         domain: Of the prompts, for the monitor.
+        options: Where tokens are chosen from logits on the host (`GenerationOptions.needs_logits`),
+            how; else None.
+        stop_token_ids: Tokens that end a text beside the model's own.
     """
 
     exit: Exit | ExitPolicy
@@ -91,6 +100,8 @@ class Settings:
     speculation: Speculation | None = None
     monitor: Monitor | None = None
     domain: str | None = None
+    options: GenerationOptions | None = None
+    stop_token_ids: tuple[int, ...] = ()
 
 
 def generate_tokens(
@@ -107,7 +118,8 @@ def generate_tokens(
     Yields:
         Tokens in the order in which they are known, prompt by prompt within a step.
     """
-    decoder = _decoder(session, len(prompts), settings)
+    decoder = _decoder(session, prompts, settings)
+    silent = {*settings.eos_token_ids, *settings.stop_token_ids}
     streams = [TextStream(tokenizer, settings.stop, prompt) for prompt in prompts]
     counts = [0] * len(prompts)
     pending: list[list[int]] = [list(prompt) for prompt in prompts]
@@ -117,14 +129,16 @@ def generate_tokens(
         for row, tokens in enumerate(chosen):
             for token in tokens:
                 counts[row] += 1
-                text = "" if token.id in settings.eos_token_ids else streams[row].push(token.id)
+                text = "" if token.id in silent else streams[row].push(token.id)
                 # The newest token isn't in the cache, and needs a row only if another follows.
                 room = session.max_length - (len(prompts[row]) + counts[row] - 1)
                 reason = _finish_reason(token.id, streams[row], counts[row], room, settings)
                 pending[row] = [token.id] if reason is None else []
                 if reason is not None:
                     text += streams[row].finish()
-                yield Token(row, token.id, text, token.blocks_run, reason, token.drafted)
+                yield Token(
+                    row, token.id, text, token.blocks_run, reason, token.drafted, token.logprobs
+                )
                 if reason is not None:
                     break
     decoder.end()
@@ -132,9 +146,11 @@ def generate_tokens(
         settings.monitor.finish(session, settings.domain)
 
 
-def _decoder(session: Session, rows: int, settings: Settings) -> Decoder:
+def _decoder(session: Session, prompts: Sequence[Sequence[int]], settings: Settings) -> Decoder:
     sampling = settings.sampling
-    generators = [sampling.generator(row) for row in range(rows)]
+    generators = [sampling.generator(row) for row in range(len(prompts))]
+    if settings.options is not None:
+        return StepWithLogits(session, settings.exit, settings.options, generators, prompts)
     if settings.speculation is None:
         return StepByStep(session, settings.exit, sampling, generators)
     return Speculator(session, settings.speculation, sampling, generators, settings.eos_token_ids)
@@ -145,6 +161,8 @@ def _finish_reason(
 ) -> FinishReason | None:
     if token in settings.eos_token_ids:
         return "end_of_text"
+    if token in settings.stop_token_ids:
+        return "stop_token"
     if stream.stopped:
         return "stop_string"
     if count >= settings.max_new_tokens:
@@ -165,6 +183,8 @@ def collect(prompts: Sequence[Sequence[int]], tokens: Iterator[Token]) -> Genera
         completion.token_ids.append(token.id)
         completion.text += token.text
         completion.exit_blocks.append(token.blocks_run)
+        if token.logprobs is not None:
+            completion.logprobs.append(token.logprobs)
         # Each pass gives one token that wasn't drafted, unless the text ends before it.
         completion.passes += not token.drafted or token.finish_reason is not None
         completion.finish_reason = token.finish_reason

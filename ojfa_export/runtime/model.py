@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from tokenizers import Tokenizer
+from typing_extensions import Unpack
 
 from ojfa_export import backends
 from ojfa_export.bundle.bundle import Bundle
@@ -18,16 +17,13 @@ from ojfa_export.errors import BundleError, UsageError
 from ojfa_export.guarantee.monitor import DEFAULT_FALSE_ALARMS, DisagreementMonitor
 from ojfa_export.runtime.default import Default
 from ojfa_export.runtime.events import Listener
-from ojfa_export.runtime.exits import Exit, resolve_exit
+from ojfa_export.runtime.exits import resolve_exit
 from ojfa_export.runtime.generation import Generation, Settings, Token, collect, generate_tokens
 from ojfa_export.runtime.monitor import Monitor
+from ojfa_export.runtime.options import ExitChoice, GenerationOptions, OptionArguments
 from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.sampling import Sampling
+from ojfa_export.runtime.prompts import Prompts, check_token_ids, listed_prompts
 from ojfa_export.runtime.session import Session
-from ojfa_export.runtime.speculation import Speculation
-
-# A fixed exit, a policy that decides for each token, or "auto", the bundle's own policy.
-ExitChoice = Exit | Literal["auto"] | ExitPolicy
 
 
 class Model:
@@ -51,8 +47,9 @@ class Model:
         opener.check(built.built_with)
         tables = manifest.rotary
         rotary = (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None
-        engines = {name: bundle.directory / file for name, file in built.files.items()}
-        self.engines = opener.open_engines(self.spec, bundle.graphs, engines, rotary)
+        directory = bundle.files.directory
+        engines = {name: directory / file for name, file in built.files.items()}
+        self.engines = opener.open_engines(self.spec, bundle.graphs, engines, rotary, bundle.files)
 
     def __repr__(self) -> str:
         model = self.manifest.model
@@ -81,7 +78,9 @@ class Model:
 
         Raises:
             UsageError: More than the bundle was built for.
+            BundleError: Somebody has written into the bundle's files since they were checked.
         """
+        self.bundle.files.check_in_place()
         cache = self.manifest.cache
         length = cache.max_length if max_length is None else max_length
         for value, limit, what in (
@@ -132,79 +131,41 @@ class Model:
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompts,
+        options: GenerationOptions | None = None,
         *,
-        exit: ExitChoice | None = None,
-        speculate: bool | Speculation = False,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
         monitor: Monitor | None = None,
         domain: str | None = None,
+        **changes: Unpack[OptionArguments],
     ) -> Generation:
         """Generates for one prompt or a batch of them.
 
         Args:
-            prompts: Text before the generated text.
-            exit: Blocks to run for each token, or "full"; "auto" decides for each token by the
-                policy in the bundle, an `ExitPolicy` by that. None takes `default`.
-            speculate: Whether, or how, to draft at an exit and check with the remaining blocks:
-                the tokens are those of full depth (sampled ones: their distribution).
-            max_new_tokens: Tokens at most for each prompt.
-            temperature: 0 for greedy decoding.
-            top_k: Sample among this many most likely tokens.
-            top_p: Sample among the fewest tokens with this much probability.
-            seed: Of sampling.
-            stop: Strings that end a text.
+            prompts: Text or token ids before the generated text; or a list of these.
+            options: How to generate.
             monitor: Takes each prompt as a request; its shadow checks run after the last token,
                 and a stream must be read to its end for that.
             domain: Of the prompts, one of the promise's; None where it isn't known.
+            changes: Options by name, in place of those in `options`: see `GenerationOptions`.
 
         Raises:
             UsageError: An argument out of range, an empty prompt, or one too long for the cache.
             BundleError: "auto", of a bundle that has no policy.
         """
-        encoded = [self.encode(prompt) for prompt in _listed(prompts)]
-        settings = self._settings(
-            exit,
-            speculate,
-            max_new_tokens,
-            stop,
-            Sampling(temperature, top_k, top_p, seed),
-            len(encoded),
-        )
-        settings = _monitored(settings, monitor, domain)
+        encoded, settings = self._begin(prompts, options, changes, monitor, domain)
         return collect(encoded, self._tokens(encoded, settings))
 
     def stream(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompts,
+        options: GenerationOptions | None = None,
         *,
-        exit: ExitChoice | None = None,
-        speculate: bool | Speculation = False,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: str | Sequence[str] = (),
         monitor: Monitor | None = None,
         domain: str | None = None,
+        **changes: Unpack[OptionArguments],
     ) -> Iterator[Token]:
         """Generates as `generate` does, and gives each token when it is known."""
-        encoded = [self.encode(prompt) for prompt in _listed(prompts)]
-        settings = self._settings(
-            exit,
-            speculate,
-            max_new_tokens,
-            stop,
-            Sampling(temperature, top_k, top_p, seed),
-            len(encoded),
-        )
-        settings = _monitored(settings, monitor, domain)
+        encoded, settings = self._begin(prompts, options, changes, monitor, domain)
         return self._tokens(encoded, settings)
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -216,7 +177,10 @@ class Model:
         Raises:
             UsageError: It has none, too many for the cache, or one outside the model.
         """
-        ids = self._encode(prompt) if isinstance(prompt, str) else self._checked(prompt)
+        if isinstance(prompt, str):
+            ids = self._encode(prompt)
+        else:
+            ids = check_token_ids(prompt, self.spec.vocab_size)
         if not ids:
             raise UsageError(
                 "the prompt is empty", hint="give at least one character: -p 'def main('"
@@ -237,21 +201,6 @@ class Model:
                 f"a prompt is not text in UTF-8: {prompt!r:.40}",
                 hint="give a str of whole characters",
             ) from error
-        return ids
-
-    def _checked(self, prompt: Sequence[int]) -> list[int]:
-        try:
-            ids = [operator.index(each) for each in prompt]
-        except TypeError:
-            raise UsageError(
-                f"a prompt is neither text nor token ids: {prompt!r:.40}",
-                hint="give a str, or a list of whole numbers",
-            ) from None
-        if ids and not 0 <= min(ids) <= max(ids) < self.spec.vocab_size:
-            raise UsageError(
-                f"the prompt has token ids outside 0..{self.spec.vocab_size - 1}",
-                hint="was it encoded with another model's tokenizer?",
-            )
         return ids
 
     def auto_policy(self) -> ExitPolicy:
@@ -281,41 +230,71 @@ class Model:
         planned = self.manifest.default
         return planned if prompts == 1 and temperature == 0 else None
 
-    def _settings(
+    def resolve_exit(self, exit: ExitChoice) -> int | ExitPolicy:
+        """Blocks to run for an exit, or the policy that decides.
+
+        Raises:
+            UsageError: An exit outside the model.
+            BundleError: "auto", of a bundle that has no policy.
+        """
+        if isinstance(exit, str) and exit == "auto":
+            return self.auto_policy()
+        if isinstance(exit, ExitPolicy):
+            exit.check_fits(self.blocks)
+            return exit
+        return resolve_exit(exit, self.blocks)
+
+    def _begin(
         self,
-        exit: ExitChoice | None,
-        speculate: bool | Speculation,
-        max_new_tokens: int,
-        stop: str | Sequence[str],
-        sampling: Sampling,
-        prompts: int,
-    ) -> Settings:
-        if exit is None:
-            default = None if speculate else self.default(prompts, sampling.temperature)
-            exit = default.exit if default else "full"
-            speculate = default.speculation or False if default else speculate
-        if max_new_tokens < 1:
-            raise UsageError(f"max-new-tokens must be 1 or more, not {max_new_tokens}")
-        stops = tuple(_listed(stop))
-        if "" in stops:
-            raise UsageError("a stop string is empty")
-        speculation = Speculation() if speculate is True else speculate or None
-        chosen: Exit | ExitPolicy = self.auto_policy() if exit == "auto" else exit
-        depth = self.blocks
-        if isinstance(chosen, ExitPolicy):
-            chosen.check_fits(self.blocks)
-        else:
-            depth = resolve_exit(chosen, self.blocks)
-        if speculation is not None:
-            speculation.resolve_exit(self.blocks)
-            if chosen != "full" and chosen != self.blocks:
-                raise UsageError(
-                    "speculation gives the tokens of full depth, and an exit was asked for",
-                    hint="leave out one of them; the exit that drafts is a setting of speculation",
-                )
-        self.engines.load_blocks(depth)
-        eos = self.spec.eos_token_ids
-        return Settings(chosen, max_new_tokens, sampling, stops, eos, speculation)
+        prompts: Prompts,
+        options: GenerationOptions | None,
+        changes: OptionArguments,
+        monitor: Monitor | None,
+        domain: str | None,
+    ) -> tuple[list[list[int]], Settings]:
+        """Token ids of the prompts, and options with defaults resolved."""
+        resolved = GenerationOptions.of(options, changes)
+        encoded = [self.encode(prompt) for prompt in listed_prompts(prompts)]
+        settings = self._settings(resolved, len(encoded))
+        return encoded, _monitored(settings, monitor, domain)
+
+    def _settings(self, options: GenerationOptions, prompts: int) -> Settings:
+        options = self.resolve_default(options, prompts)
+        options.check_fits(self.blocks, self.spec.vocab_size)
+        assert options.exit is not None
+        exit = self.resolve_exit(options.exit)
+        if options.speculation is not None and options.needs_logits:
+            raise UsageError(
+                "log probabilities can't be combined with speculation here",
+                hint="leave out one of them",
+            )
+        self.engines.load_blocks(exit if isinstance(exit, int) else self.blocks)
+        return Settings(
+            exit="full" if exit == self.blocks else exit,
+            max_new_tokens=options.max_new_tokens,
+            sampling=options.sampling,
+            stop=tuple(options.stop),
+            eos_token_ids=() if options.ignore_eos else self.spec.eos_token_ids,
+            speculation=options.speculation,
+            options=options if options.needs_logits else None,
+            stop_token_ids=tuple(options.stop_token_ids),
+        )
+
+    def resolve_default(self, options: GenerationOptions, prompts: int = 1) -> GenerationOptions:
+        """The options, with what the build planned where they name no exit.
+
+        Args:
+            options: As asked.
+            prompts: How many run together.
+        """
+        if options.exit is not None:
+            return options
+        default = None
+        if not options.speculate and not options.needs_logits:
+            default = self.default(prompts, options.temperature)
+        if default is None:
+            return replace(options, exit="full")
+        return replace(options, exit=default.exit, speculate=default.speculation or False)
 
     def _tokens(self, encoded: list[list[int]], settings: Settings) -> Iterator[Token]:
         if not encoded:
@@ -361,14 +340,10 @@ def _monitored(settings: Settings, monitor: Monitor | None, domain: str | None) 
     return replace(settings, monitor=monitor, domain=domain)
 
 
-def _listed(value: str | Sequence[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
-
-
 def _read_tokenizer(bundle: Bundle) -> Tokenizer:
-    path = bundle.directory / TOKENIZER
+    path, text = bundle.directory / TOKENIZER, bundle.read(TOKENIZER)
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(text)
     except Exception as error:  # tokenizers raises plain Exception for every bad file
         raise BundleError(
             f"{path} can't be read: {error}", hint="build the bundle again"

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.exits import Exit, resolve_exit
@@ -17,6 +17,27 @@ from ojfa_export.runtime.speculation import Speculation
 # A fixed exit, a policy that decides for each token, or "auto", the bundle's own policy.
 ExitChoice = Exit | Literal["auto"] | ExitPolicy
 MOST_LOGPROBS = 20
+
+
+class OptionArguments(TypedDict, total=False):
+    """The options of `GenerationOptions`, as arguments by name."""
+
+    exit: ExitChoice | None
+    speculate: bool | Speculation
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    min_p: float
+    seed: int
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    logprobs: int | None
 
 
 @dataclass(frozen=True)
@@ -93,6 +114,11 @@ class GenerationOptions:
                 raise UsageError(
                     f"there is no option {name!r}", hint=f"known: {', '.join(sorted(known))}"
                 )
+        if options is not None and not isinstance(options, cls):
+            raise UsageError(
+                f"options must be GenerationOptions, not {options!r:.60}",
+                hint="options by name come after it: max_new_tokens=8",
+            )
         base = {} if options is None else {name: getattr(options, name) for name in known}
         return cls(**{**base, **changes})
 

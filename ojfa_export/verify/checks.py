@@ -118,7 +118,7 @@ def verify_against(
             f"{bundle.directory} was built from another model than {checkpoint}",
             hint=f"name the checkpoint of {bundle.manifest.model.name}",
         )
-    shortcut, _ = shortcut_file.load(bundle.directory / SHORTCUT)
+    shortcut, _ = shortcut_file.load(bundle.path(SHORTCUT))
     manifest = bundle.manifest
     engines = frugal(model.engines, model.spec)
     parts = Parts(model.spec, manifest.precision, bundle.graphs, lambda: engines, shortcut)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ojfa_export.bundle.manifest import Golden
+from ojfa_export.bundle.manifest import Golden, Manifest
+from ojfa_export.errors import OjfaError
+from ojfa_export.families import read_spec
+from ojfa_export.families.config import Config
 from ojfa_export.report.model import Check
 from ojfa_export.runtime.model import Model
 
@@ -16,6 +19,26 @@ def verify_golden(model: Model) -> list[Check]:
         model: An opened bundle.
     """
     return [_golden_check(model, golden) for golden in model.manifest.golden]
+
+
+def verify_spec(manifest: Manifest) -> Check:
+    """Reads the checkpoint's config again: is the model what it says?
+
+    Much of a model shows in no shape and in few tokens: a window, a scale, a switching length.
+
+    Args:
+        manifest: It holds the config, and what was read from it.
+    """
+    model = manifest.model
+    try:
+        _, spec = read_spec(Config(model.config, "model.config"))
+        # Those come from generation_config.json as well.
+        same = spec.model_copy(update={"eos_token_ids": model.spec.eos_token_ids}) == model.spec
+    except (OjfaError, ArithmeticError, LookupError, TypeError, ValueError):  # whatever it holds
+        same = False
+    return Check(
+        name="model as its config says", max_abs_diff=float(not same), tolerance=0, passed=same
+    )
 
 
 def _golden_check(model: Model, golden: Golden) -> Check:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+
 from ojfa_export import backends
 from ojfa_export.backends.backend import Int32
 from ojfa_export.bundle.bundle import Bundle
@@ -39,19 +41,14 @@ def verify_bundle(
     Raises:
         OjfaError: The bundle or the checkpoint can't be read, or they are of different models.
     """
-    from ojfa_export.verify.golden import verify_golden
+    from ojfa_export.verify.golden import verify_golden, verify_spec
 
     opened = Bundle(bundle)
     model = Model(opened, backend)
-    checks = verify_golden(model)
+    checks = [verify_spec(opened.manifest), *verify_golden(model)]
     if can_compare_blocks():
         checks += compare_blocks(opened, model, backend, progress)
     if against is None:
-        if not checks:  # random weights, say: no token leads the others clearly
-            raise BundleError(
-                f"{bundle} has no golden tokens to verify with",
-                hint="compare it with its checkpoint: --against CHECKPOINT",
-            )
         return checks
     from ojfa_export.checkpoint.checkpoint import Checkpoint
     from ojfa_export.checkpoint.hub import resolve
@@ -99,13 +96,21 @@ def compare_blocks(
     manifest, tables = bundle.manifest, bundle.manifest.rotary
     if token_ids is None:
         token_ids = sample_token_ids(model, TOKENS)[: manifest.cache.max_batch_size]
+    shortcut = load(bundle.path(SHORTCUT))[0]
+    if len(shortcut.scale) != model.spec.hidden_size:
+        raise BundleError(
+            f"{bundle.directory / SHORTCUT} is of another model: it has {len(shortcut.scale)} "
+            f"features, not {model.spec.hidden_size}",
+            hint="don't use this bundle: build it again",
+        )
     subject = make_subject(
         model.spec,
         manifest.precision,
         bundle.graphs,
         (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None,
-        load(bundle.directory / SHORTCUT)[0],
+        shortcut,
         model.engines,
         backends.load(backend),
     )
-    return verify_blocks(subject, token_ids, progress)
+    with np.errstate(invalid="ignore", over="ignore"):  # a check that fails says it
+        return verify_blocks(subject, token_ids, progress)

@@ -162,13 +162,10 @@ def test_golden_tokens_are_the_models_own(tiny_bundle: Path) -> None:
 def test_golden_tokens_fit_a_short_cache(options: Options, length: int) -> None:
     result = build(options(max_cache_length=length))
     golden = Bundle(result.bundle).manifest.golden
-    for each in golden:
-        assert len(each.prompt_token_ids) + len(each.token_ids) <= length
-    if not golden:  # no room for one, or no token that leads clearly
-        with pytest.raises(BundleError, match="no golden tokens"):
-            verify_bundle(result.bundle, None, "onnxruntime", SILENT)
-    else:
-        assert all(c.passed for c in verify_bundle(result.bundle, None, "onnxruntime", SILENT))
+    assert golden  # also where there is room for one token alone, or none that leads clearly
+    for each in golden:  # the last token needs no room
+        assert len(each.prompt_token_ids) + len(each.token_ids) <= length + 1
+    assert all(c.passed for c in verify_bundle(result.bundle, None, "onnxruntime", SILENT))
 
 
 def test_verify_against_another_checkpoint(tiny_bundle: Path, tmp_path: Path) -> None:

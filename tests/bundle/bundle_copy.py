@@ -11,6 +11,7 @@ from typing import Any
 
 from ojfa_export.bundle.manifest import manifest_digest
 from ojfa_export.bundle.names import MANIFEST
+from ojfa_export.digest import sha256_file
 
 
 class BundleCopy:
@@ -36,3 +37,13 @@ class BundleCopy:
         if resign:
             fields["digest"] = manifest_digest(fields)
         path.write_text(json.dumps(fields))
+
+    def sign(self, *names: str) -> None:
+        """Makes the digests of changed files anew, and the manifest's."""
+
+        def change(fields: dict[str, Any]) -> None:
+            for name in names:
+                path = self.directory / name
+                fields["files"][name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+
+        self.edit_manifest(change, resign=True)

@@ -94,7 +94,17 @@ def test_number_that_no_file_digest_protects(copy: BundleCopy, path: str) -> Non
         ("graphs/0/weights/0", "graphs/other.bin", "'graphs/other.bin' without its digest"),
         ("rotary/cos/file", "graphs/other.bin", "'graphs/other.bin' without its digest"),
         ("engines/0/files/embed", "../embed.onnx", "'../embed.onnx' without its digest"),
-        ("model/spec/blocks", 5, "other than those of 5 blocks"),
+        ("model/spec/blocks", 5, "attention_scales: there must be one for each block"),
+        ("model/spec/blocks", 2**31, "model.spec.blocks: 2147483648 is above 65536"),
+        ("model/spec/hidden_size", 2**31, "model.spec.hidden_size: above"),
+        ("model/spec/rotary_dim", 15, "rotary_dim: it must be even"),
+        ("model/spec/kv_heads", 3, "kv_heads: they must divide"),
+        ("cache/max_length", 2**31, "cache.max_length"),
+        ("golden", [], "golden: Tuple should have at least 1 item"),
+        ("golden/0/token_ids", [], "golden.0.token_ids: Tuple should have at least 1 item"),
+        ("golden/0/prompt_token_ids/0", -1, "golden.0.prompt_token_ids.0"),
+        ("golden/0/token_ids/0", 10**6, "golden tokens are outside the model"),
+        ("golden/0/exit", 5, "golden tokens are outside the model"),
         ("engines/0/files", {}, "onnxruntime engines other than"),
         ("graphs", [], "graphs other than"),
         ("rotary", None, "rotary tables must be there"),
@@ -193,6 +203,29 @@ def test_path_that_leaves_the_bundle(copy: BundleCopy, name: str) -> None:
     copy.edit_manifest(change, resign=True)
     error = refused(copy.directory, "names a path that leaves the bundle")
     assert repr(name) in error.message
+
+
+@pytest.mark.parametrize("kind", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_special_file_in_place_of_the_manifest(
+    copy: BundleCopy, kind: Callable[[Path], None]
+) -> None:
+    (copy.directory / MANIFEST).unlink()
+    kind(copy.directory / MANIFEST)
+    refused(copy.directory, r"manifest\.json is damaged: .* is no plain file")
+
+
+def test_manifest_without_end(copy: BundleCopy) -> None:
+    os.truncate(copy.own(MANIFEST), 1 << 40)  # a hole: it takes no space
+    refused(copy.directory, "has 1099511627776 bytes, more than the 67108864")
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_manifest_with_what_is_no_number(copy: BundleCopy, number: str) -> None:
+    path = copy.own(MANIFEST)
+    path.write_text(
+        path.read_text().replace('"norm_epsilon": ', f'"norm_epsilon": {number}, "x": ')
+    )
+    refused(copy.directory, f"{number} is no number that can be held")
 
 
 def test_missing_file(copy: BundleCopy) -> None:

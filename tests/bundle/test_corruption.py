@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from bundle_copy import BundleCopy
+from hostile import Rng, change_a_value, pick
 
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import MANIFEST
 from ojfa_export.errors import BundleError
 
-Rng = np.random.Generator
 CASES = 400
 
 
@@ -25,12 +25,8 @@ def _files(copy: BundleCopy) -> list[str]:
     return sorted(path.relative_to(copy.directory).as_posix() for path in paths)
 
 
-def _pick(rng: Rng, items: list[Any]) -> Any:
-    return items[rng.integers(len(items))]
-
-
 def _flip_byte(copy: BundleCopy, rng: Rng) -> str:
-    name = _pick(rng, _files(copy))
+    name = pick(rng, _files(copy))
     data = bytearray(copy.own(name).read_bytes())
     at, bits = int(rng.integers(len(data))), int(rng.integers(1, 256))
     data[at] ^= bits
@@ -39,7 +35,7 @@ def _flip_byte(copy: BundleCopy, rng: Rng) -> str:
 
 
 def _truncate(copy: BundleCopy, rng: Rng) -> str:
-    name = _pick(rng, _files(copy))
+    name = pick(rng, _files(copy))
     data = copy.own(name).read_bytes()
     # One byte less of the manifest is one line break less.
     size = int(rng.integers(len(data) - (name == MANIFEST)))
@@ -48,21 +44,21 @@ def _truncate(copy: BundleCopy, rng: Rng) -> str:
 
 
 def _append(copy: BundleCopy, rng: Rng) -> str:
-    name = _pick(rng, _files(copy))
+    name = pick(rng, _files(copy))
     path = copy.own(name)
     path.write_bytes(path.read_bytes() + b"x" + rng.bytes(int(rng.integers(64))))
     return f"{name}: bytes appended"
 
 
 def _delete(copy: BundleCopy, rng: Rng) -> str:
-    name = _pick(rng, _files(copy))
+    name = pick(rng, _files(copy))
     (copy.directory / name).unlink()
     return f"{name}: deleted"
 
 
 def _swap(copy: BundleCopy, rng: Rng) -> str:
     while True:
-        one, other = (copy.directory / _pick(rng, _files(copy)) for _ in range(2))
+        one, other = (copy.directory / pick(rng, _files(copy)) for _ in range(2))
         if one.read_bytes() != other.read_bytes():
             break
     aside = copy.directory.with_name("aside")
@@ -73,15 +69,15 @@ def _swap(copy: BundleCopy, rng: Rng) -> str:
 
 
 def _rename(copy: BundleCopy, rng: Rng) -> str:
-    name = _pick(rng, _files(copy))
+    name = pick(rng, _files(copy))
     path = copy.directory / name
-    path.rename(path.with_name(_pick(rng, [f"{path.name}.old", f".{path.name}", "x", "é"])))
+    path.rename(path.with_name(pick(rng, [f"{path.name}.old", f".{path.name}", "x", "é"])))
     return f"{name}: renamed"
 
 
 def _add(copy: BundleCopy, rng: Rng) -> str:
     directories = [copy.directory, *(p for p in copy.directory.rglob("*") if p.is_dir())]
-    path = _pick(rng, sorted(directories)) / _pick(rng, [".hidden", "extra.bin", "a\nb", MANIFEST])
+    path = pick(rng, sorted(directories)) / pick(rng, [".hidden", "extra.bin", "a\nb", MANIFEST])
     if path.exists():
         path = path.with_name("other")
     path.write_bytes(rng.bytes(8))
@@ -94,50 +90,10 @@ def _edit_manifest(copy: BundleCopy, rng: Rng) -> str:
 
     def change(fields: dict[str, Any]) -> None:
         nonlocal done
-        owner, key, where = _random_place(fields, rng)
-        old = owner[key]
-        new = _other_value(old, rng)
-        if new is _REMOVED:
-            del owner[key]
-        else:
-            owner[key] = new
-        done = f"{where}: {str(old)[:60]!r} became {str(new)[:60]!r}"
+        done = change_a_value(fields, rng)
 
     copy.edit_manifest(change, resign=False)
     return done
-
-
-_REMOVED = object()
-
-
-def _random_place(node: Any, rng: Rng) -> tuple[Any, Any, str]:
-    """A container in a JSON value, and a key or index of it: depth first, level by level."""
-    where = MANIFEST
-    while True:
-        key = _pick(rng, list(node) if isinstance(node, dict) else list(range(len(node))))
-        where += f"/{key}"
-        child = node[key]
-        if not isinstance(child, dict | list) or not child or rng.random() < 0.1:
-            return node, key, where
-        node = child
-
-
-def _other_value(old: Any, rng: Rng) -> Any:
-    choices: list[Any] = [_REMOVED, None, [], {}, "", "x", -1, 0, 1e308, True, 10**30, [[]], "../x"]
-    match old:
-        case bool():
-            choices += [not old] * 5
-        case int():
-            choices += [old + 1, old - 1, -old, float(old) + 0.5, str(old), 2 * old + 1]
-        case float():
-            choices += [old + 1, -old, float("inf"), old * 1.0001 + 1e-9]
-        case str():
-            choices += [old + " ", old[:-1], old.upper() + "A", f"../{old}", f"/{old}", [old]]
-        case list():
-            choices += [old[1:], [*old, *old[-1:], 1], [*old[::-1], 0], {}]
-        case dict():
-            choices += [{**old, "unknown": 1}] * 5
-    return _pick(rng, [each for each in choices if each is _REMOVED or each != old])
 
 
 CORRUPTIONS: list[Callable[[BundleCopy, Rng], str]] = [

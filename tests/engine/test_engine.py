@@ -138,9 +138,13 @@ def test_time_that_is_up(llama):
 def test_a_full_queue_says_so(llama):
     with WatchedEngine(llama, max_sequences=1, max_queue=1) as engine:
         options = GenerationOptions(max_new_tokens=60, ignore_eos=True)
-        with pytest.raises(OverloadedError, match="waiting already"):
+
+        def submit_many() -> None:
             for _ in range(50):
                 engine.submit([1], options)
+
+        with pytest.raises(OverloadedError, match="waiting already"):
+            submit_many()
 
 
 def test_a_closed_engine(llama):

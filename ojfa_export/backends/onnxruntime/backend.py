@@ -9,6 +9,7 @@ import onnxruntime as ort
 
 from ojfa_export.backends.backend import Backend, Float32
 from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
+from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.errors import BackendError
 from ojfa_export.families.spec import ModelSpec
 
@@ -46,9 +47,10 @@ class OnnxRuntime:
         weights: Path,
         engines: Mapping[str, Path],
         rotary: tuple[Float32, Float32] | None,
+        files: Files = UNCHECKED,
     ) -> OnnxRuntimeEngines:
         """Opens built engines."""
-        return OnnxRuntimeEngines(spec, weights, engines, rotary)
+        return OnnxRuntimeEngines(spec, weights, engines, rotary, files)
 
 
 BACKEND: Backend = OnnxRuntime()

@@ -11,7 +11,9 @@ import onnxruntime as ort
 from ojfa_export.backends.backend import Float32, Int32
 from ojfa_export.backends.choice import ChoosesOnHost
 from ojfa_export.backends.onnxruntime.executor import OnnxRuntimeExecutor
+from ojfa_export.backends.onnxruntime.ports import check_ports
 from ojfa_export.backends.onnxruntime.session import open_session
+from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.bundle.names import block_name
 from ojfa_export.families.spec import ModelSpec
 
@@ -24,6 +26,7 @@ class OnnxRuntimeEngines(ChoosesOnHost):
         weights: Directory of the weight files.
         engines: Engine files by graph name.
         rotary: Cosines and sines [rows, rotary_dim/2], or None.
+        files: Opens the files.
     """
 
     def __init__(
@@ -32,19 +35,21 @@ class OnnxRuntimeEngines(ChoosesOnHost):
         weights: Path,
         engines: Mapping[str, Path],
         rotary: tuple[Float32, Float32] | None,
+        files: Files = UNCHECKED,
     ) -> None:
         self.spec = spec
         self.rotary = rotary
-        self._weights = weights
+        self._weights, self._files = weights, files
         self._engines = engines
         self._sessions: dict[str, ort.InferenceSession] = {}
 
     def session(self, name: str) -> ort.InferenceSession:
         """The session of a graph, opened on first use."""
         if name not in self._sessions:
-            self._sessions[name] = open_session(
-                self._engines[name].read_bytes(), name, self._weights
-            )
+            model = self._files.read(self._engines[name])
+            session = open_session(model, name, self._weights, self._files)
+            check_ports(session, self.spec, name)
+            self._sessions[name] = session
         return self._sessions[name]
 
     def close(self, name: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ojfa_export.backends.backend import Float32
+from ojfa_export.backends.onnxruntime.session import failure
 from ojfa_export.backends.onnxruntime.slots import SlotArray
 from ojfa_export.backends.passes import (
     Chunk,
@@ -252,6 +253,9 @@ class Batch:
             binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
         def run(arrays: object = (inputs, target)) -> None:  # they live as long as the binding
-            session.run_with_iobinding(binding)
+            try:
+                session.run_with_iobinding(binding)
+            except Exception as error:  # onnxruntime's exceptions share no base class but this
+                raise failure(block_name(block), error) from error
 
         return run

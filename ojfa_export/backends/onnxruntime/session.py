@@ -10,7 +10,9 @@ from pathlib import Path
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
-from ojfa_export.errors import BackendError, UsageError
+from ojfa_export.bundle.checked import UNCHECKED, Files
+from ojfa_export.bundle.onnx_file import read_onnx
+from ojfa_export.errors import BackendError, OjfaError, UsageError
 
 THREADS_VARIABLE = "OJFA_THREADS"
 MOST_THREADS = 1024
@@ -55,7 +57,9 @@ def session_options() -> ort.SessionOptions:
     return options
 
 
-def open_session(model: bytes, name: str, weights: Path) -> ort.InferenceSession:
+def open_session(
+    model: bytes, name: str, weights: Path, files: Files = UNCHECKED
+) -> ort.InferenceSession:
     """Opens a graph on the CPU provider.
 
     Args:
@@ -63,19 +67,38 @@ def open_session(model: bytes, name: str, weights: Path) -> ort.InferenceSession
         name: For messages.
         weights: Directory of the weight files that the graph refers to; they are mapped, not
             copied.
+        files: Makes sure of the weight files.
 
     Raises:
         BackendError: ONNX Runtime refuses the graph.
+        BundleError: A weight file was changed since it was checked.
     """
     options = session_options()
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(weights.resolve())
     )
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        used = {weights / tensor.location for tensor in read_onnx(model).tensors.values()}
+        with files.held(*used):
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except OjfaError:
+        raise
     except Exception as error:  # onnxruntime's exceptions share no base class but this
         raise BackendError(
             f"ONNX Runtime {ort.__version__} can't open '{name}': {str(error).splitlines()[0]}",
             hint="the engines may be of another version: rebuild them with "
             "'ojfa-export build BUNDLE --backend onnxruntime'",
         ) from error
+
+
+def failure(name: str, error: Exception) -> BackendError:
+    """What to tell of a graph that ONNX Runtime can't run.
+
+    Args:
+        name: The graph.
+        error: What ONNX Runtime raised.
+    """
+    return BackendError(
+        f"ONNX Runtime {ort.__version__} can't run '{name}': {str(error).splitlines()[0]}",
+        hint="check the bundle with 'ojfa-export verify BUNDLE'",
+    )

@@ -14,6 +14,7 @@ from ojfa_export.backends.cuda.device import the_device
 from ojfa_export.backends.onnxruntime_cuda.engines import OnnxRuntimeCudaEngines
 from ojfa_export.backends.onnxruntime_cuda.plan import NAME
 from ojfa_export.backends.onnxruntime_cuda.provider import check_provider
+from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.families.spec import ModelSpec, Precision
 
 
@@ -51,9 +52,10 @@ class OnnxRuntimeCuda:
         weights: Path,
         engines: Mapping[str, Path],
         rotary: tuple[Float32, Float32] | None,
+        files: Files = UNCHECKED,
     ) -> OnnxRuntimeCudaEngines:
         """Opens built engines."""
-        return OnnxRuntimeCudaEngines(the_device(), spec, weights, engines, rotary)
+        return OnnxRuntimeCudaEngines(the_device(), spec, weights, engines, rotary, files)
 
     def device(self) -> dict[str, str]:
         """GPU, driver and ONNX Runtime's version."""

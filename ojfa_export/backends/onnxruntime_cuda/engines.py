@@ -26,6 +26,7 @@ from ojfa_export.backends.onnxruntime_cuda.executor import OnnxRuntimeCudaExecut
 from ojfa_export.backends.onnxruntime_cuda.plan import read_plan
 from ojfa_export.backends.onnxruntime_cuda.provider import Array, Work, open_session
 from ojfa_export.backends.onnxruntime_cuda.weights import Weights
+from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.bundle.names import block_name
 from ojfa_export.families.spec import ModelSpec, Precision
 
@@ -42,6 +43,7 @@ class OnnxRuntimeCudaEngines(PreparesByParts):
         weights: Directory of the weight files.
         engines: Plans by graph name.
         rotary: Cosines and sines [rows, rotary_dim/2], or None.
+        files: Opens the files.
         record: Whether steps of one token are replayed as CUDA graphs.
 
     Attributes:
@@ -59,16 +61,18 @@ class OnnxRuntimeCudaEngines(PreparesByParts):
         weights: Path,
         engines: Mapping[str, Path],
         rotary: tuple[Float32, Float32] | None,
+        files: Files = UNCHECKED,
         *,
         record: bool = True,
     ) -> None:
         device.make_current()
         self.device, self.spec, self.record = device, spec, record
         self.arrays = DeviceArrays(device)
+        self._files = files
         self._directory = next(iter(engines.values())).parent
-        self._plans = {name: read_plan(path) for name, path in engines.items()}
+        self._plans = {name: read_plan(path, files) for name, path in engines.items()}
         self.precision: Precision = self._plans["embed"].precision
-        self._store = Weights(device, weights)
+        self._store = Weights(device, weights, files)
         self._weights: dict[str, Mapping[str, DeviceArray]] = {}
         self._sessions: dict[str, ort.InferenceSession] = {}  # by graph file
         self._rotary = self._upload_rotary(rotary)
@@ -205,7 +209,7 @@ class OnnxRuntimeCudaEngines(PreparesByParts):
     def _session(self, name: str) -> ort.InferenceSession:
         file = self._plans[name].graph
         if file not in self._sessions:
-            model = (self._directory / file).read_bytes()
+            model = self._files.read(self._directory / file)
             self._sessions[file] = open_session(model, name, int(self.device.stream))
         return self._sessions[file]
 

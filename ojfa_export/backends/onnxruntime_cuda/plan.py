@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import NonNegativeInt, PositiveInt
 
 from ojfa_export.backends.cuda.plan import Part, read
+from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.families.spec import Precision
 
 NAME = "onnxruntime-cuda"  # as in --backend
@@ -42,16 +43,16 @@ class GraphPlan(Part):
     weights: dict[str, Weight]
 
 
-def read_plan(path: Path) -> GraphPlan:
+def read_plan(path: Path, files: Files = UNCHECKED) -> GraphPlan:
     """Reads a graph's plan.
 
     Raises:
         BundleError: It is damaged, or names files elsewhere.
     """
-    return read(path, GraphPlan, _files, NAME)
+    return read(path, GraphPlan, _named, NAME, files)
 
 
-def _files(plan: GraphPlan) -> Iterator[str]:
+def _named(plan: GraphPlan) -> Iterator[str]:
     yield plan.graph
     for weight in plan.weights.values():
         yield weight.file

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.onnxruntime_cuda.plan import GraphPlan, Weight
+from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.families.spec import Precision
 
 _Key = tuple[str, int, Precision]
@@ -21,10 +20,11 @@ class Weights:
     Args:
         device: Where they go.
         directory: Of the weight files.
+        files: Opens them.
     """
 
-    def __init__(self, device: Device, directory: Path) -> None:
-        self._device, self._directory = device, directory
+    def __init__(self, device: Device, directory: Path, files: Files = UNCHECKED) -> None:
+        self._device, self._directory, self._files = device, directory, files
         self._arrays = DeviceArrays(device)
         self._held: dict[_Key, DeviceArray] = {}
 
@@ -40,14 +40,10 @@ class Weights:
     def _get(self, weight: Weight) -> DeviceArray:
         key = _key(weight)
         if key not in self._held:
-            stored = np.memmap(
-                self._directory / weight.file,
-                DTYPES[weight.stored],
-                "r",
-                weight.offset,
-                weight.shape,
-            )
-            self._held[key] = self._arrays.upload(stored.astype(DTYPES[weight.used], copy=False))
+            path, dtype = self._directory / weight.file, DTYPES[weight.stored]
+            with self._files.mapped(path, dtype, weight.offset, weight.shape) as stored:
+                used = stored.astype(DTYPES[weight.used], copy=False)
+                self._held[key] = self._arrays.upload(used)
         return self._held[key]
 
 

@@ -13,6 +13,7 @@ from ojfa_export.backends.tensorrt import api
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for, read_plan
 from ojfa_export.backends.tensorrt.probe import trace_block
+from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.families.spec import ModelSpec, Precision
 
 
@@ -51,9 +52,10 @@ class TensorRt:
         weights: Path,
         engines: Mapping[str, Path],
         rotary: tuple[Float32, Float32] | None,
+        files: Files = UNCHECKED,
     ) -> TensorRtEngines:
         """Opens built engines."""
-        return TensorRtEngines(the_device(), spec, weights, engines, rotary)
+        return TensorRtEngines(the_device(), spec, weights, engines, rotary, files)
 
     def engine_names(self, spec: ModelSpec, graph: Path) -> list[str]:
         """Engines that a graph needs, equal ones of several graphs by the same name."""

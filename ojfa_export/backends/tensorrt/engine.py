@@ -9,6 +9,7 @@ from ojfa_export.backends.cuda.device import Device, Memory
 from ojfa_export.backends.cuda.sizes import readable
 from ojfa_export.backends.tensorrt import api
 from ojfa_export.backends.tensorrt.plan import PROFILES, profile_for
+from ojfa_export.bundle.checked import UNCHECKED, Files
 
 
 class Engine:
@@ -16,15 +17,16 @@ class Engine:
 
     Args:
         device: Where it runs.
-        path: The engine file; its digest has been checked.
+        path: The engine file.
+        files: Opens it.
 
     Attributes:
         activation_bytes: Memory that it works in.
     """
 
-    def __init__(self, device: Device, path: Path) -> None:
+    def __init__(self, device: Device, path: Path, files: Files = UNCHECKED) -> None:
         self._device, self._name = device, path.stem
-        self._engine = api.deserialize(path.stem, path.read_bytes())
+        self._engine = api.deserialize(path.stem, files.read(path))
         self.activation_bytes = api.activation_bytes(self._engine)
         stream = int(device.stream)
         self._contexts = [
@@ -70,10 +72,11 @@ class EngineSet:
     Args:
         device: Where they run.
         paths: The engine files.
+        files: Opens them.
     """
 
-    def __init__(self, device: Device, paths: Iterable[Path]) -> None:
-        self._engines = {path.name: Engine(device, path) for path in paths}
+    def __init__(self, device: Device, paths: Iterable[Path], files: Files = UNCHECKED) -> None:
+        self._engines = {path.name: Engine(device, path, files) for path in paths}
         size = max(engine.activation_bytes for engine in self._engines.values())
         self._memory = Memory(device, size, pooled=False)
         for engine in self._engines.values():

@@ -37,6 +37,7 @@ from ojfa_export.backends.tensorrt.products import Products
 from ojfa_export.backends.tensorrt.replays import Replays
 from ojfa_export.backends.tensorrt.tiled import TiledKernels, matrix_shapes, most_tokens
 from ojfa_export.backends.tensorrt.weights import WeightStore
+from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec, Precision
@@ -53,6 +54,7 @@ class TensorRtEngines:
         weights: Directory of the weight files.
         engines: Plans by graph name.
         rotary: Cosines and sines [rows, rotary_dim/2], or None.
+        files: Opens the files.
 
     Attributes:
         follows: See `backends.backend.Engines`.
@@ -69,20 +71,22 @@ class TensorRtEngines:
         weights: Path,
         engines: Mapping[str, Path],
         rotary: tuple[Float32, Float32] | None,
+        files: Files = UNCHECKED,
     ) -> None:
         device.make_current()
         self.device, self.spec = device, spec
         self.arrays = DeviceArrays(device)
         self.decode_kernels = _decode_kernels()
+        self._files = files
         self._directory = next(iter(engines.values())).parent
-        self._plans = {name: read_plan(path) for name, path in engines.items()}
+        self._plans = {name: read_plan(path, files) for name, path in engines.items()}
         embed = self._plans["embed"]
         self.precision: Precision = embed.precision
         self.kernels: dict[Precision, Kernels] = {
-            kind: Kernels(device, (self._directory / file).read_bytes())
+            kind: Kernels(device, files.read(self._directory / file))
             for kind, file in embed.kernels.items()
         }
-        self.store = WeightStore(device, weights, self.kernels)
+        self.store = WeightStore(device, weights, self.kernels, files)
         self._room = Room(spec, DTYPES[self.precision].itemsize, self._plans)
         self.rotary = tuple(map(self.arrays.upload, rotary)) if rotary else None
         self.rotary_rows = len(rotary[0]) if rotary else 0
@@ -122,7 +126,8 @@ class TensorRtEngines:
         """An engine; equal blocks share theirs. All are opened when one is first used."""
         if self._engines is None:
             files = {file for plan in self._plans.values() for file in plan.engines.values()}
-            self._engines = EngineSet(self.device, [self._directory / file for file in files])
+            paths = [self._directory / file for file in files]
+            self._engines = EngineSet(self.device, paths, self._files)
         return self._engines[self._plans[name].engines[part]]
 
     def products(self, tokens: int) -> Products | None:

@@ -265,8 +265,8 @@ class ResidualExitHead(_ByLogits):
     def __init__(self, engines: TensorRtEngines, blocks_run: int) -> None:
         self._final, self._chooser = FinalHead(engines), engines.chooser
         store, plan = engines.store, engines.plan("exit_head")
-        project, up, gates = (store.mapped(plan.weights[n]) for n in ("project", "up", "gates"))
-        bias = store.mapped(plan.weights["project.bias"])
+        project, up, gates = (store.read(plan.weights[n]) for n in ("project", "up", "gates"))
+        bias = store.read(plan.weights["project.bias"])
         rank = -(-len(up) // ROW_ELEMENTS) * ROW_ELEMENTS  # filled up with zeros
         self._project = store.filled(project.T, (rank, project.shape[0]))
         self._bias = store.filled(bias, (rank,))

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import NonNegativeInt, PositiveInt
 
 from ojfa_export.backends.cuda.plan import Part, read
+from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.errors import BackendError, BundleError
 from ojfa_export.families.spec import Precision
 
@@ -96,13 +97,13 @@ class GraphPlan(Part):
     activation_bytes: NonNegativeInt
 
 
-def read_plan(path: Path) -> GraphPlan:
+def read_plan(path: Path, files: Files = UNCHECKED) -> GraphPlan:
     """Reads a graph's plan.
 
     Raises:
         BundleError: It is damaged, or names files elsewhere.
     """
-    plan = read(path, GraphPlan, _files, "tensorrt")
+    plan = read(path, GraphPlan, _named, "tensorrt", files)
     # The bundle holds no file but those that its manifest names with their digests.
     for name in (*plan.engines.values(), *plan.kernels.values()):
         if not (path.parent / name).is_file():
@@ -113,7 +114,7 @@ def read_plan(path: Path) -> GraphPlan:
     return plan
 
 
-def _files(plan: GraphPlan) -> Iterator[str]:
+def _named(plan: GraphPlan) -> Iterator[str]:
     yield from plan.engines.values()
     yield from plan.kernels.values()
     for weight in plan.weights.values():

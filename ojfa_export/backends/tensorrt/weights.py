@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.kernels import Kernels, integer, pointer
 from ojfa_export.backends.tensorrt.plan import GraphPlan, Place, Weight
+from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.families.spec import Precision
 
 ROW_BYTES = 16  # of what a kernel loads at once
@@ -25,12 +27,18 @@ class WeightStore:
         device: Where they go.
         directory: Of the weight files.
         kernels: By precision, for transposing.
+        files: Opens the files.
     """
 
     def __init__(
-        self, device: Device, directory: Path, kernels: Mapping[Precision, Kernels]
+        self,
+        device: Device,
+        directory: Path,
+        kernels: Mapping[Precision, Kernels],
+        files: Files = UNCHECKED,
     ) -> None:
         self._device, self._directory, self._kernels = device, directory, kernels
+        self._files = files
         self._arrays = DeviceArrays(device)
         self._held: dict[Place, DeviceArray] = {}
 
@@ -50,11 +58,11 @@ class WeightStore:
 
     def padded(self, weight: Weight, *, turned: bool) -> DeviceArray:
         """A matrix with rows filled up to whole 16-byte loads, transposed first where asked."""
-        matrix = self.mapped(weight)
-        matrix = np.ascontiguousarray(matrix.T) if turned else matrix
-        step = ROW_BYTES // matrix.dtype.itemsize
-        width = -(-matrix.shape[1] // step) * step
-        return self.filled(matrix, (matrix.shape[0], width))
+        with self.mapped(weight) as stored:
+            matrix = np.ascontiguousarray(stored.T) if turned else stored
+            step = ROW_BYTES // matrix.dtype.itemsize
+            width = -(-matrix.shape[1] // step) * step
+            return self.filled(matrix, (matrix.shape[0], width))
 
     def filled(self, array: NDArray[Any], shape: tuple[int, ...]) -> DeviceArray:
         """An array on the device, filled up with zeros to a shape."""
@@ -64,10 +72,15 @@ class WeightStore:
         self._device.upload(whole, result.pointer)
         return result
 
-    def mapped(self, weight: Weight) -> NDArray[Any]:
-        """A weight as its file has it."""
+    def read(self, weight: Weight) -> NDArray[Any]:
+        """A small weight, on the host."""
+        with self.mapped(weight) as stored:
+            return np.array(stored)
+
+    def mapped(self, weight: Weight) -> AbstractContextManager[NDArray[Any]]:
+        """A weight as its file has it, to be copied from."""
         dtype = DTYPES[weight.precision]
-        return np.memmap(self._directory / weight.file, dtype, "r", weight.offset, weight.shape)
+        return self._files.mapped(self._directory / weight.file, dtype, weight.offset, weight.shape)
 
     def _get(self, weight: Weight) -> DeviceArray:
         if weight.place not in self._held:
@@ -75,7 +88,10 @@ class WeightStore:
         return self._held[weight.place]
 
     def _upload(self, weight: Weight) -> DeviceArray:
-        host = self.mapped(weight)
+        with self.mapped(weight) as host:
+            return self._upload_array(host, weight)
+
+    def _upload_array(self, host: NDArray[Any], weight: Weight) -> DeviceArray:
         if not weight.transposed:
             result = self._arrays.lasting(host.shape, host.dtype)
             self._device.upload(host, result.pointer)

@@ -1,0 +1,73 @@
+"""Does an engine take and give what a model of these sizes has?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnxruntime as ort
+
+from ojfa_export.errors import BackendError
+from ojfa_export.families.spec import ModelSpec
+
+# By name: ONNX Runtime's type, and sizes; None for what varies.
+Ports = dict[str, tuple[str, tuple[int | None, ...]]]
+FLOAT, INT32, INT64 = "tensor(float)", "tensor(int32)", "tensor(int64)"
+
+
+def check_ports(session: ort.InferenceSession, spec: ModelSpec, name: str) -> None:
+    """Compares an engine's inputs and outputs with what will be bound to them.
+
+    Args:
+        session: The engine.
+        spec: The model.
+        name: Of the engine's graph.
+
+    Raises:
+        BackendError: They differ.
+    """
+    found = _ports(session.get_inputs()), _ports(session.get_outputs())
+    wanted = _expected(spec, name, gated="blocks_run" in found[0])
+    for what, has, needs in zip(("inputs", "outputs"), found, wanted, strict=True):
+        if has != needs:
+            raise BackendError(
+                f"the engine '{name}' has other {what} than a model of these sizes: {has} instead "
+                f"of {needs}",
+                hint="don't use this bundle: build it again",
+            )
+
+
+def _expected(spec: ModelSpec, name: str, *, gated: bool) -> tuple[Ports, Ports]:
+    """Inputs and outputs of a graph's engine; see `dialect.OnnxRuntimeCpu`."""
+    if name == "embed":
+        embedded = (FLOAT, (None, None, spec.hidden_size))
+        names = ("token_ids", "positions") if spec.learned_positions else ("token_ids",)
+        return dict.fromkeys(names, (INT32, (None, None))), {"hidden": embedded}
+    if name in ("exit_head", "final_head"):
+        inputs: Ports = {"hidden": (FLOAT, (None, spec.hidden_size))}
+        if gated and name == "exit_head":
+            inputs["blocks_run"] = (INT32, (None,))
+        return inputs, {"logits": (FLOAT, (None, spec.vocab_size))}
+    hidden = (FLOAT, (None, spec.hidden_size))
+    cache = (FLOAT, (None, spec.kv_heads, None, spec.head_dim))
+    inputs = {
+        "hidden": hidden,
+        "last_positions": (INT32, (None,)),
+        "total_length": (INT32, ()),
+        "past_key": cache,
+        "past_value": cache,
+        "query_lengths": (INT32, (None,)),
+        "unpack": (INT64, (None, None)),
+        "pack": (INT64, (None,)),
+    }
+    if not spec.learned_positions:
+        table = (FLOAT, (None, spec.rotary_dim // 2))
+        inputs |= {"rotary_cos_table": table, "rotary_sin_table": table}
+    return inputs, {"hidden_out": hidden, "key": cache, "value": cache}
+
+
+def _ports(arguments: Sequence[Any]) -> Ports:
+    return {
+        each.name: (each.type, tuple(n if isinstance(n, int) else None for n in each.shape))
+        for each in arguments
+    }

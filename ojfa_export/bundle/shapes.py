@@ -1,0 +1,131 @@
+"""Which inputs, outputs and weights the portable graphs of a model have, by its sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ojfa_export.bundle.manifest import Manifest
+from ojfa_export.families.spec import ModelSpec
+
+# By name: data type and shape.
+Ports = Mapping[str, tuple[str, tuple[int | str, ...]]]
+# By name: shape, and whether every model has it.
+WeightShapes = Mapping[str, tuple[tuple[int, ...], bool]]
+
+TOKENS: tuple[str, str] = ("batch", "tokens")
+
+
+def expected_ports(manifest: Manifest, graph: str) -> tuple[Ports, Ports]:
+    """Inputs and outputs of a portable graph; see `graphs.block`, `embed` and `heads`."""
+    spec = manifest.model.spec
+    if graph == "embed":
+        return _embed_ports(spec)
+    if graph in ("exit_head", "final_head"):
+        inputs: dict[str, tuple[str, tuple[int | str, ...]]] = {
+            "hidden": ("float", ("rows", spec.hidden_size))
+        }
+        if graph == "exit_head" and manifest.shortcut.residual:
+            inputs["blocks_run"] = ("int32", ("rows",))
+        return inputs, {"logits": ("float", ("rows", spec.vocab_size))}
+    return _block_ports(spec, "float16" if manifest.precision == "fp16" else "float")
+
+
+def _embed_ports(spec: ModelSpec) -> tuple[Ports, Ports]:
+    inputs: dict[str, tuple[str, tuple[int | str, ...]]] = {
+        "token_ids": ("int32", TOKENS),
+        "positions": ("int32", TOKENS),
+    }
+    if spec.rotary_switch is not None:
+        inputs["long_context"] = ("int32", ())
+    return inputs, {"hidden": ("float", (*TOKENS, spec.hidden_size)), **_rotations(spec)}
+
+
+def _block_ports(spec: ModelSpec, precision: str) -> tuple[Ports, Ports]:
+    past = (precision, ("batch", spec.kv_heads, "past", spec.head_dim))
+    new = (precision, ("batch", spec.kv_heads, "tokens", spec.head_dim))
+    hidden = ("float", (*TOKENS, spec.hidden_size))
+    return {
+        "hidden": hidden,
+        "positions": ("int32", TOKENS),
+        "past_key": past,
+        "past_value": past,
+        **_rotations(spec),
+    }, {"hidden_out": hidden, "key": new, "value": new}
+
+
+def _rotations(spec: ModelSpec) -> Ports:
+    if spec.learned_positions:
+        return {}
+    port = ("float", (*TOKENS, spec.rotary_dim // 2))
+    return {"rotary_cos": port, "rotary_sin": port}
+
+
+def expected_weights(
+    manifest: Manifest, graph: str, found: Mapping[str, tuple[int, ...]]
+) -> WeightShapes:
+    """Weights of a portable graph; it has no others.
+
+    Args:
+        manifest: Of the bundle.
+        graph: Its name.
+        found: Shapes of the weights that it has: the rank of a jump stands nowhere else.
+    """
+    spec = manifest.model.spec
+    if graph == "embed":
+        return _embed_weights(manifest)
+    if graph == "final_head":
+        return _final_weights(spec)
+    if graph == "exit_head":
+        rank = found["project"][-1] if found.get("project") else 0
+        return _exit_weights(spec, rank, residual=manifest.shortcut.residual)
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    inner, hidden = spec.intermediate_size, spec.hidden_size
+    return {
+        **_norm(spec, "attention.norm"),
+        **_linear("attention.qkv", hidden, queries + 2 * keys),
+        **_linear("attention.out", queries, hidden),
+        **_norm(spec, "mlp.norm"),
+        **_linear("mlp.up", hidden, 2 * inner if spec.gated else inner),
+        **_linear("mlp.down", inner, hidden),
+    }
+
+
+def _embed_weights(manifest: Manifest) -> WeightShapes:
+    spec = manifest.model.spec
+    weights: dict[str, tuple[tuple[int, ...], bool]] = {
+        "token_embedding": ((spec.vocab_size, spec.hidden_size), True)
+    }
+    if spec.learned_positions:
+        weights["position_embedding"] = ((spec.max_positions, spec.hidden_size), True)
+    elif manifest.rotary is not None:
+        weights["rotary_cos_table"] = (manifest.rotary.cos.shape, True)
+        weights["rotary_sin_table"] = (manifest.rotary.sin.shape, True)
+    return weights
+
+
+def _final_weights(spec: ModelSpec) -> WeightShapes:
+    return {**_norm(spec, "final_norm"), "head": ((spec.vocab_size, spec.hidden_size), True)}
+
+
+def _exit_weights(spec: ModelSpec, rank: int, *, residual: bool) -> WeightShapes:
+    weights: dict[str, tuple[tuple[int, ...], bool]] = {
+        "project": ((spec.hidden_size, rank), True),
+        "project.bias": ((rank,), True),
+    }
+    if residual:
+        weights["up"] = ((rank, spec.hidden_size), True)
+        weights["gates"] = ((spec.blocks - 1,), True)
+        return {**weights, **_final_weights(spec)}
+    weights["vocabulary"] = ((spec.vocab_size, rank), True)
+    weights["vocabulary.bias"] = ((spec.vocab_size,), False)
+    return weights
+
+
+def _norm(spec: ModelSpec, name: str) -> WeightShapes:
+    shape = (spec.hidden_size,)
+    kinds = ("weight", "bias") if spec.norm == "layer" else ("weight",)
+    return {f"{name}.{kind}": (shape, True) for kind in kinds}
+
+
+def _linear(name: str, inputs: int, outputs: int) -> WeightShapes:
+    return {f"{name}.weight": ((inputs, outputs), True), f"{name}.bias": ((outputs,), False)}
