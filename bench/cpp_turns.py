@@ -17,7 +17,7 @@ from ojfa_export.runtime.decoding import Decoder, StepByStep
 from ojfa_export.runtime.exits import Exit
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.speculation import Speculator
+from ojfa_export.runtime.speculator import Speculator
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from ojfa_export.runtime.model import Model, load
 from ojfa_export.runtime.policy import confidence
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
-from ojfa_export.runtime.speculation import MAX_DRAFT, Speculation, Speculator
+from ojfa_export.runtime.speculation import MAX_DRAFT, Speculation
+from ojfa_export.runtime.speculator import Speculator
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 200
 # Logits that differ by less may be ranked either way by sums in another order (tests/tolerances).

@@ -84,10 +84,13 @@ class Scheduler:
         return deepest if worthwhile or waits >= MOST_WAITS else shallowest
 
     def _prompt(self, each: Running, others: Sequence[Running]) -> Work:
-        depth = each.ask.depth
+        depth, length = each.ask.depth, len(each.sequence)
         start = each.sequence.marks[depth - 1]
-        stop = min(len(each.sequence), start + self._piece_tokens(len(others)))
-        return Work([each], depth, [stop])
+        stop = min(length, start + self._piece_tokens(len(others)))
+        # The last piece has all tokens whose logits are wanted.
+        if stop < length < stop + each.ask.count:
+            stop = length - each.ask.count
+        return Work([each], depth, [stop if stop > start else length])
 
     def _piece_tokens(self, others: int) -> int:
         """About as many as run in the time of a step of the others."""

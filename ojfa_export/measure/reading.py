@@ -24,7 +24,8 @@ from ojfa_export.runtime.options import ExitChoice
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
-from ojfa_export.runtime.speculation import MAX_DRAFT, Speculation, Speculator
+from ojfa_export.runtime.speculation import MAX_DRAFT, Speculation
+from ojfa_export.runtime.speculator import Speculator
 
 # Tokens of the text that are read before a way begins at another place.
 PIECE = 32

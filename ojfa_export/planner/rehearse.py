@@ -19,7 +19,8 @@ from ojfa_export.measure.turns import FEWEST_ROUNDS, Step, Turns
 from ojfa_export.planner.frontier import Point
 from ojfa_export.progress import Progress
 from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.speculation import MAX_DRAFT, Speculation, Speculator
+from ojfa_export.runtime.speculation import MAX_DRAFT, Speculation
+from ojfa_export.runtime.speculator import Speculator
 
 # Tokens that a turn may add to the cache at once: drafts and the one after them.
 ROOM = MAX_DRAFT + 2

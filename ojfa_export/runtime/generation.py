@@ -17,7 +17,8 @@ from ojfa_export.runtime.options import GenerationOptions
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
-from ojfa_export.runtime.speculation import Speculation, Speculator
+from ojfa_export.runtime.speculation import Speculation
+from ojfa_export.runtime.speculator import Speculator
 from ojfa_export.runtime.text import TextStream
 
 FinishReason = Literal["end_of_text", "stop_token", "stop_string", "max_new_tokens", "cache_full"]

@@ -15,10 +15,7 @@ from pydantic import ConfigDict
 
 from ojfa_export.backends.backend import Float32
 from ojfa_export.errors import UsageError
-from ojfa_export.runtime.decoding import Chosen
-from ojfa_export.runtime.events import DraftChecked
 from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.session import Session
 
 MAX_DRAFT = 8
 # The acceptance that is believed before anything was drafted, and how many tokens' worth of it.
@@ -120,119 +117,6 @@ class DraftLength:
         for taken in [True] * accepted + [False] * (accepted < drafted):
             self._accepted = MEMORY * self._accepted + taken
             self._checked = MEMORY * self._checked + 1
-
-
-class Speculator:
-    """Several tokens per full pass; a `decoding.Decoder`.
-
-    Args:
-        session: With a sequence for each generator.
-        speculation: How to draft.
-        sampling: How tokens are chosen; drafts are drawn from the exit's distribution after the
-            same temperature, top-k and top-p.
-        generators: Random numbers of each sequence.
-        eos_token_ids: After one of these nothing is drafted.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        speculation: Speculation,
-        sampling: Sampling,
-        generators: Sequence[np.random.Generator],
-        eos_token_ids: Sequence[int] = (),
-    ) -> None:
-        self._session, self._sampling, self._generators = session, sampling, generators
-        self._exit = speculation.resolve_exit(session.spec.blocks)
-        self._fixed = speculation.draft
-        draft_cost = speculation.draft_cost
-        if draft_cost is None:
-            draft_cost = self._exit / session.spec.blocks
-        cost = draft_cost + speculation.check_cost
-        self._lengths = [
-            DraftLength(cost, speculation.round_cost, speculation.acceptance) for _ in generators
-        ]
-        self._eos = frozenset(eos_token_ids)
-
-    def step(self, pending: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[list[Chosen]]:
-        """See `decoding.Decoder`: each sequence's accepted drafts, and one token of its own."""
-        session, blocks = self._session, self._session.spec.blocks
-        before = session.lengths
-        limits = [
-            self._draft_length(row, before[row] + len(ids), wanted[row]) if ids else 0
-            for row, ids in enumerate(pending)
-        ]
-        drafts, proposals = self._draft(pending, limits)
-        missing = [draft[-1:] or list(ids) for draft, ids in zip(drafts, pending, strict=True)]
-        counts = [len(draft) + 1 if ids else 0 for draft, ids in zip(drafts, pending, strict=True)]
-        best, logits = self._complete(missing, counts)
-        result: list[list[Chosen]] = [[] for _ in pending]
-        for row, draft in ((row, drafts[row]) for row, ids in enumerate(pending) if ids):
-            if self._sampling.temperature:
-                tokens = check(
-                    draft, proposals[row], logits[row], self._sampling, self._generators[row]
-                )
-            else:
-                tokens = agreeing(draft, best[row])
-            accepted = len(tokens) - 1
-            session.rewind(before[row] + len(pending[row]) + accepted, row)
-            self._lengths[row].learn(accepted, len(draft))
-            session.stats.drafted += len(draft)
-            session.stats.accepted += accepted
-            session.stats.rounds += 1
-            if session.on_event is not None:
-                session.on_event(DraftChecked(row, len(draft), accepted))
-            result[row] = [Chosen(t, blocks, i < accepted) for i, t in enumerate(tokens)]
-        return result
-
-    def end(self) -> None:
-        """See `decoding.Decoder`: nothing is begun ahead."""
-
-    def _complete(
-        self, missing: Sequence[Sequence[int]], counts: Sequence[int]
-    ) -> tuple[list[list[int]], list[Float32]]:
-        """The full model's own tokens; where tokens are sampled its logits instead."""
-        if self._sampling.temperature:
-            return [], self._session.complete(missing, counts)
-        return self._session.complete_greedily(missing, counts), []
-
-    def _draft_length(self, row: int, length: int, wanted: int) -> int:
-        """As many as pay, are wanted, and fit behind `length` tokens."""
-        limit = min(wanted - 1, self._session.max_length - length)
-        switch = self._session.spec.rotary_switch
-        if switch is not None and length <= switch:
-            # Longer, all positions would be rotated by the long factors, these ones too.
-            limit = min(limit, switch - length)
-        return min(limit, self._fixed or self._lengths[row].next())
-
-    def _draft(
-        self, pending: Sequence[Sequence[int]], limits: Sequence[int]
-    ) -> tuple[list[list[int]], list[list[Float64]]]:
-        """Drafts and the distributions they were drawn from; the last are not in the session."""
-        drafts: list[list[int]] = [[] for _ in pending]
-        proposals: list[list[Float64]] = [[] for _ in pending]
-        new = [list(ids) if limit else [] for ids, limit in zip(pending, limits, strict=True)]
-        while any(new):
-            propose = self._propose(new, proposals)
-            for row in (row for row, ids in enumerate(new) if ids):
-                token = propose[row]
-                drafts[row].append(token)
-                more = len(drafts[row]) < limits[row] and token not in self._eos
-                new[row] = [token] if more else []
-        return drafts, proposals
-
-    def _propose(
-        self, new: Sequence[Sequence[int]], proposals: Sequence[list[Float64]]
-    ) -> list[int]:
-        """Each sequence's next draft; the distribution that it was drawn from joins the others."""
-        if self._sampling.temperature == 0:
-            return self._session.choose(new, self._exit).tokens
-        logits = self._session.advance(new, self._exit)
-        tokens = [-1] * len(new)
-        for row in (row for row, ids in enumerate(new) if ids):
-            proposals[row].append(self._sampling.probabilities(logits[row]))
-            tokens[row] = draw(proposals[row][-1], self._generators[row])
-        return tokens
 
 
 def check(

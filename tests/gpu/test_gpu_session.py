@@ -12,7 +12,8 @@ from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.shadow import Shadow
-from ojfa_export.runtime.speculation import Speculation, Speculator
+from ojfa_export.runtime.speculation import Speculation
+from ojfa_export.runtime.speculator import Speculator
 
 pytestmark = pytest.mark.gpu
 

@@ -25,9 +25,9 @@ from ojfa_export.runtime.speculation import (
     PROBE_ROUNDS,
     DraftLength,
     Speculation,
-    Speculator,
     check,
 )
+from ojfa_export.runtime.speculator import Speculator
 from ojfa_export.runtime.step_output import Choice
 
 MAX_LENGTH = 40  # beyond LongRoPE's switch length (32) and the sliding window (8)
