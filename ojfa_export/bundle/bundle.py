@@ -15,6 +15,7 @@ from ojfa_export.bundle.manifest import EngineSet, Manifest, TensorSlice, read_m
 from ojfa_export.bundle.names import GRAPHS, MANIFEST, SHORTCUT, TOKENIZER, graph_names
 from ojfa_export.digest import sha256_file
 from ojfa_export.errors import BundleError
+from ojfa_export.publish import recover
 
 WHOLE = "copy the bundle again whole, or build it again"
 
@@ -30,6 +31,7 @@ class Bundle:
     """
 
     def __init__(self, directory: Path) -> None:
+        recover(directory)
         self.directory = directory
         self.manifest: Manifest = read_manifest(directory)
         self._check_names()
