@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ojfa_export.errors import OjfaError
+from ojfa_export.paths import named
 
 # Of Linux's renameat2: paths count from the working directory, and both names change hands.
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
@@ -34,6 +35,7 @@ def publish(new: Path, target: Path) -> None:
     """
     flush(new)
     target = named(target)
+    recover(target)
     _clear_aside(new, target)
     if not os.path.lexists(target) or not new.is_dir():
         new.rename(target)
@@ -66,11 +68,6 @@ def recover(path: Path) -> None:
             f"be put back: {error.strerror}",
             hint=f"rename {aside} to {target}",
         ) from error
-
-
-def named(path: Path) -> Path:
-    """The same place by a path that ends in a name, which "." and ".." are not."""
-    return path.resolve() if path.name in ("", "..") else path
 
 
 def flush(path: Path) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 from ojfa_export.atomic import write_atomically
 from ojfa_export.bundle.names import ENGINES, GRAPHS, MANIFEST, REPORT
 from ojfa_export.errors import CheckpointError, OjfaError, UsageError
-from ojfa_export.publish import flush, named, publish, recover
+from ojfa_export.paths import check_utf8, named
+from ojfa_export.publish import flush, publish, recover
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,9 @@ def check_output(output: Path, overwrite: bool, holds: str | None = MANIFEST) ->
         holds: A file that a directory of this kind holds; None where a file is written.
 
     Raises:
-        UsageError: It exists.
+        UsageError: It exists, or its path is not UTF-8.
     """
+    check_utf8(output)
     recover(output)
     if not output.exists() and not output.is_symlink():
         return

@@ -15,6 +15,7 @@ from ojfa_export.bundle.manifest import EngineSet, Manifest, TensorSlice, read_m
 from ojfa_export.bundle.names import GRAPHS, MANIFEST, SHORTCUT, TOKENIZER, graph_names
 from ojfa_export.digest import sha256_file
 from ojfa_export.errors import BundleError
+from ojfa_export.paths import check_utf8
 from ojfa_export.publish import recover
 
 WHOLE = "copy the bundle again whole, or build it again"
@@ -28,9 +29,11 @@ class Bundle:
 
     Raises:
         BundleError: A file is missing, extra, altered, a symbolic link, or outside the bundle.
+        UsageError: The path is not UTF-8.
     """
 
     def __init__(self, directory: Path) -> None:
+        check_utf8(directory)
         recover(directory)
         self.directory = directory
         self.manifest: Manifest = read_manifest(directory)
