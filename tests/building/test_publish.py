@@ -124,7 +124,7 @@ def test_kill_at_every_call_of_a_build(tmp_path: Path) -> None:
         assert text_of(target) in ("old", "new")
         build(target, "new")
         assert text_of(target) == "new"
-        assert os.listdir(target.parent) == [target.name]
+        assert list(target.parent.iterdir()) == [target]
 
 
 @pytest.mark.usefixtures("way")
@@ -141,7 +141,7 @@ def test_kill_at_every_call_and_another_build(tmp_path: Path) -> None:
     for target in every_kill(tmp_path, lambda target: build(target, "new")):
         build(target, "newer")
         assert text_of(target) == "newer"
-        assert os.listdir(target.parent) == [target.name]
+        assert list(target.parent.iterdir()) == [target]
 
 
 @pytest.mark.usefixtures("way")
@@ -189,7 +189,7 @@ def test_recovered_by_another_process_in_between(
     monkeypatch.setattr(os, "rename", rename)
     publish.publish(new, target)
     assert text_of(target) == "new"
-    assert sorted(os.listdir(tmp_path)) == ["out.ojfa", "work"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out.ojfa", "work"}
 
 
 def test_what_is_put_back_through_a_link(tmp_path: Path) -> None:
@@ -219,4 +219,4 @@ def test_working_directory_is_replaced(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(target)
     build(Path(), "new")
     assert text_of(target) == "new"
-    assert os.listdir(tmp_path) == ["out.ojfa"]
+    assert list(tmp_path.iterdir()) == [target]
