@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from ojfa_export.backends.backend import Int32
 from ojfa_export.errors import CalibrationError
+from ojfa_export.paths import readable
 
 HELD_OUT_SHARE = 0.25
 
@@ -69,7 +70,7 @@ def read_source(source: Path) -> CalibrationText:
     """
     named = None if source.exists() else re.fullmatch(r"([\w][\w.+-]*)=(.+)", str(source))
     if named is None:
-        return replace(read_text(source), domain=source.stem)
+        return replace(read_text(source), domain=readable(source.stem))
     return replace(read_text(Path(named[2])), domain=named[1])
 
 
@@ -100,7 +101,9 @@ def read_text(path: Path) -> CalibrationText:
         raise CalibrationError(
             f"calibration data {path} is empty", hint="give text like that of your users"
         )
-    return CalibrationText(path.name, tuple(documents), hashlib.sha256(raw).hexdigest(), len(raw))
+    return CalibrationText(
+        readable(path.name), tuple(documents), hashlib.sha256(raw).hexdigest(), len(raw)
+    )
 
 
 def _json_lines(path: Path, text: str) -> list[str]:

@@ -20,6 +20,7 @@ from ojfa_export.errors import CheckpointError
 from ojfa_export.families import read_spec
 from ojfa_export.families.config import Config
 from ojfa_export.families.tensors import Source
+from ojfa_export.paths import check_utf8
 
 Array = NDArray[Any]
 
@@ -39,9 +40,11 @@ class Checkpoint:
 
     Raises:
         CheckpointError: Where anything is missing, damaged or not supported.
+        UsageError: The path is not UTF-8.
     """
 
     def __init__(self, directory: Path) -> None:
+        check_utf8(directory)
         self.directory = directory
         self.config = Config(_read_json(directory / "config.json"), str(directory / "config.json"))
         self.family, spec = read_spec(self.config)
