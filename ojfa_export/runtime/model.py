@@ -9,11 +9,12 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
-from ojfa_export import backends
+from ojfa_export import backends, tokenizer
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.bundle.names import TOKENIZER
 from ojfa_export.errors import BundleError, UsageError
+from ojfa_export.files import read_regular
 from ojfa_export.guarantee.monitor import DEFAULT_FALSE_ALARMS, DisagreementMonitor
 from ojfa_export.runtime.default import Default
 from ojfa_export.runtime.events import Listener
@@ -210,9 +211,10 @@ class Model:
 
         Raises:
             UsageError: It has none, or too many for the cache.
+            OjfaError: The tokenizer fails on it.
         """
         try:
-            ids: list[int] = self.tokenizer.encode(prompt).ids
+            ids = tokenizer.encode(self.tokenizer, prompt)
         except TypeError as error:  # what tokenizers says of anything that is not UTF-8
             raise UsageError(
                 f"a prompt is not text in UTF-8: {prompt!r:.40}",
@@ -344,8 +346,8 @@ def _listed(value: str | Sequence[str]) -> list[str]:
 def _read_tokenizer(bundle: Bundle) -> Tokenizer:
     path = bundle.directory / TOKENIZER
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception for every bad file
+        return tokenizer.parse(read_regular(path, tokenizer.LIMIT))
+    except (OSError, ValueError) as error:
         raise BundleError(
             f"{path} can't be read: {error}", hint="build the bundle again"
         ) from error

@@ -347,10 +347,10 @@ def test_config_of_another_size(directory: Path) -> None:
 def test_shapes_are_checked_from_the_headers(
     directory: Path, change: dict[str, int], match: str
 ) -> None:
-    Checkpoint(directory).check_shapes()
+    Checkpoint(directory).check_tensors()
     edit(directory / "config.json", **change)
     with pytest.raises(CheckpointError, match=match):
-        Checkpoint(directory).check_shapes()
+        Checkpoint(directory).check_tensors()
 
 
 @pytest.mark.parametrize(("value", "expected"), [(5, (5,)), ([7, 9], (7, 9)), (None, (0,))])
