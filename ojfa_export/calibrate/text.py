@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from ojfa_export.backends.backend import Int32
 from ojfa_export.errors import CalibrationError
+from ojfa_export.pipes import read_named
 from ojfa_export.tokenizer import encode, encode_all
 
 HELD_OUT_SHARE = 0.25
@@ -78,13 +79,14 @@ def read_text(path: Path) -> CalibrationText:
     """Reads a text file, or a JSONL file whose lines have a "text" field.
 
     Raises:
-        CalibrationError: Missing, empty, binary, or not JSONL where its name says so.
+        CalibrationError: Missing, empty, binary, no file or pipe, a pipe that stays silent, or not
+            JSONL where its name says so.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_named(path)
     except OSError as error:
         raise CalibrationError(
-            f"calibration data {path} can't be read: {error.strerror}",
+            f"calibration data {path} can't be read: {error.strerror or error}",
             hint="name a text file or a JSONL file with a 'text' field in each line",
         ) from error
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +12,13 @@ from ojfa_export.errors import CheckpointError
 # what they hold. Anything else in them is refused as transformers refuses it.
 _IRRELEVANT: Mapping[tuple[type, ...], str] = {
     (int, float): "attention_dropout attn_pdrop embd_pdrop resid_pdrop summary_first_dropout",
-    (float,): "initializer_range",
     (int,): "bos_token_id chunk_size_feed_forward decoder_start_token_id n_ctx "
     "pad_token_id sep_token_id",
     (bool,): "_attn_implementation_autoset gradient_checkpointing output_attentions "
     "output_hidden_states return_dict summary_proj_to_labels summary_use_proj unsloth_fixed "
     "use_cache",
-    (str,): "_attn_implementation _commit_hash _name_or_path dtype finetuning_task model_type "
-    "prefix problem_type summary_activation summary_type tokenizer_class torch_dtype "
+    (str,): "_attn_implementation _commit_hash _name_or_path finetuning_task model_type "
+    "prefix problem_type summary_activation summary_type tokenizer_class "
     "transformers_version unsloth_version",
     (dict,): "auto_map id2label label2id task_specific_params",
     (list,): "architectures",
@@ -38,6 +38,8 @@ _KINDS: Mapping[type, str] = {
 
 # More blocks than any model has; the C++ runtime refuses them too.
 MOST_BLOCKS = 65_536
+# Of what the checkpoint was saved in; the tensors say their own.
+STORED_DTYPES = ("float32", "float16", "bfloat16", "float64")
 # transformers makes a name for each, though a language model has none.
 MOST_LABELS = 65_536
 
@@ -89,12 +91,16 @@ class Config:
             raise self.wrong(name, "true or false", value)
         return value
 
-    def epsilon(self, name: str, default: float) -> float:
-        """What a norm adds to a variance: 0 to 1."""
+    def fraction(self, name: str, default: float) -> float:
+        """A real number from 0 to 1, such as what a norm adds to a variance.
+
+        Raises:
+            CheckpointError: It is anything else.
+        """
         value = self.get(name, default)
-        if type(value) not in (int, float) or not 0 <= value <= 1:
-            raise self.wrong(name, "a number from 0 to 1", value)
-        return float(value)
+        if not isinstance(value, float) or not 0 <= value <= 1:
+            raise self.wrong(name, "a real number from 0 to 1", value)
+        return value
 
     def require(self, name: str, *allowed: Any) -> None:
         """Refuses the checkpoint unless the field is absent, null or one of the values."""
@@ -114,7 +120,7 @@ class Config:
         Raises:
             CheckpointError: Naming the fields, or one that doesn't matter and holds nonsense.
         """
-        self.integer("num_labels", 2, MOST_LABELS)
+        self._check_irrelevant()
         unknown = sorted(
             name
             for name, value in self.fields.items()
@@ -127,7 +133,17 @@ class Config:
                 hint="they could change what the model computes; remove them from config.json "
                 "only if you know that they don't",
             )
+
+    def _check_irrelevant(self) -> None:
+        """What doesn't matter here is nonsense to transformers all the same."""
+        self.integer("num_labels", 2, MOST_LABELS)
+        self.fraction("initializer_range", 0.02)
+        for name in ("dtype", "torch_dtype"):
+            self.require(name, *STORED_DTYPES)
         for name in self.fields.keys() & IRRELEVANT_FIELDS.keys():
             value, kinds = self.fields[name], IRRELEVANT_FIELDS[name]
             if value is not None and type(value) not in kinds:
                 raise self.wrong(name, " or ".join(_KINDS[kind] for kind in kinds), value)
+        labels = self.get("id2label", {})
+        if not all(re.fullmatch("[0-9]{1,9}", key) for key in labels):
+            raise self.wrong("id2label", "an object whose names are numbers", labels)

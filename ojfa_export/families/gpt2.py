@@ -54,7 +54,7 @@ def spec(config: Config) -> ModelSpec:
         activation=ACTIVATIONS[activation],
         gated=False,
         norm="layer",
-        norm_epsilon=config.epsilon("layer_norm_epsilon", 1e-5),
+        norm_epsilon=config.fraction("layer_norm_epsilon", 1e-5),
         max_positions=config.integer("n_positions", 1024),
         tied_head=config.flag("tie_word_embeddings", True),
         eos_token_ids=eos_token_ids(config, vocabulary),

@@ -40,7 +40,7 @@ def spec(config: Config) -> ModelSpec:
         activation="silu",
         gated=True,
         norm="rms",
-        norm_epsilon=config.epsilon("rms_norm_eps", 1e-6),
+        norm_epsilon=config.fraction("rms_norm_eps", 1e-6),
         max_positions=config.integer("max_position_embeddings", 2048),
         tied_head=config.flag("tie_word_embeddings", False),
         eos_token_ids=eos_token_ids(config, vocabulary),

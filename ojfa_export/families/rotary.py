@@ -166,7 +166,6 @@ def read_rotary(config: Config, head_dim: int, kinds: tuple[str, ...]) -> Rotary
         parameters |= {key: value for key, value in given.items() if value is not None}
     kind = str(parameters.pop("rope_type", parameters.pop("type", "default")))
     parameters.pop("type", None)
-    kind = {"su": "longrope"}.get(kind, kind)
     theta = parameters.pop("rope_theta", config.get("rope_theta", 10_000.0))
     partial = parameters.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     trained = config.integer("max_position_embeddings", 2048)
@@ -175,6 +174,7 @@ def read_rotary(config: Config, head_dim: int, kinds: tuple[str, ...]) -> Rotary
         parameters["original_max_position_embeddings"] = original
     if kind in ("llama3", "longrope"):
         parameters.setdefault("original_max_position_embeddings", trained)
+    kind = {"su": "longrope"}.get(kind, kind)
     if kind not in kinds:
         raise CheckpointError(
             f"{config.source}: rotary scaling {kind!r:.60} is not supported for this family",
@@ -235,7 +235,7 @@ def _check_angles(config: Config, rotary: Rotary) -> None:
     """Parameters that are numbers each may still give none together."""
     try:
         with np.errstate(all="ignore"):
-            found = rotary.angles_at(LAST_POSITION)
+            found = np.stack([rotary.angles_at(position) for position in (0, LAST_POSITION)])
     except ArithmeticError:
         found = np.full(1, np.nan, np.float32)
     if not np.isfinite(found).all():

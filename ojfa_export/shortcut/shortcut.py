@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ojfa_export.atomic import write_atomically
 from ojfa_export.errors import OjfaError
+from ojfa_export.files import check_regular
 
 # Version 2 has `gates`; files without them are still written, and read, as version 1.
 FORMAT_VERSION = "2"
@@ -231,6 +232,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_regular(path)
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, TypeError) as error:  # TypeError: a dtype NumPy lacks
