@@ -38,6 +38,8 @@ _KINDS: Mapping[type, str] = {
 
 # More blocks than any model has; the C++ runtime refuses them too.
 MOST_BLOCKS = 65_536
+# Features of one head; its angles are computed to be checked.
+MOST_FEATURES = 65_536
 # Of what the checkpoint was saved in; the tensors say their own.
 STORED_DTYPES = ("float32", "float16", "bfloat16", "float64")
 # transformers makes a name for each, though a language model has none.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ojfa_export.errors import CheckpointError
-from ojfa_export.families.config import COMPLETE, MOST_BLOCKS, Config
+from ojfa_export.families.config import COMPLETE, MOST_BLOCKS, MOST_FEATURES, Config
 from ojfa_export.families.family import Family, eos_token_ids
 from ojfa_export.families.rotary import Rotary, read_rotary
 from ojfa_export.families.spec import ModelSpec
@@ -59,7 +59,7 @@ def read_head_dim(config: Config) -> int:
             f"{config.source}: hidden_size {hidden} is no multiple of num_attention_heads {heads}",
             hint=COMPLETE,
         )
-    return config.integer("head_dim", hidden // heads)
+    return config.integer("head_dim", hidden // heads, MOST_FEATURES)
 
 
 def rotary(config: Config) -> Rotary:

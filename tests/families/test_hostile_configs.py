@@ -91,6 +91,8 @@ def test_hostile_values(family: str, rng: np.random.Generator) -> None:
     @given(_changes(family))
     @example({"rms_norm_eps": 10**400, "layer_norm_epsilon": 10**400})
     @example({"num_hidden_layers": 2**31 - 1, "n_layer": 2**31 - 1})
+    @example({"head_dim": 2**31 - 2})
+    @example({"num_labels": 2**31 - 1})
     def check(changes: Fields) -> None:
         # As a file gives them: no number that Python's JSON wouldn't read.
         fields = json.loads(json.dumps({**base, **changes}))
