@@ -9,7 +9,7 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
-from ojfa_export import backends
+from ojfa_export import backends, tokenizer
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.bundle.names import TOKENIZER
@@ -213,9 +213,10 @@ class Model:
 
         Raises:
             UsageError: It has none, or too many for the cache.
+            OjfaError: The tokenizer fails on it.
         """
         try:
-            ids: list[int] = self.tokenizer.encode(prompt).ids
+            ids = tokenizer.encode(self.tokenizer, prompt)
         except TypeError as error:  # what tokenizers says of anything that is not UTF-8
             raise UsageError(
                 f"a prompt is not text in UTF-8: {prompt!r:.40}",
@@ -347,8 +348,8 @@ def _listed(value: str | Sequence[str]) -> list[str]:
 def _read_tokenizer(bundle: Bundle) -> Tokenizer:
     path, text = bundle.directory / TOKENIZER, bundle.read(TOKENIZER)
     try:
-        return Tokenizer.from_buffer(text)
-    except Exception as error:  # tokenizers raises plain Exception for every bad file
+        return tokenizer.parse(text)
+    except ValueError as error:
         raise BundleError(
             f"{path} can't be read: {error}", hint="build the bundle again"
         ) from error
