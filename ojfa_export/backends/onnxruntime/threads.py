@@ -30,7 +30,8 @@ def default_threads() -> int:
     if not value:
         return max(1, cores - busy_cores())
     most = MOST_PER_CORE * max(cores, os.cpu_count() or 1)
-    if not (value.isascii() and value.isdecimal() and 1 <= int(value) <= most):
+    is_number = value.isascii() and value.isdecimal() and len(value) < 10
+    if not (is_number and 1 <= int(value) <= most):
         raise UsageError(
             f"{THREADS_VARIABLE} must be a whole number from 1 to {most} on this machine, not "
             f"'{value:.40}'",
