@@ -13,6 +13,9 @@ class ExitStatus(IntEnum):
     USAGE = 2
     VERIFICATION = 3
     INTERRUPTED = 130
+    # What a shell reports of `cat` when its reader has gone (128 + SIGPIPE), so that scripts know
+    # it from a failure.
+    READER_GONE = 141
 
 
 class OjfaError(Exception):

@@ -6,6 +6,7 @@ waits for a writer. So nothing is waited for, and type and size are known before
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from io import FileIO
@@ -26,7 +27,10 @@ def open_regular(path: Path, *, follow: bool = True) -> FileIO:
     """
     descriptor = os.open(path, FLAGS if follow else FLAGS | os.O_NOFOLLOW)
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
             raise OSError(f"{path} is no plain file")
         return FileIO(descriptor)
     except BaseException:

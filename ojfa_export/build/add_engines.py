@@ -16,8 +16,9 @@ from ojfa_export.build.stages import build_engines, engine_set
 from ojfa_export.build.versions import tool_versions
 from ojfa_export.build.work import Work
 from ojfa_export.bundle.bundle import Bundle
+from ojfa_export.bundle.manifest import Manifest, read_manifest
 from ojfa_export.bundle.names import ENGINES, MANIFEST, graph_names
-from ojfa_export.errors import VerificationError
+from ojfa_export.errors import BundleError, OjfaError, VerificationError
 from ojfa_export.progress import Progress
 from ojfa_export.runtime.model import Model
 from ojfa_export.verify.outcome import raise_failed
@@ -68,6 +69,11 @@ def add_engines(
             except VerificationError:
                 shutil.rmtree(work.directory)  # these engines are of no use
                 raise
+        if not _holds(directory, manifest):
+            raise OjfaError(
+                f"{bundle} was replaced or removed while engines were added to it",
+                hint="run the same command again",
+            )
         work.publish()
     return {
         "bundle": str(bundle),
@@ -75,6 +81,14 @@ def add_engines(
         "engines": len(names),
         "checks": len(checks),
     }
+
+
+def _holds(directory: Path, manifest: Manifest) -> bool:
+    """Whether a directory still holds the bundle of that manifest."""
+    try:
+        return read_manifest(directory) == manifest
+    except BundleError:
+        return False
 
 
 def _fingerprint(bundle: Bundle, backend: Backend) -> str:

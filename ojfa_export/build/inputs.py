@@ -53,7 +53,7 @@ class Inputs:
             else promise_windows(self.texts, rest, limits)
         )
         self._check_vocabulary()
-        self.checkpoint.check_shapes()
+        self.checkpoint.check_tensors()
         self.model_sha256 = self.checkpoint.sha256()
 
     def _check_vocabulary(self) -> None:

@@ -13,6 +13,7 @@ from ojfa_export.calibrate.text import shipped_text
 from ojfa_export.errors import UsageError
 from ojfa_export.families.rotary import Rotary
 from ojfa_export.families.spec import ModelSpec, Precision
+from ojfa_export.files import read_regular
 from ojfa_export.guarantee.promise import DEFAULT_CONFIDENCE, Limits, check_limits
 from ojfa_export.shortcut.kinds import SHIPPED, Shipped
 
@@ -28,6 +29,8 @@ DEFAULT_WINDOW = 512
 # and for large ones several times what fitting needs at least.
 DEFAULT_TOKENS = 16_384
 TOKENS_PER_FEATURE = 8
+# Bytes.
+RECIPE_LIMIT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def read_recipe(name: str) -> Recipe:
     """
     path = Path(name) if name.endswith(".toml") else recipes_directory() / f"{name}.toml"
     try:
-        return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return Recipe.model_validate(tomllib.loads(read_regular(path, RECIPE_LIMIT).decode()))
     except FileNotFoundError:
         known = ", ".join(sorted(each.stem for each in recipes_directory().glob("*.toml")))
         raise UsageError(
@@ -139,7 +142,7 @@ def read_recipe(name: str) -> Recipe:
         ) from None
     except OSError as error:
         raise UsageError(
-            f"recipe {path} can't be read: {error.strerror}", hint="name a .toml file"
+            f"recipe {path} can't be read: {error.strerror or error}", hint="name a .toml file"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ojfa_export.bundle.names import GRAPHS, SHORTCUT, block_name, graph_names
 from ojfa_export.errors import CheckpointError
 from ojfa_export.graphs.export import Exporter
 from ojfa_export.progress import Progress
+from ojfa_export.publish import publish
 from ojfa_export.report.write import write_report
 from ojfa_export.shortcut import fold, load
 
@@ -49,8 +49,8 @@ def calibrate_only(
         if report is not None:
             report.mkdir(parents=True, exist_ok=True)
             write_report(result, report)
-        (work.bundle / SHORTCUT).rename(options.output)
-        shutil.rmtree(work.directory)
+        check_output(options.output, options.overwrite, holds=None)  # it may have come to be
+        work.publish(work.bundle / SHORTCUT)
     return {"shortcut": str(options.output), **result.model_dump(mode="json")}
 
 
@@ -79,9 +79,8 @@ def export_only(options: BuildOptions, shortcut: Path | None, progress: Progress
         if shortcut is not None:
             _export_exit_head(exporter, shortcut, inputs)
             names.append("exit_head")
-        if options.output.exists():
-            options.output.rename(Path(temporary) / "old")
-        directory.rename(options.output)
+        check_output(options.output, options.overwrite, holds="embed.onnx")
+        publish(directory, options.output)
     return {"directory": str(options.output), "graphs": names}
 
 

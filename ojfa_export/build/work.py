@@ -15,8 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ojfa_export.atomic import write_atomically
 from ojfa_export.bundle.names import ENGINES, GRAPHS, MANIFEST, REPORT
 from ojfa_export.errors import CheckpointError, OjfaError, UsageError
+from ojfa_export.paths import check_utf8, named
+from ojfa_export.publish import flush, publish, recover
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class StageRecord:
 
 class Work:
     """`BUNDLE.partial`, beside the bundle to be: the same file system, so that the finished bundle
-    appears by one rename.
+    appears at once.
 
     Args:
         output: The bundle to be.
@@ -47,8 +50,8 @@ class Work:
     """
 
     def __init__(self, output: Path, fingerprint: str, suffix: str = ".partial") -> None:
-        self.output = output
-        self.directory = output.with_name(f"{output.name}{suffix}")
+        self.output = named(output)
+        self.directory = self.output.with_name(f"{self.output.name}{suffix}")
         self.bundle = self.directory / "bundle"
         self.scratch = self.directory / "scratch"
         self._state = self.directory / "state.json"
@@ -66,20 +69,16 @@ class Work:
                 raise self._taken() from None
             if not _is_at(lock.fileno(), self.directory / "lock"):
                 raise self._taken()  # the other build ended, and removed the directory, just now
-            if self._finished() is None or not self.bundle.is_dir():
-                for path in (self.bundle, self.scratch):
-                    shutil.rmtree(path, ignore_errors=True)
-                self._save({})
-            for path in (self.bundle / GRAPHS, self.bundle / ENGINES, self.bundle / REPORT):
-                path.mkdir(parents=True, exist_ok=True)
-            self.scratch.mkdir(exist_ok=True)
-            for path in self.bundle.rglob("*.partial"):  # files that an interruption cut short
-                path.unlink()
             try:
+                self._prepare()
                 yield self
             except CheckpointError:
                 # What comes in place of this checkpoint has another fingerprint.
                 shutil.rmtree(self.directory)
+                raise
+            except BaseException:
+                if self.directory.exists() and not self._begun():
+                    shutil.rmtree(self.directory)
                 raise
 
     @contextmanager
@@ -95,22 +94,35 @@ class Work:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         record = StageRecord(name, round(time.perf_counter() - start, 3), peak)
         self.records.append(record)
+        for directory in (self.bundle, self.scratch):
+            flush(directory)  # a power cut must not leave a record without its files
         self._save({**finished, name: asdict(record)})
 
-    def publish(self) -> None:
-        """Makes the finished bundle appear under its name, and removes the rest."""
-        flush(self.bundle)
-        replaced = os.path.lexists(self.output)
-        if replaced:
-            shutil.rmtree(self.scratch, ignore_errors=True)
-            self.output.rename(self.scratch)
-        try:
-            self.bundle.rename(self.output)
-        except BaseException:
-            if replaced:
-                self.scratch.rename(self.output)
-            raise
+    def publish(self, result: Path | None = None) -> None:
+        """Makes the finished bundle, or another result, appear under its name; removes the rest."""
+        publish(result or self.bundle, self.output)
         shutil.rmtree(self.directory)
+
+    def _prepare(self) -> None:
+        """Makes the folders, empty unless they hold work that can be gone on with."""
+        if self._finished() is None:
+            # First of all: what is removed next must not be taken for finished work.
+            self._state.unlink(missing_ok=True)
+            for path in (self.bundle, self.scratch):
+                if path.exists():
+                    shutil.rmtree(path)
+            self.bundle.mkdir()
+            self._save({})
+        for path in (self.bundle / GRAPHS, self.bundle / ENGINES, self.bundle / REPORT):
+            path.mkdir(parents=True, exist_ok=True)
+        self.scratch.mkdir(exist_ok=True)
+        for path in self.bundle.rglob("*.partial"):  # files that an interruption cut short
+            path.unlink()
+
+    def _begun(self) -> bool:
+        """Whether there is work to go on with."""
+        below = (*self.bundle.rglob("*"), *self.scratch.rglob("*"))
+        return bool(self._finished()) or any(path.is_file() for path in below)
 
     def _taken(self) -> OjfaError:
         return OjfaError(
@@ -124,26 +136,21 @@ class Work:
             state = json.loads(self._state.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        same = isinstance(state, dict) and state.get("fingerprint") == self._fingerprint
-        return state["stages"] if same else None
+        if not isinstance(state, dict) or state.get("fingerprint") != self._fingerprint:
+            return None
+        # After a kill while publishing, what was replaced lies where the work was.
+        return state["stages"] if state.get("inode") == self._inode() else None
 
     def _save(self, stages: dict[str, Any]) -> None:
-        partial = self._state.with_suffix(".partial")
-        partial.write_text(
-            json.dumps({"fingerprint": self._fingerprint, "stages": stages}, indent=2),
-            encoding="utf-8",
-        )
-        partial.rename(self._state)
+        state = {"fingerprint": self._fingerprint, "inode": self._inode(), "stages": stages}
+        write_atomically(self._state, json.dumps(state, indent=2).encode())
 
-
-def flush(directory: Path) -> None:
-    """Waits until everything below a directory is on the disk."""
-    for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
+    def _inode(self) -> int | None:
+        """What tells the directory of the work from any other, whatever their names."""
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            return self.bundle.stat().st_ino
+        except FileNotFoundError:
+            return None
 
 
 @contextmanager
@@ -174,8 +181,10 @@ def check_output(output: Path, overwrite: bool, holds: str | None = MANIFEST) ->
         holds: A file that a directory of this kind holds; None where a file is written.
 
     Raises:
-        UsageError: It exists.
+        UsageError: It exists, or its path is not UTF-8.
     """
+    check_utf8(output)
+    recover(output)
     if not output.exists() and not output.is_symlink():
         return
     if not overwrite:

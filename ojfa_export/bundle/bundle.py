@@ -13,6 +13,8 @@ from ojfa_export.bundle.graphs import check_graphs
 from ojfa_export.bundle.manifest import EngineSet, Manifest, TensorSlice, read_manifest
 from ojfa_export.bundle.names import GRAPHS, MANIFEST, SHORTCUT, TOKENIZER, graph_names
 from ojfa_export.errors import BundleError
+from ojfa_export.paths import check_utf8
+from ojfa_export.publish import recover
 
 
 class Bundle:
@@ -28,9 +30,12 @@ class Bundle:
     Raises:
         BundleError: A file is missing, extra, altered, a symbolic link, or outside the bundle; the
             manifest and the graphs contradict each other.
+        UsageError: The path is not UTF-8.
     """
 
     def __init__(self, directory: Path) -> None:
+        check_utf8(directory)
+        recover(directory)
         self.directory = directory
         self.manifest: Manifest = read_manifest(directory)
         self._check_names()

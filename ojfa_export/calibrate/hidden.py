@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,6 +95,8 @@ def collect_hidden_states(
                         if not np.isfinite(hidden).all():
                             raise _not_finite(spec, weights, rotary, before, depth)
                         file.write(hidden.tobytes())
+                    file.flush()
+                    os.fsync(file.fileno())
                 partial.rename(states.path(depth))
             task.advance()
     return states

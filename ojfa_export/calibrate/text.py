@@ -15,6 +15,9 @@ from tokenizers import Tokenizer
 
 from ojfa_export.backends.backend import Int32
 from ojfa_export.errors import CalibrationError
+from ojfa_export.paths import readable
+from ojfa_export.pipes import read_named
+from ojfa_export.tokenizer import encode, encode_all
 
 HELD_OUT_SHARE = 0.25
 
@@ -69,7 +72,7 @@ def read_source(source: Path) -> CalibrationText:
     """
     named = None if source.exists() else re.fullmatch(r"([\w][\w.+-]*)=(.+)", str(source))
     if named is None:
-        return replace(read_text(source), domain=source.stem)
+        return replace(read_text(source), domain=readable(source.stem))
     return replace(read_text(Path(named[2])), domain=named[1])
 
 
@@ -77,13 +80,14 @@ def read_text(path: Path) -> CalibrationText:
     """Reads a text file, or a JSONL file whose lines have a "text" field.
 
     Raises:
-        CalibrationError: Missing, empty, binary, or not JSONL where its name says so.
+        CalibrationError: Missing, empty, binary, no file or pipe, a pipe that stays silent, or not
+            JSONL where its name says so.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_named(path)
     except OSError as error:
         raise CalibrationError(
-            f"calibration data {path} can't be read: {error.strerror}",
+            f"calibration data {path} can't be read: {error.strerror or error}",
             hint="name a text file or a JSONL file with a 'text' field in each line",
         ) from error
     try:
@@ -100,7 +104,9 @@ def read_text(path: Path) -> CalibrationText:
         raise CalibrationError(
             f"calibration data {path} is empty", hint="give text like that of your users"
         )
-    return CalibrationText(path.name, tuple(documents), hashlib.sha256(raw).hexdigest(), len(raw))
+    return CalibrationText(
+        readable(path.name), tuple(documents), hashlib.sha256(raw).hexdigest(), len(raw)
+    )
 
 
 def _json_lines(path: Path, text: str) -> list[str]:
@@ -151,7 +157,7 @@ def make_windows(
     rest: list[NDArray[np.int32]] = []
     share = -(-tokens // (len(texts) * length))  # windows of each source, rounded up
     for text in texts:
-        ids = [token for each in tokenizer.encode_batch(list(text.documents)) for token in each.ids]
+        ids = [token for each in encode_all(tokenizer, text.documents) for token in each]
         count = min(len(ids) // length, share)
         all_windows = np.array(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
         aside = max(1, round(count * HELD_OUT_SHARE))
@@ -185,5 +191,5 @@ def _enough(texts: int, length: int, needed: int) -> int:
 
 def _characters(texts: Sequence[CalibrationText], tokenizer: Tokenizer, needed: int) -> int:
     sample = "".join(texts[0].documents)[:20_000]
-    per_token = len(sample) / max(1, len(tokenizer.encode(sample).ids))
+    per_token = len(sample) / max(1, len(encode(tokenizer, sample)))
     return int(1.1 * needed / (1 - HELD_OUT_SHARE) * per_token)

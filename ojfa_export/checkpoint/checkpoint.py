@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from ojfa_export.checkpoint.fields import read_fields
 from ojfa_export.checkpoint.tokenizer import eos_token_ids
 from ojfa_export.checkpoint.torch_file import read_torch_file
 from ojfa_export.digest import sha256_file
@@ -20,6 +21,8 @@ from ojfa_export.errors import CheckpointError
 from ojfa_export.families import read_spec
 from ojfa_export.families.config import Config
 from ojfa_export.families.tensors import Source
+from ojfa_export.files import check_regular
+from ojfa_export.paths import check_utf8
 
 Array = NDArray[Any]
 
@@ -39,13 +42,15 @@ class Checkpoint:
 
     Raises:
         CheckpointError: Where anything is missing, damaged or not supported.
+        UsageError: The path is not UTF-8.
     """
 
     def __init__(self, directory: Path) -> None:
+        check_utf8(directory)
         self.directory = directory
-        self.config = Config(_read_json(directory / "config.json"), str(directory / "config.json"))
+        self.config = Config(read_fields(directory / "config.json"), str(directory / "config.json"))
         self.family, spec = read_spec(self.config)
-        eos = eos_token_ids(directory, spec.eos_token_ids)
+        eos = eos_token_ids(directory, spec.eos_token_ids, spec.vocab_size)
         self.spec = spec.model_copy(update={"eos_token_ids": eos})
         self._files = _tensor_files(directory)
 
@@ -77,25 +82,27 @@ class Checkpoint:
             parts = [part.T for part in parts]
         return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=1)
 
-    def check_shapes(self) -> None:
-        """Checks from the files' headers that every tensor is there with the right shape.
+    def check_tensors(self) -> None:
+        """Checks from the files' headers that every tensor is there with the right shape and dtype.
 
         Raises:
             CheckpointError: Naming the first that isn't.
         """
-        block = self.family.block
-        sources = [*self.family.ends(self.config, self.spec).values()]
+        wanted: dict[Path, dict[str, tuple[int, ...]]] = {}
+        for source in self._sources():
+            for part, size in source.parts:
+                name = self._stored_name(part)
+                wanted.setdefault(self._files[name], {})[name] = source.stored_shape(size)
+        for path, shapes in sorted(wanted.items()):
+            for name, (shape, dtype) in _headers(path, list(shapes)).items():
+                _check_dtype(name, path, dtype)
+                self._check_shape(name, shape, shapes[name])
+
+    def _sources(self) -> Iterator[Source]:
+        """Every weight of the model; block by block, so that the first missing one ends it."""
+        yield from self.family.ends(self.config, self.spec).values()
         for index in range(self.spec.blocks):
-            sources += block(self.config, self.spec, index).values()
-        wanted = {
-            self._stored_name(name): source.stored_shape(size)
-            for source in sources
-            for name, size in source.parts
-        }
-        for path in self.weight_files:
-            names = [name for name in wanted if self._files[name] == path]
-            for name, shape in _stored_shapes(path, names).items():
-                self._check_shape(name, shape, wanted[name])
+            yield from self.family.block(self.config, self.spec, index).values()
 
     def _check_shape(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         if found != wanted:
@@ -129,61 +136,58 @@ class Checkpoint:
     def _load(self, name: str) -> Array:
         path = self._files[name]
         if path.suffix == ".bin":
-            return read_torch_file(path)[name]
-        try:
-            # Opened for each tensor: pages of a file that stays mapped stay in memory.
-            with safe_open(path, framework="numpy") as file:
-                return _slice_to_array(file, path, name)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} can't be read: {error}",
-                hint="the file is missing, truncated or damaged; download it again",
-            ) from error
+            array = read_torch_file(path)[name]
+            _check_dtype(name, path, _dtype_name(array))
+            return array
+        # Opened for each tensor: pages of a file that stays mapped stay in memory.
+        with _opened(path) as file:
+            _check_dtype(name, path, file.get_slice(name).get_dtype())
+            tensor: Array = file.get_tensor(name)
+            return tensor
 
 
-def _stored_shapes(path: Path, names: list[str]) -> dict[str, tuple[int, ...]]:
+def _headers(path: Path, names: list[str]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of tensors."""
     if path.suffix == ".bin":
         tensors = read_torch_file(path)
-        return {name: tensors[name].shape for name in names}
-    with safe_open(path, framework="numpy") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        return {name: (tensors[name].shape, _dtype_name(tensors[name])) for name in names}
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in names}
+        return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
 
 
-def _slice_to_array(file: Any, path: Path, name: str) -> Array:
-    dtype = file.get_slice(name).get_dtype()
+def _dtype_name(array: Array) -> str:
+    """As safetensors names it, where it is supported."""
+    return next((name for name in DTYPES if array.dtype == DTYPES[name]), str(array.dtype))
+
+
+def _check_dtype(name: str, path: Path, dtype: str) -> None:
     if dtype not in DTYPES:
         raise CheckpointError(
             f"tensor '{name}' in {path} has dtype {dtype}, which is not supported",
             hint=f"supported: {', '.join(DTYPES)}; quantised checkpoints must be dequantised first",
         )
-    array: Array = file.get_tensor(name)
-    return array
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        check_regular(path)
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path.parent} is not a checkpoint: it has no {path.name}",
-            hint="name a Hugging Face model directory or a hub id",
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} can't be read: {error}", hint="download the checkpoint again"
+            f"{path} can't be read: {error}",
+            hint="the file is missing, truncated or damaged; download it again",
         ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path} must hold a JSON object", hint="download the checkpoint again"
-        )
-    return value
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
     """Which file holds each tensor."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (directory / index).exists():
-            weight_map = _read_json(directory / index).get("weight_map")
+            weight_map = read_fields(directory / index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(
                 isinstance(shard, str) for shard in weight_map.values()
             ):
@@ -223,11 +227,5 @@ def _check_shard(path: Path, expected: set[str], index: str) -> None:
 def _tensor_names(path: Path) -> list[str]:
     if path.suffix == ".bin":
         return list(read_torch_file(path))
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} can't be read: {error}",
-            hint="the file is truncated or damaged; download it again",
-        ) from error
+    with _opened(path) as file:
+        return list(file.keys())

@@ -17,7 +17,8 @@ def resolve(checkpoint: str, revision: str | None = None) -> Path:
         revision: Branch, tag or commit of a hub id.
 
     Raises:
-        CheckpointError: Neither a directory nor a model that can be downloaded.
+        CheckpointError: Neither a directory nor a model that can be downloaded, or a directory
+            with something in it that is neither, such as a pipe.
         UsageError: A revision of a directory.
     """
     path = Path(checkpoint)
@@ -27,6 +28,7 @@ def resolve(checkpoint: str, revision: str | None = None) -> Path:
                 f"revision '{revision}' is of a hub id, and {checkpoint} is a directory",
                 hint="leave --revision out, or name a hub id",
             )
+        _refuse_special_files(path)
         return path
     if path.exists() or checkpoint.count("/") > 1 or checkpoint.startswith((".", "/", "~")):
         raise CheckpointError(
@@ -66,3 +68,13 @@ def resolve(checkpoint: str, revision: str | None = None) -> Path:
             hint="check the spelling and the network, or name a local directory",
         ) from error
     return directory
+
+
+def _refuse_special_files(directory: Path) -> None:
+    """Transformers and tokenizers open files there by themselves, and would wait on a pipe."""
+    for path in sorted(directory.iterdir()):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointError(
+                f"{path} is no plain file: a pipe, a device or a socket",
+                hint="a checkpoint holds plain files and folders; remove it, or download it again",
+            )

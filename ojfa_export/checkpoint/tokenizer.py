@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from ojfa_export.checkpoint.fields import read_fields
 from ojfa_export.errors import CheckpointError
 from ojfa_export.families.config import Config
 from ojfa_export.families.family import eos_token_ids as family_eos_token_ids
+from ojfa_export.files import read_regular
+from ojfa_export.tokenizer import LIMIT, parse
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
@@ -21,8 +23,8 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     if path.exists():
         try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises plain Exception for every bad file
+            return parse(read_regular(path, LIMIT))
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path} can't be read: {error}", hint="download the checkpoint again"
             ) from error
@@ -40,31 +42,23 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, use_fast=True, local_files_only=True)
-        return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    except (ValueError, OSError, AttributeError, ImportError) as error:
+        return parse(tokenizer.backend_tokenizer.to_str().encode())
+    except BaseException as error:  # whatever the files lead transformers, and Rust below it, to
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
         raise CheckpointError(
             f"the tokenizer of {directory} can't be converted to tokenizer.json: {error}",
             hint="save it once with transformers' fast tokenizer",
         ) from error
 
 
-def eos_token_ids(directory: Path, config_ids: tuple[int, ...]) -> tuple[int, ...]:
+def eos_token_ids(directory: Path, config_ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
     """End-of-text ids: generation_config.json's where it names any, else the config's.
 
     Raises:
-        CheckpointError: generation_config.json is damaged.
+        CheckpointError: generation_config.json is damaged, or names no tokens of the model.
     """
     path = directory / "generation_config.json"
-    if path.exists():
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path} can't be read: {error}", hint="download the checkpoint again"
-            ) from error
-        if not isinstance(fields, dict):
-            raise CheckpointError(
-                f"{path} must hold a JSON object", hint="download the checkpoint again"
-            )
-        return family_eos_token_ids(Config(fields, str(path))) or config_ids
-    return config_ids
+    if not path.exists():
+        return config_ids
+    return family_eos_token_ids(Config(read_fields(path), str(path)), vocab_size) or config_ids

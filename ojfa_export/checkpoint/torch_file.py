@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.errors import CheckpointError
+from ojfa_export.files import check_regular
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,12 @@ def read_torch_file(path: Path) -> dict[str, NDArray[Any]]:
     Raises:
         CheckpointError: torch is not installed, or the file holds more than weights.
     """
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} can't be read: {error}", hint="download the checkpoint again"
+        ) from error
     try:
         import torch
     except ImportError as error:
@@ -55,18 +62,19 @@ def read_torch_file(path: Path) -> dict[str, NDArray[Any]]:
     return {
         name: _to_numpy(tensor, f"tensor '{name}' in {path}")
         for name, tensor in tensors.items()
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        if isinstance(tensor, torch.Tensor)
     }
 
 
 def _to_numpy(tensor: torch.Tensor, where: str) -> NDArray[Any]:
     import torch
 
-    if tensor.dtype == torch.bfloat16:
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16 and tensor.layout == torch.strided:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     try:
         return np.asarray(tensor.numpy())
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:  # a dtype or a layout that NumPy lacks
         raise CheckpointError(
             f"{where} has dtype {tensor.dtype}, which is not supported",
             hint="quantised checkpoints must be dequantised first",

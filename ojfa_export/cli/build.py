@@ -82,8 +82,10 @@ def command(
 
 def _add_engines(console: Console, bundle: Path, backend: str) -> None:
     from ojfa_export.bundle.names import MANIFEST
+    from ojfa_export.publish import recover
 
     context = click.get_current_context()
+    recover(bundle)
     if not (bundle / MANIFEST).is_file():
         raise click.UsageError("missing option '-o' / '--output'", context)
     for name in context.params:

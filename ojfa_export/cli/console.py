@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
+
+import click
 
 from ojfa_export.progress import Progress, Silent
 
@@ -17,6 +20,23 @@ if TYPE_CHECKING:
 
 # Wide enough that no line of a table is broken where no terminal sets a limit.
 _UNLIMITED_WIDTH = 10_000
+
+# What a terminal obeys instead of showing it: control characters (C0 but tab and newline, DEL and
+# C1), and those that turn the direction of the text around them.
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def safe_for(stream: TextIO, text: str) -> str:
+    r"""The text as it may go to a stream: on a terminal, its commands as visible escapes.
+
+    Names, prompts and what a model writes come from others, and a terminal would obey what is in
+    them: `\x1b[2J` would clear it. In files and pipes text stays as it is.
+    """
+    return _COMMANDS.sub(_escaped, text) if stream.isatty() else text
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
 
 
 @dataclass
@@ -28,12 +48,14 @@ class Console:
         debug: Whether errors come with their tracebacks.
         verbosity: -1 quiet, 0 normal, 1 verbose.
         stdout: Standard output.
+        emitted: Whether the JSON document is written.
     """
 
     json: bool = False
     debug: bool = False
     verbosity: int = 0
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
+    emitted: bool = False
 
     @contextlib.contextmanager
     def reserved_stdout(self) -> Iterator[None]:
@@ -51,21 +73,30 @@ class Console:
 
     def emit(self, document: Mapping[str, Any]) -> None:
         """Writes the JSON document; numbers that JSON lacks (NaN, infinity) become null."""
-        json.dump(_finite(document), self.stdout, indent=2, allow_nan=False)
-        self.stdout.write("\n")
+        text = json.dumps(_finite(document), indent=2, allow_nan=False)
+        self.emitted = True
+        self.stdout.write(text + "\n")
 
     def write(self, text: str) -> None:
-        """Writes part of a result at once, as it is."""
-        self.stdout.write(text)
+        """Writes part of a result at once."""
+        self.stdout.write(safe_for(self.stdout, text))
         self.stdout.flush()
+
+    def repeat(self, text: str) -> None:
+        """Writes at once what the user gave, before what comes of it; dim on a terminal."""
+        if self.stdout.isatty():
+            self.stdout.write(click.style(safe_for(self.stdout, text), dim=True))
+            self.stdout.flush()
+        else:
+            self.write(text)
 
     def print(self, text: str = "") -> None:
         """Writes a line of the result."""
-        self.stdout.write(text + "\n")
+        self.stdout.write(safe_for(self.stdout, text) + "\n")
 
     def heading(self, text: str) -> None:
         """Writes a heading, set off on a terminal."""
-        self._render(text, "bold")
+        self._render(safe_for(self.stdout, text), "bold")
 
     def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Writes a table; columns whose every cell begins with a digit are aligned right."""
@@ -74,9 +105,9 @@ class Console:
         table = Table(box=None, pad_edge=False, header_style="bold")
         for index, heading in enumerate(headings):
             numeric = bool(rows) and all(row[index][:1].isdigit() for row in rows)
-            table.add_column(heading, justify="right" if numeric else "left")
+            table.add_column(safe_for(self.stdout, heading), justify="right" if numeric else "left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(safe_for(self.stdout, cell) for cell in row))
         self._render(table)
 
     def facts(self, facts: Mapping[str, object]) -> None:
@@ -87,13 +118,21 @@ class Console:
         table.add_column(style="dim", no_wrap=True)
         for name, value in facts.items():
             if value not in (None, "") and not isinstance(value, list | tuple | dict):
-                table.add_row(name.replace("_", " "), str(value))
+                pair = (name.replace("_", " "), str(value))
+                table.add_row(*(safe_for(self.stdout, cell) for cell in pair))
         self._render(table)
 
     def note(self, text: str) -> None:
         """Writes a remark to standard error, unless quiet."""
         if self.verbosity >= 0:
-            print(text, file=sys.stderr)
+            print(safe_for(sys.stderr, text), file=sys.stderr)
+
+    def complain(self, text: str, label: str = "") -> None:
+        """Writes to standard error what even the quiet must know, after a label."""
+        if label and sys.stderr.isatty():
+            label = click.style(label, fg="red" if label == "error:" else None, bold=True)
+        said = safe_for(sys.stderr, text)
+        print(f"{label} {said}" if label else said, file=sys.stderr, flush=True)
 
     def _render(self, content: str | Table, style: str | None = None) -> None:
         from rich.console import Console as RichConsole
@@ -109,7 +148,7 @@ class Console:
             rich.print(content, style=style)
         # rich fills a table's last column with blanks.
         for line in captured.get().splitlines():
-            self.print(line.rstrip())
+            self.stdout.write(line.rstrip() + "\n")
 
 
 def describe_hardware(machine: Mapping[str, Any]) -> dict[str, str]:

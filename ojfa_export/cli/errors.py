@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,25 @@ class Interrupted(OjfaError):
     """The user interrupted something that can be gone on with."""
 
     exit_status = ExitStatus.INTERRUPTED
+
+
+class ReaderGone(OjfaError):
+    """Nobody reads what is written any more: no failure, and nobody to tell."""
+
+    exit_status = ExitStatus.READER_GONE
+
+
+@contextmanager
+def noticing_readers() -> Iterator[None]:
+    """Gives a broken pipe its own name, before click ends the program for it in its own way.
+
+    Raises:
+        ReaderGone: A reader has gone.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise ReaderGone("the reader has gone") from None
 
 
 @contextmanager
@@ -39,22 +59,33 @@ class Description(NamedTuple):
 
 
 def report(error: BaseException, console: Console) -> int:
-    """Writes an error to standard error.
+    """Writes an error to standard error and, in JSON, to standard output.
 
     Returns:
         The exit status that it means.
     """
     if isinstance(error, click.Abort):  # what click makes of an interrupt
         error = error.__cause__ or error
+    if isinstance(error, ReaderGone | BrokenPipeError):
+        return ExitStatus.READER_GONE
+    described = describe(error)
+    # What can't be written is nothing more to report: the status says it.
+    with contextlib.suppress(OSError):
+        _tell(error, described, console)
+    if console.json and not console.emitted:
+        with contextlib.suppress(OSError):
+            console.emit({"error": described._asdict()})
+    return described.exit_status
+
+
+def _tell(error: BaseException, described: Description, console: Console) -> None:
     if console.debug:
         import traceback
 
-        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-    message, hint, status = describe(error)
-    click.echo(click.style("error:", fg="red", bold=True) + f" {message}", err=True)
-    if hint:
-        click.echo(click.style("hint:", bold=True) + f" {hint}", err=True)
-    return status
+        console.complain("".join(traceback.format_exception(error)).rstrip("\n"))
+    console.complain(described.message, "error:")
+    if described.hint:
+        console.complain(described.hint, "hint:")
 
 
 def describe(error: BaseException) -> Description:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from ojfa_export.cli.console import readable_seconds
+from ojfa_export.cli.console import readable_seconds, safe_for
 from ojfa_export.progress import Task
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ class _LineTask:
 
     def _write(self, times: str) -> None:
         count = f"{self._done}/{self._total} {self._unit}"
-        print(f"{self._what}: {count}, {times}", file=self._stream, flush=True)
+        line = safe_for(self._stream, f"{self._what}: {count}, {times}")
+        print(line, file=self._stream, flush=True)
 
 
 class Bars:
@@ -77,7 +79,7 @@ class Bars:
         """Begins something of this many units."""
         outermost = self._display is None
         display = self._display = self._display or _display()
-        bar = display.add_task(what, total=total, unit=unit)
+        bar = display.add_task(safe_for(sys.stderr, what), total=total, unit=unit)
         if outermost:
             display.start()
         try:

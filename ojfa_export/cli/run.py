@@ -187,8 +187,7 @@ def _printer(console: Console, texts: list[str]) -> Callable[[Token], None]:
     """Prints a single prompt and its tokens as they come; nothing for a batch or JSON."""
     if console.json or len(texts) > 1:
         return lambda token: None
-    dim = console.stdout.isatty()
-    console.write(click.style(texts[0], dim=True) if dim else texts[0])
+    console.repeat(texts[0])
     return lambda token: console.write(token.text)
 
 

@@ -11,7 +11,7 @@ from ojfa_export.build import stages
 from ojfa_export.build.inputs import Inputs
 from ojfa_export.build.options import BuildOptions
 from ojfa_export.build.work import Work, check_output
-from ojfa_export.bundle.names import ENGINES, GRAPHS, REPORT, block_name
+from ojfa_export.bundle.names import GRAPHS, block_name
 from ojfa_export.calibrate.calibrate import exit_sample, has_torch, jumped
 from ojfa_export.calibrate.hidden import HiddenStates, collect_hidden_states
 from ojfa_export.compare.claims import judge
@@ -66,10 +66,12 @@ def compare_shortcuts(options: BuildOptions, descend: bool, progress: Progress) 
             states, blocks, fit_tokens, head, settings.rank, descend, work.scratch, progress
         )
         report = _measure(inputs, exporter, states, head, fitted, work, progress)
-        for name in (GRAPHS, ENGINES, REPORT):
-            shutil.rmtree(work.bundle / name)
-        write_comparison(report, work.bundle)
-        work.publish()
+        written = work.scratch / "comparison"
+        shutil.rmtree(written, ignore_errors=True)  # of an interrupted run
+        written.mkdir()
+        write_comparison(report, written)
+        check_output(options.output, options.overwrite, NAMED)  # it may have come to be meanwhile
+        work.publish(written)
     return report
 
 

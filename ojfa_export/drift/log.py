@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ojfa_export.errors import LogError
+from ojfa_export.pipes import read_named
 
 JSONL = (".jsonl", ".ndjson")
 FORM = 'each line should look like {"prompt": "...", "domain": "..."}, or have "text" for "prompt"'
@@ -68,10 +69,10 @@ def _read(source: Path) -> list[Request]:
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_named(path).decode("utf-8-sig")
     except OSError as error:
         raise LogError(
-            f"log {path} can't be read: {error.strerror}",
+            f"log {path} can't be read: {error.strerror or error}",
             hint="name a file with a prompt in each line, or JSONL",
         ) from error
     except UnicodeDecodeError as error:

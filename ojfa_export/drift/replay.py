@@ -18,6 +18,7 @@ from ojfa_export.runtime.events import Event
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.monitor import Monitor
 from ojfa_export.runtime.policy import ExitPolicy
+from ojfa_export.tokenizer import encode
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _encode(model: Model, request: Request) -> list[int]:
     try:
         if request.generate:
             return model.encode(request.content)
-        ids: list[int] = model.tokenizer.encode(request.content).ids
+        ids = encode(model.tokenizer, request.content)
     except UsageError as error:
         raise LogError(f"{request.place}: {error.message}", hint=error.hint) from error
     if not ids:

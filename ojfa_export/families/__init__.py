@@ -22,7 +22,7 @@ def read_spec(config: Config) -> tuple[Family, ModelSpec]:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
-            f"{config.source}: model family '{model_type}' is not supported",
+            f"{config.source}: model family '{model_type!s:.60}' is not supported",
             hint=f"supported: {', '.join(sorted(FAMILIES))}",
         )
     config.require("quantization_config")

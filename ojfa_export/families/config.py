@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ojfa_export.errors import CheckpointError
 
-# Fields that describe training, files or the caller, and never change what the model computes.
-IRRELEVANT_FIELDS = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
-    attention_dropout attn_pdrop auto_map bos_token_id chunk_size_feed_forward
-    decoder_start_token_id
-    dtype embd_pdrop eos_token_id finetuning_task gradient_checkpointing id2label
-    initializer_range label2id model_type n_ctx num_labels output_attentions output_hidden_states
-    pad_token_id prefix problem_type resid_pdrop return_dict sep_token_id summary_activation
-    summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-    task_specific_params tokenizer_class torch_dtype transformers_version unsloth_version
-    unsloth_fixed use_cache
-    """.split()  # noqa: SIM905 - a list of quoted names would be twice as long
-)
+# Fields that describe training, files or the caller, and never change what the model computes, by
+# what they hold. Anything else in them is refused as transformers refuses it.
+_IRRELEVANT: Mapping[tuple[type, ...], str] = {
+    (int, float): "attention_dropout attn_pdrop embd_pdrop resid_pdrop summary_first_dropout",
+    (int,): "bos_token_id chunk_size_feed_forward decoder_start_token_id n_ctx "
+    "pad_token_id sep_token_id",
+    (bool,): "_attn_implementation_autoset gradient_checkpointing output_attentions "
+    "output_hidden_states return_dict summary_proj_to_labels summary_use_proj unsloth_fixed "
+    "use_cache",
+    (str,): "_attn_implementation _commit_hash _name_or_path finetuning_task model_type "
+    "prefix problem_type summary_activation summary_type tokenizer_class "
+    "transformers_version unsloth_version",
+    (dict,): "auto_map id2label label2id task_specific_params",
+    (list,): "architectures",
+    (int, list): "eos_token_id",
+}
+IRRELEVANT_FIELDS: Mapping[str, tuple[type, ...]] = {
+    name: kinds for kinds, names in _IRRELEVANT.items() for name in names.split()
+}
+_KINDS: Mapping[type, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "an object",
+    list: "a list",
+}
 
+# More blocks than any model has; the C++ runtime refuses them too.
+MOST_BLOCKS = 65_536
+# Features of one head; its angles are computed to be checked.
+MOST_FEATURES = 65_536
+# Of what the checkpoint was saved in; the tensors say their own.
+STORED_DTYPES = ("float32", "float16", "bfloat16", "float64")
+# transformers makes a name for each, though a language model has none.
+MOST_LABELS = 65_536
 
 COMPLETE = "check that the checkpoint's config.json is complete"
 
@@ -45,45 +67,50 @@ class Config:
         value = self.fields.get(name)
         return default if value is None else value
 
-    def integer(self, name: str, default: int | None = None) -> int:
+    def wrong(self, name: str, what: str, value: object) -> CheckpointError:
+        """The error for a field that is not what it must be."""
+        return CheckpointError(
+            f"{self.source}: field '{name}' must be {what}, not {value!r:.60}", hint=COMPLETE
+        )
+
+    def integer(self, name: str, default: int | None = None, most: int = 2**31 - 1) -> int:
         """A positive integer field.
 
         Raises:
-            CheckpointError: Where it is absent without a default, or not a positive integer.
+            CheckpointError: Where it is absent without a default, or not in 1 .. most.
         """
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-            raise CheckpointError(
-                f"{self.source}: field '{name}' must be a positive integer, not {value!r}",
-                hint=COMPLETE,
-            )
+        if type(value) is not int or value < 1:
+            raise self.wrong(name, "a positive integer", value)
+        if value > most:
+            raise self.wrong(name, f"a positive integer up to {most}", value)
         return value
 
     def flag(self, name: str, default: bool) -> bool:
         """A true/false field."""
         value = self.get(name, default)
         if not isinstance(value, bool):
-            raise CheckpointError(
-                f"{self.source}: field '{name}' must be true or false, not {value!r}",
-                hint=COMPLETE,
-            )
+            raise self.wrong(name, "true or false", value)
         return value
 
-    def number(self, name: str, default: float) -> float:
-        """A real-valued field."""
+    def fraction(self, name: str, default: float) -> float:
+        """A real number from 0 to 1, such as what a norm adds to a variance.
+
+        Raises:
+            CheckpointError: It is anything else.
+        """
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(
-                f"{self.source}: field '{name}' must be a number, not {value!r}", hint=COMPLETE
-            )
-        return float(value)
+        if not isinstance(value, float) or not 0 <= value <= 1:
+            raise self.wrong(name, "a real number from 0 to 1", value)
+        return value
 
     def require(self, name: str, *allowed: Any) -> None:
         """Refuses the checkpoint unless the field is absent, null or one of the values."""
         value = self.get(name)
-        if value is not None and value not in allowed:
+        same = (type(value) is type(each) and value == each for each in allowed)
+        if value is not None and not any(same):
             raise CheckpointError(
-                f"{self.source}: field '{name}' is {value!r}, which is not supported",
+                f"{self.source}: field '{name}' is {value!r:.60}, which is not supported",
                 hint=f"supported: {', '.join(map(repr, allowed))}"
                 if allowed
                 else f"supported: checkpoints without '{name}'",
@@ -93,8 +120,9 @@ class Config:
         """Refuses fields that nobody understood: they could change the result.
 
         Raises:
-            CheckpointError: Naming the fields.
+            CheckpointError: Naming the fields, or one that doesn't matter and holds nonsense.
         """
+        self._check_irrelevant()
         unknown = sorted(
             name
             for name, value in self.fields.items()
@@ -102,7 +130,22 @@ class Config:
         )
         if unknown:
             raise CheckpointError(
-                f"{self.source}: fields not understood for family '{family}': {', '.join(unknown)}",
+                f"{self.source}: fields not understood for family '{family}': "
+                + f"{', '.join(unknown):.500}",
                 hint="they could change what the model computes; remove them from config.json "
                 "only if you know that they don't",
             )
+
+    def _check_irrelevant(self) -> None:
+        """What doesn't matter here is nonsense to transformers all the same."""
+        self.integer("num_labels", 2, MOST_LABELS)
+        self.fraction("initializer_range", 0.02)
+        for name in ("dtype", "torch_dtype"):
+            self.require(name, *STORED_DTYPES)
+        for name in self.fields.keys() & IRRELEVANT_FIELDS.keys():
+            value, kinds = self.fields[name], IRRELEVANT_FIELDS[name]
+            if value is not None and type(value) not in kinds:
+                raise self.wrong(name, " or ".join(_KINDS[kind] for kind in kinds), value)
+        labels = self.get("id2label", {})
+        if not all(re.fullmatch("[0-9]{1,9}", key) for key in labels):
+            raise self.wrong("id2label", "an object whose names are numbers", labels)

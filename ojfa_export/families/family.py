@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ojfa_export.errors import CheckpointError
 from ojfa_export.families.config import Config
 from ojfa_export.families.rotary import Rotary
 from ojfa_export.families.spec import ModelSpec
@@ -37,18 +36,16 @@ class Family:
     prefixes: tuple[str, ...] = ("",)
 
 
-def eos_token_ids(config: Config) -> tuple[int, ...]:
+def eos_token_ids(config: Config, vocab_size: int) -> tuple[int, ...]:
     """End-of-text ids of a config: none, one or several.
 
     Raises:
-        CheckpointError: The field holds anything else.
+        CheckpointError: The field holds anything else than tokens of the vocabulary.
     """
     value = config.get("eos_token_id", [])
     ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
-        raise CheckpointError(
-            f"{config.source}: field 'eos_token_id' must be a token id or a list of them, "
-            f"not {value!r}",
-            hint="check that the file is complete",
+    if not all(type(each) is int and 0 <= each < vocab_size for each in ids):
+        raise config.wrong(
+            "eos_token_id", f"a token id in 0..{vocab_size - 1} or a list of them", value
         )
     return tuple(ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ojfa_export.errors import CheckpointError
-from ojfa_export.families.config import COMPLETE, Config
+from ojfa_export.families.config import COMPLETE, MOST_BLOCKS, Config
 from ojfa_export.families.family import Family, eos_token_ids
 from ojfa_export.families.spec import Activation, ModelSpec
 from ojfa_export.families.tensors import Source, conv1d, table, vector
@@ -22,26 +22,27 @@ ACTIVATIONS: Mapping[str, Activation] = {
 
 def spec(config: Config) -> ModelSpec:
     """Reads a GPT-2 config."""
-    hidden, heads, blocks = (config.integer(name) for name in ("n_embd", "n_head", "n_layer"))
+    hidden, heads = config.integer("n_embd"), config.integer("n_head")
     if hidden % heads:
         raise CheckpointError(
             f"{config.source}: n_embd {hidden} is no multiple of n_head {heads}", hint=COMPLETE
         )
+    blocks, vocabulary = config.integer("n_layer", most=MOST_BLOCKS), config.integer("vocab_size")
     activation = config.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise CheckpointError(
-            f"{config.source}: activation '{activation}' is not supported",
+            f"{config.source}: activation {activation!r:.60} is not supported",
             hint=f"supported: {', '.join(ACTIVATIONS)}",
         )
     config.require("add_cross_attention", False)
-    config.get("reorder_and_upcast_attn")  # an order of rounding, not a result
+    config.flag("reorder_and_upcast_attn", False)  # an order of rounding, not a result
     scale = (hidden // heads) ** -0.5 if config.flag("scale_attn_weights", True) else 1.0
     by_layer = config.flag("scale_attn_by_inverse_layer_idx", False)
     return ModelSpec(
         family="gpt2",
         blocks=blocks,
         hidden_size=hidden,
-        vocab_size=config.integer("vocab_size"),
+        vocab_size=vocabulary,
         heads=heads,
         kv_heads=heads,
         head_dim=hidden // heads,
@@ -53,10 +54,10 @@ def spec(config: Config) -> ModelSpec:
         activation=ACTIVATIONS[activation],
         gated=False,
         norm="layer",
-        norm_epsilon=config.number("layer_norm_epsilon", 1e-5),
+        norm_epsilon=config.fraction("layer_norm_epsilon", 1e-5),
         max_positions=config.integer("n_positions", 1024),
         tied_head=config.flag("tie_word_embeddings", True),
-        eos_token_ids=eos_token_ids(config),
+        eos_token_ids=eos_token_ids(config, vocabulary),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ojfa_export.errors import CheckpointError
-from ojfa_export.families.config import Config
+from ojfa_export.families.config import COMPLETE, MOST_BLOCKS, MOST_FEATURES, Config
 from ojfa_export.families.family import Family, eos_token_ids
 from ojfa_export.families.rotary import Rotary, read_rotary
 from ojfa_export.families.spec import ModelSpec
@@ -15,19 +15,20 @@ from ojfa_export.families.tensors import Source, linear, table, vector, vectors
 def spec(config: Config) -> ModelSpec:
     """Reads a Llama config."""
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    blocks, head_dim = (
-        config.integer("num_hidden_layers"),
-        config.integer("head_dim", hidden // heads),
+    blocks, vocabulary = (
+        config.integer("num_hidden_layers", most=MOST_BLOCKS),
+        config.integer("vocab_size"),
     )
+    head_dim = read_head_dim(config)
     config.require("hidden_act", "silu", "swish")
-    config.get("pretraining_tp")  # changes only how training split the products
+    config.integer("pretraining_tp", 1)  # changes only how training split the products
     config.flag("attention_bias", False)
     config.flag("mlp_bias", False)
     return ModelSpec(
         family="llama",
         blocks=blocks,
         hidden_size=hidden,
-        vocab_size=config.integer("vocab_size"),
+        vocab_size=vocabulary,
         heads=heads,
         kv_heads=config.integer("num_key_value_heads", heads),
         head_dim=head_dim,
@@ -39,17 +40,31 @@ def spec(config: Config) -> ModelSpec:
         activation="silu",
         gated=True,
         norm="rms",
-        norm_epsilon=config.number("rms_norm_eps", 1e-6),
+        norm_epsilon=config.fraction("rms_norm_eps", 1e-6),
         max_positions=config.integer("max_position_embeddings", 2048),
         tied_head=config.flag("tie_word_embeddings", False),
-        eos_token_ids=eos_token_ids(config),
+        eos_token_ids=eos_token_ids(config, vocabulary),
     )
+
+
+def read_head_dim(config: Config) -> int:
+    """Features of one head.
+
+    Raises:
+        CheckpointError: The heads don't share the hidden features evenly.
+    """
+    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    if hidden % heads:
+        raise CheckpointError(
+            f"{config.source}: hidden_size {hidden} is no multiple of num_attention_heads {heads}",
+            hint=COMPLETE,
+        )
+    return config.integer("head_dim", hidden // heads, MOST_FEATURES)
 
 
 def rotary(config: Config) -> Rotary:
     """Reads a Llama config's rotary embedding."""
-    heads = config.integer("num_attention_heads")
-    head_dim = config.integer("head_dim", config.integer("hidden_size") // heads)
+    head_dim = read_head_dim(config)
     result = read_rotary(config, head_dim, ("default", "linear", "dynamic", "llama3"))
     if result.dim != head_dim:
         raise CheckpointError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ojfa_export.families import llama
-from ojfa_export.families.config import Config
+from ojfa_export.families.config import MOST_BLOCKS, Config
 from ojfa_export.families.family import Family, eos_token_ids
 from ojfa_export.families.rotary import Rotary, read_rotary
 from ojfa_export.families.spec import ModelSpec
@@ -15,8 +15,9 @@ from ojfa_export.families.tensors import Source, linear, vector
 def spec(config: Config) -> ModelSpec:
     """Reads a Phi-3 config."""
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    blocks = config.integer("num_hidden_layers")
-    head_dim = config.integer("head_dim", hidden // heads)
+    blocks = config.integer("num_hidden_layers", most=MOST_BLOCKS)
+    vocabulary = config.integer("vocab_size", 32064)
+    head_dim = llama.read_head_dim(config)
     rotary_embedding = rotary(config)
     config.require("hidden_act", "silu", "swish")
     config.require("attention_bias", False)
@@ -24,7 +25,7 @@ def spec(config: Config) -> ModelSpec:
         family="phi3",
         blocks=blocks,
         hidden_size=hidden,
-        vocab_size=config.integer("vocab_size", 32064),
+        vocab_size=vocabulary,
         heads=heads,
         kv_heads=config.integer("num_key_value_heads", heads),
         head_dim=head_dim,
@@ -36,18 +37,16 @@ def spec(config: Config) -> ModelSpec:
         activation="silu",
         gated=True,
         norm="rms",
-        norm_epsilon=config.number("rms_norm_eps", 1e-5),
+        norm_epsilon=config.fraction("rms_norm_eps", 1e-5),
         max_positions=config.integer("max_position_embeddings", 4096),
         tied_head=config.flag("tie_word_embeddings", False),
-        eos_token_ids=eos_token_ids(config),
+        eos_token_ids=eos_token_ids(config, vocabulary),
     )
 
 
 def rotary(config: Config) -> Rotary:
     """Reads a Phi-3 config's rotary embedding."""
-    heads = config.integer("num_attention_heads")
-    head_dim = config.integer("head_dim", config.integer("hidden_size") // heads)
-    return read_rotary(config, head_dim, ("default", "longrope"))
+    return read_rotary(config, llama.read_head_dim(config), ("default", "longrope"))
 
 
 def block(config: Config, spec: ModelSpec, index: int) -> Mapping[str, Source]:

@@ -53,17 +53,23 @@ class Rotary:
         """
         positions = np.arange(length, dtype=np.float32)[:, None]
         if self.kind == "dynamic":
-            angles = positions * np.stack(
-                [self._dynamic(max(self.trained_length, p + 1)) for p in range(length)]
-            )
+            angles = positions * np.stack([self._dynamic(p + 1) for p in range(length)])
         elif self.kind == "longrope":
-            angles = np.concatenate(
-                [positions * self._longrope(which) for which in ("short_factor", "long_factor")]
-            )
+            angles = np.concatenate([positions * self._longrope(which) for which in FACTOR_LISTS])
         else:
             angles = positions * self._static()
         factor = np.float32(self._attention_factor())
         return np.cos(angles) * factor, np.sin(angles) * factor
+
+    def angles_at(self, position: int) -> Float32:
+        """Every angle of one position, times the attention factor."""
+        if self.kind == "dynamic":
+            frequencies = self._dynamic(position + 1)
+        elif self.kind == "longrope":
+            frequencies = np.concatenate([self._longrope(which) for which in FACTOR_LISTS])
+        else:
+            frequencies = self._static()
+        return frequencies * np.float32(position) * np.float32(self._attention_factor())
 
     def _exponents(self) -> Float32:
         return np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim)
@@ -98,6 +104,7 @@ class Rotary:
         keys in the cache as they are; position p is therefore rotated as in a sequence of p+1.
         """
         factor = self.parameters["factor"]
+        length = max(length, self.trained_length)
         growth = factor * length / self.trained_length - (factor - 1)
         return self._default(self.theta * growth ** (self.dim / (self.dim - 2)))
 
@@ -116,6 +123,11 @@ class Rotary:
         return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
+# What float32 holds, in which everything is computed.
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+# No cache holds more positions.
+LAST_POSITION = 2**31 - 1
+FACTOR_LISTS = ("short_factor", "long_factor")
 NEEDED = {
     "default": (),
     "linear": ("factor",),
@@ -150,24 +162,22 @@ def read_rotary(config: Config, head_dim: int, kinds: tuple[str, ...]) -> Rotary
     for name in ("rope_scaling", "rope_parameters"):
         given = config.get(name, {})
         if not isinstance(given, dict):
-            raise CheckpointError(
-                f"{config.source}: field '{name}' must be an object, not {given!r}", hint=COMPLETE
-            )
+            raise config.wrong(name, "an object", given)
         parameters |= {key: value for key, value in given.items() if value is not None}
     kind = str(parameters.pop("rope_type", parameters.pop("type", "default")))
     parameters.pop("type", None)
-    kind = {"su": "longrope"}.get(kind, kind)
-    theta = parameters.pop("rope_theta", config.number("rope_theta", 10_000.0))
-    partial = parameters.pop("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    theta = parameters.pop("rope_theta", config.get("rope_theta", 10_000.0))
+    partial = parameters.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     trained = config.integer("max_position_embeddings", 2048)
     original = config.get("original_max_position_embeddings")
     if original is not None:  # transformers lets it override the one among the parameters
         parameters["original_max_position_embeddings"] = original
     if kind in ("llama3", "longrope"):
         parameters.setdefault("original_max_position_embeddings", trained)
+    kind = {"su": "longrope"}.get(kind, kind)
     if kind not in kinds:
         raise CheckpointError(
-            f"{config.source}: rotary scaling '{kind}' is not supported for this family",
+            f"{config.source}: rotary scaling {kind!r:.60} is not supported for this family",
             hint=f"supported: {', '.join(kinds)}",
         )
     _check_numbers(config, {"rope_theta": theta, "partial_rotary_factor": partial, **parameters})
@@ -179,17 +189,26 @@ def read_rotary(config: Config, head_dim: int, kinds: tuple[str, ...]) -> Rotary
         )
     _check_parameters(config, kind, parameters, dim)
     switch = parameters["original_max_position_embeddings"] if kind == "longrope" else None
-    return Rotary(dim, kind, float(theta), trained, parameters, switch)
+    rotary = Rotary(dim, kind, float(theta), trained, parameters, switch)
+    _check_angles(config, rotary)
+    return rotary
 
 
 def _check_numbers(config: Config, parameters: dict[str, Any]) -> None:
-    """Every parameter must be a positive number, or a list of them."""
+    """Every parameter must be a positive number in float32, or where it belongs a list of them."""
     for name, value in parameters.items():
-        for number in value if isinstance(value, list) else [value]:
-            if not isinstance(number, int | float) or isinstance(number, bool) or not number > 0:
+        if name in FACTOR_LISTS and isinstance(value, list):
+            numbers, what = value, "positive numbers"
+        else:
+            numbers, what = [value], "a positive number"
+        kinds: tuple[type, ...] = (int, float)
+        if name == "original_max_position_embeddings":
+            kinds, what = (int,), "a positive integer"
+        for number in numbers:
+            if type(number) not in kinds or not SMALLEST <= number <= LARGEST:
                 raise CheckpointError(
-                    f"{config.source}: rotary parameter '{name}' must be a positive number, "
-                    f"not {number!r}",
+                    f"{config.source}: rotary parameter '{name}' must be {what}, "
+                    f"not {number!r:.60}",
                     hint=COMPLETE,
                 )
 
@@ -199,12 +218,28 @@ def _check_parameters(config: Config, kind: str, parameters: dict[str, Any], dim
     known = {*NEEDED[kind], "attention_factor", "factor", "original_max_position_embeddings"}
     unknown = sorted(set(parameters) - known)
     if missing or unknown:
-        what = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
+        what = (
+            f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown):.500}"
+        )
         raise CheckpointError(f"{config.source}: rotary scaling '{kind}' {what}", hint=COMPLETE)
-    for name in ("short_factor", "long_factor"):
+    for name in FACTOR_LISTS:
         given = parameters.get(name)
         if kind == "longrope" and not (isinstance(given, list) and len(given) == dim // 2):
             raise CheckpointError(
                 f"{config.source}: rotary '{name}' must be a list of {dim // 2} numbers",
                 hint=COMPLETE,
             )
+
+
+def _check_angles(config: Config, rotary: Rotary) -> None:
+    """Parameters that are numbers each may still give none together."""
+    try:
+        with np.errstate(all="ignore"):
+            found = np.stack([rotary.angles_at(position) for position in (0, LAST_POSITION)])
+    except ArithmeticError:
+        found = np.full(1, np.nan, np.float32)
+    if not np.isfinite(found).all():
+        raise CheckpointError(
+            f"{config.source}: rotary scaling '{rotary.kind}' gives angles that are no numbers",
+            hint="check its parameters, such as rope_theta",
+        )

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from ojfa_export.atomic import write_atomically
 from ojfa_export.bundle.names import block_name
 from ojfa_export.checkpoint.checkpoint import Checkpoint
 from ojfa_export.families.spec import Precision
@@ -142,7 +143,5 @@ class Exporter:
         return (self.directory / f"{name}.onnx").exists()
 
     def _write(self, name: str, model: onnx.ModelProto) -> None:
-        path = self.directory / f"{name}.onnx"
-        partial = path.with_suffix(".onnx.partial")
-        partial.write_bytes(model.SerializeToString(deterministic=True))
-        partial.rename(path)
+        data = model.SerializeToString(deterministic=True)
+        write_atomically(self.directory / f"{name}.onnx", data)

@@ -34,10 +34,10 @@ def read_bandwidth(buffer_bytes: int = BUFFER_BYTES, repeats: int = 9) -> float:
     Returns:
         Bytes per second.
     """
-    from ojfa_export.backends.onnxruntime.session import default_threads
+    from ojfa_export.backends.onnxruntime.session import share_thread_pool
 
     buffer = np.ones(buffer_bytes // 8, np.int64)
-    threads = default_threads()
+    threads = share_thread_pool()
     parts = np.array_split(buffer, threads)
     seconds = []
     with ThreadPoolExecutor(threads) as pool:

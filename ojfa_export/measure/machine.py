@@ -40,9 +40,9 @@ def describe_machine(
 
 
 def _threads() -> int:
-    from ojfa_export.backends.onnxruntime.session import default_threads
+    from ojfa_export.backends.onnxruntime.session import share_thread_pool
 
-    return default_threads()
+    return share_thread_pool()
 
 
 def _cpu_model() -> str:

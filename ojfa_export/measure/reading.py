@@ -26,6 +26,7 @@ from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.speculation import MAX_DRAFT, Speculation
 from ojfa_export.runtime.speculator import Speculator
+from ojfa_export.tokenizer import encode_all
 
 # Tokens of the text that are read before a way begins at another place.
 PIECE = 32
@@ -289,7 +290,7 @@ def cut_pieces(model: Model, texts: Sequence[Path], prompt_length: int, tokens: 
     pieces = []
     for path in texts:
         documents = read_text(path).documents
-        ids = [i for each in model.tokenizer.encode_batch(list(documents)) for i in each.ids]
+        ids = [i for each in encode_all(model.tokenizer, documents) for i in each]
         if len(ids) < length:
             raise UsageError(
                 f"{path} has {len(ids)} tokens; a piece to read takes {length}",

@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from typing_extensions import Unpack
 
-from ojfa_export import backends
+from ojfa_export import backends, tokenizer
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.bundle.names import TOKENIZER
@@ -176,6 +176,7 @@ class Model:
 
         Raises:
             UsageError: It has none, too many for the cache, or one outside the model.
+            OjfaError: The tokenizer fails on it.
         """
         if isinstance(prompt, str):
             ids = self._encode(prompt)
@@ -195,13 +196,12 @@ class Model:
 
     def _encode(self, prompt: str) -> list[int]:
         try:
-            ids: list[int] = self.tokenizer.encode(prompt).ids
+            return tokenizer.encode(self.tokenizer, prompt)
         except TypeError as error:  # what tokenizers says of anything that is not UTF-8
             raise UsageError(
                 f"a prompt is not text in UTF-8: {prompt!r:.40}",
                 hint="give a str of whole characters",
             ) from error
-        return ids
 
     def auto_policy(self) -> ExitPolicy:
         """The policy behind the exit "auto".
@@ -343,8 +343,8 @@ def _monitored(settings: Settings, monitor: Monitor | None, domain: str | None) 
 def _read_tokenizer(bundle: Bundle) -> Tokenizer:
     path, text = bundle.directory / TOKENIZER, bundle.read(TOKENIZER)
     try:
-        return Tokenizer.from_buffer(text)
-    except Exception as error:  # tokenizers raises plain Exception for every bad file
+        return tokenizer.parse(text)
+    except ValueError as error:
         raise BundleError(
             f"{path} can't be read: {error}", hint="build the bundle again"
         ) from error

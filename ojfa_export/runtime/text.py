@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+from ojfa_export.tokenizer import decode
+
 # What a decoder gives for bytes that are no character, or not yet.
 REPLACEMENT = "\ufffd"
 
@@ -56,7 +58,7 @@ class TextStream:
         return "" if self.stopped else self._release(self._added(self._decode()), final=True)
 
     def _decode(self) -> str:
-        return str(self._tokenizer.decode(self._window, skip_special_tokens=True))
+        return decode(self._tokenizer, self._window)
 
     def _added(self, text: str) -> str:
         """What follows the text given before, whose end may have been half a character."""

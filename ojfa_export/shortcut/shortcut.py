@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ojfa_export.atomic import write_atomically
 from ojfa_export.errors import OjfaError
 from ojfa_export.files import check_regular
+from ojfa_export.paths import check_utf8
 
 # Version 2 has `gates`; files without them are still written, and read, as version 1.
 FORMAT_VERSION = "2"
@@ -191,6 +192,7 @@ def load(path: Path) -> tuple[Shortcut, str]:
         OjfaError: No such file, not safetensors, of another format version, or with missing or
             contradictory metadata, tensors, shapes or values.
     """
+    check_utf8(path)
     tensors, metadata = _read_safetensors(path)
     version = metadata.get("format_version")
     if version is not None and version not in (_WITHOUT_GATES, FORMAT_VERSION):

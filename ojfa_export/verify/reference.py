@@ -111,7 +111,8 @@ class _WeightFiles:
             if index.is_file():
                 with _reading(index):
                     weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                self._files = {key: checkpoint / file for key, file in weight_map.items()}
+                # Only the name counts: shards are in the checkpoint, where they were checked.
+                self._files = {key: checkpoint / Path(f).name for key, f in weight_map.items()}
                 return
             if (checkpoint / name).is_file():
                 self._files = dict.fromkeys(_tensor_names(checkpoint / name), checkpoint / name)

@@ -7,6 +7,7 @@ import numpy as np
 from ojfa_export.backends.backend import Int32
 from ojfa_export.calibrate.text import read_text, shipped_text
 from ojfa_export.runtime.model import Model
+from ojfa_export.tokenizer import encode
 
 
 def sample_token_ids(model: Model, tokens: int) -> Int32:
@@ -18,7 +19,7 @@ def sample_token_ids(model: Model, tokens: int) -> Int32:
     """
     length = min(tokens, model.manifest.cache.max_length)
     rows = [
-        model.tokenizer.encode(read_text(path).documents[0][: 20 * length]).ids[:length]
+        encode(model.tokenizer, read_text(path).documents[0][: 20 * length])[:length]
         for path in shipped_text()
     ]
     return np.array([row for row in rows if len(row) == length], np.int32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import onnx
 import pytest
@@ -13,10 +15,11 @@ from ojfa_export import backends
 from ojfa_export.backends.onnxruntime import executor as executor_module
 from ojfa_export.backends.onnxruntime.build import build_engine
 from ojfa_export.backends.onnxruntime.executor import Batch
-from ojfa_export.backends.onnxruntime.session import (
+from ojfa_export.backends.onnxruntime.session import open_session
+from ojfa_export.backends.onnxruntime.threads import (
     THREADS_VARIABLE,
+    busy_cores,
     default_threads,
-    open_session,
 )
 from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import BackendError, UsageError
@@ -170,11 +173,31 @@ def test_weights_that_are_missing(chain, tmp_path):
 
 
 def test_threads(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
     monkeypatch.delenv(THREADS_VARIABLE, raising=False)
-    assert default_threads() >= 1
+    assert 1 <= default_threads() <= cores
     monkeypatch.setenv(THREADS_VARIABLE, "3")
     assert default_threads() == 3
-    for wrong in ("0", "-1", "two", "1.5"):
+    for wrong in ("0", "-1", "two", "1.5", "1024000", "\u0663", "9" * 5000):
         monkeypatch.setenv(THREADS_VARIABLE, wrong)
         with pytest.raises(UsageError, match=THREADS_VARIABLE):
             default_threads()
+
+
+@pytest.mark.parametrize(
+    ("pressure", "loadavg", "busy"),
+    [
+        ("some avg10=0.12 avg60=1.00 avg300=1.00 total=9", "3.10 2.50 2.00 4/113 7616", 0),
+        ("some avg10=91.29 avg60=9.00 avg300=1.00 total=9", "3.10 2.50 2.00 4/113 7616", 3),
+        ("some avg10=91.29 avg60=9.00 avg300=1.00 total=9", "3.10 2.50 2.00 1/113 7616", 0),
+        ("", "3.10 2.50 2.00 4/113 7616", 0),
+        ("some avg10=much", "3.10 2.50 2.00 4/113 7616", 0),
+        (None, None, 0),
+    ],
+)
+def test_cores_that_others_keep_busy(tmp_path, pressure, loadavg, busy):
+    if pressure is not None:
+        (tmp_path / "pressure").mkdir()
+        (tmp_path / "pressure" / "cpu").write_text(pressure)
+        (tmp_path / "loadavg").write_text(loadavg)
+    assert busy_cores(tmp_path) == busy

@@ -103,20 +103,20 @@ def test_engines_that_compute_something_else_are_refused(
     assert [path.name for path in bundle.parent.iterdir()] == ["copy.ojfa"]
 
 
-def test_engines_that_cannot_take_their_place_leave_the_bundle(
-    bundle: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+def test_engines_for_a_bundle_that_is_replaced_meanwhile(
+    bundle: Path, options: Options, tmp_path: Path
 ) -> None:
-    real = Path.rename
+    other = build(options(output=tmp_path / "other", rank=2)).bundle
 
-    def rename(self: Path, target: Path) -> Path:
-        if self.name == "bundle":
-            raise KeyboardInterrupt
-        return real(self, target)
+    def replace(step: int) -> None:
+        if step == 3:
+            bundle.rename(tmp_path / "old")
+            other.rename(bundle)
 
-    monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(KeyboardInterrupt):
-        add_engines(bundle, "onnxruntime", SILENT)
-    assert contents(bundle) == contents(tiny_bundle)
+    with pytest.raises(OjfaError, match="was replaced or removed while engines") as caught:
+        add_engines(bundle, "onnxruntime", Steps(replace))
+    assert caught.value.hint
+    assert load_shortcut(bundle / "shortcut.safetensors")[0].rank == 2
 
 
 def test_engines_leave_a_resumable_build_alone(options: Options, tiny_bundle: Path) -> None:

@@ -184,6 +184,22 @@ def test_lock_of_a_build_that_has_just_ended(
         pass
 
 
+def test_failure_before_any_work_leaves_nothing(tmp_path: Path) -> None:
+    asked = work.Work(tmp_path / "out", "fingerprint")
+
+    def fail() -> None:
+        raise OjfaError("can't")
+
+    with pytest.raises(OjfaError), asked.open():
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    with asked.open():
+        (asked.bundle / "begun").touch()
+    with pytest.raises(OjfaError), asked.open():
+        fail()
+    assert (asked.bundle / "begun").exists()
+
+
 def test_existing_output_is_refused(options: Options, tmp_path: Path) -> None:
     output = tmp_path / "out.ojfa"
     output.mkdir()

@@ -214,6 +214,25 @@ def test_tensor_of_integers(directory: Path) -> None:
     assert "dequantised" in str(error.hint)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("layout", ["model.safetensors", "pytorch_model.bin"])
+def test_dtypes_are_checked_from_the_headers(
+    directory: Path, layout: str, dtype: torch.dtype
+) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors |= {name: tensors[name].to(dtype), "unused": torch.ones(3, dtype=dtype)}
+    (directory / "model.safetensors").unlink()
+    save = torch.save if layout.endswith(".bin") else save_file
+    save(tensors, directory / layout)
+    opened = Checkpoint(directory)
+    with pytest.raises(
+        CheckpointError, match=rf"tensor '{name}' in .*{layout} has dtype"
+    ) as caught:
+        opened.check_tensors()
+    assert "dequantised" in str(caught.value.hint)
+
+
 def test_damaged_checkpoint_leaves_nothing(
     directory: Path, calibration_text: Path, tmp_path: Path
 ) -> None:
@@ -312,7 +331,10 @@ def test_file_that_is_no_json_object(directory: Path, name: str, text: str) -> N
         ("num_attention_heads", True, "'num_attention_heads' must be a positive integer"),
         ("num_key_value_heads", 3, "4 heads can't share 3 key-value heads"),
         ("attention_bias", "no", "'attention_bias' must be true or false"),
-        ("rms_norm_eps", "small", "'rms_norm_eps' must be a number"),
+        ("rms_norm_eps", "small", "'rms_norm_eps' must be a real number"),
+        ("rms_norm_eps", 10**400, "'rms_norm_eps' must be a real number from 0 to 1, not 1000"),
+        ("rms_norm_eps", float("nan"), "'rms_norm_eps' must be a real number from 0 to 1, not nan"),
+        ("rms_norm_eps", -1e-6, "'rms_norm_eps' must be a real number from 0 to 1, not -1e-06"),
         ("eos_token_id", "</s>", "'eos_token_id' must be a token id"),
         ("eos_token_id", [1, "x"], "'eos_token_id' must be a token id"),
     ],
@@ -347,10 +369,10 @@ def test_config_of_another_size(directory: Path) -> None:
 def test_shapes_are_checked_from_the_headers(
     directory: Path, change: dict[str, int], match: str
 ) -> None:
-    Checkpoint(directory).check_shapes()
+    Checkpoint(directory).check_tensors()
     edit(directory / "config.json", **change)
     with pytest.raises(CheckpointError, match=match):
-        Checkpoint(directory).check_shapes()
+        Checkpoint(directory).check_tensors()
 
 
 @pytest.mark.parametrize(("value", "expected"), [(5, (5,)), ([7, 9], (7, 9)), (None, (0,))])

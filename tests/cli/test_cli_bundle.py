@@ -50,7 +50,7 @@ def test_inspect_describes_every_graph(invoke, bundle: Path) -> None:
 def test_inspect_refuses_an_altered_bundle(invoke, bundle: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(bundle, tmp_path / "copy.ojfa")
     (copy / "tokenizer.json").write_text("{}")
-    result = invoke("inspect", copy, "--json")
+    result = invoke("inspect", copy)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("error: ")
 

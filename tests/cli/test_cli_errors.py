@@ -1,16 +1,19 @@
-"""Every kind of error: its words on standard error, its exit status, nothing on standard output."""
+"""Every kind of error: its words on standard error, its exit status, and in JSON a document."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from ojfa_export import doctor, errors
+from ojfa_export.cli.console import Console
 from ojfa_export.cli.errors import Interrupted
 
 HINT_BUG = "hint: run it again with --debug and report what it prints\n"
@@ -81,7 +84,8 @@ def test_error(invoke, monkeypatch: pytest.MonkeyPatch, case: str, options) -> N
     error, status, text = CASES[case]
     monkeypatch.setattr(doctor, "diagnose", lambda: _raise(error))
     result = invoke("doctor", *options)
-    assert (result.exit_code, result.stdout, result.stderr) == (status, "", text)
+    assert (result.exit_code, result.stderr) == (status, text)
+    assert result.stdout == (_document(text, status) if options else "")
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
@@ -112,7 +116,7 @@ def test_debug_shows_the_traceback(invoke, monkeypatch: pytest.MonkeyPatch, wher
 def test_wrong_usage(invoke, args, message: str, hint: str, options) -> None:
     result = invoke(*args, *options)
     assert result.exit_code == 2
-    assert result.stdout == ""
+    assert result.stdout == (_document(result.stderr, 2) if options else "")
     first, last = result.stderr.splitlines()
     assert first.startswith(f"error: {message}")
     assert last == f"hint: see 'ojfa-export {hint}'"
@@ -130,17 +134,6 @@ def _run_doctor(stdout) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
-def test_reader_that_went_away_is_no_error() -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    try:
-        result = _run_doctor(writer)
-    finally:
-        os.close(writer)
-    assert result.stderr == ""
-    assert result.returncode != 0
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_full_standard_output() -> None:
     with open("/dev/full", "w") as full:  # noqa: PTH123
@@ -150,6 +143,59 @@ def test_full_standard_output() -> None:
         "error: no space left on the device that is written to",
         "hint: free some room and run the same command again",
     ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_error_that_can_t_be_told() -> None:
+    command = f"{sys.executable} -m ojfa_export inspect none --json 2>/dev/full >/dev/full"
+    assert subprocess.run(["sh", "-c", command], check=False).returncode == 1
+
+
+@pytest.mark.parametrize("args", [["--json"], ["--json", "run"], ["doctor", "--json", "--x"]])
+def test_json_is_understood_wherever_it_stands(invoke, args: list[str]) -> None:
+    result = invoke(*args)
+    assert result.exit_code == 2
+    assert result.stdout == _document(result.stderr, 2)
+
+
+def test_json_of_another_option_is_none(invoke) -> None:
+    result = invoke("run", "none", "-p", "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+
+
+def test_one_document_though_writing_it_failed(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def emit_and_fail(console: Console, *_: object) -> None:
+        Console.emit(console, {"works": True})
+        raise _os_error(errno.ENOSPC)
+
+    monkeypatch.setattr(doctor, "diagnose", lambda: emit_and_fail(click_console()))
+    result = invoke("doctor", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout) == {"works": True}
+
+
+def test_exception_that_is_no_exception(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native modules written in Rust raise such."""
+
+    class PanicException(BaseException):
+        pass
+
+    monkeypatch.setattr(doctor, "diagnose", lambda: _raise(PanicException("range end index 2")))
+    result = invoke("doctor")
+    assert result.exit_code == 1
+    message = "error: internal error: PanicException: range end index 2 (this is a bug)\n"
+    assert result.stderr == message + HINT_BUG
+
+
+def click_console() -> Console:
+    return click.get_current_context().ensure_object(Console)
+
+
+def _document(text: str, status: int) -> str:
+    """What standard output holds in JSON where standard error holds this text."""
+    said = dict(line.split(": ", 1) for line in text.strip().splitlines())
+    error = {"message": said["error"], "hint": said.get("hint"), "exit_status": status}
+    return json.dumps({"error": error}, indent=2) + "\n"
 
 
 def _raise(error: BaseException) -> None:

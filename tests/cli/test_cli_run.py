@@ -175,7 +175,11 @@ def test_interrupt_keeps_what_was_generated(
     monkeypatch.setattr("ojfa_export.runtime.model.generate_tokens", interrupted)
     result = invoke("run", bundle, "-p", "count", *(["--json"] if json_output else []))
     assert result.exit_code == 130
-    assert result.stdout == ("" if json_output else "count one two\n")
+    if json_output:
+        error = {"message": "interrupted", "hint": None, "exit_status": 130}
+        assert json.loads(result.stdout) == {"error": error}
+    else:
+        assert result.stdout == "count one two\n"
     assert result.stderr.endswith("error: interrupted\n")
     assert "Traceback" not in result.stderr
 

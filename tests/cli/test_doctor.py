@@ -157,12 +157,12 @@ def test_broken_backend(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_thread_setting(invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ort_session.THREADS_VARIABLE, "many")
+    monkeypatch.setenv("OJFA_THREADS", "many")
     ort_session.share_thread_pool.cache_clear()
     result = invoke("doctor")
     assert result.exit_code == 1
-    assert "OJFA_THREADS must be a positive integer up to 1024, not 'many'" in result.stdout
-    assert "hint: for example OJFA_THREADS=4" in result.stdout
+    assert "OJFA_THREADS must be a whole number from 1 to " in result.stdout
+    assert "hint: for example OJFA_THREADS=" in result.stdout
 
 
 def test_gpus_are_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

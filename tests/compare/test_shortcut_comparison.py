@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from ojfa_export.build import work
 from ojfa_export.cli.app import app
 from ojfa_export.compare.claims import judge
 from ojfa_export.compare.model import Comparison
@@ -175,3 +176,22 @@ def test_what_is_there_is_kept_unless_asked(compared, arguments, tmp_path):
     assert wrong.exit_code == 2
     assert "rank 0 is outside" in wrong.output
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_interrupted_while_publishing_goes_on(compared, arguments, tmp_path, monkeypatch):
+    output = tmp_path / "report"
+    asked = [*arguments, "-o", str(output), "--skip-descent"]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "publish", interrupt)
+        assert CliRunner().invoke(app, asked).exit_code == 130
+    assert not output.exists()
+    again = CliRunner().invoke(app, asked)
+    assert again.exit_code == 0, again.output
+    names = {path.name for path in compared[0].iterdir()}
+    assert {path.name for path in output.iterdir()} == names
+    assert list(tmp_path.iterdir()) == [output]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -10,25 +9,10 @@ from pathlib import Path
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
+from ojfa_export.backends.onnxruntime.threads import default_threads
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.bundle.onnx_file import read_onnx
-from ojfa_export.errors import BackendError, OjfaError, UsageError
-
-THREADS_VARIABLE = "OJFA_THREADS"
-MOST_THREADS = 1024
-
-
-def default_threads() -> int:
-    """Threads for one operator: OJFA_THREADS, or every core this process may use."""
-    value = os.environ.get(THREADS_VARIABLE, "")
-    if not value:
-        return len(os.sched_getaffinity(0))
-    if not value.isdecimal() or not 1 <= int(value) <= MOST_THREADS:
-        raise UsageError(
-            f"{THREADS_VARIABLE} must be a positive integer up to {MOST_THREADS}, not '{value}'",
-            hint=f"for example {THREADS_VARIABLE}=4",
-        )
-    return int(value)
+from ojfa_export.errors import BackendError, OjfaError
 
 
 @cache

@@ -17,6 +17,7 @@ from typing import Any
 
 import onnx
 
+from ojfa_export.atomic import write_atomically
 from ojfa_export.backends.cuda.device import the_device
 from ojfa_export.backends.cuda.kernels import compile_kernels
 from ojfa_export.backends.cuda.sources import definitions, sources_digest
@@ -67,7 +68,7 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
             (_activation_bytes(plan.with_name(file)) for file in engines.values()), default=0
         ),
     )
-    _write(plan, described.model_dump_json(indent=2).encode())
+    write_atomically(plan, described.model_dump_json(indent=2).encode())
 
 
 def engine_names(spec: ModelSpec, graph: Path) -> list[str]:
@@ -104,7 +105,7 @@ def _build(name: str, model: onnx.ModelProto, directory: Path, precision: Precis
         engine = api.build(
             name, serialized, profiles, half=precision == "fp16", timing_cache=timing_cache
         )
-        _write(file, engine)
+        write_atomically(file, engine)
     return file.name
 
 
@@ -158,12 +159,6 @@ def _kernels(spec: ModelSpec, directory: Path, precision: Precision) -> dict[Pre
         digest = _digest(sources_digest().encode(), {"macros": macros})
         path = directory / f"{KERNELS}.{kind}-{digest}.cubin"
         if not path.exists():
-            _write(path, compile_kernels(macros, the_device().compute_capability))
+            write_atomically(path, compile_kernels(macros, the_device().compute_capability))
         files[kind] = path.name
     return files
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(data)
-    partial.rename(path)

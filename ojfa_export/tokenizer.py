@@ -1,0 +1,114 @@
+"""The one place that calls `tokenizers`, so that whatever it says of a hostile file is an error.
+
+It is written in Rust and panics where a tokenizer.json is odd enough, which Python sees as a
+BaseException that is no Exception, beside a message and a backtrace on standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from tokenizers import Tokenizer
+
+from ojfa_export.errors import OjfaError
+
+# Bytes of a tokenizer.json at most; the largest that are published have a seventh of it.
+LIMIT = 256 << 20
+# Enough to meet every part of a tokenizer: words, spaces, digits, a letter beyond ASCII.
+_TRIAL = "def main(x):\n    return 'caf\u00e9' + str(12345)\n"
+_HINT = "its tokenizer.json is damaged or unusual; save it anew with transformers' fast tokenizer"
+_one_reader = threading.Lock()
+
+
+def parse(document: bytes) -> Tokenizer:
+    """Makes a tokenizer of a tokenizer.json, and tries it.
+
+    Saved padding and truncation are switched off: transformers, too, pads and truncates only where
+    a call asks for it.
+
+    Raises:
+        ValueError: It is no tokenizer, or a broken one.
+    """
+    with _one_reader, _native_messages_dropped():
+        try:
+            tokenizer = Tokenizer.from_buffer(document)
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        except BaseException as error:
+            raise ValueError(_reason(error)) from error
+        try:
+            tokenizer.decode(tokenizer.encode(_TRIAL).ids)
+        except Exception:  # some have no token for some characters, and no unknown one
+            pass
+        except BaseException as error:
+            raise ValueError(_reason(error)) from error
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A text's token ids.
+
+    Raises:
+        OjfaError: The tokenizer fails on it.
+        TypeError: It is not text in UTF-8.
+    """
+    return encode_all(tokenizer, [text])[0]
+
+
+def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Each text's token ids; raises as `encode`."""
+    try:
+        found = [list(each.ids) for each in tokenizer.encode_batch(list(texts))]
+    except TypeError:
+        raise
+    except BaseException as error:
+        raise OjfaError(f"the tokenizer fails on a text: {_reason(error)}", _HINT) from error
+    highest = max((max(ids, default=0) for ids in found), default=0)
+    if highest >= 2**31:
+        raise OjfaError(f"the tokenizer gives token {highest}, which no model has", _HINT)
+    return found
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of tokens, without special ones.
+
+    Raises:
+        OjfaError: The tokenizer fails on them.
+    """
+    try:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    except BaseException as error:
+        raise OjfaError(f"the tokenizer fails on tokens: {_reason(error)}", _HINT) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What a tokenizer says, in one line; raises again what it didn't say."""
+    panicked = type(error).__name__ == "PanicException"
+    if isinstance(error, MemoryError) or not (panicked or isinstance(error, Exception)):
+        raise error
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def _native_messages_dropped() -> Iterator[None]:
+    """Keeps what is written to standard error, and drops it where this fails: it is said in words.
+
+    Only while a tokenizer is read: what other threads write meanwhile comes a moment later.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with tempfile.TemporaryFile() as kept, open(stderr, "wb", 0) as written:  # noqa: PTH123
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+        kept.seek(0)
+        written.write(kept.read())
