@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Literal, overload
 
 import numpy as np
 
 from ojfa_export.backends.backend import Engines, Float32, Hidden, Int32
-from ojfa_export.backends.choice import Choices, Choosing, HostChoices
+from ojfa_export.backends.choice import Choices, Choosing
 from ojfa_export.errors import UsageError
 from ojfa_export.families.spec import ModelSpec
 from ojfa_export.runtime.batch import TokenIds, check_tokens
@@ -19,13 +19,13 @@ from ojfa_export.runtime.exits import Exit, resolve_exit
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sampling import GREEDY, Sampling
-from ojfa_export.runtime.sequence import UNKNOWN
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
 from ojfa_export.runtime.shadow import Shadow
 from ojfa_export.runtime.shadow_checks import ShadowChecks
 from ojfa_export.runtime.stats import Stats
 from ojfa_export.runtime.step_output import Choice, Step
-from ojfa_export.runtime.steps import C, Row, Stage, stages_of
+from ojfa_export.runtime.step_runner import StepRunner
+from ojfa_export.runtime.steps import C, Stage, stages_of
 from ojfa_export.runtime.steps import Step as RunningStep
 
 
@@ -72,6 +72,7 @@ class Session(Exclusive):
         self._sequences = [
             TokenSequence(slot, spec.blocks, spec.rotary_switch) for slot in range(batch_size)
         ]
+        self._steps = StepRunner(self._runner)
         self._checks = ShadowChecks(self._runner, self._sequences, self)
         self.on_event: Listener | None = None
 
@@ -167,15 +168,9 @@ class Session(Exclusive):
             UsageError: An exit or a token outside the model, or no room in the cache; the session
                 is unchanged.
         """
-        step: RunningStep[HostChoices] = self._append_step(token_ids, policy)
-        while not step.decided:
-            stage = step.next_stage
-            hidden = self._runner.run(step.sequences, stage.depth)
-            logits = self._engines.logits(hidden, stage.depth)
-            step.add(stage, HostChoices(logits, step.how(stage)))
-            if stage.stop is not None:
-                step.judge()
-        self._finish(step)
+        stages = stages_of(policy, self.spec.blocks)
+        step = self._steps.with_logits(self._wanted(self._append(token_ids)), stages)
+        self._tell(step)
         return Step.of(step, self.batch_size, self.spec.vocab_size, len(policy.exits))
 
     @exclusive
@@ -214,10 +209,8 @@ class Session(Exclusive):
 
         Only `follow` may come between.
         """
-        step: RunningStep[Choices] = self._append_step(token_ids, exit, sampling, draws)
-        if step.rows:
-            self._ask(step)
-        return step
+        stages = self._stages(exit)
+        return self._steps.start(self._wanted(self._append(token_ids)), stages, sampling, draws)
 
     @exclusive
     def can_follow(self, step: RunningStep[Choices]) -> bool:
@@ -226,18 +219,12 @@ class Session(Exclusive):
         That is where a device chooses them, every sequence stops at one head and has room, and
         nobody looks at what is chosen. Waits until it is known where they stop.
         """
-        if (
-            not self._engines.follows
-            or self.on_event is not None
-            or self.shadow is not None
-            or self.spec.rotary_switch is not None
-            or len(step.rows) < self.batch_size
-            or max(step.lengths) >= self.max_length
-        ):
+        watched = self.on_event is not None or self.shadow is not None
+        if watched or self.spec.rotary_switch is not None or not self._engines.follows:
             return False
-        self._settle(step)
-        last = step.last
-        return last is not None and len(last.rows) == self.batch_size
+        if len(step.rows) < self.batch_size or max(step.lengths) >= self.max_length:
+            return False
+        return self._steps.stop_together(step)
 
     @exclusive
     def follow(
@@ -251,26 +238,13 @@ class Session(Exclusive):
 
         Where another token comes than the one that was chosen, `rewind` to the length before.
         """
-        assert step.last is not None
-        stages = self._stages(exit)
-        for sequence in self._sequences:
-            sequence.append([UNKNOWN])
-        following: RunningStep[Choices] = self._new_step(
-            stages, range(self.batch_size), sampling, draws
-        )
-        try:
-            self._ask(following, after=step.last.output)
-        except BaseException:
-            for row, length in enumerate(following.lengths):
-                self.rewind(length - 1, row)
-            raise
-        return following
+        return self._steps.follow(step, self._stages(exit), sampling, draws)
 
     @exclusive
     def finish(self, step: RunningStep[Choices]) -> Choice:
         """Waits for the tokens that a step chooses."""
-        self._settle(step)
-        self._finish(step)
+        self._steps.settle(step)
+        self._tell(step)
         choice = Choice.of(step, self.batch_size)
         for row, length in zip(step.rows, step.lengths, strict=True):
             if len(row.sequence) > length:  # of the step that follows
@@ -378,35 +352,15 @@ class Session(Exclusive):
                 )
         self._append(new)
 
-    def _append_step(
-        self,
-        token_ids: TokenIds,
-        exit: Exit | ExitPolicy,
-        sampling: Sampling = GREEDY,
-        draws: Sequence[float] = (),
-    ) -> RunningStep[C]:
-        """Takes new tokens, for a step that begins with them."""
-        stages = self._stages(exit)
-        counts = self._append(token_ids)
-        wanted = [row for row, count in enumerate(counts) if count]
-        return self._new_step(stages, wanted, sampling, draws)
-
-    def _new_step(
-        self,
-        stages: tuple[Stage, ...],
-        wanted: Sequence[int],
-        sampling: Sampling,
-        draws: Sequence[float],
-    ) -> RunningStep[C]:
-        rows: list[Row[C]] = [
-            Row(self._sequences[row], stages, draws[row] if draws else 0.0) for row in wanted
-        ]
-        return RunningStep(rows, sampling)
-
     def _stages(self, exit: Exit | ExitPolicy) -> tuple[Stage, ...]:
         if isinstance(exit, ExitPolicy):
             return stages_of(exit, self.spec.blocks)
         return (Stage(resolve_exit(exit, self.spec.blocks)),)
+
+    def _wanted(self, counts: Sequence[int]) -> list[TokenSequence]:
+        """Sequences with new tokens."""
+        both = zip(self._sequences, counts, strict=True)
+        return [sequence for sequence, count in both if count]
 
     def _states(self, counts: Sequence[int], depth: int) -> Hidden | None:
         """Hidden states [sum of counts, H] of each sequence's last tokens at a depth."""
@@ -445,34 +399,7 @@ class Session(Exclusive):
         result[np.array(counts) > 0] = logits
         return result
 
-    def _ask(
-        self,
-        step: RunningStep[Choices],
-        prepared: Callable[[], Choices] | None = None,
-        after: Choices | None = None,
-    ) -> None:
-        """Runs the sequences that go on to the next head, and asks it."""
-        stage = step.next_stage
-        if prepared is None:
-            output = self._runner.choose(step.sequences, stage.depth, step.how(stage), after)
-        else:
-            output = prepared()
-        step.add(stage, output)
-
-    def _settle(self, step: RunningStep[Choices]) -> None:
-        """Goes on with a step until it is known where each sequence stops."""
-        while not step.decided:
-            going, prepared = step.going, None
-            if not step.judged:
-                # What may follow is looked up while the answer is on its way.
-                stage = step.next_stage
-                if self._runner.keeps(stage.depth):
-                    prepared = self._runner.prepare(step.sequences, stage.depth, step.how(stage))
-                step.judge()
-            if step.going:
-                self._ask(step, prepared if step.going is going else None)
-
-    def _finish(self, step: RunningStep[C]) -> None:
+    def _tell(self, step: RunningStep[C]) -> None:
         """Counts a step whose sequences stopped where they did, and tells of it."""
         step.finish(self.stats, self.spec.blocks)
         if self.on_event is None and self.shadow is None:
