@@ -1,5 +1,6 @@
 // Bundles that were damaged, changed while they are used, or lie: each is refused with one sentence and a
 // hint, or gives the tokens of the whole one. Nothing crashes or waits.
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -215,7 +216,8 @@ TEST(Damages, HostileValuesAreRefusedOrChangeNothing) {
         const Copy copy(name);
         Json manifest = manifest_of(copy.bundle);
         std::vector<std::string> places;
-        for (const auto& leaf : manifest.flatten().items()) {
+        const Json flat = manifest.flatten();
+        for (const auto& leaf : flat.items()) {
             const std::string& place = leaf.key();
             // Half of them of the model, the cache and the rotation: others are mostly names and digests.
             const bool core = place.rfind("/model/spec", 0) == 0 || place.rfind("/cache", 0) == 0 ||
@@ -415,6 +417,23 @@ TEST(ChangesUnderAModel, AreNoticedWhereAFileIsReadLater) {
             mkfifo((bundle / LAZY).c_str(), 0600);
         },
         CHANGED);
+}
+
+TEST(ChangesUnderAModel, NoMoreFilesMayBeOpened) {
+    Model model(fixtures::vectors("llama.ojfa"), reference(false));
+    rlimit usual{};
+    ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &usual), 0);
+    const rlimit none = {0, usual.rlim_max};
+    ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &none), 0);
+    std::string said = "nothing was refused";
+    try {
+        tokens_of(model);
+    } catch (const Failure& failure) {
+        said = failure.what() + std::string("\n") + failure.hint();
+    }
+    ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &usual), 0);
+    expect_says(said, "can't be read: Too many open files\nclose some files, or raise the limit");
+    EXPECT_EQ(tokens_of(model), right_tokens("llama.ojfa"));  // the model goes on
 }
 
 TEST(ChangesUnderAModel, AnotherBundleUnderItsNameChangesNothing) {

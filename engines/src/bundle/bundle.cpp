@@ -1,6 +1,7 @@
 #include "bundle/bundle.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <set>
 #include <stdexcept>
@@ -92,6 +93,9 @@ std::vector<float> Bundle::tensor(const TensorSlice& slice) const {
     std::vector<float> values(count);
     const std::vector<char> bytes = files_.read(slice.file, slice.offset, count * sizeof(float));
     if (count) std::memcpy(values.data(), bytes.data(), bytes.size());
+    if (!std::all_of(values.begin(), values.end(), [](float value) { return std::isfinite(value); }))
+        throw bundle_failure(
+            (directory() / slice.file).string() + " holds something else than finite numbers", WHOLE);
     return values;
 }
 
