@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <csignal>
 #include <fstream>
 #include <functional>
 #include <optional>
@@ -23,11 +24,19 @@ using fixtures::Json;
 namespace {
 
 const char* const NAMES[] = {"llama.ojfa", "gpt2.ojfa", "phi3.ojfa"};
-constexpr unsigned MOST_SECONDS = 10;  // that a load may take
+constexpr unsigned MOST_SECONDS = 60;  // that a load may take, which is milliseconds on a machine at rest
+
+std::string now;  // what is being tried, for who waits in vain
 
 // Ends the process where something waits.
 struct TimeLimit {
-    TimeLimit() { alarm(MOST_SECONDS); }
+    TimeLimit() {
+        signal(SIGALRM, [](int) {
+            std::cerr << "it hangs: " << now << std::endl;
+            abort();
+        });
+        alarm(MOST_SECONDS);
+    }
     ~TimeLimit() { alarm(0); }
 };
 
@@ -175,6 +184,7 @@ TEST(Damages, AreRefusedOrChangeNothing) {
         const std::string name = NAMES[i % 3];
         const Copy copy(name);
         const std::string how = damage(copy.bundle, random);
+        now = how;
         const auto tokens = used(copy.bundle);
         if (tokens) {
             EXPECT_EQ(*tokens, right_tokens(name)) << how;
@@ -188,6 +198,7 @@ TEST(Damages, WithDigestsThatFitAreRefusedOrRunInBounds) {
         const Copy copy(NAMES[i % 3]);
         const Json manifest = manifest_of(copy.bundle);
         const std::string how = damage(copy.bundle, random);
+        now = how;
         SCOPED_TRACE(how);
         // Of what a weight is changed to nobody can say whether it was meant so.
         if (how.rfind("manifest.json", 0)) sign(copy.bundle, manifest);
@@ -226,7 +237,8 @@ TEST(Damages, HostileValuesAreRefusedOrChangeNothing) {
         }
         const std::string place = places[random() % places.size()];
         const Json value = hostile[random() % std::size(hostile)];
-        SCOPED_TRACE(name + place + " = " + value.dump());
+        now = name + place + " = " + value.dump();
+        SCOPED_TRACE(now);
         manifest[Json::json_pointer(place)] = value;
         manifest["digest"] = sha256_text(canonical_json(manifest.dump(), "digest"));
         fixtures::write(copy.bundle / "manifest.json", manifest.dump());
