@@ -1,114 +1,23 @@
-// Bundles that were damaged, changed while they are used, or lie: each is refused with one sentence and a
-// hint, or gives the tokens of the whole one. Nothing crashes or waits.
-#include <sys/resource.h>
+// Bundles that were damaged or lie: each is refused with one sentence and a hint, or gives the tokens of the
+// whole one. Nothing crashes or waits.
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <csignal>
-#include <fstream>
-#include <functional>
-#include <optional>
 
 #include "bundle/canonical.hpp"
 #include "bundle/sha256.hpp"
-#include "failure.hpp"
-#include "fixtures.hpp"
-#include "runtime/generation.hpp"
-#include "runtime/model.hpp"
+#include "tried.hpp"
 
-using namespace ojfa::core;
+using namespace tried;
 using fixtures::Copy;
 using fixtures::Json;
 
 namespace {
 
-const char* const NAMES[] = {"llama.ojfa", "gpt2.ojfa", "phi3.ojfa"};
-constexpr unsigned MOST_SECONDS = 60;  // that a load may take, which is milliseconds on a machine at rest
-
-std::string now;  // what is being tried, for who waits in vain
-
-// Ends the process where something waits.
-struct TimeLimit {
-    TimeLimit() {
-        signal(SIGALRM, [](int) {
-            std::cerr << "it hangs: " << now << std::endl;
-            abort();
-        });
-        alarm(MOST_SECONDS);
-    }
-    ~TimeLimit() { alarm(0); }
-};
-
 // How many random damages of a kind; OJFA_TEST_DAMAGES asks for more.
 int damages(int usual) {
     const char* const given = std::getenv("OJFA_TEST_DAMAGES");
     return given ? std::stoi(given) : usual;
-}
-
-LoadOptions reference(bool check_golden = true) {
-    LoadOptions options;
-    options.backend = "reference";
-    options.check_golden = check_golden;
-    return options;
-}
-
-using Tokens = std::vector<std::int32_t>;
-
-// What a model says of a prompt, at full depth and at an early exit.
-Tokens tokens_of(Model& model) {
-    Tokens tokens;
-    for (const int exit : {model.spec().blocks, 2}) {
-        const std::unique_ptr<Session> session = model.session({});
-        Tokens pending = {5, 17, 200, 33, 8};
-        for (int i = 0; i < 4; ++i) {
-            std::int32_t chosen = -1;
-            session->advance({pending}, exit, {nullptr, &chosen});
-            tokens.push_back(chosen);
-            pending = {chosen};
-        }
-    }
-    return tokens;
-}
-
-const Tokens& right_tokens(const std::string& name) {
-    static std::map<std::string, Tokens> known;
-    Tokens& tokens = known[name];
-    if (tokens.empty()) {
-        Model model(fixtures::vectors(name), reference());
-        tokens = tokens_of(model);
-    }
-    return tokens;
-}
-
-void expect_proper(const Failure& failure) {
-    const std::string message = failure.what();
-    EXPECT_TRUE(failure.status() == OJFA_ERROR_BUNDLE || failure.status() == OJFA_ERROR_BACKEND) << message;
-    EXPECT_FALSE(failure.hint().empty()) << message;
-    EXPECT_EQ(message.find('\n'), std::string::npos) << message;
-}
-
-// The tokens of a bundle; what was refused in `refusal` where it can't be used.
-std::optional<Tokens> used(const std::filesystem::path& bundle, std::string* refusal = nullptr) {
-    const TimeLimit limit;
-    try {
-        Model model(bundle, reference());
-        return tokens_of(model);
-    } catch (const Failure& failure) {
-        expect_proper(failure);
-        if (refusal) *refusal = failure.what();
-        return std::nullopt;
-    }
-}
-
-std::string refusal(const std::filesystem::path& bundle) {
-    std::string said = "nothing was refused";
-    used(bundle, &said);
-    return said;
-}
-
-void expect_says(const std::string& message, const std::string& part) {
-    EXPECT_NE(message.find(part), std::string::npos) << message << "\nlacks: " << part;
 }
 
 // Makes all digests fit what there is.
@@ -372,107 +281,4 @@ TEST(Specials, AreRefusedBeforeTheyAreRead) {
     const Copy large;
     std::filesystem::resize_file(large.bundle / "manifest.json", std::uintmax_t{1} << 40);
     expect_says(refusal(large.bundle), "more than the");
-}
-
-namespace {
-
-// A change of a bundle under a model that has opened it and used its first blocks.
-using Change = std::function<void(const std::filesystem::path& bundle)>;
-
-void expect_noticed(const Change& change, const std::string& said) {
-    const TimeLimit limit;
-    const Copy copy;
-    Model model(copy.bundle, reference(false));
-    const std::unique_ptr<Session> session = model.session({});
-    std::int32_t chosen = -1;
-    session->advance({Tokens{5, 17}}, 1, {nullptr, &chosen});
-    change(copy.bundle);
-    for (int i = 0; i < 2; ++i) {  // it is said again, and the session stays as it was
-        try {
-            session->advance({Tokens{200}}, 4, {nullptr, &chosen});
-            FAIL() << "nothing was refused";
-        } catch (const Failure& failure) {
-            expect_proper(failure);
-            expect_says(failure.what(), said);
-        }
-        EXPECT_EQ(session->length(0), 2);
-    }
-    session->advance({Tokens{200}}, 1, {nullptr, &chosen});  // what is loaded goes on
-}
-
-const char* const LAZY = "graphs/block_03.bin";
-const char* const CHANGED = "was replaced or changed since the bundle was opened";
-
-}  // namespace
-
-TEST(ChangesUnderAModel, AreNoticedWhereAFileIsReadLater) {
-    expect_noticed([](const auto& bundle) { std::filesystem::remove_all(bundle); }, "is gone since");
-    expect_noticed([](const auto& bundle) { std::filesystem::resize_file(bundle / LAZY, 1000); }, CHANGED);
-    expect_noticed(
-        [](const auto& bundle) {  // as large and as old as before
-            const auto time = std::filesystem::last_write_time(bundle / LAZY);
-            std::string content = fixtures::read(bundle / LAZY);
-            content[100] ^= 1;
-            std::fstream(bundle / LAZY, std::ios::in | std::ios::out | std::ios::binary) << content;
-            std::filesystem::last_write_time(bundle / LAZY, time);
-        },
-        CHANGED);
-    expect_noticed(
-        [](const auto& bundle) {
-            fixtures::write(bundle / "new", fixtures::read(bundle / LAZY));
-            std::filesystem::rename(bundle / "new", bundle / LAZY);
-        },
-        CHANGED);
-    expect_noticed(
-        [](const auto& bundle) {
-            std::filesystem::remove(bundle / LAZY);
-            mkfifo((bundle / LAZY).c_str(), 0600);
-        },
-        CHANGED);
-}
-
-TEST(ChangesUnderAModel, NoMoreFilesMayBeOpened) {
-    Model model(fixtures::vectors("llama.ojfa"), reference(false));
-    rlimit usual{};
-    ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &usual), 0);
-    const rlimit none = {0, usual.rlim_max};
-    ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &none), 0);
-    std::string said = "nothing was refused";
-    try {
-        tokens_of(model);
-    } catch (const Failure& failure) {
-        said = failure.what() + std::string("\n") + failure.hint();
-    }
-    ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &usual), 0);
-    expect_says(said, "can't be read: Too many open files\nclose some files, or raise the limit");
-    EXPECT_EQ(tokens_of(model), right_tokens("llama.ojfa"));  // the model goes on
-}
-
-TEST(ChangesUnderAModel, AnotherBundleUnderItsNameChangesNothing) {
-    const Copy copy;
-    Model model(copy.bundle, reference(false));
-    std::filesystem::rename(copy.bundle, copy.path / "old");
-    std::filesystem::copy(fixtures::vectors("gpt2.ojfa"), copy.bundle,
-                          std::filesystem::copy_options::recursive);
-    EXPECT_EQ(tokens_of(model), right_tokens("llama.ojfa"));
-}
-
-TEST(ChangesUnderAModel, WhileItIsLoaded) {
-    // A file that was checked already becomes another before its last sibling is.
-    const Copy copy;
-    bool changed = false;
-    LoadOptions options = reference();
-    options.progress = [&](std::uint64_t, std::uint64_t) {
-        if (changed) return;
-        changed = true;
-        for (const std::string& name : files_of(copy.bundle))
-            if (name != "manifest.json") std::filesystem::resize_file(copy.bundle / name, 7);
-    };
-    try {
-        Model model(copy.bundle, options);
-        FAIL() << "nothing was refused";
-    } catch (const Failure& failure) {
-        expect_proper(failure);
-        expect_says(failure.what(), CHANGED);
-    }
 }
