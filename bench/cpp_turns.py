@@ -101,7 +101,7 @@ class InCpp:
             "ids": prompt,
             "max_new_tokens": tokens,
             "temperature": way.sampling.temperature,
-            "top_k": way.sampling.top_k or 0,
+            "top_k": way.sampling.top_k,
             "top_p": way.sampling.top_p,
             "seed": way.sampling.seed,
         }

@@ -25,7 +25,7 @@ void expect(const std::pair<ojfa_status, std::string>& said, ojfa_status status,
 
 TEST(Backends, OfAnotherVersionAreRefused) {
     const auto said = refusal("other", OTHER_BACKEND);
-    expect(said, OJFA_ERROR_BACKEND, "has interface 3 (version 9.9.9), this library needs 2");
+    expect(said, OJFA_ERROR_BACKEND, "has interface 4 (version 9.9.9), this library needs 3");
     expect(said, OJFA_ERROR_BACKEND, "install both from the same build");
 }
 

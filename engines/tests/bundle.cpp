@@ -19,7 +19,7 @@ namespace {
 Bundle opened(const std::filesystem::path& directory, const Progress& progress = {},
               const Receive& receive = {}) {
     Bundle bundle(directory);
-    Checker checker(bundle.directory(), progress, bundle.bytes());
+    Checker checker(bundle.files(), progress, bundle.bytes());
     bundle.check_contents(checker, Bundle::Part::others, receive);
     bundle.check_contents(checker, Bundle::Part::weights, receive);
     return bundle;

@@ -78,7 +78,7 @@ inline fs::path bundle(const std::string& name) {
 inline std::mt19937 random_numbers() {
     const char* const given = std::getenv("OJFA_TEST_SEED");
     const unsigned seed = given ? static_cast<unsigned>(std::stoul(given)) : std::random_device()();
-    std::cout << "OJFA_TEST_SEED=" << seed << "\n";
+    std::cout << "OJFA_TEST_SEED=" << seed << std::endl;  // whatever comes
     return std::mt19937(seed);
 }
 

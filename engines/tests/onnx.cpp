@@ -1,15 +1,15 @@
-#include "onnx.hpp"
+#include "bundle/onnx.hpp"
 
 #include <stdexcept>
 
 #include "fixtures.hpp"
 
-using ojfa::core::external_tensors;
+using ojfa::core::read_graph;
 
 namespace {
 
-std::map<std::string, ojfa::core::TensorPlace> tensors_of(const std::string& model) {
-    return external_tensors({reinterpret_cast<const unsigned char*>(model.data()), model.size()});
+std::map<std::string, ojfa::core::WeightPlace> tensors_of(const std::string& model) {
+    return read_graph({reinterpret_cast<const unsigned char*>(model.data()), model.size()}).weights;
 }
 
 }  // namespace

@@ -83,13 +83,10 @@ TEST(Programs, TurnsAnswersEachLine) {
         if (each["prompts"].size() != 1 || each["exit"] == "default" || each.contains("shadow")) continue;
         const Json& tokens = each["gives"]["tokens"][0];
         if (each["gives"]["finish"][0] != "max_new_tokens") continue;
-        Json asked = {{"ids", each["prompts"][0]},
-                      {"exit", each["exit"]},
-                      {"max_new_tokens", tokens.size()},
-                      {"temperature", each["temperature"]},
-                      {"top_p", each["top_p"]},
-                      {"seed", each["seed"]},
-                      {"top_k", each["top_k"].is_null() ? Json(0) : each["top_k"]}};
+        Json asked = {{"ids", each["prompts"][0]},       {"exit", each["exit"]},
+                      {"max_new_tokens", tokens.size()}, {"temperature", each["temperature"]},
+                      {"top_p", each["top_p"]},          {"seed", each["seed"]},
+                      {"top_k", each["top_k"]}};
         if (each.contains("speculation")) asked["speculation"] = each["speculation"];
         lines += asked.dump() + "\n";
         expected.push_back(each["gives"]);
@@ -120,6 +117,22 @@ TEST(Programs, MistakesAreSaidAndGiveStatusTwo) {
         {OJFA_RUN + bundle() + "--ids 1 --exit 9", "exit 9 is outside"},
         {OJFA_RUN + bundle() + "--ids 1 --colour red", "no such option"},
         {OJFA_RUN + bundle() + "--ids 1 --draft-exit 1", "settings of --speculate"},
+        {OJFA_RUN + bundle() + "--ids 1 --exit 0", "is not full, auto, or a number of blocks"},
+        {OJFA_RUN + bundle() + "--ids 1 --seed -1", "seed must be 0 or more, not -1\nhint: leave it out"},
+        {OJFA_RUN + bundle() + "--ids 1 --seed 1.5", "'1.5' is no number"},
+        {OJFA_RUN + bundle() + "--ids 1 --top-k 0", "top-k must be 1 or more, not 0\nhint: leave it out"},
+        {OJFA_RUN + bundle() + "--ids 1 --top-k 4294967297", "--top-k must be 2147483647 or less"},
+        {OJFA_RUN + bundle() + "--ids 1 --top-p 0", "top-p must be above 0 and at most 1, not 0"},
+        {OJFA_RUN + bundle() + "--ids 1 --temperature nan", "temperature must be finite and 0 or more"},
+        {OJFA_RUN + bundle() + "--ids 1 --max-new-tokens 0", "--max-new-tokens must be 1 or more, not 0"},
+        {OJFA_RUN + bundle() + "--ids 1 --max-new-tokens 4294967297", "must be 2147483647 or less"},
+        {OJFA_RUN + bundle() + "--ids 1 --speculate --draft-exit 0", "--draft-exit must be 1 or more"},
+        {OJFA_RUN + bundle() + "--ids 1 --speculate --draft-length 0", "--draft-length must be 1 or more"},
+        {OJFA_RUN + bundle() + "--ids 1 --shadow-share 0", "must be above 0 and at most 1, not 0"},
+        {OJFA_RUN + bundle() + "--ids 1 --speculate --shadow-share 0.5", "nothing to check in the shadow"},
+        {OJFA_RUN + bundle() + "--ids 1 --device 4294967296", "--device must be 2147483647 or less"},
+        {OJFA_RUN + bundle() + "--ids 1 --memory-limit -1", "--memory-limit must be 0 or more"},
+        {OJFA_BENCH + bundle() + "--iterations 0", "--iterations must be 1 or more, not 0"},
         {OJFA_BENCH + bundle() + "--exit auto", "no latency of their own"},
         {OJFA_BENCH + bundle() + "--prompt-length 60", "smaller --prompt-length"},
     };
@@ -127,6 +140,12 @@ TEST(Programs, MistakesAreSaidAndGiveStatusTwo) {
         const Done done = run(command);
         EXPECT_EQ(done.status, 2) << command;
         EXPECT_NE(done.output.find(said), std::string::npos) << done.output;
+    }
+    for (const char* const asked : {R"({"ids": [1], "seed": -1})", R"({"ids": [1], "top_k": 0})",
+                                    R"({"ids": [1], "exit": 0})", R"({"ids": [1], "max_new_tokens": 1.5})"}) {
+        const Done done = run("echo '" + std::string(asked) + "' | " + OJFA_TURNS + bundle());
+        EXPECT_EQ(done.status, 2) << asked;
+        EXPECT_NE(done.output.find("error: "), std::string::npos) << done.output;
     }
     const Done absent = run(OJFA_RUN + std::string(" /nowhere --backend reference --ids 1"));
     EXPECT_EQ(absent.status, 1);

@@ -23,6 +23,7 @@ using Json = nlohmann::ordered_json;
 // Tokens that an exit decodes before it is the next one's turn, so that noise hits all exits alike.
 constexpr int BURST = 8;
 constexpr int PREFILLS = 5;
+constexpr std::int64_t MOST_SESSIONS = 1024;  // a thread each
 
 struct Settings {
     int prompt_length, warmup, iterations;
@@ -114,15 +115,9 @@ int body(int argc, char** argv) {
     std::set<std::string> flags = {"--logits"};
     flags.insert(tools::LOAD_FLAGS.begin(), tools::LOAD_FLAGS.end());
     const tools::CommandLine line(argc, argv, known, flags);
-    const auto count = [&](const char* name, long otherwise, long least) {
-        const long value = line.integer(name, otherwise);
-        if (value < least)
-            throw tools::UsageError(std::string(name) + " must be " + std::to_string(least) + " or more");
-        return static_cast<int>(value);
-    };
-    const Settings settings = {count("--prompt-length", 128, 1), count("--warmup", 10, 0),
-                               count("--iterations", 50, 1), line.has("--logits")};
-    const int sessions = count("--sessions", 0, 0);
+    const Settings settings = {line.count("--prompt-length", 128), line.count("--warmup", 10, 0),
+                               line.count("--iterations", 50), line.has("--logits")};
+    const auto sessions = static_cast<int>(line.integer("--sessions", 0, 0, MOST_SESSIONS));
 
     const auto loading = Clock::now();
     const auto model = ojfa::Model::load(line.operand(), tools::load_options(line));

@@ -1,7 +1,10 @@
 #include "options.hpp"
 
+#include <algorithm>
+#include <charconv>
 #include <cstring>
 #include <iostream>
+#include <system_error>
 
 namespace tools {
 
@@ -10,15 +13,17 @@ const std::set<std::string> LOAD_FLAGS = {"--no-golden"};
 
 namespace {
 
-template <class Number, class Parse>
-Number parsed(const std::string& name, const std::string& text, Parse parse) {
-    try {
-        std::size_t used = 0;
-        const Number value = parse(text, &used);
-        if (used == text.size()) return value;
-    } catch (const std::exception&) {  // no number, or out of range: below
-    }
-    throw UsageError(name + ": '" + text + "' is no number");
+// The whole text as a number: no spaces, no sign but a minus.
+template <class Number>
+Number parsed(const std::string& name, const std::string& text) {
+    Number value{};
+    const char* const end = text.data() + text.size();
+    const auto [stop, error] = std::from_chars(text.data(), end, value);
+    if (text.empty() || stop != end || error == std::errc::invalid_argument)
+        throw UsageError(name + ": '" + text + "' is no number");
+    if (error == std::errc::result_out_of_range)
+        throw UsageError(name + ": " + text + " is too large a number");
+    return value;
 }
 
 }  // namespace
@@ -53,22 +58,40 @@ std::string CommandLine::text(const std::string& name, const std::string& otherw
     return has(name) ? all(name).back() : otherwise;
 }
 
-long CommandLine::integer(const std::string& name, long otherwise) const {
-    const auto parse = [](const std::string& text, std::size_t* used) { return std::stol(text, used); };
-    return has(name) ? parsed<long>(name, all(name).back(), parse) : otherwise;
+std::int64_t CommandLine::integer(const std::string& name, std::int64_t otherwise, std::int64_t least,
+                                  std::int64_t most) const {
+    if (!has(name)) return otherwise;
+    const auto value = parsed<std::int64_t>(name, all(name).back());
+    if (value < least)
+        throw UsageError(name + " must be " + std::to_string(least) + " or more, not " +
+                         std::to_string(value));
+    if (value > most)
+        throw UsageError(name + " must be " + std::to_string(most) + " or less, not " +
+                         std::to_string(value));
+    return value;
 }
 
 double CommandLine::number(const std::string& name, double otherwise) const {
-    const auto parse = [](const std::string& text, std::size_t* used) { return std::stod(text, used); };
-    return has(name) ? parsed<double>(name, all(name).back(), parse) : otherwise;
+    return has(name) ? parsed<double>(name, all(name).back()) : otherwise;
+}
+
+void check_top_k(std::int64_t top_k) {
+    if (top_k < 1)
+        throw UsageError("top-k must be 1 or more, not " + std::to_string(top_k),
+                         "leave it out to sample among all tokens");
+}
+
+std::uint64_t seed_of(const std::string& text) {
+    if (!text.empty() && text[0] == '-')
+        throw UsageError("seed must be 0 or more, not " + text, "leave it out for seed 0");
+    return parsed<std::uint64_t>("--seed", text);
 }
 
 ojfa::TokenIds token_ids(const std::string& text) {
     ojfa::TokenIds ids;
-    const auto parse = [](const std::string& each, std::size_t* used) { return std::stoi(each, used); };
     for (std::size_t start = 0; start <= text.size();) {
         const std::size_t end = std::min(text.find(',', start), text.size());
-        ids.push_back(parsed<int>("--ids", text.substr(start, end - start), parse));
+        ids.push_back(parsed<std::int32_t>("--ids", text.substr(start, end - start)));
         start = end + 1;
     }
     return ids;
@@ -77,8 +100,7 @@ ojfa::TokenIds token_ids(const std::string& text) {
 ojfa::Exit exit_of(const std::string& text) {
     if (text == "full") return ojfa::Exit::full();
     if (text == "auto") return ojfa::Exit::automatic();
-    const auto parse = [](const std::string& each, std::size_t* used) { return std::stoi(each, used); };
-    const int blocks = parsed<int>("--exit", text, parse);
+    const auto blocks = parsed<std::int32_t>("--exit", text);
     if (blocks < 1) throw UsageError("--exit: '" + text + "' is not full, auto, or a number of blocks");
     return blocks;
 }
@@ -87,8 +109,9 @@ ojfa::LoadOptions load_options(const CommandLine& line) {
     ojfa::LoadOptions options;
     options.backend = line.text("--backend", "tensorrt");
     options.backend_library = line.text("--backend-library", "");
-    options.device = static_cast<int>(line.integer("--device", 0));
-    options.memory_limit = static_cast<std::uint64_t>(line.integer("--memory-limit", 0));
+    options.device = line.count("--device", 0, 0);
+    options.memory_limit = static_cast<std::uint64_t>(
+        line.integer("--memory-limit", 0, 0, std::numeric_limits<std::int64_t>::max()));
     options.check_golden = !line.has("--no-golden");
     return options;
 }
@@ -99,7 +122,8 @@ int run(const char* usage, int argc, char** argv, int (*body)(int, char**)) {
     try {
         return body(argc, argv);
     } catch (const UsageError& error) {
-        std::cerr << "error: " << error.what() << "\n" << usage;
+        std::cerr << "error: " << error.what() << "\n";
+        std::cerr << (error.hint().empty() ? usage : "hint: " + error.hint() + "\n");
         return 2;
     } catch (const ojfa::Error& error) {
         std::cerr << "error: " << error.what() << "\n";

@@ -39,17 +39,30 @@ ojfa::GenerateOptions generate_options(const tools::CommandLine& line) {
     if (line.has("--exit")) options.exit = tools::exit_of(line.text("--exit", ""));
     if (line.has("--speculate")) {
         options.speculation.emplace();
-        options.speculation->exit = static_cast<std::int32_t>(line.integer("--draft-exit", 0));
-        options.speculation->draft = static_cast<std::int32_t>(line.integer("--draft-length", 0));
+        options.speculation->exit = line.count("--draft-exit", 0);
+        options.speculation->draft = line.count("--draft-length", 0);
     } else if (line.has("--draft-exit") || line.has("--draft-length")) {
         throw tools::UsageError("--draft-exit and --draft-length are settings of --speculate");
     }
-    options.max_new_tokens = static_cast<int>(line.integer("--max-new-tokens", 64));
+    options.max_new_tokens = line.count("--max-new-tokens", 64);
     options.temperature = line.number("--temperature", 0);
     options.top_p = line.number("--top-p", 1);
-    options.top_k = static_cast<int>(line.integer("--top-k", 0));
-    options.seed = static_cast<std::uint64_t>(line.integer("--seed", 0));
+    if (line.has("--top-k")) {
+        const std::int64_t top_k = line.integer("--top-k", 0, std::numeric_limits<std::int64_t>::min());
+        tools::check_top_k(top_k);
+        options.top_k = static_cast<int>(top_k);
+    }
+    options.seed = tools::seed_of(line.text("--seed", "0"));
     return options;
+}
+
+double shadow_share(const tools::CommandLine& line) {
+    const double share = line.number("--shadow-share", 0);
+    if (line.has("--shadow-share") && !(share > 0 && share <= 1))
+        throw tools::UsageError(
+            "--shadow-share must be above 0 and at most 1, not " + line.text("--shadow-share", ""),
+            "one token in ten is 0.1");
+    return share;
 }
 
 int body(int argc, char** argv) {
@@ -68,7 +81,7 @@ int body(int argc, char** argv) {
     const auto model = ojfa::Model::load(line.operand(), tools::load_options(line));
     ojfa::SessionOptions settings;
     settings.batch_size = static_cast<int>(prompts.size());
-    settings.shadow_share = line.number("--shadow-share", 0);
+    settings.shadow_share = shadow_share(line);
     settings.shadow_seed = how.seed;
     auto session = model.session(settings);
     Json completions = Json::array();

@@ -33,24 +33,34 @@ ojfa::Policy policy_of(const Json& json) {
             json.at("thresholds").get<std::vector<double>>()};
 }
 
+// A whole number of 1 or more; what is left out or null is `otherwise`.
+int count_of(const Json& asked, const char* name, int otherwise) {
+    const auto found = asked.find(name);
+    if (found == asked.end() || found->is_null()) return otherwise;
+    if (!found->is_number_integer() || *found < 1 || *found > tools::ANY_COUNT)
+        throw tools::UsageError(std::string(name) + " must be a whole number of 1 or more, not " +
+                                found->dump());
+    return found->get<int>();
+}
+
 ojfa::GenerateOptions options_of(const Json& asked) {
     ojfa::GenerateOptions options;
     const Json exit = asked.value("exit", Json("full"));
     if (exit.is_object()) {
         options.exit = policy_of(exit);
     } else {
-        options.exit = exit.is_number() ? ojfa::Exit(exit.get<int>()) : tools::exit_of(exit);
+        options.exit = tools::exit_of(exit.is_string() ? exit.get<std::string>() : exit.dump());
     }
     if (asked.contains("speculation")) {
         options.speculation.emplace();
-        options.speculation->exit = asked["speculation"].value("exit", 0);
-        options.speculation->draft = asked["speculation"].value("draft", 0);
+        options.speculation->exit = count_of(asked["speculation"], "exit", 0);
+        options.speculation->draft = count_of(asked["speculation"], "draft", 0);
     }
-    options.max_new_tokens = asked.value("max_new_tokens", 64);
+    options.max_new_tokens = count_of(asked, "max_new_tokens", 64);
     options.temperature = asked.value("temperature", 0.0);
-    options.top_k = asked.value("top_k", 0);
+    options.top_k = count_of(asked, "top_k", 0);
     options.top_p = asked.value("top_p", 1.0);
-    options.seed = asked.value("seed", std::uint64_t{0});
+    options.seed = tools::seed_of(asked.value("seed", Json(0)).dump());
     options.ignore_eos = true;
     return options;
 }

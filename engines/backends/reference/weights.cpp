@@ -2,12 +2,9 @@
 
 #include <cmath>
 #include <cstring>
-#include <fstream>
-#include <iterator>
 #include <limits>
 
 #include "failure.hpp"
-#include "onnx.hpp"
 
 namespace ojfa::core {
 namespace {
@@ -27,38 +24,23 @@ float widened(std::uint16_t half) {
     return half & 0x8000 ? -value : value;
 }
 
-std::vector<unsigned char> read_whole(const std::filesystem::path& path) {
-    std::ifstream file(path, std::ios::binary);
-    std::vector<unsigned char> bytes{std::istreambuf_iterator<char>(file), {}};
-    if (!file) throw bundle_failure(path.string() + " can't be read", REBUILD);
-    return bytes;
-}
-
-// A tensor of a file that has `size` bytes.
-Tensor read_tensor(const std::filesystem::path& path, const TensorPlace& place, std::uint64_t size) {
-    const std::uint64_t width = place.half ? 2 : 4;
-    std::uint64_t count = 1;
-    for (const std::int64_t length : place.shape) {
-        if (length < 1 || static_cast<std::uint64_t>(length) > size)
-            throw bundle_failure(path.string() + " has no room for a weight of that shape", REBUILD);
-        count = std::min(count * static_cast<std::uint64_t>(length), size + 1);
+// A weight, whose place is inside its file. Throws Failure where it holds something else than numbers.
+Tensor read_weight(const HeldFiles& files, const std::string& name, const WeightPlace& place) {
+    const std::vector<char> bytes = files.read(place.file, place.offset, place.bytes());
+    Tensor tensor{std::vector<float>(bytes.size() / (place.half ? 2 : 4)), place.shape};
+    for (std::size_t i = 0; i < tensor.values.size(); ++i) {
+        std::uint16_t half = 0;
+        if (place.half) {
+            std::memcpy(&half, bytes.data() + 2 * i, sizeof half);
+            tensor.values[i] = widened(half);
+        } else {
+            std::memcpy(&tensor.values[i], bytes.data() + 4 * i, sizeof(float));
+        }
+        if (!std::isfinite(tensor.values[i]))
+            throw bundle_failure((files.directory() / place.file).string() + ": weight '" + name +
+                                     "' holds something else than finite numbers",
+                                 REBUILD);
     }
-    if (count > size / width || place.offset > size - count * width)
-        throw bundle_failure(path.string() + " ends before a weight that a graph refers to", REBUILD);
-    Tensor tensor{std::vector<float>(count), place.shape};
-    std::ifstream file(path, std::ios::binary);
-    file.seekg(static_cast<std::streamoff>(place.offset));
-    const auto read = [&](void* to, std::uint64_t bytes) {
-        file.read(static_cast<char*>(to), static_cast<std::streamsize>(bytes));
-    };
-    if (place.half) {
-        std::vector<std::uint16_t> halves(count);
-        read(halves.data(), 2 * count);
-        for (std::size_t i = 0; i < halves.size(); ++i) tensor.values[i] = widened(halves[i]);
-    } else {
-        read(tensor.values.data(), 4 * count);
-    }
-    if (!file) throw bundle_failure(path.string() + " can't be read", REBUILD);
     return tensor;
 }
 
@@ -96,26 +78,8 @@ const Weights& WeightStore::graph(const std::string& name) {
 
 std::unique_ptr<Weights> WeightStore::load(const std::string& name) const {
     auto weights = std::make_unique<Weights>(name, account_);
-    for (const GraphEntry& graph : bundle_.manifest().graphs) {
-        if (graph.name != name) continue;
-        const std::vector<unsigned char> model = read_whole(bundle_.directory() / graph.file);
-        std::map<std::string, TensorPlace> places;
-        try {
-            places = external_tensors(model);
-        } catch (const std::runtime_error& error) {
-            throw bundle_failure(
-                (bundle_.directory() / graph.file).string() + " can't be read: " + error.what(), REBUILD);
-        }
-        for (const auto& [weight, place] : places) {
-            const std::string file = "graphs/" + place.file;
-            const auto entry = bundle_.manifest().files.find(file);
-            if (entry == bundle_.manifest().files.end())
-                throw bundle_failure(
-                    "graph '" + name + "' refers to '" + file + "', which the manifest does not name",
-                    "don't use this bundle: it was altered");
-            weights->add(weight, read_tensor(bundle_.directory() / file, place, entry->second.size));
-        }
-    }
+    for (const auto& [weight, place] : bundle_.weights(name))
+        weights->add(weight, read_weight(bundle_.files(), weight, place));
     return weights;
 }
 

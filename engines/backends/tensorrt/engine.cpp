@@ -5,8 +5,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <fstream>
-#include <iterator>
+#include <filesystem>
 #include <mutex>
 
 #include "failure.hpp"
@@ -131,7 +130,8 @@ std::string library_version() {
     return shown(library().version);
 }
 
-EngineSet::EngineSet(Device& device, const std::vector<std::filesystem::path>& files, CUstream stream)
+EngineSet::EngineSet(Device& device, const core::HeldFiles& files, const std::set<std::string>& names,
+                     CUstream stream)
     : device_(device) {
     device.make_current();
     try {
@@ -139,9 +139,9 @@ EngineSet::EngineSet(Device& device, const std::vector<std::filesystem::path>& f
         if (!runtime_)
             throw backend_failure("TensorRT " + library_version() + " can't start: " + the_log().take());
         std::size_t most = 1;
-        for (const std::filesystem::path& path : files) {
-            std::ifstream file(path, std::ios::binary);
-            const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
+        for (const std::string& name : names) {
+            const std::filesystem::path path = files.directory() / name;
+            const std::vector<char> bytes = files.read(name);
             nvinfer1::ICudaEngine* const engine = runtime_->deserializeCudaEngine(bytes.data(), bytes.size());
             if (!engine)
                 throw backend_failure("TensorRT " + library_version() + " can't open " + path.string() +

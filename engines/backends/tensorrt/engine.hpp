@@ -1,13 +1,14 @@
 // TensorRT's engines: opened once for a model, with contexts for each session.
 #pragma once
 
-#include <filesystem>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "bundle/held.hpp"
 #include "device.hpp"
 
 namespace nvinfer1 {
@@ -27,8 +28,9 @@ std::string library_version();
 // small. Contexts share the memory that they work in, as all work of a session is in order.
 class EngineSet {
  public:
-    // Throws Failure where TensorRT refuses.
-    EngineSet(Device& device, const std::vector<std::filesystem::path>& files, CUstream stream);
+    // Of files of the bundle. Throws Failure where TensorRT refuses.
+    EngineSet(Device& device, const core::HeldFiles& files, const std::set<std::string>& names,
+              CUstream stream);
     ~EngineSet();
     EngineSet(const EngineSet&) = delete;
     EngineSet& operator=(const EngineSet&) = delete;

@@ -1,5 +1,6 @@
 #include "engines.hpp"
 
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <utility>
@@ -42,23 +43,29 @@ const Weight& weight_in(const Plan& plan, const std::string& name) {
 }  // namespace
 
 TensorRtEngines::TensorRtEngines(const core::Bundle& bundle, const core::OpenOptions& options)
-    : spec(bundle.manifest().spec), device(options.device, options.memory_limit), checked_(device) {
+    : spec(bundle.manifest().spec),
+      device(options.device, options.memory_limit),
+      bundle_(bundle),
+      checked_(device) {
     const core::EngineSet& engines = bundle.engines("tensorrt");
     check_built_for(engines);
     for (const auto& [graph, file] : engines.files) {
-        plans_[graph] = read_plan(bundle.directory() / file, bundle.manifest().files);
-        directory_ = (bundle.directory() / file).parent_path();
+        plans_[graph] = read_plan(bundle, graph, file);
+        folder_ = std::filesystem::path(file).parent_path().generic_string();
     }
     const Plan& embed = plans_.at("embed");
     precision = embed.precision;
+    if (precision != bundle.manifest().precision)
+        throw core::bundle_failure(
+            "the engines are in " + precision + ", their bundle in " + bundle.manifest().precision, REBUILD);
     element_bytes = precision == "fp16" ? 2 : 4;
     if (precision == "fp16") most_tiled_ = most_tiled_tokens(spec, device);
     for (const auto& [kind, file] : embed.kernels)
-        kernels[kind] = std::make_unique<Kernels>(device, directory_ / file);
+        kernels[kind] = std::make_unique<Kernels>(device, bundle.files(), beside_plans(file));
     for (const std::string& kind : {precision, std::string("fp32")})
         if (!kernels.count(kind))
             throw core::bundle_failure("the engines have no kernels for " + kind, REBUILD);
-    store_ = std::make_unique<WeightStore>(device, bundle.directory() / "graphs", kernels);
+    store_ = std::make_unique<WeightStore>(device, bundle.files(), kernels);
     if (const auto& tables = bundle.manifest().rotary)
         for (const auto* table : {&tables->cosines, &tables->sines})
             rotary_.push_back(store_->upload(bundle.tensor(*table)));
@@ -120,7 +127,8 @@ std::unique_ptr<Kernels> TensorRtEngines::lend_kernels() {
             return unused;
         }
     }
-    return std::make_unique<Kernels>(device, directory_ / plan("embed").kernels.at(precision));
+    return std::make_unique<Kernels>(device, bundle_.files(),
+                                     beside_plans(plan("embed").kernels.at(precision)));
 }
 
 std::unique_ptr<EngineSet> TensorRtEngines::lend_engines(CUstream stream) {
@@ -132,11 +140,10 @@ std::unique_ptr<EngineSet> TensorRtEngines::lend_engines(CUstream stream) {
             return unused;
         }
     }
-    std::set<std::filesystem::path> files;  // equal blocks share theirs
+    std::set<std::string> files;  // equal blocks share theirs
     for (const auto& plan : plans_)
-        for (const auto& engine : plan.second.engines) files.insert(directory_ / engine.second);
-    return std::make_unique<EngineSet>(device, std::vector<std::filesystem::path>(files.begin(), files.end()),
-                                       stream);
+        for (const auto& engine : plan.second.engines) files.insert(beside_plans(engine.second));
+    return std::make_unique<EngineSet>(device, bundle_.files(), files, stream);
 }
 
 void TensorRtEngines::take_back(std::unique_ptr<Kernels> kernels_of_session,

@@ -40,7 +40,8 @@ struct ResidualHead {
 // Any thread.
 class TensorRtEngines : public core::Engines {
  public:
-    // Throws Failure where the engines were built for something else than what is here.
+    // The bundle must outlive this. Throws Failure where the engines were built for something else than what
+    // is here.
     TensorRtEngines(const core::Bundle& bundle, const core::OpenOptions& options);
 
     void load_blocks(int depth) override;
@@ -96,7 +97,11 @@ class TensorRtEngines : public core::Engines {
     void check_built_for(const core::EngineSet& engines) const;
     void join_sessions();
 
-    std::filesystem::path directory_;
+    // A file beside the plans, as the manifest names it.
+    std::string beside_plans(const std::string& file) const { return folder_ + "/" + file; }
+
+    const core::Bundle& bundle_;
+    std::string folder_;  // of the plans
     int most_tiled_ = 0;  // tokens of a step, beyond MOST_TOKENS
     std::map<std::string, Plan> plans_;
     std::unique_ptr<WeightStore> store_;

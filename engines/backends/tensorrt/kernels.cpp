@@ -1,7 +1,6 @@
 #include "kernels.hpp"
 
-#include <fstream>
-#include <iterator>
+#include <filesystem>
 
 #include "failure.hpp"
 
@@ -19,11 +18,11 @@ const char* const REBUILD =
 
 }  // namespace
 
-Kernels::Kernels(Device& device, const std::filesystem::path& cubin)
-    : device_(device), file_(cubin.filename()) {
-    std::ifstream file(cubin, std::ios::binary);
-    const std::vector<char> image{std::istreambuf_iterator<char>(file), {}};
-    if (image.empty()) throw core::bundle_failure(cubin.string() + " can't be read", REBUILD);
+Kernels::Kernels(Device& device, const core::HeldFiles& files, const std::string& cubin)
+    : device_(device), file_(std::filesystem::path(cubin).filename()) {
+    const std::vector<char> image = files.read(cubin);
+    if (image.empty())
+        throw core::bundle_failure((files.directory() / cubin).string() + " is empty", REBUILD);
     device.make_current();
     check(driver().cuModuleLoadData(&module_, image.data()), ("loading " + file_).c_str());
 }

@@ -2,12 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <map>
 #include <mutex>
 #include <string>
 #include <vector>
 
+#include "bundle/held.hpp"
 #include "device.hpp"
 
 namespace ojfa::tensorrt {
@@ -25,8 +25,8 @@ struct Launch {
 // Those for one precision. Any thread.
 class Kernels {
  public:
-    // Throws Failure where the driver can't load them.
-    Kernels(Device& device, const std::filesystem::path& cubin);
+    // Of a file of the bundle. Throws Failure where the driver can't load them.
+    Kernels(Device& device, const core::HeldFiles& files, const std::string& cubin);
     ~Kernels();
     Kernels(const Kernels&) = delete;
     Kernels& operator=(const Kernels&) = delete;

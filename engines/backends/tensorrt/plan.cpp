@@ -1,8 +1,7 @@
 #include "plan.hpp"
 
-#include <fstream>
+#include <filesystem>
 #include <limits>
-#include <sstream>
 
 #include "bundle/fields.hpp"
 #include "failure.hpp"
@@ -21,15 +20,21 @@ std::string plain(core::Fields& fields, const std::string& name) {
     return file;
 }
 
-std::map<std::string, std::string> plain_files(core::Fields fields) {
+std::map<std::string, std::string> plain_files(core::Fields fields, const std::filesystem::path& folder,
+                                               const core::Manifest& manifest) {
     std::map<std::string, std::string> files;
-    for (const auto& member : fields.json().items()) files[member.key()] = plain(fields, member.key());
+    for (const auto& member : fields.json().items()) {
+        files[member.key()] = plain(fields, member.key());
+        if (!manifest.files.count((folder / files[member.key()]).generic_string()))
+            fields.fail(member.key(), "the manifest does not name '" + files[member.key()] + "'");
+    }
     return files;
 }
 
-Weight read_weight(core::Fields fields, const std::map<std::string, core::FileEntry>& files) {
+// A weight, which is where the graph has it: what holds for that place holds for this.
+Weight read_weight(core::Fields fields, const std::string& name, const core::WeightPlaces& places) {
     Weight weight;
-    weight.file = plain(fields, "file");
+    weight.file = "graphs/" + plain(fields, "file");
     weight.offset = static_cast<std::uint64_t>(fields.integer("offset", 0, ANY));
     for (const std::int32_t length : fields.integers("shape")) {
         if (length < 1) fields.fail("shape", "a length is below 1");
@@ -40,11 +45,10 @@ Weight read_weight(core::Fields fields, const std::map<std::string, core::FileEn
     fields.done();
     if (weight.transposed && weight.shape.size() != 2)
         fields.fail("shape", "only a matrix can be transposed");
-    const auto entry = files.find("graphs/" + weight.file);
-    if (entry == files.end()) fields.fail("file", "the manifest does not name it");
-    const std::uint64_t size = entry->second.size;
-    if (weight.count() > size || weight.bytes() > size || weight.offset > size - weight.bytes())
-        fields.fail("offset", "the weight is beyond its file");
+    const auto place = places.find(name);
+    if (place == places.end() || weight.file != place->second.file || weight.offset != place->second.offset ||
+        weight.shape != place->second.shape || (weight.precision == "fp16") != place->second.half)
+        fields.fail("file", "the graph has another weight, or has it elsewhere");
     return weight;
 }
 
@@ -60,25 +64,26 @@ std::uint64_t Weight::count() const {
     return count;
 }
 
-Plan read_plan(const std::filesystem::path& path, const std::map<std::string, core::FileEntry>& files) {
+Plan read_plan(const core::Bundle& bundle, const std::string& graph, const std::string& file) {
+    const std::vector<char> text = bundle.files().read(file);
     try {
-        std::ifstream file(path, std::ios::binary);
-        std::ostringstream text;
-        text << file.rdbuf();
-        const core::Json raw = core::Json::parse(text.str());
+        const core::Json raw = core::Json::parse(text.begin(), text.end());
         core::Fields fields(raw, "");
         Plan plan;
         plan.precision = fields.one_of("precision", {"fp32", "fp16"});
-        plan.engines = plain_files(fields.object("engines"));
-        plan.kernels = plain_files(fields.object("kernels"));
+        const std::filesystem::path folder = std::filesystem::path(file).parent_path();
+        plan.engines = plain_files(fields.object("engines"), folder, bundle.manifest());
+        plan.kernels = plain_files(fields.object("kernels"), folder, bundle.manifest());
         core::Fields weights = fields.object("weights");
         for (const auto& member : weights.json().items())
-            plan.weights[member.key()] = read_weight(weights.object(member.key()), files);
+            plan.weights[member.key()] =
+                read_weight(weights.object(member.key()), member.key(), bundle.weights(graph));
         fields.maybe("activation_bytes");  // of what a request takes; bundles of before 0.1 lack it
         fields.done();
         return plan;
     } catch (const std::exception& error) {
-        throw core::bundle_failure(path.string() + " can't be read: " + error.what(), REBUILD);
+        throw core::bundle_failure((bundle.directory() / file).string() + " can't be read: " + error.what(),
+                                   REBUILD);
     }
 }
 

@@ -2,12 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <map>
 #include <string>
 #include <vector>
 
-#include "bundle/manifest.hpp"
+#include "bundle/bundle.hpp"
 
 namespace ojfa::tensorrt {
 
@@ -16,7 +15,7 @@ constexpr int MOST_DECODE_TOKENS = 16, MOST_PREFILL_TOKENS = 1024;
 
 // A weight in a file of the bundle's graphs; whether it goes to the device as [columns, rows].
 struct Weight {
-    std::string file;
+    std::string file;  // as the manifest names it
     std::uint64_t offset;
     std::vector<std::int64_t> shape;
     std::string precision;
@@ -29,13 +28,13 @@ struct Weight {
 
 struct Plan {
     std::string precision;                       // of matrix products and of the cache
-    std::map<std::string, std::string> engines;  // files by part
-    std::map<std::string, std::string> kernels;  // files by precision
+    std::map<std::string, std::string> engines;  // files by part, in the plan's own directory
+    std::map<std::string, std::string> kernels;  // files by precision, there too
     std::map<std::string, Weight> weights;       // by their names in the graph
 };
 
-// Throws Failure where it is damaged, names files elsewhere, or a weight beyond its file, whose sizes are in
-// `files`.
-Plan read_plan(const std::filesystem::path& path, const std::map<std::string, core::FileEntry>& files);
+// Of a graph, from a file of the bundle. Throws Failure where it is damaged, names files that the bundle
+// doesn't hold, or other weights than the graph has.
+Plan read_plan(const core::Bundle& bundle, const std::string& graph, const std::string& file);
 
 }  // namespace ojfa::tensorrt

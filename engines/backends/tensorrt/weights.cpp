@@ -1,12 +1,7 @@
 #include "weights.hpp"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
 
 #include "failure.hpp"
 
@@ -15,43 +10,15 @@ namespace {
 
 constexpr std::size_t ROW_BYTES = 16;  // of what a kernel loads at once
 
-// A part of a file in memory.
-class Mapped {
- public:
-    Mapped(const std::filesystem::path& path, std::uint64_t offset, std::uint64_t bytes) {
-        const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-        const auto page = static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
-        const std::uint64_t start = offset / page * page;
-        bytes_ = bytes + (offset - start);
-        if (file >= 0)
-            memory_ = mmap(nullptr, bytes_, PROT_READ, MAP_PRIVATE, file, static_cast<off_t>(start));
-        if (file >= 0) ::close(file);
-        if (file < 0 || memory_ == MAP_FAILED)
-            throw core::bundle_failure(path.string() + " can't be read", "copy the bundle again whole");
-        madvise(memory_, bytes_, MADV_SEQUENTIAL);
-        data_ = static_cast<const char*>(memory_) + (offset - start);
-    }
-    ~Mapped() { munmap(memory_, bytes_); }
-    Mapped(const Mapped&) = delete;
-    Mapped& operator=(const Mapped&) = delete;
-
-    const char* data() const { return data_; }
-
- private:
-    void* memory_ = MAP_FAILED;
-    const char* data_ = nullptr;
-    std::size_t bytes_ = 0;
-};
-
 unsigned tiles(std::int64_t length) {
     return static_cast<unsigned>((length + 31) / 32);
 }
 
 }  // namespace
 
-WeightStore::WeightStore(Device& device, std::filesystem::path directory,
+WeightStore::WeightStore(Device& device, const core::HeldFiles& files,
                          const std::map<std::string, std::unique_ptr<Kernels>>& kernels)
-    : device_(device), directory_(std::move(directory)), kernels_(kernels), stream_(device), lanes_(device) {}
+    : device_(device), files_(files), kernels_(kernels), stream_(device), lanes_(device) {}
 
 Arrays WeightStore::load(const Plan& plan) {
     Arrays arrays;
@@ -68,24 +35,18 @@ Array WeightStore::get(const Weight& weight) {
 
 Array WeightStore::read(const Weight& weight) {
     Array stored = {std::make_shared<Buffer>(device_, weight.bytes()), weight.shape};
-    const std::filesystem::path path = directory_ / weight.file;
-    try {
-        core::SequentialFile file(path, weight.offset);
-        Uploading uploading(lanes_, {{weight.offset, weight.bytes(), stored.address()}}, weight.offset);
-        for (std::uint64_t left = weight.bytes(); left;) {
-            const core::Span<char> room = uploading.room();
-            const std::size_t wanted = std::min<std::uint64_t>(room.size(), left);
-            if (file.read({room.data(), wanted}) != wanted) throw std::runtime_error("it is too short");
-            uploading.take(wanted);
-            left -= wanted;
-        }
-        uploading.finish();
-    } catch (const core::Failure&) {
-        throw;
-    } catch (const std::runtime_error& error) {
-        throw core::bundle_failure(path.string() + " can't be read: " + error.what(),
-                                   "copy the bundle again whole");
+    core::HeldFile file = files_.open(weight.file, weight.offset);
+    Uploading uploading(lanes_, {{weight.offset, weight.bytes(), stored.address()}}, weight.offset);
+    for (std::uint64_t left = weight.bytes(); left;) {
+        const core::Span<char> room = uploading.room();
+        const std::size_t wanted = std::min<std::uint64_t>(room.size(), left);
+        if (file.read({room.data(), wanted}) != wanted)
+            throw core::bundle_failure((files_.directory() / weight.file).string() + " ends too early",
+                                       "copy the bundle again whole");
+        uploading.take(wanted);
+        left -= wanted;
     }
+    uploading.finish();
     return arranged(weight, std::move(stored));
 }
 
@@ -110,7 +71,7 @@ class WeightStore::WhileRead : public core::Loading {
                 const Place place = {weight.file, weight.offset};
                 if (store.held_.count(place) || coming_.count(place)) continue;
                 Array stored = {std::make_shared<Buffer>(store.device_, weight.bytes()), weight.shape};
-                files_["graphs/" + weight.file].push_back({weight.offset, weight.bytes(), stored.address()});
+                files_[weight.file].push_back({weight.offset, weight.bytes(), stored.address()});
                 coming_.emplace(place, Coming{weight, std::move(stored)});
             }
     }
@@ -146,9 +107,9 @@ std::unique_ptr<core::Loading> WeightStore::begin_loading(const std::vector<cons
 std::vector<float> WeightStore::values(const Weight& weight) const {
     if (weight.precision != "fp32")
         throw core::bundle_failure("a weight that must be fp32 is not", "rebuild the engines");
-    const Mapped mapped(directory_ / weight.file, weight.offset, weight.bytes());
+    const std::vector<char> stored = files_.read(weight.file, weight.offset, weight.bytes());
     std::vector<float> values(weight.count());
-    std::memcpy(values.data(), mapped.data(), weight.bytes());
+    std::memcpy(values.data(), stored.data(), weight.bytes());
     return values;
 }
 
@@ -161,7 +122,7 @@ Array WeightStore::upload(const std::vector<float>& values) {
 }
 
 Array WeightStore::padded(const Weight& weight, bool turned, float factor, bool pad_rows) {
-    const Mapped mapped(directory_ / weight.file, weight.offset, weight.bytes());
+    const std::vector<char> stored = files_.read(weight.file, weight.offset, weight.bytes());
     const std::size_t width = weight.element_bytes(), step = ROW_BYTES / width;
     const auto stored_rows = static_cast<std::size_t>(weight.shape.at(0));
     const auto stored_columns = static_cast<std::size_t>(weight.shape.at(1));
@@ -174,7 +135,7 @@ Array WeightStore::padded(const Weight& weight, bool turned, float factor, bool 
         for (std::size_t column = 0; column < columns; ++column) {
             const std::size_t from = turned ? column * stored_columns + row : row * stored_columns + column;
             char* const to = whole.data() + (row * all_columns + column) * width;
-            std::memcpy(to, mapped.data() + from * width, width);
+            std::memcpy(to, stored.data() + from * width, width);
             if (factor == 1 || width != sizeof(float)) continue;
             float value;
             std::memcpy(&value, to, sizeof value);

@@ -30,7 +30,7 @@ using Arrays = std::map<std::string, Array>;
 // thread at a time uses it.
 class WeightStore {
  public:
-    WeightStore(Device& device, std::filesystem::path directory,
+    WeightStore(Device& device, const core::HeldFiles& files,
                 const std::map<std::string, std::unique_ptr<Kernels>>& kernels);
 
     // The weights of a graph, by name.
@@ -58,7 +58,7 @@ class WeightStore {
     Array arranged(const Weight& weight, Array stored);
 
     Device& device_;
-    std::filesystem::path directory_;
+    const core::HeldFiles& files_;
     const std::map<std::string, std::unique_ptr<Kernels>>& kernels_;
     Stream stream_;
     Lanes lanes_;

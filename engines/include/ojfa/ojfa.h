@@ -134,7 +134,8 @@ typedef struct ojfa_session_options {
     size_t struct_size;    /* set by ojfa_session_options_init */
     int32_t batch_size;    /* sequences [1] */
     int32_t max_length;    /* tokens that each may hold; 0: what the bundle was built for */
-    double shadow_share;   /* probability that a token is chosen for a shadow check; 0: none are [0] */
+    double shadow_share;   /* probability that a token is chosen for a shadow check; 0: none are [0]. Such a
+                              session refuses to speculate, whose tokens are those of full depth */
     uint64_t shadow_seed;  /* of that choice */
     uint32_t shadow_index; /* which session of the seed, from 0, as those of a Monitor in Python */
 } ojfa_session_options;

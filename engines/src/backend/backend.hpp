@@ -139,7 +139,7 @@ struct OpenOptions {
 };
 
 // Raised whenever anything above, or what is passed through it, changes.
-constexpr std::uint32_t BACKEND_INTERFACE = 2;
+constexpr std::uint32_t BACKEND_INTERFACE = 3;
 
 // What a backend's shared library says of itself, by the function `ojfa_backend_entry`. The fields up to
 // `version` never change their place.

@@ -1,8 +1,10 @@
 #include "bundle/bundle.hpp"
 
 #include <algorithm>
-#include <fstream>
+#include <cmath>
+#include <cstring>
 #include <set>
+#include <stdexcept>
 #include <system_error>
 #include <utility>
 
@@ -47,9 +49,9 @@ std::set<std::string> walk(const std::filesystem::path& directory) {
 
 }  // namespace
 
-Bundle::Bundle(std::filesystem::path directory)
-    : directory_(std::move(directory)), manifest_(read_manifest(directory_)) {
-    check_names();
+Bundle::Bundle(const std::filesystem::path& directory)
+    : manifest_(read_manifest(directory)), files_(directory) {
+    hold_files();
     check_references();
     for (const GraphEntry& graph : manifest_.graphs)
         weight_files_.insert(graph.weights.begin(), graph.weights.end());
@@ -75,9 +77,9 @@ const EngineSet& Bundle::engines(const std::string& backend) const {
         built += (built.empty() ? "" : ", ") + each.backend;
     }
     throw bundle_failure(
-        directory_.string() + " has no engines for backend '" + backend +
+        directory().string() + " has no engines for backend '" + backend +
             "' (it has: " + (built.empty() ? "none" : built) + ")",
-        "build them with 'ojfa-export build " + directory_.string() + " --backend " + backend + "'");
+        "build them with 'ojfa-export build " + directory().string() + " --backend " + backend + "'");
 }
 
 std::vector<float> Bundle::tensor(const TensorSlice& slice) const {
@@ -89,33 +91,54 @@ std::vector<float> Bundle::tensor(const TensorSlice& slice) const {
         throw bundle_failure(std::string(MANIFEST) + ": tensor at " + slice.file + " is beyond the file",
                              WHOLE);
     std::vector<float> values(count);
-    std::ifstream file(directory_ / slice.file, std::ios::binary);
-    file.seekg(static_cast<std::streamoff>(slice.offset));
-    file.read(reinterpret_cast<char*>(values.data()), static_cast<std::streamsize>(count * sizeof(float)));
-    if (!file) throw bundle_failure((directory_ / slice.file).string() + " can't be read", WHOLE);
+    const std::vector<char> bytes = files_.read(slice.file, slice.offset, count * sizeof(float));
+    if (count) std::memcpy(values.data(), bytes.data(), bytes.size());
+    if (!std::all_of(values.begin(), values.end(), [](float value) { return std::isfinite(value); }))
+        throw bundle_failure(
+            (directory() / slice.file).string() + " holds something else than finite numbers", WHOLE);
     return values;
 }
 
-void Bundle::check_names() const {
+void Bundle::read_graphs() {
+    for (const GraphEntry& graph : manifest_.graphs) {
+        try {
+            const std::vector<char> model = files_.read(graph.file);
+            weights_[graph.name] = checked_weights(
+                manifest_, graph,
+                read_graph({reinterpret_cast<const unsigned char*>(model.data()), model.size()}));
+        } catch (const Failure&) {
+            throw;
+        } catch (const std::runtime_error& error) {
+            throw bundle_failure((directory() / graph.file).string() + ": " + error.what(), WHOLE);
+        }
+    }
+    try {
+        check_rotary_places(manifest_, weights_.at("embed"));
+    } catch (const std::runtime_error& error) {
+        throw bundle_failure((directory() / MANIFEST).string() + ": " + error.what(), WHOLE);
+    }
+}
+
+void Bundle::hold_files() {
     for (const auto& [name, entry] : manifest_.files)
         if (!stays_inside(name))
             throw bundle_failure(
-                (directory_ / MANIFEST).string() + " names a path that leaves the bundle: '" + name + "'",
+                (directory() / MANIFEST).string() + " names a path that leaves the bundle: '" + name + "'",
                 "don't use this bundle: it was altered");
     std::set<std::string> found;
     try {
-        found = walk(directory_);
+        found = walk(directory());
     } catch (const std::filesystem::filesystem_error& error) {
-        throw bundle_failure(directory_.string() + " can't be read: " + error.what(), WHOLE);
+        throw bundle_failure(directory().string() + " can't be read: " + error.what(), WHOLE);
     }
     found.erase(MANIFEST);
     for (const auto& [name, entry] : manifest_.files)
-        if (!found.count(name))
-            throw bundle_failure(directory_.string() + " lacks file '" + name + "'", WHOLE);
+        if (!found.count(name) || !files_.hold(name))
+            throw bundle_failure(directory().string() + " lacks file '" + name + "'", WHOLE);
     for (const std::string& name : found)
         if (!manifest_.files.count(name))
             throw bundle_failure(
-                directory_.string() + " holds '" + name + "', which its manifest does not name",
+                directory().string() + " holds '" + name + "', which its manifest does not name",
                 "remove it, or use a fresh copy of the bundle");
 }
 
@@ -133,11 +156,11 @@ void Bundle::check_references() const {
     for (const std::string& name : wanted)
         if (!manifest_.files.count(name))
             throw bundle_failure(
-                (directory_ / MANIFEST).string() + " refers to '" + name + "' without its digest", WHOLE);
+                (directory() / MANIFEST).string() + " refers to '" + name + "' without its digest", WHOLE);
     const std::vector<std::string> names = graph_names(manifest_.spec.blocks);
     const std::set<std::string> expected(names.begin(), names.end());
     const auto refuse = [&](const std::string& what) {
-        throw bundle_failure((directory_ / MANIFEST).string() + " names " + what + " other than those of " +
+        throw bundle_failure((directory() / MANIFEST).string() + " names " + what + " other than those of " +
                                  std::to_string(manifest_.spec.blocks) + " blocks",
                              WHOLE);
     };

@@ -3,18 +3,20 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <set>
 #include <string>
 #include <vector>
 
 #include "bundle/files.hpp"
+#include "bundle/graphs.hpp"
 
 namespace ojfa::core {
 
 class Bundle {
  public:
     // Reads the manifest. Throws Failure where a file is missing, extra, a link, or outside the bundle.
-    explicit Bundle(std::filesystem::path directory);
+    explicit Bundle(const std::filesystem::path& directory);
 
     // Which files: the weights, which are nearly all bytes, or all others.
     enum class Part { weights, others };
@@ -25,7 +27,16 @@ class Bundle {
     // Of all files.
     std::uint64_t bytes() const;
 
-    const std::filesystem::path& directory() const { return directory_; }
+    // Reads what the graphs say of their weights, and compares it with the manifest. Their files must have
+    // been checked. Throws Failure where they are of another model.
+    void read_graphs();
+
+    // The weights of a graph, by name; none before `read_graphs`. Each lies inside its file.
+    const WeightPlaces& weights(const std::string& graph) const { return weights_.at(graph); }
+
+    // The files that the manifest names, to be read again.
+    const HeldFiles& files() const { return files_; }
+    const std::filesystem::path& directory() const { return files_.directory(); }
     const Manifest& manifest() const { return manifest_; }
 
     // The engines of a backend. Throws Failure where the bundle has none.
@@ -35,12 +46,13 @@ class Bundle {
     std::vector<float> tensor(const TensorSlice& slice) const;
 
  private:
-    void check_names() const;
+    void hold_files();
     void check_references() const;
 
-    std::filesystem::path directory_;
     Manifest manifest_;
+    HeldFiles files_;
     std::set<std::string> weight_files_;
+    std::map<std::string, WeightPlaces> weights_;  // by graph
 };
 
 }  // namespace ojfa::core

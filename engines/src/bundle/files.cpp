@@ -1,14 +1,8 @@
 #include "bundle/files.hpp"
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
-#include <cstring>
 #include <exception>
-#include <stdexcept>
 #include <system_error>
 #include <thread>
 
@@ -20,42 +14,13 @@ namespace {
 
 const char* const WHOLE = "copy the bundle again whole, or build it again";
 constexpr std::size_t PIECE = 1 << 20;
-// Bytes that the system is asked for ahead of those that are read.
-constexpr std::uint64_t AHEAD = 16 << 20;
 // Files that are read at a time even where there are fewer cores: the disk has other things to wait for.
 constexpr std::size_t LEAST_READERS = 8;
 
 }  // namespace
 
-SequentialFile::SequentialFile(const std::filesystem::path& path, std::uint64_t start)
-    : handle_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)), position_(start), advised_(start) {
-    if (handle_ < 0) throw std::runtime_error(path.string() + ": " + std::strerror(errno));
-}
-
-SequentialFile::~SequentialFile() {
-    ::close(handle_);
-}
-
-std::size_t SequentialFile::read(Span<char> room) {
-    if (position_ + AHEAD / 2 >= advised_) {
-        posix_fadvise(handle_, static_cast<off_t>(advised_), AHEAD, POSIX_FADV_WILLNEED);
-        advised_ += AHEAD;
-    }
-    std::size_t filled = 0;
-    while (filled < room.size()) {
-        const ssize_t count =
-            ::pread(handle_, room.data() + filled, room.size() - filled, static_cast<off_t>(position_));
-        if (count < 0 && errno == EINTR) continue;
-        if (count < 0) throw std::runtime_error(std::strerror(errno));
-        if (!count) break;
-        filled += static_cast<std::size_t>(count);
-        position_ += static_cast<std::uint64_t>(count);
-    }
-    return filled;
-}
-
-Checker::Checker(const std::filesystem::path& directory, const Progress& progress, std::uint64_t total)
-    : directory_(directory), progress_(progress), total_(total) {}
+Checker::Checker(const HeldFiles& files, const Progress& progress, std::uint64_t total)
+    : files_(files), progress_(progress), total_(total) {}
 
 void Checker::check(const std::vector<std::pair<std::string, FileEntry>>& files, const Receive& receive) {
     std::vector<const std::pair<std::string, FileEntry>*> order;
@@ -80,17 +45,18 @@ void Checker::check(const std::vector<std::pair<std::string, FileEntry>>& files,
     };
     const std::size_t wanted = std::max<std::size_t>(LEAST_READERS, std::thread::hardware_concurrency());
     std::vector<std::thread> threads;
-    for (std::size_t i = 1; i < std::min(wanted, order.size()); ++i) threads.emplace_back(work);
+    try {
+        for (std::size_t i = 1; i < std::min(wanted, order.size()); ++i) threads.emplace_back(work);
+    } catch (const std::system_error&) {  // no more threads: those that are there do it
+    }
     work();
     for (std::thread& thread : threads) thread.join();
     if (failed) std::rethrow_exception(failed);
 }
 
 void Checker::check(const std::string& name, const FileEntry& entry, const Receive& receive) {
-    const std::filesystem::path path = directory_ / name;
-    std::error_code error;
-    const std::uint64_t size = std::filesystem::file_size(path, error);
-    if (error) throw bundle_failure(path.string() + " can't be read: " + error.message(), WHOLE);
+    const std::filesystem::path path = files_.directory() / name;
+    const std::uint64_t size = files_.size(name);
     if (size != entry.size)
         throw bundle_failure(path.string() + " has " + std::to_string(size) + " bytes, its manifest says " +
                                  std::to_string(entry.size),
@@ -98,20 +64,14 @@ void Checker::check(const std::string& name, const FileEntry& entry, const Recei
     const std::unique_ptr<Receiver> receiver = receive ? receive(name) : nullptr;
     std::vector<char> own(receiver ? 0 : PIECE);
     Sha256 digest;
-    try {
-        SequentialFile file(path);
-        while (true) {
-            const Span<char> room = receiver ? receiver->room() : Span<char>(own);
-            const std::size_t count = file.read(room);
-            if (!count) break;
-            if (receiver) receiver->take(count);
-            digest.add(room.data(), count);
-            tell(count);
-        }
-    } catch (const Failure&) {
-        throw;
-    } catch (const std::runtime_error& problem) {
-        throw bundle_failure(path.string() + " can't be read: " + problem.what(), WHOLE);
+    HeldFile file = files_.open(name);
+    while (true) {
+        const Span<char> room = receiver ? receiver->room() : Span<char>(own);
+        const std::size_t count = file.read(room);
+        if (!count) break;
+        if (receiver) receiver->take(count);
+        digest.add(room.data(), count);
+        tell(count);
     }
     if (digest.hex() != entry.sha256)
         throw bundle_failure(path.string() + " was altered: its SHA-256 differs", WHOLE);

@@ -1,8 +1,7 @@
-// Reading files from end to end, and checking them on the way.
+// Checking a bundle's files, which are given away while they are read.
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -10,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "bundle/held.hpp"
 #include "bundle/manifest.hpp"
 #include "span.hpp"
 
@@ -36,28 +36,11 @@ class Receiver {
 // Who takes a file's bytes; null where nobody does. Any thread.
 using Receive = std::function<std::unique_ptr<Receiver>(const std::string& name)>;
 
-// A file that is read in order, the system some way ahead.
-class SequentialFile {
- public:
-    // Throws std::runtime_error where it can't be opened.
-    explicit SequentialFile(const std::filesystem::path& path, std::uint64_t start = 0);
-    ~SequentialFile();
-    SequentialFile(const SequentialFile&) = delete;
-    SequentialFile& operator=(const SequentialFile&) = delete;
-
-    // Bytes read, as many as there is room for but at the end. Throws std::runtime_error.
-    std::size_t read(Span<char> room);
-
- private:
-    int handle_;
-    std::uint64_t position_, advised_;
-};
-
 // Checks the sizes and digests of files of a bundle, several at a time, which hides the disk's latency.
 class Checker {
  public:
     // `progress` is told of all calls together, of which `total` bytes are expected.
-    Checker(const std::filesystem::path& directory, const Progress& progress, std::uint64_t total);
+    Checker(const HeldFiles& files, const Progress& progress, std::uint64_t total);
 
     // Throws Failure for a file that can't be read or was altered.
     void check(const std::vector<std::pair<std::string, FileEntry>>& files, const Receive& receive);
@@ -66,7 +49,7 @@ class Checker {
     void check(const std::string& name, const FileEntry& entry, const Receive& receive);
     void tell(std::uint64_t count);
 
-    const std::filesystem::path& directory_;
+    const HeldFiles& files_;
     const Progress& progress_;
     const std::uint64_t total_;
     std::uint64_t done_ = 0;

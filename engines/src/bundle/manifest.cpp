@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <fstream>
-#include <sstream>
 #include <stdexcept>
 
 #include "bundle/canonical.hpp"
 #include "bundle/fields.hpp"
+#include "bundle/held.hpp"
 #include "bundle/parts.hpp"
 #include "bundle/sha256.hpp"
 #include "failure.hpp"
@@ -17,6 +16,7 @@ namespace ojfa::core {
 namespace {
 
 constexpr std::int64_t FORMAT_VERSION = 1;
+constexpr std::uint64_t MOST_BYTES = 64 << 20;  // hundreds of times what a model of 100 blocks has
 const char* const MAKE_ONE = "make one with 'ojfa-export build CHECKPOINT -o BUNDLE'";
 const char* const COPY_AGAIN = "copy the bundle again whole, or build it again";
 
@@ -60,7 +60,7 @@ Manifest read_fields(const Json& raw) {
     if (const Json* rotary = fields.maybe("rotary")) manifest.rotary = read_rotary(Fields(*rotary, "rotary"));
     for (const Fields& each : fields.objects("graphs")) manifest.graphs.push_back(read_graph(each));
     for (const Fields& each : fields.objects("engines")) manifest.engines.push_back(read_engines(each));
-    check_shortcut(fields.object("shortcut"));
+    manifest.shortcut = read_shortcut(fields.object("shortcut"));
     check_calibration(fields.object("calibration"));
     for (const Fields& each : fields.objects("golden")) manifest.golden.push_back(read_golden(each));
     if (const Json* policy = fields.maybe("auto")) manifest.automatic = read_policy(Fields(*policy, "auto"));
@@ -83,6 +83,8 @@ void check_exits(const Manifest& manifest) {
             throw std::runtime_error("the default is auto, which the bundle doesn't have");
         if (manifest.planned->speculation) manifest.planned->speculation->resolve_exit(blocks);
     }
+    if (manifest.golden.empty())
+        throw std::runtime_error("it has no golden tokens to show that the bundle works");
     for (const Golden& golden : manifest.golden) {
         const auto known = [&](std::int32_t id) { return id >= 0 && id < manifest.spec.vocab_size; };
         if (golden.exit > blocks || golden.prompt.empty() ||
@@ -128,15 +130,9 @@ Manifest read_manifest(const std::filesystem::path& bundle) {
     if (!std::filesystem::is_directory(bundle, ignored))
         throw bundle_failure(bundle.string() + " is not a bundle: no such directory", MAKE_ONE);
     const std::filesystem::path path = bundle / "manifest.json";
-    std::ifstream file(path, std::ios::binary);
-    if (!file) {
-        if (std::filesystem::exists(path, ignored)) throw damaged(path, "it can't be read");
+    if (std::filesystem::symlink_status(path, ignored).type() == std::filesystem::file_type::not_found)
         throw bundle_failure(bundle.string() + " is not a bundle: it has no manifest.json", MAKE_ONE);
-    }
-    std::ostringstream text;
-    text << file.rdbuf();
-    if (file.bad()) throw damaged(path, "it can't be read");
-    return parse_manifest(text.str(), path);
+    return parse_manifest(read_plain(path, MOST_BYTES), path);
 }
 
 std::string block_name(int block) {

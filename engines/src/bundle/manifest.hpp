@@ -55,6 +55,12 @@ struct EngineSet {
     std::map<std::string, std::string> built_with;
 };
 
+// The jump behind the exit head.
+struct Shortcut {
+    std::int64_t rank;
+    bool residual;  // added to its input, with a gate for each exit
+};
+
 struct Golden {
     int exit;
     std::vector<std::int32_t> prompt, tokens;
@@ -78,7 +84,8 @@ struct Manifest {
     std::optional<RotaryTables> rotary;
     std::vector<GraphEntry> graphs;
     std::vector<EngineSet> engines;
-    std::vector<Golden> golden;
+    Shortcut shortcut;
+    std::vector<Golden> golden;  // one at least
     std::optional<Policy> automatic;
     std::optional<Default> planned;
     std::map<std::string, FileEntry> files;

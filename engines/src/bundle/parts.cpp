@@ -57,6 +57,9 @@ ModelSpec read_spec(Fields fields) {
     if (spec.attention_scales.size() != static_cast<std::size_t>(spec.blocks))
         fields.fail("attention_scales", "there must be one for each block");
     if (spec.heads % spec.kv_heads) fields.fail("kv_heads", "they must divide the heads");
+    if (spec.head_dim > std::numeric_limits<std::int32_t>::max() / spec.heads)
+        fields.fail("head_dim", "no model has heads of so many features");
+    if (!(spec.norm_epsilon > 0)) fields.fail("norm_epsilon", "it must be above 0");
     if (spec.rotary_dim % 2 || spec.rotary_dim > spec.head_dim)
         fields.fail("rotary_dim", "it must be even and at most head_dim");
     return spec;
@@ -114,9 +117,12 @@ ModelSpec read_model(Fields fields) {
     fields.text("name");
     maybe_text(fields, "revision");
     fields.sha256("sha256");
-    fields.object("config");
+    const Fields config = fields.object("config");
     ModelSpec spec = read_spec(fields.object("spec"));
     fields.done();
+    const auto type = config.json().find("model_type");
+    if (type == config.json().end() || *type != spec.family)
+        fields.fail("spec.family", "it isn't the config's model_type");
     return spec;
 }
 
@@ -147,11 +153,23 @@ EngineSet read_engines(Fields fields) {
     return engines;
 }
 
+Shortcut read_shortcut(Fields fields) {
+    Shortcut shortcut{};
+    fields.text("kind");
+    for (const char* name : {"fitted_at", "parameters"}) fields.integer(name, 1, ANY_SIZE);
+    shortcut.rank = fields.integer("rank", 1);
+    shortcut.residual = fields.truth("residual");
+    if (fields.maybe("gates")) fields.numbers("gates");
+    fields.done();
+    return shortcut;
+}
+
 Golden read_golden(Fields fields) {
     Golden golden;
     golden.exit = static_cast<int>(fields.integer("exit", 1));
     golden.prompt = fields.integers("prompt_token_ids");
     golden.tokens = fields.integers("token_ids");
+    if (golden.tokens.empty()) fields.fail("token_ids", "there is none");
     fields.done();
     return golden;
 }
@@ -184,14 +202,6 @@ FileEntry read_file_entry(Fields fields) {
     FileEntry entry = {size, fields.sha256("sha256")};
     fields.done();
     return entry;
-}
-
-void check_shortcut(Fields fields) {
-    fields.text("kind");
-    for (const char* name : {"rank", "fitted_at", "parameters"}) fields.integer(name, 1, ANY_SIZE);
-    fields.truth("residual");
-    if (fields.maybe("gates")) fields.numbers("gates");
-    fields.done();
 }
 
 void check_calibration(Fields fields) {

@@ -82,6 +82,10 @@ std::unique_ptr<core::Generation> started(core::Model& model, core::Session& ses
                                           const ojfa_tokens* prompts, const ojfa_generate_options& options) {
     const core::Sampling sampling = sampling_of(options);
     const Way way = way_of(model, options, session.batch_size());
+    if (way.speculation && session.has_shadow())
+        throw usage_failure(
+            "speculation gives the tokens of full depth: there is nothing to check in the shadow",
+            "leave out one of them");
     const std::set<std::int32_t> ends = end_tokens(model.spec(), options);
     core::Pending pending;
     for (const auto& ids : rows_of(session, prompts)) pending.emplace_back(ids.begin(), ids.end());

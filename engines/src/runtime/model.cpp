@@ -1,5 +1,7 @@
 #include "runtime/model.hpp"
 
+#include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "failure.hpp"
@@ -25,8 +27,9 @@ Model::Model(const std::filesystem::path& bundle, const LoadOptions& options)
 
 // Opens the engines when what they are opened from is checked, and gives them the weights as these are.
 void Model::open(const LoadOptions& options) {
-    Checker checker(bundle_.directory(), options.progress, bundle_.bytes());
+    Checker checker(bundle_.files(), options.progress, bundle_.bytes());
     bundle_.check_contents(checker, Bundle::Part::others);
+    bundle_.read_graphs();
     engines_ = load_backend(options.backend, options.library).open(bundle_, options.open);
     const int depth = options.blocks ? resolve_exit(*options.blocks, spec().blocks) : 0;
     const std::unique_ptr<Loading> loading = depth ? engines_->begin_loading(depth) : nullptr;
@@ -59,12 +62,14 @@ void Model::check_golden() {
     for (const Golden& golden : manifest().golden) {
         SessionOptions options;
         options.max_length = static_cast<int>(golden.prompt.size() + golden.tokens.size()) - 1;
-        if (golden.tokens.empty()) continue;
         const std::unique_ptr<Session> session = this->session(options);
         std::vector<std::int32_t> pending = golden.prompt;
+        std::vector<float> logits(static_cast<std::size_t>(spec().vocab_size));
         for (const std::int32_t token : golden.tokens) {
             std::int32_t chosen = -1;
-            session->advance({pending}, golden.exit, {nullptr, &chosen});
+            // The backend chooses, but where its logits are looked at.
+            const bool last = &token == &golden.tokens.back();
+            session->advance({pending}, golden.exit, {last ? logits.data() : nullptr, &chosen});
             if (chosen != token)
                 throw backend_failure("at exit " + std::to_string(golden.exit) +
                                           " the bundle gives other tokens here "
@@ -73,6 +78,10 @@ void Model::check_golden() {
                                       "rebuild the engines; 'ojfa-export verify' says more");
             pending = {token};
         }
+        if (!std::all_of(logits.begin(), logits.end(), [](float logit) { return std::isfinite(logit); }))
+            throw bundle_failure(bundle_.directory().string() + " gives logits at exit " +
+                                     std::to_string(golden.exit) + " that are no finite numbers",
+                                 "build it again: weights are damaged or too large for its precision");
     }
 }
 

@@ -69,6 +69,9 @@ class Session : public Sequences {
     // many.
     int run_shadow_checks(std::optional<int> budget = std::nullopt);
 
+    // Whether it chooses tokens for shadow checks.
+    bool has_shadow() const { return shadow_.has_value(); }
+
     // The share of a sequence's chosen tokens that differ; none where none was chosen.
     std::optional<double> shadow_loss(int row) const;
 

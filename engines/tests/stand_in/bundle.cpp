@@ -5,9 +5,9 @@
 #include <cmath>
 
 #include "bundle/canonical.hpp"
+#include "bundle/onnx.hpp"
 #include "bundle/sha256.hpp"
 #include "fixtures.hpp"
-#include "onnx.hpp"
 
 namespace fixtures {
 namespace {
@@ -41,7 +41,7 @@ Json plan(const fs::path& bundle, const std::string& graph, const std::string& p
     const std::string model = read(bundle / "graphs" / (graph + ".onnx"));
     Json weights = Json::object();
     for (const auto& [name, place] :
-         external_tensors({reinterpret_cast<const unsigned char*>(model.data()), model.size()})) {
+         read_graph({reinterpret_cast<const unsigned char*>(model.data()), model.size()}).weights) {
         if (name.rfind("rotary", 0) == 0) continue;
         weights[name] = {{"file", place.file},
                          {"offset", place.offset},

@@ -1,4 +1,4 @@
-#include "onnx.hpp"
+#include "bundle/onnx.hpp"
 
 #include <stdexcept>
 
@@ -9,15 +9,24 @@ namespace {
 enum : std::uint64_t {
     MODEL_GRAPH = 7,
     GRAPH_INITIALIZER = 5,
+    GRAPH_INPUT = 11,
     TENSOR_DIMS = 1,
     TENSOR_TYPE = 2,
     TENSOR_NAME = 8,
     TENSOR_EXTERNAL = 13,
+    TENSOR_LOCATION = 14,
     ENTRY_KEY = 1,
-    ENTRY_VALUE = 2
+    ENTRY_VALUE = 2,
+    VALUE_NAME = 1,
+    VALUE_TYPE = 2,
+    TYPE_TENSOR = 1,
+    TENSOR_TYPE_SHAPE = 2,
+    SHAPE_LENGTH = 1,
+    LENGTH_VALUE = 1
 };
 enum : std::uint64_t { VARINT = 0, FIXED64 = 1, BYTES = 2, FIXED32 = 5 };
 constexpr std::uint64_t FLOAT = 1, FLOAT16 = 10;
+constexpr std::uint64_t EXTERNAL = 1;
 
 struct Field {
     std::uint64_t number, kind, value;  // the value of a varint
@@ -79,56 +88,98 @@ std::uint64_t number(const std::string& value) {
     return std::stoull(value);
 }
 
-void read_entry(Span<const unsigned char> bytes, TensorPlace& tensor) {
+void read_entry(Span<const unsigned char> bytes, WeightPlace& weight) {
     Message message(bytes);
     std::string key, value;
     for (Field field; message.next(field);) {
         if (field.number == ENTRY_KEY) key = text(field.bytes);
         if (field.number == ENTRY_VALUE) value = text(field.bytes);
     }
-    if (key == "location") tensor.file = value;
-    if (key == "offset") tensor.offset = number(value);
-    if (key == "length") tensor.length = number(value);
+    if (key == "location") weight.file = value;
+    if (key == "offset") weight.offset = number(value);
+    if (key == "length") weight.length = number(value);
 }
 
-void read_tensor(Span<const unsigned char> bytes, std::map<std::string, TensorPlace>& tensors) {
+void read_tensor(Span<const unsigned char> bytes, std::map<std::string, WeightPlace>& weights) {
     Message message(bytes);
-    TensorPlace tensor;
+    WeightPlace weight;
     std::string name;
-    std::uint64_t type = 0;
+    std::uint64_t type = 0, location = 0;
     for (Field field; message.next(field);) {
         if (field.number == TENSOR_DIMS && field.kind == VARINT) {
-            tensor.shape.push_back(static_cast<std::int64_t>(field.value));
+            weight.shape.push_back(static_cast<std::int64_t>(field.value));
         } else if (field.number == TENSOR_DIMS && field.kind == BYTES) {
             for (Message packed(field.bytes); !packed.ended();)
-                tensor.shape.push_back(static_cast<std::int64_t>(packed.varint()));
+                weight.shape.push_back(static_cast<std::int64_t>(packed.varint()));
         } else if (field.number == TENSOR_TYPE) {
             type = field.value;
         } else if (field.number == TENSOR_NAME) {
             name = text(field.bytes);
         } else if (field.number == TENSOR_EXTERNAL) {
-            read_entry(field.bytes, tensor);
+            read_entry(field.bytes, weight);
+        } else if (field.number == TENSOR_LOCATION) {
+            location = field.value;
         }
     }
-    if (tensor.file.empty()) return;  // its data is in the graph: a constant
+    if (location != EXTERNAL) return;  // its data is in the graph: a constant
+    if (weight.file.empty()) throw std::runtime_error("weight '" + name + "' is in no file");
     if (type != FLOAT && type != FLOAT16)
         throw std::runtime_error("weight '" + name + "' is neither fp32 nor fp16");
-    tensor.half = type == FLOAT16;
-    tensors[name] = tensor;
+    weight.half = type == FLOAT16;
+    if (!weights.emplace(name, weight).second)
+        throw std::runtime_error("weight '" + name + "' is there twice");
+}
+
+// The part of a message that has a number, the last one where there are several; empty where there is none.
+Span<const unsigned char> part_of(Span<const unsigned char> bytes, std::uint64_t number) {
+    Message message(bytes);
+    Span<const unsigned char> found;
+    for (Field field; message.next(field);)
+        if (field.number == number && field.kind == BYTES) found = field.bytes;
+    return found;
+}
+
+void read_input(Span<const unsigned char> bytes, Graph& graph) {
+    std::vector<std::int64_t> lengths;
+    Message shape(part_of(part_of(part_of(bytes, VALUE_TYPE), TYPE_TENSOR), TENSOR_TYPE_SHAPE));
+    for (Field field; shape.next(field);) {
+        if (field.number != SHAPE_LENGTH || field.kind != BYTES) continue;
+        lengths.push_back(-1);
+        Message length(field.bytes);
+        for (Field value; length.next(value);)
+            if (value.number == LENGTH_VALUE && value.kind == VARINT)
+                lengths.back() = static_cast<std::int64_t>(value.value);
+    }
+    graph.inputs[text(part_of(bytes, VALUE_NAME))] = lengths;
 }
 
 }  // namespace
 
-std::map<std::string, TensorPlace> external_tensors(Span<const unsigned char> model) {
-    std::map<std::string, TensorPlace> tensors;
+std::uint64_t WeightPlace::bytes() const {
+    constexpr std::uint64_t MOST = std::uint64_t{1} << 62;
+    std::uint64_t total = half ? 2 : 4;
+    for (const std::int64_t each : shape) {
+        const auto factor = static_cast<std::uint64_t>(each);  // a negative one is more than any file has
+        if (!factor) return 0;
+        if (total > MOST / factor) return MOST;
+        total *= factor;
+    }
+    return total;
+}
+
+Graph read_graph(Span<const unsigned char> model) {
+    Graph result;
     Message outer(model);
     for (Field field; outer.next(field);) {
         if (field.number != MODEL_GRAPH || field.kind != BYTES) continue;
         Message graph(field.bytes);
-        for (Field part; graph.next(part);)
-            if (part.number == GRAPH_INITIALIZER && part.kind == BYTES) read_tensor(part.bytes, tensors);
+        for (Field part; graph.next(part);) {
+            if (part.kind != BYTES) continue;
+            if (part.number == GRAPH_INITIALIZER) read_tensor(part.bytes, result.weights);
+            if (part.number == GRAPH_INPUT) read_input(part.bytes, result);
+        }
     }
-    return tensors;
+    return result;
 }
 
 }  // namespace ojfa::core
