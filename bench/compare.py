@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.drift import commit
-from ojfa_export.build.options import BuildOptions
-from ojfa_export.compare.compare import compare_shortcuts
-from ojfa_export.compare.model import Comparison
-from ojfa_export.progress import SILENT
+from ojfa_export.compiler.compare import compare_shortcuts
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.shortcuts.comparison.model import Comparison
+from ojfa_export.system.progress import SILENT
 
 
 def main() -> None:

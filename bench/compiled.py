@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from ojfa_export import backends
 from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
 from ojfa_export.bundle.names import graph_names
-from ojfa_export.checkpoint.checkpoint import Checkpoint
-from ojfa_export.families.spec import ModelSpec
 from ojfa_export.graphs.export import Exporter
-from ojfa_export.shortcut.fold import FoldedHead
+from ojfa_export.graphs.fold import FoldedHead
+from ojfa_export.models.checkpoint.checkpoint import Checkpoint
+from ojfa_export.models.spec import ModelSpec
 
 Float32 = NDArray[np.float32]
 

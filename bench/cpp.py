@@ -26,12 +26,12 @@ from bench.gpu_clock import replay_time
 from bench.gpu_machine import commit, nvidia_smi
 from bench.gpu_shapes import SHAPES
 from ojfa_export import load
-from ojfa_export.atomic import write_atomically
 from ojfa_export.backends.tensorrt.backend import BACKEND
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
+from ojfa_export.decoding.sampling import Sampling
+from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.runtime.model import Model
-from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.speculation import Speculation
+from ojfa_export.system.atomic import write_atomically
 
 # Tokens of a generation that are not timed: recordings are made in them.
 WARMUP = 24

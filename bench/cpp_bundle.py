@@ -15,9 +15,6 @@ from pathlib import Path
 
 from bench.gpu_shapes import PRECISION, SHAPES, RandomGraphs
 from ojfa_export.backends.tensorrt.backend import BACKEND
-from ojfa_export.build.describe import describe_graphs, describe_rotary
-from ojfa_export.build.stages import engine_set
-from ojfa_export.build.versions import tool_versions
 from ojfa_export.bundle.manifest import (
     Built,
     CacheLayout,
@@ -28,8 +25,11 @@ from ojfa_export.bundle.manifest import (
     ShortcutEntry,
 )
 from ojfa_export.bundle.names import MANIFEST, graph_names
-from ojfa_export.digest import sha256_file
+from ojfa_export.compiler.describe import describe_graphs, describe_rotary
+from ojfa_export.compiler.stages import engine_set
+from ojfa_export.compiler.versions import tool_versions
 from ojfa_export.graphs.graph import OPSET
+from ojfa_export.system.digest import sha256_file
 
 TOKENIZER = Path(__file__).parent.parent / "calibration/demo/checkpoint/tokenizer.json"
 

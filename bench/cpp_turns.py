@@ -13,10 +13,10 @@ from typing import Any
 from typing_extensions import Self
 
 from bench.cpp_ways import Way
+from ojfa_export.decoding.exits import Exit
+from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.runtime.decoding import Decoder, StepByStep
-from ojfa_export.runtime.exits import Exit
 from ojfa_export.runtime.model import Model
-from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.speculator import Speculator
 
 

@@ -18,9 +18,9 @@ from typing import Any
 from bench.bars import Bar, bars
 from bench.plot import plot_races
 from bench.shapes import SHAPES
-from ojfa_export.atomic import write_atomically
-from ojfa_export.measure.bandwidth import read_bandwidth
-from ojfa_export.measure.machine import PACKAGES, describe_machine
+from ojfa_export.planning.bandwidth import read_bandwidth
+from ojfa_export.planning.machine import PACKAGES, describe_machine
+from ojfa_export.system.atomic import write_atomically
 
 PEERS = ("onnx", "torch", "transformers", "onnxruntime-genai")
 

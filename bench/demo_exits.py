@@ -17,8 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
-from ojfa_export.measure.bench import bench_bundle
-from ojfa_export.progress import SILENT
+from ojfa_export.planning.bench import bench_bundle
+from ojfa_export.system.progress import SILENT
 
 COST, GAIN, MUTED = "#0072B2", "#D55E00", "#666666"
 

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from calibration.multidomain.prepare import HELD_OUT
-from ojfa_export.drift.figure import draw
-from ojfa_export.drift.log import Request
-from ojfa_export.drift.replay import replay, watched
-from ojfa_export.drift.report import make_report
-from ojfa_export.measure.machine import describe_machine
-from ojfa_export.progress import SILENT
+from ojfa_export.planning.machine import describe_machine
+from ojfa_export.promises.drift.figure import draw
+from ojfa_export.promises.drift.log import Request
+from ojfa_export.promises.drift.replay import replay, watched
+from ojfa_export.promises.drift.report import make_report
 from ojfa_export.runtime.model import Model, load
 from ojfa_export.runtime.monitor import Monitor
+from ojfa_export.system.progress import SILENT
 
 # Characters of a piece: of a text that is read, and of a prompt that is gone on from.
 TEXT, PROMPT = 600, 200

@@ -20,14 +20,14 @@ from bench.gpu_clock import graph_time
 from bench.gpu_run import run
 from bench.gpu_shapes import SHAPES, RandomGraphs
 from bench.gpu_steps import ROUNDS, WARMUP, checks, decoding, host_work, prefill
-from ojfa_export.backends.choice import Choosing
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.mailbox import Asked
 from ojfa_export.backends.tensorrt.backend import BACKEND
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.bundle.names import graph_names
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.decoding.head_output import Choosing
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.session import Session
 
 PREFILL = CHECKED_PAST = 512

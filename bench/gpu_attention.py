@@ -28,8 +28,8 @@ from ojfa_export.backends.tensorrt.attention import Attention, Geometry, Operand
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
 from ojfa_export.backends.tensorrt.products import Products
 from ojfa_export.backends.tensorrt.tiled import TiledKernels
-from ojfa_export.families.rotary import Rotary
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.models.families.rotary import Rotary
+from ojfa_export.models.spec import ModelSpec
 
 # Llama 3 8B's blocks have grouped heads, which none of the other shapes has.
 GROUPED = SHAPES["llama2-7b"].model_copy(update={"kv_heads": 8, "intermediate_size": 14336})

@@ -18,7 +18,6 @@ import numpy as np
 
 from bench.gpu_attention import ALL_SHAPES, Bench, run_all
 from bench.gpu_clock import copy_bandwidth, event_time, graph_time
-from ojfa_export.backends.choice import Choosing
 from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.choosing import Chooser
 from ojfa_export.backends.cuda.device import Device, the_device
@@ -31,8 +30,9 @@ from ojfa_export.backends.tensorrt.heads import (
     CHECK_THREADS,
     NOTHING_TO_KEEP,
 )
-from ojfa_export.families.spec import ModelSpec
-from ojfa_export.runtime.sampling import GREEDY, Sampling
+from ojfa_export.decoding.head_output import Choosing
+from ojfa_export.decoding.sampling import GREEDY, Sampling
+from ojfa_export.models.spec import ModelSpec
 
 SAMPLINGS = {
     "temperature": Sampling(0.8),

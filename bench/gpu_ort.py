@@ -21,7 +21,7 @@ from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.onnxruntime_cuda.backend import BACKEND
 from ojfa_export.backends.onnxruntime_cuda.engines import OnnxRuntimeCudaEngines
 from ojfa_export.bundle.names import graph_names
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.session import Session
 
 PREFILL = 512

@@ -18,8 +18,8 @@ import torch
 import transformers
 
 from bench.gpu_shapes import SHAPES
-from ojfa_export.atomic import write_atomically
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec
+from ojfa_export.system.atomic import write_atomically
 
 WARMUP = 8
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec
 
 HALF_BYTES = 2
 LABELS = {

@@ -13,9 +13,9 @@ from bench.gpu_clock import copy_bandwidth
 from bench.gpu_machine import commit, nvidia_smi
 from bench.gpu_shapes import SHAPES
 from bench.gpu_steps import ROUNDS, WARMUP
-from ojfa_export.atomic import write_atomically
 from ojfa_export.backends.backend import Backend
 from ojfa_export.backends.cuda.device import Device, the_device
+from ojfa_export.system.atomic import write_atomically
 
 MeasureShape = Callable[[Device, str, Path, argparse.Namespace], dict[str, Any]]
 

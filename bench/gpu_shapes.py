@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.bundle.names import block_name
-from ojfa_export.families.rotary import Rotary
-from ojfa_export.families.spec import ModelSpec, Precision
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.dialect import Portable
 from ojfa_export.graphs.embed import embed_graph
 from ojfa_export.graphs.heads import exit_head_graph, final_head_graph
 from ojfa_export.graphs.weights import TensorRef, WeightFile
+from ojfa_export.models.families.rotary import Rotary
+from ojfa_export.models.spec import ModelSpec, Precision
 
 PRECISION: Precision = "fp16"
 # Enough numbers that no cache sees a pattern, few enough to be drawn in a second.

@@ -11,11 +11,11 @@ import numpy as np
 
 from bench.gpu_clock import replay_time
 from ojfa_export.backends.backend import Engines
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.decoding.exits import Exit
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.sampling import Sampling
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.decoding import StepByStep
-from ojfa_export.runtime.exits import Exit
-from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
 
 if TYPE_CHECKING:

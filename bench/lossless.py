@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from ojfa_export.measure.machine import describe_machine
+from ojfa_export.decoding.confidence import confidence
+from ojfa_export.decoding.sampling import Sampling
+from ojfa_export.decoding.speculation import MAX_DRAFT, Speculation
+from ojfa_export.planning.machine import describe_machine
 from ojfa_export.runtime.model import Model, load
-from ojfa_export.runtime.policy import confidence
-from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
-from ojfa_export.runtime.speculation import MAX_DRAFT, Speculation
 from ojfa_export.runtime.speculator import Speculator
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 200

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from ojfa_export.backends.passes import Chunk
-from ojfa_export.families.spec import ModelSpec
-from ojfa_export.measure.traffic import block_bytes, cache_bytes, head_bytes
+from ojfa_export.models.spec import ModelSpec
+from ojfa_export.planning.traffic import block_bytes, cache_bytes, head_bytes
 
 RUN_LIMIT = 1.15
 FIRST_TOKEN_LIMIT_SECONDS = 1.0

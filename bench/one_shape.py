@@ -20,9 +20,9 @@ from bench.contestants import Chain, Contestant, Genai, Monolithic, Transformers
 from bench.race import race
 from bench.shapes import MAX_POSITIONS, SHAPES, make_checkpoint
 from ojfa_export.backends.onnxruntime.session import share_thread_pool
-from ojfa_export.families.spec import ModelSpec
-from ojfa_export.measure.overhead import TimedEngines, measure_overhead
-from ojfa_export.measure.traffic import decode_bytes
+from ojfa_export.models.spec import ModelSpec
+from ojfa_export.planning.overhead import TimedEngines, measure_overhead
+from ojfa_export.planning.traffic import decode_bytes
 from ojfa_export.runtime.session import Session
 
 WARMUP_TOKENS = 3

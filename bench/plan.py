@@ -16,20 +16,21 @@ from typing import Any
 import numpy as np
 
 from ojfa_export.bundle.names import STATISTICS
-from ojfa_export.guarantee import ExitStatistics, Limits, load_statistics
-from ojfa_export.guarantee.certify import most_eager
-from ojfa_export.guarantee.policy import paths
-from ojfa_export.measure.costs import StepCosts, measure_costs
-from ojfa_export.measure.machine import describe_machine
-from ojfa_export.measure.reading import Way, cut_pieces, read_pieces
-from ojfa_export.measure.turns import Clock, Turns
-from ojfa_export.planner.frontier import Point, fixed_exits, policy_point, speculation
-from ojfa_export.planner.plan import make_plan
-from ojfa_export.planner.rehearse import ROOM, time_points
-from ojfa_export.progress import SILENT
+from ojfa_export.bundle.promise import Limits
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.speculation import Speculation
+from ojfa_export.planning.frontier import Point, fixed_exits, policy_point, speculation
+from ojfa_export.planning.machine import describe_machine
+from ojfa_export.planning.plan import make_plan
+from ojfa_export.planning.reading import Way, cut_pieces, read_pieces
+from ojfa_export.planning.rehearse import ROOM, time_points
+from ojfa_export.planning.step_costs import StepCosts, measure_costs
+from ojfa_export.planning.turns import Clock, Turns
+from ojfa_export.promises.certify import most_eager
+from ojfa_export.promises.outcomes import paths
+from ojfa_export.promises.statistics import ExitStatistics, load_statistics
 from ojfa_export.runtime.model import Model, load
-from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.speculation import Speculation
+from ojfa_export.system.progress import SILENT
 
 PROMPT_TOKENS = 128
 # Of timing in each round, and of each piece of text: little of either before it is the other's

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ojfa_export._version import __version__
 
 if TYPE_CHECKING:
+    from ojfa_export.decoding.options import GenerationOptions
+    from ojfa_export.decoding.policy import ExitPolicy
+    from ojfa_export.decoding.speculation import Speculation
     from ojfa_export.engine.engine import Engine
     from ojfa_export.engine.request import Request
     from ojfa_export.errors import (
@@ -24,10 +27,7 @@ if TYPE_CHECKING:
     from ojfa_export.runtime.generation import Completion, Generation, Token
     from ojfa_export.runtime.model import Model, load
     from ojfa_export.runtime.monitor import Monitor
-    from ojfa_export.runtime.options import GenerationOptions
-    from ojfa_export.runtime.policy import ExitPolicy
     from ojfa_export.runtime.session import Session
-    from ojfa_export.runtime.speculation import Speculation
 
 __all__ = [
     "BackendError",
@@ -55,16 +55,16 @@ _HOMES = {
     "BundleError": "errors",
     "Completion": "runtime.generation",
     "Engine": "engine.engine",
-    "ExitPolicy": "runtime.policy",
+    "ExitPolicy": "decoding.policy",
     "Generation": "runtime.generation",
-    "GenerationOptions": "runtime.options",
+    "GenerationOptions": "decoding.options",
     "Model": "runtime.model",
     "Monitor": "runtime.monitor",
     "OjfaError": "errors",
     "OverloadedError": "errors",
     "Request": "engine.request",
     "Session": "runtime.session",
-    "Speculation": "runtime.speculation",
+    "Speculation": "decoding.speculation",
     "Token": "runtime.generation",
     "UsageError": "errors",
     "load": "runtime.model",

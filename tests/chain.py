@@ -10,11 +10,12 @@ import numpy as np
 from ojfa_export.backends.onnxruntime.build import build_engine
 from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
 from ojfa_export.bundle.names import graph_names
-from ojfa_export.checkpoint.checkpoint import Checkpoint
-from ojfa_export.families.spec import ModelSpec, Precision
+from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.graphs.export import Exporter
+from ojfa_export.graphs.fold import fold
+from ojfa_export.models.checkpoint.checkpoint import Checkpoint
+from ojfa_export.models.spec import ModelSpec, Precision
 from ojfa_export.runtime.session import Session
-from ojfa_export.shortcut import Shortcut, fold
 from ojfa_export.verify.checks import Parts, language_head
 
 

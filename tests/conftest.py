@@ -38,8 +38,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, calibration_text: Path) -> Path:
     """The bundle of `tiny_checkpoint`, its shortcut of rank 8; not to be written to."""
-    from ojfa_export.build.options import BuildOptions
-    from ojfa_export.build.pipeline import build
+    from ojfa_export.compiler.options import BuildOptions
+    from ojfa_export.compiler.pipeline import build
 
     options = BuildOptions(
         str(tiny_checkpoint),

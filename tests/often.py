@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ojfa_export.guarantee.p_values import binomial_tail, clopper_pearson
+from ojfa_export.promises.p_values import binomial_tail, clopper_pearson
 
 # Of a test that fails by luck, where the thing happens just as often as was said.
 BY_LUCK = 1e-3

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ojfa_export.cmake import cmake_directory
+from ojfa_export.system.cmake import cmake_directory
 
 ROOT = Path(__file__).resolve().parents[1]
 

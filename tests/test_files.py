@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ojfa_export.files import check_regular, read_regular
+from ojfa_export.system.files import check_regular, read_regular
 
 
 def _listen(path: Path) -> None:

@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ojfa_export.build.options import read_recipe
-from ojfa_export.calibrate.text import read_text
-from ojfa_export.checkpoint.checkpoint import Checkpoint
-from ojfa_export.checkpoint.hub import resolve
-from ojfa_export.checkpoint.tokenizer import read_tokenizer
-from ojfa_export.drift.log import read_logs
+from ojfa_export.bundle.shortcut import load
+from ojfa_export.compiler.options import read_recipe
 from ojfa_export.errors import CalibrationError, OjfaError
-from ojfa_export.pipes import read_named
-from ojfa_export.shortcut.shortcut import load
+from ojfa_export.models.calibration_text import read_text
+from ojfa_export.models.checkpoint.checkpoint import Checkpoint
+from ojfa_export.models.checkpoint.hub import resolve
+from ojfa_export.models.checkpoint.tokenizer import read_tokenizer
+from ojfa_export.promises.drift.log import read_logs
+from ojfa_export.system.pipes import read_named
 
 
 def _socket(path: Path) -> None:
@@ -133,7 +133,7 @@ def test_pipe_that_gives_nothing(tmp_path: Path) -> None:
 
 
 def test_pipe_that_nobody_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ojfa_export.pipes.CONNECTION", 0.2)
+    monkeypatch.setattr("ojfa_export.system.pipes.CONNECTION", 0.2)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CalibrationError, match="pipe is empty"):
         read_text(tmp_path / "pipe")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from ojfa_export import tokenizer
 from ojfa_export.errors import OjfaError
+from ojfa_export.models import tokenizer
 
 Fields = dict[str, Any]
 

@@ -18,7 +18,7 @@ __device__ inline unsigned bits_of(Word word) { return static_cast<unsigned>(wor
 __device__ inline float float_of(Word word) { return __uint_as_float(bits_of(word)); }
 __device__ inline bool belongs_to(Word word, unsigned answer) { return word >> 32 == answer; }
 
-// What is kept of an answer of a row, for the host. Confidence as in runtime/policy.py.
+// What is kept of an answer of a row, for the host. Confidence as in decoding/confidence.py.
 enum { TOKEN, LIKELIEST, TOP, MARGIN, ENTROPY, ANSWER_WORDS };
 
 // Host memory that the device reads and writes: answers and what they depend on, slot after slot.

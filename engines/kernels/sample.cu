@@ -1,4 +1,4 @@
-// Draws tokens from a head's distribution after temperature, top-k and top-p, as runtime/sampling.py does.
+// Draws tokens from a head's distribution after temperature, top-k and top-p, as decoding/sampling.py does.
 //
 // Weights exp((logit - largest) / temperature) are whole numbers of 2^-40, so that every order of adding
 // them gives the same sums, and a seed the same tokens.

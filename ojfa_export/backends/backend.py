@@ -10,25 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ojfa_export.bundle.checked import UNCHECKED, Files
-from ojfa_export.families.spec import ModelSpec, Precision
+from ojfa_export.decoding.arrays import Float32, Hidden, Tokens
+from ojfa_export.models.spec import ModelSpec, Precision
 
 if TYPE_CHECKING:
-    from ojfa_export.backends.choice import Choices, Choosing, Newest
-    from ojfa_export.backends.passes import Chunk, Pass
-
-Float32 = NDArray[np.float32]
-Int32 = NDArray[np.int32]
-
-
-# Hidden states, [tokens, H]: an array of NumPy's, or one in the memory of a device with as much of
-# its interface as a session uses (`Executor.arrays` makes them).
-Hidden = Any
-# Token ids in the order of the rows; where `Engines.follows`, also choices of one token a row.
-Tokens = Any
+    from ojfa_export.backends.passes import Chunk, Newest, Pass
+    from ojfa_export.decoding.head_output import Choices, Choosing
 
 
 class Executor(Protocol):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ojfa_export.backends.backend import Engines, Executor, Float32, Hidden, Tokens
+from ojfa_export.backends.backend import Engines, Executor
 from ojfa_export.backends.choice import ChoosesOnHost
 from ojfa_export.backends.passes import Chunk
-from ojfa_export.families.spec import ModelSpec
-from ojfa_export.heap import trim_heap
+from ojfa_export.decoding.arrays import Float32, Hidden, Tokens
+from ojfa_export.models.spec import ModelSpec
+from ojfa_export.system.heap import trim_heap
 
 # Models whose blocks and head take less in fp32 stay loaded: opening them again would take
 # longer than the memory is worth.

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ojfa_export.decoding.arrays import Hidden
+
 if TYPE_CHECKING:
-    from ojfa_export.backends.choice import Choices
+    from ojfa_export.decoding.head_output import Choices
 
 
 class Chunk(NamedTuple):
@@ -48,6 +50,33 @@ class Pass:
     def is_decode(self) -> bool:
         """Whether it is one token of each sequence."""
         return all(chunk.length == 1 for chunk in self.chunks)
+
+
+@dataclass(slots=True)
+class Newest:
+    """What the newest pass of an executor gave, as long as it lies where it was computed.
+
+    Attributes:
+        depth: Blocks that its tokens have run; 0 where there is none.
+        chunks: Whose tokens.
+        hidden: [tokens, H].
+    """
+
+    depth: int = 0
+    chunks: tuple[Chunk, ...] = ()
+    hidden: Hidden = None
+
+    def is_of(self, step: Pass) -> bool:
+        """Whether a pass goes on with just these tokens."""
+        return self.depth == step.blocks.start > 0 and self.chunks == step.chunks
+
+    def set(self, step: Pass, hidden: Hidden) -> None:
+        """Takes what a pass gave."""
+        self.depth, self.chunks, self.hidden = step.blocks.stop, step.chunks, hidden
+
+    def clear(self) -> None:
+        """Forgets it: a pass is under way, or tokens were dropped."""
+        self.depth, self.chunks, self.hidden = 0, (), None
 
 
 def count_tokens(chunks: Sequence[Chunk]) -> int:

@@ -13,8 +13,8 @@ from ojfa_export.bundle.graphs import check_graphs
 from ojfa_export.bundle.manifest import EngineSet, Manifest, TensorSlice, read_manifest
 from ojfa_export.bundle.names import GRAPHS, MANIFEST, SHORTCUT, TOKENIZER, graph_names
 from ojfa_export.errors import BundleError
-from ojfa_export.paths import check_utf8
-from ojfa_export.publish import recover
+from ojfa_export.system.paths import check_utf8
+from ojfa_export.system.publish import recover
 
 
 class Bundle:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.digest import sha256_of
 from ojfa_export.errors import BundleError
-from ojfa_export.files import open_regular, read_regular
+from ojfa_export.system.digest import sha256_of
+from ojfa_export.system.files import open_regular, read_regular
 
 if TYPE_CHECKING:
     from ojfa_export.bundle.manifest import FileEntry

@@ -23,12 +23,12 @@ from pydantic import (
 )
 
 from ojfa_export.bundle.names import MANIFEST
+from ojfa_export.bundle.promise import Promise
+from ojfa_export.decoding.default import Default
+from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.errors import BundleError, UsageError
-from ojfa_export.families.spec import ModelSpec, Precision
-from ojfa_export.files import read_regular
-from ojfa_export.guarantee.promise import Promise
-from ojfa_export.runtime.default import Default
-from ojfa_export.runtime.policy import ExitPolicy
+from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.system.files import read_regular
 
 FORMAT = "ojfa-bundle"
 FORMAT_VERSION = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ojfa_export.bundle.manifest import Manifest
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec
 
 # By name: data type and shape.
 Ports = Mapping[str, tuple[str, tuple[int | str, ...]]]

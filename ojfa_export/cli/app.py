@@ -134,7 +134,7 @@ app.params.extend(common_options())
 
 
 def _show_cmake_directory(ctx: click.Context, wanted: bool) -> None:
-    from ojfa_export.cmake import cmake_directory
+    from ojfa_export.system.cmake import cmake_directory
 
     if wanted:
         click.echo(cmake_directory())

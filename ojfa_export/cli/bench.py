@@ -11,14 +11,15 @@ import click
 
 from ojfa_export import backends
 from ojfa_export.cli.command import command as define
-from ojfa_export.cli.console import Console, describe_hardware, readable_bytes
+from ojfa_export.cli.console import Console, describe_hardware
 from ojfa_export.cli.exit_option import METAVAR_WITH_AUTO, parse_exit_or_auto
+from ojfa_export.cli.readable import readable_bytes
 from ojfa_export.errors import UsageError
 
 if TYPE_CHECKING:
-    from ojfa_export.measure.bench import BenchResult
-    from ojfa_export.measure.reading import ReadingResult
-    from ojfa_export.runtime.options import ExitChoice
+    from ojfa_export.decoding.options import ExitChoice
+    from ojfa_export.planning.bench import BenchResult
+    from ojfa_export.planning.reading import ReadingResult
 
 # Steps of an exit, and tokens of a text, where none are asked for: exits per token and drafts
 # take other times on other tokens.
@@ -95,13 +96,13 @@ def command(
         raise UsageError(
             "--draft-exit and --draft-length are settings of speculation", hint="add --speculate"
         )
-    from ojfa_export.atomic import check_writable
+    from ojfa_export.system.atomic import check_writable
 
     if output is not None:
         check_writable(output)
     if text is not None:
-        from ojfa_export.measure.reading import read_bundle
-        from ojfa_export.runtime.speculation import Speculation
+        from ojfa_export.decoding.speculation import Speculation
+        from ojfa_export.planning.reading import read_bundle
 
         speculation = Speculation(draft_exit, draft_length) if speculate else None
         reading = read_bundle(
@@ -116,7 +117,7 @@ def command(
                 "exits that decide for each token, and speculation, are measured on a text",
                 hint="add --text FILE",
             )
-        from ojfa_export.measure.bench import bench_bundle
+        from ojfa_export.planning.bench import bench_bundle
 
         result = bench_bundle(
             bundle,
@@ -133,7 +134,7 @@ def command(
 def _emit(
     console: Console, document: dict[str, Any], output: Path | None, show: Callable[[], None]
 ) -> None:
-    from ojfa_export.atomic import write_atomically
+    from ojfa_export.system.atomic import write_atomically
 
     if output is not None:
         write_atomically(output, (json.dumps(document, indent=2) + "\n").encode())

@@ -18,8 +18,9 @@ from ojfa_export.cli.checkpoint_options import (
     shortcut_option,
 )
 from ojfa_export.cli.command import command as define
-from ojfa_export.cli.console import Console, readable_bytes, readable_seconds
+from ojfa_export.cli.console import Console
 from ojfa_export.cli.errors import resumable
+from ojfa_export.cli.readable import readable_bytes, readable_seconds
 
 
 @define("build")
@@ -62,8 +63,8 @@ def command(
     if output is None:
         _add_engines(console, Path(checkpoint), backend)
         return
-    from ojfa_export.build import pipeline
-    from ojfa_export.build.options import BuildOptions
+    from ojfa_export.compiler import pipeline
+    from ojfa_export.compiler.options import BuildOptions
 
     options = BuildOptions(checkpoint=checkpoint, output=output, backend=backend, **settings)
     if dry_run:
@@ -82,7 +83,7 @@ def command(
 
 def _add_engines(console: Console, bundle: Path, backend: str) -> None:
     from ojfa_export.bundle.names import MANIFEST
-    from ojfa_export.publish import recover
+    from ojfa_export.system.publish import recover
 
     context = click.get_current_context()
     recover(bundle)
@@ -96,7 +97,7 @@ def _add_engines(console: Console, bundle: Path, backend: str) -> None:
             raise click.UsageError(
                 f"{option} can't be changed in a bundle that exists, {bundle}", context
             )
-    from ojfa_export.build.add_engines import add_engines
+    from ojfa_export.compiler.add_engines import add_engines
 
     skip = bool(context.params["skip_verification"])
     with resumable():

@@ -44,8 +44,8 @@ def command(
 
     CHECKPOINT is a Hugging Face model directory or hub id.
     """
-    from ojfa_export.build.options import BuildOptions
-    from ojfa_export.build.parts import calibrate_only
+    from ojfa_export.compiler.options import BuildOptions
+    from ojfa_export.compiler.parts import calibrate_only
 
     options = BuildOptions(checkpoint=checkpoint, output=output, **settings)
     result = calibrate_only(options, console.progress(), report=report)

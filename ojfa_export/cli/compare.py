@@ -13,10 +13,11 @@ from ojfa_export.cli.checkpoint_options import (
     overwrite_option,
 )
 from ojfa_export.cli.command import command as define
-from ojfa_export.cli.console import Console, readable_bytes
+from ojfa_export.cli.console import Console
+from ojfa_export.cli.readable import readable_bytes
 
 if TYPE_CHECKING:
-    from ojfa_export.compare.model import Comparison
+    from ojfa_export.shortcuts.comparison.model import Comparison
 
 
 @define("compare")
@@ -43,8 +44,8 @@ def command(
     CHECKPOINT is a Hugging Face model directory or hub id. All kinds are fitted on the same text
     and measured at every exit on text held out; the claims made for them are judged by the figures.
     """
-    from ojfa_export.build.options import BuildOptions
-    from ojfa_export.compare.compare import compare_shortcuts
+    from ojfa_export.compiler.compare import compare_shortcuts
+    from ojfa_export.compiler.options import BuildOptions
 
     options = BuildOptions(checkpoint=checkpoint, output=output, **settings)
     report = compare_shortcuts(options, not skip_descent, console.progress())

@@ -6,11 +6,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ojfa_export.cli.command import command as define
-from ojfa_export.cli.console import Console, readable_bytes
+from ojfa_export.cli.console import Console
+from ojfa_export.cli.readable import readable_bytes
 from ojfa_export.errors import ExitStatus
 
 if TYPE_CHECKING:
-    from ojfa_export.doctor import Diagnosis, Package
+    from ojfa_export.backends.doctor import Diagnosis, Package
 
 
 @define("doctor")
@@ -19,7 +20,7 @@ def command(console: Console) -> int:
 
     And what to do about what does not. Exit status 1 means that the default backend does not work.
     """
-    from ojfa_export.doctor import diagnose
+    from ojfa_export.backends.doctor import diagnose
 
     found = diagnose()
     works = found.backends[0].works

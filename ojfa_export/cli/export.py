@@ -38,8 +38,8 @@ def command(
 
     CHECKPOINT is a Hugging Face model directory or hub id.
     """
-    from ojfa_export.build.options import BuildOptions
-    from ojfa_export.build.parts import export_only
+    from ojfa_export.compiler.options import BuildOptions
+    from ojfa_export.compiler.parts import export_only
 
     options = BuildOptions(checkpoint=checkpoint, output=output, **settings)
     result = export_only(options, shortcut, console.progress())

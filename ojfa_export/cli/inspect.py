@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ojfa_export.cli.command import command as define
-from ojfa_export.cli.console import Console, readable_bytes
+from ojfa_export.cli.console import Console
+from ojfa_export.cli.readable import readable_bytes
 
 if TYPE_CHECKING:
     from ojfa_export.bundle.bundle import Bundle

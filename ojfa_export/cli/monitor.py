@@ -13,7 +13,7 @@ from ojfa_export.cli.console import Console
 from ojfa_export.errors import ExitStatus
 
 if TYPE_CHECKING:
-    from ojfa_export.drift.report import Comparison, DomainDrift, DriftReport
+    from ojfa_export.promises.drift.report import Comparison, DomainDrift, DriftReport
 
 
 @define("monitor")
@@ -65,11 +65,11 @@ def command(
     tokens that differ from the full model was seen to be broken.
     """
     import ojfa_export
-    from ojfa_export.atomic import write_atomically
-    from ojfa_export.drift.figure import check_picture, draw
-    from ojfa_export.drift.log import read_logs
-    from ojfa_export.drift.replay import replay, watched
-    from ojfa_export.drift.report import make_report
+    from ojfa_export.promises.drift.figure import check_picture, draw
+    from ojfa_export.promises.drift.log import read_logs
+    from ojfa_export.promises.drift.replay import replay, watched
+    from ojfa_export.promises.drift.report import make_report
+    from ojfa_export.system.atomic import write_atomically
 
     if picture is not None:
         check_picture(picture)

@@ -12,8 +12,8 @@ from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console, describe_hardware
 
 if TYPE_CHECKING:
-    from ojfa_export.planner.frontier import Point
-    from ojfa_export.planner.plan import Plan
+    from ojfa_export.planning.frontier import Point
+    from ojfa_export.planning.plan import Plan
 
 
 @define("plan")
@@ -42,17 +42,17 @@ def command(
     calibration text: milliseconds per token against agreement with the full model, of fixed
     exits, of exits that decide for each token, and of speculation; and what to do.
     """
-    from ojfa_export.guarantee import check_limits
+    from ojfa_export.bundle.promise import check_limits
 
     check_limits(0.5, confidence)
     if output is not None:
         check_picture(output)
-    from ojfa_export.planner.plan import plan_bundle
+    from ojfa_export.planning.plan import plan_bundle
 
     plan = plan_bundle(bundle, console.progress(), confidence, backend)
     if output is not None:
-        from ojfa_export.atomic import write_atomically
-        from ojfa_export.planner.picture import frontier
+        from ojfa_export.planning.picture import frontier
+        from ojfa_export.system.atomic import write_atomically
 
         write_atomically(output, frontier(plan.points, plan.own))
     if console.json:
@@ -70,8 +70,8 @@ def check_picture(path: Path) -> None:
     """
     from importlib.util import find_spec
 
-    from ojfa_export.atomic import check_writable
     from ojfa_export.errors import UsageError
+    from ojfa_export.system.atomic import check_writable
 
     if path.suffix.lower() != ".png":
         raise UsageError(f"{path} is no PNG file by its name", hint="call it frontier.png")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from ojfa_export.cli.console import readable_seconds, safe_for
-from ojfa_export.progress import Task
+from ojfa_export.cli.readable import readable_seconds, safe_for
+from ojfa_export.system.progress import Task
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress

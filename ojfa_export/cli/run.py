@@ -16,10 +16,10 @@ from ojfa_export.cli.exit_option import METAVAR_WITH_AUTO, parse_exit_or_auto
 from ojfa_export.errors import UsageError
 
 if TYPE_CHECKING:
+    from ojfa_export.decoding.options import ExitChoice
     from ojfa_export.runtime.generation import Generation, Token
     from ojfa_export.runtime.model import Model
     from ojfa_export.runtime.monitor import Monitor
-    from ojfa_export.runtime.options import ExitChoice
 
 STDIN = "-"
 

@@ -14,7 +14,7 @@ from ojfa_export.cli.console import Console
 from ojfa_export.errors import ExitStatus, UsageError
 
 if TYPE_CHECKING:
-    from ojfa_export.report.model import Check
+    from ojfa_export.verify.check import Check
 
 
 @define("verify")

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ojfa_export.backends.backend import Float32
-from ojfa_export.runtime.logits import LogitsProcessor, TokenLogprobs
-from ojfa_export.runtime.options import GenerationOptions
-from ojfa_export.runtime.policy import ExitPolicy, confidence
+from ojfa_export.decoding.arrays import Float32
+from ojfa_export.decoding.confidence import confidence
+from ojfa_export.decoding.logits import LogitsProcessor, TokenLogprobs
+from ojfa_export.decoding.options import GenerationOptions
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.speculation import DraftLength, Speculation, agreeing, check, draw
 from ojfa_export.runtime.sequence import Sequence
-from ojfa_export.runtime.speculation import DraftLength, Speculation, agreeing, check, draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ class Decoder:
         return token
 
     def _speculate(self, speculation: Speculation) -> Decoding:
-        """Drafts at an exit, verified by the full model: see `runtime.speculation`."""
+        """Drafts at an exit, verified by the full model: see `decoding.speculation`."""
         blocks, sequence = self._blocks, self._sequence
         exit = speculation.resolve_exit(blocks)
         cost = exit / blocks if speculation.draft_cost is None else speculation.draft_cost

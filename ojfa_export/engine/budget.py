@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ojfa_export.errors import UsageError
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec
 
 PAGE_TOKENS = 32
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

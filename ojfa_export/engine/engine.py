@@ -10,6 +10,8 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from ojfa_export.decoding.options import GenerationOptions, OptionArguments
+from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.engine.asks import Answer, Decoder
 from ojfa_export.engine.budget import PAGE_TOKENS, PageBudget, page_bytes, pages_of, read_bytes
 from ojfa_export.engine.costs import PassCosts
@@ -19,8 +21,6 @@ from ojfa_export.engine.scheduler import Scheduler, Work
 from ojfa_export.engine.slots import Slots
 from ojfa_export.engine.stats import Counts, EngineStats
 from ojfa_export.errors import BackendError, OjfaError, OverloadedError, UsageError
-from ojfa_export.runtime.options import GenerationOptions, OptionArguments
-from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
 from ojfa_export.runtime.text import TextStream

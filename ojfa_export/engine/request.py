@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from ojfa_export.decoding.logits import TokenLogprobs
+from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.errors import OjfaError
-from ojfa_export.runtime.logits import TokenLogprobs
-from ojfa_export.runtime.options import GenerationOptions
 
 if TYPE_CHECKING:
     from ojfa_export.engine.engine import Engine

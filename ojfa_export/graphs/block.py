@@ -12,9 +12,9 @@ from __future__ import annotations
 import onnx
 
 from ojfa_export.bundle.names import block_name
-from ojfa_export.families.spec import ModelSpec
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.graph import FLOAT, Graph
+from ojfa_export.models.spec import ModelSpec
 
 
 def block_graph(

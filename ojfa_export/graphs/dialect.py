@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ojfa_export.families.spec import Activation, ModelSpec, Precision
 from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, Dim, Graph
 from ojfa_export.graphs.weights import TensorRef
+from ojfa_export.models.spec import Activation, ModelSpec, Precision
 
 Weights = Mapping[str, TensorRef]
 # Score of a key that a query must not see; finite, so that fp16 holds it as well.

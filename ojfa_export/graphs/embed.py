@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from ojfa_export.families.spec import ModelSpec
 from ojfa_export.graphs.dialect import Weights
 from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, Graph
+from ojfa_export.models.spec import ModelSpec
 
 
 def embed_graph(

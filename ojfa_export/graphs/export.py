@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from ojfa_export.atomic import write_atomically
 from ojfa_export.bundle.names import block_name
-from ojfa_export.checkpoint.checkpoint import Checkpoint
-from ojfa_export.families.spec import Precision
-from ojfa_export.families.tensors import Source
+from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.embed import embed_graph
+from ojfa_export.graphs.fold import FoldedHead
 from ojfa_export.graphs.heads import exit_head_graph, final_head_graph, residual_head_graph
 from ojfa_export.graphs.weights import TensorRef, WeightFile, references
-from ojfa_export.shortcut.fold import FoldedHead
-from ojfa_export.shortcut.shortcut import Shortcut
+from ojfa_export.models.checkpoint.checkpoint import Checkpoint
+from ojfa_export.models.families.tensors import Source
+from ojfa_export.models.spec import Precision
+from ojfa_export.system.atomic import write_atomically
 
 
 class Exporter:

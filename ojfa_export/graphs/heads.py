@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from ojfa_export.families.spec import ModelSpec
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.graph import FLOAT, INT32
+from ojfa_export.models.spec import ModelSpec
 
 
 def final_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.ModelProto:
@@ -27,7 +27,7 @@ def final_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> on
 
 
 def exit_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.ModelProto:
-    """The shortcut, folded with final norm and LM head (design: `shortcut.fold`).
+    """The shortcut, folded with final norm and LM head (design: `graphs.fold`).
 
     Args:
         spec: The model.

@@ -8,13 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from ojfa_export.backends.backend import Float32
-from ojfa_export.backends.choice import Choices
-from ojfa_export.runtime.exits import Exit, resolve_exit
-from ojfa_export.runtime.logits import LogitsProcessor, TokenLogprobs
-from ojfa_export.runtime.options import GenerationOptions
-from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.sampling import Sampling
+from ojfa_export.decoding.arrays import Float32
+from ojfa_export.decoding.exits import Exit, resolve_exit
+from ojfa_export.decoding.head_output import Choices
+from ojfa_export.decoding.logits import LogitsProcessor, TokenLogprobs
+from ojfa_export.decoding.options import GenerationOptions
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.steps import Step
 

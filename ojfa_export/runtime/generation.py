@@ -9,15 +9,15 @@ from typing import Literal
 
 from tokenizers import Tokenizer
 
+from ojfa_export.decoding.exits import Exit
+from ojfa_export.decoding.logits import TokenLogprobs
+from ojfa_export.decoding.options import GenerationOptions
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.sampling import Sampling
+from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.runtime.decoding import Decoder, StepByStep, StepWithLogits
-from ojfa_export.runtime.exits import Exit
-from ojfa_export.runtime.logits import TokenLogprobs
 from ojfa_export.runtime.monitor import Monitor
-from ojfa_export.runtime.options import GenerationOptions
-from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
-from ojfa_export.runtime.speculation import Speculation
 from ojfa_export.runtime.speculator import Speculator
 from ojfa_export.runtime.text import TextStream
 

@@ -9,20 +9,21 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from typing_extensions import Unpack
 
-from ojfa_export import backends, tokenizer
+from ojfa_export import backends
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.bundle.names import TOKENIZER
+from ojfa_export.decoding.default import Default
+from ojfa_export.decoding.events import Listener
+from ojfa_export.decoding.exits import resolve_exit
+from ojfa_export.decoding.options import ExitChoice, GenerationOptions, OptionArguments
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.prompts import Prompts, check_token_ids, listed_prompts
 from ojfa_export.errors import BundleError, UsageError
-from ojfa_export.guarantee.monitor import DEFAULT_FALSE_ALARMS, DisagreementMonitor
-from ojfa_export.runtime.default import Default
-from ojfa_export.runtime.events import Listener
-from ojfa_export.runtime.exits import resolve_exit
+from ojfa_export.models import tokenizer
+from ojfa_export.runtime.disagreement import DEFAULT_FALSE_ALARMS, DisagreementMonitor
 from ojfa_export.runtime.generation import Generation, Settings, Token, collect, generate_tokens
 from ojfa_export.runtime.monitor import Monitor
-from ojfa_export.runtime.options import ExitChoice, GenerationOptions, OptionArguments
-from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.prompts import Prompts, check_token_ids, listed_prompts
 from ojfa_export.runtime.session import Session
 
 

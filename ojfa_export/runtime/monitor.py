@@ -6,8 +6,8 @@ import threading
 
 import numpy as np
 
-from ojfa_export.guarantee.monitor import DisagreementMonitor
-from ojfa_export.runtime.events import Listener
+from ojfa_export.decoding.events import Listener
+from ojfa_export.runtime.disagreement import DisagreementMonitor
 from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.shadow import Shadow
 from ojfa_export.runtime.stats import Stats

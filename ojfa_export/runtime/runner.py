@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 
-from ojfa_export.backends.backend import Engines, Hidden
-from ojfa_export.backends.choice import Choices, Choosing, Newest
-from ojfa_export.backends.passes import Chunk, Pass, row_ranges
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.backends.backend import Engines
+from ojfa_export.backends.passes import Chunk, Newest, Pass, row_ranges
+from ojfa_export.decoding.arrays import Hidden
+from ojfa_export.decoding.head_output import Choices, Choosing
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.sequence import Sequence
 
 

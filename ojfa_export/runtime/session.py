@@ -8,17 +8,18 @@ from typing import Literal, overload
 
 import numpy as np
 
-from ojfa_export.backends.backend import Engines, Float32, Hidden, Int32
-from ojfa_export.backends.choice import Choices, Choosing
+from ojfa_export.backends.backend import Engines
+from ojfa_export.decoding.arrays import Float32, Hidden, Int32
+from ojfa_export.decoding.events import Listener, ShadowCheck
+from ojfa_export.decoding.exits import Exit, resolve_exit
+from ojfa_export.decoding.head_output import Choices, Choosing
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.sampling import GREEDY, Sampling
 from ojfa_export.errors import UsageError
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.batch import TokenIds, check_tokens
-from ojfa_export.runtime.events import Listener, ShadowCheck
 from ojfa_export.runtime.exclusive import Exclusive, exclusive
-from ojfa_export.runtime.exits import Exit, resolve_exit
-from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.runner import ModelRunner
-from ojfa_export.runtime.sampling import GREEDY, Sampling
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
 from ojfa_export.runtime.shadow import Shadow
 from ojfa_export.runtime.shadow_checks import ShadowChecks

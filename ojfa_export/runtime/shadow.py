@@ -4,8 +4,8 @@ Each token is chosen with the same probability, whatever it is and wherever it s
 chosen, those that ran all blocks agree; the early ones wait until someone completes them. Given
 how many of a sequence's tokens were chosen, they are a simple random sample of all its tokens, so
 that the share of them that differs has the sequence's true share as its mean, and lies in [0, 1]:
-just what `guarantee.DisagreementMonitor` takes. (It is the Horvitz-Thompson estimate, in which
-each chosen token stands for 1 / probability others, with the total known by its sample size.)
+just what `runtime.disagreement.DisagreementMonitor` takes. (It is the Horvitz-Thompson estimate, in
+which each chosen token stands for 1 / probability others, with the total known by its sample size.)
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ojfa_export.decoding.events import ShadowCheck
 from ojfa_export.errors import UsageError
-from ojfa_export.runtime.events import ShadowCheck
 
 
 @dataclass(frozen=True)

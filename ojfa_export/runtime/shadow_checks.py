@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ojfa_export.backends.choice import Choosing
+from ojfa_export.decoding.events import ExitTaken, ShadowCheck
+from ojfa_export.decoding.head_output import Choosing
 from ojfa_export.errors import UsageError
-from ojfa_export.runtime.events import ExitTaken, ShadowCheck
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
 from ojfa_export.runtime.shadow import Due, Shadow

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ojfa_export.backends.backend import Float32
-from ojfa_export.runtime.decoding import Chosen
-from ojfa_export.runtime.events import DraftChecked
-from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.session import Session
-from ojfa_export.runtime.speculation import (
+from ojfa_export.decoding.arrays import Float32
+from ojfa_export.decoding.events import DraftChecked
+from ojfa_export.decoding.sampling import Sampling
+from ojfa_export.decoding.speculation import (
     DraftLength,
     Float64,
     Speculation,
@@ -19,6 +17,8 @@ from ojfa_export.runtime.speculation import (
     check,
     draw,
 )
+from ojfa_export.runtime.decoding import Chosen
+from ojfa_export.runtime.session import Session
 
 
 class Speculator:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.backends.backend import Float32, Int32
-from ojfa_export.backends.choice import Choices, HostChoices
+from ojfa_export.decoding.arrays import Float32, Int32
+from ojfa_export.decoding.head_output import Choices, HostChoices
 from ojfa_export.runtime.steps import C
 from ojfa_export.runtime.steps import Step as RunningStep
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ojfa_export.backends.choice import Choices, HostChoices
+from ojfa_export.decoding.head_output import Choices, HostChoices
+from ojfa_export.decoding.sampling import GREEDY, Sampling
 from ojfa_export.runtime.runner import ModelRunner
-from ojfa_export.runtime.sampling import GREEDY, Sampling
 from ojfa_export.runtime.sequence import UNKNOWN
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
 from ojfa_export.runtime.steps import Row, Stage, Step

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Generic, TypeVar
 
-from ojfa_export.backends.choice import Choices, Choosing, Stop
-from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.sampling import Sampling
+from ojfa_export.decoding.head_output import Choices, Choosing, Stop
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
 from ojfa_export.runtime.stats import Stats
 

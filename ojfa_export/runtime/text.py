@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from ojfa_export.tokenizer import decode
+from ojfa_export.models.tokenizer import decode
 
 # What a decoder gives for bytes that are no character, or not yet.
 REPLACEMENT = "\ufffd"

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ojfa_export.backends.backend import Backend, Engines, Float32, Int32, Tracing
+from ojfa_export.backends.backend import Backend, Engines, Tracing
 from ojfa_export.backends.frugal import frugal
 from ojfa_export.bundle.names import block_name
-from ojfa_export.families.spec import ModelSpec, Precision
-from ojfa_export.progress import Progress
-from ojfa_export.report.model import Check
+from ojfa_export.bundle.shortcut import Shortcut
+from ojfa_export.decoding.arrays import Float32, Int32
+from ojfa_export.models.head import FinalNorm
+from ojfa_export.models.spec import ModelSpec, Precision
 from ojfa_export.runtime.session import Session
-from ojfa_export.shortcut import FinalNorm, Shortcut
+from ojfa_export.system.progress import Progress
+from ojfa_export.verify.check import Check
 from ojfa_export.verify.exact import HIDDEN, ExactModel, Float64
 from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
 from ojfa_export.verify.tolerances import FP16_LARGEST, RANGE, Comparisons, exit_allowance

@@ -14,19 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export import shortcut as shortcut_file
-from ojfa_export.backends.backend import Engines, Float32, Int32
+from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.frugal import frugal
+from ojfa_export.bundle import shortcut as shortcut_file
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import SHORTCUT, block_name
-from ojfa_export.checkpoint.checkpoint import Checkpoint
+from ojfa_export.bundle.shortcut import Shortcut
+from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.errors import UsageError
-from ojfa_export.families.spec import ModelSpec, Precision
-from ojfa_export.progress import Progress, Task
-from ojfa_export.report.model import Check
+from ojfa_export.models.checkpoint.checkpoint import Checkpoint
+from ojfa_export.models.head import FinalNorm, LanguageHead
+from ojfa_export.models.spec import ModelSpec, Precision
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.session import Session
-from ojfa_export.shortcut import FinalNorm, LanguageHead, Shortcut
+from ojfa_export.system.progress import Progress, Task
+from ojfa_export.verify.check import Check
 from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
 from ojfa_export.verify.portable import PortableGraphs
 from ojfa_export.verify.reference import TransformersReference
@@ -166,7 +168,7 @@ def make_windows(checkpoint: Checkpoint, token_ids: Int32) -> list[Window]:
     LongRoPE gives two windows where there are tokens for both sets of factors. Dynamic RoPE is
     compared within the trained length: beyond, transformers without a cache rotates all positions
     by the whole length, where token-by-token decoding, which is followed here, rotates each by
-    its own (see `families.rotary`).
+    its own (see `models.families.rotary`).
 
     Raises:
         UsageError: Fewer than 8 tokens a sequence.

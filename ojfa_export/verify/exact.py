@@ -18,10 +18,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from ojfa_export.backends.backend import Float32, Int32
 from ojfa_export.bundle.names import block_name
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.graphs.weights import references
+from ojfa_export.models.spec import ModelSpec
 
 Float64 = NDArray[np.float64]
 Tensors = dict[str, Float64]

@@ -6,10 +6,10 @@ import numpy as np
 
 from ojfa_export.bundle.manifest import Golden, Manifest
 from ojfa_export.errors import OjfaError
-from ojfa_export.families import read_spec
-from ojfa_export.families.config import Config
-from ojfa_export.report.model import Check
+from ojfa_export.models.families import read_spec
+from ojfa_export.models.families.config import Config
 from ojfa_export.runtime.model import Model
+from ojfa_export.verify.check import Check
 
 
 def verify_golden(model: Model) -> list[Check]:

@@ -6,8 +6,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from ojfa_export.backends.backend import Engines, Float32, Int32
+from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.passes import Chunk
+from ojfa_export.decoding.arrays import Float32, Int32
 
 
 def engine_in_pieces(

@@ -10,12 +10,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ojfa_export.backends.backend import Float32, Int32
 from ojfa_export.backends.onnxruntime.engines import head_inputs
 from ojfa_export.backends.onnxruntime.session import share_thread_pool
 from ojfa_export.bundle.names import block_name
+from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.errors import BackendError
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec
 
 KeysValues = tuple[NDArray[Any], NDArray[Any]]
 DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

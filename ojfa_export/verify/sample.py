@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ojfa_export.backends.backend import Int32
-from ojfa_export.calibrate.text import read_text, shipped_text
+from ojfa_export.decoding.arrays import Int32
+from ojfa_export.models.calibration_text import read_text, shipped_text
+from ojfa_export.models.tokenizer import encode
 from ojfa_export.runtime.model import Model
-from ojfa_export.tokenizer import encode
 
 
 def sample_token_ids(model: Model, tokens: int) -> Int32:

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.families.spec import Precision
-from ojfa_export.report.model import Check
-from ojfa_export.shortcut import FinalNorm, Shortcut
+from ojfa_export.bundle.shortcut import Shortcut
+from ojfa_export.models.head import FinalNorm
+from ojfa_export.models.spec import Precision
+from ojfa_export.verify.check import Check
 
 Quantity = Literal["hidden", "logits"]
 FP16_LARGEST = 65504.0

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from ojfa_export import backends
-from ojfa_export.backends.backend import Int32
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import SHORTCUT
+from ojfa_export.decoding.arrays import Int32
 from ojfa_export.errors import BundleError, CheckpointError
-from ojfa_export.progress import Progress
-from ojfa_export.report.model import Check
 from ojfa_export.runtime.model import Model
+from ojfa_export.system.progress import Progress
+from ojfa_export.verify.check import Check
 
 TOKENS = 48
 
@@ -50,8 +50,8 @@ def verify_bundle(
         checks += compare_blocks(opened, model, backend, progress)
     if against is None:
         return checks
-    from ojfa_export.checkpoint.checkpoint import Checkpoint
-    from ojfa_export.checkpoint.hub import resolve
+    from ojfa_export.models.checkpoint.checkpoint import Checkpoint
+    from ojfa_export.models.checkpoint.hub import resolve
     from ojfa_export.verify.checks import verify_against
     from ojfa_export.verify.sample import sample_token_ids
 
@@ -89,7 +89,7 @@ def compare_blocks(
         progress: Shows blocks.
         token_ids: [B,S] within the bundle's cache; default: the texts that ship.
     """
-    from ojfa_export.shortcut import load
+    from ojfa_export.bundle.shortcut import load
     from ojfa_export.verify.blocks import make_subject, verify_blocks
     from ojfa_export.verify.sample import sample_token_ids
 

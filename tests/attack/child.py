@@ -149,8 +149,8 @@ def preload() -> None:
 
     for name in COMMANDS:
         app.get_command(None, name)  # type: ignore[arg-type]
-    import ojfa_export.build.add_engines
-    import ojfa_export.build.pipeline
+    import ojfa_export.compiler.add_engines
+    import ojfa_export.compiler.pipeline
     import ojfa_export.runtime.model
     import ojfa_export.verify.blocks
     import ojfa_export.verify.verify  # noqa: F401
@@ -160,8 +160,8 @@ def preload() -> None:
 
 def _hasten_builds() -> None:
     """Leaves out what takes most of a tiny build's time and changes neither files nor errors."""
-    from ojfa_export.build import exits
-    from ojfa_export.report import figures
+    from ojfa_export.compiler import exits
+    from ojfa_export.compiler.report import figures
 
     for name in ("precision_by_exit", "surprisal_by_exit", "precision_matrix"):
         setattr(figures, name, lambda report: b"no picture")

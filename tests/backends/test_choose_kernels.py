@@ -9,8 +9,8 @@ import pytest
 from kernels_on_cpu import CpuKernels
 from tolerances import CONFIDENCE
 
-from ojfa_export.backends.choice import Choosing, Stop
-from ojfa_export.runtime.sampling import GREEDY, Sampling
+from ojfa_export.decoding.head_output import Choosing, Stop
+from ojfa_export.decoding.sampling import GREEDY, Sampling
 
 SOURCES = ("choose.cuh", "choose.cu", "sample.cu", "exit_check.cu")
 THREADS, BESIDE_THREADS, MOST_RANK = 512, 128, 128
@@ -43,7 +43,7 @@ class Logits:
 
 
 def confidences64(logits):
-    """As `runtime.policy.confidence` defines them, in float64 throughout."""
+    """As `decoding.confidence.confidence` defines them, in float64 throughout."""
     below = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     p = np.exp(below) / np.exp(below).sum(axis=1, keepdims=True)
     ranked = np.sort(p, axis=1)

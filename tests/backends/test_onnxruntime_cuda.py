@@ -20,21 +20,21 @@ from tolerances import LOGITS_FP16_RELATIVE, LOGITS_FP32
 
 from ojfa_export import backends
 from ojfa_export.backends.frugal import FrugalEngines
-from ojfa_export.build.add_engines import add_engines
-from ojfa_export.build.options import BuildOptions
-from ojfa_export.build.pipeline import build
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import block_name, graph_names
+from ojfa_export.compiler.add_engines import add_engines
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.pipeline import build
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.sampling import Sampling
+from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.errors import BackendError, BundleError
-from ojfa_export.progress import SILENT
 from ojfa_export.runtime.decoding import StepByStep
 from ojfa_export.runtime.model import Model
-from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.shadow import Shadow
-from ojfa_export.runtime.speculation import Speculation
 from ojfa_export.runtime.speculator import Speculator
+from ojfa_export.system.progress import SILENT
 
 NAME = "onnxruntime-cuda"
 LENGTH, EXIT = 44, 2

@@ -22,16 +22,16 @@ from click.testing import CliRunner
 from gpu.cases import BUNDLES
 
 import ojfa_export
-from ojfa_export.build.add_engines import add_engines
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import EngineSet
 from ojfa_export.cli.app import app
-from ojfa_export.digest import sha256_file
+from ojfa_export.compiler.add_engines import add_engines
 from ojfa_export.errors import BackendError, BundleError, CalibrationError, VerificationError
-from ojfa_export.measure.bench import bench_bundle
-from ojfa_export.planner.plan import plan_bundle
-from ojfa_export.progress import SILENT, Silent
+from ojfa_export.planning.bench import bench_bundle
+from ojfa_export.planning.plan import plan_bundle
 from ojfa_export.runtime.session import Session
+from ojfa_export.system.digest import sha256_file
+from ojfa_export.system.progress import SILENT, Silent
 from ojfa_export.verify.verify import verify_bundle
 
 GPU = "gpu"
@@ -242,8 +242,8 @@ def enlarge(copy: BundleCopy, graph: str, weight: str, factor: float) -> None:
 
 
 def build_from_checkpoint(made: Path, output: Path, checkpoint: Path, precision: str) -> Any:
-    from ojfa_export.build import pipeline
-    from ojfa_export.build.options import BuildOptions
+    from ojfa_export.compiler import pipeline
+    from ojfa_export.compiler.options import BuildOptions
 
     options = BuildOptions(
         str(checkpoint),
@@ -389,7 +389,7 @@ def test_an_allocation_that_fails_says_how_much_is_free(built: Path) -> None:
 
 
 def test_bench_and_plan_measure_the_device(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ojfa_export.planner.plan.SECONDS", 0)
+    monkeypatch.setattr("ojfa_export.planning.plan.SECONDS", 0)
     result = bench_bundle(built, [1, 4], 16, 1, 8, SILENT, "tensorrt")
     assert result.machine["device"]["gpu"] == engines_of(built).built_with["gpu"]
     assert result.machine["bandwidth_bytes_per_second"] > 0

@@ -13,10 +13,10 @@ from tiny_models import VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_FP32
 
 from ojfa_export.bundle.names import graph_names
-from ojfa_export.measure.turns import FOLLOWING, Turns
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.sampling import Sampling
+from ojfa_export.planning.turns import FOLLOWING, Turns
 from ojfa_export.runtime.decoding import StepByStep
-from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
 
 MAX_LENGTH = 40

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import steps
 
-from ojfa_export.build.options import BuildOptions
-from ojfa_export.report import figures
-from ojfa_export.report.model import CalibrationReport
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.report import figures
+from ojfa_export.compiler.report.model import CalibrationReport
 
 PICTURES = ("precision_by_exit", "surprisal_by_exit", "precision_matrix")
 

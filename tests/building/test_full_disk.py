@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from steps import contents
 
-from ojfa_export import atomic
-from ojfa_export.build import stages
-from ojfa_export.build.add_engines import add_engines
-from ojfa_export.build.parts import calibrate_only, export_only
-from ojfa_export.build.pipeline import build
+from ojfa_export.compiler import stages
+from ojfa_export.compiler.add_engines import add_engines
+from ojfa_export.compiler.parts import calibrate_only, export_only
+from ojfa_export.compiler.pipeline import build
 from ojfa_export.errors import CalibrationError
 from ojfa_export.graphs import weights
-from ojfa_export.progress import SILENT
+from ojfa_export.system import atomic
+from ojfa_export.system.progress import SILENT
 
 Options = Callable[..., Any]
 

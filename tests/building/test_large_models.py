@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import ojfa_export
-from ojfa_export.build import exits
-from ojfa_export.build.pipeline import build
+from ojfa_export.compiler import exits
+from ojfa_export.compiler.pipeline import build
 
 
 def test_steps_of_a_large_model_are_not_timed_without_a_promise(

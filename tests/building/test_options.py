@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from tiny_models import make_checkpoint
 
-from ojfa_export.build.options import read_recipe, recipes_directory, settle
-from ojfa_export.build.pipeline import plan
-from ojfa_export.checkpoint.checkpoint import Checkpoint
+from ojfa_export.compiler.options import read_recipe, recipes_directory, settle
+from ojfa_export.compiler.pipeline import plan
 from ojfa_export.errors import CheckpointError, OjfaError, UsageError
+from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 
 Options = Callable[..., Any]
 RECIPES = sorted(recipes_directory().glob("*.toml"))

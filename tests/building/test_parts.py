@@ -13,11 +13,12 @@ import pytest
 from steps import Steps, contents, interrupt_at
 
 from ojfa_export.backends.onnxruntime import build as build_module
-from ojfa_export.build.add_engines import add_engines
-from ojfa_export.build.parts import calibrate_only, export_only
-from ojfa_export.build.pipeline import build, plan
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import MANIFEST, graph_names
+from ojfa_export.bundle.shortcut import load as load_shortcut
+from ojfa_export.compiler.add_engines import add_engines
+from ojfa_export.compiler.parts import calibrate_only, export_only
+from ojfa_export.compiler.pipeline import build, plan
 from ojfa_export.errors import (
     BundleError,
     CheckpointError,
@@ -25,10 +26,9 @@ from ojfa_export.errors import (
     UsageError,
     VerificationError,
 )
-from ojfa_export.families.spec import ModelSpec
-from ojfa_export.progress import SILENT
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.model import load
-from ojfa_export.shortcut import load as load_shortcut
+from ojfa_export.system.progress import SILENT
 from ojfa_export.verify.verify import verify_bundle
 
 Options = Callable[..., Any]
@@ -239,7 +239,7 @@ def test_export_refuses_another_models_shortcut(
     options: Options, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     jump, _ = load_shortcut(tiny_bundle / "shortcut.safetensors")
-    from ojfa_export.shortcut import save
+    from ojfa_export.bundle.shortcut import save
 
     save(jump, tmp_path / "other", "0" * 64)
     with pytest.raises(CheckpointError, match="was fitted on another model") as caught:

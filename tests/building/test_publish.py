@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ojfa_export import publish
-from ojfa_export.build.work import Work
+from ojfa_export.compiler.work import Work
 from ojfa_export.errors import OjfaError
+from ojfa_export.system import publish
 
 # The calls that change names, of which a directory that others see consists.
 CALLS = ("mkdir", "rename", "replace", "rmdir", "unlink")

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from steps import STEPS, Steps, contents, interrupt_at
 
-from ojfa_export.build import pipeline, stages, work
-from ojfa_export.build.pipeline import build
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import MANIFEST
+from ojfa_export.compiler import pipeline, stages, work
+from ojfa_export.compiler.pipeline import build
 from ojfa_export.errors import OjfaError, UsageError
 
 Options = Callable[..., Any]

@@ -10,15 +10,15 @@ import torch
 from click.testing import CliRunner
 
 import ojfa_export
-from ojfa_export.build import parts
-from ojfa_export.build.options import BuildOptions
-from ojfa_export.build.pipeline import BuildResult, build
 from ojfa_export.bundle.names import SHORTCUT
-from ojfa_export.calibrate import calibrate
+from ojfa_export.bundle.shortcut import load
 from ojfa_export.cli.app import app
+from ojfa_export.compiler import parts
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.pipeline import BuildResult, build
+from ojfa_export.compiler.report.model import CalibrationReport
 from ojfa_export.errors import OjfaError, UsageError
-from ojfa_export.report.model import CalibrationReport
-from ojfa_export.shortcut import load
+from ojfa_export.shortcuts import calibrate
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,6 +116,6 @@ def test_exit_head_of_a_residual_shortcut_file(residual, options, tmp_path):
     exported = BuildOptions(checkpoint=plain.checkpoint, output=tmp_path / "graphs",
                             calibration_data=plain.calibration_data, calibration_tokens=1024,
                             max_cache_length=64)  # fmt: skip
-    parts.export_only(exported, bundle / SHORTCUT, ojfa_export.progress.SILENT)
+    parts.export_only(exported, bundle / SHORTCUT, ojfa_export.system.progress.SILENT)
     for name in ("exit_head.bin", "exit_head.onnx"):
         assert (tmp_path / "graphs" / name).read_bytes() == (bundle / "graphs" / name).read_bytes()

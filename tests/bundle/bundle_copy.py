@@ -11,7 +11,7 @@ from typing import Any
 
 from ojfa_export.bundle.manifest import manifest_digest
 from ojfa_export.bundle.names import MANIFEST
-from ojfa_export.digest import sha256_file
+from ojfa_export.system.digest import sha256_file
 
 
 class BundleCopy:

@@ -16,9 +16,9 @@ from bundle_copy import BundleCopy
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import FORMAT_VERSION, TensorSlice, manifest_digest, read_manifest
 from ojfa_export.bundle.names import MANIFEST, graph_names
+from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.errors import BundleError
 from ojfa_export.runtime.model import Model, load
-from ojfa_export.runtime.policy import ExitPolicy
 
 Fields = dict[str, Any]
 
@@ -297,7 +297,7 @@ def test_tensor_beyond_its_file(tiny_bundle: Path, offset: int, shape: tuple[int
 
 
 def test_damaged_tokenizer_with_correct_digests(copy: BundleCopy) -> None:
-    from ojfa_export.digest import sha256_file
+    from ojfa_export.system.digest import sha256_file
 
     path = copy.own("tokenizer.json")
     path.write_text('{"version": "1.0"}')

@@ -22,8 +22,8 @@ from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.onnx_file import read_onnx
 from ojfa_export.errors import BackendError, BundleError, OjfaError
 from ojfa_export.graphs.weights import references
-from ojfa_export.progress import Silent
 from ojfa_export.runtime.model import Model, load
+from ojfa_export.system.progress import Silent
 from ojfa_export.verify.verify import verify_bundle
 
 VECTORS = Path(__file__).parents[2] / "engines" / "tests" / "vectors"

@@ -13,8 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import _tokenizer
 
-from ojfa_export.calibrate.text import CalibrationText, make_windows, read_text, shipped_text
 from ojfa_export.errors import CalibrationError
+from ojfa_export.models.calibration_text import (
+    CalibrationText,
+    make_windows,
+    read_text,
+    shipped_text,
+)
 
 
 class Letters:

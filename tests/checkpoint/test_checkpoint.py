@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import make_checkpoint, make_model
 
-from ojfa_export.build.options import BuildOptions
-from ojfa_export.build.pipeline import build
-from ojfa_export.checkpoint.checkpoint import Checkpoint
-from ojfa_export.checkpoint.torch_file import read_torch_file
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.pipeline import build
 from ojfa_export.errors import CheckpointError
+from ojfa_export.models.checkpoint.checkpoint import Checkpoint
+from ojfa_export.models.checkpoint.torch_file import read_torch_file
 
 Fields = dict[str, Any]
 

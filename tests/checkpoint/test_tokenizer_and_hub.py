@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from ojfa_export.checkpoint import hub
-from ojfa_export.checkpoint.hub import resolve
-from ojfa_export.checkpoint.tokenizer import read_tokenizer
 from ojfa_export.errors import CheckpointError, UsageError
+from ojfa_export.models.checkpoint import hub
+from ojfa_export.models.checkpoint.hub import resolve
+from ojfa_export.models.checkpoint.tokenizer import read_tokenizer
 
 Fields = dict[str, Any]
 

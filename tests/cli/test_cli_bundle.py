@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ojfa_export import doctor
+from ojfa_export.backends import doctor
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.cli.console import Console
-from ojfa_export.report.model import Check
+from ojfa_export.verify.check import Check
 
 
 def test_inspect_json_is_the_manifest_and_sizes(invoke, bundle: Path) -> None:
@@ -145,7 +145,7 @@ def test_interrupted_build_says_how_to_go_on(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ojfa_export.build.stages.run_calibration", interrupt)
+    monkeypatch.setattr("ojfa_export.compiler.stages.run_calibration", interrupt)
     result = invoke("build", checkpoint, "-o", tmp_path / "out.ojfa", "-q")
     assert result.exit_code == 130
     assert result.stdout == ""

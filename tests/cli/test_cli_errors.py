@@ -12,7 +12,8 @@ from pathlib import Path
 import click
 import pytest
 
-from ojfa_export import doctor, errors
+from ojfa_export import errors
+from ojfa_export.backends import doctor
 from ojfa_export.cli.console import Console
 from ojfa_export.cli.errors import Interrupted
 

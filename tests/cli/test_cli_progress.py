@@ -10,9 +10,10 @@ import sys
 
 import pytest
 
-from ojfa_export.cli.console import Console, readable_bytes, readable_seconds
+from ojfa_export.cli.console import Console
 from ojfa_export.cli.progress import Lines
-from ojfa_export.progress import Silent
+from ojfa_export.cli.readable import readable_bytes, readable_seconds
+from ojfa_export.system.progress import Silent
 
 
 class Clock:

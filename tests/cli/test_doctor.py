@@ -12,7 +12,8 @@ import onnx
 import pytest
 import tomllib
 
-from ojfa_export import backends, doctor
+from ojfa_export import backends
+from ojfa_export.backends import doctor
 from ojfa_export.backends.onnxruntime import session as ort_session
 from ojfa_export.errors import BackendError
 

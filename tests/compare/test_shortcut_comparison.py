@@ -13,12 +13,12 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from ojfa_export.build import work
 from ojfa_export.cli.app import app
-from ojfa_export.compare.claims import judge
-from ojfa_export.compare.model import Comparison
-from ojfa_export.compare.write import write_comparison
-from ojfa_export.shortcut.kinds import KINDS
+from ojfa_export.compiler import work
+from ojfa_export.shortcuts.comparison.claims import judge
+from ojfa_export.shortcuts.comparison.model import Comparison
+from ojfa_export.shortcuts.comparison.write import write_comparison
+from ojfa_export.shortcuts.kinds import KINDS
 
 PICTURES = ("quality_by_exit", "quality_by_cost", "precision_matrix")
 RANK = 4

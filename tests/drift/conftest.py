@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ojfa_export.build import exits
-from ojfa_export.build.options import BuildOptions
-from ojfa_export.build.pipeline import build
-from ojfa_export.guarantee import MEASURES
-from ojfa_export.measure.costs import StepCosts
+from ojfa_export.compiler import exits
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.pipeline import build
+from ojfa_export.planning.step_costs import StepCosts
+from ojfa_export.promises.measures import MEASURES
 
 # Of four blocks: equal ones, and nothing is as dear.
 COSTS = StepCosts(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from often import assert_at_most
 
-from ojfa_export.drift.compare import (
+from ojfa_export.promises.drift.compare import (
     common_grid,
     cumulative,
     exit_shares,

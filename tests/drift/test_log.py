@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ojfa_export.drift.log import Request, read_logs
 from ojfa_export.errors import LogError
+from ojfa_export.promises.drift.log import Request, read_logs
 
 DOMAINS = ("code", "docs")
 

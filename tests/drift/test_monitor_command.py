@@ -15,9 +15,10 @@ from click.testing import CliRunner, Result
 
 import ojfa_export
 from ojfa_export.bundle.names import MANIFEST, STATISTICS
+from ojfa_export.bundle.promise import Promise
 from ojfa_export.cli.app import app
-from ojfa_export.drift.replay import watched
-from ojfa_export.guarantee import ExitPolicy, Promise
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.promises.drift.replay import watched
 
 Invoke = Callable[..., Result]
 CODE = ["def parse(", "class Action:", "import os", "for x in y:", "return None", "raise Error("]

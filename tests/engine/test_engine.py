@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ojfa_export
+from ojfa_export.decoding.options import GenerationOptions
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.engine.budget import page_bytes
 from ojfa_export.errors import BackendError, OjfaError, OverloadedError, UsageError
-from ojfa_export.runtime.options import GenerationOptions
-from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.speculation import Speculation
 
 TIMEOUT = 60.0
 MIDDLING = ExitPolicy(exits=(1, 3), measure="top", thresholds=(0.03, 0.03))

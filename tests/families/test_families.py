@@ -15,11 +15,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from ojfa_export.errors import CheckpointError
-from ojfa_export.families import FAMILIES, read_spec
-from ojfa_export.families.config import Config
-from ojfa_export.families.rotary import Rotary
-from ojfa_export.families.spec import ModelSpec
-from ojfa_export.families.tensors import linear, names_of, table, vector
+from ojfa_export.models.families import FAMILIES, read_spec
+from ojfa_export.models.families.config import Config
+from ojfa_export.models.families.rotary import Rotary
+from ojfa_export.models.families.tensors import linear, names_of, table, vector
+from ojfa_export.models.spec import ModelSpec
 
 Fields = dict[str, Any]
 ROTARY_VARIANTS = [name for name, variant in VARIANTS.items() if variant.family != "gpt2"]

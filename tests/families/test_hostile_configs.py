@@ -12,10 +12,10 @@ from hypothesis import example, given, seed, settings
 from hypothesis import strategies as st
 from tiny_models import VARIANTS
 
-from ojfa_export.checkpoint.tokenizer import eos_token_ids
 from ojfa_export.errors import CheckpointError
-from ojfa_export.families import read_spec
-from ojfa_export.families.config import IRRELEVANT_FIELDS, Config
+from ojfa_export.models.checkpoint.tokenizer import eos_token_ids
+from ojfa_export.models.families import read_spec
+from ojfa_export.models.families.config import IRRELEVANT_FIELDS, Config
 
 Fields = dict[str, Any]
 EXAMPLES = 100

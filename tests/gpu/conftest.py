@@ -19,7 +19,7 @@ import pytest
 from ojfa_export import backends
 from ojfa_export.bundle.names import graph_names
 from ojfa_export.errors import OjfaError
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.session import Session
 
 VARIABLE = "OJFA_GPU_CASES"

@@ -21,8 +21,8 @@ from chain import Chain, build_chain
 from gpu.cases import BUNDLES, CASES, EXIT, LENGTH, RANK, SEED, SEQUENCES
 from tiny_models import make_checkpoint
 
-from ojfa_export.build.options import BuildOptions
-from ojfa_export.build.pipeline import build
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.pipeline import build
 
 
 def main() -> None:

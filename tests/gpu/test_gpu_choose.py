@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tolerances import CONFIDENCE
 
-from ojfa_export.runtime.policy import Measure
-from ojfa_export.runtime.sampling import GREEDY, Sampling
+from ojfa_export.decoding.confidence import Measure
+from ojfa_export.decoding.sampling import GREEDY, Sampling
 
 pytestmark = pytest.mark.gpu
 MEASURES: tuple[Measure, ...] = ("top", "margin", "entropy")
@@ -38,10 +38,10 @@ def gpu():
 
 def answers(gpu, logits, sampling=GREEDY, draws=()):
     """What the kernels choose of logits [rows, V]."""
-    from ojfa_export.backends.choice import Choosing
     from ojfa_export.backends.cuda.arrays import DeviceArrays
     from ojfa_export.backends.cuda.choosing import Chooser
     from ojfa_export.backends.cuda.mailbox import Asked, Mailbox
+    from ojfa_export.decoding.head_output import Choosing
 
     device, kernels = gpu
     mailbox = Mailbox(device)
@@ -57,7 +57,7 @@ def answers(gpu, logits, sampling=GREEDY, draws=()):
 
 
 def confidences64(logits):
-    """As `runtime.policy.confidence` defines them, in float64 throughout."""
+    """As `decoding.confidence.confidence` defines them, in float64 throughout."""
     below = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     p = np.exp(below) / np.exp(below).sum(axis=1, keepdims=True)
     ranked = np.sort(p, axis=1)

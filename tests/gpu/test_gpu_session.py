@@ -7,12 +7,12 @@ import pytest
 from gpu.cases import EXIT
 from tolerances import LOGITS_FP16_RELATIVE, LOGITS_FP32
 
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.sampling import Sampling
+from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.runtime.decoding import StepByStep
-from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.shadow import Shadow
-from ojfa_export.runtime.speculation import Speculation
 from ojfa_export.runtime.speculator import Speculator
 
 pytestmark = pytest.mark.gpu

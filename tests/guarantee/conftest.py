@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from ojfa_export.guarantee import ExitStatistics
-from ojfa_export.guarantee.confidence import round_down, round_up
+from ojfa_export.promises.measures import round_down, round_up
+from ojfa_export.promises.statistics import ExitStatistics
 
 Population = Callable[..., ExitStatistics]
 

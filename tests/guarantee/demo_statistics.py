@@ -9,11 +9,11 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from ojfa_export.build.options import BuildOptions
-from ojfa_export.build.pipeline import build
 from ojfa_export.bundle.names import STATISTICS
 from ojfa_export.cli.console import Console
-from ojfa_export.guarantee import ExitStatistics, load_statistics, save_statistics
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.pipeline import build
+from ojfa_export.promises.statistics import ExitStatistics, load_statistics, save_statistics
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = Path(__file__).with_suffix(".npz")

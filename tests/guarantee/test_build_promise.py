@@ -15,18 +15,21 @@ import pytest
 from click.testing import CliRunner
 
 import ojfa_export
-from ojfa_export.build import exits
-from ojfa_export.build.options import BuildOptions
-from ojfa_export.build.pipeline import build, plan
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import MANIFEST, STATISTICS
-from ojfa_export.calibrate.text import CalibrationText, read_source
+from ojfa_export.bundle.promise import Limits, Promise
 from ojfa_export.cli.app import app
+from ojfa_export.compiler import exits
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.pipeline import build, plan
+from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.errors import BundleError, CalibrationError, UsageError
-from ojfa_export.guarantee import ExitPolicy, Limits, Promise, certify, load_statistics
-from ojfa_export.guarantee.p_values import windows_needed
-from ojfa_export.guarantee.windows import planning_windows, promise_windows
-from ojfa_export.measure.costs import StepCosts
+from ojfa_export.models.calibration_text import CalibrationText, read_source
+from ojfa_export.planning.step_costs import StepCosts
+from ojfa_export.promises.certify import certify
+from ojfa_export.promises.p_values import windows_needed
+from ojfa_export.promises.statistics import load_statistics
+from ojfa_export.promises.windows import planning_windows, promise_windows
 
 # Of a model with four blocks, milliseconds.
 COSTS = {

@@ -9,9 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ojfa_export.drift.unit import calibration_units
+from ojfa_export.decoding.confidence import Measure
+from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.errors import BundleError
-from ojfa_export.guarantee import Costs, ExitPolicy, ExitStatistics, Measure, apply
+from ojfa_export.promises.drift.unit import calibration_units
+from ojfa_export.promises.outcomes import Costs, apply
+from ojfa_export.promises.statistics import ExitStatistics
 
 Population = Callable[..., ExitStatistics]
 

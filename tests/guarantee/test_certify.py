@@ -14,19 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from often import assert_at_most
 
+from ojfa_export.bundle.promise import Limits, Promise, check_limits
+from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.errors import UsageError
-from ojfa_export.guarantee import (
-    Costs,
-    ExitPolicy,
-    ExitStatistics,
-    Limits,
-    Promise,
-    apply,
-    certify,
-    check_limits,
-)
-from ojfa_export.guarantee.policy import EAGERNESS, isotonic, paths
-from ojfa_export.guarantee.simulate import simulate
+from ojfa_export.promises.certify import certify
+from ojfa_export.promises.outcomes import EAGERNESS, Costs, apply, isotonic, paths
+from ojfa_export.promises.simulate import simulate
+from ojfa_export.promises.statistics import ExitStatistics
 
 COSTS = Costs.even(12, block=1.0, check=0.1, final=0.3)
 LIMITS = Limits(max_disagreement=0.05)

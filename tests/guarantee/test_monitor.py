@@ -12,14 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from often import assert_at_most
 
+from ojfa_export.bundle.promise import DomainEvidence, Limits, Promise
 from ojfa_export.errors import UsageError
-from ojfa_export.guarantee import DisagreementMonitor, DomainEvidence, Limits, Promise
-from ojfa_export.guarantee.confidence_sequence import (
-    SLOPES,
-    TILTS,
-    ConfidenceSequence,
-    lower_bound,
-)
+from ojfa_export.runtime.confidence_sequence import SLOPES, TILTS, ConfidenceSequence, lower_bound
+from ojfa_export.runtime.disagreement import DisagreementMonitor
 
 LIMIT = 0.05
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from often import assert_at_most
 from tolerances import P_VALUE_RELATIVE
 
-from ojfa_export.guarantee.learn_then_test import fixed_sequence, union_p_value
-from ojfa_export.guarantee.p_values import (
+from ojfa_export.promises.learn_then_test import fixed_sequence, union_p_value
+from ojfa_export.promises.p_values import (
     best_stake,
     betting,
     binomial_tail,

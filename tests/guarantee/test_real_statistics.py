@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 from often import assert_at_most
 
-from ojfa_export.guarantee import Costs, ExitStatistics, Limits, load_statistics
-from ojfa_export.guarantee.simulate import simulate
+from ojfa_export.bundle.promise import Limits
+from ojfa_export.promises.outcomes import Costs
+from ojfa_export.promises.simulate import simulate
+from ojfa_export.promises.statistics import ExitStatistics, load_statistics
 
 
 def test_promises_on_the_demo_break_no_more_often_than_they_say(rng: np.random.Generator) -> None:

@@ -13,18 +13,12 @@ import numpy as np
 import pytest
 from often import assert_at_most
 
-from ojfa_export.guarantee import (
-    Costs,
-    DisagreementMonitor,
-    DomainEvidence,
-    ExitPolicy,
-    ExitStatistics,
-    Limits,
-    Promise,
-    apply,
-    load_statistics,
-)
-from ojfa_export.runtime.events import ShadowCheck
+from ojfa_export.bundle.promise import DomainEvidence, Limits, Promise
+from ojfa_export.decoding.events import ShadowCheck
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.promises.outcomes import Costs, apply
+from ojfa_export.promises.statistics import ExitStatistics, load_statistics
+from ojfa_export.runtime.disagreement import DisagreementMonitor
 from ojfa_export.runtime.shadow import Due, Shadow
 
 POLICY = ExitPolicy(exits=(4, 8), measure="entropy", thresholds=(-0.7, -0.5))

@@ -16,17 +16,11 @@ from tolerances import LOGITS_FP32
 from ojfa_export import backends
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.errors import BundleError, CalibrationError
-from ojfa_export.guarantee import (
-    MEASURES,
-    ExitStatistics,
-    confidences,
-    load_statistics,
-    save_statistics,
-)
-from ojfa_export.guarantee.collect import collect_statistics, compare, sample_places
-from ojfa_export.guarantee.confidence import round_down, round_up
-from ojfa_export.progress import SILENT
+from ojfa_export.promises.collect import collect_statistics, compare, sample_places
+from ojfa_export.promises.measures import MEASURES, confidences, round_down, round_up
+from ojfa_export.promises.statistics import ExitStatistics, load_statistics, save_statistics
 from ojfa_export.runtime.model import Model
+from ojfa_export.system.progress import SILENT
 
 Population = Callable[..., ExitStatistics]
 FLOATS = hnp.arrays(np.float32, 20, elements=st.floats(-1000, 1000, width=32))

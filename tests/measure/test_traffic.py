@@ -9,9 +9,9 @@ from tiny_models import make_checkpoint
 
 from bench.compiled import compile_checkpoint
 from ojfa_export.bundle.names import block_name
-from ojfa_export.measure.bandwidth import read_bandwidth
-from ojfa_export.measure.machine import describe_machine
-from ojfa_export.measure.traffic import block_bytes, cache_bytes, decode_bytes, head_bytes
+from ojfa_export.planning.bandwidth import read_bandwidth
+from ojfa_export.planning.machine import describe_machine
+from ojfa_export.planning.traffic import block_bytes, cache_bytes, decode_bytes, head_bytes
 
 # Weight files align every tensor to 64 bytes.
 PADDING = 64 * 12

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from ojfa_export.guarantee import ExitStatistics
-from ojfa_export.guarantee.confidence import MEASURES, round_down
+from ojfa_export.promises.measures import MEASURES, round_down
+from ojfa_export.promises.statistics import ExitStatistics
 
 Make = Callable[..., ExitStatistics]
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from ojfa_export.backends.choice import ChoosesOnHost
-from ojfa_export.guarantee.confidence import MEASURES
-from ojfa_export.measure.costs import StepCosts
+from ojfa_export.planning.step_costs import StepCosts
+from ojfa_export.promises.measures import MEASURES
 
 
 def step_costs(blocks: int = 12, **changes: Any) -> StepCosts:

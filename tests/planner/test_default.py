@@ -14,10 +14,10 @@ import ojfa_export
 from ojfa_export.bundle.manifest import read_manifest
 from ojfa_export.bundle.names import MANIFEST, STATISTICS
 from ojfa_export.cli.app import app
+from ojfa_export.decoding.default import Default
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.errors import BundleError
-from ojfa_export.runtime.default import Default
-from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.speculation import Speculation
 
 PROMPT = "def main("
 POLICY = ExitPolicy(exits=(2,), measure="top", thresholds=(0.0,))

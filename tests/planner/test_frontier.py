@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from known_costs import step_costs
 
-from ojfa_export.guarantee import ExitPolicy, ExitStatistics
-from ojfa_export.guarantee.policy import depths_of
-from ojfa_export.planner.frontier import (
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.speculation import MAX_DRAFT
+from ojfa_export.planning.frontier import (
     agreement_runs,
     as_speculation,
     fixed_exits,
@@ -22,7 +22,8 @@ from ojfa_export.planner.frontier import (
     round_ms,
     speculation,
 )
-from ojfa_export.runtime.speculation import MAX_DRAFT
+from ojfa_export.promises.outcomes import depths_of
+from ojfa_export.promises.statistics import ExitStatistics
 
 Make = Callable[..., ExitStatistics]
 POLICY = ExitPolicy(exits=(3, 6, 9), measure="margin", thresholds=(0.7, 0.6, 0.8))

@@ -10,15 +10,15 @@ from known_costs import ClockedEngines, step_costs
 from test_frontier import replay
 
 import ojfa_export
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.errors import CalibrationError, UsageError
-from ojfa_export.measure.costs import measure_costs
-from ojfa_export.measure.reading import PIECE, cut_pieces, read_bundle, read_pieces, settling
-from ojfa_export.measure.traffic import block_bytes
-from ojfa_export.planner.frontier import round_ms
-from ojfa_export.progress import SILENT
+from ojfa_export.planning.frontier import round_ms
+from ojfa_export.planning.reading import PIECE, cut_pieces, read_bundle, read_pieces, settling
+from ojfa_export.planning.step_costs import measure_costs
+from ojfa_export.planning.traffic import block_bytes
 from ojfa_export.runtime.model import Model
-from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.speculation import Speculation
+from ojfa_export.system.progress import SILENT
 
 
 @pytest.fixture

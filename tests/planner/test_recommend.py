@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from known_costs import step_costs
 
-from ojfa_export.guarantee import ExitPolicy, ExitStatistics
-from ojfa_export.planner.frontier import policies
-from ojfa_export.planner.picture import frontier
-from ojfa_export.planner.plan import make_plan, plan_default
-from ojfa_export.planner.recommend import MARGIN
-from ojfa_export.progress import SILENT
-from ojfa_export.runtime.default import Default
+from ojfa_export.decoding.default import Default
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.planning.frontier import policies
+from ojfa_export.planning.picture import frontier
+from ojfa_export.planning.plan import make_plan, plan_default
+from ojfa_export.planning.recommend import MARGIN
+from ojfa_export.promises.statistics import ExitStatistics
+from ojfa_export.system.progress import SILENT
 
 Make = Callable[..., ExitStatistics]
 ALWAYS = ExitPolicy(exits=(3,), measure="top", thresholds=(0.0,))

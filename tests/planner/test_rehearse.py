@@ -11,12 +11,13 @@ import pytest
 from known_costs import ClockedEngines, step_costs
 
 import ojfa_export
-from ojfa_export.guarantee import ExitPolicy, ExitStatistics, apply
-from ojfa_export.guarantee.policy import depths_of
-from ojfa_export.measure.turns import SETTLING, Turns
-from ojfa_export.planner.frontier import fixed_exits, policy_point, round_ms, speculation
-from ojfa_export.planner.rehearse import DRAFTING_EXITS, ROOM, rehearse, time_points
-from ojfa_export.progress import SILENT
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.planning.frontier import fixed_exits, policy_point, round_ms, speculation
+from ojfa_export.planning.rehearse import DRAFTING_EXITS, ROOM, rehearse, time_points
+from ojfa_export.planning.turns import SETTLING, Turns
+from ojfa_export.promises.outcomes import apply, depths_of
+from ojfa_export.promises.statistics import ExitStatistics
+from ojfa_export.system.progress import SILENT
 
 Make = Callable[..., ExitStatistics]
 POLICY = ExitPolicy(exits=(1, 3), measure="margin", thresholds=(0.4, 0.5))

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from ojfa_export.report import CalibrationReport, Check, ExitReport, LatencyRow, write_report
-from ojfa_export.shortcut import ExitQuality
+from ojfa_export.compiler.report import CalibrationReport, ExitReport, LatencyRow, write_report
+from ojfa_export.shortcuts.metrics import ExitQuality
+from ojfa_export.verify.check import Check
 
 PICTURES = ("precision_by_exit", "surprisal_by_exit", "precision_matrix")
 
@@ -154,7 +155,7 @@ def test_same_report_same_bytes_in_another_process(make_report, tmp_path):
     second.mkdir()
     write_report(report, first)
     code = (
-        "import pathlib, sys; from ojfa_export.report import *; "
+        "import pathlib, sys; from ojfa_export.compiler.report import *; "
         "write_report(CalibrationReport.model_validate_json(pathlib.Path(sys.argv[1]).read_text()),"
         " pathlib.Path(sys.argv[2]))"
     )
@@ -198,7 +199,7 @@ def test_reports_that_contradict_themselves_are_refused(make_report, changes, me
 def test_models_load_without_the_build_extra():
     code = (
         "import sys; sys.modules['matplotlib'] = sys.modules['jinja2'] = None; "
-        "import ojfa_export.report, ojfa_export.shortcut; "
+        "import ojfa_export.compiler.report, ojfa_export.shortcuts.choose; "
         "assert 'safetensors' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

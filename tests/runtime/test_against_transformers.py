@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from tolerances import LOGITS_FP32
 from transformers_logits import cached_decode, full_forward, longrope_decode
 
+from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.runtime.generation import Settings, generate_tokens
-from ojfa_export.runtime.sampling import Sampling
 
 LENGTH = 44  # beyond every original length (32) and every window (8)
 SWITCH = 32  # LongRoPE's

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ojfa_export
+from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.generation import Settings, collect, generate_tokens
 from ojfa_export.runtime.model import Model
-from ojfa_export.runtime.sampling import Sampling
 
 PROMPTS = ["def parse(self, argument):\n", "x", "import argparse as _argparse\nfor"]
 

@@ -10,9 +10,10 @@ import pytest
 
 import ojfa_export
 from ojfa_export import ExitPolicy, Monitor
+from ojfa_export.bundle.promise import DomainEvidence, Limits, Promise
+from ojfa_export.decoding.events import ExitTaken, ShadowCheck
 from ojfa_export.errors import BundleError, UsageError
-from ojfa_export.guarantee import DisagreementMonitor, DomainEvidence, Limits, Promise
-from ojfa_export.runtime.events import ExitTaken, ShadowCheck
+from ojfa_export.runtime.disagreement import DisagreementMonitor
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.stats import Stats
 

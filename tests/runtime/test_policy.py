@@ -24,8 +24,9 @@ from test_session import (
 from tiny_models import VOCAB_SIZE
 from tolerances import CONFIDENCE, LOGITS_FP32
 
+from ojfa_export.decoding.confidence import confidence
+from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.errors import UsageError
-from ojfa_export.runtime.policy import ExitPolicy, confidence
 
 MEASURES = ["top", "margin", "entropy"]
 

@@ -13,10 +13,10 @@ from test_session import MAX_LENGTH, NAMES, examples, fresh_logits, token
 from tiny_models import VOCAB_SIZE
 from tolerances import LOGITS_FP32, NEAR_TIE
 
-from ojfa_export.drift import read
-from ojfa_export.drift.read import read_text
-from ojfa_export.drift.unit import request_unit
-from ojfa_export.runtime.policy import ExitPolicy
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.promises.drift import read
+from ojfa_export.promises.drift.read import read_text
+from ojfa_export.promises.drift.unit import request_unit
 from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.shadow import Shadow
 

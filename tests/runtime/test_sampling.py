@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tolerances import PROBABILITY
 
+from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.errors import UsageError
-from ojfa_export.runtime.sampling import Sampling
 
 # Multiples of 1/4 make ties frequent.
 logits_lists = st.lists(st.integers(-40, 40).map(lambda n: n / 4), min_size=1, max_size=30)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tiny_models import VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_FP32
 
+from ojfa_export.decoding.confidence import confidence
+from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.errors import UsageError
-from ojfa_export.runtime.policy import ExitPolicy, confidence
 from ojfa_export.verify.checks import language_head
 
 BATCH = 3

@@ -24,13 +24,13 @@ from test_session import (
 from tiny_models import VOCAB_SIZE
 from tolerances import LOGITS_FP32, NEAR_TIE
 
+from ojfa_export.decoding.events import DraftChecked, ExitTaken, ShadowCheck
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.sampling import Sampling
+from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.errors import UsageError
-from ojfa_export.runtime.events import DraftChecked, ExitTaken, ShadowCheck
-from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.shadow import Due, Shadow
-from ojfa_export.runtime.speculation import Speculation
 from ojfa_export.runtime.speculator import Speculator
 
 HALF = ExitPolicy(exits=(2,), measure="top", thresholds=(0.02,))

@@ -15,18 +15,18 @@ from tiny_models import VOCAB_SIZE
 from tolerances import NEAR_TIE
 
 import ojfa_export
-from ojfa_export.errors import UsageError
-from ojfa_export.runtime.generation import Settings, collect, generate_tokens
-from ojfa_export.runtime.model import Model
-from ojfa_export.runtime.sampling import GREEDY, Sampling
-from ojfa_export.runtime.session import Session
-from ojfa_export.runtime.speculation import (
+from ojfa_export.decoding.sampling import GREEDY, Sampling
+from ojfa_export.decoding.speculation import (
     MAX_DRAFT,
     PROBE_ROUNDS,
     DraftLength,
     Speculation,
     check,
 )
+from ojfa_export.errors import UsageError
+from ojfa_export.runtime.generation import Settings, collect, generate_tokens
+from ojfa_export.runtime.model import Model
+from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.speculator import Speculator
 from ojfa_export.runtime.step_output import Choice
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ojfa_export.shortcut import Moments, Shortcut
+from ojfa_export.bundle.shortcut import Shortcut
+from ojfa_export.shortcuts.moments import Moments
 
 Rows = tuple[np.ndarray, np.ndarray]
 

@@ -3,16 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ojfa_export.shortcut import (
-    FinalNorm,
-    FullModelReference,
-    LanguageHead,
-    TransferMatrix,
-    choose,
-    evaluate,
-    fit_levels,
-    transfer_matrix,
-)
+from ojfa_export.models.head import FinalNorm, LanguageHead
+from ojfa_export.shortcuts.choose import TransferMatrix, choose, transfer_matrix
+from ojfa_export.shortcuts.fit import fit_levels
+from ojfa_export.shortcuts.metrics import FullModelReference, evaluate
 
 
 def matrix_of(precision, surprisal=None):

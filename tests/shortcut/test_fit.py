@@ -9,9 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import FIT_LOSS_RELATIVE, JUMP_FP32_RELATIVE
 
+from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.errors import CalibrationError, UsageError
-from ojfa_export.shortcut import Moments, Shortcut, fit_levels, fit_n_njtc, rows_needed
-from ojfa_export.shortcut import training_loss as loss_of
+from ojfa_export.shortcuts.fit import fit_levels, fit_n_njtc, rows_needed
+from ojfa_export.shortcuts.fit import training_loss as loss_of
+from ojfa_export.shortcuts.moments import Moments
 
 EPS = 1e-5
 

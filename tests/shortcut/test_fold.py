@@ -8,8 +8,10 @@ import pytest
 import torch
 from tolerances import FOLD_FLOAT64_RELATIVE, FOLD_FP32_RELATIVE
 
-import ojfa_export.shortcut.head
-from ojfa_export.shortcut import FinalNorm, LanguageHead, Shortcut, fold
+import ojfa_export.models.head
+from ojfa_export.bundle.shortcut import Shortcut
+from ojfa_export.graphs.fold import fold
+from ojfa_export.models.head import FinalNorm, LanguageHead
 
 VOCABULARY = 37
 
@@ -70,7 +72,7 @@ def test_folded_head_is_the_unfolded_one(
 def test_head_on_disk_in_any_float_type_read_in_pieces(
     rng, norm, random_shortcut, tmp_path, monkeypatch, dtype
 ):
-    monkeypatch.setattr(ojfa_export.shortcut.head, "_BYTES_AT_ONCE", 10 * 12 * 8)  # ten rows of 37
+    monkeypatch.setattr(ojfa_export.models.head, "_BYTES_AT_ONCE", 10 * 12 * 8)  # ten rows of 37
     weight = np.memmap(tmp_path / "head", dtype, mode="w+", shape=(VOCABULARY, 12))
     weight[:] = rng.normal(size=weight.shape).astype(dtype)
     shortcut, final = random_shortcut(12, 4), norm("layer", 12, bias=True)
@@ -92,7 +94,7 @@ def test_folding_leaves_its_inputs_alone(rng, norm, random_shortcut):
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_language_head_is_torchs_norm_and_linear(rng, norm, kind, dtype, monkeypatch):
-    monkeypatch.setattr(ojfa_export.shortcut.head, "_BYTES_AT_ONCE", 16 * 16 * 4)
+    monkeypatch.setattr(ojfa_export.models.head, "_BYTES_AT_ONCE", 16 * 16 * 4)
     final = norm(kind, 16, bias=kind == "layer")
     weight, bias = rng.normal(size=(VOCABULARY, 16)), rng.normal(size=VOCABULARY)
     h = rng.normal(size=(5, 16)) + 3

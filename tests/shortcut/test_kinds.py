@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from tolerances import FIT_LOSS_RELATIVE, JUMP_FP32_RELATIVE
 
-from ojfa_export.shortcut import training_loss
-from ojfa_export.shortcut.descent import descend_n_njtc
-from ojfa_export.shortcut.fit import fit_n_njtc
-from ojfa_export.shortcut.kinds import Identity, Linear, PerExit, fit_jtc, fit_njtc
-from ojfa_export.shortcut.similarity import cosine_similarity, most_similar_level
+from ojfa_export.shortcuts.descent import descend_n_njtc
+from ojfa_export.shortcuts.fit import fit_n_njtc, training_loss
+from ojfa_export.shortcuts.kinds import Identity, Linear, PerExit, fit_jtc, fit_njtc
+from ojfa_export.shortcuts.similarity import cosine_similarity, most_similar_level
 
 
 def loss_on_rows(prediction: np.ndarray, y: np.ndarray) -> float:

@@ -6,7 +6,8 @@ import torch
 from tolerances import SURPRISAL_NATS
 
 from ojfa_export.errors import CalibrationError
-from ojfa_export.shortcut import FinalNorm, FullModelReference, LanguageHead, evaluate
+from ojfa_export.models.head import FinalNorm, LanguageHead
+from ojfa_export.shortcuts.metrics import FullModelReference, evaluate
 
 
 @pytest.fixture

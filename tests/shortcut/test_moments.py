@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import MOMENTS_RELATIVE
 
-from ojfa_export.shortcut import Moments
+from ojfa_export.shortcuts.moments import Moments
 
 
 def assert_equals_two_pass(moments: Moments, x: np.ndarray, y: np.ndarray) -> None:

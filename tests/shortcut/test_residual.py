@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from tolerances import FIT_LOSS_RELATIVE, LOGITS_FP32
 
+from ojfa_export.bundle.shortcut import load, save
 from ojfa_export.errors import CalibrationError
-from ojfa_export.shortcut import FinalNorm, LanguageHead, load, save
-from ojfa_export.shortcut.distil import _Student, distil, split_rows
-from ojfa_export.shortcut.residual import fit_residual
+from ojfa_export.models.head import FinalNorm, LanguageHead
+from ojfa_export.shortcuts.distil import _Student, distil, split_rows
+from ojfa_export.shortcuts.residual import fit_residual
 
 BLOCKS, HIDDEN, ROWS = 5, 10, 640
 

@@ -10,8 +10,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from ojfa_export.bundle.shortcut import load, save
 from ojfa_export.errors import OjfaError
-from ojfa_export.shortcut import load, save
 
 SHA = "0123456789abcdef" * 4
 

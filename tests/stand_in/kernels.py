@@ -215,7 +215,7 @@ class StandInKernels:
         self._answer(a, self._floats(a.logits, rows, a.vocabulary), mailbox)
 
     def _answer(self, a: Any, logits: np.ndarray, mailbox: Any) -> None:
-        from ojfa_export.runtime.policy import confidences
+        from ojfa_export.decoding.confidence import confidences
 
         count = view(a.desk + 4 * mailbox.ROWS, np.uint32, 1)
         answer = int(count[0]) + 1
@@ -238,7 +238,7 @@ class StandInKernels:
 
     def sample(self, a: Any) -> None:
         from ojfa_export.backends.cuda import mailbox
-        from ojfa_export.runtime.sampling import Sampling
+        from ojfa_export.decoding.sampling import Sampling
 
         rows = a.grid[0]
         count = view(a.desk + 4 * mailbox.ROWS, np.uint32, 1)

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 
 import ojfa_export
-from ojfa_export.runtime.events import DraftChecked, ExitTaken, ShadowCheck
+from ojfa_export.decoding.events import DraftChecked, ExitTaken, ShadowCheck
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.sampling import Sampling
+from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.runtime.generation import Settings, generate_tokens
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.monitor import Monitor
-from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
-from ojfa_export.runtime.speculation import Speculation
 
 DIRECTORY = Path(__file__).parents[2] / "engines" / "tests" / "vectors"
 BUNDLES = ("llama", "gpt2", "phi3")

@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_models
 from vectors.cases import BUNDLES, DIRECTORY, Case, open_bundle, run_generation, run_steps
 
-from ojfa_export.build.options import BuildOptions
-from ojfa_export.build.pipeline import build
 from ojfa_export.bundle.manifest import Manifest, read_manifest
-from ojfa_export.runtime.default import Default
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.pipeline import build
+from ojfa_export.decoding.default import Default
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.sampling import Sampling
+from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.runtime.model import Model
-from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.sampling import Sampling
-from ojfa_export.runtime.speculation import Speculation
 
 SEED, LENGTH = 5, 64
 # Noise relative to the largest logit: a hundred times what two orders of summation differ by.

@@ -12,10 +12,10 @@ from tiny_models import VARIANTS, VOCAB_SIZE, make_checkpoint
 from tolerances import BLOCK_FP32_RELATIVE, LOGITS_FP32
 
 from ojfa_export import backends
-from ojfa_export.calibrate.hidden import collect_hidden_states
 from ojfa_export.errors import CalibrationError, VerificationError
 from ojfa_export.graphs.weights import references
-from ojfa_export.progress import SILENT
+from ojfa_export.shortcuts.hidden import collect_hidden_states
+from ojfa_export.system.progress import SILENT
 from ojfa_export.verify.blocks import Subject, largest_tensor, make_subject, verify_blocks
 from ojfa_export.verify.exact import HIDDEN, ExactModel
 from ojfa_export.verify.outcome import raise_failed

@@ -10,15 +10,15 @@ import pytest
 from chain import build_chain, random_shortcut
 from tiny_models import VOCAB_SIZE, make_checkpoint
 
-from ojfa_export.build.options import BuildOptions
-from ojfa_export.build.pipeline import build
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Golden
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.pipeline import build
 from ojfa_export.errors import BackendError, UsageError
 from ojfa_export.graphs.weights import references
-from ojfa_export.progress import Silent
+from ojfa_export.models.head import FinalNorm, LanguageHead
 from ojfa_export.runtime.model import Model
-from ojfa_export.shortcut import FinalNorm, LanguageHead
+from ojfa_export.system.progress import Silent
 from ojfa_export.verify.checks import verify_against, verify_parts
 from ojfa_export.verify.golden import verify_golden
 from ojfa_export.verify.reference import TransformersReference

@@ -16,7 +16,7 @@ namespace ojfa::core {
 enum class Activation { silu, gelu, gelu_tanh, relu };
 enum class NormKind { rms, layer };
 
-// The architecture of a model; see ojfa_export/families/spec.py.
+// The architecture of a model; see ojfa_export/models/spec.py.
 struct ModelSpec {
     std::string family;
     int blocks, hidden_size, vocab_size, heads, kv_heads, head_dim, intermediate_size;

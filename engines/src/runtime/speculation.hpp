@@ -1,5 +1,5 @@
 // Lossless self-speculation: an exit drafts, the remaining blocks check all drafts in one pass; see
-// ojfa_export/runtime/speculation.py (Leviathan et al., arXiv 2211.17192).
+// ojfa_export/decoding/speculation.py (Leviathan et al., arXiv 2211.17192).
 #pragma once
 
 #include <array>

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.backends.cuda.device import Device, Memory
-from ojfa_export.families.spec import Precision
+from ojfa_export.models.spec import Precision
 
 DTYPES: dict[Precision, np.dtype[Any]] = {
     "fp16": np.dtype(np.float16),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ojfa_export.backends.choice import Choices, Choosing
 from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.kernels import Kernels, integer, number, pointer, wide_number
 from ojfa_export.backends.cuda.mailbox import ROWS, Asked, DeviceChoices, JoinedChoices, Mailbox
+from ojfa_export.decoding.head_output import Choices, Choosing
 
 # As in choose.cu and sample.cu.
 CHOOSE_PARTS, CHOOSE_THREADS, SAMPLE_THREADS = 32, 512, 1024

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ojfa_export.backends.choice import Choosing
 from ojfa_export.backends.cuda.device import Device, Memory, PinnedArray
 from ojfa_export.backends.cuda.kernels import Argument, integer, pointer, wide_number
+from ojfa_export.decoding.confidence import Measure
+from ojfa_export.decoding.head_output import Choosing
 from ojfa_export.errors import BackendError
-from ojfa_export.runtime.policy import Measure
 
 # As in choose.cuh: answers that may be on their way, rows of each, thread blocks' parts of them.
 SLOTS, ROWS, PARTS = 8, 16, 1024
@@ -146,7 +146,7 @@ class Mailbox:
 
 
 class DeviceChoices:
-    """Choices on their way from the device; see `backends.choice.Choices`.
+    """Choices on their way from the device; see `decoding.head_output.Choices`.
 
     Args:
         mailbox: Where they come.

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from ojfa_export.errors import BackendError
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec
 
 # In a checkout the sources lie beside the package; a wheel carries them inside.
 PLACES = (

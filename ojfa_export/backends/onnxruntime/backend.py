@@ -7,11 +7,12 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from ojfa_export.backends.backend import Backend, Float32
+from ojfa_export.backends.backend import Backend
 from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
 from ojfa_export.bundle.checked import UNCHECKED, Files
+from ojfa_export.decoding.arrays import Float32
 from ojfa_export.errors import BackendError
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec
 
 # What blocks take: the tokens of a pass packed together, and where each slot's are among them.
 FORM, RAGGED = "form of blocks", "ragged passes"

@@ -7,11 +7,11 @@ from pathlib import Path
 import onnx
 
 from ojfa_export.backends.onnxruntime.dialect import OnnxRuntimeCpu, check_fused_attention
-from ojfa_export.families.spec import ModelSpec
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.embed import embed_graph
 from ojfa_export.graphs.heads import exit_head_graph, final_head_graph, residual_head_graph
 from ojfa_export.graphs.weights import references
+from ojfa_export.models.spec import ModelSpec
 
 
 def build_engine(spec: ModelSpec, graph: Path, engine: Path) -> None:

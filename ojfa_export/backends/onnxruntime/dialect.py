@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ojfa_export.errors import BackendError
-from ojfa_export.families.spec import Activation, ModelSpec
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, INT64, MICROSOFT, Graph
 from ojfa_export.graphs.weights import TensorRef
+from ojfa_export.models.spec import Activation, ModelSpec
 
 WIDENED_AT_ONCE = 64_000_000  # bytes
 # Which input of GroupQueryAttention `query_seqlens` is (ONNX Runtime 1.32 and later).

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from ojfa_export.backends.backend import Float32, Int32
 from ojfa_export.backends.choice import ChoosesOnHost
 from ojfa_export.backends.onnxruntime.executor import OnnxRuntimeExecutor
 from ojfa_export.backends.onnxruntime.ports import check_ports
 from ojfa_export.backends.onnxruntime.session import open_session
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.bundle.names import block_name
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.decoding.arrays import Float32, Int32
+from ojfa_export.models.spec import ModelSpec
 
 
 class OnnxRuntimeEngines(ChoosesOnHost):

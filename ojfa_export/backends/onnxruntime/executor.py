@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ojfa_export.backends.backend import Float32
 from ojfa_export.backends.onnxruntime.session import failure
 from ojfa_export.backends.onnxruntime.slots import SlotArray
 from ojfa_export.backends.passes import (
@@ -25,6 +24,7 @@ from ojfa_export.backends.passes import (
     store_chunks,
 )
 from ojfa_export.bundle.names import block_name
+from ojfa_export.decoding.arrays import Float32
 
 if TYPE_CHECKING:
     from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines

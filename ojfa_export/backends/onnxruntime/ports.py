@@ -8,7 +8,7 @@ from typing import Any
 import onnxruntime as ort
 
 from ojfa_export.errors import BackendError
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec
 
 # By name: ONNX Runtime's type, and sizes; None for what varies.
 Ports = dict[str, tuple[str, tuple[int | None, ...]]]

@@ -7,7 +7,7 @@ import mmap
 
 import numpy as np
 
-from ojfa_export.backends.backend import Float32
+from ojfa_export.decoding.arrays import Float32
 
 
 class SlotArray:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from ojfa_export.backends.backend import Backend, Float32
+from ojfa_export.backends.backend import Backend
 from ojfa_export.backends.cuda.arrays import DTYPES
 from ojfa_export.backends.cuda.bandwidth import copy_bandwidth
 from ojfa_export.backends.cuda.device import the_device
@@ -15,7 +15,8 @@ from ojfa_export.backends.onnxruntime_cuda.engines import OnnxRuntimeCudaEngines
 from ojfa_export.backends.onnxruntime_cuda.plan import NAME
 from ojfa_export.backends.onnxruntime_cuda.provider import check_provider
 from ojfa_export.bundle.checked import UNCHECKED, Files
-from ojfa_export.families.spec import ModelSpec, Precision
+from ojfa_export.decoding.arrays import Float32
+from ojfa_export.models.spec import ModelSpec, Precision
 
 
 class OnnxRuntimeCuda:

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import onnx
 
-from ojfa_export.atomic import write_atomically
 from ojfa_export.backends.onnxruntime.dialect import check_fused_attention
 from ojfa_export.backends.onnxruntime_cuda.dialect import CudaGraph, OnnxRuntimeCuda
 from ojfa_export.backends.onnxruntime_cuda.plan import NAME, GraphPlan, Weight
 from ojfa_export.bundle.names import block_name
-from ojfa_export.families.spec import ModelSpec, Precision
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.dialect import Weights
 from ojfa_export.graphs.embed import embed_graph
 from ojfa_export.graphs.heads import exit_head_graph, final_head_graph, residual_head_graph
 from ojfa_export.graphs.weights import references
+from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.system.atomic import write_atomically
 
 PRECISIONS: dict[int, Precision] = {
     onnx.TensorProto.FLOAT: "fp32",

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from ojfa_export.backends.backend import Float32
-from ojfa_export.backends.choice import Choices, Choosing, PreparesByParts
+from ojfa_export.backends.choice import PreparesByParts
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.choosing import Chooser, choose_in_parts
 from ojfa_export.backends.cuda.device import Device, PinnedArray
@@ -28,7 +27,9 @@ from ojfa_export.backends.onnxruntime_cuda.provider import Array, Work, open_ses
 from ojfa_export.backends.onnxruntime_cuda.weights import Weights
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.bundle.names import block_name
-from ojfa_export.families.spec import ModelSpec, Precision
+from ojfa_export.decoding.arrays import Float32
+from ojfa_export.decoding.head_output import Choices, Choosing
+from ojfa_export.models.spec import ModelSpec, Precision
 
 # The kernels that are compiled for a model when it is opened.
 SOURCES = ("embed.cu", "choose.cu", "sample.cu")

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ojfa_export.backends.backend import Float32, Int32
-from ojfa_export.backends.choice import Choices
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
 from ojfa_export.backends.cuda.embedding import embed
 from ojfa_export.backends.cuda.kernels import pointer
@@ -25,6 +23,8 @@ from ojfa_export.backends.passes import (
     write_rows,
 )
 from ojfa_export.bundle.names import block_name
+from ojfa_export.decoding.arrays import Float32, Int32
+from ojfa_export.decoding.head_output import Choices
 
 if TYPE_CHECKING:
     from ojfa_export.backends.onnxruntime_cuda.engines import OnnxRuntimeCudaEngines

@@ -18,8 +18,8 @@ from typing import Any
 
 import tensorrt as trt
 
-from ojfa_export.atomic import write_atomically
 from ojfa_export.errors import BackendError
+from ojfa_export.system.atomic import write_atomically
 
 LEVEL = 2  # of optimisation: at 3 and above, 8.6 takes more than six minutes for a large block
 WORKSPACE_BYTES = 2 << 30

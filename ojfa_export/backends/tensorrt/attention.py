@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from ojfa_export.backends.cuda.arrays import DeviceArrays

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ojfa_export.backends.backend import Backend, Engines, Float32
+from ojfa_export.backends.backend import Backend, Engines
 from ojfa_export.backends.cuda.arrays import DTYPES
 from ojfa_export.backends.cuda.bandwidth import copy_bandwidth
 from ojfa_export.backends.cuda.device import the_device
@@ -14,7 +14,8 @@ from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for, read_plan
 from ojfa_export.backends.tensorrt.probe import trace_block
 from ojfa_export.bundle.checked import UNCHECKED, Files
-from ojfa_export.families.spec import ModelSpec, Precision
+from ojfa_export.decoding.arrays import Float32
+from ojfa_export.models.spec import ModelSpec, Precision
 
 
 class TensorRt:

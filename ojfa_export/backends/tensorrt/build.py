@@ -17,15 +17,15 @@ from typing import Any
 
 import onnx
 
-from ojfa_export.atomic import write_atomically
 from ojfa_export.backends.cuda.device import the_device
 from ojfa_export.backends.cuda.kernels import compile_kernels
 from ojfa_export.backends.cuda.sources import definitions, sources_digest
 from ojfa_export.backends.tensorrt import api
 from ojfa_export.backends.tensorrt.graphs import parts, transposed
 from ojfa_export.backends.tensorrt.plan import PROFILES, GraphPlan, Weight
-from ojfa_export.families.spec import ModelSpec, Precision
 from ojfa_export.graphs.weights import TensorRef, references
+from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.system.atomic import write_atomically
 
 KERNELS = "kernels"
 

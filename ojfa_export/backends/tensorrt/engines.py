@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ojfa_export.backends.backend import Executor, Float32
-from ojfa_export.backends.choice import Choices, Choosing, Newest
+from ojfa_export.backends.backend import Executor
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.choosing import Chooser, choose_in_parts
 from ojfa_export.backends.cuda.device import Device, PinnedArray
@@ -18,7 +17,7 @@ from ojfa_export.backends.cuda.embedding import embed
 from ojfa_export.backends.cuda.kernels import Argument, Kernels
 from ojfa_export.backends.cuda.mailbox import Asked, DeviceChoices, Mailbox
 from ojfa_export.backends.cuda.recorder import Work
-from ojfa_export.backends.passes import Pass
+from ojfa_export.backends.passes import Newest, Pass
 from ojfa_export.backends.tensorrt.blocks import Workspace
 from ojfa_export.backends.tensorrt.engine import Engine, EngineSet
 from ojfa_export.backends.tensorrt.executor import NewestDecode, TensorRtExecutor
@@ -39,8 +38,10 @@ from ojfa_export.backends.tensorrt.tiled import TiledKernels, matrix_shapes, mos
 from ojfa_export.backends.tensorrt.weights import WeightStore
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.bundle.names import block_name
+from ojfa_export.decoding.arrays import Float32
+from ojfa_export.decoding.head_output import Choices, Choosing
 from ojfa_export.errors import UsageError
-from ojfa_export.families.spec import ModelSpec, Precision
+from ojfa_export.models.spec import ModelSpec, Precision
 
 DECODE_VARIABLE = "OJFA_DECODE"
 

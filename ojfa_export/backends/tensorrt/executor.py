@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ojfa_export.backends.backend import Float32
-from ojfa_export.backends.choice import Choices, Newest
 from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.kernels import pointer
 from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.passes import (
     Chunk,
+    Newest,
     Pass,
     load_chunks,
     positions_of,
@@ -31,6 +30,8 @@ from ojfa_export.backends.tensorrt.heads import Keeping
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
 from ojfa_export.backends.tensorrt.memory import Request
 from ojfa_export.backends.tensorrt.plan import PREFILL_TOKENS
+from ojfa_export.decoding.arrays import Float32
+from ojfa_export.decoding.head_output import Choices
 
 if TYPE_CHECKING:
     from ojfa_export.backends.tensorrt.engines import TensorRtEngines

@@ -9,7 +9,7 @@ from ojfa_export.backends.cuda.sizes import readable
 from ojfa_export.backends.tensorrt.plan import PREFILL_TOKENS, GraphPlan, Place
 from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import BackendError
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec
 
 # Of an allocation: what the driver rounds up to.
 PAGE = 2 << 20

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ojfa_export.backends.backend import Float32
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
+from ojfa_export.decoding.arrays import Float32
 
 
 def trace_block(engines: TensorRtEngines, index: int, hidden: Float32) -> dict[str, Float32]:

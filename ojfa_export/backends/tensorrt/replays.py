@@ -11,12 +11,13 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ojfa_export.backends.backend import Hidden
-from ojfa_export.backends.choice import Choices, Choosing, Newest, run_and_choose
+from ojfa_export.backends.choice import run_and_choose
 from ojfa_export.backends.cuda.device import Graph
-from ojfa_export.backends.passes import Pass, positions_of
+from ojfa_export.backends.passes import Newest, Pass, positions_of
 from ojfa_export.backends.tensorrt.executor import NewestDecode, TensorRtExecutor
 from ojfa_export.backends.tensorrt.heads import HEAD_ROWS
+from ojfa_export.decoding.arrays import Hidden
+from ojfa_export.decoding.head_output import Choices, Choosing
 
 if TYPE_CHECKING:
     from ojfa_export.backends.tensorrt.engines import TensorRtEngines

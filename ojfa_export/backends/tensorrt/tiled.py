@@ -11,7 +11,7 @@ from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.kernels import Argument, Kernels, integer, pointer
 from ojfa_export.backends.tensorrt.linear import Norm, address
-from ojfa_export.families.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec
 
 MOST_TILED_TOKENS = 16
 # As in the kernels: threads and warps of a block, rows of a tile, columns of a span.

@@ -1,0 +1,1 @@
+"""The compiler: checkpoint in, verified bundle out, one resumable stage after the other."""

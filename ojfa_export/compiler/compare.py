@@ -1,0 +1,154 @@
+"""Runs a comparison: text through the blocks, every kind fitted, measured and judged."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+
+import numpy as np
+
+from ojfa_export.bundle.names import GRAPHS, block_name
+from ojfa_export.bundle.shortcut import Shortcut
+from ojfa_export.compiler import stages
+from ojfa_export.compiler.inputs import Inputs
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.work import Work, check_output
+from ojfa_export.errors import OjfaError
+from ojfa_export.graphs.export import Exporter
+from ojfa_export.graphs.fold import fold
+from ojfa_export.models.head import LanguageHead
+from ojfa_export.planning.machine import describe_machine
+from ojfa_export.shortcuts.calibrate import exit_sample, has_torch, jumped
+from ojfa_export.shortcuts.comparison.claims import judge
+from ojfa_export.shortcuts.comparison.cost import HEADS, measure_heads
+from ojfa_export.shortcuts.comparison.fit import Fitted, fit_kinds
+from ojfa_export.shortcuts.comparison.model import Comparison, HeadCost, KindResult
+from ojfa_export.shortcuts.comparison.write import NAMED, write_comparison
+from ojfa_export.shortcuts.hidden import HiddenStates, collect_hidden_states
+from ojfa_export.shortcuts.kinds import KINDS, TITLES, Kind
+from ojfa_export.shortcuts.metrics import ExitQuality, FullModelReference, evaluate
+from ojfa_export.system.progress import Progress
+
+PACKAGES = ("numpy", "onnxruntime", "tokenizers", "torch")
+
+
+def compare_shortcuts(options: BuildOptions, descend: bool, progress: Progress) -> Comparison:
+    """Compares all kinds of shortcut on a checkpoint, and writes the report.
+
+    Args:
+        options: `output` is the directory to write, whole or not at all.
+        descend: Whether to train narrow jumps by gradient descent, too.
+        progress: Shows what is done.
+
+    Raises:
+        OjfaError: Bad input, or torch is not installed.
+    """
+    check_output(options.output, options.overwrite, NAMED)
+    if not has_torch():
+        raise OjfaError(
+            "comparing shortcuts needs torch, which is not installed",
+            hint="pip install 'ojfa-export[verify]'",
+        )
+    inputs = Inputs(options)
+    with Work(options.output, f"compare {inputs.fingerprint()}").open() as work:
+        settings, graphs = inputs.settings, work.bundle / GRAPHS
+        exporter = Exporter(
+            inputs.checkpoint, graphs, settings.precision, settings.max_cache_length
+        )
+        states = _run_text(inputs, exporter, work, progress)
+        head = stages.language_head(inputs.checkpoint, graphs)
+        blocks, fit_tokens = inputs.checkpoint.spec.blocks, inputs.windows.fit.size
+        fitted = fit_kinds(
+            states, blocks, fit_tokens, head, settings.rank, descend, work.scratch, progress
+        )
+        report = _measure(inputs, exporter, states, head, fitted, work, progress)
+        written = work.scratch / "comparison"
+        shutil.rmtree(written, ignore_errors=True)  # of an interrupted run
+        written.mkdir()
+        write_comparison(report, written)
+        check_output(options.output, options.overwrite, NAMED)  # it may have come to be meanwhile
+        work.publish(written)
+    return report
+
+
+def _run_text(inputs: Inputs, exporter: Exporter, work: Work, progress: Progress) -> HiddenStates:
+    spec, backend = inputs.checkpoint.spec, inputs.backend
+    names = ["embed", *map(block_name, range(spec.blocks))]
+    with work.stage("export") as needed:
+        if needed:
+            stages.export(exporter, progress)
+    with work.stage("engines") as needed:
+        if needed:
+            stages.build_engines(work.bundle, names, spec, backend, progress)
+    return collect_hidden_states(
+        spec,
+        backend,
+        exporter.directory,
+        stages.engine_files(work.bundle, backend, names),
+        stages.rotary_tables(work.bundle),
+        np.concatenate([inputs.windows.fit, inputs.windows.held_out]),
+        work.scratch,
+        progress,
+    )
+
+
+def _measure(
+    inputs: Inputs,
+    exporter: Exporter,
+    states: HiddenStates,
+    head: LanguageHead,
+    fitted: Fitted,
+    work: Work,
+    progress: Progress,
+) -> Comparison:
+    spec = inputs.checkpoint.spec
+    one_jump, residual = fitted.maps["ojfa"], fitted.maps["residual"]
+    assert isinstance(one_jump, Shortcut)
+    assert isinstance(residual, Shortcut)
+    sample = exit_sample(states, spec.blocks, inputs.windows.fit.size, head)
+    reference = FullModelReference(sample.hidden(spec.blocks), head, work.scratch)
+    qualities: dict[Kind, list[ExitQuality]] = {kind: [] for kind in KINDS}
+    with progress.task("comparing: measuring exits", spec.blocks - 1, "exits") as task:
+        for depth in range(1, spec.blocks):
+            hidden = sample.hidden(depth)
+            for kind in KINDS:
+                logits = partial(jumped, fitted.maps[kind], head, depth)
+                qualities[kind].append(evaluate(logits, hidden, reference))
+            task.advance()
+    folded = fold(one_jump, head.norm, head.weight, head.bias)
+    with progress.task("comparing: timing checks", 1, "rounds") as task:
+        costs = measure_heads(exporter, folded, residual, work.scratch)
+        task.advance()
+    report = Comparison(
+        model=inputs.name,
+        model_sha256=inputs.model_sha256,
+        blocks=spec.blocks,
+        hidden_size=spec.hidden_size,
+        vocab_size=spec.vocab_size,
+        rank=inputs.settings.rank,
+        calibration_sources=[text.name for text in inputs.texts],
+        tokens_fitted=inputs.windows.fit.size,
+        tokens_measured=len(sample.rows),
+        kinds=[_result(kind, fitted, costs[HEADS[kind]], qualities[kind]) for kind in KINDS],
+        precision_at_1=fitted.matrix.precision_at_1.tolist(),
+        surprisal=fitted.matrix.surprisal.tolist(),
+        descent=fitted.descent,
+        distillation=fitted.distillation,
+        claims=[],
+        machine=describe_machine(PACKAGES),
+    )
+    return report.model_copy(update={"claims": judge(report)})
+
+
+def _result(kind: Kind, fitted: Fitted, check: HeadCost, exits: list[ExitQuality]) -> KindResult:
+    parameters = fitted.maps[kind].parameters
+    return KindResult(
+        kind=kind,
+        title=TITLES[kind],
+        parameters=parameters,
+        bytes=4 * parameters,
+        fitted_at=fitted.levels.get(kind),
+        fit_seconds=fitted.seconds[kind],
+        check=check,
+        exits=exits,
+    )

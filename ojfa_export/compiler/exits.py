@@ -1,0 +1,121 @@
+"""The stages that decide on exits: statistics, costs, promise and default."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from ojfa_export.backends.frugal import LARGE_BYTES, is_large
+from ojfa_export.bundle.names import STATISTICS
+from ojfa_export.bundle.promise import Promise
+from ojfa_export.compiler.inputs import Inputs
+from ojfa_export.compiler.stages import open_engines
+from ojfa_export.compiler.work import Work
+from ojfa_export.decoding.default import Default
+from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.planning.plan import plan_default
+from ojfa_export.planning.rehearse import ROOM
+from ojfa_export.planning.step_costs import measure_costs
+from ojfa_export.planning.turns import Turns
+from ojfa_export.promises.certify import certify
+from ojfa_export.promises.collect import collect_statistics
+from ojfa_export.promises.statistics import ExitStatistics, load_statistics, save_statistics
+from ojfa_export.system.heap import trim_heap
+from ojfa_export.system.progress import Progress
+
+# Of the tokens that are looked at: the same in every build.
+SAMPLING_SEED = 0
+# What `--exit auto` means where no early exit keeps the promise.
+FULL_DEPTH = ExitPolicy(exits=(), measure="top", thresholds=())
+# Turns of timing, and when to stop beginning them.
+ROUNDS, SECONDS = 6, 10.0
+# Of a large model's blocks that are timed: many times what caches hold, a few blocks of memory.
+TIMED_BYTES = LARGE_BYTES // 2
+
+
+class Decided(BaseModel):
+    """What the bundle's manifest says of its exits.
+
+    Attributes:
+        promise: What was asked and shown of `--exit auto`, if anything.
+        default: What happens where a user names no way; None without statistics.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    promise: Promise | None = None
+    default: Default | None = None
+
+    @property
+    def auto(self) -> ExitPolicy | None:
+        """What `--exit auto` means."""
+        return None if self.promise is None else self.promise.policy or FULL_DEPTH
+
+
+def collect(inputs: Inputs, work: Work, progress: Progress) -> None:
+    """Notes what every exit says, and writes statistics.npz."""
+    windows = inputs.statistics_windows
+    assert windows is not None
+    pairs = list(zip(windows.tuning, windows.certification, strict=True))
+    statistics = collect_statistics(
+        inputs.checkpoint.spec,
+        lambda: open_engines(inputs, work),
+        windows.domains,
+        [np.concatenate(pair) for pair in pairs],
+        work.scratch,
+        progress,
+        np.random.default_rng(SAMPLING_SEED),
+    )
+    tuned = np.concatenate([np.arange(sum(map(len, pair))) < len(pair[0]) for pair in pairs])
+    splits: dict[str, ExitStatistics] = {
+        "tuning": statistics.select(np.flatnonzero(tuned)),
+        "certification": statistics.select(np.flatnonzero(~tuned)),
+    }
+    save_statistics(work.bundle / STATISTICS, splits)
+    trim_heap()
+
+
+def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
+    """Times steps on this machine, certifies the promise that was asked, and plans the default.
+
+    What was decided is kept in the scratch directory for the manifest. Timing takes both heads and
+    some blocks at once: of a large model that is more than a build may take, and is done only
+    where a promise needs it. Such a model's default is full depth; `plan` tells more.
+    """
+    spec, limits = inputs.checkpoint.spec, inputs.settings.limits
+    large = is_large(spec)
+    if large and limits is None:
+        return
+    engines, length = open_engines(inputs, work), inputs.settings.max_cache_length
+    costs = measure_costs(
+        spec,
+        engines,
+        length,
+        rounds=ROUNDS,
+        seconds=SECONDS,
+        progress=progress,
+        most_bytes=TIMED_BYTES if large else LARGE_BYTES,
+    )
+    splits = load_statistics(work.bundle / STATISTICS)
+    promise = None
+    if limits is not None:
+        of_policies = costs.of_policies()
+        promise = certify(splits["tuning"], splits["certification"], limits, of_policies)
+    turns = None if large else Turns(spec, engines, length, ROOM)
+    policy = promise.policy if promise else None
+    default = plan_default(splits, costs, policy, turns, SECONDS, progress)
+    del turns, engines
+    gc.collect()  # what was timed refers to itself
+    trim_heap()
+    decided = Decided(promise=promise, default=default)
+    (work.scratch / "exits.json").write_text(decided.model_dump_json(), encoding="utf-8")
+
+
+def load_decided(work: Work) -> Decided:
+    """What `decide` kept; nothing, where there was no text for it."""
+    path = work.scratch / "exits.json"
+    if not path.exists():
+        return Decided()
+    return Decided.model_validate_json(path.read_text(encoding="utf-8"))

@@ -1,0 +1,78 @@
+"""Golden tokens: short greedy continuations that a bundle must reproduce wherever it runs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ojfa_export.backends.backend import Engines
+from ojfa_export.bundle.manifest import Golden
+from ojfa_export.decoding.arrays import Float32, Int32
+from ojfa_export.models.spec import ModelSpec
+from ojfa_export.runtime.session import Session
+
+PROMPT_TOKENS = 16
+NEW_TOKENS = 8
+# A token is golden only if it leads the second by this share of the largest logit: another
+# processor sums in another order, and must not be blamed for turning a near tie.
+LEAD = 0.01
+
+
+def make_golden(
+    spec: ModelSpec, engines: Engines, windows: Int32, max_length: int
+) -> tuple[Golden, ...]:
+    """Generates golden tokens at full depth and at half depth.
+
+    Where no token leads clearly, as of random weights, the one that leads most is golden at full
+    depth: a bundle without any could not be verified.
+
+    Args:
+        spec: The model.
+        engines: The bundle's engines.
+        windows: [n, length] token ids to take prompts from.
+        max_length: Tokens that the bundle's cache holds, prompt and continuation.
+    """
+    golden, clearest = [], (-1.0, ([0], [0]))
+    for exit in dict.fromkeys((spec.blocks, max(1, spec.blocks // 2))):
+        for window in windows[:8]:
+            prompt = window[: max(1, min(PROMPT_TOKENS, max_length // 2))].tolist()
+            new_tokens = min(NEW_TOKENS, max_length + 1 - len(prompt))
+            tokens, lead = _continue(spec, engines, prompt, exit, new_tokens)
+            if tokens:
+                golden.append(_golden(exit, prompt, tokens))
+                break
+            if exit == spec.blocks and lead.share > clearest[0]:
+                clearest = lead.share, (prompt, [lead.token])
+    return tuple(golden) or (_golden(spec.blocks, *clearest[1]),)
+
+
+def _golden(exit: int, prompt: list[int], tokens: list[int]) -> Golden:
+    return Golden(exit=exit, prompt_token_ids=tuple(prompt), token_ids=tuple(tokens))
+
+
+class _Lead(NamedTuple):
+    """The likeliest token, and by which share of the largest logit it leads the second."""
+
+    token: int
+    share: float
+
+    @classmethod
+    def of(cls, logits: Float32) -> _Lead:
+        second, first = np.partition(logits, -2)[-2:]
+        return cls(int(logits.argmax()), float((first - second) / np.abs(logits).max()))
+
+
+def _continue(
+    spec: ModelSpec, engines: Engines, prompt: list[int], exit: int, new_tokens: int
+) -> tuple[list[int], _Lead]:
+    """Greedy tokens up to the first that does not lead clearly, and that one."""
+    session = Session(spec, engines, 1, len(prompt) + new_tokens - 1)
+    tokens: list[int] = []
+    lead = _Lead.of(session.advance(prompt, exit)[0])
+    while lead.share >= LEAD:
+        tokens.append(lead.token)
+        if len(tokens) == new_tokens:
+            break
+        lead = _Lead.of(session.advance(tokens[-1:], exit)[0])
+    return tokens, lead

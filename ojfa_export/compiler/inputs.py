@@ -1,0 +1,85 @@
+"""Everything that a build reads, checked before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ojfa_export import backends
+from ojfa_export.backends.backend import Backend
+from ojfa_export.compiler.options import BuildOptions, Settings, settle
+from ojfa_export.compiler.versions import tool_versions
+from ojfa_export.errors import CheckpointError
+from ojfa_export.models.calibration_text import CalibrationText, Windows, make_windows, read_source
+from ojfa_export.models.checkpoint.checkpoint import Checkpoint
+from ojfa_export.models.checkpoint.hub import resolve
+from ojfa_export.models.checkpoint.tokenizer import read_tokenizer
+from ojfa_export.promises.windows import PromiseWindows, planning_windows, promise_windows
+from ojfa_export.shortcuts.fit import rows_needed
+
+
+class Inputs:
+    """Everything that a build reads, checked before anything is written.
+
+    Raises:
+        OjfaError: Anything is missing, damaged, unsupported or out of range.
+    """
+
+    def __init__(self, options: BuildOptions) -> None:
+        self.options = options
+        directory = resolve(options.checkpoint, options.revision)
+        self.checkpoint = Checkpoint(directory)
+        self.tokenizer: Tokenizer = read_tokenizer(directory)
+        rotary = self.checkpoint.family.rotary(self.checkpoint.config)
+        self.settings: Settings = settle(options, self.checkpoint.spec, rotary)
+        self.backend: Backend = backends.load(options.backend)
+        self.texts: list[CalibrationText] = [read_source(p) for p in self.settings.calibration_data]
+        is_directory = Path(options.checkpoint).is_dir()
+        self.name = directory.resolve().name if is_directory else options.checkpoint
+        self.windows: Windows = make_windows(
+            self.texts,
+            self.tokenizer,
+            self.settings.window,
+            self.settings.calibration_tokens,
+            rows_needed(self.checkpoint.spec.hidden_size),
+        )
+        limits, rest = self.settings.limits, self.windows.rest
+        self.statistics_windows: PromiseWindows | None = (
+            planning_windows(self.texts, rest)
+            if limits is None
+            else promise_windows(self.texts, rest, limits)
+        )
+        self._check_vocabulary()
+        self.checkpoint.check_tensors()
+        self.model_sha256 = self.checkpoint.sha256()
+
+    def _check_vocabulary(self) -> None:
+        windows = (self.windows.fit, self.windows.held_out, *self.windows.rest)
+        highest = max(int(ids.max(initial=0)) for ids in windows)
+        vocabulary = self.checkpoint.spec.vocab_size
+        if highest >= vocabulary:
+            raise CheckpointError(
+                f"the tokenizer of {self.checkpoint.directory} gives token {highest}, but the "
+                f"model has {vocabulary} tokens",
+                hint="tokenizer and weights belong to different models",
+            )
+
+    def fingerprint(self) -> str:
+        """Digest of everything that decides the result."""
+        settings = self.settings
+        parts = [
+            self.model_sha256,
+            [self.name, self.options.revision],
+            [self.backend.name, self.backend.versions()],
+            self.tokenizer.to_str(),
+            [[text.name, text.sha256, text.domain] for text in self.texts],
+            [settings.precision, settings.rank, settings.max_cache_length],
+            [settings.max_batch_size, settings.calibration_tokens, settings.window],
+            settings.limits and settings.limits.model_dump(),
+            settings.shortcut,
+            tool_versions(),
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,101 @@
+"""The stages alone: a shortcut without a bundle, graphs without engines."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ojfa_export.bundle.names import GRAPHS, SHORTCUT, block_name, graph_names
+from ojfa_export.bundle.shortcut import load
+from ojfa_export.compiler import stages
+from ojfa_export.compiler.inputs import Inputs
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.report.write import write_report
+from ojfa_export.compiler.work import Work, check_output
+from ojfa_export.errors import CheckpointError
+from ojfa_export.graphs.export import Exporter
+from ojfa_export.graphs.fold import fold
+from ojfa_export.system.progress import Progress
+from ojfa_export.system.publish import publish
+
+
+def calibrate_only(
+    options: BuildOptions, progress: Progress, report: Path | None = None
+) -> dict[str, Any]:
+    """Fits and chooses the shortcut of a checkpoint.
+
+    Args:
+        options: `output` is the shortcut file to write.
+        progress: Shows what is done.
+        report: Directory for the report, or None.
+
+    Raises:
+        OjfaError: Bad input.
+    """
+    check_output(options.output, options.overwrite, holds=None)
+    inputs = Inputs(options)
+    with Work(options.output, f"calibrate {inputs.fingerprint()}").open() as work:
+        exporter = _exporter(inputs, work.bundle / GRAPHS)
+        with work.stage("export") as needed:
+            if needed:
+                stages.export(exporter, progress)
+        names = ["embed", *map(block_name, range(inputs.checkpoint.spec.blocks))]
+        with work.stage("engines") as needed:
+            if needed:
+                spec = inputs.checkpoint.spec
+                stages.build_engines(work.bundle, names, spec, inputs.backend, progress)
+        calibrated = stages.run_calibration(inputs, work, progress)
+        result = stages.make_report(inputs, calibrated)
+        if report is not None:
+            report.mkdir(parents=True, exist_ok=True)
+            write_report(result, report)
+        check_output(options.output, options.overwrite, holds=None)  # it may have come to be
+        work.publish(work.bundle / SHORTCUT)
+    return {"shortcut": str(options.output), **result.model_dump(mode="json")}
+
+
+def export_only(options: BuildOptions, shortcut: Path | None, progress: Progress) -> dict[str, Any]:
+    """Writes a checkpoint's graphs.
+
+    Args:
+        options: `output` is the directory to write.
+        shortcut: A shortcut file, for the exit head; None leaves the exit head out.
+        progress: Shows graphs.
+
+    Raises:
+        OjfaError: Bad input, or a shortcut that was fitted on another model.
+    """
+    check_output(options.output, options.overwrite, holds="embed.onnx")
+    inputs = Inputs(options)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=options.output.absolute().parent, prefix=f"{options.output.name}."
+    ) as temporary:
+        directory = Path(temporary) / "graphs"
+        directory.mkdir()
+        exporter = _exporter(inputs, directory)
+        stages.export(exporter, progress)
+        names = [name for name in graph_names(inputs.checkpoint.spec.blocks) if name != "exit_head"]
+        if shortcut is not None:
+            _export_exit_head(exporter, shortcut, inputs)
+            names.append("exit_head")
+        check_output(options.output, options.overwrite, holds="embed.onnx")
+        publish(directory, options.output)
+    return {"directory": str(options.output), "graphs": names}
+
+
+def _export_exit_head(exporter: Exporter, shortcut: Path, inputs: Inputs) -> None:
+    jump, model_sha256 = load(shortcut)
+    if model_sha256 != inputs.model_sha256:
+        raise CheckpointError(
+            f"{shortcut} was fitted on another model than {inputs.checkpoint.directory}",
+            hint="fit it again with 'ojfa-export calibrate'",
+        )
+    head = stages.language_head(inputs.checkpoint, exporter.directory)
+    exporter.exit_head(jump if jump.residual else fold(jump, head.norm, head.weight, head.bias))
+
+
+def _exporter(inputs: Inputs, directory: Path) -> Exporter:
+    settings = inputs.settings
+    return Exporter(inputs.checkpoint, directory, settings.precision, settings.max_cache_length)

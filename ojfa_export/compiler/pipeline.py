@@ -1,0 +1,196 @@
+"""Builds a bundle: checkpoint -> graphs -> engines -> shortcut -> exit head -> verified bundle."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ojfa_export.bundle.bundle import Bundle
+from ojfa_export.bundle.names import GRAPHS, MANIFEST, REPORT, graph_names
+from ojfa_export.bundle.promise import Promise
+from ojfa_export.compiler import exits, stages
+from ojfa_export.compiler.exits import Decided
+from ojfa_export.compiler.inputs import Inputs
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.report.model import CalibrationReport
+from ojfa_export.compiler.report.write import write_report
+from ojfa_export.compiler.work import StageRecord, Work, check_output
+from ojfa_export.graphs.export import Exporter
+from ojfa_export.runtime.model import Model
+from ojfa_export.system.progress import SILENT, Progress
+from ojfa_export.verify.check import Check
+from ojfa_export.verify.outcome import raise_failed
+from ojfa_export.verify.verify import compare_blocks, has_reference
+
+VERIFIED_SEQUENCES = 2
+VERIFIED_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build made.
+
+    Attributes:
+        bundle: Its directory.
+        report: The calibration report, with the verification's checks.
+        stages: What was done, and what it cost.
+        decided: What was asked and shown of `--exit auto`, and what is done where no way is named.
+    """
+
+    bundle: Path
+    report: CalibrationReport
+    stages: list[StageRecord]
+    decided: Decided
+
+    @property
+    def promise(self) -> Promise | None:
+        """What was asked and shown of `--exit auto`, if anything."""
+        return self.decided.promise
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        report = self.report
+        return {
+            "bundle": str(self.bundle),
+            "model": report.model,
+            "blocks": report.blocks,
+            "rank": report.rank,
+            "shortcut": report.kind,
+            "fitted_at": report.fitted_at,
+            "reason": report.reason,
+            "stages": [asdict(stage) for stage in self.stages],
+            "checks": [check.model_dump() for check in report.checks],
+            **self.decided.model_dump(mode="json"),
+            "report": str(self.bundle / REPORT / "report.html"),
+        }
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        report, default = self.report, self.decided.default
+        verified = f"{len(report.checks)} checks passed" if report.checks else "not verified"
+        if report.checks and not has_reference():
+            verified += " against float64; transformers, which is not installed, was not compared"
+        return (
+            f"{self.bundle}: {report.blocks} blocks, {report.shortcut}, {verified}\n"
+            + (f"exit auto: {self.promise.reason}\n" if self.promise else "")
+            + (f"default: {default.reason}\n" if default else "")
+            + f"report: {self.bundle / REPORT / 'report.html'}"
+        )
+
+
+def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
+    """Builds a bundle, whole or not at all; work that an earlier run finished is kept.
+
+    Raises:
+        OjfaError: Bad input, or a result that differs from the reference.
+    """
+    check_output(options.output, options.overwrite)
+    inputs = Inputs(options)
+    with Work(options.output, inputs.fingerprint()).open() as work:
+        _make_parts(inputs, work, progress)
+        report, decided = _verify(inputs, work, progress)
+        check_output(options.output, options.overwrite)  # it may have come to be meanwhile
+        work.publish()
+    return BuildResult(options.output, report, work.records, decided)
+
+
+def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
+    spec, settings, backend = inputs.checkpoint.spec, inputs.settings, inputs.backend
+    exporter = Exporter(
+        inputs.checkpoint, work.bundle / GRAPHS, settings.precision, settings.max_cache_length
+    )
+    with work.stage("export") as needed:
+        if needed:
+            stages.export(exporter, progress)
+            stages.write_tokenizer(inputs.tokenizer, work.bundle)
+    with work.stage("engines") as needed:
+        if needed:
+            names = [name for name in graph_names(spec.blocks) if name != "exit_head"]
+            stages.build_engines(work.bundle, names, spec, backend, progress)
+    with work.stage("calibrate") as needed:
+        if needed:
+            calibrated = stages.run_calibration(inputs, work, progress)
+            exporter.exit_head(calibrated.head)
+            stages.build_engines(work.bundle, ["exit_head"], spec, backend, progress)
+            report = stages.make_report(inputs, calibrated)
+            stages.save_report(report, work.scratch / "report.json")
+            for path in work.scratch.glob("*.f32"):
+                path.unlink()
+    if inputs.statistics_windows is not None:
+        with work.stage("statistics") as needed:
+            if needed:
+                exits.collect(inputs, work, progress)
+        with work.stage("exits") as needed:
+            if needed:
+                exits.decide(inputs, work, progress)
+
+
+def _verify(inputs: Inputs, work: Work, progress: Progress) -> tuple[CalibrationReport, Decided]:
+    """Compares with transformers, and finishes report and manifest."""
+    kept = work.scratch / "report.json"
+    checks: list[Check] = []
+    with work.stage("verify"):
+        golden = stages.find_golden(inputs, work)
+        report, decided = stages.load_report(kept, []), exits.load_decided(work)
+        if not inputs.options.skip_verification:
+            stages.write_manifest(work.bundle, inputs, report, golden, decided)
+            checks = _compare(inputs, work.bundle, progress)
+            report = stages.load_report(kept, checks)
+        write_report(report, work.bundle / REPORT)
+        (work.bundle / MANIFEST).unlink(missing_ok=True)
+        stages.write_manifest(work.bundle, inputs, report, golden, decided)
+    return report, decided
+
+
+def _compare(inputs: Inputs, bundle: Path, progress: Progress) -> list[Check]:
+    """Compares the engines with float64, and where transformers is installed, all with that."""
+    opened, backend = Bundle(bundle), inputs.backend.name
+    model = Model(opened, backend)
+    rows = inputs.windows.held_out[:VERIFIED_SEQUENCES, :VERIFIED_TOKENS]
+    token_ids = np.ascontiguousarray(rows)
+    checks = compare_blocks(opened, model, backend, progress, token_ids)
+    raise_failed(checks, "float64 on its own weights", inputs.settings.precision)
+    if not has_reference():
+        return checks
+    from ojfa_export.verify.checks import verify_against  # needs torch
+
+    against = verify_against(
+        opened,
+        model,
+        inputs.checkpoint.directory,
+        token_ids,
+        progress,
+        trust_remote_code=inputs.options.trust_remote_code,
+    )
+    raise_failed(against, "transformers", inputs.settings.precision)
+    return checks + against
+
+
+def plan(options: BuildOptions) -> dict[str, Any]:
+    """What a build would do, for `--dry-run`: all input is checked, nothing is written."""
+    check_output(options.output, options.overwrite)
+    inputs = Inputs(options)
+    spec, settings = inputs.checkpoint.spec, inputs.settings
+    tokens = inputs.windows.fit.size + inputs.windows.held_out.size
+    deciding = [] if inputs.statistics_windows is None else ["statistics", "exits"]
+    stored = sum(path.stat().st_size for path in inputs.checkpoint.weight_files)
+    return {
+        "checkpoint": inputs.name,
+        "output": str(options.output),
+        "spec": spec.model_dump(mode="json"),
+        "settings": {
+            **asdict(settings),
+            "limits": settings.limits and settings.limits.model_dump(),
+            "calibration_data": [str(path) for path in settings.calibration_data],
+        },
+        "stages": ["export", "engines", "calibrate", *deciding, "verify"],
+        "graphs": graph_names(spec.blocks),
+        "checkpoint_bytes": stored,
+        "calibration_tokens": tokens,
+        "scratch_bytes": 4 * tokens * spec.hidden_size * (spec.blocks + 1),
+        "free_bytes": shutil.disk_usage(options.output.absolute().parent).free,
+    }

@@ -1,0 +1,108 @@
+"""What a calibration report holds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ojfa_export.shortcuts.metrics import ExitQuality
+from ojfa_export.verify.check import Check
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Nats = Annotated[float, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ExitReport(_Strict):
+    """Quality of the shortcuts at one exit, on held-out tokens.
+
+    Attributes:
+        blocks: Blocks run before the exit.
+        ojfa: The one jump that serves every exit.
+        multi_jump: A jump of the same rank for each exit (N-NJTC).
+        identity: No jump: the hidden state read as if it were the last one.
+        residual: The shared residual jump, where it was fitted.
+    """
+
+    blocks: int = Field(ge=1)
+    ojfa: ExitQuality
+    multi_jump: ExitQuality
+    identity: ExitQuality
+    residual: ExitQuality | None = None
+
+
+class LatencyRow(_Strict):
+    """Decode latency of one exit in milliseconds per token; `blocks` equal to L is full depth."""
+
+    blocks: int = Field(ge=1)
+    decode_ms_median: float = Field(gt=0)
+    decode_ms_p95: float = Field(gt=0)
+
+
+class CalibrationReport(_Strict):
+    """How the shortcut was fitted and chosen, and how good it is.
+
+    Attributes:
+        model: The model's name.
+        blocks: L, the number of blocks.
+        hidden_size: H.
+        rank: r of every jump.
+        kind: Of the shortcut in the bundle, "ojfa" or "residual".
+        fitted_at: Blocks run before the hidden states that the one narrow jump was fitted on.
+        reason: Why that level and that kind, in words.
+        parameters: Weights of the shortcut in the bundle.
+        parameters_multi_jump: Weights of a jump for every exit.
+        calibration_sources: Where the calibration text comes from.
+        tokens_fitted: Tokens that the jumps were fitted on.
+        tokens_held_out: Tokens that the qualities were measured on.
+        exits: For exits 1..L-1, in order.
+        precision_at_1: [L-1][L-1], indexed [fitted_at - 1][used_at - 1].
+        surprisal: The same for the mean surprisal, in nats.
+        checks: The verification's, once it has run.
+        latency: The benchmark's, once it has run.
+
+    Raises:
+        ValidationError: Unknown fields, or a number of exits or a matrix that does not fit L.
+    """
+
+    model: str
+    blocks: int = Field(ge=2)
+    hidden_size: int = Field(ge=1)
+    rank: int = Field(ge=1)
+    kind: str
+    fitted_at: int = Field(ge=1)
+    reason: str
+    parameters: int = Field(ge=1)
+    parameters_multi_jump: int = Field(ge=1)
+    calibration_sources: list[str]
+    tokens_fitted: int = Field(ge=1)
+    tokens_held_out: int = Field(ge=1)
+    exits: list[ExitReport]
+    precision_at_1: list[list[Share]]
+    surprisal: list[list[Nats]]
+    checks: list[Check] = []
+    latency: list[LatencyRow] = []
+
+    @property
+    def shortcut(self) -> str:
+        """The shortcut in the bundle, in words."""
+        if self.kind == "residual":
+            return f"shared residual shortcut of rank {self.rank}"
+        return f"shortcut of rank {self.rank} fitted after block {self.fitted_at}"
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> CalibrationReport:
+        levels = self.blocks - 1
+        if [row.blocks for row in self.exits] != list(range(1, self.blocks)):
+            raise ValueError(f"exits are not 1..{levels}")
+        if self.fitted_at > levels:
+            raise ValueError(f"fitted_at {self.fitted_at} is outside 1..{levels}")
+        for name in ("precision_at_1", "surprisal"):
+            matrix: list[list[float]] = getattr(self, name)
+            if len(matrix) != levels or any(len(row) != levels for row in matrix):
+                raise ValueError(f"{name} is not {levels} x {levels}")
+        return self

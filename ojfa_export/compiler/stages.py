@@ -1,0 +1,292 @@
+"""The stages of a build, each from files to files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from tokenizers import Tokenizer
+
+from ojfa_export.backends.backend import Backend, Engines, SharesEngines
+from ojfa_export.backends.frugal import frugal
+from ojfa_export.bundle.manifest import (
+    Built,
+    CacheLayout,
+    Calibration,
+    CalibrationSource,
+    EngineSet,
+    Golden,
+    Manifest,
+    Model,
+    ShortcutEntry,
+)
+from ojfa_export.bundle.names import (
+    ENGINES,
+    GRAPHS,
+    MANIFEST,
+    SHORTCUT,
+    TOKENIZER,
+    block_name,
+    graph_names,
+)
+from ojfa_export.bundle.shortcut import load, save
+from ojfa_export.compiler.describe import describe_files, describe_graphs, describe_rotary
+from ojfa_export.compiler.golden import make_golden
+from ojfa_export.compiler.inputs import Inputs
+from ojfa_export.compiler.report.model import CalibrationReport, ExitReport
+from ojfa_export.compiler.versions import tool_versions
+from ojfa_export.compiler.work import Work
+from ojfa_export.decoding.arrays import Float32
+from ojfa_export.graphs.export import Exporter
+from ojfa_export.graphs.graph import OPSET
+from ojfa_export.graphs.weights import references
+from ojfa_export.models.checkpoint.checkpoint import Checkpoint
+from ojfa_export.models.head import FinalNorm, LanguageHead
+from ojfa_export.models.spec import ModelSpec
+from ojfa_export.shortcuts.calibrate import Calibrated, calibrate
+from ojfa_export.shortcuts.hidden import collect_hidden_states
+from ojfa_export.shortcuts.metrics import ExitQuality
+from ojfa_export.system.progress import Progress
+from ojfa_export.verify.check import Check
+
+if TYPE_CHECKING:
+    from ojfa_export.compiler.exits import Decided
+
+
+def export(exporter: Exporter, progress: Progress) -> None:
+    """Writes every graph but the exit head, which waits for the shortcut."""
+    blocks = exporter.checkpoint.spec.blocks
+    with progress.task("exporting graphs", blocks + 2, "graphs") as task:
+        exporter.embed()
+        task.advance()
+        for index in range(blocks):
+            exporter.block(index)
+            task.advance()
+        exporter.final_head()
+        task.advance()
+
+
+def build_engines(
+    bundle: Path, names: list[str], spec: ModelSpec, backend: Backend, progress: Progress
+) -> None:
+    """Builds the engines of the named graphs; progress counts those that graphs share once."""
+    directory = bundle / ENGINES / backend.name
+    directory.mkdir(parents=True, exist_ok=True)
+    graphs = {name: bundle / GRAPHS / f"{name}.onnx" for name in names}
+    needed = {
+        name: backend.engine_names(spec, path) if isinstance(backend, SharesEngines) else [name]
+        for name, path in graphs.items()
+    }
+    total = len(set(itertools.chain(*needed.values())))
+    built: set[str] = set()
+    with progress.task(f"building {backend.name} engines", total, "engines") as task:
+        for name, path in graphs.items():
+            backend.build_engine(spec, path, directory / f"{name}{backend.suffix}")
+            new = set(needed[name]) - built
+            built |= new
+            task.advance(len(new))
+
+
+def engine_files(bundle: Path, backend: Backend, names: list[str]) -> dict[str, Path]:
+    """Engine files by graph name."""
+    directory = bundle / ENGINES / backend.name
+    return {name: directory / f"{name}{backend.suffix}" for name in names}
+
+
+def open_engines(inputs: Inputs, work: Work) -> Engines:
+    """Opens the engines that ship, exit head included."""
+    spec, bundle = inputs.checkpoint.spec, work.bundle
+    files = engine_files(bundle, inputs.backend, graph_names(spec.blocks))
+    return inputs.backend.open_engines(spec, bundle / GRAPHS, files, rotary_tables(bundle))
+
+
+def rotary_tables(bundle: Path) -> tuple[Float32, Float32] | None:
+    """The bundle's tables of rotations."""
+    tables = describe_rotary(bundle)
+    if tables is None:
+        return None
+    cos, sin = (
+        np.memmap(bundle / each.file, np.float32, "r", each.offset, each.shape)
+        for each in (tables.cos, tables.sin)
+    )
+    return cos, sin
+
+
+def language_head(checkpoint: Checkpoint, graphs: Path) -> LanguageHead:
+    """The model's own norm and head, the matrix mapped from the exported weights."""
+    refs = references(onnx.load(graphs / "final_head.onnx", load_external_data=False))
+    arrays = {
+        name: np.memmap(
+            graphs / ref.location,
+            np.float16 if ref.dtype == onnx.TensorProto.FLOAT16 else np.float32,
+            "r",
+            ref.offset,
+            ref.dims,
+        )
+        for name, ref in refs.items()
+    }
+    spec = checkpoint.spec
+    norm = FinalNorm(
+        spec.norm, arrays["final_norm.weight"], arrays.get("final_norm.bias"), spec.norm_epsilon
+    )
+    return LanguageHead(norm, arrays["head"], None)
+
+
+def run_calibration(inputs: Inputs, work: Work, progress: Progress) -> Calibrated:
+    """Fits and chooses the shortcut, and writes shortcut.safetensors."""
+    checkpoint, backend, windows = inputs.checkpoint, inputs.backend, inputs.windows
+    spec = checkpoint.spec
+    names = ["embed", *map(block_name, range(spec.blocks))]
+    states = collect_hidden_states(
+        spec,
+        backend,
+        work.bundle / GRAPHS,
+        engine_files(work.bundle, backend, names),
+        rotary_tables(work.bundle),
+        np.concatenate([windows.fit, windows.held_out]),
+        work.scratch,
+        progress,
+    )
+    head = language_head(checkpoint, work.bundle / GRAPHS)
+    settings = inputs.settings
+    calibrated = calibrate(
+        states,
+        spec.blocks,
+        windows.fit.size,
+        head,
+        settings.rank,
+        settings.shortcut,
+        work.scratch,
+        progress,
+    )
+    save(calibrated.shortcut, work.bundle / SHORTCUT, inputs.model_sha256)
+    return calibrated
+
+
+def make_report(inputs: Inputs, calibrated: Calibrated) -> CalibrationReport:
+    """The report of a calibration."""
+    spec, shortcut = inputs.checkpoint.spec, calibrated.shortcut
+    levels = spec.blocks - 1
+    residual: Sequence[ExitQuality | None] = calibrated.residual or [None] * levels
+    exits = zip(
+        calibrated.one_jump, calibrated.multi_jump, calibrated.identity, residual, strict=True
+    )
+    return CalibrationReport(
+        model=inputs.name,
+        blocks=spec.blocks,
+        hidden_size=spec.hidden_size,
+        rank=shortcut.rank,
+        kind=shortcut.kind,
+        fitted_at=calibrated.choice.fitted_at,
+        reason=calibrated.reason,
+        parameters=shortcut.parameters,
+        parameters_multi_jump=2 * spec.hidden_size * (shortcut.rank + 1) * levels,
+        calibration_sources=[text.name for text in inputs.texts],
+        tokens_fitted=inputs.windows.fit.size,
+        tokens_held_out=calibrated.tokens_measured,
+        exits=[
+            ExitReport(blocks=depth, ojfa=one, multi_jump=multi, identity=identity, residual=shared)
+            for depth, (one, multi, identity, shared) in enumerate(exits, start=1)
+        ],
+        precision_at_1=calibrated.matrix.precision_at_1.tolist(),
+        surprisal=calibrated.matrix.surprisal.tolist(),
+    )
+
+
+def find_golden(inputs: Inputs, work: Work) -> tuple[Golden, ...]:
+    """Tokens that the finished engines must reproduce."""
+    spec, engines = inputs.checkpoint.spec, open_engines(inputs, work)
+    return make_golden(
+        spec, frugal(engines, spec), inputs.windows.held_out, inputs.settings.max_cache_length
+    )
+
+
+def write_manifest(
+    bundle: Path,
+    inputs: Inputs,
+    report: CalibrationReport,
+    golden: tuple[Golden, ...],
+    decided: Decided,
+) -> Manifest:
+    """Writes the manifest over everything that is in the bundle."""
+    checkpoint, settings, spec = inputs.checkpoint, inputs.settings, inputs.checkpoint.spec
+    shortcut, _ = load(bundle / SHORTCUT)
+    names = graph_names(spec.blocks)
+    manifest = Manifest(
+        model=Model(
+            name=inputs.name,
+            revision=inputs.options.revision,
+            sha256=inputs.model_sha256,
+            config=checkpoint.config.fields,
+            spec=spec,
+        ),
+        precision=settings.precision,
+        opset=OPSET,
+        cache=CacheLayout(
+            max_length=settings.max_cache_length, max_batch_size=settings.max_batch_size
+        ),
+        rotary=describe_rotary(bundle),
+        graphs=describe_graphs(bundle, spec.blocks),
+        engines=(engine_set(bundle, inputs.backend, names),),
+        shortcut=ShortcutEntry(
+            kind=shortcut.kind,
+            rank=shortcut.rank,
+            fitted_at=shortcut.fitted_at,
+            residual=shortcut.residual,
+            parameters=shortcut.parameters,
+            gates=None if shortcut.gates is None else tuple(shortcut.gates.tolist()),
+        ),
+        calibration=Calibration(
+            sources=tuple(
+                CalibrationSource(name=text.name, sha256=text.sha256, bytes=text.size)
+                for text in inputs.texts
+            ),
+            tokens_fit=report.tokens_fitted,
+            tokens_held_out=report.tokens_held_out,
+        ),
+        golden=golden,
+        auto=decided.auto,
+        promise=decided.promise,
+        default=decided.default,
+        files=describe_files(bundle),
+        built=Built(
+            time=datetime.now(timezone.utc), host=platform.node(), versions=tool_versions()
+        ),
+    )
+    (bundle / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def engine_set(bundle: Path, backend: Backend, names: list[str]) -> EngineSet:
+    """The manifest's entry for a backend's engines."""
+    files = engine_files(bundle, backend, names)
+    return EngineSet(
+        backend=backend.name,
+        files={name: path.relative_to(bundle).as_posix() for name, path in files.items()},
+        built_with=backend.versions(),
+    )
+
+
+def write_tokenizer(tokenizer: Tokenizer, bundle: Path) -> None:
+    """Writes tokenizer.json."""
+    tokenizer.save(str(bundle / TOKENIZER))
+
+
+def save_report(report: CalibrationReport, path: Path) -> None:
+    """Keeps a report between stages."""
+    path.write_text(report.model_dump_json(), encoding="utf-8")
+
+
+def load_report(path: Path, checks: list[Check]) -> CalibrationReport:
+    """Reads a kept report and adds the verification's checks."""
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    return CalibrationReport.model_validate(
+        {**raw, "checks": [check.model_dump() for check in checks]}
+    )

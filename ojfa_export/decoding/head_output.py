@@ -1,0 +1,100 @@
+"""From a head's logits to next tokens: what is asked of a head, what it gives, and the host's way.
+
+A backend with a device computes the same there, so that a few numbers come to the host, not V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ojfa_export.decoding.arrays import Float32
+from ojfa_export.decoding.confidence import Measure, confidence
+from ojfa_export.decoding.sampling import GREEDY, Sampling
+from ojfa_export.errors import BackendError
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What follows an exit's check. A hint: a device may begin with it before the host has looked.
+
+    Attributes:
+        measure: Of confidence.
+        threshold: Nothing follows where every row's confidence reaches it.
+        then: The blocks that run next on the same rows otherwise.
+    """
+
+    measure: Measure
+    threshold: float
+    then: range
+
+
+@dataclass(slots=True)
+class Choosing:
+    """How tokens are chosen from a head's logits.
+
+    Attributes:
+        sampling: Temperature, top-k and top-p.
+        draws: A number from [0, 1) for each row, where tokens are sampled.
+        stop: At an exit that is checked.
+    """
+
+    sampling: Sampling = GREEDY
+    draws: Sequence[float] = ()
+    stop: Stop | None = None
+
+
+class Choices(Protocol):
+    """The next tokens of some rows. On a device they may be on their way: asking waits for them."""
+
+    def tokens(self) -> list[int]:
+        """The chosen tokens, [rows]."""
+        ...
+
+    def likeliest(self) -> list[int]:
+        """The tokens of the largest logits, [rows]; the lowest id among equals."""
+        ...
+
+    def confidence(self, measure: Measure) -> list[float]:
+        """How sure the head is, [rows]; see `decoding.confidence.confidence`."""
+        ...
+
+
+class HostChoices:
+    """Choices from logits on the host.
+
+    Args:
+        logits: [rows, V].
+        how: How tokens are chosen.
+    """
+
+    def __init__(self, logits: Float32, how: Choosing) -> None:
+        self.logits, self._how = logits, how
+
+    def tokens(self) -> list[int]:
+        """See `Choices`."""
+        likeliest = self.likeliest()
+        if not self._how.sampling.temperature:
+            return likeliest
+        both = zip(self.logits, self._how.draws, strict=True)
+        return [self._how.sampling.pick(logits, draw) for logits, draw in both]
+
+    def likeliest(self) -> list[int]:
+        """See `Choices`."""
+        tokens = self.logits.argmax(axis=-1)
+        # NumPy's argmax finds what is not a number first, so that one look a row is enough.
+        if not np.isfinite(self.logits[np.arange(len(tokens)), tokens]).all():
+            raise BackendError(
+                "the model gives logits that are no numbers (NaN or infinite)",
+                hint="check the bundle with 'ojfa-export verify BUNDLE'",
+            )
+        chosen: list[int] = tokens.tolist()
+        return chosen
+
+    def confidence(self, measure: Measure) -> list[float]:
+        """See `Choices`."""
+        values: list[float] = confidence(self.logits, measure).tolist()
+        return values

@@ -1,0 +1,59 @@
+"""Exits that decide per token: where the exit head is asked, and how sure it must be."""
+
+from __future__ import annotations
+
+import math
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from ojfa_export.decoding.confidence import Measure
+from ojfa_export.errors import UsageError
+
+
+class ExitPolicy(BaseModel):
+    """When a token may leave before the last block.
+
+    After each of `exits` the exit head's confidence is compared with that exit's threshold: a
+    token whose confidence reaches it stops there. One that is sure nowhere takes the full model.
+
+    Attributes:
+        exits: Blocks run before each check, increasing; none for full depth always.
+        measure: What confidence is; see `confidence`.
+        thresholds: The least confidence that stops, one for each exit.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    exits: tuple[int, ...]
+    measure: Measure
+    thresholds: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> ExitPolicy:
+        if len(self.thresholds) != len(self.exits):
+            raise UsageError(
+                f"an exit policy has {len(self.exits)} exits and {len(self.thresholds)} thresholds",
+                hint="give one threshold for each exit",
+            )
+        if any(exit < 1 for exit in self.exits) or list(self.exits) != sorted(set(self.exits)):
+            raise UsageError(
+                f"the exits {list(self.exits)} of an exit policy are not increasing from 1 on"
+            )
+        if not all(map(math.isfinite, self.thresholds)):
+            raise UsageError(
+                f"the thresholds {list(self.thresholds)} of an exit policy are not all finite",
+                hint="leave out an exit at which nothing shall stop",
+            )
+        return self
+
+    def check_fits(self, blocks: int) -> None:
+        """Checks that the exits lie before a model's last block.
+
+        Raises:
+            UsageError: One doesn't.
+        """
+        if self.exits and self.exits[-1] >= blocks:
+            raise UsageError(
+                f"exit {self.exits[-1]} of the exit policy is outside this model's 1..{blocks - 1}",
+                hint="tokens that no exit stops run all blocks without being named",
+            )

@@ -1,0 +1,161 @@
+"""Lossless self-speculation: an exit drafts, the remaining blocks check all drafts in one pass.
+
+Greedy decoding gives the tokens of full depth; sampling gives the full model's distribution by
+speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict
+
+from ojfa_export.decoding.arrays import Float32
+from ojfa_export.decoding.sampling import Sampling
+from ojfa_export.errors import UsageError
+
+MAX_DRAFT = 8
+# The acceptance that is believed before anything was drafted, and how many tokens' worth of it.
+PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.7, 4.0
+# A checked token counts this much less with each one after it: about 30 are remembered.
+MEMORY = 0.97
+# Where drafting doesn't pay, every so many rounds one token is drafted all the same.
+PROBE_ROUNDS = 16
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How to draft.
+
+    Attributes:
+        exit: Blocks that draft; None for half of them.
+        draft: Tokens per draft; None adapts it to each sequence's acceptance (`DraftLength`).
+        draft_cost: Time of drafting a token over that of a full step; None for the share of
+            blocks that it runs.
+        check_cost: What another token adds to the pass that checks, over the time of a full step.
+        round_cost: What a pass that checks any drafts takes beside that, over the same.
+        acceptance: Share of drafts that is expected to be accepted before any were.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    exit: int | None = None
+    draft: int | None = None
+    draft_cost: float | None = None
+    check_cost: float = 0.1
+    round_cost: float = 0.0
+    acceptance: float = PRIOR_ACCEPTANCE
+
+    def __post_init__(self) -> None:
+        if self.draft is not None and self.draft < 1:
+            raise UsageError(f"the draft length must be 1 or more, not {self.draft}")
+        for cost in (self.draft_cost, self.check_cost, self.round_cost):
+            if cost is not None and not 0 <= cost < float("inf"):
+                raise UsageError(f"a cost of speculation must be 0 or more, not {cost}")
+        if not 0 <= self.acceptance <= 1:
+            raise UsageError(f"an acceptance must be between 0 and 1, not {self.acceptance}")
+
+    def resolve_exit(self, blocks: int) -> int:
+        """Blocks that draft, of a model with this many.
+
+        Raises:
+            UsageError: Not before the last block.
+        """
+        exit = max(1, blocks // 2) if self.exit is None else self.exit
+        if not 1 <= exit < blocks:
+            raise UsageError(
+                f"exit {exit} can't draft for this model of {blocks} blocks",
+                hint=f"drafts need an exit before the last block: 1..{blocks - 1}",
+            )
+        return exit
+
+
+class DraftLength:
+    """How many tokens to draft for one sequence, adapted to how many are accepted.
+
+    With acceptance a, a round of K drafts gives 1 + a + ... + a^K tokens (arXiv 2211.17192, eq. 1)
+    and costs 1 + r + K c full steps, r for checking at all, c for drafting a token and for checking
+    it; with K = 0, a full step. The K with the most tokens per cost is taken. Costs are constants,
+    so that a seed always gives the same tokens.
+
+    Args:
+        cost: c.
+        round_cost: r.
+        acceptance: a, before anything was drafted.
+    """
+
+    def __init__(
+        self, cost: float, round_cost: float = 0.0, acceptance: float = PRIOR_ACCEPTANCE
+    ) -> None:
+        lengths = np.arange(MAX_DRAFT + 1)
+        self._costs = 1 + np.where(lengths > 0, round_cost, 0.0) + lengths * cost
+        self._accepted = acceptance * PRIOR_WEIGHT
+        self._checked = PRIOR_WEIGHT
+        self._rounds_without = 0
+
+    @property
+    def acceptance(self) -> float:
+        """The running estimate of a."""
+        return self._accepted / self._checked
+
+    def next(self) -> int:
+        """The next round's draft length, 0 to MAX_DRAFT."""
+        tokens = np.cumsum(self.acceptance ** np.arange(MAX_DRAFT + 1))
+        length = int(np.argmax(tokens / self._costs))
+        self._rounds_without = 0 if length else self._rounds_without + 1
+        if self._rounds_without == PROBE_ROUNDS:
+            self._rounds_without, length = 0, 1
+        return length
+
+    def learn(self, accepted: int, drafted: int) -> None:
+        """Takes a round's result; what follows the first rejected token says nothing."""
+        for taken in [True] * accepted + [False] * (accepted < drafted):
+            self._accepted = MEMORY * self._accepted + taken
+            self._checked = MEMORY * self._checked + 1
+
+
+def check(
+    draft: Sequence[int],
+    proposals: Sequence[Float64],
+    logits: Float32,
+    sampling: Sampling,
+    generator: np.random.Generator,
+) -> list[int]:
+    """The drafts that the full model takes, and the one token that it gives itself.
+
+    A draft x, drawn from q, is taken with probability min(1, p(x) / q(x)); the first that isn't is
+    replaced by a draw from max(0, p - q), normalised. After the last comes a draw from p. Each
+    token is then distributed as p (arXiv 2211.17192, appendix A.1).
+
+    Args:
+        draft: K tokens.
+        proposals: K distributions q [V]; none for greedy decoding.
+        logits: [K + 1, V] of the full model before each draft and after the last.
+        sampling: Makes p of logits; at temperature 0 the likeliest token is the only one.
+        generator: Random numbers.
+    """
+    if sampling.temperature == 0:
+        return agreeing(draft, logits.argmax(axis=-1).tolist())
+    for index, (token, q) in enumerate(zip(draft, proposals, strict=True)):
+        p = sampling.probabilities(logits[index])
+        if generator.random() * q[token] >= p[token]:
+            rest = np.maximum(p - q, 0)
+            # p and q may differ by less than p - q can show.
+            return [*draft[:index], draw(rest if rest.any() else p, generator)]
+    return [*draft, draw(sampling.probabilities(logits[-1]), generator)]
+
+
+def agreeing(draft: Sequence[int], best: list[int]) -> list[int]:
+    """The drafts that are the full model's own tokens `best`, and the one token after them."""
+    others = (index for index, token in enumerate(draft) if token != best[index])
+    return best[: next(others, len(draft)) + 1]
+
+
+def draw(weights: Float64, generator: np.random.Generator) -> int:
+    """A token of a distribution [V] that need not be normalised."""
+    return int(generator.choice(len(weights), p=weights / weights.sum()))

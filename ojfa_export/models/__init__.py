@@ -1,0 +1,1 @@
+"""Models as they are published: families, checkpoints, tokenizers, calibration text."""

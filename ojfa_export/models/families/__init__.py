@@ -1,0 +1,39 @@
+"""Model families: adding one is adding a file and a line here."""
+
+from __future__ import annotations
+
+from ojfa_export.errors import CheckpointError
+from ojfa_export.models.families.config import COMPLETE, Config
+from ojfa_export.models.families.family import Family
+from ojfa_export.models.families.gpt2 import GPT2
+from ojfa_export.models.families.llama import LLAMA
+from ojfa_export.models.families.phi3 import PHI3
+from ojfa_export.models.spec import ModelSpec
+
+FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, PHI3)}
+
+
+def read_spec(config: Config) -> tuple[Family, ModelSpec]:
+    """Finds a config's family and reads its architecture.
+
+    Raises:
+        CheckpointError: Unknown family, or fields that are not understood.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{config.source}: model family '{model_type!s:.60}' is not supported",
+            hint=f"supported: {', '.join(sorted(FAMILIES))}",
+        )
+    config.require("quantization_config")
+    family = FAMILIES[model_type]
+    spec = family.spec(config)
+    if spec.heads % spec.kv_heads:
+        raise CheckpointError(
+            f"{config.source}: {spec.heads} heads can't share {spec.kv_heads} key-value heads",
+            hint=COMPLETE,
+        )
+    family.rotary(config)
+    family.block(config, spec, 0)
+    config.refuse_unread(model_type)
+    return family, spec

@@ -1,0 +1,157 @@
+"""Runs text through the engines and notes what each exit says, one block in memory at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ojfa_export.backends.backend import Engines, Executor
+from ojfa_export.backends.passes import Chunk
+from ojfa_export.decoding.arrays import Float32, Int32
+from ojfa_export.errors import CalibrationError
+from ojfa_export.models.spec import ModelSpec
+from ojfa_export.promises.measures import MEASURES, confidences, round_down, round_up
+from ojfa_export.promises.statistics import ExitStatistics
+from ojfa_export.system.progress import Progress
+
+# Sampled from each window. Its mean is as good a loss as the mean over all tokens: of the same
+# expectation, in [0, 1], and little more varied, since windows differ more than this rounds.
+TOKENS_PER_WINDOW = 64
+# Neighbours among them: how often an exit agrees several times running is what drafting needs.
+RUN = 8
+
+
+def collect_statistics(
+    spec: ModelSpec,
+    open_engines: Callable[[], Engines],
+    domains: Sequence[str],
+    windows: Sequence[Int32],
+    scratch: Path,
+    progress: Progress,
+    rng: np.random.Generator,
+) -> ExitStatistics:
+    """Statistics of every exit on sampled tokens of the windows.
+
+    Hidden states of one depth are on disk at a time, replaced in place by the next depth's.
+
+    Args:
+        spec: The model.
+        open_engines: Opens the engines that ship, exit head included; called anew for each depth,
+            so that one block's weights are in memory.
+        domains: Names.
+        windows: For each domain, [n, length] token ids.
+        scratch: Folder for the hidden states, 4 n length H bytes.
+        progress: Shows blocks.
+        rng: Samples the tokens.
+
+    Raises:
+        CalibrationError: Logits that are not finite.
+        OSError: No room for the hidden states.
+    """
+    text = np.concatenate(windows)
+    count, length = text.shape
+    places, run = sample_places(rng, count, length)
+    sampled, levels = places.shape[1], spec.blocks - 1
+    confidence = np.empty((len(MEASURES), count, sampled, levels), np.float16)
+    tokens = np.empty((count, sampled, levels), np.int64)
+    agrees = np.empty(tokens.shape, np.bool_)
+    extra = np.empty(tokens.shape, np.float16)
+    path = scratch / "promise.f32"
+    with path.open("wb") as file:  # a full disk is an error here, and a crash in a map without room
+        os.posix_fallocate(file.fileno(), 0, 4 * count * length * spec.hidden_size)
+    states = np.memmap(path, np.float32, "r+", 0, (count, length, spec.hidden_size))
+    with progress.task("running text through every exit", spec.blocks + 1, "blocks") as task:
+        for depth in range(spec.blocks + 1):
+            engines = open_engines()
+            executor = engines.executor(1, length)
+            for index in range(count):
+                states[index] = _deepen(executor, text[index], states[index], depth)
+                if depth == 0:
+                    continue
+                hidden = states[index][places[index]]
+                logits = _logits(engines, hidden, depth, spec.blocks)
+                if depth < spec.blocks:
+                    tokens[index, :, depth - 1] = logits.argmax(axis=1)
+                    confidence[:, index, :, depth - 1] = round_down(confidences(logits))
+                else:
+                    agrees[index], extra[index] = compare(logits, tokens[index])
+            task.advance()
+    del states
+    path.unlink()
+    return ExitStatistics(
+        blocks=spec.blocks,
+        exits=tuple(range(1, spec.blocks)),
+        domains=tuple(domains),
+        domain=np.repeat(np.arange(len(windows)), list(map(len, windows))).astype(np.int16),
+        confidence=confidence,
+        agrees=agrees,
+        extra_surprisal=extra,
+        run=run,
+    )
+
+
+def sample_places(
+    rng: np.random.Generator, count: int, length: int
+) -> tuple[NDArray[np.int64], int]:
+    """Positions to look at in each window, every position as likely as any other.
+
+    Args:
+        rng: Random numbers.
+        count: Windows.
+        length: Tokens of a window.
+
+    Returns:
+        [count, sampled] positions in runs of neighbours, and the length of a run. A window's
+        runs begin at a random position and go round its end.
+    """
+    if length <= TOKENS_PER_WINDOW:
+        return np.tile(np.arange(length), (count, 1)), length
+    runs = np.tile(np.arange(length // RUN), (count, 1))
+    chosen = np.sort(rng.permuted(runs, axis=1)[:, : TOKENS_PER_WINDOW // RUN])
+    first = RUN * chosen + rng.integers(length, size=(count, 1))
+    places = (first[:, :, None] + np.arange(RUN)) % length
+    return places.reshape(count, -1), RUN
+
+
+def compare(
+    logits: Float32, tokens: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_], NDArray[np.float16]]:
+    """Compares exits' tokens with the full model.
+
+    Args:
+        logits: [n, V] of the full model.
+        tokens: [n, E].
+
+    Returns:
+        [n, E] whether they agree, and [n, E] the extra surprisal, rounded up. The normaliser of the
+        probabilities cancels: it is the difference of two logits.
+    """
+    choice = logits.argmax(axis=1)
+    rows = np.arange(len(logits))
+    behind = logits[rows, choice][:, None] - logits[rows[:, None], tokens]
+    # Beyond float16's range it is beyond every clip as well.
+    return tokens == choice[:, None], round_up(np.minimum(behind, np.float32(1000)))
+
+
+def _deepen(executor: Executor, text: Int32, hidden: Float32, depth: int) -> Float32:
+    """Hidden states [length, H] of a window after `depth` blocks, of those after one less."""
+    chunks = [Chunk(0, 0, len(text))]
+    if depth == 0:
+        return np.asarray(executor.embed(text.tolist(), chunks))
+    block, source = range(depth - 1, depth), np.ascontiguousarray(hidden)
+    return np.asarray(executor.run(block, source, chunks, long_context=False))
+
+
+def _logits(engines: Engines, hidden: Float32, blocks_run: int, blocks: int) -> Float32:
+    logits = engines.logits(np.ascontiguousarray(hidden), blocks_run)
+    if not np.isfinite(logits).all():
+        whose = "full model" if blocks_run == blocks else "exit head"
+        raise CalibrationError(
+            f"the {whose}'s logits hold NaN or infinity on the calibration text",
+            hint="build with --precision fp32, or check the checkpoint",
+        )
+    return logits

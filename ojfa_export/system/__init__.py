@@ -1,0 +1,1 @@
+"""What knows nothing of models: files, paths, pipes, digests, progress, pages."""
