@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from cuda.bindings import driver
 
-from ojfa_export.backends.cuda.device import Device, Graph, Memory, check
+from ojfa_export.backends.cuda.device import Device, Memory, check
+from ojfa_export.backends.cuda.recorder import Recording
 
 COPY_BYTES = 4 << 30
 REPLAYS = 8
@@ -22,7 +23,7 @@ def graph_time(device: Device, work: Callable[[], None]) -> float:
     return event_time(device, graph.launch)
 
 
-def replay_time(device: Device, graph: Graph) -> float:
+def replay_time(device: Device, graph: Recording) -> float:
     """Microseconds of a recording that is replayed without pause: what a step takes by itself."""
 
     def replay() -> None:

@@ -17,11 +17,11 @@ import numpy as np
 
 from bench.compiled import Compiled, compile_checkpoint
 from bench.contestants import Chain, Contestant, Genai, Monolithic, Transformers
+from bench.overhead import TimedEngines, measure_overhead
 from bench.race import race
 from bench.shapes import MAX_POSITIONS, SHAPES, make_checkpoint
 from ojfa_export.backends.onnxruntime.session import share_thread_pool
 from ojfa_export.models.spec import ModelSpec
-from ojfa_export.planning.overhead import TimedEngines, measure_overhead
 from ojfa_export.planning.traffic import decode_bytes
 from ojfa_export.runtime.session import Session
 

@@ -16,7 +16,7 @@ from ojfa_export.decoding.head_output import Choices, Choosing, HostChoices
 
 
 def run_and_choose(
-    engines: _Chooses,
+    engines: Chooses,
     executor: Executor,
     step: Pass,
     states: Hidden | None,
@@ -33,11 +33,15 @@ def run_and_choose(
     return engines.choose(executor.arrays.ascontiguousarray(hidden), step.blocks.stop, how)
 
 
-class _Chooses(Protocol):
-    def choose(self, hidden: Hidden, blocks_run: int, how: Choosing) -> Choices: ...
+class Chooses(Protocol):
+    """The part of `Engines` that heads are asked through."""
+
+    def choose(self, hidden: Hidden, blocks_run: int, how: Choosing) -> Choices:
+        """See `Engines.choose`."""
+        ...
 
 
-class _GivesLogits(_Chooses, Protocol):
+class _GivesLogits(Chooses, Protocol):
     def logits(self, hidden: Hidden, blocks_run: int) -> Float32: ...
 
 
@@ -45,7 +49,7 @@ class PreparesByParts:
     """The part of `Engines` that prepares, for engines that know no shorter way."""
 
     def prepare(
-        self: _Chooses,
+        self: Chooses,
         executor: Executor,
         step: Pass,
         states: Hidden | None,

@@ -5,16 +5,13 @@ from __future__ import annotations
 import gc
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from ojfa_export.backends.frugal import LARGE_BYTES, is_large
 from ojfa_export.bundle.names import STATISTICS
-from ojfa_export.bundle.promise import Promise
+from ojfa_export.compiler.decided import Decided
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.stages import open_engines
 from ojfa_export.compiler.work import Work
-from ojfa_export.decoding.default import Default
-from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.planning.plan import plan_default
 from ojfa_export.planning.rehearse import ROOM
 from ojfa_export.planning.step_costs import measure_costs
@@ -27,31 +24,10 @@ from ojfa_export.system.progress import Progress
 
 # Of the tokens that are looked at: the same in every build.
 SAMPLING_SEED = 0
-# What `--exit auto` means where no early exit keeps the promise.
-FULL_DEPTH = ExitPolicy(exits=(), measure="top", thresholds=())
 # Turns of timing, and when to stop beginning them.
 ROUNDS, SECONDS = 6, 10.0
 # Of a large model's blocks that are timed: many times what caches hold, a few blocks of memory.
 TIMED_BYTES = LARGE_BYTES // 2
-
-
-class Decided(BaseModel):
-    """What the bundle's manifest says of its exits.
-
-    Attributes:
-        promise: What was asked and shown of `--exit auto`, if anything.
-        default: What happens where a user names no way; None without statistics.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    promise: Promise | None = None
-    default: Default | None = None
-
-    @property
-    def auto(self) -> ExitPolicy | None:
-        """What `--exit auto` means."""
-        return None if self.promise is None else self.promise.policy or FULL_DEPTH
 
 
 def collect(inputs: Inputs, work: Work, progress: Progress) -> None:
@@ -111,11 +87,3 @@ def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
     trim_heap()
     decided = Decided(promise=promise, default=default)
     (work.scratch / "exits.json").write_text(decided.model_dump_json(), encoding="utf-8")
-
-
-def load_decided(work: Work) -> Decided:
-    """What `decide` kept; nothing, where there was no text for it."""
-    path = work.scratch / "exits.json"
-    if not path.exists():
-        return Decided()
-    return Decided.model_validate_json(path.read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import GRAPHS, MANIFEST, REPORT, graph_names
 from ojfa_export.bundle.promise import Promise
 from ojfa_export.compiler import exits, stages
-from ojfa_export.compiler.exits import Decided
+from ojfa_export.compiler.decided import Decided, load_decided
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.report.model import CalibrationReport
@@ -135,7 +135,7 @@ def _verify(inputs: Inputs, work: Work, progress: Progress) -> tuple[Calibration
     checks: list[Check] = []
     with work.stage("verify"):
         golden = stages.find_golden(inputs, work)
-        report, decided = stages.load_report(kept, []), exits.load_decided(work)
+        report, decided = stages.load_report(kept, []), load_decided(work)
         if not inputs.options.skip_verification:
             stages.write_manifest(work.bundle, inputs, report, golden, decided)
             checks = _compare(inputs, work.bundle, progress)

@@ -8,7 +8,6 @@ import platform
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -37,6 +36,7 @@ from ojfa_export.bundle.names import (
     graph_names,
 )
 from ojfa_export.bundle.shortcut import load, save
+from ojfa_export.compiler.decided import Decided
 from ojfa_export.compiler.describe import describe_files, describe_graphs, describe_rotary
 from ojfa_export.compiler.golden import make_golden
 from ojfa_export.compiler.inputs import Inputs
@@ -55,9 +55,6 @@ from ojfa_export.shortcuts.hidden import collect_hidden_states
 from ojfa_export.shortcuts.metrics import ExitQuality
 from ojfa_export.system.progress import Progress
 from ojfa_export.verify.check import Check
-
-if TYPE_CHECKING:
-    from ojfa_export.compiler.exits import Decided
 
 
 def export(exporter: Exporter, progress: Progress) -> None:

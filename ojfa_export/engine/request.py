@@ -8,14 +8,11 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 from ojfa_export.decoding.logits import TokenLogprobs
 from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.errors import OjfaError
-
-if TYPE_CHECKING:
-    from ojfa_export.engine.engine import Engine
 
 FinishReason = Literal[
     "end_of_text", "stop_token", "stop_string", "max_new_tokens", "cache_full", "cancelled",
@@ -86,6 +83,14 @@ class RequestResult:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
+class Cancels(Protocol):
+    """What runs requests; see `engine.engine.Engine`."""
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request at the next pass."""
+        ...
+
+
 class Request:
     """Made by `Engine.submit`; iterate over its tokens, from a thread or from asyncio.
 
@@ -96,7 +101,7 @@ class Request:
     """
 
     def __init__(
-        self, engine: Engine, id: int, prompt: list[int], options: GenerationOptions
+        self, engine: Cancels, id: int, prompt: list[int], options: GenerationOptions
     ) -> None:
         self.id, self.prompt_token_ids, self.options = id, prompt, options
         self._engine = engine

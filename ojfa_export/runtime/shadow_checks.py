@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from ojfa_export.decoding.events import ExitTaken, ShadowCheck
+from ojfa_export.decoding.events import ExitTaken, Listener, ShadowCheck
 from ojfa_export.decoding.head_output import Choosing
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
 from ojfa_export.runtime.shadow import Due, Shadow
-
-if TYPE_CHECKING:
-    from ojfa_export.runtime.session import Session
+from ojfa_export.runtime.stats import Stats
 
 # Tokens that a comparison takes at a time: the logits of one take 4 V bytes.
 _TOKENS_AT_ONCE = 32
+
+
+class Watched(Protocol):
+    """What is looked at of a session; users may set it anew at any time."""
+
+    shadow: Shadow | None
+    on_event: Listener | None
+    stats: Stats
 
 
 class ShadowChecks:
@@ -29,7 +35,7 @@ class ShadowChecks:
     """
 
     def __init__(
-        self, runner: ModelRunner, sequences: Sequence[TokenSequence], session: Session
+        self, runner: ModelRunner, sequences: Sequence[TokenSequence], session: Watched
     ) -> None:
         self._runner, self._sequences, self._session = runner, sequences, session
 
@@ -63,7 +69,7 @@ class ShadowChecks:
     def before_appending(self, new: Sequence[Sequence[int]]) -> None:
         """Compares what can't be compared later: beyond LongRoPE's switch the past is another."""
         session = self._session
-        shadow, switch = session.shadow, session.spec.rotary_switch
+        shadow, switch = session.shadow, self._runner.spec.rotary_switch
         if shadow is None or not shadow.due or switch is None:
             return
         both = zip(self._sequences, new, strict=True)
@@ -80,7 +86,7 @@ class ShadowChecks:
         shadow = session.shadow
         if shadow is None or likeliest is None or not shadow.choose():
             return
-        if depth < session.spec.blocks:
+        if depth < self._runner.spec.blocks:
             shadow.add(Due(row, position, depth, likeliest))
         else:
             self._record(shadow, ShadowCheck(row, position, depth, True))
@@ -92,7 +98,7 @@ class ShadowChecks:
     def _record(self, shadow: Shadow, check: ShadowCheck) -> None:
         session = self._session
         shadow.record(check)
-        if check.blocks_run < session.spec.blocks:
+        if check.blocks_run < self._runner.spec.blocks:
             session.stats.shadow_checks += 1
             session.stats.shadow_disagreements += not check.agrees
         if session.on_event is not None:

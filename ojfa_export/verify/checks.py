@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.frugal import frugal
+from ojfa_export.backends.onnxruntime.portable import PortableGraphs
 from ojfa_export.bundle import shortcut as shortcut_file
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import SHORTCUT, block_name
@@ -30,7 +31,6 @@ from ojfa_export.runtime.session import Session
 from ojfa_export.system.progress import Progress, Task
 from ojfa_export.verify.check import Check
 from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
-from ojfa_export.verify.portable import PortableGraphs
 from ojfa_export.verify.reference import TransformersReference
 from ojfa_export.verify.tolerances import Comparisons, exit_allowance
 

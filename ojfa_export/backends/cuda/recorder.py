@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from ojfa_export.backends.cuda.device import Device, Graph
+from typing import Any, Protocol
 
 Work = Callable[[], None]
 Key = tuple[tuple[Hashable, ...], ...]
+
+
+class Recording(Protocol):
+    """Work that was recorded; see `cuda.device.Graph`."""
+
+    def launch(self) -> None:
+        """Puts all of it on the stream."""
+        ...
+
+
+class Records(Protocol):
+    """What can record; see `cuda.device.Device`."""
+
+    def capture(self, work: Work) -> Recording:
+        """Records what the work puts on the stream, without running it."""
+        ...
+
+    def synchronize(self) -> None:
+        """Waits for all work."""
+        ...
 
 
 class Recorder:
@@ -31,14 +48,14 @@ class Recorder:
             been done; whoever has seen to that may set it back.
     """
 
-    def __init__(self, device: Device, most: int = 512) -> None:
+    def __init__(self, device: Records, most: int = 512) -> None:
         self._device, self._most = device, most
-        self._graphs: dict[Key, Graph | None] = {}
+        self._graphs: dict[Key, Recording | None] = {}
         self.launches = self.done = 0
         self.failed = False
-        self.newest: Graph | None = None
-        self._named: dict[Hashable, tuple[Graph, Any]] = {}
-        self._launched: Graph | None = None  # with the last launch, if it was a recording
+        self.newest: Recording | None = None
+        self._named: dict[Hashable, tuple[Recording, Any]] = {}
+        self._launched: Recording | None = None  # with the last launch, if it was a recording
         self._keys: list[tuple[Hashable, ...]] = []
         self._work: list[Work] = []
         self._before: list[Work] = []
@@ -104,11 +121,11 @@ class Recorder:
         if self._launched is not None:
             self._named[key] = self._launched, note
 
-    def find(self, key: Hashable) -> tuple[Graph, Any] | None:
+    def find(self, key: Hashable) -> tuple[Recording, Any] | None:
         """A named recording and its note, if it is still known."""
         return self._named.get(key)
 
-    def replay(self, graph: Graph) -> None:
+    def replay(self, graph: Recording) -> None:
         """Launches a recording that was found, where nothing is pending."""
         self.failed = True
         self.launches += 1

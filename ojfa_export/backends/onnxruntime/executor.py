@@ -7,10 +7,11 @@ slot of the cache, padded to the longest chunk, in which slots without tokens co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ojfa_export.backends.onnxruntime.opened import OpenedModel
 from ojfa_export.backends.onnxruntime.session import failure
 from ojfa_export.backends.onnxruntime.slots import SlotArray
 from ojfa_export.backends.passes import (
@@ -25,9 +26,6 @@ from ojfa_export.backends.passes import (
 )
 from ojfa_export.bundle.names import block_name
 from ojfa_export.decoding.arrays import Float32
-
-if TYPE_CHECKING:
-    from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
 
 # Attention scores of a prefill are held for one piece of the prompt at a time: at most this
 # many bytes.
@@ -44,16 +42,16 @@ class OnnxRuntimeExecutor:
     """Keys and values [slots, kv_heads, capacity, head_dim] of each block, written in place.
 
     Args:
-        engines: The opened model.
+        model: The opened model.
         slots: Sequences.
         capacity: Positions of each.
     """
 
     arrays: Any = np
 
-    def __init__(self, engines: OnnxRuntimeEngines, slots: int, capacity: int) -> None:
-        spec = engines.spec
-        self.engines = engines
+    def __init__(self, model: OpenedModel, slots: int, capacity: int) -> None:
+        spec = model.spec
+        self.model = model
         self.slots, self.capacity = slots, capacity
         # A chunk is padded to the longest of its pass, and the padding needs room as well.
         self._shape = (slots, spec.kv_heads, capacity + SHORT_CHUNK - 1, spec.head_dim)
@@ -65,9 +63,9 @@ class OnnxRuntimeExecutor:
     def embed(self, tokens: Sequence[int], chunks: Sequence[Chunk]) -> Float32:
         """Embeds the tokens of chunks: [tokens, H]."""
         feeds = {"token_ids": as_rows(tokens)}
-        if self.engines.spec.learned_positions:
+        if self.model.spec.learned_positions:
             feeds["positions"] = as_rows(positions_of(chunks))
-        hidden: Float32 = self.engines.session("embed").run(None, feeds)[0]
+        hidden: Float32 = self.model.session("embed").run(None, feeds)[0]
         return hidden.reshape(len(tokens), -1)
 
     def run(
@@ -86,7 +84,7 @@ class OnnxRuntimeExecutor:
 
     def new_states(self) -> Float32:
         """Room for a hidden state of every position; untouched memory until it is used."""
-        states = SlotArray((self.slots, self.capacity, self.engines.spec.hidden_size))
+        states = SlotArray((self.slots, self.capacity, self.model.spec.hidden_size))
         self._states.append(states)
         return states.array
 
@@ -103,7 +101,7 @@ class OnnxRuntimeExecutor:
         """Closes a block's session; its keys and values stay."""
         for batch in self._batches.values():
             batch.unbind(block)
-        self.engines.close(block_name(block))
+        self.model.close(block_name(block))
 
     def release(self, slot: int) -> None:
         """Gives a slot's pages back to the operating system."""
@@ -188,7 +186,7 @@ class Batch:
     ) -> None:
         count = slots.stop - slots.start
         self._executor, self._slots, self._long_context = executor, slots, long_context
-        width = executor.engines.spec.hidden_size
+        width = executor.model.spec.hidden_size
         self._hidden = tuple(np.empty((tokens, width), np.float32) for _ in range(2))
         self._inputs: dict[str, Any] = {
             "last_positions": np.zeros(count, np.int32),
@@ -235,8 +233,8 @@ class Batch:
 
     def _bind(self, block: int) -> Run:
         """Binds a block's inputs and outputs to memory; past and present are the same memory."""
-        engines = self._executor.engines
-        session = engines.session(block_name(block))
+        model = self._executor.model
+        session = model.session(block_name(block))
         keys, values = (part[self._slots] for part in self._executor.cache(block))
         source, target = self._hidden[block % 2], self._hidden[1 - block % 2]
         inputs = {
@@ -244,7 +242,7 @@ class Batch:
             **self._inputs,
             "past_key": keys,
             "past_value": values,
-            **engines.rotary_tables(long_context=self._long_context),
+            **model.rotary_tables(long_context=self._long_context),
         }
         binding = session.io_binding()
         for name, array in inputs.items():

@@ -1,4 +1,4 @@
-"""An opened model on ONNX Runtime's CUDA provider: sessions and weights, loaded when first used.
+"""Engines of ONNX Runtime's CUDA provider: executors and heads of an opened model.
 
 What ONNX Runtime has no operator for, choosing a token and going on from it before the host has
 seen it, CUDA kernels of ours do between its sessions.
@@ -7,50 +7,32 @@ seen it, CUDA kernels of ours do between its sessions.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
 from ojfa_export.backends.choice import PreparesByParts
-from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.choosing import Chooser, choose_in_parts
 from ojfa_export.backends.cuda.device import Device, PinnedArray
-from ojfa_export.backends.cuda.kernels import Kernels, compile_kernels
-from ojfa_export.backends.cuda.mailbox import ROWS, Asked, DeviceChoices, Mailbox
-from ojfa_export.backends.cuda.sources import definitions
+from ojfa_export.backends.cuda.mailbox import ROWS, Asked, DeviceChoices
 from ojfa_export.backends.onnxruntime_cuda.executor import OnnxRuntimeCudaExecutor
-from ojfa_export.backends.onnxruntime_cuda.plan import read_plan
-from ojfa_export.backends.onnxruntime_cuda.provider import Array, Work, open_session
-from ojfa_export.backends.onnxruntime_cuda.weights import Weights
+from ojfa_export.backends.onnxruntime_cuda.opened import OpenedModel
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.bundle.names import block_name
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.decoding.head_output import Choices, Choosing
-from ojfa_export.models.spec import ModelSpec, Precision
-
-# The kernels that are compiled for a model when it is opened.
-SOURCES = ("embed.cu", "choose.cu", "sample.cu")
+from ojfa_export.models.spec import ModelSpec
 
 
-class OnnxRuntimeCudaEngines(PreparesByParts):
-    """An opened model.
+class OnnxRuntimeCudaEngines(OpenedModel, PreparesByParts):
+    """An opened model, the passes over it and its heads.
 
-    Args:
-        device: The GPU.
-        spec: The model.
-        weights: Directory of the weight files.
-        engines: Plans by graph name.
-        rotary: Cosines and sines [rows, rotary_dim/2], or None.
-        files: Opens the files.
-        record: Whether steps of one token are replayed as CUDA graphs.
+    Args and attributes are those of `OpenedModel`, and:
 
     Attributes:
         follows: See `backends.backend.Engines`.
-        kernels: Of ours.
-        mailbox: Where chosen tokens come.
     """
 
     follows = True
@@ -66,21 +48,8 @@ class OnnxRuntimeCudaEngines(PreparesByParts):
         *,
         record: bool = True,
     ) -> None:
-        device.make_current()
-        self.device, self.spec, self.record = device, spec, record
-        self.arrays = DeviceArrays(device)
-        self._files = files
-        self._directory = next(iter(engines.values())).parent
-        self._plans = {name: read_plan(path, files) for name, path in engines.items()}
-        self.precision: Precision = self._plans["embed"].precision
-        self._store = Weights(device, weights, files)
-        self._weights: dict[str, Mapping[str, DeviceArray]] = {}
-        self._sessions: dict[str, ort.InferenceSession] = {}  # by graph file
-        self._rotary = self._upload_rotary(rotary)
+        super().__init__(device, spec, weights, engines, rotary, files, record=record)
         self._key = object()  # of this model's recordings
-        macros = definitions(spec, half=self.precision == "fp16")
-        code = compile_kernels(macros, device.compute_capability, SOURCES)
-        self.kernels, self.mailbox = Kernels(device, code), Mailbox(device)
         self._chooser = Chooser(self.kernels, self.mailbox, spec.vocab_size)
         self._states = self.arrays.lasting((ROWS, spec.hidden_size), np.float32)
         self._logits = self.arrays.lasting((ROWS, spec.vocab_size), np.float32)
@@ -88,55 +57,11 @@ class OnnxRuntimeCudaEngines(PreparesByParts):
         self._exits = self.arrays.upload(np.repeat(exits, ROWS, axis=1))
         self._pinned = PinnedArray((ROWS, spec.vocab_size), np.float32)
 
-    def __del__(self) -> None:
-        # Work that is under way still uses memory that sessions free at their end.
-        with suppress(Exception):
-            self.device.synchronize()
-
-    def work(self, name: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Work:
-        """A graph with its weights, on these inputs and outputs."""
-        return Work(name, self._session(name), {**self.weights(name), **inputs}, outputs)
-
-    def add(self, key: tuple[Hashable, ...], work: Callable[[], None]) -> None:
-        """Adds work to the step, or does it at once where steps aren't recorded.
-
-        Args:
-            key: As of `Recorder.add`.
-            work: Puts something on the stream.
-        """
-        if self.record:
-            self.device.recorder.add(key, work)
-        else:
-            self.device.recorder.flush()
-            work()
-
-    def rotary(self, *, long_context: bool) -> Mapping[str, DeviceArray]:
-        """The tables of rotations, as blocks take them; LongRoPE has a second set of rows."""
-        if self.spec.rotary_switch is None:
-            return self._rotary
-        half = {name: len(table) // 2 for name, table in self._rotary.items()}
-        return {
-            name: table[half[name] :] if long_context else table[: half[name]]
-            for name, table in self._rotary.items()
-        }
-
-    def weights(self, name: str) -> Mapping[str, DeviceArray]:
-        """A graph's weights, uploaded on first use."""
-        if name not in self._weights:
-            self._weights[name] = self._store.load(self._plans[name])
-        return self._weights[name]
-
-    def close(self, name: str) -> None:
-        """Lets go of a graph's weights; work with them must be dropped as well."""
-        self.device.recorder.clear()
-        self._weights.pop(name, None)
-        self._store.forget(self._plans[name])
-
     def load_blocks(self, depth: int) -> None:
         """Uploads the weights of the embedding and the first blocks, and opens their sessions."""
         for name in ("embed", *map(block_name, range(depth))):
             self.weights(name)
-            self._session(name)
+            self.session(name)
 
     def unload_heads(self) -> None:
         """Lets go of the heads' weights; they are uploaded again when used."""
@@ -185,7 +110,7 @@ class OnnxRuntimeCudaEngines(PreparesByParts):
     ) -> None:
         """Puts a head on the stream, and what is done with its logits (`then` is its key)."""
         name = "final_head" if blocks_run == self.spec.blocks else "exit_head"
-        gated, count = "gates" in self._plans[name].weights, len(hidden)
+        gated, count = "gates" in self.plans[name].weights, len(hidden)
 
         def work() -> None:
             exits = self._exits[blocks_run, :count].reshape(count)
@@ -206,20 +131,3 @@ class OnnxRuntimeCudaEngines(PreparesByParts):
         target = self._states[: len(states)]
         self.device.copy(states.pointer, target.pointer, states.nbytes)
         return target
-
-    def _session(self, name: str) -> ort.InferenceSession:
-        file = self._plans[name].graph
-        if file not in self._sessions:
-            model = self._files.read(self._directory / file)
-            self._sessions[file] = open_session(model, name, int(self.device.stream))
-        return self._sessions[file]
-
-    def _upload_rotary(self, rotary: tuple[Float32, Float32] | None) -> Mapping[str, DeviceArray]:
-        if rotary is None:
-            return {}
-        names = ("rotary_cos_table", "rotary_sin_table")
-        dtype = DTYPES[self.precision]
-        return {
-            name: self.arrays.upload(table.astype(dtype))
-            for name, table in zip(names, rotary, strict=True)
-        }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
 from ojfa_export.backends.cuda.embedding import embed
 from ojfa_export.backends.cuda.kernels import pointer
+from ojfa_export.backends.onnxruntime_cuda.opened import OpenedModel
 from ojfa_export.backends.onnxruntime_cuda.provider import Array, Work
 from ojfa_export.backends.passes import (
     Chunk,
@@ -26,9 +26,6 @@ from ojfa_export.bundle.names import block_name
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.decoding.head_output import Choices
 
-if TYPE_CHECKING:
-    from ojfa_export.backends.onnxruntime_cuda.engines import OnnxRuntimeCudaEngines
-
 # Tokens of a prompt that run at once; and with fp32's attention, bytes of their scores.
 MOST_TOKENS = 1024
 SCORE_BYTES = 256 << 20
@@ -38,7 +35,7 @@ class Tokens:
     """Buffers of a pass over some tokens: one of each of several sequences, or many of one.
 
     Args:
-        engines: The opened model.
+        model: The opened model.
         rows: Sequences.
         tokens: Of each.
         lasting: Whether recordings refer to them.
@@ -49,11 +46,11 @@ class Tokens:
     """
 
     def __init__(
-        self, engines: OnnxRuntimeCudaEngines, rows: int, tokens: int, *, lasting: bool = False
+        self, model: OpenedModel, rows: int, tokens: int, *, lasting: bool = False
     ) -> None:
-        spec = engines.spec
-        self._engines = engines
-        new = engines.arrays.lasting if lasting else engines.arrays.empty
+        spec = model.spec
+        self._model = model
+        new = model.arrays.lasting if lasting else model.arrays.empty
         shape = (rows, tokens, spec.hidden_size)
         self.hidden = tuple(new(shape, np.float32) for _ in range(2))
         self._described = new((2, rows, tokens), np.int32)
@@ -66,21 +63,21 @@ class Tokens:
     def name(self, token_ids: Int32, starts: Sequence[int]) -> None:
         """Says which tokens they are, and where: one copy to the device."""
         positions = self._place(starts)
-        self._engines.device.upload(np.stack([token_ids, positions]), self._described.pointer)
+        self._model.device.upload(np.stack([token_ids, positions]), self._described.pointer)
 
     def embed(self) -> None:
         """Puts the embedding on the stream, into the first buffer."""
         inputs = {"token_ids": self._ids, "positions": self._positions}
-        self._engines.work("embed", inputs, {"hidden": self.hidden[0]}).run()
+        self._model.work("embed", inputs, {"hidden": self.hidden[0]}).run()
 
     def follow(self) -> None:
         """Puts the embedding of the newest answer's tokens on the stream, at the next positions.
 
         The device alone knows them; `moved_to` says where that is.
         """
-        engines, positions = self._engines, self._positions.pointer
-        named = pointer(engines.mailbox.tokens), pointer(positions)
-        embed(engines.kernels, engines.weights("embed"), self.hidden[0], named, positions, steps=1)
+        model, positions = self._model, self._positions.pointer
+        named = pointer(model.mailbox.tokens), pointer(positions)
+        embed(model.kernels, model.weights("embed"), self.hidden[0], named, positions, steps=1)
 
     def is_placed(self, starts: Sequence[int]) -> bool:
         """Whether the device has these positions."""
@@ -96,7 +93,7 @@ class Tokens:
     def place(self, starts: Sequence[int]) -> None:
         """Says at which position of its sequence each row begins; what is known isn't copied."""
         if not self.is_placed(starts):
-            self._engines.device.upload(self._place(starts), self._positions.pointer)
+            self._model.device.upload(self._place(starts), self._positions.pointer)
 
     def _place(self, starts: Sequence[int]) -> Int32:
         """Positions [rows, tokens], not uploaded yet; what follows from them is."""
@@ -106,7 +103,7 @@ class Tokens:
             np.array(starts, np.int32), np.arange(tokens, dtype=np.int32)
         )
         if tokens > 1:
-            self._engines.device.upload(positions[:, -1].copy(), self._last.pointer)
+            self._model.device.upload(positions[:, -1].copy(), self._last.pointer)
         return positions
 
     def inputs(self, block: int) -> dict[str, Array]:
@@ -121,7 +118,7 @@ class Tokens:
         """Puts hidden states where a block reads them."""
         target = self.hidden[block % 2]
         if hidden.pointer != target.pointer:
-            self._engines.device.copy(hidden.pointer, target.pointer, target.nbytes)
+            self._model.device.copy(hidden.pointer, target.pointer, target.nbytes)
 
 
 class OnnxRuntimeCudaExecutor:
@@ -131,7 +128,7 @@ class OnnxRuntimeCudaExecutor:
     slots: blocks read positions from device memory, so that the recording serves every position.
 
     Args:
-        engines: The opened model.
+        model: The opened model.
         slots: Sequences.
         capacity: Positions of each.
 
@@ -139,19 +136,19 @@ class OnnxRuntimeCudaExecutor:
         arrays: Makes arrays of hidden states.
     """
 
-    def __init__(self, engines: OnnxRuntimeCudaEngines, slots: int, capacity: int) -> None:
-        engines.device.make_current()
-        self._engines, self._device = engines, engines.device
-        self.arrays = engines.arrays
-        spec = engines.spec
+    def __init__(self, model: OpenedModel, slots: int, capacity: int) -> None:
+        model.device.make_current()
+        self._model, self._device = model, model.device
+        self.arrays = model.arrays
+        spec = model.spec
         self._shape = (slots, spec.kv_heads, capacity, spec.head_dim)
         self._values: dict[int, tuple[DeviceArray, DeviceArray]] = {}
         self._steps: dict[int, Tokens] = {}  # by sequences
-        self._recorder = engines.device.recorder
+        self._recorder = model.device.recorder
         self._key = object()  # of this executor's recordings
         self._key_positions = self.arrays.upload(np.arange(capacity, dtype=np.int32))
         self._most_tokens = MOST_TOKENS
-        if engines.precision == "fp32":
+        if model.precision == "fp32":
             most = SCORE_BYTES // (4 * spec.heads * capacity)
             self._most_tokens = max(16, min(MOST_TOKENS, most))
 
@@ -162,7 +159,7 @@ class OnnxRuntimeCudaExecutor:
         count = len(positions)
         if not isinstance(tokens, list):
             step = self._step(count)
-            if self._engines.mailbox.is_newest(tokens) and step.is_placed(
+            if self._model.mailbox.is_newest(tokens) and step.is_placed(
                 [position - 1 for position in positions]
             ):
                 self._add(("follow", count), step.follow)
@@ -174,7 +171,7 @@ class OnnxRuntimeCudaExecutor:
             step.name(as_rows(tokens), positions)
             self._add(("embed", count), step.embed)
             return _rows(step.hidden[0])
-        some = Tokens(self._engines, count, 1)
+        some = Tokens(self._model, count, 1)
         some.name(as_rows(tokens), positions)
         self._recorder.flush()
         some.embed()
@@ -217,7 +214,7 @@ class OnnxRuntimeCudaExecutor:
     def new_states(self) -> DeviceArray:
         """Room for a hidden state of every position; see `backends.backend.Executor`."""
         slots, _, capacity, _ = self._shape
-        return self.arrays.empty((slots, capacity, self._engines.spec.hidden_size), np.float32)
+        return self.arrays.empty((slots, capacity, self._model.spec.hidden_size), np.float32)
 
     def store(self, states: DeviceArray, chunks: Sequence[Chunk], hidden: DeviceArray) -> None:
         """Copies hidden states to their places; see `backends.backend.Executor`."""
@@ -243,7 +240,7 @@ class OnnxRuntimeCudaExecutor:
         self._recorder.clear()
         for tokens in self._steps.values():
             tokens.works = {key: work for key, work in tokens.works.items() if key[0] != block}
-        self._engines.close(block_name(block))
+        self._model.close(block_name(block))
 
     def __del__(self) -> None:
         with suppress(Exception):
@@ -252,7 +249,7 @@ class OnnxRuntimeCudaExecutor:
     def _step(self, rows: int) -> Tokens:
         """The buffers of steps with this many sequences, kept as recordings refer to them."""
         if rows not in self._steps:
-            self._steps[rows] = Tokens(self._engines, rows, 1, lasting=True)
+            self._steps[rows] = Tokens(self._model, rows, 1, lasting=True)
         return self._steps[rows]
 
     def _decode(
@@ -279,7 +276,7 @@ class OnnxRuntimeCudaExecutor:
         self, blocks: range, hidden: DeviceArray, slot: int, start: int, long_context: bool
     ) -> DeviceArray:
         count = len(hidden)
-        tokens = Tokens(self._engines, 1, count)
+        tokens = Tokens(self._model, 1, count)
         tokens.place([start])
         tokens.take(hidden, blocks.start)
         self._recorder.flush()
@@ -301,19 +298,19 @@ class OnnxRuntimeCudaExecutor:
             long_context: Whether LongRoPE's long factors apply.
         """
         if block not in self._values:
-            dtype = DTYPES[self._engines.precision]
+            dtype = DTYPES[self._model.precision]
             self._values[block] = (self._empty(dtype), self._empty(dtype))
         key, value = (array[rows] for array in self._values[block])
         inputs: dict[str, Array] = {
             **tokens.inputs(block),
-            **self._engines.rotary(long_context=long_context),
+            **self._model.rotary(long_context=long_context),
             "key_positions": self._key_positions,
             "total_length": np.array(length, np.int32),
             "past_key": key,
             "past_value": value,
         }
         outputs = {"hidden_out": tokens.hidden[1 - block % 2], "key": key, "value": value}
-        return self._engines.work(block_name(block), inputs, outputs)
+        return self._model.work(block_name(block), inputs, outputs)
 
     def _empty(self, dtype: np.dtype) -> DeviceArray:
         """Keys or values of a block: finite where nothing was written, as all is looked at."""
@@ -323,7 +320,7 @@ class OnnxRuntimeCudaExecutor:
 
     def _add(self, key: tuple[Hashable, ...], work: Callable[[], None]) -> None:
         """Adds to the step what is the same whenever its key is."""
-        self._engines.add((self._key, *key), work)
+        self._model.add((self._key, *key), work)
 
 
 def _rows(hidden: DeviceArray) -> DeviceArray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,19 +11,17 @@ from ojfa_export.backends.cuda.device import PinnedArray
 from ojfa_export.backends.cuda.kernels import Argument, pointer
 from ojfa_export.backends.tensorrt.attention import Attention, Geometry, Operands, Scratch
 from ojfa_export.backends.tensorrt.linear import Norm
+from ojfa_export.backends.tensorrt.opened import OpenedModel
 from ojfa_export.backends.tensorrt.plan import MLP, QKV
 from ojfa_export.backends.tensorrt.products import Products
 from ojfa_export.bundle.names import block_name
-
-if TYPE_CHECKING:
-    from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 
 
 class Workspace:
     """Buffers of a step with this many tokens, whatever sequences they belong to.
 
     Args:
-        engines: The opened model.
+        model: The opened model.
         tokens: How many.
         lasting: Whether recordings refer to it.
 
@@ -38,9 +35,9 @@ class Workspace:
         sequences: Address of the sequences that they belong to.
     """
 
-    def __init__(self, engines: TensorRtEngines, tokens: int, *, lasting: bool = False) -> None:
-        spec, self._device = engines.spec, engines.device
-        arrays, dtype = engines.arrays, DTYPES[engines.precision]
+    def __init__(self, model: OpenedModel, tokens: int, *, lasting: bool = False) -> None:
+        spec, self._device = model.spec, model.device
+        arrays, dtype = model.arrays, DTYPES[model.precision]
         self._arrays = arrays
         self.tokens = tokens
         self.hidden = tuple(arrays.empty((tokens, spec.hidden_size), np.float32) for _ in range(2))
@@ -118,28 +115,26 @@ class Block:
     """A block and its part of one cache.
 
     Args:
-        engines: The opened model.
+        model: The opened model.
         index: Which block.
         shape: Of keys and of values: [batch, kv_heads, capacity, head_dim].
     """
 
-    def __init__(
-        self, engines: TensorRtEngines, index: int, shape: tuple[int, int, int, int]
-    ) -> None:
-        self._engines, self._index, self._shape = engines, index, shape
+    def __init__(self, model: OpenedModel, index: int, shape: tuple[int, int, int, int]) -> None:
+        self._model, self._index, self._shape = model, index, shape
         self._name = block_name(index)
-        dtype = DTYPES[engines.precision]
-        self._keys = engines.arrays.lasting(shape, dtype)
-        self._values = engines.arrays.lasting(shape, dtype)
+        dtype = DTYPES[model.precision]
+        self._keys = model.arrays.lasting(shape, dtype)
+        self._values = model.arrays.lasting(shape, dtype)
         self._attention = Attention(
-            engines.kernels[engines.precision],
-            Geometry.of(engines.spec, dtype.itemsize),
-            engines.device.multiprocessors,
+            model.kernels[model.precision],
+            Geometry.of(model.spec, dtype.itemsize),
+            model.device.multiprocessors,
         )
 
     def unload(self) -> None:
         """Lets go of the weights."""
-        self._engines.close(self._name)
+        self._model.close(self._name)
 
     def copy_prefix(self, source: int, target: int, count: int) -> None:
         """Copies keys and values of a slot's first tokens to another."""
@@ -155,7 +150,7 @@ class Block:
             long_context: Whether LongRoPE's long factors apply.
             together: Whether the tokens are of different sequences, one each.
         """
-        products = self._engines.products(workspace.tokens)
+        products = self._model.products(workspace.tokens)
         if products:
             self._qkv_by_kernels(workspace, products)
         else:
@@ -171,12 +166,12 @@ class Block:
 
         Where the shapes are others than at its last run it has things to do that can't be recorded.
         """
-        workspace = Workspace(self._engines, tokens)
+        workspace = Workspace(self._model, tokens)
         self._qkv_by_engine(workspace)
         self._mlp_by_engine(workspace)
 
     def _qkv_by_kernels(self, workspace: Workspace, products: Products) -> None:
-        weights, source = self._engines.weights(self._name), workspace.hidden[self._index % 2]
+        weights, source = self._model.weights(self._name), workspace.hidden[self._index % 2]
         products.norm_linear(
             workspace.qkv,
             source,
@@ -186,7 +181,7 @@ class Block:
         )
 
     def _mlp_by_kernels(self, workspace: Workspace, products: Products) -> None:
-        weights = self._engines.weights(self._name)
+        weights = self._model.weights(self._name)
         source = workspace.hidden[self._index % 2]
         target = workspace.hidden[1 - self._index % 2]
         out, up, down = "attention.out", "mlp.up", "mlp.down"
@@ -231,7 +226,7 @@ class Block:
         self, part: str, tokens: int, arrays: dict[str, DeviceArray], prefixes: tuple[str, ...]
     ) -> None:
         results = ("qkv", "hidden_out")
-        self._engines.engine(self._name, part).run(
+        self._model.engine(self._name, part).run(
             tokens,
             {
                 name: (array.pointer, 0 if name in results else array.shape[-1])
@@ -239,14 +234,14 @@ class Block:
             },
             {
                 name: array.pointer
-                for name, array in self._engines.weights(self._name).items()
+                for name, array in self._model.weights(self._name).items()
                 if name.startswith(prefixes)
             },
         )
 
     def _norm(self, name: str) -> Norm:
-        weights = self._engines.weights(self._name)
-        epsilon = self._engines.spec.norm_epsilon
+        weights = self._model.weights(self._name)
+        epsilon = self._model.spec.norm_epsilon
         return Norm(weights[f"{name}.weight"], weights.get(f"{name}.bias"), epsilon)
 
     def _attend(self, workspace: Workspace, long_context: bool, *, together: bool) -> None:
@@ -261,7 +256,7 @@ class Block:
             positions=workspace.positions,
             sequences=workspace.sequences,
             capacity=self._shape[2],
-            scale=self._engines.spec.attention_scales[self._index],
+            scale=self._model.spec.attention_scales[self._index],
         )
         self._attention.run(
             operands,
@@ -271,10 +266,10 @@ class Block:
         )
 
     def _rotations(self, long_context: bool) -> tuple[int, int]:
-        tables = self._engines.rotary
+        tables = self._model.rotary
         if tables is None:
             return 0, 0
         cosines, sines = tables
-        long = long_context and self._engines.spec.rotary_switch is not None
+        long = long_context and self._model.spec.rotary_switch is not None
         skipped = cosines.nbytes // 2 if long else 0
         return cosines.pointer + skipped, sines.pointer + skipped

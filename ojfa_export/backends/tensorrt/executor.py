@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ojfa_export.backends.cuda.arrays import DeviceArray
-from ojfa_export.backends.cuda.kernels import pointer
+from ojfa_export.backends.cuda.embedding import embed
+from ojfa_export.backends.cuda.kernels import Argument, pointer
 from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.passes import (
     Chunk,
@@ -27,44 +26,18 @@ from ojfa_export.backends.passes import (
 )
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.heads import Keeping
+from ojfa_export.backends.tensorrt.in_flight import InFlight, NewestDecode
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
 from ojfa_export.backends.tensorrt.memory import Request
+from ojfa_export.backends.tensorrt.opened import OpenedModel
 from ojfa_export.backends.tensorrt.plan import PREFILL_TOKENS
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.decoding.head_output import Choices
-
-if TYPE_CHECKING:
-    from ojfa_export.backends.tensorrt.engines import TensorRtEngines
-
 
 # Of what follows an exit, so many blocks begin before its check is known.
 AHEAD_BLOCKS = 1
 # Passes of up to so many tokens of a sequence are recorded: few kinds, each of them often run.
 FEW_TOKENS = 8
-
-
-@dataclass(slots=True)
-class NewestDecode:
-    """A pass of one token each, as long as its result lies where it was computed.
-
-    Attributes:
-        executor: Whose.
-        block: The one after it.
-        chunks: Whose tokens.
-        long_context: As of `TensorRtExecutor.run`.
-        hidden: The result, [tokens, H].
-    """
-
-    executor: TensorRtExecutor
-    block: int
-    chunks: Sequence[Chunk]
-    long_context: bool
-    hidden: DeviceArray
-
-    def holds(self, states: DeviceArray) -> bool:
-        """Whether hidden states are the pass's result."""
-        hidden = self.hidden
-        return states.pointer == hidden.pointer and states.shape[0] == hidden.shape[0]
 
 
 class TensorRtExecutor:
@@ -74,7 +47,8 @@ class TensorRtExecutor:
     and positions are read from device memory, so that the recording serves all of them.
 
     Args:
-        engines: The opened model.
+        model: The opened model.
+        in_flight: What is on the device of its newest pass.
         slots: Sequences.
         capacity: Positions of each.
 
@@ -83,16 +57,16 @@ class TensorRtExecutor:
         key: Of this executor's recordings.
     """
 
-    def __init__(self, engines: TensorRtEngines, slots: int, capacity: int) -> None:
-        engines.device.make_current()
-        self._engines = engines
-        self._device = engines.device
-        self.arrays = engines.arrays
-        self._shape = (slots, engines.spec.kv_heads, capacity, engines.spec.head_dim)
+    def __init__(self, model: OpenedModel, in_flight: InFlight, slots: int, capacity: int) -> None:
+        model.device.make_current()
+        self._model, self._in_flight = model, in_flight
+        self._device = model.device
+        self.arrays = model.arrays
+        self._shape = (slots, model.spec.kv_heads, capacity, model.spec.head_dim)
         self._blocks: dict[int, Block] = {}
         self._opened: set[range] = set()
         self._workspaces: dict[int, Workspace] = {}
-        self._recorder = engines.device.recorder
+        self._recorder = model.device.recorder
         self.key = object()
 
     def embed(self, tokens: Sequence[int] | Choices, chunks: Sequence[Chunk]) -> DeviceArray:
@@ -104,36 +78,51 @@ class TensorRtExecutor:
                 return self._embed_following(positions)
             tokens = tokens.tokens()  # type: ignore[union-attr]
         count = len(positions)
-        self._engines.call_off()
+        self._in_flight.call_off()
         if len(chunks) == count:
             workspace = self.workspace(count)
             workspace.name(tokens, positions)
             key = ("embed", self.key, count)
-            self._recorder.add(key, lambda: self._engines.embed(workspace))
+            self._recorder.add(key, lambda: self._embed(workspace))
         else:
-            workspace = Workspace(self._engines, count)
+            workspace = Workspace(self._model, count)
             workspace.name(tokens, positions)
             self._recorder.flush()
-            self._engines.embed(workspace)
+            self._embed(workspace)
         return workspace.hidden[0]
 
     def _follows(self, choices: object, positions: Sequence[int]) -> bool:
         """Whether tokens are the newest answer's, at the positions after those of the last step."""
         before = [position - 1 for position in positions]
-        return self._engines.mailbox.is_newest(choices) and self.workspace(
-            len(positions)
-        ).is_placed(before)
+        return self._model.mailbox.is_newest(choices) and self.workspace(len(positions)).is_placed(
+            before
+        )
 
     def _embed_following(self, positions: list[int]) -> DeviceArray:
         """Embeds the newest answer's tokens, known to the device alone."""
-        self._engines.call_off()
-        count, tokens = len(positions), pointer(self._engines.mailbox.tokens)
+        self._in_flight.call_off()
+        count, tokens = len(positions), pointer(self._model.mailbox.tokens)
         workspace = self.workspace(count)
         before = pointer(workspace.positions)
         key = ("follow", self.key, count)
-        self._recorder.add(key, lambda: self._engines.embed(workspace, (tokens, before), steps=1))
+        self._recorder.add(key, lambda: self._embed(workspace, (tokens, before), steps=1))
         workspace.moved_to(positions)
         return workspace.hidden[0]
+
+    def _embed(
+        self, workspace: Workspace, named: tuple[Argument, Argument] | None = None, steps: int = 0
+    ) -> None:
+        """Puts the embedding of a workspace's tokens on the stream, into its first buffer.
+
+        Args:
+            workspace: The tokens'.
+            named: Where ids and positions are, if not where the workspace names them.
+            steps: Added to the positions.
+        """
+        model, hidden = self._model, workspace.hidden[0]
+        named = named or workspace.named_at
+        kernels, weights = model.kernels[model.precision], model.weights("embed")
+        embed(kernels, weights, hidden, named, workspace.positions, steps)
 
     def run(
         self,
@@ -163,7 +152,7 @@ class TensorRtExecutor:
     ) -> DeviceArray:
         if len(chunks) == len(states):
             return self._decode(blocks, states, chunks, long_context)
-        self._engines.call_off()
+        self._in_flight.call_off()
         [chunk] = chunks
         if chunk.length <= FEW_TOKENS:
             return self._few(blocks, states, chunk, long_context)
@@ -177,20 +166,20 @@ class TensorRtExecutor:
     def new_states(self) -> DeviceArray:
         """Room for a hidden state of every position; see `backends.backend.Executor`."""
         slots, _, capacity, _ = self._shape
-        return self.arrays.empty((slots, capacity, self._engines.spec.hidden_size), np.float32)
+        return self.arrays.empty((slots, capacity, self._model.spec.hidden_size), np.float32)
 
     def store(self, states: DeviceArray, chunks: Sequence[Chunk], hidden: DeviceArray) -> None:
         """Copies hidden states to their places; see `backends.backend.Executor`."""
-        engines, count = self._engines, hidden.shape[0]
-        last = engines.last_pass
+        model, count = self._model, hidden.shape[0]
+        last = self._in_flight.last_pass
         if last is None or last.executor is not self or not last.holds(hidden):
             store_chunks(states, chunks, hidden)
             return
-        kernels = engines.kernels[engines.precision]
+        kernels = model.kernels[model.precision]
         keeping = Keeping(kernels, states, hidden, self.workspace(count))
         key = ("keep", self.key, states.pointer, hidden.pointer, count)
         self._recorder.add(key, keeping.run)
-        engines.keeping = key, keeping
+        self._in_flight.keeping = key, keeping
 
     def load(self, states: DeviceArray, chunks: Sequence[Chunk]) -> DeviceArray:
         """Hidden states [tokens, H] that were stored."""
@@ -199,7 +188,7 @@ class TensorRtExecutor:
 
     def can_begin(self, last: NewestDecode) -> bool:
         """Whether blocks can begin after a pass: only these kernels can be called off."""
-        return self._engines.decode_kernels and last.hidden.shape[0] <= MOST_TOKENS
+        return self._model.decode_kernels and last.hidden.shape[0] <= MOST_TOKENS
 
     def begin(self, last: NewestDecode, blocks: range) -> tuple[tuple[Hashable, ...], Work]:
         """The first blocks after a pass, while its exit's check may call them off on the device.
@@ -209,7 +198,7 @@ class TensorRtExecutor:
         Returns:
             What to launch, and its key.
         """
-        self._engines.ahead = blocks = blocks[:AHEAD_BLOCKS]
+        self._in_flight.ahead = blocks = blocks[:AHEAD_BLOCKS]
         count = last.hidden.shape[0]
         self._open(blocks, count)
         return self._pass(blocks, count, last.long_context)
@@ -236,31 +225,31 @@ class TensorRtExecutor:
         """The buffers of steps with this many tokens, kept as recordings refer to them."""
         workspace = self._workspaces.get(count)
         if workspace is None:
-            workspace = self._workspaces[count] = Workspace(self._engines, count, lasting=True)
+            workspace = self._workspaces[count] = Workspace(self._model, count, lasting=True)
         return workspace
 
     def _decode(
         self, blocks: range, hidden: DeviceArray, chunks: Sequence[Chunk], long_context: bool
     ) -> DeviceArray:
-        engines, count = self._engines, hidden.shape[0]
+        count = hidden.shape[0]
         workspace = self.workspace(count)
         result = workspace.hidden[blocks.stop % 2]
         this = NewestDecode(self, blocks.stop, tuple(chunks), long_context, result)
         begun = self._begun(blocks, hidden, this.chunks, long_context)
         if not begun:
-            engines.call_off()
+            self._in_flight.call_off()
             workspace.place(positions_of(chunks), slots_of(chunks))
             workspace.take(hidden, blocks.start)
         if rest := blocks[begun:]:
             self._recorder.add(*self._pass(rest, count, long_context), self._before(rest, count))
-        engines.ahead, engines.last_pass = None, this
+        self._in_flight.ahead, self._in_flight.last_pass = None, this
         return result
 
     def _begun(
         self, blocks: range, hidden: DeviceArray, chunks: Sequence[Chunk], long_context: bool
     ) -> int:
         """With how many of the blocks the last pass has been followed already."""
-        last, ahead = self._engines.last_pass, self._engines.ahead
+        last, ahead = self._in_flight.last_pass, self._in_flight.ahead
         if ahead is None or last is None or not last.holds(hidden):
             return 0
         same = (last.executor, last.chunks, last.long_context)
@@ -286,9 +275,9 @@ class TensorRtExecutor:
         new = [block for block in blocks if block not in self._blocks]
         if new:
             batch, _, capacity, _ = self._shape
-            self._engines.check_room(Request(blocks, batch, capacity, tokens), self._blocks)
+            self._model.check_room(Request(blocks, batch, capacity, tokens), self._blocks)
         for block in new:
-            self._blocks[block] = Block(self._engines, block, self._shape)
+            self._blocks[block] = Block(self._model, block, self._shape)
         self._opened.add(blocks)
 
     def _pass(
@@ -305,7 +294,7 @@ class TensorRtExecutor:
 
     def _before(self, blocks: range, count: int) -> Work | None:
         """What must run before a pass is recorded."""
-        if self._engines.products(count):
+        if self._model.products(count):
             return None
         return lambda: self._blocks[blocks.start].settle(count)
 
@@ -331,7 +320,7 @@ class TensorRtExecutor:
         self, blocks: range, hidden: DeviceArray, slot: int, start: int, long_context: bool
     ) -> DeviceArray:
         count = len(hidden)
-        workspace = Workspace(self._engines, count)
+        workspace = Workspace(self._model, count)
         workspace.place(range(start, start + count), [slot] * count)
         workspace.take(hidden, blocks.start)
         for block in blocks:

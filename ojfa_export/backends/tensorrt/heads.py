@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -17,12 +17,10 @@ from ojfa_export.backends.cuda.kernels import (
     pointer,
 )
 from ojfa_export.backends.cuda.mailbox import Asked
+from ojfa_export.backends.tensorrt.blocks import Workspace
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
+from ojfa_export.backends.tensorrt.opened import OpenedModel
 from ojfa_export.backends.tensorrt.weights import ROW_BYTES
-
-if TYPE_CHECKING:
-    from ojfa_export.backends.tensorrt.blocks import Workspace
-    from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 
 # Rows of logits that are on the device at once.
 HEAD_ROWS = 16
@@ -123,16 +121,14 @@ class _ByLogits:
         self._chooser.choose(logits, asked)
 
 
-def _run_engine(
-    engines: TensorRtEngines, name: str, hidden: DeviceArray, logits: DeviceArray
-) -> None:
+def _run_engine(model: OpenedModel, name: str, hidden: DeviceArray, logits: DeviceArray) -> None:
     rows, width = hidden.shape
     # Addresses must be multiples of 256; a row of hidden states may lie anywhere.
     aligned = hidden if hidden.pointer % 256 == 0 else hidden.copy()
-    engines.engine(name, name).run(
+    model.engine(name, name).run(
         rows,
         {"hidden": (aligned.pointer, width), "logits": (logits.pointer, 0)},
-        {key: array.pointer for key, array in engines.weights(name).items()},
+        {key: array.pointer for key, array in model.weights(name).items()},
     )
 
 
@@ -140,71 +136,71 @@ class FinalHead(_ByLogits):
     """Final norm and LM head.
 
     Args:
-        engines: The opened model.
+        model: The opened model.
     """
 
-    def __init__(self, engines: TensorRtEngines) -> None:
-        self._engines, self._chooser = engines, engines.chooser
-        weights = engines.weights("final_head")
+    def __init__(self, model: OpenedModel) -> None:
+        self._model, self._chooser = model, model.chooser
+        weights = model.weights("final_head")
         self._norm = Norm(
             weights["final_norm.weight"],
             weights.get("final_norm.bias"),
-            engines.spec.norm_epsilon,
+            model.spec.norm_epsilon,
         )
         self._matrix = weights["head"]
 
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
         """See `Head`."""
-        products = self._engines.products(len(hidden))
+        products = self._model.products(len(hidden))
         if products:
             products.norm_linear(logits, hidden, self._norm, self._matrix, None)
         else:
-            _run_engine(self._engines, "final_head", hidden, logits)
+            _run_engine(self._model, "final_head", hidden, logits)
 
 
 class ExitHead(_ByLogits):
     """The shortcut, folded with final norm and LM head: z = h P + b; logits = z / rms(z) V^T.
 
     Args:
-        engines: The opened model.
+        model: The opened model.
     """
 
-    def __init__(self, engines: TensorRtEngines) -> None:
-        self._engines, self._chooser = engines, engines.chooser
-        weights = engines.plan("exit_head").weights
+    def __init__(self, model: OpenedModel) -> None:
+        self._model, self._chooser = model, model.chooser
+        weights = model.plan("exit_head").weights
         self._kernels: tuple[LinearKernels, LinearKernels] | None = None
         self.slight = False
-        if not engines.decode_kernels or not set(weights) <= FOLDED:
+        if not model.decode_kernels or not set(weights) <= FOLDED:
             return
         project, vocabulary = weights["project"], weights["vocabulary"]
         # Copies with whole 16-byte rows: two or three megabytes for a model of 7B.
-        self._project = engines.store.padded(project, turned=True)
-        self._vocabulary = engines.store.padded(vocabulary, turned=False)
-        self._z = engines.arrays.lasting((MOST_TOKENS, project.shape[1]), np.float32)
-        small = engines.weights("exit_head")
+        self._project = model.store.padded(project, turned=True)
+        self._vocabulary = model.store.padded(vocabulary, turned=False)
+        self._z = model.arrays.lasting((MOST_TOKENS, project.shape[1]), np.float32)
+        small = model.weights("exit_head")
         self._project_bias = small["project.bias"]
         self._bias = small.get("vocabulary.bias")
-        self._norm = Norm(None, None, engines.spec.norm_epsilon)
+        self._norm = Norm(None, None, model.spec.norm_epsilon)
         self._kernels = (
-            engines.linear(project.precision),
-            engines.linear(vocabulary.precision),
+            model.linear(project.precision),
+            model.linear(vocabulary.precision),
         )
         self._rank = project.shape[1]
-        parts = (engines.device.multiprocessors, MOST_TOKENS, CHECK_RANK)
-        self._z_parts = engines.arrays.lasting(parts, np.uint64)
+        parts = (model.device.multiprocessors, MOST_TOKENS, CHECK_RANK)
+        self._z_parts = model.arrays.lasting(parts, np.uint64)
         # What was in this memory before may look like words of an answer to come.
-        engines.device.clear(self._z_parts.pointer, self._z_parts.nbytes)
+        model.device.clear(self._z_parts.pointer, self._z_parts.nbytes)
         self.slight = (
             self._rank <= CHECK_RANK
             and project.precision == "fp32"
-            and vocabulary.precision == engines.precision
+            and vocabulary.precision == model.precision
         )
 
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
         """See `Head`."""
         rows = len(hidden)
-        if self._kernels is None or rows > MOST_TOKENS or not self._engines.decode_kernels:
-            _run_engine(self._engines, "exit_head", hidden, logits)
+        if self._kernels is None or rows > MOST_TOKENS or not self._model.decode_kernels:
+            _run_engine(self._model, "exit_head", hidden, logits)
             return
         first, second = self._kernels
         z = self._z[:rows]
@@ -215,7 +211,7 @@ class ExitHead(_ByLogits):
         self, hidden: DeviceArray, logits: DeviceArray, asked: Asked, keeping: Keeping | None = None
     ) -> None:
         """See `Head`."""
-        few = len(hidden) <= MOST_TOKENS and self._engines.decode_kernels
+        few = len(hidden) <= MOST_TOKENS and self._model.decode_kernels
         if not few or not self.slight:
             super().choose(hidden, logits, asked, keeping)
             return
@@ -229,7 +225,7 @@ class ExitHead(_ByLogits):
         )
         self._chooser.kernels.launch(
             f"{kind}_{len(hidden)}",
-            (self._engines.device.multiprocessors, 1, 1),
+            (self._model.device.multiprocessors, 1, 1),
             (threads, 1, 1),
             (
                 pointer(logits.pointer if asked.temperature else None),
@@ -258,22 +254,22 @@ class ResidualExitHead(_ByLogits):
     The jump runs in kernels, a few rows at a time; what it adds to reading the head is little.
 
     Args:
-        engines: The opened model.
+        model: The opened model.
         blocks_run: The exit, which picks the gate.
     """
 
-    def __init__(self, engines: TensorRtEngines, blocks_run: int) -> None:
-        self._final, self._chooser = FinalHead(engines), engines.chooser
-        store, plan = engines.store, engines.plan("exit_head")
+    def __init__(self, model: OpenedModel, blocks_run: int) -> None:
+        self._final, self._chooser = FinalHead(model), model.chooser
+        store, plan = model.store, model.plan("exit_head")
         project, up, gates = (store.read(plan.weights[n]) for n in ("project", "up", "gates"))
         bias = store.read(plan.weights["project.bias"])
         rank = -(-len(up) // ROW_ELEMENTS) * ROW_ELEMENTS  # filled up with zeros
         self._project = store.filled(project.T, (rank, project.shape[0]))
         self._bias = store.filled(bias, (rank,))
         self._up = store.filled(gates[blocks_run - 1] * up.T, (up.shape[1], rank))
-        self._kernels = engines.linear("fp32")
-        self._z = engines.arrays.lasting((MOST_TOKENS, rank), np.float32)
-        self._y = engines.arrays.lasting((HEAD_ROWS, up.shape[1]), np.float32)
+        self._kernels = model.linear("fp32")
+        self._z = model.arrays.lasting((MOST_TOKENS, rank), np.float32)
+        self._y = model.arrays.lasting((HEAD_ROWS, up.shape[1]), np.float32)
 
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
         """See `Head`; at most HEAD_ROWS rows."""

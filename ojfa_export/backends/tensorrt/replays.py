@@ -9,30 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import TYPE_CHECKING
 
-from ojfa_export.backends.choice import run_and_choose
-from ojfa_export.backends.cuda.device import Graph
+from ojfa_export.backends.choice import Chooses, run_and_choose
+from ojfa_export.backends.cuda.recorder import Recording
 from ojfa_export.backends.passes import Newest, Pass, positions_of
-from ojfa_export.backends.tensorrt.executor import NewestDecode, TensorRtExecutor
+from ojfa_export.backends.tensorrt.executor import TensorRtExecutor
 from ojfa_export.backends.tensorrt.heads import HEAD_ROWS
+from ojfa_export.backends.tensorrt.in_flight import InFlight, NewestDecode
+from ojfa_export.backends.tensorrt.opened import OpenedModel
 from ojfa_export.decoding.arrays import Hidden
 from ojfa_export.decoding.head_output import Choices, Choosing
-
-if TYPE_CHECKING:
-    from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 
 
 class Replays:
     """Runs tokens on and asks heads.
 
     Args:
-        engines: The opened model.
+        engines: Choose.
+        model: The opened model.
+        in_flight: What is on the device of its newest pass.
     """
 
-    def __init__(self, engines: TensorRtEngines) -> None:
-        self._engines = engines
-        self._recorder = engines.device.recorder
+    def __init__(self, engines: Chooses, model: OpenedModel, in_flight: InFlight) -> None:
+        self._engines, self._in_flight = engines, in_flight
+        self._mailbox, self._recorder = model.mailbox, model.device.recorder
 
     def prepare(
         self,
@@ -61,7 +61,7 @@ class Replays:
         launches = self._recorder.launches
         choices = run_and_choose(self._engines, executor, step, states, newest, how)
         if key is not None and self._recorder.launches == launches + 1:
-            self._recorder.name(key, self._engines.ahead)
+            self._recorder.name(key, self._in_flight.ahead)
         return choices
 
     def _key(
@@ -79,7 +79,7 @@ class Replays:
         return (
             executor.key,
             way,
-            self._engines.may_be_off,
+            self._in_flight.may_be_off,
             step.blocks,
             count,
             step.long_context,
@@ -96,24 +96,24 @@ class Replays:
         step: Pass,
         newest: Newest,
         how: Choosing,
-        graph: Graph,
+        graph: Recording,
         ahead: range | None,
     ) -> Choices:
-        engines, chunks, depth = self._engines, step.chunks, step.blocks.stop
+        in_flight, chunks, depth = self._in_flight, step.chunks, step.blocks.stop
         workspace, positions = executor.workspace(len(chunks)), positions_of(chunks)
-        engines.mailbox.leave(how.draws)
+        self._mailbox.leave(how.draws)
         # Whenever this is interrupted, nothing is taken to be on the device that may not be.
-        engines.last_pass, engines.keeping, engines.ahead = None, ((), None), ahead
+        in_flight.last_pass, in_flight.keeping, in_flight.ahead = None, ((), None), ahead
         newest.clear()
         if step.tokens is not None:
             if isinstance(step.tokens, list):
                 workspace.leave(step.tokens, positions)
             workspace.moved_to([])
         self._recorder.replay(graph)
-        choices = engines.mailbox.expect(len(chunks))
+        choices = self._mailbox.expect(len(chunks))
         if step.tokens is not None:
             workspace.moved_to(positions)
         hidden = workspace.hidden[depth % 2]
         newest.set(step, hidden)
-        engines.last_pass = NewestDecode(executor, depth, chunks, step.long_context, hidden)
+        in_flight.last_pass = NewestDecode(executor, depth, chunks, step.long_context, hidden)
         return choices

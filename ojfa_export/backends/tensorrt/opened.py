@@ -1,0 +1,134 @@
+"""An opened model on the GPU: weights, engines and kernels, loaded when first used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.choosing import Chooser
+from ojfa_export.backends.cuda.device import Device
+from ojfa_export.backends.cuda.kernels import Kernels
+from ojfa_export.backends.cuda.mailbox import Mailbox
+from ojfa_export.backends.tensorrt.engine import Engine, EngineSet
+from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels
+from ojfa_export.backends.tensorrt.memory import Request, Room
+from ojfa_export.backends.tensorrt.plan import GraphPlan, read_plan
+from ojfa_export.backends.tensorrt.products import Products
+from ojfa_export.backends.tensorrt.tiled import TiledKernels, matrix_shapes, most_tokens
+from ojfa_export.backends.tensorrt.weights import WeightStore
+from ojfa_export.bundle.checked import UNCHECKED, Files
+from ojfa_export.decoding.arrays import Float32
+from ojfa_export.errors import UsageError
+from ojfa_export.models.spec import ModelSpec, Precision
+
+DECODE_VARIABLE = "OJFA_DECODE"
+
+
+class OpenedModel:
+    """Weights, engines and kernels that passes and heads need.
+
+    Args:
+        device: The GPU.
+        spec: The model.
+        weights: Directory of the weight files.
+        engines: Plans by graph name.
+        rotary: Cosines and sines [rows, rotary_dim/2], or None.
+        files: Opens the files.
+
+    Attributes:
+        decode_kernels: Whether steps of a few tokens run in CUDA kernels of ours rather than in
+            TensorRT's engines (OJFA_DECODE=engines).
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        spec: ModelSpec,
+        weights: Path,
+        engines: Mapping[str, Path],
+        rotary: tuple[Float32, Float32] | None,
+        files: Files = UNCHECKED,
+    ) -> None:
+        device.make_current()
+        self.device, self.spec = device, spec
+        self.arrays = DeviceArrays(device)
+        self.decode_kernels = _decode_kernels()
+        self._files = files
+        self._directory = next(iter(engines.values())).parent
+        self.plans = {name: read_plan(path, files) for name, path in engines.items()}
+        embed = self.plans["embed"]
+        self.precision: Precision = embed.precision
+        self.kernels: dict[Precision, Kernels] = {
+            kind: Kernels(device, files.read(self._directory / file))
+            for kind, file in embed.kernels.items()
+        }
+        self.store = WeightStore(device, weights, self.kernels, files)
+        self._room = Room(spec, DTYPES[self.precision].itemsize, self.plans)
+        self.rotary = tuple(map(self.arrays.upload, rotary)) if rotary else None
+        self.rotary_rows = len(rotary[0]) if rotary else 0
+        self._engines: EngineSet | None = None
+        self._weights: dict[str, dict[str, DeviceArray]] = {}
+        self.mailbox = Mailbox(device)
+        chosen = self.kernels[self.precision]
+        self.chooser = Chooser(chosen, self.mailbox, spec.vocab_size)
+        self._tiled, self._most_tiled = None, 0
+        if self.precision == "fp16":
+            self._tiled = TiledKernels(device, self.arrays, chosen, spec.hidden_size)
+            room = device.multiprocessors, device.shared_bytes
+            self._most_tiled = most_tokens(matrix_shapes(spec), *room)
+
+    def plan(self, name: str) -> GraphPlan:
+        """A graph's plan."""
+        return self.plans[name]
+
+    def weights(self, name: str) -> dict[str, DeviceArray]:
+        """A graph's weights, uploaded on first use."""
+        if name not in self._weights:
+            self._weights[name] = self.store.load(self.plans[name])
+        return self._weights[name]
+
+    def engine(self, name: str, part: str) -> Engine:
+        """An engine; equal blocks share theirs. All are opened when one is first used."""
+        if self._engines is None:
+            files = {file for plan in self.plans.values() for file in plan.engines.values()}
+            paths = [self._directory / file for file in files]
+            self._engines = EngineSet(self.device, paths, self._files)
+        return self._engines[self.plans[name].engines[part]]
+
+    def products(self, tokens: int) -> Products | None:
+        """The kernels that run so many tokens of a step; None where TensorRT's engines do."""
+        if not self.decode_kernels:
+            return None
+        if tokens <= MOST_TOKENS:
+            return self.linear(self.precision)
+        return self._tiled if tokens <= self._most_tiled else None
+
+    def linear(self, precision: Precision) -> LinearKernels:
+        """The matrix-vector kernels for matrices of a precision."""
+        return LinearKernels(self.device, self.kernels[precision], DTYPES[precision].itemsize)
+
+    def close(self, name: str) -> None:
+        """Lets go of a graph's weights."""
+        self.device.recorder.clear()
+        self._weights.pop(name, None)
+        self.store.forget(self.plans[name])
+
+    def check_room(self, request: Request, cached: Collection[int] = ()) -> None:
+        """Refuses what won't fit, before any of it takes memory: see `memory.Room.check`."""
+        self._room.check(
+            request,
+            self.device.available(),
+            self.device.name,
+            self.store.held,
+            cached,
+            opened=self._engines is not None,
+        )
+
+
+def _decode_kernels() -> bool:
+    value = os.environ.get(DECODE_VARIABLE, "") or "kernels"
+    if value not in ("kernels", "engines"):
+        raise UsageError(f"{DECODE_VARIABLE} must be 'kernels' or 'engines', not '{value}'")
+    return value == "kernels"
