@@ -31,6 +31,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # Two processes of one thread each: with more they wait for each other's.
 PYTEST := OMP_NUM_THREADS=1 OJFA_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup

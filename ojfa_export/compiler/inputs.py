@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
-from ojfa_export.compiler.options import BuildOptions, Settings, settle
+from ojfa_export.compiler.options import BuildOptions, BuildSettings, settle
 from ojfa_export.compiler.versions import tool_versions
 from ojfa_export.errors import CheckpointError
 from ojfa_export.models.calibration_text import CalibrationText, Windows, make_windows, read_source
@@ -34,7 +34,7 @@ class Inputs:
         self.checkpoint = Checkpoint(directory)
         self.tokenizer: Tokenizer = read_tokenizer(directory)
         rotary = self.checkpoint.family.rotary(self.checkpoint.config)
-        self.settings: Settings = settle(options, self.checkpoint.spec, rotary)
+        self.settings: BuildSettings = settle(options, self.checkpoint.spec, rotary)
         self.backend: Backend = backends.load(options.backend)
         self.texts: list[CalibrationText] = [read_source(p) for p in self.settings.calibration_data]
         is_directory = Path(options.checkpoint).is_dir()

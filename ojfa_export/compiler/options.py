@@ -91,7 +91,7 @@ class RecipeModel(BaseModel):
 
 
 class Recipe(BaseModel):
-    """Settings for one published model, as in the paper where it says them."""
+    """BuildSettings for one published model, as in the paper where it says them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -105,7 +105,7 @@ class Recipe(BaseModel):
 
 
 @dataclass(frozen=True)
-class Settings:
+class BuildSettings:
     """A build's settings, all decided."""
 
     precision: Precision
@@ -156,7 +156,7 @@ def read_recipe(name: str) -> Recipe:
         ) from error
 
 
-def settle(options: BuildOptions, spec: ModelSpec, rotary: Rotary | None) -> Settings:
+def settle(options: BuildOptions, spec: ModelSpec, rotary: Rotary | None) -> BuildSettings:
     """Decides every setting: the user's, else the recipe's, else the default.
 
     Raises:
@@ -172,7 +172,7 @@ def settle(options: BuildOptions, spec: ModelSpec, rotary: Rotary | None) -> Set
         min(spec.max_positions, DEFAULT_CACHE_LENGTH),
     )
     limits = [length, spec.max_positions, spec.rotary_switch or length]
-    settings = Settings(
+    settings = BuildSettings(
         precision=_precision(options.precision or (recipe.precision if recipe else "fp32")),
         rank=_first(options.rank, recipe.rank if recipe else None, max(1, hidden // 100)),
         max_cache_length=length,
@@ -243,7 +243,7 @@ def _check_recipe(recipe: Recipe, spec: ModelSpec, name: str) -> None:
             )
 
 
-def _check(settings: Settings, spec: ModelSpec, rotary: Rotary | None) -> None:
+def _check(settings: BuildSettings, spec: ModelSpec, rotary: Rotary | None) -> None:
     if not 1 <= settings.rank <= spec.hidden_size:
         raise UsageError(
             f"rank {settings.rank} is outside 1..{spec.hidden_size}, the model's hidden size",

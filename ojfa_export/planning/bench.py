@@ -28,7 +28,7 @@ BURST = 8
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchSettings:
     """How latencies are measured.
 
     Attributes:
@@ -76,7 +76,7 @@ class BenchResult:
     """
 
     machine: dict[str, Any]
-    settings: Settings
+    settings: BenchSettings
     exits: list[ExitLatency]
     samples_ms: dict[int, dict[str, list[float]]]
 
@@ -114,7 +114,9 @@ def bench_bundle(
         BundleError: The bundle can't be opened.
         UsageError: An exit outside the model, or numbers that leave nothing to measure.
     """
-    settings = Settings(prompt_length, warmup, iterations, prefills=max(3, iterations // BURST))
+    settings = BenchSettings(
+        prompt_length, warmup, iterations, prefills=max(3, iterations // BURST)
+    )
     model, runs = load(bundle, backend=backend), backends.load(backend)
     spec = model.spec
     chosen: Sequence[Exit] = exits or range(1, spec.blocks + 1)
@@ -145,7 +147,7 @@ def bench_bundle(
     return BenchResult(machine, settings, latencies, samples)
 
 
-def _check(settings: Settings, max_length: int) -> None:
+def _check(settings: BenchSettings, max_length: int) -> None:
     longest = max_length - BURST - 1
     if not 1 <= settings.prompt_length <= longest:
         raise UsageError(
@@ -160,7 +162,7 @@ def time_exits(
     spec: ModelSpec,
     engines: Engines,
     exits: Sequence[int],
-    settings: Settings,
+    settings: BenchSettings,
     progress: Progress,
 ) -> dict[int, dict[str, list[float]]]:
     """Times decoding and prefill, the exits taking turns.
@@ -217,7 +219,7 @@ def summarise(
     spec: ModelSpec,
     exit: int,
     samples: Mapping[str, Sequence[float]],
-    settings: Settings,
+    settings: BenchSettings,
     exit_rank: int,
     bandwidth: float,
     *,

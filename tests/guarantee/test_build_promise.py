@@ -20,6 +20,7 @@ from ojfa_export.bundle.names import MANIFEST, STATISTICS
 from ojfa_export.bundle.promise import Limits, Promise
 from ojfa_export.cli.app import app
 from ojfa_export.compiler import exits
+from ojfa_export.compiler.decided import FULL_DEPTH
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build, plan
 from ojfa_export.decoding.policy import ExitPolicy
@@ -72,7 +73,7 @@ def test_promise_in_the_bundle(options: Options, monkeypatch: pytest.MonkeyPatch
     manifest = Bundle(result.bundle).manifest
     assert manifest.promise is not None
     assert manifest.promise == result.promise
-    assert manifest.auto == (manifest.promise.policy or exits.FULL_DEPTH)
+    assert manifest.auto == (manifest.promise.policy or FULL_DEPTH)
     assert manifest.promise.limits == Limits(max_disagreement=0.3)
     assert [domain.name for domain in manifest.promise.domains] == ["code", "docs"]
     splits = load_statistics(result.bundle / STATISTICS)

@@ -171,7 +171,7 @@ class TensorRtEngines(OpenedModel):
     def _open_head(self, blocks_run: int) -> Head:
         if blocks_run == self.spec.blocks:
             return FinalHead(self)
-        if "gates" in self.plans["exit_head"].weights:
+        if "gates" in self.plan("exit_head").weights:
             return ResidualExitHead(self, blocks_run)
         # Every exit's head is the same: none but a residual jump knows of exits.
         others = (head for head in self._heads.values() if isinstance(head, ExitHead))

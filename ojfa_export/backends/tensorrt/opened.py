@@ -57,15 +57,15 @@ class OpenedModel:
         self.decode_kernels = _decode_kernels()
         self._files = files
         self._directory = next(iter(engines.values())).parent
-        self.plans = {name: read_plan(path, files) for name, path in engines.items()}
-        embed = self.plans["embed"]
+        self._plans = {name: read_plan(path, files) for name, path in engines.items()}
+        embed = self._plans["embed"]
         self.precision: Precision = embed.precision
         self.kernels: dict[Precision, Kernels] = {
             kind: Kernels(device, files.read(self._directory / file))
             for kind, file in embed.kernels.items()
         }
         self.store = WeightStore(device, weights, self.kernels, files)
-        self._room = Room(spec, DTYPES[self.precision].itemsize, self.plans)
+        self._room = Room(spec, DTYPES[self.precision].itemsize, self._plans)
         self.rotary = tuple(map(self.arrays.upload, rotary)) if rotary else None
         self.rotary_rows = len(rotary[0]) if rotary else 0
         self._engines: EngineSet | None = None
@@ -81,21 +81,21 @@ class OpenedModel:
 
     def plan(self, name: str) -> GraphPlan:
         """A graph's plan."""
-        return self.plans[name]
+        return self._plans[name]
 
     def weights(self, name: str) -> dict[str, DeviceArray]:
         """A graph's weights, uploaded on first use."""
         if name not in self._weights:
-            self._weights[name] = self.store.load(self.plans[name])
+            self._weights[name] = self.store.load(self._plans[name])
         return self._weights[name]
 
     def engine(self, name: str, part: str) -> Engine:
         """An engine; equal blocks share theirs. All are opened when one is first used."""
         if self._engines is None:
-            files = {file for plan in self.plans.values() for file in plan.engines.values()}
+            files = {file for plan in self._plans.values() for file in plan.engines.values()}
             paths = [self._directory / file for file in files]
             self._engines = EngineSet(self.device, paths, self._files)
-        return self._engines[self.plans[name].engines[part]]
+        return self._engines[self._plans[name].engines[part]]
 
     def products(self, tokens: int) -> Products | None:
         """The kernels that run so many tokens of a step; None where TensorRT's engines do."""
@@ -113,7 +113,7 @@ class OpenedModel:
         """Lets go of a graph's weights."""
         self.device.recorder.clear()
         self._weights.pop(name, None)
-        self.store.forget(self.plans[name])
+        self.store.forget(self._plans[name])
 
     def check_room(self, request: Request, cached: Collection[int] = ()) -> None:
         """Refuses what won't fit, before any of it takes memory: see `memory.Room.check`."""
