@@ -52,7 +52,7 @@ class RecordingEngines(ChoosesOnHost):
 
 def test_each_exit_decodes_one_token_at_a_time_and_prefills_the_whole_prompt(compiled):
     engines = RecordingEngines(compiled)
-    settings = bench.Settings(prompt_length=10, warmup=0, iterations=bench.BURST, prefills=2)
+    settings = bench.BenchSettings(prompt_length=10, warmup=0, iterations=bench.BURST, prefills=2)
     samples = bench.time_exits(compiled.spec, engines, [2, 4], settings, Silent())
     assert {exit: (len(s["decode"]), len(s["prefill"])) for exit, s in samples.items()} == {
         2: (bench.BURST, 2),
@@ -70,7 +70,7 @@ def test_each_exit_decodes_one_token_at_a_time_and_prefills_the_whole_prompt(com
 
 
 def test_warmup_is_not_counted(compiled):
-    settings = bench.Settings(prompt_length=4, warmup=9, iterations=5, prefills=1)
+    settings = bench.BenchSettings(prompt_length=4, warmup=9, iterations=5, prefills=1)
     engines = RecordingEngines(compiled)
     samples = bench.time_exits(compiled.spec, engines, [1], settings, Silent())
     assert len(samples[1]["decode"]) == 5
@@ -79,7 +79,7 @@ def test_warmup_is_not_counted(compiled):
 
 
 def test_summary_gives_median_percentile_and_rates(compiled):
-    settings = bench.Settings(prompt_length=100, warmup=0, iterations=5, prefills=3)
+    settings = bench.BenchSettings(prompt_length=100, warmup=0, iterations=5, prefills=3)
     samples = {"decode": [1.0, 2.0, 3.0, 4.0, 100.0], "prefill": [10.0, 20.0, 30.0]}
     latency = bench.summarise(compiled.spec, 2, samples, settings, 1, bandwidth=1e9)
     assert latency.decode_ms_median == 3.0
@@ -94,7 +94,7 @@ def test_summary_gives_median_percentile_and_rates(compiled):
     ("prompt_length", "iterations"), [(0, 1), (LENGTH - bench.BURST, 1), (10, 0)]
 )
 def test_settings_that_measure_nothing_are_refused(prompt_length, iterations):
-    settings = bench.Settings(prompt_length, 0, iterations, 1)
+    settings = bench.BenchSettings(prompt_length, 0, iterations, 1)
     with pytest.raises(UsageError):
         bench._check(settings, LENGTH)
 
@@ -102,7 +102,7 @@ def test_settings_that_measure_nothing_are_refused(prompt_length, iterations):
 def test_result_is_json_with_samples_by_exit(compiled):
     import json
 
-    settings = bench.Settings(prompt_length=4, warmup=0, iterations=2, prefills=1)
+    settings = bench.BenchSettings(prompt_length=4, warmup=0, iterations=2, prefills=1)
     samples = bench.time_exits(compiled.spec, compiled.open(), [1, 4], settings, Silent())
     exits = [bench.summarise(compiled.spec, e, samples[e], settings, 1, 1e9) for e in (1, 4)]
     result = bench.BenchResult({"cpu": "x"}, settings, exits, samples)
