@@ -21,12 +21,12 @@ from bench.gpu_run import run
 from bench.gpu_shapes import SHAPES, RandomGraphs
 from bench.gpu_steps import ROUNDS, WARMUP, checks, decoding, host_work, prefill
 from ojfa_export.backends.cuda.device import Device
-from ojfa_export.backends.cuda.mailbox import Asked
+from ojfa_export.backends.cuda.mailbox import HeadArguments
 from ojfa_export.backends.tensorrt.backend import BACKEND
 from ojfa_export.backends.tensorrt.blocks import Block, Workspace
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.bundle.names import graph_names
-from ojfa_export.decoding.head_output import Choosing
+from ojfa_export.decoding.head_output import HeadRequest
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.session import Session
 
@@ -196,7 +196,7 @@ def workspace(engines: TensorRtEngines, tokens: int, past: int) -> Workspace:
 def head_times(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
     """Microseconds of the heads, logits left on the device, and of checks: a head and a choice."""
     results = {}
-    asked = Asked.of(Choosing(), spec.vocab_size)
+    asked = HeadArguments.of(HeadRequest(), spec.vocab_size)
     for kernels in (True, False):
         engines.decode_kernels = kernels
         engines._heads.clear()

@@ -22,7 +22,7 @@ from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.choosing import Chooser
 from ojfa_export.backends.cuda.device import Device, the_device
 from ojfa_export.backends.cuda.kernels import integer, number, pointer
-from ojfa_export.backends.cuda.mailbox import Asked, Mailbox
+from ojfa_export.backends.cuda.mailbox import HeadArguments, Mailbox
 from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.tensorrt.heads import (
     BESIDE_THREADS,
@@ -30,7 +30,7 @@ from ojfa_export.backends.tensorrt.heads import (
     CHECK_THREADS,
     NOTHING_TO_KEEP,
 )
-from ojfa_export.decoding.head_output import Choosing
+from ojfa_export.decoding.head_output import HeadRequest
 from ojfa_export.decoding.sampling import GREEDY, Sampling
 from ojfa_export.models.spec import ModelSpec
 
@@ -107,7 +107,7 @@ class Check:
 
     def launch(self, *, beside: bool) -> None:
         """Puts a check on the stream that never stops."""
-        asked = Asked(measure=0, threshold=2.0, temperature=0.0, top_k=1, top_p=1.0)
+        asked = HeadArguments(measure=0, threshold=2.0, temperature=0.0, top_k=1, top_p=1.0)
         self._kernels.launch(
             "exit_check_beside_1" if beside else "exit_check_1",
             (self._device.multiprocessors, 1, 1),
@@ -147,7 +147,8 @@ class Check:
 
     def _draw(self, logits: DeviceArray, sampling: Sampling) -> float:
         greedy, asked = (
-            Asked.of(Choosing(each), self._spec.vocab_size) for each in (GREEDY, sampling)
+            HeadArguments.of(HeadRequest(each), self._spec.vocab_size)
+            for each in (GREEDY, sampling)
         )
         self._chooser.choose(logits, greedy)  # finds the largest
         return self._repeated(partial(self._chooser.sample, logits, asked))

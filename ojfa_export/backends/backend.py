@@ -16,7 +16,7 @@ from ojfa_export.models.spec import ModelSpec, Precision
 
 if TYPE_CHECKING:
     from ojfa_export.backends.passes import Chunk, Newest, Pass
-    from ojfa_export.decoding.head_output import Choices, Choosing
+    from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 
 
 class Executor(Protocol):
@@ -109,7 +109,7 @@ class Engines(Protocol):
         """
         ...
 
-    def choose(self, hidden: Hidden, blocks_run: int, how: Choosing) -> Choices:
+    def choose(self, hidden: Hidden, blocks_run: int, request: HeadRequest) -> HeadOutput:
         """Applies a head as `logits` does, and chooses a token for each row of [rows, H].
 
         Engines whose logits are on the host inherit this from `backends.choice.ChoosesOnHost`.
@@ -117,8 +117,13 @@ class Engines(Protocol):
         ...
 
     def prepare(
-        self, executor: Executor, step: Pass, states: Hidden | None, newest: Newest, how: Choosing
-    ) -> Callable[[], Choices]:
+        self,
+        executor: Executor,
+        step: Pass,
+        states: Hidden | None,
+        newest: Newest,
+        request: HeadRequest,
+    ) -> Callable[[], HeadOutput]:
         """Gets ready to run a pass of one token each, keep what comes out, and ask the head there.
 
         That is what `Executor.embed`, `run` and `store` and `choose` do one after the other
@@ -130,7 +135,7 @@ class Engines(Protocol):
             step: One token of each, from block 0 on, or from where `newest` is.
             states: Where to keep what comes out, as of `Executor.store`; None to keep nothing.
             newest: The newest pass of the executor; knows this one afterwards.
-            how: As of `choose`.
+            request: As of `choose`.
         """
         ...
 

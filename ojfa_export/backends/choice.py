@@ -12,7 +12,7 @@ from typing import Protocol
 from ojfa_export.backends.backend import Executor
 from ojfa_export.backends.passes import Newest, Pass
 from ojfa_export.decoding.arrays import Float32, Hidden
-from ojfa_export.decoding.head_output import Choices, Choosing, HostChoices
+from ojfa_export.decoding.head_output import HeadOutput, HeadRequest, HostHeadOutput
 
 
 def run_and_choose(
@@ -21,8 +21,8 @@ def run_and_choose(
     step: Pass,
     states: Hidden | None,
     newest: Newest,
-    how: Choosing,
-) -> Choices:
+    request: HeadRequest,
+) -> HeadOutput:
     """What `Engines.prepare` gets ready, by its parts."""
     hidden = newest.hidden if step.tokens is None else executor.embed(step.tokens, step.chunks)
     newest.clear()
@@ -30,13 +30,13 @@ def run_and_choose(
     if states is not None:
         executor.store(states, step.chunks, hidden)
     newest.set(step, hidden)
-    return engines.choose(executor.arrays.ascontiguousarray(hidden), step.blocks.stop, how)
+    return engines.choose(executor.arrays.ascontiguousarray(hidden), step.blocks.stop, request)
 
 
 class Chooses(Protocol):
     """The part of `Engines` that heads are asked through."""
 
-    def choose(self, hidden: Hidden, blocks_run: int, how: Choosing) -> Choices:
+    def choose(self, hidden: Hidden, blocks_run: int, request: HeadRequest) -> HeadOutput:
         """See `Engines.choose`."""
         ...
 
@@ -54,10 +54,10 @@ class PreparesByParts:
         step: Pass,
         states: Hidden | None,
         newest: Newest,
-        how: Choosing,
-    ) -> Callable[[], Choices]:
+        request: HeadRequest,
+    ) -> Callable[[], HeadOutput]:
         """See `Engines.prepare`."""
-        return partial(run_and_choose, self, executor, step, states, newest, how)
+        return partial(run_and_choose, self, executor, step, states, newest, request)
 
 
 class ChoosesOnHost(PreparesByParts):
@@ -65,6 +65,8 @@ class ChoosesOnHost(PreparesByParts):
 
     follows = False
 
-    def choose(self: _GivesLogits, hidden: Hidden, blocks_run: int, how: Choosing) -> HostChoices:
+    def choose(
+        self: _GivesLogits, hidden: Hidden, blocks_run: int, request: HeadRequest
+    ) -> HostHeadOutput:
         """See `Engines.choose`."""
-        return HostChoices(self.logits(hidden, blocks_run), how)
+        return HostHeadOutput(self.logits(hidden, blocks_run), request)

@@ -12,7 +12,7 @@ import numpy as np
 from ojfa_export.decoding.arrays import Hidden
 
 if TYPE_CHECKING:
-    from ojfa_export.decoding.head_output import Choices
+    from ojfa_export.decoding.head_output import HeadOutput
 
 
 class Chunk(NamedTuple):
@@ -44,7 +44,7 @@ class Pass:
     blocks: range
     chunks: tuple[Chunk, ...]
     long_context: bool
-    tokens: list[int] | Choices | None = None
+    tokens: list[int] | HeadOutput | None = None
 
     @property
     def is_decode(self) -> bool:

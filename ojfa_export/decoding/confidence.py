@@ -1,4 +1,4 @@
-"""How sure a head is of its next token: three measures, each larger where it is surer."""
+"""Confidence of a head in its next token: three measures, each larger for more."""
 
 from __future__ import annotations
 

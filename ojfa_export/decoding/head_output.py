@@ -1,4 +1,4 @@
-"""From a head's logits to next tokens: what is asked of a head, what it gives, and the host's way.
+"""From logits to next tokens: the request to a head, its output, and how the host computes it.
 
 A backend with a device computes the same there, so that a few numbers come to the host, not V.
 """
@@ -18,7 +18,7 @@ from ojfa_export.errors import BackendError
 
 
 @dataclass(frozen=True)
-class Stop:
+class ExitCheck:
     """What follows an exit's check. A hint: a device may begin with it before the host has looked.
 
     Attributes:
@@ -33,7 +33,7 @@ class Stop:
 
 
 @dataclass(slots=True)
-class Choosing:
+class HeadRequest:
     """How tokens are chosen from a head's logits.
 
     Attributes:
@@ -44,10 +44,10 @@ class Choosing:
 
     sampling: Sampling = GREEDY
     draws: Sequence[float] = ()
-    stop: Stop | None = None
+    stop: ExitCheck | None = None
 
 
-class Choices(Protocol):
+class HeadOutput(Protocol):
     """The next tokens of some rows. On a device they may be on their way: asking waits for them."""
 
     def tokens(self) -> list[int]:
@@ -59,31 +59,31 @@ class Choices(Protocol):
         ...
 
     def confidence(self, measure: Measure) -> list[float]:
-        """How sure the head is, [rows]; see `decoding.confidence.confidence`."""
+        """The confidence of the head, [rows]; see `decoding.confidence.confidence`."""
         ...
 
 
-class HostChoices:
-    """Choices from logits on the host.
+class HostHeadOutput:
+    """Next tokens from logits on the host.
 
     Args:
         logits: [rows, V].
-        how: How tokens are chosen.
+        request: How tokens are chosen.
     """
 
-    def __init__(self, logits: Float32, how: Choosing) -> None:
-        self.logits, self._how = logits, how
+    def __init__(self, logits: Float32, request: HeadRequest) -> None:
+        self.logits, self._request = logits, request
 
     def tokens(self) -> list[int]:
-        """See `Choices`."""
+        """See `HeadOutput`."""
         likeliest = self.likeliest()
-        if not self._how.sampling.temperature:
+        if not self._request.sampling.temperature:
             return likeliest
-        both = zip(self.logits, self._how.draws, strict=True)
-        return [self._how.sampling.pick(logits, draw) for logits, draw in both]
+        both = zip(self.logits, self._request.draws, strict=True)
+        return [self._request.sampling.pick(logits, draw) for logits, draw in both]
 
     def likeliest(self) -> list[int]:
-        """See `Choices`."""
+        """See `HeadOutput`."""
         tokens = self.logits.argmax(axis=-1)
         # NumPy's argmax finds what is not a number first, so that one look a row is enough.
         if not np.isfinite(self.logits[np.arange(len(tokens)), tokens]).all():
@@ -95,6 +95,6 @@ class HostChoices:
         return chosen
 
     def confidence(self, measure: Measure) -> list[float]:
-        """See `Choices`."""
+        """See `HeadOutput`."""
         values: list[float] = confidence(self.logits, measure).tolist()
         return values

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ojfa_export.backends.backend import Engines
 from ojfa_export.decoding.confidence import Measure
-from ojfa_export.decoding.head_output import Choosing
+from ojfa_export.decoding.head_output import HeadRequest
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.planning.traffic import block_bytes
@@ -165,7 +165,7 @@ class _Steps:
 
         def head(count: int, blocks_run: int) -> list[Step]:
             def run() -> object:
-                return self._engines.choose(hidden[:count], blocks_run, Choosing()).tokens()
+                return self._engines.choose(hidden[:count], blocks_run, HeadRequest()).tokens()
 
             return [run] * STEPS
 

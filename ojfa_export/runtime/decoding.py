@@ -10,7 +10,7 @@ import numpy as np
 
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.decoding.exits import Exit, resolve_exit
-from ojfa_export.decoding.head_output import Choices
+from ojfa_export.decoding.head_output import HeadOutput
 from ojfa_export.decoding.logits import LogitsProcessor, TokenLogprobs
 from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.decoding.policy import ExitPolicy
@@ -77,7 +77,7 @@ class StepByStep:
         self._session, self._exit = session, exit
         self._sampling, self._generators = sampling, generators
         # The step after the last one, begun before anybody asked, and the tokens that it follows.
-        self._ahead: Step[Choices] | None = None
+        self._ahead: Step[HeadOutput] | None = None
         self._followed: list[list[int]] = []
         # By row: a random number that was drawn for a step that wasn't wanted.
         self._unused: dict[int, float] = {}

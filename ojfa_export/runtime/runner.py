@@ -8,7 +8,7 @@ from collections.abc import Sequence as Many
 from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.passes import Chunk, Newest, Pass, row_ranges
 from ojfa_export.decoding.arrays import Hidden
-from ojfa_export.decoding.head_output import Choices, Choosing
+from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.sequence import Sequence
 
@@ -16,7 +16,7 @@ from ojfa_export.runtime.sequence import Sequence
 def plan_passes(
     sequences: Many[Sequence],
     depth: int,
-    following: Choices | None = None,
+    following: HeadOutput | None = None,
     stops: Many[int] | None = None,
 ) -> Iterator[Pass]:
     """The passes that bring all tokens of some sequences to a depth.
@@ -93,7 +93,7 @@ class ModelRunner:
         sequences: Many[Sequence],
         depth: int,
         counts: Many[int] | None = None,
-        following: Choices | None = None,
+        following: HeadOutput | None = None,
         stops: Many[int] | None = None,
     ) -> Hidden:
         """Brings tokens of sequences to a depth.
@@ -126,29 +126,29 @@ class ModelRunner:
         self,
         sequences: Many[Sequence],
         depth: int,
-        how: Choosing,
-        following: Choices | None = None,
-    ) -> Choices:
+        request: HeadRequest,
+        following: HeadOutput | None = None,
+    ) -> HeadOutput:
         """Brings sequences to a depth, and asks the head there about their newest tokens."""
-        prepared = self.prepare(sequences, depth, how, following)
+        prepared = self.prepare(sequences, depth, request, following)
         if prepared is not None:
             return prepared()
         hidden = self.run(sequences, depth, None, following)
-        return self.engines.choose(hidden, depth, how)
+        return self.engines.choose(hidden, depth, request)
 
     def prepare(
         self,
         sequences: Many[Sequence],
         depth: int,
-        how: Choosing,
-        following: Choices | None = None,
-    ) -> Callable[[], Choices] | None:
+        request: HeadRequest,
+        following: HeadOutput | None = None,
+    ) -> Callable[[], HeadOutput] | None:
         """What runs one token of each sequence to a depth and asks the head there.
 
         Args:
             sequences: Whose newest token is all that is pending.
             depth: Blocks to run.
-            how: As of `Engines.choose`.
+            request: As of `Engines.choose`.
             following: As of `plan_passes`.
 
         Returns:
@@ -165,9 +165,9 @@ class ModelRunner:
         if step.blocks.start and not self._newest.is_of(step):
             return None
         states = self._states(depth)
-        prepared = self.engines.prepare(self.executor, step, states, self._newest, how)
+        prepared = self.engines.prepare(self.executor, step, states, self._newest, request)
 
-        def run() -> Choices:
+        def run() -> HeadOutput:
             choices = prepared()
             for sequence in sequences:
                 sequence.marks.raise_to(len(sequence), depth)
@@ -183,7 +183,7 @@ class ModelRunner:
         self,
         sequences: Many[Sequence],
         depth: int,
-        following: Choices | None,
+        following: HeadOutput | None,
         stops: Many[int] | None,
     ) -> tuple[Hidden, Pass]:
         step = hidden = None

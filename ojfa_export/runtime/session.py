@@ -12,7 +12,7 @@ from ojfa_export.backends.backend import Engines
 from ojfa_export.decoding.arrays import Float32, Hidden, Int32
 from ojfa_export.decoding.events import Listener, ShadowCheck
 from ojfa_export.decoding.exits import Exit, resolve_exit
-from ojfa_export.decoding.head_output import Choices, Choosing
+from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.decoding.sampling import GREEDY, Sampling
 from ojfa_export.errors import UsageError
@@ -205,7 +205,7 @@ class Session(Exclusive):
         exit: Exit | ExitPolicy = "full",
         sampling: Sampling = GREEDY,
         draws: Sequence[float] = (),
-    ) -> RunningStep[Choices]:
+    ) -> RunningStep[HeadOutput]:
         """Begins what `choose` does; `finish` ends it, and must come next.
 
         Only `follow` may come between.
@@ -214,7 +214,7 @@ class Session(Exclusive):
         return self._steps.start(self._wanted(self._append(token_ids)), stages, sampling, draws)
 
     @exclusive
-    def can_follow(self, step: RunningStep[Choices]) -> bool:
+    def can_follow(self, step: RunningStep[HeadOutput]) -> bool:
         """Whether the step after a step can begin before that one's tokens are known.
 
         That is where a device chooses them, every sequence stops at one head and has room, and
@@ -230,11 +230,11 @@ class Session(Exclusive):
     @exclusive
     def follow(
         self,
-        step: RunningStep[Choices],
+        step: RunningStep[HeadOutput],
         exit: Exit | ExitPolicy = "full",
         sampling: Sampling = GREEDY,
         draws: Sequence[float] = (),
-    ) -> RunningStep[Choices]:
+    ) -> RunningStep[HeadOutput]:
         """Begins the step after a step, as `start` does; see `can_follow`.
 
         Where another token comes than the one that was chosen, `rewind` to the length before.
@@ -242,7 +242,7 @@ class Session(Exclusive):
         return self._steps.follow(step, self._stages(exit), sampling, draws)
 
     @exclusive
-    def finish(self, step: RunningStep[Choices]) -> Choice:
+    def finish(self, step: RunningStep[HeadOutput]) -> Choice:
         """Waits for the tokens that a step chooses."""
         self._steps.settle(step)
         self._tell(step)
@@ -281,7 +281,7 @@ class Session(Exclusive):
         if states is None:
             return [[] for _ in counts]
         self.stats.count_head(len(states), final=True)
-        output = self._engines.choose(states, self.spec.blocks, Choosing())
+        output = self._engines.choose(states, self.spec.blocks, HeadRequest())
         best = iter(output.likeliest())
         return [list(islice(best, count)) for count in counts]
 

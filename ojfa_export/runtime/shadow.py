@@ -19,7 +19,7 @@ from ojfa_export.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Due:
+class PendingCheck:
     """A chosen early token that waits for its comparison.
 
     Attributes:
@@ -56,11 +56,11 @@ class Shadow:
             )
         self._share = share
         self._generator = generator
-        self._due: dict[tuple[int, int], Due] = {}  # by row and position
+        self._due: dict[tuple[int, int], PendingCheck] = {}  # by row and position
         self._agrees: dict[int, dict[int, bool | None]] = {}  # by row, then position; None: due
 
     @property
-    def due(self) -> list[Due]:
+    def due(self) -> list[PendingCheck]:
         """The early tokens that are still to be compared, oldest first."""
         return list(self._due.values())
 
@@ -68,7 +68,7 @@ class Shadow:
         """Whether the next token is one of those that are compared."""
         return bool(self._generator.random() < self._share)
 
-    def add(self, due: Due) -> None:
+    def add(self, due: PendingCheck) -> None:
         """Takes a chosen token that stopped early."""
         self._due[due.row, due.position] = due
         self._agrees.setdefault(due.row, {})[due.position] = None

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ojfa_export.decoding.events import ExitTaken, Listener, ShadowCheck
-from ojfa_export.decoding.head_output import Choosing
+from ojfa_export.decoding.head_output import HeadRequest
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
-from ojfa_export.runtime.shadow import Due, Shadow
+from ojfa_export.runtime.shadow import PendingCheck, Shadow
 from ojfa_export.runtime.stats import Stats
 
 # Tokens that a comparison takes at a time: the logits of one take 4 V bytes.
 _TOKENS_AT_ONCE = 32
 
 
-class Watched(Protocol):
+class SessionState(Protocol):
     """What is looked at of a session; users may set it anew at any time."""
 
     shadow: Shadow | None
@@ -35,7 +35,7 @@ class ShadowChecks:
     """
 
     def __init__(
-        self, runner: ModelRunner, sequences: Sequence[TokenSequence], session: Watched
+        self, runner: ModelRunner, sequences: Sequence[TokenSequence], session: SessionState
     ) -> None:
         self._runner, self._sequences, self._session = runner, sequences, session
 
@@ -59,7 +59,7 @@ class ShadowChecks:
             final = self._runner.pending[blocks]
             states = final[[each.row for each in part], [each.position for each in part]]
             self._session.stats.count_head(len(part), final=True)
-            output = self._runner.engines.choose(states, blocks, Choosing())
+            output = self._runner.engines.choose(states, blocks, HeadRequest())
             for each, choice in zip(part, output.likeliest(), strict=True):
                 agrees = each.choice == choice
                 checks.append(ShadowCheck(each.row, each.position, each.blocks_run, agrees))
@@ -87,11 +87,11 @@ class ShadowChecks:
         if shadow is None or likeliest is None or not shadow.choose():
             return
         if depth < self._runner.spec.blocks:
-            shadow.add(Due(row, position, depth, likeliest))
+            shadow.add(PendingCheck(row, position, depth, likeliest))
         else:
             self._record(shadow, ShadowCheck(row, position, depth, True))
 
-    def _is_pending(self, due: Due) -> bool:
+    def _is_pending(self, due: PendingCheck) -> bool:
         last_block = self._runner.spec.blocks - 1
         return self._sequences[due.row].marks[last_block] <= due.position
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.decoding.arrays import Float32, Int32
-from ojfa_export.decoding.head_output import Choices, HostChoices
+from ojfa_export.decoding.head_output import HeadOutput, HostHeadOutput
 from ojfa_export.runtime.steps import C
 from ojfa_export.runtime.steps import Step as RunningStep
 
@@ -30,7 +30,7 @@ class Step:
 
     @classmethod
     def of(
-        cls, step: RunningStep[HostChoices], batch_size: int, vocab_size: int, exits: int
+        cls, step: RunningStep[HostHeadOutput], batch_size: int, vocab_size: int, exits: int
     ) -> Step:
         """What a finished step gave, of so many exits that were checked."""
         logits = np.zeros((batch_size, vocab_size), np.float32)
@@ -57,7 +57,7 @@ class Choice:
     confidence: NDArray[np.float64]
 
     @classmethod
-    def of(cls, step: RunningStep[Choices], batch_size: int) -> Choice:
+    def of(cls, step: RunningStep[HeadOutput], batch_size: int) -> Choice:
         """What a finished step gave."""
         tokens, blocks_run, exits = [-1] * batch_size, [0] * batch_size, 0
         for row in step.rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ojfa_export.decoding.head_output import Choices, HostChoices
+from ojfa_export.decoding.head_output import HeadOutput, HostHeadOutput
 from ojfa_export.decoding.sampling import GREEDY, Sampling
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import UNKNOWN
@@ -24,19 +24,19 @@ class StepRunner:
 
     def with_logits(
         self, sequences: Sequence[TokenSequence], stages: tuple[Stage, ...]
-    ) -> Step[HostChoices]:
+    ) -> Step[HostHeadOutput]:
         """A step whose heads give logits on the host, run to its end.
 
         Args:
             sequences: With new tokens.
             stages: Heads to ask in turn.
         """
-        step: Step[HostChoices] = Step([Row(sequence, stages) for sequence in sequences], GREEDY)
+        step: Step[HostHeadOutput] = Step([Row(sequence, stages) for sequence in sequences], GREEDY)
         while not step.decided:
             stage = step.next_stage
             hidden = self._runner.run(step.sequences, stage.depth)
             logits = self._runner.engines.logits(hidden, stage.depth)
-            step.add(stage, HostChoices(logits, step.how(stage)))
+            step.add(stage, HostHeadOutput(logits, step.request(stage)))
             if stage.stop is not None:
                 step.judge()
         return step
@@ -47,7 +47,7 @@ class StepRunner:
         stages: tuple[Stage, ...],
         sampling: Sampling,
         draws: Sequence[float],
-    ) -> Step[Choices]:
+    ) -> Step[HeadOutput]:
         """Begins a step: its first head is asked.
 
         Args:
@@ -63,11 +63,11 @@ class StepRunner:
 
     def follow(
         self,
-        before: Step[Choices],
+        before: Step[HeadOutput],
         stages: tuple[Stage, ...],
         sampling: Sampling,
         draws: Sequence[float],
-    ) -> Step[Choices]:
+    ) -> Step[HeadOutput]:
         """Begins the step after a step in which all stopped at one head, whose tokens come."""
         assert before.last is not None
         sequences = [row.sequence for row in before.rows]
@@ -82,12 +82,12 @@ class StepRunner:
             raise
         return step
 
-    def stop_together(self, step: Step[Choices]) -> bool:
+    def stop_together(self, step: Step[HeadOutput]) -> bool:
         """Whether all sequences of a step stop at one head; waits until that is known."""
         self.settle(step)
         return step.last is not None and len(step.last.rows) == len(step.rows)
 
-    def settle(self, step: Step[Choices]) -> None:
+    def settle(self, step: Step[HeadOutput]) -> None:
         """Goes on with a step until it is known where each sequence stops."""
         while not step.decided:
             going, prepared = step.going, None
@@ -95,21 +95,23 @@ class StepRunner:
                 # What may follow is looked up while the answer is on its way.
                 stage = step.next_stage
                 if self._runner.keeps(stage.depth):
-                    prepared = self._runner.prepare(step.sequences, stage.depth, step.how(stage))
+                    prepared = self._runner.prepare(
+                        step.sequences, stage.depth, step.request(stage)
+                    )
                 step.judge()
             if step.going:
                 self._ask(step, prepared if step.going is going else None)
 
     def _ask(
         self,
-        step: Step[Choices],
-        prepared: Callable[[], Choices] | None = None,
-        after: Choices | None = None,
+        step: Step[HeadOutput],
+        prepared: Callable[[], HeadOutput] | None = None,
+        after: HeadOutput | None = None,
     ) -> None:
         """Runs the sequences that go on to the next head, and asks it."""
         stage = step.next_stage
         if prepared is None:
-            output = self._runner.choose(step.sequences, stage.depth, step.how(stage), after)
+            output = self._runner.choose(step.sequences, stage.depth, step.request(stage), after)
         else:
             output = prepared()
         step.add(stage, output)
@@ -120,8 +122,8 @@ def _new_step(
     stages: tuple[Stage, ...],
     sampling: Sampling,
     draws: Sequence[float],
-) -> Step[Choices]:
-    rows: list[Row[Choices]] = [
+) -> Step[HeadOutput]:
+    rows: list[Row[HeadOutput]] = [
         Row(sequence, stages, draws[sequence.slot] if draws else 0.0) for sequence in sequences
     ]
     return Step(rows, sampling)

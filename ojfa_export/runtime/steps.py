@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Generic, TypeVar
 
-from ojfa_export.decoding.head_output import Choices, Choosing, Stop
+from ojfa_export.decoding.head_output import ExitCheck, HeadOutput, HeadRequest
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
 from ojfa_export.runtime.stats import Stats
 
-C = TypeVar("C", bound=Choices)
+C = TypeVar("C", bound=HeadOutput)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Stage:
     """
 
     depth: int
-    stop: Stop | None = None
+    stop: ExitCheck | None = None
 
 
 @lru_cache(maxsize=64)
@@ -42,7 +42,7 @@ def stages_of(policy: ExitPolicy, blocks: int) -> tuple[Stage, ...]:
     policy.check_fits(blocks)
     depths = (*policy.exits, blocks)
     checked = [
-        Stage(depth, Stop(policy.measure, threshold, range(depth, after)))
+        Stage(depth, ExitCheck(policy.measure, threshold, range(depth, after)))
         for depth, after, threshold in zip(depths, depths[1:], policy.thresholds, strict=False)
     ]
     return (*checked, Stage(blocks))
@@ -77,7 +77,7 @@ class Row(Generic[C]):
 
 
 @dataclass(slots=True)
-class Asked(Generic[C]):
+class PendingOutput(Generic[C]):
     """A head that was asked about the newest tokens of some rows; the answer may be on its way.
 
     Attributes:
@@ -143,7 +143,7 @@ class Step(Generic[C]):
         self.rows = self.going = rows
         self.lengths = [len(row.sequence) for row in rows]
         self._sampling = sampling
-        self._asked: list[Asked[C]] = []
+        self._asked: list[PendingOutput[C]] = []
         self._judged = 0
 
     @property
@@ -152,7 +152,7 @@ class Step(Generic[C]):
         return self.rows[0].stages[len(self._asked)]
 
     @property
-    def last(self) -> Asked[C] | None:
+    def last(self) -> PendingOutput[C] | None:
         """The head that was asked last, if any."""
         return self._asked[-1] if self._asked else None
 
@@ -171,14 +171,14 @@ class Step(Generic[C]):
         """The sequences that go on."""
         return [row.sequence for row in self.going]
 
-    def how(self, stage: Stage) -> Choosing:
+    def request(self, stage: Stage) -> HeadRequest:
         """How the sequences that go on choose at a stage."""
         draws = [row.draw for row in self.going] if self._sampling.temperature else ()
-        return Choosing(self._sampling, draws, stage.stop)
+        return HeadRequest(self._sampling, draws, stage.stop)
 
     def add(self, stage: Stage, output: C) -> None:
         """Takes what a stage's head was asked about the rows that go on."""
-        self._asked.append(Asked(stage, self.going, output))
+        self._asked.append(PendingOutput(stage, self.going, output))
 
     def judge(self) -> None:
         """Waits for the confidence of the head that was asked last; who is confident stops."""

@@ -9,7 +9,7 @@ import pytest
 from kernels_on_cpu import CpuKernels
 from tolerances import CONFIDENCE
 
-from ojfa_export.decoding.head_output import Choosing, Stop
+from ojfa_export.decoding.head_output import ExitCheck, HeadRequest
 from ojfa_export.decoding.sampling import GREEDY, Sampling
 
 SOURCES = ("choose.cuh", "choose.cu", "sample.cu", "exit_check.cu")
@@ -69,9 +69,9 @@ def assert_drawn(token, logits, sampling, draw):
 
 def choose(kernels, mailbox, logits, how):
     from ojfa_export.backends.cuda.choosing import Chooser
-    from ojfa_export.backends.cuda.mailbox import Asked
+    from ojfa_export.backends.cuda.mailbox import HeadArguments
 
-    asked = Asked.of(how, logits.shape[1])
+    asked = HeadArguments.of(how, logits.shape[1])
     mailbox.leave(how.draws)
     Chooser(kernels, mailbox, logits.shape[1]).choose(Logits(logits), asked)
     return mailbox.expect(len(logits))
@@ -80,14 +80,14 @@ def choose(kernels, mailbox, logits, how):
 @pytest.mark.parametrize(("vocabulary", "scale"), [(1, 3.0), (31, 0.01), (700, 3.0), (700, 200.0)])
 def test_tokens_and_confidence(kernels, mailbox, rng, vocabulary, scale):
     logits = (scale * rng.normal(size=(2, vocabulary))).astype(np.float32)
-    choices = choose(kernels, mailbox, logits, Choosing())
+    choices = choose(kernels, mailbox, logits, HeadRequest())
     assert_choices(choices, logits)
     assert choices.tokens() == choices.likeliest()
 
 
 def test_ties_go_to_the_lowest_token(kernels, mailbox, rng):
     logits = rng.integers(-3, 4, size=(2, 700)).astype(np.float32)
-    choices = choose(kernels, mailbox, logits, Choosing())
+    choices = choose(kernels, mailbox, logits, HeadRequest())
     assert choices.tokens() == logits.argmax(axis=1).tolist()
     assert not any(choices.confidence("margin"))
 
@@ -99,7 +99,7 @@ def test_sampled_tokens_are_those_of_the_host(kernels, mailbox, rng, sampling):
     logits[2] = logits[2, 0]  # nothing else
     logits[3, 1:] -= 100 * (rng.random(299) < 0.9)  # most in the lowest bin
     draws = rng.random(4).tolist()
-    choices = choose(kernels, mailbox, logits, Choosing(sampling, draws))
+    choices = choose(kernels, mailbox, logits, HeadRequest(sampling, draws))
     for row, token in enumerate(choices.tokens()):
         assert_drawn(token, logits[row], sampling, draws[row])
     assert_choices(choices, logits)
@@ -109,14 +109,14 @@ def check_exit(kernels, mailbox, head, hidden, how, blocks, kept=None, *, beside
     """Launches the exit's check as `heads.ExitHead` does; its logits."""
     from ojfa_export.backends.cuda.choosing import Chooser
     from ojfa_export.backends.cuda.kernels import integer, number, pointer
-    from ojfa_export.backends.cuda.mailbox import Asked
+    from ojfa_export.backends.cuda.mailbox import HeadArguments
 
     project, bias, vocabulary, vocabulary_bias, rank = head
     rows, features = hidden.shape
     outputs, columns = vocabulary.shape
     logits = np.full((rows, outputs), np.nan, np.float32)
     parts = np.zeros((blocks, rows, MOST_RANK), np.uint64)
-    asked = Asked.of(how, outputs)
+    asked = HeadArguments.of(how, outputs)
     mailbox.leave(how.draws)
     keeping = (None, None, None, 0)
     if kept is not None:
@@ -175,7 +175,7 @@ def test_exit_check(kernels, mailbox, rng, beside, rows, features, rank, outputs
     kept = np.zeros((2, 5, features), np.float32)
     sampling = Sampling(1.5, top_k=30)
     choices, logits = check_exit(
-        kernels, mailbox, head, hidden, Choosing(sampling, draws), blocks, kept, beside=beside
+        kernels, mailbox, head, hidden, HeadRequest(sampling, draws), blocks, kept, beside=beside
     )
     np.testing.assert_allclose(logits, exact, atol=1e-4, rtol=1e-4)
     assert_choices(choices, logits)
@@ -188,8 +188,8 @@ def test_exit_check(kernels, mailbox, rng, beside, rows, features, rank, outputs
     assert not kernels.library.was_called_off()
     least = min(choices.confidence("top"))
     for threshold, off in ((least * 1.01, 0), (least, 1)):
-        stop = Stop("top", threshold, range(1))
-        how = Choosing(GREEDY, (), stop)
+        stop = ExitCheck("top", threshold, range(1))
+        how = HeadRequest(GREEDY, (), stop)
         check_exit(kernels, mailbox, head, hidden, how, blocks, beside=beside)
         assert kernels.library.was_called_off() == off
     ctypes.c_int.in_dll(kernels.library, "called_off").value = 0

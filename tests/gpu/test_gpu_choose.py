@@ -40,13 +40,13 @@ def answers(gpu, logits, sampling=GREEDY, draws=()):
     """What the kernels choose of logits [rows, V]."""
     from ojfa_export.backends.cuda.arrays import DeviceArrays
     from ojfa_export.backends.cuda.choosing import Chooser
-    from ojfa_export.backends.cuda.mailbox import Asked, Mailbox
-    from ojfa_export.decoding.head_output import Choosing
+    from ojfa_export.backends.cuda.mailbox import HeadArguments, Mailbox
+    from ojfa_export.decoding.head_output import HeadRequest
 
     device, kernels = gpu
     mailbox = Mailbox(device)
     chooser = Chooser(kernels, mailbox, logits.shape[1])
-    asked = Asked.of(Choosing(sampling, draws), logits.shape[1])
+    asked = HeadArguments.of(HeadRequest(sampling, draws), logits.shape[1])
     held = DeviceArrays(device).asarray(logits.astype(np.float32))
     mailbox.leave(draws)
     chooser.choose(held, asked)

@@ -19,7 +19,7 @@ from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.promises.outcomes import Costs, apply
 from ojfa_export.promises.statistics import ExitStatistics, load_statistics
 from ojfa_export.runtime.disagreement import DisagreementMonitor
-from ojfa_export.runtime.shadow import Due, Shadow
+from ojfa_export.runtime.shadow import PendingCheck, Shadow
 
 POLICY = ExitPolicy(exits=(4, 8), measure="entropy", thresholds=(-0.7, -0.5))
 SHARE = 0.25  # of the 16 tokens of a window
@@ -58,7 +58,7 @@ def loss_of(early: np.ndarray, differs: np.ndarray, rng: np.random.Generator) ->
     for position, stops in enumerate(early):
         if shadow.choose():
             if stops:
-                shadow.add(Due(0, position, 4, 0))
+                shadow.add(PendingCheck(0, position, 4, 0))
             else:
                 shadow.record(ShadowCheck(0, position, 12, True))
     for due in shadow.due:

@@ -30,7 +30,7 @@ from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.session import Session
-from ojfa_export.runtime.shadow import Due, Shadow
+from ojfa_export.runtime.shadow import PendingCheck, Shadow
 from ojfa_export.runtime.speculator import Speculator
 
 HALF = ExitPolicy(exits=(2,), measure="top", thresholds=(0.02,))
@@ -138,7 +138,7 @@ def test_each_token_counts_alike_whatever_was_chosen():
             if not shadow.choose():
                 continue
             if stops:
-                shadow.add(Due(0, position, 2, 7))
+                shadow.add(PendingCheck(0, position, 2, 7))
             else:
                 shadow.record(ShadowCheck(0, position, 4, True))
         for due in shadow.due:

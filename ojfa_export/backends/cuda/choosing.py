@@ -7,8 +7,14 @@ from dataclasses import replace
 
 from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.kernels import Kernels, integer, number, pointer, wide_number
-from ojfa_export.backends.cuda.mailbox import ROWS, Asked, DeviceChoices, JoinedChoices, Mailbox
-from ojfa_export.decoding.head_output import Choices, Choosing
+from ojfa_export.backends.cuda.mailbox import (
+    ROWS,
+    DeviceHeadOutput,
+    HeadArguments,
+    JoinedHeadOutput,
+    Mailbox,
+)
+from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 
 # As in choose.cu and sample.cu.
 CHOOSE_PARTS, CHOOSE_THREADS, SAMPLE_THREADS = 32, 512, 1024
@@ -26,7 +32,7 @@ class Chooser:
     def __init__(self, kernels: Kernels, mailbox: Mailbox, vocabulary: int) -> None:
         self.kernels, self.mailbox, self._vocabulary = kernels, mailbox, vocabulary
 
-    def choose(self, logits: DeviceArray, asked: Asked) -> None:
+    def choose(self, logits: DeviceArray, asked: HeadArguments) -> None:
         """Gives an answer from logits [rows, V]."""
         self.kernels.launch(
             "choose",
@@ -41,7 +47,7 @@ class Chooser:
         )
         self.sample(logits, asked)
 
-    def sample(self, logits: DeviceArray, asked: Asked) -> None:
+    def sample(self, logits: DeviceArray, asked: HeadArguments) -> None:
         """Completes an answer where tokens are sampled."""
         if not asked.temperature:
             return
@@ -62,20 +68,23 @@ class Chooser:
 
 
 def choose_in_parts(
-    choose: Callable[[DeviceArray, Choosing], DeviceChoices], states: DeviceArray, how: Choosing
-) -> Choices:
-    """Choices for any number of rows.
+    choose: Callable[[DeviceArray, HeadRequest], DeviceHeadOutput],
+    states: DeviceArray,
+    request: HeadRequest,
+) -> HeadOutput:
+    """Next tokens for any number of rows.
 
     Args:
         choose: Gives them for as many rows as one answer has.
         states: [rows, H].
-        how: How tokens are chosen; what follows an exit is left out where one answer isn't enough.
+        request: How tokens are chosen; what follows an exit is left out where one answer isn't
+            enough.
     """
     if len(states) <= ROWS:
-        return choose(states, how)
-    parts: list[DeviceChoices] = []
+        return choose(states, request)
+    parts: list[DeviceHeadOutput] = []
     for at in range(0, len(states), ROWS):
         rows = slice(at, at + ROWS)
-        parts.append(choose(states[rows], replace(how, draws=how.draws[rows], stop=None)))
+        parts.append(choose(states[rows], replace(request, draws=request.draws[rows], stop=None)))
         parts[-1].tokens()  # places for answers on their way are few
-    return JoinedChoices(parts)
+    return JoinedHeadOutput(parts)

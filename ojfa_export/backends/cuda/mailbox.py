@@ -17,7 +17,7 @@ import numpy as np
 from ojfa_export.backends.cuda.device import Device, Memory, PinnedArray
 from ojfa_export.backends.cuda.kernels import Argument, integer, pointer, wide_number
 from ojfa_export.decoding.confidence import Measure
-from ojfa_export.decoding.head_output import Choosing
+from ojfa_export.decoding.head_output import HeadRequest
 from ojfa_export.errors import BackendError
 
 # As in choose.cuh: answers that may be on their way, rows of each, thread blocks' parts of them.
@@ -33,7 +33,7 @@ LOOKS, LOOKS_AT_STREAM = 32, 1 << 14
 
 
 @dataclass(frozen=True)
-class Asked:
+class HeadArguments:
     """What is asked of an answer, as kernels take it; the same for the same key.
 
     Attributes:
@@ -49,9 +49,9 @@ class Asked:
     top_p: float
 
     @classmethod
-    def of(cls, how: Choosing, vocabulary: int) -> Asked:
+    def of(cls, request: HeadRequest, vocabulary: int) -> HeadArguments:
         """What a session asks, of logits [rows, vocabulary]."""
-        sampling, stop = how.sampling, how.stop
+        sampling, stop = request.sampling, request.stop
         return cls(
             measure=-1 if stop is None else MEASURES[stop.measure],
             threshold=0.0 if stop is None else stop.threshold,
@@ -90,13 +90,13 @@ class Mailbox:
         self._device.synchronize()
         self._mail.array[...] = 0
         self._turn = 0
-        self._places: list[Callable[[], DeviceChoices | None]] = [lambda: None] * SLOTS
+        self._places: list[Callable[[], DeviceHeadOutput | None]] = [lambda: None] * SLOTS
 
     def arguments(self) -> tuple[Argument, Argument]:
         """Of a kernel that writes answers."""
         return pointer(self._desk.pointer), pointer(self._mail.pointer)
 
-    def asked(self, asked: Asked) -> tuple[Argument, ...]:
+    def asked(self, asked: HeadArguments) -> tuple[Argument, ...]:
         """Of a kernel that gives answers, unless another samples after it."""
         sampled = integer(int(asked.temperature > 0))
         return *self.arguments(), integer(asked.measure), wide_number(asked.threshold), sampled
@@ -109,16 +109,16 @@ class Mailbox:
         if draws:
             self._draws[self._turn % SLOTS, : len(draws)] = draws
 
-    def expect(self, rows: int) -> DeviceChoices:
+    def expect(self, rows: int) -> DeviceHeadOutput:
         """Tells of an answer that has been launched."""
         slot, self._turn = self._turn % SLOTS, (self._turn + 1) & 0xFFFFFFFF
-        choices = DeviceChoices(self, slot, self._turn, rows, self._device.recorder.launches)
+        choices = DeviceHeadOutput(self, slot, self._turn, rows, self._device.recorder.launches)
         self._places[slot] = weakref.ref(choices)
         return choices
 
     def is_newest(self, choices: object) -> bool:
         """Whether choices are the last that were launched, so that `tokens` will be theirs."""
-        return isinstance(choices, DeviceChoices) and choices.turn == self._turn
+        return isinstance(choices, DeviceHeadOutput) and choices.turn == self._turn
 
     def read(self, slot: int, turn: int, rows: int, launch: int) -> list[Row]:
         """Waits for an answer."""
@@ -145,8 +145,8 @@ class Mailbox:
         return answers
 
 
-class DeviceChoices:
-    """Choices on their way from the device; see `decoding.head_output.Choices`.
+class DeviceHeadOutput:
+    """Next tokens on their way from the device; see `decoding.head_output.HeadOutput`.
 
     Args:
         mailbox: Where they come.
@@ -168,33 +168,33 @@ class DeviceChoices:
         return self._answers
 
     def tokens(self) -> list[int]:
-        """See `Choices`."""
+        """See `HeadOutput`."""
         return [answer[0] for answer in self.answers()]
 
     def likeliest(self) -> list[int]:
-        """See `Choices`."""
+        """See `HeadOutput`."""
         return [answer[1] for answer in self.answers()]
 
     def confidence(self, measure: Measure) -> list[float]:
-        """See `Choices`."""
+        """See `HeadOutput`."""
         place = 2 + MEASURES[measure]
         return [answer[place] for answer in self.answers()]
 
 
-class JoinedChoices:
-    """Choices of more rows than one answer has."""
+class JoinedHeadOutput:
+    """Next tokens of more rows than one answer has."""
 
-    def __init__(self, parts: Sequence[DeviceChoices]) -> None:
+    def __init__(self, parts: Sequence[DeviceHeadOutput]) -> None:
         self._parts = parts
 
     def tokens(self) -> list[int]:
-        """See `Choices`."""
+        """See `HeadOutput`."""
         return [token for part in self._parts for token in part.tokens()]
 
     def likeliest(self) -> list[int]:
-        """See `Choices`."""
+        """See `HeadOutput`."""
         return [token for part in self._parts for token in part.likeliest()]
 
     def confidence(self, measure: Measure) -> list[float]:
-        """See `Choices`."""
+        """See `HeadOutput`."""
         return [each for part in self._parts for each in part.confidence(measure)]

@@ -16,13 +16,13 @@ from ojfa_export.backends.choice import PreparesByParts
 from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.choosing import Chooser, choose_in_parts
 from ojfa_export.backends.cuda.device import Device, PinnedArray
-from ojfa_export.backends.cuda.mailbox import ROWS, Asked, DeviceChoices
+from ojfa_export.backends.cuda.mailbox import ROWS, DeviceHeadOutput, HeadArguments
 from ojfa_export.backends.onnxruntime_cuda.executor import OnnxRuntimeCudaExecutor
 from ojfa_export.backends.onnxruntime_cuda.opened import OpenedModel
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.bundle.names import block_name
 from ojfa_export.decoding.arrays import Float32
-from ojfa_export.decoding.head_output import Choices, Choosing
+from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 from ojfa_export.models.spec import ModelSpec
 
 
@@ -85,17 +85,21 @@ class OnnxRuntimeCudaEngines(OpenedModel, PreparesByParts):
             result[at : at + ROWS] = self._pinned.array[: len(part)]
         return result
 
-    def choose(self, hidden: Float32 | DeviceArray, blocks_run: int, how: Choosing) -> Choices:
+    def choose(
+        self, hidden: Float32 | DeviceArray, blocks_run: int, request: HeadRequest
+    ) -> HeadOutput:
         """Applies the head after so many blocks, and chooses on the device."""
         self.device.make_current()
         states = self.arrays.asarray(hidden)
-        return choose_in_parts(partial(self._choose, blocks_run), states, how)
+        return choose_in_parts(partial(self._choose, blocks_run), states, request)
 
-    def _choose(self, blocks_run: int, states: DeviceArray, how: Choosing) -> DeviceChoices:
+    def _choose(
+        self, blocks_run: int, states: DeviceArray, request: HeadRequest
+    ) -> DeviceHeadOutput:
         states, logits = self._in_place(states), self._logits[: len(states)]
         # Nothing is begun ahead of an exit's check here, so that there is nothing to call off.
-        asked = Asked.of(Choosing(how.sampling), self.spec.vocab_size)
-        self.mailbox.leave(how.draws)
+        asked = HeadArguments.of(HeadRequest(request.sampling), self.spec.vocab_size)
+        self.mailbox.leave(request.draws)
         chosen = partial(self._chooser.choose, logits, asked)
         self._with_head(states, blocks_run, ("choose", asked), chosen)
         self.device.recorder.flush()

@@ -24,7 +24,7 @@ from ojfa_export.backends.passes import (
 )
 from ojfa_export.bundle.names import block_name
 from ojfa_export.decoding.arrays import Float32, Int32
-from ojfa_export.decoding.head_output import Choices
+from ojfa_export.decoding.head_output import HeadOutput
 
 # Tokens of a prompt that run at once; and with fp32's attention, bytes of their scores.
 MOST_TOKENS = 1024
@@ -152,7 +152,7 @@ class OnnxRuntimeCudaExecutor:
             most = SCORE_BYTES // (4 * spec.heads * capacity)
             self._most_tokens = max(16, min(MOST_TOKENS, most))
 
-    def embed(self, tokens: Sequence[int] | Choices, chunks: Sequence[Chunk]) -> DeviceArray:
+    def embed(self, tokens: Sequence[int] | HeadOutput, chunks: Sequence[Chunk]) -> DeviceArray:
         """Embeds the tokens of chunks: [tokens, H]."""
         self._device.make_current()  # the caller's thread may be another each time
         positions = positions_of(chunks)

@@ -12,7 +12,7 @@ from ojfa_export.backends.backend import Executor
 from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.choosing import choose_in_parts
 from ojfa_export.backends.cuda.device import Device, PinnedArray
-from ojfa_export.backends.cuda.mailbox import Asked, DeviceChoices
+from ojfa_export.backends.cuda.mailbox import DeviceHeadOutput, HeadArguments
 from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.passes import Newest, Pass
 from ojfa_export.backends.tensorrt.executor import TensorRtExecutor
@@ -30,7 +30,7 @@ from ojfa_export.backends.tensorrt.replays import Replays
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.bundle.names import block_name
 from ojfa_export.decoding.arrays import Float32
-from ojfa_export.decoding.head_output import Choices, Choosing
+from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 from ojfa_export.models.spec import ModelSpec
 
 
@@ -103,14 +103,16 @@ class TensorRtEngines(OpenedModel):
             result[at : at + HEAD_ROWS] = self._pinned.array[:count]
         return result
 
-    def choose(self, hidden: Float32 | DeviceArray, blocks_run: int, how: Choosing) -> Choices:
+    def choose(
+        self, hidden: Float32 | DeviceArray, blocks_run: int, request: HeadRequest
+    ) -> HeadOutput:
         """Applies the head after so many blocks, and chooses on the device."""
         if not self.device.recorder.pending:  # else this thread has just run blocks
             self.device.make_current()
         states = self.arrays.asarray(hidden)
         if self._in_flight.may_be_off:
             self._in_flight.call_off()
-        return choose_in_parts(partial(self._choose, blocks_run), states, how)
+        return choose_in_parts(partial(self._choose, blocks_run), states, request)
 
     def prepare(
         self,
@@ -118,17 +120,19 @@ class TensorRtEngines(OpenedModel):
         step: Pass,
         states: DeviceArray | None,
         newest: Newest,
-        how: Choosing,
-    ) -> Callable[[], Choices]:
+        request: HeadRequest,
+    ) -> Callable[[], HeadOutput]:
         """Gets ready to run a pass and ask the head there; see `backends.backend.Engines`."""
         assert isinstance(executor, TensorRtExecutor)
         self.device.make_current()
-        return self._replays.prepare(executor, step, states, newest, how)
+        return self._replays.prepare(executor, step, states, newest, request)
 
-    def _choose(self, blocks_run: int, states: DeviceArray, how: Choosing) -> DeviceChoices:
+    def _choose(
+        self, blocks_run: int, states: DeviceArray, request: HeadRequest
+    ) -> DeviceHeadOutput:
         head, count = self._head(blocks_run), states.shape[0]
         states = self._in_place(states)
-        last, stop, sampling = self._in_flight.last_pass, how.stop, how.sampling
+        last, stop, sampling = self._in_flight.last_pass, request.stop, request.sampling
         if last is None or not last.executor.can_begin(last):
             stop = None
         recorder, (key, keeping) = self.device.recorder, self._in_flight.keeping
@@ -137,7 +141,7 @@ class TensorRtEngines(OpenedModel):
         self._in_flight.keeping = (), None
 
         def work() -> None:
-            asked = Asked.of(Choosing(sampling, (), stop), self.spec.vocab_size)
+            asked = HeadArguments.of(HeadRequest(sampling, (), stop), self.spec.vocab_size)
             head.choose(states, self._logits[:count], asked, keeping)
 
         asked = sampling.temperature, sampling.top_k, sampling.top_p, stop
@@ -146,9 +150,9 @@ class TensorRtEngines(OpenedModel):
             recorder.add(key, work)
         else:
             then, ahead = last.executor.begin(last, stop.then)
-            both = self.device.beside if head.slight else _one_after_the_other
+            both = self.device.beside if head.is_small else _one_after_the_other
             recorder.add((*key, *then), lambda: both(work, ahead))
-        self.mailbox.leave(how.draws)
+        self.mailbox.leave(request.draws)
         recorder.flush()
         return self.mailbox.expect(count)
 

@@ -32,7 +32,7 @@ from ojfa_export.backends.tensorrt.memory import Request
 from ojfa_export.backends.tensorrt.opened import OpenedModel
 from ojfa_export.backends.tensorrt.plan import PREFILL_TOKENS
 from ojfa_export.decoding.arrays import Float32
-from ojfa_export.decoding.head_output import Choices
+from ojfa_export.decoding.head_output import HeadOutput
 
 # Of what follows an exit, so many blocks begin before its check is known.
 AHEAD_BLOCKS = 1
@@ -69,7 +69,7 @@ class TensorRtExecutor:
         self._recorder = model.device.recorder
         self.key = object()
 
-    def embed(self, tokens: Sequence[int] | Choices, chunks: Sequence[Chunk]) -> DeviceArray:
+    def embed(self, tokens: Sequence[int] | HeadOutput, chunks: Sequence[Chunk]) -> DeviceArray:
         """Embeds the tokens of chunks: [tokens, H]."""
         self._device.make_current()  # the caller's thread may be another each time
         positions = positions_of(chunks)

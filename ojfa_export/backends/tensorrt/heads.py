@@ -16,7 +16,7 @@ from ojfa_export.backends.cuda.kernels import (
     number,
     pointer,
 )
-from ojfa_export.backends.cuda.mailbox import Asked
+from ojfa_export.backends.cuda.mailbox import HeadArguments
 from ojfa_export.backends.tensorrt.blocks import Workspace
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
 from ojfa_export.backends.tensorrt.opened import OpenedModel
@@ -36,7 +36,7 @@ class Head(Protocol):
     """The model's own head, or the exit head."""
 
     @property
-    def slight(self) -> bool:
+    def is_small(self) -> bool:
         """Whether a check of a few rows takes so little that the next block runs beside it."""
         ...
 
@@ -45,7 +45,11 @@ class Head(Protocol):
         ...
 
     def choose(
-        self, hidden: DeviceArray, logits: DeviceArray, asked: Asked, keeping: Keeping | None = None
+        self,
+        hidden: DeviceArray,
+        logits: DeviceArray,
+        asked: HeadArguments,
+        keeping: Keeping | None = None,
     ) -> None:
         """Gives an answer for hidden states [rows, H]; logits [rows, V] is room to work in.
 
@@ -106,13 +110,17 @@ class _ByLogits:
     """A head that chooses by way of its logits."""
 
     _chooser: Chooser
-    slight = False
+    is_small = False
 
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
         raise NotImplementedError
 
     def choose(
-        self, hidden: DeviceArray, logits: DeviceArray, asked: Asked, keeping: Keeping | None = None
+        self,
+        hidden: DeviceArray,
+        logits: DeviceArray,
+        asked: HeadArguments,
+        keeping: Keeping | None = None,
     ) -> None:
         """See `Head`."""
         if keeping is not None:
@@ -169,7 +177,7 @@ class ExitHead(_ByLogits):
         self._model, self._chooser = model, model.chooser
         weights = model.plan("exit_head").weights
         self._kernels: tuple[LinearKernels, LinearKernels] | None = None
-        self.slight = False
+        self.is_small = False
         if not model.decode_kernels or not set(weights) <= FOLDED:
             return
         project, vocabulary = weights["project"], weights["vocabulary"]
@@ -190,7 +198,7 @@ class ExitHead(_ByLogits):
         self._z_parts = model.arrays.lasting(parts, np.uint64)
         # What was in this memory before may look like words of an answer to come.
         model.device.clear(self._z_parts.pointer, self._z_parts.nbytes)
-        self.slight = (
+        self.is_small = (
             self._rank <= CHECK_RANK
             and project.precision == "fp32"
             and vocabulary.precision == model.precision
@@ -208,11 +216,15 @@ class ExitHead(_ByLogits):
         second.norm_linear(logits, z, self._norm, self._vocabulary, self._bias)
 
     def choose(
-        self, hidden: DeviceArray, logits: DeviceArray, asked: Asked, keeping: Keeping | None = None
+        self,
+        hidden: DeviceArray,
+        logits: DeviceArray,
+        asked: HeadArguments,
+        keeping: Keeping | None = None,
     ) -> None:
         """See `Head`."""
         few = len(hidden) <= MOST_TOKENS and self._model.decode_kernels
-        if not few or not self.slight:
+        if not few or not self.is_small:
             super().choose(hidden, logits, asked, keeping)
             return
         outputs, columns = self._vocabulary.shape

@@ -18,7 +18,7 @@ from ojfa_export.backends.tensorrt.heads import HEAD_ROWS
 from ojfa_export.backends.tensorrt.in_flight import InFlight, NewestDecode
 from ojfa_export.backends.tensorrt.opened import OpenedModel
 from ojfa_export.decoding.arrays import Hidden
-from ojfa_export.decoding.head_output import Choices, Choosing
+from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 
 
 class Replays:
@@ -40,14 +40,14 @@ class Replays:
         step: Pass,
         states: Hidden | None,
         newest: Newest,
-        how: Choosing,
-    ) -> Callable[[], Choices]:
+        request: HeadRequest,
+    ) -> Callable[[], HeadOutput]:
         """See `backends.backend.Engines.prepare`."""
-        key = self._key(executor, step, states, newest, how)
+        key = self._key(executor, step, states, newest, request)
         known = None if key is None else self._recorder.find(key)
         if known is not None:
-            return partial(self._replay, executor, step, newest, how, *known)
-        return partial(self._record, key, executor, step, states, newest, how)
+            return partial(self._replay, executor, step, newest, request, *known)
+        return partial(self._record, key, executor, step, states, newest, request)
 
     def _record(
         self,
@@ -56,10 +56,10 @@ class Replays:
         step: Pass,
         states: Hidden | None,
         newest: Newest,
-        how: Choosing,
-    ) -> Choices:
+        request: HeadRequest,
+    ) -> HeadOutput:
         launches = self._recorder.launches
-        choices = run_and_choose(self._engines, executor, step, states, newest, how)
+        choices = run_and_choose(self._engines, executor, step, states, newest, request)
         if key is not None and self._recorder.launches == launches + 1:
             self._recorder.name(key, self._in_flight.ahead)
         return choices
@@ -70,10 +70,10 @@ class Replays:
         step: Pass,
         states: Hidden | None,
         newest: Newest,
-        how: Choosing,
+        request: HeadRequest,
     ) -> tuple[Hashable, ...] | None:
         """All that decides what is put on the stream; None where that is more than a recording."""
-        count, sampling, way = len(step.chunks), how.sampling, executor.way(step, newest)
+        count, sampling, way = len(step.chunks), request.sampling, executor.way(step, newest)
         if way is None or self._recorder.pending or count > HEAD_ROWS:
             return None
         return (
@@ -87,7 +87,7 @@ class Replays:
             sampling.temperature,
             sampling.top_k,
             sampling.top_p,
-            how.stop,
+            request.stop,
         )
 
     def _replay(
@@ -95,13 +95,13 @@ class Replays:
         executor: TensorRtExecutor,
         step: Pass,
         newest: Newest,
-        how: Choosing,
+        request: HeadRequest,
         graph: Recording,
         ahead: range | None,
-    ) -> Choices:
+    ) -> HeadOutput:
         in_flight, chunks, depth = self._in_flight, step.chunks, step.blocks.stop
         workspace, positions = executor.workspace(len(chunks)), positions_of(chunks)
-        self._mailbox.leave(how.draws)
+        self._mailbox.leave(request.draws)
         # Whenever this is interrupted, nothing is taken to be on the device that may not be.
         in_flight.last_pass, in_flight.keeping, in_flight.ahead = None, ((), None), ahead
         newest.clear()
