@@ -94,7 +94,7 @@ def test_contents(wheel):
             inside = path.relative_to(ROOT / "calibration").as_posix()
             assert f"ojfa_export/_calibration/{inside}" in names
     assert "ojfa_export/py.typed" in names
-    assert any(name.startswith("ojfa_export/report/") and "html" in name for name in names)
+    assert any(name.startswith("ojfa_export/compiler/report/") and "html" in name for name in names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"ojfa_export"}
     assert not [name for name in names if name.endswith((".safetensors", ".pyc", ".onnx"))]
     assert f"Version: {ojfa_export.__version__}\n" in description

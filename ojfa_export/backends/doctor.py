@@ -20,10 +20,11 @@ PACKAGES = {
     "run": {
         "click": "8.1",
         "numpy": "1.26",
-        "onnxruntime": "1.23",
+        "onnxruntime": "1.32",
         "pydantic": "2.8",
         "rich": "13.7",
         "tokenizers": "0.20",
+        "typing-extensions": "4.5",
     },
     "build": {
         "huggingface-hub": "0.26",
