@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from ojfa_export.backends.passes import Chunk, Newest, Pass
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.decoding.arrays import Float32, Hidden, Tokens
+from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 from ojfa_export.models.spec import ModelSpec, Precision
-
-if TYPE_CHECKING:
-    from ojfa_export.backends.passes import Chunk, Newest, Pass
-    from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 
 
 class Executor(Protocol):
