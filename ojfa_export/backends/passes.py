@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ojfa_export.decoding.arrays import Hidden
-
-if TYPE_CHECKING:
-    from ojfa_export.decoding.head_output import HeadOutput
+from ojfa_export.decoding.head_output import HeadOutput
 
 
 class Chunk(NamedTuple):
