@@ -246,11 +246,11 @@ class Engine:
         counts = [
             each.ask.count if wanted else 0 for each, wanted in zip(running, answered, strict=True)
         ]
-        start, entry = time.perf_counter(), min(each.entry for each in running)
+        start = time.perf_counter()
         tokens = self._count(running, work.depth, stops)
         hidden = self._runner.run(sequences, work.depth, counts, stops=stops)
         logits = self.model.engines.logits(hidden, work.depth) if sum(counts) else None
-        self._costs.learn(tokens, time.perf_counter() - start, work.depth - entry)
+        self._costs.learn(tokens, time.perf_counter() - start, work.depth - work.entry)
         at = 0
         for each, count in zip(running, counts, strict=True):
             if count:
