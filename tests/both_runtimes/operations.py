@@ -111,13 +111,13 @@ def sometimes(draw: st.DrawFn, usual: st.SearchStrategy[Any], rare: st.SearchStr
     return draw(rare if draw(st.integers(0, 15)) == 15 else usual)
 
 
-def tokens_for(draw: st.DrawFn, rows: int, *, some: bool = False) -> list[list[int]]:
+def tokens_for(draw: st.DrawFn, lengths: list[int], *, some: bool = False) -> list[list[int]]:
     """New tokens of each sequence, often one each, as of a decode step; `some`: not none at all."""
     if draw(st.booleans()):
-        result = [[draw(token)] for _ in range(rows)]
+        result = [[draw(token)] for _ in lengths]
     else:
         each = st.just([]) | new_tokens
-        result = [draw(each) for _ in range(rows)]
+        result = [draw(each) for _ in lengths]
     if some and not any(result):
         result[0] = [draw(token)]
     if draw(st.integers(0, 31)) == 31:
@@ -127,54 +127,55 @@ def tokens_for(draw: st.DrawFn, rows: int, *, some: bool = False) -> list[list[i
     return result
 
 
-def advance(draw: st.DrawFn, rows: int) -> Operation:
+def advance(draw: st.DrawFn, lengths: list[int]) -> Operation:
     kind = draw(st.sampled_from(["advance", "advance", "advance_every"]))
     exit = sometimes(draw, exits, wrong_exits)
-    return {"do": kind, "tokens": tokens_for(draw, rows), "exit": exit}
+    return {"do": kind, "tokens": tokens_for(draw, lengths), "exit": exit}
 
 
-def decide(draw: st.DrawFn, rows: int) -> Operation:
+def decide(draw: st.DrawFn, lengths: list[int]) -> Operation:
     policy = sometimes(draw, policies(), wrong_policies)
-    return {"do": "decide", "tokens": tokens_for(draw, rows), "policy": policy}
+    return {"do": "decide", "tokens": tokens_for(draw, lengths), "policy": policy}
 
 
-def choose(draw: st.DrawFn, rows: int) -> Operation:
+def choose(draw: st.DrawFn, lengths: list[int]) -> Operation:
     return {
         "do": "choose",
-        "tokens": tokens_for(draw, rows, some=True),
+        "tokens": tokens_for(draw, lengths, some=True),
         "exit": sometimes(draw, exits | policies(), wrong_exits | wrong_policies),
         "sampling": sometimes(draw, samplings, wrong_samplings),
     }
 
 
-def deepen(draw: st.DrawFn, rows: int) -> Operation:
+def deepen(draw: st.DrawFn, lengths: list[int]) -> Operation:
     return {"do": "deepen", "exit": sometimes(draw, exits, wrong_exits)}
 
 
-def complete(draw: st.DrawFn, rows: int) -> Operation:
-    tokens = tokens_for(draw, rows)
+def complete(draw: st.DrawFn, lengths: list[int]) -> Operation:
+    tokens = tokens_for(draw, lengths)
     counts = [draw(st.integers(min(len(ids), 1), max(len(ids), 1))) for ids in tokens]
     return {"do": "complete", "tokens": tokens, "counts": counts}
 
 
-def rewind(draw: st.DrawFn, rows: int) -> Operation:
-    row = sometimes(draw, st.integers(0, rows - 1), st.sampled_from([-1, rows]))
-    length = sometimes(draw, st.integers(0, 8), st.integers(-1, 40))
+def rewind(draw: st.DrawFn, lengths: list[int]) -> Operation:
+    row = draw(st.integers(0, len(lengths) - 1))
+    length = sometimes(draw, st.integers(0, lengths[row]), st.sampled_from([-1, MAX_LENGTH]))
+    row = sometimes(draw, st.just(row), st.sampled_from([-1, len(lengths)]))
     return {"do": "rewind", "length": length, "row": row}
 
 
-def shadow_checks(draw: st.DrawFn, rows: int) -> Operation:
-    row = draw(st.integers(0, rows - 1))
+def shadow_checks(draw: st.DrawFn, lengths: list[int]) -> Operation:
+    row = draw(st.integers(0, len(lengths) - 1))
     loss = {"do": "shadow_loss", "row": row}
     budget = draw(st.none() | st.integers(0, 3))
     return draw(st.sampled_from([loss, {"do": "shadow_checks", "budget": budget}]))
 
 
-def reset_stats(draw: st.DrawFn, rows: int) -> Operation:
+def reset_stats(draw: st.DrawFn, lengths: list[int]) -> Operation:
     return {"do": "reset_stats"}
 
 
-KINDS: list[Callable[[st.DrawFn, int], Operation]] = [
+KINDS: list[Callable[[st.DrawFn, list[int]], Operation]] = [
     *[advance] * 3,
     *[decide, choose, rewind] * 2,
     complete,
@@ -183,13 +184,13 @@ KINDS: list[Callable[[st.DrawFn, int], Operation]] = [
 ]
 
 
-def generate(draw: st.DrawFn, rows: int) -> Operation:
+def generate(draw: st.DrawFn, lengths: list[int]) -> Operation:
     speculation = sometimes(draw, st.none() | speculations, wrong_speculations)
     anyhow = exits | policies() | st.sampled_from(["auto", "default"])
     exit = draw(st.sampled_from(["full", "default"])) if speculation else draw(anyhow)
     return {
         "do": "generate",
-        "tokens": tokens_for(draw, rows, some=True),
+        "tokens": tokens_for(draw, lengths, some=True),
         "exit": sometimes(draw, st.just(exit), wrong_exits | exits | wrong_policies),
         "speculation": speculation,
         "max_new_tokens": sometimes(draw, st.integers(1, 24), st.just(0)),
@@ -217,8 +218,24 @@ def sessions(draw: st.DrawFn) -> list[Operation]:
         return [begin]  # is refused
     can_do = [*KINDS, shadow_checks] if begin["shadow"] else KINDS
     kinds = draw(st.lists(st.sampled_from(can_do), max_size=10))
-    generations = draw(st.integers(0, 2))
-    return [begin, *(kind(draw, rows) for kind in [*kinds, *[generate] * generations])]
+    kinds += [generate] * draw(st.integers(0, 2))
+    lengths, operations = [0] * rows, [begin]
+    for kind in kinds:
+        operations.append(kind(draw, lengths))
+        follow(lengths, operations[-1], begin["max_length"])
+    return operations
+
+
+def follow(lengths: list[int], done: Operation, max_length: int) -> None:
+    """Makes lengths of sequences those after an operation, if it isn't refused."""
+    if done["do"] == "rewind" and 0 <= done["row"] < len(lengths):
+        row, length = done["row"], done["length"]
+        lengths[row] = length if 0 <= length <= lengths[row] else lengths[row]
+    tokens = done.get("tokens", ())
+    if len(tokens) == len(lengths):
+        after = [length + len(ids) for length, ids in zip(lengths, tokens, strict=True)]
+        if max(after) <= max_length:
+            lengths[:] = after
 
 
 programs: st.SearchStrategy[Sessions] = st.lists(sessions(), min_size=1, max_size=3)

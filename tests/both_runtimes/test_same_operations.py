@@ -75,7 +75,7 @@ def both(request: pytest.FixtureRequest) -> Iterator[Both]:
 
 
 def test_random_operations(both: Both) -> None:
-    @hypothesis.seed(SEED)
+    @hypothesis.seed(SEED + BUNDLES.index(both.name))
     @examples(EXAMPLES)
     @hypothesis.given(programs)
     def compare(sessions: Sessions) -> None:
