@@ -33,7 +33,7 @@ new_tokens = few | few | many
 out_of_range = st.sampled_from([[-1], [0, VOCABULARY], [VOCABULARY]])
 
 exits = st.integers(1, BLOCKS) | st.just("full")
-wrong_exits = st.sampled_from([-1, BLOCKS + 1])
+wrong_exits = st.sampled_from([-3, BLOCKS + 1])  # -1 and -2 have meanings in C++
 
 # Confidences of the stored bundles are near these: of 320 tokens that are about equally likely.
 THRESHOLDS = {
@@ -217,12 +217,13 @@ def sessions(draw: st.DrawFn) -> list[Operation]:
     if not 1 <= rows <= MAX_BATCH or begin["max_length"] > MAX_LENGTH:
         return [begin]  # is refused
     can_do = [*KINDS, shadow_checks] if begin["shadow"] else KINDS
-    kinds = draw(st.lists(st.sampled_from(can_do), max_size=10))
-    kinds += [generate] * draw(st.integers(0, 2))
     lengths, operations = [0] * rows, [begin]
-    for kind in kinds:
-        operations.append(kind(draw, lengths))
-        follow(lengths, operations[-1], begin["max_length"])
+    for kinds, most in ((can_do, 10), ([generate], 2)):
+        # Each is drawn next to the decision that there is one, so that it can be left out alone.
+        while most and draw(st.integers(0, most)):
+            operations.append(draw(st.sampled_from(kinds))(draw, lengths))
+            follow(lengths, operations[-1], begin["max_length"])
+            most -= 1
     return operations
 
 
