@@ -73,6 +73,7 @@ class InPython:
             session = self._model.session(session.batch_size, session.max_length)
             self._counted = False  # the other session goes on counting
         self._fresh = False
+        session._check(prompts)  # from here on ids are taken for the tokenizer's
         steps = [
             [token.row, token.id, token.blocks_run, token.drafted, token.finish_reason or ""]
             for token in generate_tokens(session, prompts, self._model.tokenizer, settings)
