@@ -18,7 +18,7 @@ from ojfa_export.runtime.model import Model
 
 pytestmark = needs_programs
 
-EXAMPLES = 60
+EXAMPLES = 50
 # The most sessions that a near tie may end early; one with a true difference is none.
 NEAR_TIES = 0.05
 
