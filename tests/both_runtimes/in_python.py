@@ -12,9 +12,11 @@ from both_runtimes.operations import Operation
 from vectors.cases import event_of
 
 from ojfa_export.errors import UsageError
+from ojfa_export.runtime.batch import check_tokens
 from ojfa_export.runtime.generation import Settings, generate_tokens
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.monitor import Monitor
+from ojfa_export.runtime.options import GenerationOptions
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.sampling import Sampling
 from ojfa_export.runtime.session import Session
@@ -73,7 +75,7 @@ class InPython:
             session = self._model.session(session.batch_size, session.max_length)
             self._counted = False  # the other session goes on counting
         self._fresh = False
-        session._check(prompts)  # from here on ids are taken for the tokenizer's
+        check_tokens(prompts, session._sequences, session.max_length, session.spec.vocab_size)
         steps = [
             [token.row, token.id, token.blocks_run, token.drafted, token.finish_reason or ""]
             for token in generate_tokens(session, prompts, self._model.tokenizer, settings)
@@ -123,17 +125,15 @@ def settings_of(model: Model, asked: Operation) -> Settings:
     exit, how = asked["exit"], asked["speculation"]
     if isinstance(exit, dict):
         exit = policy_of(exit)
-    speculation = False if how is None else Speculation(**how)
-    settings = model._settings(
-        None if exit == "default" else exit,
-        speculation,
-        asked["max_new_tokens"],
-        (),
-        Sampling(**asked["sampling"]),
-        len(asked["tokens"]),
+    options = GenerationOptions(
+        exit=None if exit == "default" else exit,
+        speculate=False if how is None else Speculation(**how),
+        max_new_tokens=asked["max_new_tokens"],
+        ignore_eos=asked["ignore_eos"],
+        **asked["sampling"],
     )
-    ends = () if asked["ignore_eos"] else settings.eos_token_ids
-    return replace(settings, eos_token_ids=(*ends, *asked["stop_tokens"]))
+    settings = model._settings(options, len(asked["tokens"]))
+    return replace(settings, eos_token_ids=(*settings.eos_token_ids, *asked["stop_tokens"]))
 
 
 def advance(session: Session, asked: Operation) -> Answer:

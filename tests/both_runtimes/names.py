@@ -13,10 +13,11 @@ from vectors.cases import open_bundle
 
 import ojfa_export
 from ojfa_export.runtime.monitor import Monitor
+from ojfa_export.runtime.options import GenerationOptions
 from ojfa_export.runtime.policy import ExitPolicy
-from ojfa_export.runtime.session import Choice, Step
 from ojfa_export.runtime.speculation import Speculation
 from ojfa_export.runtime.stats import Stats
+from ojfa_export.runtime.step_output import Choice, Step
 
 INCLUDE = Path(__file__).parents[2] / "engines" / "include" / "ojfa"
 CPP_CLASSES = (
@@ -41,6 +42,7 @@ def python_names() -> list[str]:
     monitor = Monitor(0.5)
     for each in (model, model.session(monitor=monitor), monitor, Stats()):
         names += _of_object(type(each).__name__, each)
+    names += _of_callable("Engine", ojfa_export.Engine)
     for kind in (Step, Choice, Speculation, ExitPolicy, ojfa_export.Token):
         fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
         own = [field.name for field in fields] or list(kind.model_fields)
@@ -63,9 +65,11 @@ def _of_object(owner: str, instance: Any) -> Iterator[str]:
 
 def _of_callable(name: str, function: Callable[..., Any]) -> Iterator[str]:
     yield name
-    for parameter in inspect.signature(function).parameters:
-        if parameter != "self":
-            yield f"{name}({parameter})"
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # the options, one by one
+            yield from (f"{name}({field.name})" for field in dataclasses.fields(GenerationOptions))
+        elif parameter.name != "self":
+            yield f"{name}({parameter.name})"
 
 
 def cpp_names() -> list[str]:

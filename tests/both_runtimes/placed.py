@@ -33,11 +33,11 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "Model.generate": GENERATE,
     "Model.generate(prompts)": PROMPTS,
     "Model.generate(speculate)": ("GenerateOptions::speculation",),
-    "Model.generate(stop)": ("GenerateOptions::stop_tokens",),
+    "Model.generate(stop_token_ids)": ("GenerateOptions::stop_tokens",),
+    "Model.stream(stop_token_ids)": ("GenerateOptions::stop_tokens",),
     "Model.stream": (*GENERATE, "Generation::next", "Generation::begin", "Generation::end"),
     "Model.stream(prompts)": PROMPTS,
     "Model.stream(speculate)": ("GenerateOptions::speculation",),
-    "Model.stream(stop)": ("GenerateOptions::stop_tokens",),
     "Model.session(monitor)": SHADOW,
     "Monitor.shadow": (*SHADOW, "SessionOptions::shadow_index"),
     "Model.monitor(share)": ("SessionOptions::shadow_share",),
@@ -59,6 +59,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
 TEXT = "text stays with the caller's tokenizer"
 ONE_TOKEN = "a generation of one token gives the same"
 STEPS = "a step in two halves; a generation begins steps ahead by itself"
+LOGITS = "logits are adjusted on the host, and C++ leaves them on the device"
 PROMISE = "who watches a promise in C++ sends its log to `ojfa-export monitor`"
 PARTS = "of the runtime's own parts"
 DERIVED = "follows from the other counts"
@@ -68,6 +69,8 @@ PYTHON_ONLY: dict[str, str] = {
     "Model.encode": TEXT,
     "Model.tokenizer": TEXT,
     "Token.text": TEXT,
+    "Model.generate(stop)": TEXT,
+    "Model.stream(stop)": TEXT,
     "Model.default": "`Exit::planned()` does it, and doesn't show it",
     "Model.bundle": PARTS,
     "Model.engines": PARTS,
@@ -75,6 +78,20 @@ PYTHON_ONLY: dict[str, str] = {
     "Model.generate(domain)": PROMISE,
     "Model.stream(monitor)": PROMISE,
     "Model.stream(domain)": PROMISE,
+    **{
+        f"Model.{method}({option})": LOGITS
+        for method in ("generate", "stream")
+        for option in (
+            *("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+            *("logit_bias", "logprobs"),
+        )
+    },
+    "Model.generate(options)": "the same options in one object",
+    "Model.stream(options)": "the same options in one object",
+    "Model.resolve_exit": PARTS,
+    "Model.resolve_default": PARTS,
+    "Token.logprobs": LOGITS,
+    "Engine": "in C++ a session for each request; an engine of its own comes later",
     "Model.monitor": PROMISE,
     "Model.monitor(false_alarms)": PROMISE,
     "Monitor.watch": PROMISE,
@@ -115,7 +132,6 @@ CPP_ONLY: dict[str, str] = {
     "Model::load_blocks": "in Python what generates does it",
     "Model::memory": "services share a device",
     "Model::backend": "`ojfa-export inspect` and `doctor` say it",
-    "GenerateOptions::ignore_eos": "for measuring",
     "Session::advance(logits)": ON_HOST,
     "Session::decide(logits)": ON_HOST,
     "Session::deepen(logits)": ON_HOST,
