@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds and tests the C++ runtime as CI does: formatting, clang-tidy, all tests under the address and
 # undefined-behaviour sanitizers, those of threads under the thread sanitizer; the TensorRT backend on stand-ins for
-# driver and library. Where a tool or package is missing it says which and stops; with OJFA_ENGINES=required that is
+# driver and library; and random operations in both runtimes, Python's and this one. Where a tool or package is missing it says which and stops; with OJFA_ENGINES=required that is
 # an error.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -40,6 +40,16 @@ else
 fi
 cmake --build "$build/asan"
 ctest --test-dir "$build/asan" --output-on-failure -j 2
+# The Python runtime beside it, where there is one with what the tests need.
+python=${PYTHON:-python3}
+[ ! -x ../.venv/bin/python ] || python=../.venv/bin/python
+if "$python" -c 'import hypothesis, onnxruntime, pytest, tokenizers' 2> /dev/null; then
+    OMP_NUM_THREADS=1 OJFA_THREADS=1 OJFA_REPLAY_PROGRAMS="$build/asan/tests" \
+        "$python" -m pytest -q -s ../tests/both_runtimes
+else
+    echo "the two runtimes are not compared: $python lacks hypothesis, onnxruntime, pytest or tokenizers"
+    [ "${OJFA_ENGINES:-}" != required ] || exit 1
+fi
 configure tsan -DOJFA_SANITIZE=thread
 cmake --build "$build/tsan" --target test_threads test_tensorrt soak
 "$build/tsan/tests/test_threads"

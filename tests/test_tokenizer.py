@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import shutil
@@ -52,7 +53,6 @@ PANICS: dict[str, Fields] = {
     },
     "decoder": {"decoder": STRIP},
     "pieces of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
-    "charsmap": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
 }
 
 
@@ -65,6 +65,15 @@ def test_panic_is_an_error(fields: Fields, case: str, capfd: pytest.CaptureFixtu
     assert type(caught.value.__cause__).__name__ == "PanicException"
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("characters", [b"", b"\0\0\0", b"\xfc\xff\xff\x7f" + bytes(8), None])
+def test_character_maps_that_claim_more_than_they_hold(fields: Fields, characters: bytes) -> None:
+    """`tokenizers` takes memory for what is claimed, and aborts the process without it."""
+    encoded = "?" if characters is None else base64.b64encode(characters).decode()
+    nested = {"type": "Precompiled", "precompiled_charsmap": encoded}
+    with pytest.raises(ValueError, match="precompiled_charsmap is"):
+        _parse({**fields, "normalizer": {"type": "Sequence", "normalizers": [nested]}})
 
 
 def test_what_others_write_meanwhile_is_kept(capfd: pytest.CaptureFixture[str]) -> None:

@@ -58,3 +58,6 @@ CONFIDENCE_OF_VECTORS = LOGITS_FP32
 # products of two parts of 11 bits each (2^-22) and 2^x by the hardware's approximation (2^-22).
 ATTENTION_FP16_RELATIVE = 1e-2
 ATTENTION_FP32_RELATIVE = 1e-5
+# Noise in logits that tells a near tie from a fault, relative to the largest: what the two
+# runtimes' logits may differ by, LOGITS_FP32, where the largest are 3 to 4.
+NOISE_RELATIVE = 3e-5

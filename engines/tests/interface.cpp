@@ -162,6 +162,16 @@ TEST_F(Interface, OptionsOutOfRangeAreRefused) {
     how.policy = &policy, no_start("measure is not known");
 }
 
+TEST_F(Interface, APolicyNeedsAThresholdForEachExit) {
+    ojfa::LoadOptions options;
+    options.backend = "reference";
+    auto opened = ojfa::Model::load(fixtures::vectors("llama.ojfa"), options).session();
+    const ojfa::Policy policy = {{1, 2}, ojfa::Measure::top, {0.5}};
+    EXPECT_THROW(opened.decide({ids}, policy), ojfa::Error);
+    EXPECT_THROW(opened.generate(ids, {policy}), ojfa::Error);
+    EXPECT_EQ(opened.lengths(), std::vector<std::int32_t>{0});
+}
+
 TEST_F(Interface, ClosedAndMadeUpHandlesAreRefused) {
     ojfa_model_info info;
     expect_usage(ojfa_model_get_info({0}, &info), "the handle of a model is null");

@@ -44,6 +44,14 @@ TEST(SamplingCuts, AreThoseOfPython) {
     }
 }
 
+TEST(SamplingCuts, ATopPOf1KeepsAllWhateverTheirSumsAreRoundedTo) {
+    Sampling sampling;
+    sampling.temperature = 0.5;
+    sampling.top_k = 3;
+    const std::vector<float> logits = {0.0f, -9.0f, 9.25f};
+    for (const double each : sampling.probabilities(logits)) EXPECT_GT(each, 0);
+}
+
 TEST(SamplingCuts, ATinyTemperatureLeavesTheLikeliestAlone) {
     Sampling sampling;
     sampling.temperature = 1e-300;

@@ -9,15 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-
-import numpy as np
+from functools import cached_property
 
 from ojfa_export.decoding.arrays import Float32
-from ojfa_export.decoding.confidence import confidence
+from ojfa_export.decoding.confidence import Measure
+from ojfa_export.decoding.head_output import HeadOutput, HostHeadOutput
 from ojfa_export.decoding.logits import LogitsProcessor, TokenLogprobs
 from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.decoding.policy import ExitPolicy
-from ojfa_export.decoding.speculation import DraftLength, Speculation, agreeing, check, draw
+from ojfa_export.decoding.speculation import (
+    DraftLength,
+    Float64,
+    Speculation,
+    agreeing,
+    check,
+    draw,
+)
 from ojfa_export.runtime.sequence import Sequence
 
 
@@ -27,25 +34,68 @@ class Ask:
 
     Attributes:
         depth: Blocks to run.
-        count: For how many of the newest tokens logits are wanted; no more than have not run so
+        count: About how many of the newest tokens the head is asked; no more than have not run so
             deep.
-        may_stop: Whether the request may be done with its token here: an exit that is checked.
+        logits: Whether the answer must have logits: likeliest tokens and confidence are always
+            there, and on a device they are all that comes to the host.
     """
 
     depth: int
     count: int = 1
-    may_stop: bool = False
+    logits: bool = False
+
+
+class Heads:
+    """What a head said about the tokens of several requests; asked for once each.
+
+    Args:
+        output: Of all of them.
+    """
+
+    def __init__(self, output: HeadOutput) -> None:
+        self.output = output
+        self._confidence: dict[Measure, list[float]] = {}
+
+    @cached_property
+    def likeliest(self) -> list[int]:
+        """The tokens of the largest logits."""
+        return self.output.likeliest()
+
+    def confidence(self, measure: Measure) -> list[float]:
+        """How confident the head is of each."""
+        if measure not in self._confidence:
+            self._confidence[measure] = self.output.confidence(measure)
+        return self._confidence[measure]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the head said.
+    """What the head said about one request's tokens.
 
     Attributes:
-        logits: [count, V].
+        heads: About those of all requests that ran together.
+        rows: Which of them are the request's.
     """
 
-    logits: Float32
+    heads: Heads
+    rows: slice
+
+    @property
+    def likeliest(self) -> list[int]:
+        """The tokens of the largest logits, [count]."""
+        return self.heads.likeliest[self.rows]
+
+    def confidence(self, measure: Measure) -> float:
+        """How confident the head is of the first."""
+        confidence: float = self.heads.confidence(measure)[self.rows.start]
+        return confidence
+
+    @property
+    def logits(self) -> Float32:
+        """Logits [count, V], where they were asked for."""
+        assert isinstance(self.heads.output, HostHeadOutput)
+        logits: Float32 = self.heads.output.logits[self.rows]
+        return logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,27 +155,41 @@ class Decoder:
 
     def _step_by_step(self) -> Decoding:
         while True:
-            logits, depth = yield from self._next_logits()
-            token = self._choose(logits)
-            yield Emitted(token, depth, False, self._processor.logprobs(logits, token))
+            answer, depth = yield from self._next_answer()
+            token = self._choose(answer)
+            logprobs = self._logprobs(answer, 0, token)
+            yield Emitted(token, depth, False, logprobs)
             self._sequence.append([token])
 
-    def _next_logits(self) -> Generator[Ask, Answer, tuple[Float32, int]]:
+    def _next_answer(self) -> Generator[Ask, Answer, tuple[Answer, int]]:
         exit = self._exit
         if isinstance(exit, ExitPolicy):
             for depth, threshold in zip(exit.exits, exit.thresholds, strict=True):
-                answer = yield Ask(depth, may_stop=True)
-                if confidence(answer.logits, exit.measure)[0] >= threshold:
-                    return answer.logits[0], depth
+                answer = yield self._ask(depth)
+                if answer.confidence(exit.measure) >= threshold:
+                    return answer, depth
         depth = exit if isinstance(exit, int) else self._blocks
-        answer = yield Ask(depth)
-        return answer.logits[0], depth
+        answer = yield self._ask(depth)
+        return answer, depth
 
-    def _choose(self, logits: Float32) -> int:
+    def _ask(self, depth: int, count: int = 1) -> Ask:
+        options = self._options
+        return Ask(depth, count, logits=options.needs_logits or options.temperature > 0)
+
+    def _choose(self, answer: Answer) -> int:
         """The next token; it counts for the penalties of those after it."""
-        token = self._sampling.choose(self._processor.adjust(logits), self._generator)
+        if self._options.temperature or self._options.adjusts_logits:
+            logits = self._processor.adjust(answer.logits[0])
+            token = self._sampling.choose(logits, self._generator)
+        else:
+            token = answer.likeliest[0]
         self._processor.push(token)
         return token
+
+    def _logprobs(self, answer: Answer, row: int, token: int) -> TokenLogprobs | None:
+        if self._options.logprobs is None:
+            return None
+        return self._processor.logprobs(answer.logits[row], token)
 
     def _speculate(self, speculation: Speculation) -> Decoding:
         """Drafts at an exit, verified by the full model: see `decoding.speculation`."""
@@ -141,36 +205,35 @@ class Decoder:
             limit = min(left - 1, self._max_length - before, sequence.room_before_switch)
             limit = min(limit, speculation.draft or lengths.next())
             drafts, proposals = yield from self._draft(exit, limit)
-            answer = yield Ask(blocks, len(drafts) + 1)
+            answer = yield self._ask(blocks, len(drafts) + 1)
             assert answer is not None
-            tokens = self._verify(drafts, proposals, answer.logits)
+            tokens = self._verify(drafts, proposals, answer)
             accepted = len(tokens) - 1
             lengths.learn(accepted, len(drafts))
             sequence.truncate(before + accepted)
             for index, token in enumerate(tokens):
-                logprobs = self._processor.logprobs(answer.logits[index], token)
+                logprobs = self._logprobs(answer, index, token)
                 yield Emitted(token, blocks, index < accepted, logprobs)
             left -= len(tokens)
             sequence.append([tokens[-1]])
 
     def _draft(
         self, exit: int, limit: int
-    ) -> Generator[Ask, Answer, tuple[list[int], list[np.ndarray]]]:
+    ) -> Generator[Ask, Answer, tuple[list[int], list[Float64]]]:
         drafts: list[int] = []
-        proposals: list[np.ndarray] = []
+        proposals: list[Float64] = []
         while len(drafts) < limit and not (drafts and drafts[-1] in self._eos):
-            answer = yield Ask(exit)
-            logits = answer.logits[0]
+            answer = yield self._ask(exit)
             if self._sampling.temperature:
-                proposals.append(self._sampling.probabilities(logits))
+                proposals.append(self._sampling.probabilities(answer.logits[0]))
                 token = draw(proposals[-1], self._generator)
             else:
-                token = int(logits.argmax())
+                token = answer.likeliest[0]
             drafts.append(token)
             self._sequence.append([token])
         return drafts, proposals
 
-    def _verify(self, drafts: list[int], proposals: list[np.ndarray], logits: Float32) -> list[int]:
+    def _verify(self, drafts: list[int], proposals: list[Float64], answer: Answer) -> list[int]:
         if self._sampling.temperature:
-            return check(drafts, proposals, logits, self._sampling, self._generator)
-        return agreeing(drafts, logits.argmax(axis=-1).tolist())
+            return check(drafts, proposals, answer.logits, self._sampling, self._generator)
+        return agreeing(drafts, answer.likeliest)

@@ -10,9 +10,10 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from ojfa_export.decoding.head_output import HeadRequest, HostHeadOutput
 from ojfa_export.decoding.options import GenerationOptions, OptionArguments
 from ojfa_export.decoding.policy import ExitPolicy
-from ojfa_export.engine.asks import Answer, Decoder
+from ojfa_export.engine.asks import Answer, Decoder, Heads
 from ojfa_export.engine.budget import PAGE_TOKENS, PageBudget, page_bytes, pages_of, read_bytes
 from ojfa_export.engine.costs import PassCosts
 from ojfa_export.engine.request import FinishReason, Request
@@ -238,7 +239,6 @@ class Engine:
         running, stops = self._with_pages(work)
         if not running:
             return
-        sequences = [each.sequence for each in running]
         answered = [
             each.ask.depth == work.depth and stop == len(each.sequence)
             for each, stop in zip(running, stops, strict=True)
@@ -246,17 +246,33 @@ class Engine:
         counts = [
             each.ask.count if wanted else 0 for each, wanted in zip(running, answered, strict=True)
         ]
-        start, entry = time.perf_counter(), min(each.entry for each in running)
+        start = time.perf_counter()
         tokens = self._count(running, work.depth, stops)
-        hidden = self._runner.run(sequences, work.depth, counts, stops=stops)
-        logits = self.model.engines.logits(hidden, work.depth) if sum(counts) else None
-        self._costs.learn(tokens, time.perf_counter() - start, work.depth - entry)
+        heads = self._ask(running, work.depth, counts, stops)
+        self._costs.learn(tokens, time.perf_counter() - start, work.depth - work.entry)
         at = 0
         for each, count in zip(running, counts, strict=True):
             if count:
-                assert logits is not None
-                self._answer(each, Answer(logits[at : at + count]))
+                assert heads is not None
+                self._answer(each, Answer(heads, slice(at, at + count)))
                 at += count
+
+    def _ask(
+        self, running: Sequence[Running], depth: int, counts: Sequence[int], stops: Sequence[int]
+    ) -> Heads | None:
+        """Runs sequences to a depth, and asks the head there about those that want an answer."""
+        sequences = [each.sequence for each in running]
+        with_logits = any(each.ask.logits and c for each, c in zip(running, counts, strict=True))
+        if not with_logits and all(count == 1 for count in counts):
+            # One token of each, as a rule: a device has a short way for that.
+            return Heads(self._runner.choose(sequences, depth, HeadRequest()))
+        hidden = self._runner.run(sequences, depth, counts, stops=stops)
+        if not sum(counts):
+            return None
+        engines = self.model.engines
+        if with_logits:
+            return Heads(HostHeadOutput(engines.logits(hidden, depth), HeadRequest()))
+        return Heads(engines.choose(hidden, depth, HeadRequest()))
 
     def _answer(self, each: Running, answer: Answer) -> None:
         try:

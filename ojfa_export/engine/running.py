@@ -54,13 +54,8 @@ class Running:
 
     @property
     def entry(self) -> int:
-        """The first block that has tokens of the sequence pending, on the way to where it must."""
-        length = len(self.sequence)
-        return next(
-            blocks.start
-            for blocks, mark in self.sequence.marks.spans(self.ask.depth)
-            if mark < length
-        )
+        """The first block that has tokens of the sequence pending."""
+        return self.sequence.marks.first_below(len(self.sequence))
 
     def answer(self, answer: Answer) -> list[Emitted]:
         """Goes on from an answer to what is needed next.

@@ -21,11 +21,13 @@ class Work:
 
     Attributes:
         running: Whose sequences.
+        entry: The first block that runs.
         depth: Blocks that their tokens run to.
         stops: One past the last token of each that runs.
     """
 
     running: list[Running]
+    entry: int
     depth: int
     stops: list[int] = field(default_factory=list)
 
@@ -67,11 +69,13 @@ class Scheduler:
         groups: dict[int, list[Running]] = {}
         for each in running:
             groups.setdefault(each.entry, []).append(each)
-        chosen = groups[self._choose(groups)]
-        for each in running:
-            each.waits = 0 if each in chosen else each.waits + 1
+        entry = self._choose(groups)
+        for block, group in groups.items():
+            for each in group:
+                each.waits = 0 if block == entry else each.waits + 1
+        chosen = groups[entry]
         depth = min(each.ask.depth for each in chosen)
-        return Work(chosen, depth, [len(each.sequence) for each in chosen])
+        return Work(chosen, entry, depth, [len(each.sequence) for each in chosen])
 
     def _choose(self, groups: dict[int, list[Running]]) -> int:
         """The block before which the tokens wait that run next."""
@@ -90,7 +94,7 @@ class Scheduler:
         # The last piece has all tokens whose logits are wanted.
         if stop < length < stop + each.ask.count:
             stop = length - each.ask.count
-        return Work([each], depth, [stop if stop > start else length])
+        return Work([each], each.entry, depth, [stop if stop > start else length])
 
     def _piece_tokens(self, others: int) -> int:
         """About as many as run in the time of a step of the others."""

@@ -6,6 +6,8 @@ BaseException that is no Exception, beside a message and a backtrace on standard
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import tempfile
 import threading
@@ -33,6 +35,7 @@ def parse(document: bytes) -> Tokenizer:
     Raises:
         ValueError: It is no tokenizer, or a broken one.
     """
+    _check_precompiled(document)
     with _one_reader, _native_messages_dropped():
         try:
             tokenizer = Tokenizer.from_buffer(document)
@@ -47,6 +50,35 @@ def parse(document: bytes) -> Tokenizer:
         except BaseException as error:
             raise ValueError(_reason(error)) from error
     return tokenizer
+
+
+def _check_precompiled(document: bytes) -> None:
+    """Refuses character maps that claim to be longer than they are.
+
+    `tokenizers` takes memory for what such a map claims, and ends the process where it gets none.
+    """
+    try:
+        found = [json.loads(document)]
+    except (ValueError, RecursionError):
+        return  # it says so itself
+    while found:
+        each = found.pop()
+        if isinstance(each, list):
+            found += each
+        elif isinstance(each, dict):
+            found += each.values()
+            characters = each.get("precompiled_charsmap")
+            if each.get("type") == "Precompiled" and isinstance(characters, str):
+                _check_characters(characters)
+
+
+def _check_characters(characters: str) -> None:
+    try:
+        content = base64.b64decode(characters)
+    except ValueError as error:
+        raise ValueError("precompiled_charsmap is not base64") from error
+    if len(content) < 4 or int.from_bytes(content[:4], "little") > len(content) - 4:
+        raise ValueError("precompiled_charsmap is shorter than it claims to be")
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

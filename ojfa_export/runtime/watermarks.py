@@ -20,7 +20,19 @@ class Watermarks:
 
     def __getitem__(self, block: int) -> int:
         """The mark of a block."""
-        return next(mark for stop, mark in self._spans if block < stop)
+        for stop, mark in self._spans:
+            if block < stop:
+                return mark
+        raise IndexError(block)
+
+    def first_below(self, mark: int) -> int:
+        """The first block with a lower mark; the number of blocks where there is none."""
+        start = 0
+        for stop, each in self._spans:
+            if each < mark:
+                return start
+            start = stop
+        return start
 
     def copy_below(self, limit: int) -> Watermarks:
         """The same marks, none above a limit."""

@@ -39,7 +39,7 @@ def run_generation(model: Model, case: Case) -> Case:
     monitor = Monitor(shadow["share"], seed=shadow["seed"]) if shadow else None
     session = model.session(len(case["prompts"]), case["max_length"], monitor=monitor)
     events: list[list[Any]] = []
-    session.on_event = lambda event: events.append(_event(event))
+    session.on_event = lambda event: events.append(event_of(event))
     keys = ("tokens", "blocks_run", "drafted")
     result: Case = {key: [[] for _ in case["prompts"]] for key in keys}
     result["finish"] = [None] * len(case["prompts"])
@@ -125,7 +125,7 @@ def _stats(session: Session) -> Case:
     return by_blocks | counts
 
 
-def _event(event: ExitTaken | DraftChecked | ShadowCheck) -> list[Any]:
+def event_of(event: ExitTaken | DraftChecked | ShadowCheck) -> list[Any]:
     if isinstance(event, ExitTaken):
         return ["exit", event.row, event.position, event.blocks_run]
     if isinstance(event, DraftChecked):

@@ -21,6 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny_models
+from noisy import Noisy
 from vectors.cases import BUNDLES, DIRECTORY, Case, open_bundle, run_generation, run_steps
 
 from ojfa_export.bundle.manifest import Manifest, read_manifest
@@ -210,26 +211,11 @@ def step_cases(model: Model) -> list[Case]:
     ]
 
 
-class Noisy:
-    """Engines whose logits are a little off."""
-
-    def __init__(self, engines: Any, seed: int) -> None:
-        self._engines, self._rng = engines, np.random.default_rng(seed)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engines, name)
-
-    def logits(self, hidden: Any, blocks_run: int) -> Any:
-        logits = self._engines.logits(hidden, blocks_run)
-        noise = self._rng.uniform(-1, 1, logits.shape) * NOISE * np.abs(logits).max()
-        return (logits + noise).astype(np.float32)
-
-
 def stable(model: Model, case: Case, run: Callable[[Model, Case], Any]) -> Any:
     """What a case gives, where noise doesn't change its choices."""
     expected, engines = run(model, case), model.engines
     for seed in range(NOISY_RUNS):
-        model.engines = Noisy(engines, seed)
+        model.engines = Noisy(engines, seed, NOISE)
         try:
             noisy = run(model, case)
         finally:

@@ -75,7 +75,13 @@ struct Policy {
     Measure measure = Measure::top;
     std::vector<double> thresholds;
 
+    // For the C interface, which takes one count for both.
     ojfa_policy view() const {
+        if (thresholds.size() != exits.size())
+            throw Error(OJFA_ERROR_USAGE,
+                        "an exit policy has " + std::to_string(exits.size()) + " exits and " +
+                            std::to_string(thresholds.size()) + " thresholds",
+                        "give one threshold for each exit");
         return {exits.data(), thresholds.data(), exits.size(), static_cast<std::int32_t>(measure)};
     }
 };

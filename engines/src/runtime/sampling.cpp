@@ -43,6 +43,7 @@ std::vector<std::size_t> kept_tokens(const std::vector<double>& weights, std::op
             total += weights[ranked.back()];
         }
     }
+    if (top_p == 1 && top_k) return ranked;  // all, whatever their sums are rounded to
     // A token stays if those before it hold less than top_p: the first always does.
     std::vector<std::size_t> kept;
     double before = 0;

@@ -158,7 +158,7 @@ int drawn(const float* logits, int vocabulary, float temperature, int top_k, dou
     double total = 0, before = 0, kept = 0;
     for (int rank = 0; rank < top_k; ++rank) total += weight(order[at(rank)]);
     std::vector<double> shares(at(vocabulary));
-    for (int rank = 0; rank < top_k && before < top_p; ++rank) {
+    for (int rank = 0; rank < top_k && (top_p == 1 || before < top_p); ++rank) {
         shares[at(order[at(rank)])] = weight(order[at(rank)]);
         kept += weight(order[at(rank)]);
         before += weight(order[at(rank)]) / total;

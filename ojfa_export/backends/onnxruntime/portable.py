@@ -120,7 +120,9 @@ def _open(path: Path) -> ort.InferenceSession:
     options.use_per_session_threads = False
     options.log_severity_level = 3
     try:
-        return ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            os.fspath(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
     except Exception as error:  # onnxruntime's exceptions share no base class but this
         raise BackendError(
             f"ONNX Runtime {ort.__version__} can't open {path}: {str(error).splitlines()[0]}",

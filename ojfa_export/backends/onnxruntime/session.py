@@ -64,7 +64,9 @@ def open_session(
     try:
         used = {weights / tensor.location for tensor in read_onnx(model).tensors.values()}
         with files.held(*used):
-            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(
+                model, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
     except OjfaError:
         raise
     except Exception as error:  # onnxruntime's exceptions share no base class but this
