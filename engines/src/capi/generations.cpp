@@ -87,8 +87,10 @@ std::unique_ptr<core::Generation> started(core::Model& model, core::Session& ses
             "speculation gives the tokens of full depth: there is nothing to check in the shadow",
             "leave out one of them");
     const std::set<std::int32_t> ends = end_tokens(model.spec(), options);
+    const core::TokenRows rows = rows_of(session, prompts);
+    session.check(rows);  // before any of them is drafted for: a generation that fails changes nothing
     core::Pending pending;
-    for (const auto& ids : rows_of(session, prompts)) pending.emplace_back(ids.begin(), ids.end());
+    for (const auto& ids : rows) pending.emplace_back(ids.begin(), ids.end());
     std::unique_ptr<core::Decoder> decoder;
     if (way.speculation) {
         decoder = std::make_unique<core::Speculator>(session, *way.speculation, sampling, ends);

@@ -41,13 +41,14 @@ class Sequences {
     // tokens than it has.
     virtual void rewind(int length, int row);
 
+    // Throws Failure where tokens are not the model's, have no room, or are not of each sequence.
+    void check(const TokenRows& tokens) const;
+
  protected:
     struct Group {
         int first, stop;  // sequences [first, stop)
     };
 
-    // Throws Failure where tokens are not the model's, have no room, or are not of each sequence.
-    void check(const TokenRows& tokens) const;
     // Takes tokens that were checked, which then wait before the first block.
     void append(const TokenRows& tokens);
     // Sequences that can run together: those whose one token waits before the same block.
