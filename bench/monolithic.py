@@ -19,7 +19,8 @@ from ojfa_export.backends.onnxruntime.session import open_session
 from ojfa_export.bundle.names import block_name
 from ojfa_export.graphs.graph import IR_VERSION
 
-SHARED = ("last_positions", "total_length", "rotary_cos_table", "rotary_sin_table")
+TABLES = ("rotary_cos_table", "rotary_sin_table")
+SHARED = ("last_positions", "total_length", "query_lengths", "unpack", "pack", *TABLES)
 
 
 def merge(compiled: Compiled) -> onnx.ModelProto:
@@ -44,7 +45,8 @@ def merge(compiled: Compiled) -> onnx.ModelProto:
         return graph
 
     same = {name: name for name in SHARED}
-    add("embed", {"token_ids": "token_ids", "positions": "positions", "hidden": "hidden_0"})
+    add("embed", {"token_ids": "token_ids", "positions": "positions", "hidden": "embedded"})
+    merged.node.append(_packed(merged, spec.hidden_size))
     for block in range(spec.blocks):
         caches = {name: f"{name}_{block}" for name in ("past_key", "past_value", "key", "value")}
         ends = {"hidden": f"hidden_{block}", "hidden_out": f"hidden_{block + 1}"}
@@ -73,11 +75,18 @@ def _rename(graph: onnx.GraphProto, prefix: str, renamed: Mapping[str, str]) -> 
         value.name = new(value.name)
 
 
+def _packed(graph: onnx.GraphProto, width: int) -> onnx.NodeProto:
+    """[1, tokens, H] of the embedding to the blocks' [tokens, H]."""
+    shape = onnx.numpy_helper.from_array(np.array([-1, width], np.int64), "packed_shape")
+    graph.initializer.append(shape)
+    return helper.make_node("Reshape", ["embedded", shape.name], ["hidden_0"])
+
+
 def _last_token(graph: onnx.GraphProto, hidden: str) -> onnx.NodeProto:
-    """[batch, tokens, H] to [batch, H]."""
-    index = onnx.numpy_helper.from_array(np.array(-1, np.int64), "last_token")
+    """[tokens, H] to [1, H]."""
+    index = onnx.numpy_helper.from_array(np.array([-1], np.int64), "last_token")
     graph.initializer.append(index)
-    return helper.make_node("Gather", [hidden, index.name], ["last_hidden"], axis=1)
+    return helper.make_node("Gather", [hidden, index.name], ["last_hidden"], axis=0)
 
 
 def _keep_inputs(graph: onnx.GraphProto) -> None:
@@ -102,7 +111,7 @@ class MonolithicModel:
             for block in range(spec.blocks)
             for name in ("key", "value")
         }
-        self._rotary = dict(zip(SHARED[2:], compiled.rotary or (), strict=False))
+        self._rotary = dict(zip(TABLES, compiled.rotary or (), strict=False))
         self._logits = np.empty((1, spec.vocab_size), np.float32)
         self._decode_feeds = self._feeds(1)
         self._decode = self._bind(self._decode_feeds)
@@ -126,6 +135,9 @@ class MonolithicModel:
             "positions": np.empty((1, tokens), np.int32),
             "last_positions": np.empty(1, np.int32),
             "total_length": np.empty((), np.int32),
+            "query_lengths": np.full(1, tokens, np.int32),
+            "unpack": np.arange(tokens)[None],
+            "pack": np.arange(tokens),
         }
 
     def _set(self, feeds: dict[str, np.ndarray], token_ids: list[int], start: int) -> None:

@@ -89,13 +89,14 @@ def test_interrupted_engines_leave_the_bundle(bundle: Path, tiny_bundle: Path) -
 def test_engines_that_compute_something_else_are_refused(
     bundle: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Engines of the wrong block, say: the first check that fails names it."""
+    """A block with another epsilon, say: the first check that fails names it."""
     right = build_module.build_engine
 
-    def of_another_block(spec: ModelSpec, graph: Path, engine: Path) -> None:
-        right(spec, graph.with_name(graph.name.replace("block_02", "block_01")), engine)
+    def with_another_epsilon(spec: ModelSpec, graph: Path, engine: Path) -> None:
+        other = spec.model_copy(update={"norm_epsilon": 0.5})
+        right(other if graph.stem == "block_02" else spec, graph, engine)
 
-    monkeypatch.setattr(build_module, "build_engine", of_another_block)
+    monkeypatch.setattr(build_module, "build_engine", with_another_epsilon)
     with pytest.raises(VerificationError, match="the first: float64 block_02: hidden") as caught:
         add_engines(bundle, "onnxruntime", SILENT)
     assert "nothing was written" in str(caught.value.hint)

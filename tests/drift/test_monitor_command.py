@@ -162,9 +162,9 @@ def test_bundles_that_cannot_be_watched(
     ):
         result = invoke("monitor", bundle, log, "--json")
         assert result.exit_code == 1
-        assert result.stdout == ""
         error, hint = result.stderr.splitlines()
         assert error.startswith("error: ")
+        assert message in json.loads(result.stdout)["error"]["message"]
         assert message in error
         assert "--max-disagreement" in hint
 
