@@ -6,10 +6,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from ojfa_export.arguments import flag, instance, real_number, whole_number
 from ojfa_export.engine.asks import Answer, Decoder
 from ojfa_export.engine.budget import PAGE_TOKENS, PageBudget, page_bytes, pages_of, read_bytes
 from ojfa_export.engine.costs import PassCosts
@@ -19,6 +20,7 @@ from ojfa_export.engine.scheduler import Scheduler, Work
 from ojfa_export.engine.slots import Slots
 from ojfa_export.engine.stats import Counts, EngineStats
 from ojfa_export.errors import BackendError, OjfaError, OverloadedError, UsageError
+from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.options import GenerationOptions, OptionArguments
 from ojfa_export.runtime.policy import ExitPolicy
 from ojfa_export.runtime.runner import ModelRunner
@@ -28,9 +30,9 @@ from ojfa_export.runtime.text import TextStream
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ojfa_export.runtime.model import Model
-
 NO_SLOT = -1
+# More run no faster on any machine that is known, and each has a place in the KV cache.
+MOST_SEQUENCES = 4096
 
 
 class Engine:
@@ -69,17 +71,16 @@ class Engine:
         prefill_tokens: int | None = None,
         prefix_cache: bool = True,
     ) -> None:
-        for name, value in (
-            ("max-sequences", max_sequences),
-            ("max-queue", max_queue),
-            ("prefill-tokens", 1 if prefill_tokens is None else prefill_tokens),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UsageError(f"{name} must be a whole number of 1 or more, not {value!r}")
-        self.model, self.max_sequences = model, max_sequences
+        self.model = instance("the model", model, Model, hint="ojfa_export.load opens one")
+        self.max_sequences = whole_number("max-sequences", max_sequences, 1, MOST_SEQUENCES)
+        self._max_queue = whole_number("max-queue", max_queue, 1)
+        self._prefix_cache = flag("prefix-cache", prefix_cache)
+        self._piece = prefill_tokens
+        if prefill_tokens is not None:
+            self._piece = whole_number("prefill-tokens", prefill_tokens, 1)
         self._max_length = model.manifest.cache.max_length
         self._eos = frozenset(model.spec.eos_token_ids)
-        pages = max_sequences * pages_of(self._max_length + 1)
+        pages = self.max_sequences * pages_of(self._max_length + 1)
         if kv_cache_bytes is not None:
             pages = min(pages, read_bytes(kv_cache_bytes) // page_bytes(model.spec))
         if not pages:
@@ -87,7 +88,6 @@ class Engine:
                 f"kv-cache-bytes {kv_cache_bytes!r} holds no page of {PAGE_TOKENS} tokens",
                 hint=f"a page takes {page_bytes(model.spec)} bytes",
             )
-        self._max_queue, self._prefix_cache, self._piece = max_queue, prefix_cache, prefill_tokens
         self._pages = pages
         self._costs = PassCosts()
         self._counts = Counts()
@@ -132,10 +132,14 @@ class Engine:
             OjfaError: The engine is closed.
         """
         options = GenerationOptions.of(options, changes)
-        spec = self.model.spec
-        options.check_fits(spec.blocks, spec.vocab_size)
-        exit = self.model.resolve_exit("full" if options.exit is None else options.exit)
+        if options.exit is None:
+            options = replace(options, exit="full")
+        assert options.exit is not None
+        options.check_fits(self.model.blocks, self.model.spec.vocab_size)
+        exit = self.model.resolve_exit(options.exit)
         ids = self.model.encode(prompt)
+        if timeout is not None:
+            timeout = real_number("timeout", timeout, 0.0, hint="seconds from now on")
         if pages_of(len(ids) + 1) > self._pages:
             raise UsageError(
                 f"the prompt has {len(ids)} tokens, the KV cache holds {self._pages * PAGE_TOKENS}",

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from ojfa_export.arguments import real_number
 from ojfa_export.errors import OjfaError
 from ojfa_export.runtime.logits import TokenLogprobs
 from ojfa_export.runtime.options import GenerationOptions
@@ -176,6 +177,8 @@ class Request:
             TimeoutError: It hasn't ended; it goes on.
             OjfaError: What it failed with.
         """
+        if timeout is not None:
+            timeout = min(real_number("timeout", timeout, 0.0), threading.TIMEOUT_MAX)
         with self._changed:
             if not self._changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"request {self.id} has not ended after {timeout} s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ojfa_export.arguments import whole_number
 from ojfa_export.backends.choice import Choosing
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.events import ExitTaken, ShadowCheck
@@ -41,8 +42,8 @@ class ShadowChecks:
                 "this session chooses no tokens for shadow checks",
                 hint="make it with Model.session(monitor=...)",
             )
-        if budget is not None and budget < 0:
-            raise UsageError(f"the budget of shadow checks must be 0 or more, not {budget}")
+        if budget is not None:
+            budget = whole_number("the budget of shadow checks", budget, 0)
         due, blocks = shadow.due[:budget], self._runner.spec.blocks
         late = {each.row for each in due if self._is_pending(each)}
         if late:
