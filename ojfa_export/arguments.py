@@ -21,7 +21,7 @@ _SHOWN = 60
 def shown(value: object) -> str:
     """A value as messages show it, cut where it is long; also one that can't be printed."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())  # arrays have lines
     except Exception:  # a number of 5,000 digits, or somebody's class
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

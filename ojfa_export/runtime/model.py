@@ -341,12 +341,13 @@ def _monitored(settings: Settings, monitor: Monitor | None, domain: str | None) 
                 f"domain {shown(domain)} was named, and nothing is monitored", hint="give a monitor"
             )
         return settings
+    instance("the monitor", monitor, Monitor)
     if settings.speculation is not None:
         raise UsageError(
             "speculation gives the tokens of full depth: there is nothing to monitor",
             hint="leave out one of them",
         )
-    instance("the monitor", monitor, Monitor).check_domain(domain)
+    monitor.check_domain(domain)
     return replace(settings, monitor=monitor, domain=domain)
 
 

@@ -187,7 +187,7 @@ def _exit(name: str, value: Any) -> ExitChoice | None:
     if isinstance(value, str) and value in ("full", "auto"):
         return value  # type: ignore[return-value]
     hint = "a number of blocks to run, 'full', 'auto' or an ExitPolicy"
-    return whole_number(name, value, 1, hint=hint)
+    return whole_number(name, value, hint=hint)
 
 
 def _speculate(name: str, value: Any) -> bool | Speculation:

@@ -8,7 +8,7 @@ from typing import Literal, overload
 
 import numpy as np
 
-from ojfa_export.arguments import instance, is_whole, shown, whole_number
+from ojfa_export.arguments import instance, is_whole, shown
 from ojfa_export.backends.backend import Engines, Float32, Hidden, Int32
 from ojfa_export.backends.choice import Choices, Choosing
 from ojfa_export.errors import UsageError
@@ -359,7 +359,9 @@ class Session(Exclusive):
         return checked
 
     def _row(self, row: int) -> int:
-        return whole_number("the row", row, 0, self.batch_size - 1)
+        if not is_whole(row) or not 0 <= row < self.batch_size:
+            raise UsageError(f"row {shown(row)} is outside 0..{self.batch_size - 1}")
+        return row
 
     def _stages(self, exit: Exit | ExitPolicy) -> tuple[Stage, ...]:
         if isinstance(exit, ExitPolicy):
