@@ -349,13 +349,13 @@ class Engine:
                 self._leave(each)
             else:
                 self._waiting.remove(each)
-                self._counts.finished[each.request.reason or "error"] += 1
+                self._counts.finished[each.request.finish_reason or "error"] += 1
 
     def _leave(self, each: Running) -> None:
         """Takes the slot of a request that has ended."""
         self._running.remove(each)
         self._slots.give_back(each.sequence, keep=True)
-        self._counts.finished[each.request.reason or "error"] += 1
+        self._counts.finished[each.request.finish_reason or "error"] += 1
 
     def _end(self, each: Running, reason: FinishReason | None, error: OjfaError | None) -> None:
         each.request.end(reason, error)

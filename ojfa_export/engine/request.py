@@ -6,9 +6,11 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
 
 from ojfa_export.arguments import real_number
 from ojfa_export.errors import OjfaError
@@ -88,7 +90,11 @@ class RequestResult:
 
 
 class Request:
-    """Made by `Engine.submit`; iterate over its tokens, from a thread or from asyncio.
+    """Made by `Engine.submit`; its tokens come by iterating, from a thread or from asyncio.
+
+    for token in request: ...          # or: async for token in request
+    result = request.result()          # or: result = await request
+    with engine.submit(...) as request: ...   # is cancelled where the block is left early
 
     Attributes:
         id: Counts the engine's requests.
@@ -118,7 +124,7 @@ class Request:
         return f"<ojfa_export.Request {self.id}: {len(self._tokens)} tokens, {state}>"
 
     @property
-    def reason(self) -> FinishReason | None:
+    def finish_reason(self) -> FinishReason | None:
         """Why it ended; None while it runs, and where it failed."""
         return self._reason
 
@@ -130,6 +136,23 @@ class Request:
     def cancel(self) -> None:
         """Ends it at the engine's next pass, wherever it is; what was generated is kept."""
         self._engine.cancel(self)
+
+    def __enter__(self) -> Request:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Cancels what hasn't ended: whoever wanted it has left."""
+        if not self.done:
+            self.cancel()
+
+    def __await__(self) -> Generator[Any, None, RequestResult]:
+        """The result, once it has ended; see `result`."""
+        return self._result().__await__()
 
     def __iter__(self) -> Iterator[RequestToken]:
         """Tokens as they come.
@@ -204,6 +227,11 @@ class Request:
             logprobs=[token.logprobs for token in tokens if token.logprobs is not None],
         )
 
+    async def _result(self) -> RequestResult:
+        async for _ in self:
+            pass
+        return self.result()
+
     def put(self, token: RequestToken) -> None:
         """The engine's: gives a token."""
         with self._changed:
@@ -233,7 +261,7 @@ class Request:
         self._changed.notify_all()
         while self._waiters:
             loop, event = self._waiters.popleft()
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(event.set)
 
     def _raise(self) -> None:

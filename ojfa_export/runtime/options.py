@@ -140,7 +140,7 @@ class GenerationOptions:
         """Whether a penalty, a bias or min-p changes the distribution."""
         return (
             bool(self.logit_bias)
-            or self.min_p > 0
+            or (self.min_p > 0 and self.temperature > 0)
             or self.repetition_penalty != 1
             or self.presence_penalty != 0
             or self.frequency_penalty != 0

@@ -84,7 +84,7 @@ def test_repetition_penalty_against_transformers(texts, penalty):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
 def test_min_p_against_transformers(texts, temperature, rng):
-    logits, prompt, generated = texts
+    logits, prompt, _ = texts
     options = GenerationOptions(temperature=temperature, min_p=float(rng.uniform(0.001, 0.3)))
     adjusted = LogitsProcessor(options, prompt).adjust(logits)
     scaled = torch.tensor(logits[None].astype(np.float64) / temperature)

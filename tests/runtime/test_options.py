@@ -240,7 +240,10 @@ def test_false_alarms():
         ({"max_tokens": 5}, "there is no option 'max_tokens'"),
         ({"monitor": 5}, "the monitor must be of type Monitor, not 5"),
         ({"domain": 5}, "domain 5 was named, and nothing is monitored"),
-        ({"speculate": True, "min_p": 0.1}, "can't be combined with speculation"),
+        (
+            {"speculate": True, "min_p": 0.1, "temperature": 1.0},
+            "can't be combined with speculation",
+        ),
     ],
 )
 def test_what_is_said_of_wrong_options(model, arguments, message):
