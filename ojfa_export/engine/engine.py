@@ -99,6 +99,10 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="ojfa-engine", daemon=True)
         self._thread.start()
 
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._running)} running"
+        return f"<ojfa_export.Engine of {self.model.manifest.model.name}: {state}>"
+
     def __enter__(self) -> Engine:
         return self
 
