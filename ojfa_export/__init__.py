@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ojfa_export.decoding.policy import ExitPolicy
     from ojfa_export.decoding.speculation import Speculation
     from ojfa_export.engine.engine import Engine
-    from ojfa_export.engine.request import Request
+    from ojfa_export.engine.request import Request, RequestResult, RequestToken
+    from ojfa_export.engine.stats import EngineStats
     from ojfa_export.errors import (
         BackendError,
         BundleError,
@@ -34,6 +35,7 @@ __all__ = [
     "BundleError",
     "Completion",
     "Engine",
+    "EngineStats",
     "ExitPolicy",
     "Generation",
     "GenerationOptions",
@@ -42,6 +44,8 @@ __all__ = [
     "OjfaError",
     "OverloadedError",
     "Request",
+    "RequestResult",
+    "RequestToken",
     "Session",
     "Speculation",
     "Token",
@@ -55,6 +59,7 @@ _HOMES = {
     "BundleError": "errors",
     "Completion": "runtime.generation",
     "Engine": "engine.engine",
+    "EngineStats": "engine.stats",
     "ExitPolicy": "decoding.policy",
     "Generation": "runtime.generation",
     "GenerationOptions": "decoding.options",
@@ -63,6 +68,8 @@ _HOMES = {
     "OjfaError": "errors",
     "OverloadedError": "errors",
     "Request": "engine.request",
+    "RequestResult": "engine.request",
+    "RequestToken": "engine.request",
     "Session": "runtime.session",
     "Speculation": "decoding.speculation",
     "Token": "runtime.generation",

@@ -15,10 +15,11 @@ from ojfa_export.cli.app import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SERVING = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
 @pytest.mark.slow
@@ -33,7 +34,7 @@ def test_examples_run_as_they_are_written(tmp_path: Path) -> None:
         if arguments[0] == "bench":  # the machine is shared with other tests
             arguments += ["--iterations", "8", "--warmup", "1", "--exit", "6"]
         run([sys.executable, "-m", "ojfa_export", *arguments], tmp_path, command)
-    for block in blocks("python"):
+    for block in [*blocks("python"), *blocks("python", SERVING)]:
         run([sys.executable, "-c", block], tmp_path, block)
 
 

@@ -12,16 +12,23 @@ import click
 from ojfa_export import backends
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console
-from ojfa_export.cli.exit_option import METAVAR_WITH_AUTO, parse_exit_or_auto
+from ojfa_export.cli.generation_options import generation_options, read_options
 from ojfa_export.errors import UsageError
 
 if TYPE_CHECKING:
-    from ojfa_export.decoding.options import ExitChoice
+    from ojfa_export.decoding.options import GenerationOptions
     from ojfa_export.runtime.generation import Generation, Token
-    from ojfa_export.runtime.model import Model
     from ojfa_export.runtime.monitor import Monitor
 
 STDIN = "-"
+
+
+def _parse_ids(value: str) -> list[int]:
+    """Reads "1,2,3"; whether the model has these tokens is seen when it is open."""
+    try:
+        return [int(each) for each in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of token ids, such as 1,2,3") from None
 
 
 @define("run")
@@ -31,45 +38,18 @@ STDIN = "-"
     "--prompt",
     "prompts",
     multiple=True,
-    required=True,
     metavar="TEXT",
     help="Text to continue; repeat it for a batch. '-' reads standard input, without its last "
     "newline.",
 )
 @click.option(
-    "--exit",
-    "depth",
-    type=parse_exit_or_auto,
-    metavar=METAVAR_WITH_AUTO,
-    help="Blocks to run; 'auto' decides for each token by the bundle's policy.  [default: what the "
-    "build planned; 'inspect' shows it]",
+    "--prompt-ids",
+    type=_parse_ids,
+    multiple=True,
+    metavar="ID,ID,...",
+    help="Token ids to continue, in place of text; repeatable.",
 )
-@click.option(
-    "--speculate",
-    is_flag=True,
-    help="Draft at an exit and check with the other blocks: the tokens of full depth.",
-)
-@click.option(
-    "--draft-exit", type=click.IntRange(min=1), metavar="N", help="Blocks that draft [half]."
-)
-@click.option(
-    "--draft-length",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Tokens per draft [adapted to how many are accepted].",
-)
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), metavar="N", default=64, help="For each prompt."
-)
-@click.option(
-    "--temperature", type=float, metavar="X", default=0.0, help="0 takes the likeliest token."
-)
-@click.option(
-    "--top-p", type=float, metavar="X", default=1.0, help="Sample within this much probability."
-)
-@click.option("--top-k", type=int, metavar="N", help="Sample among this many tokens.")
-@click.option("--seed", type=int, metavar="N", default=0, help="Of sampling.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
+@generation_options
 @click.option(
     "--shadow-share",
     type=click.FloatRange(0, 1, min_open=True),
@@ -81,67 +61,67 @@ def command(
     console: Console,
     bundle: Path,
     prompts: tuple[str, ...],
-    depth: ExitChoice | None,
-    speculate: bool,
-    draft_exit: int | None,
-    draft_length: int | None,
+    prompt_ids: tuple[list[int], ...],
     shadow_share: float | None,
     backend: str,
-    **settings: Any,
+    **arguments: Any,
 ) -> None:
     """Generate text with BUNDLE.
 
     One prompt is continued on standard output as the text comes; of several, each is printed when
     all are done.
     """
-    texts = _read_prompts(prompts)
-    if settings["temperature"] == 0 and (settings["top_p"] != 1 or settings["top_k"] is not None):
-        console.note("note: --top-p and --top-k have no effect at --temperature 0")
-    if not speculate and (draft_exit, draft_length) != (None, None):
-        raise UsageError(
-            "--draft-exit and --draft-length are settings of speculation", hint="add --speculate"
-        )
+    given = _read_prompts(prompts, prompt_ids)
+    asked = read_options(**arguments)
+    _remark(console, asked)
     import ojfa_export
+    from ojfa_export.models import tokenizer
     from ojfa_export.runtime.generation import collect
 
-    if speculate:
-        settings["speculate"] = ojfa_export.Speculation(draft_exit, draft_length)
     monitor = None
     if shadow_share is not None:
-        monitor = settings["monitor"] = ojfa_export.Monitor(shadow_share, seed=settings["seed"])
+        monitor = ojfa_export.Monitor(shadow_share, seed=asked.seed)
     model = ojfa_export.load(bundle, backend=backend)
-    if depth is None:
-        depth = "full" if speculate else _take_default(console, model, len(texts), settings)
-    encoded = [model.encode(text) for text in texts]
-    tokens = _Interruptible(model.stream(encoded, exit=depth, **settings), _printer(console, texts))
+    options = model.resolve_default(asked, len(given))
+    if asked.exit is None and (options.exit, options.speculate) != ("full", asked.speculate):
+        reason = model.manifest.default and model.manifest.default.reason
+        console.note(f"default: {reason} (--exit full overrides)")
+    encoded = [model.encode(prompt) for prompt in given]
+    texts = [
+        prompt if isinstance(prompt, str) else tokenizer.decode(model.tokenizer, prompt)
+        for prompt in given
+    ]
+    stream = model.stream(encoded, options, monitor=monitor)
+    tokens = _Interruptible(stream, _printer(console, texts))
     generation = collect(encoded, tokens)
     if console.json:
         if not tokens.interrupted:
             shadow = {} if monitor is None else {"shadow": _shadow(monitor)}
-            console.emit(_document(generation, texts, depth) | shadow)
+            console.emit(_document(generation, texts, options) | shadow)
     else:
         _show(console, generation, texts)
-        console.note(_summary(generation, depth, bool(settings.get("speculate"))))
+        console.note(_summary(generation, options))
         if monitor is not None and not tokens.interrupted:
             console.note(_shadow_summary(monitor))
     if tokens.interrupted:
         raise KeyboardInterrupt
 
 
-def _take_default(
-    console: Console, model: Model, prompts: int, settings: dict[str, Any]
-) -> ExitChoice:
-    """What the build planned: the exit, and into the settings how to draft."""
-    default = model.default(prompts, settings["temperature"])
-    if default is None:
-        return "full"
-    if default.exit != "full" or default.speculation is not None:
-        console.note(f"default: {default.reason} (--exit full overrides)")
-    settings["speculate"] = default.speculation or False
-    return default.exit
+def _remark(console: Console, options: GenerationOptions) -> None:
+    """Says what was asked for without effect."""
+    if options.temperature == 0 and (options.top_p, options.top_k, options.min_p) != (1, None, 0):
+        console.note("note: --top-p, --top-k and --min-p have no effect at --temperature 0")
+    if options.logprobs is not None and not console.json:
+        console.note("note: --logprobs are shown with --json only")
 
 
-def _read_prompts(prompts: tuple[str, ...]) -> list[str]:
+def _read_prompts(
+    prompts: tuple[str, ...], prompt_ids: tuple[list[int], ...]
+) -> list[str | list[int]]:
+    """Texts, or token ids."""
+    if bool(prompts) == bool(prompt_ids):
+        what = "both -p and --prompt-ids were given" if prompts else "no prompt was given"
+        raise UsageError(what, hint="give -p TEXT, or --prompt-ids 1,2,3; each may be repeated")
     if prompts.count(STDIN) > 1:
         raise UsageError("-p - is given more than once", hint="standard input is read only once")
     texts = [_read_stdin() if prompt == STDIN else prompt for prompt in prompts]
@@ -150,7 +130,7 @@ def _read_prompts(prompts: tuple[str, ...]) -> list[str]:
             text.encode()
         except UnicodeEncodeError:
             raise UsageError("a prompt is not text in UTF-8", hint="convert it first") from None
-    return texts
+    return [*texts, *prompt_ids]
 
 
 def _read_stdin() -> str:
@@ -200,14 +180,14 @@ def _show(console: Console, generation: Generation, texts: list[str]) -> None:
         console.print(completion.text)
 
 
-def _summary(generation: Generation, depth: ExitChoice, speculate: bool) -> str:
+def _summary(generation: Generation, options: GenerationOptions) -> str:
     completions = generation.prompts
     count = sum(len(completion.token_ids) for completion in completions)
-    how = f"exit {depth}"
-    if depth == "auto":
+    how = f"exit {options.exit}"
+    if options.exit == "auto":
         blocks = sum(sum(completion.exit_blocks) for completion in completions)
         how += f", {blocks / max(count, 1):.1f} blocks/token"
-    if speculate:
+    if options.speculate:
         passes = sum(completion.passes for completion in completions)
         how += f", {count / max(passes, 1):.2f} tokens per full pass"
     return (
@@ -229,11 +209,13 @@ def _shadow_summary(monitor: Monitor) -> str:
     )
 
 
-def _document(generation: Generation, texts: list[str], depth: ExitChoice) -> dict[str, Any]:
+def _document(
+    generation: Generation, texts: list[str], options: GenerationOptions
+) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {
-        "exit": depth,
+        "exit": options.exit,
         "prompts": [
             {"prompt": text, **asdict(completion)}
             for text, completion in zip(texts, generation.prompts, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Literal
 
+from ojfa_export.arguments import is_whole, shown
 from ojfa_export.errors import UsageError
 
 # Blocks to run; "full" are all of them, and the model's own head.
@@ -19,13 +20,9 @@ def resolve_exit(exit: Exit, blocks: int) -> int:
     """
     if isinstance(exit, str) and exit == "full":
         return blocks
-    try:
-        depth = 0 if isinstance(exit, bool) else operator.index(exit)  # NumPy's integers too
-    except TypeError:
-        depth = 0
-    if not 1 <= depth <= blocks:
+    if not is_whole(exit) or not 1 <= (depth := operator.index(exit)) <= blocks:
         raise UsageError(
-            f"exit {exit!r} is outside this model's 1..{blocks}",
+            f"exit {shown(exit)} is outside this model's 1..{blocks}",
             hint=f"exits count blocks run: a number from 1 to {blocks}, or 'full'",
         )
     return depth

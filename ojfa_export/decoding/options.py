@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
+from ojfa_export.arguments import flag, listed, real_number, shown, text, whole_number, wrong
 from ojfa_export.decoding.exits import Exit, resolve_exit
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.decoding.sampling import Sampling
@@ -17,6 +16,8 @@ from ojfa_export.errors import UsageError
 # A fixed exit, a policy that decides for each token, or "auto", the bundle's own policy.
 ExitChoice = Exit | Literal["auto"] | ExitPolicy
 MOST_LOGPROBS = 20
+# Far above any logit; float32 still tells differences of a thousandth beside it.
+MOST_BIAS = 1e4
 
 
 class OptionArguments(TypedDict, total=False):
@@ -58,7 +59,7 @@ class GenerationOptions:
             divided by it where positive and multiplied where negative; 1 for none.
         presence_penalty: Taken from the logits of tokens that were generated.
         frequency_penalty: The same for each time that they were.
-        logit_bias: Added to the logits, by token id.
+        logit_bias: Added to the logits, by token id, from -10,000 to 10,000.
         stop: Strings that end the text and are no part of it.
         stop_token_ids: Tokens that end the text, beside the model's own.
         ignore_eos: Whether to go on after the model's end-of-text tokens.
@@ -87,19 +88,14 @@ class GenerationOptions:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for name in _WHOLE:
-            self._set(name, _whole(name, getattr(self, name)))
-        for name in _REAL:
-            self._set(name, _real(name, getattr(self, name)))
-        self._set("stop", _strings("stop", self.stop))
-        self._set("stop_token_ids", tuple(_whole("stop_token_ids", i) for i in _many(
-            "stop_token_ids", self.stop_token_ids)))  # fmt: skip
-        self._set("logit_bias", _biases(self.logit_bias))
-        if not isinstance(self.ignore_eos, bool):
-            raise _wrong("ignore_eos", "True or False", self.ignore_eos)
-        if not isinstance(self.speculate, bool | Speculation):
-            raise _wrong("speculate", "True, False or a Speculation", self.speculate)
-        self._check_ranges()
+        read = {
+            name: reader(_shown(name), getattr(self, name)) for name, reader in _READERS.items()
+        }
+        sampling = Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+        for name in ("temperature", "top_k", "top_p", "seed"):
+            read[name] = getattr(sampling, name)
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, options: GenerationOptions | None, changes: Mapping[str, Any]) -> GenerationOptions:
@@ -116,7 +112,7 @@ class GenerationOptions:
                 )
         if options is not None and not isinstance(options, cls):
             raise UsageError(
-                f"options must be GenerationOptions, not {options!r:.60}",
+                f"options must be GenerationOptions, not {shown(options)}",
                 hint="options by name come after it: max_new_tokens=8",
             )
         base = {} if options is None else {name: getattr(options, name) for name in known}
@@ -144,7 +140,7 @@ class GenerationOptions:
         """Whether a penalty, a bias or min-p changes the distribution."""
         return (
             bool(self.logit_bias)
-            or self.min_p > 0
+            or (self.min_p > 0 and self.temperature > 0)
             or self.repetition_penalty != 1
             or self.presence_penalty != 0
             or self.frequency_penalty != 0
@@ -179,92 +175,74 @@ class GenerationOptions:
                     hint="was it written for another model's tokenizer?",
                 )
 
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    def _check_ranges(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max-new-tokens must be 1 or more, not {self.max_new_tokens}")
-        self.sampling  # noqa: B018  checks its own
-        for name, low, high in (
-            ("min_p", 0.0, 1.0),
-            ("repetition_penalty", 1e-6, 1e6),
-            ("presence_penalty", -100.0, 100.0),
-            ("frequency_penalty", -100.0, 100.0),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise UsageError(
-                    f"{_shown(name)} must be between {low:g} and {high:g}, "
-                    f"not {getattr(self, name):g}"
-                )
-        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
-            raise UsageError(f"logprobs must be between 0 and {MOST_LOGPROBS}, not {self.logprobs}")
-        if "" in self.stop:
-            raise UsageError("a stop string is empty")
-
-
-_WHOLE = ("max_new_tokens", "top_k", "seed", "logprobs")
-_REAL = (
-    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-)  # fmt: skip
-_MAY_BE_NONE = ("top_k", "logprobs")
-
 
 def _shown(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _wrong(name: str, wanted: str, value: object) -> UsageError:
-    return UsageError(f"{_shown(name)} must be {wanted}, not {value!r:.60}")
+def _exit(name: str, value: Any) -> ExitChoice | None:
+    """Whether the model has it is seen later: `GenerationOptions.check_fits`."""
+    if value is None or isinstance(value, ExitPolicy):
+        return value
+    if isinstance(value, str) and value in ("full", "auto"):
+        return value  # type: ignore[return-value]
+    hint = "a number of blocks to run, 'full', 'auto' or an ExitPolicy"
+    return whole_number(name, value, hint=hint)
 
 
-def _whole(name: str, value: Any) -> int | None:
-    """A whole number; NumPy's are taken, True and "5" are not."""
-    if value is None and name in _MAY_BE_NONE:
-        return None
-    try:
-        whole = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        whole = None
-    if whole is None or (name == "stop_token_ids" and whole < 0):
-        raise _wrong(name, "a whole number", value)
-    return whole
-
-
-def _real(name: str, value: Any) -> float:
-    is_number = not isinstance(value, bool | str | bytes) and hasattr(value, "__float__")
-    if is_number:
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            is_number = False
-        else:
-            if not math.isnan(number):
-                return number
-    raise _wrong(name, "a number", value)
-
-
-def _many(name: str, value: Any) -> list[Any]:
-    if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
-        raise _wrong(name, "a list", value)
-    return list(value)
+def _speculate(name: str, value: Any) -> bool | Speculation:
+    if not isinstance(value, bool | Speculation):
+        raise wrong(name, "True, False or a Speculation", value)
+    return value
 
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
-    values = [value] if isinstance(value, str) else _many(name, value)
-    for each in values:
-        if not isinstance(each, str):
-            raise _wrong(name, "a string or a list of strings", each)
-    return tuple(values)
+    wanted = "a string or a list of strings"
+    if isinstance(value, str):
+        value = [value]
+    strings = tuple(listed(name, value, lambda each: text(f"a {name} string", each), wanted))
+    if "" in strings:
+        raise UsageError("a stop string is empty", hint="leave it out to end nowhere")
+    return strings
 
 
-def _biases(value: Any) -> dict[int, float]:
+def _token_id(name: str, value: Any) -> int:
+    return whole_number(f"a token id of {name}", value, 0)
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    return tuple(listed(name, value, lambda each: _token_id(name, each), "a list of token ids"))
+
+
+def _biases(name: str, value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
-        raise _wrong("logit_bias", "a mapping of token ids to numbers", value)
-    biases = {}
-    for token, bias in value.items():
-        whole, number = _whole("logit_bias", token), _real("logit_bias", bias)
-        if whole is None or whole < 0 or math.isinf(number):
-            raise _wrong("logit_bias", "a mapping of token ids to finite numbers", value)
-        biases[whole] = number
-    return biases
+        raise wrong(name, "a mapping of token ids to numbers", value)
+    return {
+        _token_id(name, token): real_number(f"a value of {name}", bias, -MOST_BIAS, MOST_BIAS)
+        for token, bias in value.items()
+    }
+
+
+def _logprobs(name: str, value: Any) -> int | None:
+    return None if value is None else whole_number(name, value, 0, MOST_LOGPROBS)
+
+
+def _between(low: float, high: float) -> Callable[[str, Any], float]:
+    return lambda name, value: real_number(name, value, low, high)
+
+
+# How each option is read; those of sampling are read by `Sampling`.
+_READERS: dict[str, Callable[[str, Any], Any]] = {
+    "exit": _exit,
+    "speculate": _speculate,
+    "max_new_tokens": lambda name, value: whole_number(name, value, 1),
+    "min_p": _between(0.0, 1.0),
+    "repetition_penalty": _between(1e-6, 1e6),
+    "presence_penalty": _between(-100.0, 100.0),
+    "frequency_penalty": _between(-100.0, 100.0),
+    "logit_bias": _biases,
+    "stop": _strings,
+    "stop_token_ids": _token_ids,
+    "ignore_eos": flag,
+    "logprobs": _logprobs,
+}

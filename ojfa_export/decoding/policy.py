@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
+from ojfa_export.arguments import listed, real_number, whole_number
 from ojfa_export.decoding.confidence import Measure
 from ojfa_export.errors import UsageError
+
+_FINITE = "leave out an exit at which nothing shall stop"
+_EXAMPLE = "as in ExitPolicy(exits=(4, 8), measure='top', thresholds=(0.9, 0.8))"
 
 
 class ExitPolicy(BaseModel):
@@ -28,6 +40,26 @@ class ExitPolicy(BaseModel):
     measure: Measure
     thresholds: tuple[float, ...]
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read(
+        cls, values: Any, handler: ModelWrapValidatorHandler[ExitPolicy], info: ValidationInfo
+    ) -> ExitPolicy:
+        """What a caller gives is read as everywhere; a bundle's JSON has its own error."""
+        if info.mode == "json" or not isinstance(values, dict):
+            return handler(values)
+        read = dict(values)
+        if "exits" in values:
+            read["exits"] = listed("exits of an exit policy", values["exits"], _exit)
+        if "thresholds" in values:
+            read["thresholds"] = listed("thresholds of an exit policy", values["thresholds"], _real)
+        try:
+            return handler(read)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise UsageError(f"{place} of an exit policy: {first['msg']}", hint=_EXAMPLE) from error
+
     @model_validator(mode="after")
     def _check(self) -> ExitPolicy:
         if len(self.thresholds) != len(self.exits):
@@ -42,7 +74,7 @@ class ExitPolicy(BaseModel):
         if not all(map(math.isfinite, self.thresholds)):
             raise UsageError(
                 f"the thresholds {list(self.thresholds)} of an exit policy are not all finite",
-                hint="leave out an exit at which nothing shall stop",
+                hint=_FINITE,
             )
         return self
 
@@ -57,3 +89,13 @@ class ExitPolicy(BaseModel):
                 f"exit {self.exits[-1]} of the exit policy is outside this model's 1..{blocks - 1}",
                 hint="tokens that no exit stops run all blocks without being named",
             )
+
+
+def _exit(value: Any) -> int:
+    return whole_number("an exit of an exit policy", value)
+
+
+def _real(value: Any) -> float:
+    if isinstance(value, float):
+        return value  # one that isn't finite is named together with the others
+    return real_number("a threshold of an exit policy", value, hint=_FINITE)

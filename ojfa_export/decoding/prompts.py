@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
+from typing import Any
 
+from ojfa_export.arguments import is_whole, listed, whole_number
 from ojfa_export.errors import UsageError
 
 Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[Prompt]
+_WANTED = "text, token ids, or a list of these"
 
 
 def listed_prompts(prompts: Prompts) -> list[Prompt]:
@@ -19,17 +21,10 @@ def listed_prompts(prompts: Prompts) -> list[Prompt]:
     """
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, bytes) or not hasattr(prompts, "__iter__"):
-        raise UsageError(
-            f"a prompt is neither text nor token ids: {prompts!r:.40}",
-            hint="give a str, a list of token ids, or a list of these",
-        )
-    several = list(prompts)
+    several: list[Any] = listed("a prompt", prompts, lambda each: each, _WANTED)
     if not several:
         raise UsageError("no prompt was given")
-    if all(hasattr(each, "__index__") for each in several):
-        return [several]  # type: ignore[list-item]
-    return several  # type: ignore[return-value]
+    return [several] if any(map(is_whole, several)) else several
 
 
 def check_token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
@@ -38,16 +33,14 @@ def check_token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
     Raises:
         UsageError: Something else, or one outside the model.
     """
-    try:
-        ids = [operator.index(each) for each in prompt]
-    except TypeError:
-        raise UsageError(
-            f"a prompt is neither text nor token ids: {prompt!r:.40}",
-            hint="give a str, or a list of whole numbers",
-        ) from None
+    ids = listed("a prompt", prompt, _token_id, _WANTED)
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         raise UsageError(
             f"the prompt has token ids outside 0..{vocab_size - 1}",
             hint="was it encoded with another model's tokenizer?",
         )
     return ids
+
+
+def _token_id(value: Any) -> int:
+    return whole_number("a token id of a prompt", value)

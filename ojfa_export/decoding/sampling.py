@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export.arguments import instance, listed, real_number, whole_number
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.errors import UsageError
 
@@ -30,25 +32,30 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UsageError(
-                f"temperature must be finite and 0 or more, not {self.temperature}",
+        all_tokens = "to sample among all tokens"
+        read = {
+            "temperature": real_number(
+                "temperature",
+                self.temperature,
+                0.0,
                 hint="0 is greedy decoding, 1 the model's own distribution",
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise UsageError(
-                f"top-k must be 1 or more, not {self.top_k}",
-                hint="leave it out to sample among all tokens",
-            )
-        if not 0 < self.top_p <= 1:
-            raise UsageError(
-                f"top-p must be above 0 and at most 1, not {self.top_p}",
-                hint="leave it out, or give 1, to sample among all tokens",
-            )
-        if self.seed < 0:
-            raise UsageError(
-                f"seed must be 0 or more, not {self.seed}", hint="leave it out for seed 0"
-            )
+            ),
+            "top_p": real_number(
+                "top-p",
+                self.top_p,
+                0.0,
+                1.0,
+                above_low=True,
+                wanted="above 0 and at most 1",
+                hint=f"leave it out, or give 1, {all_tokens}",
+            ),
+            "seed": whole_number("seed", self.seed, 0, hint="leave it out for seed 0"),
+        }
+        if self.top_k is not None:
+            hint = f"leave it out {all_tokens}"
+            read["top_k"] = whole_number("top-k", self.top_k, 1, hint=hint)
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
 
     def generator(self, row: int) -> np.random.Generator:
         """The random numbers of one sequence."""
@@ -89,3 +96,21 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+def check_draws(sampling: Sampling, draws: Sequence[float], count: int) -> Sequence[float]:
+    """A number from [0, 1) for each of so many sequences where tokens are sampled, else none.
+
+    Raises:
+        UsageError: Something else.
+    """
+    instance("sampling", sampling, Sampling)
+    if not sampling.temperature:
+        return ()
+    numbers = listed("draws", draws, lambda each: real_number("a draw", each, 0.0, 1.0))
+    if len(numbers) != count or 1.0 in numbers:
+        raise UsageError(
+            f"sampling takes a number from [0, 1) for each of {count} sequences",
+            hint="draw them from a generator of your own, or choose greedily",
+        )
+    return numbers

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict
 
+from ojfa_export.arguments import real_number, whole_number
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.errors import UsageError
@@ -52,13 +53,20 @@ class Speculation:
     acceptance: float = PRIOR_ACCEPTANCE
 
     def __post_init__(self) -> None:
-        if self.draft is not None and self.draft < 1:
-            raise UsageError(f"the draft length must be 1 or more, not {self.draft}")
-        for cost in (self.draft_cost, self.check_cost, self.round_cost):
-            if cost is not None and not 0 <= cost < float("inf"):
-                raise UsageError(f"a cost of speculation must be 0 or more, not {cost}")
-        if not 0 <= self.acceptance <= 1:
-            raise UsageError(f"an acceptance must be between 0 and 1, not {self.acceptance}")
+        cost = "a cost of speculation"
+        read: dict[str, float] = {
+            "check_cost": real_number(cost, self.check_cost, 0.0),
+            "round_cost": real_number(cost, self.round_cost, 0.0),
+            "acceptance": real_number("an acceptance", self.acceptance, 0.0, 1.0),
+        }
+        if self.exit is not None:
+            read["exit"] = whole_number("the exit that drafts", self.exit)
+        if self.draft is not None:
+            read["draft"] = whole_number("the draft length", self.draft, 1)
+        if self.draft_cost is not None:
+            read["draft_cost"] = real_number(cost, self.draft_cost, 0.0)
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
 
     def resolve_exit(self, blocks: int) -> int:
         """Blocks that draft, of a model with this many.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import re
 
-from ojfa_export.errors import UsageError
+from ojfa_export.arguments import is_whole, wrong
 from ojfa_export.models.spec import ModelSpec
 
 PAGE_TOKENS = 32
@@ -17,15 +18,13 @@ def read_bytes(value: int | str) -> int:
     Raises:
         UsageError: Neither.
     """
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
+    if is_whole(value) and (size := operator.index(value)) > 0:  # type: ignore[arg-type]
+        return size
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", value.upper())
+        match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMG]I?B)?\s*", value.upper())
         if match and (size := int(float(match[1]) * _UNITS[match[2] or ""])) > 0:
             return size
-    raise UsageError(
-        f"a size in bytes must be a positive number or text such as '4GiB', not {value!r:.40}"
-    )
+    raise wrong("a size in bytes", "a positive number or text such as '4GiB'", value)
 
 
 def page_bytes(spec: ModelSpec, element_bytes: int = 4) -> int:

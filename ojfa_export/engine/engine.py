@@ -6,11 +6,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+<<<<<<< 7bb90ab5914854d727cb1aad71b6c8140ec49447
 from ojfa_export.decoding.head_output import HeadRequest, HostHeadOutput
+=======
+from ojfa_export.arguments import flag, instance, real_number, whole_number
+>>>>>>> 68dfc78b5946166432ac76cbdfbc3331c77d8880
 from ojfa_export.decoding.options import GenerationOptions, OptionArguments
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.engine.asks import Answer, Decoder, Heads
@@ -22,6 +26,7 @@ from ojfa_export.engine.scheduler import Scheduler, Work
 from ojfa_export.engine.slots import Slots
 from ojfa_export.engine.stats import Counts, EngineStats
 from ojfa_export.errors import BackendError, OjfaError, OverloadedError, UsageError
+from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
 from ojfa_export.runtime.text import TextStream
@@ -29,9 +34,9 @@ from ojfa_export.runtime.text import TextStream
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ojfa_export.runtime.model import Model
-
 NO_SLOT = -1
+# More run no faster on any machine that is known, and each has a place in the KV cache.
+MOST_SEQUENCES = 4096
 
 
 class Engine:
@@ -70,17 +75,16 @@ class Engine:
         prefill_tokens: int | None = None,
         prefix_cache: bool = True,
     ) -> None:
-        for name, value in (
-            ("max-sequences", max_sequences),
-            ("max-queue", max_queue),
-            ("prefill-tokens", 1 if prefill_tokens is None else prefill_tokens),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UsageError(f"{name} must be a whole number of 1 or more, not {value!r}")
-        self.model, self.max_sequences = model, max_sequences
+        self.model = instance("the model", model, Model, hint="ojfa_export.load opens one")
+        self.max_sequences = whole_number("max-sequences", max_sequences, 1, MOST_SEQUENCES)
+        self._max_queue = whole_number("max-queue", max_queue, 1)
+        self._prefix_cache = flag("prefix-cache", prefix_cache)
+        self._piece = prefill_tokens
+        if prefill_tokens is not None:
+            self._piece = whole_number("prefill-tokens", prefill_tokens, 1)
         self._max_length = model.manifest.cache.max_length
         self._eos = frozenset(model.spec.eos_token_ids)
-        pages = max_sequences * pages_of(self._max_length + 1)
+        pages = self.max_sequences * pages_of(self._max_length + 1)
         if kv_cache_bytes is not None:
             pages = min(pages, read_bytes(kv_cache_bytes) // page_bytes(model.spec))
         if not pages:
@@ -88,7 +92,6 @@ class Engine:
                 f"kv-cache-bytes {kv_cache_bytes!r} holds no page of {PAGE_TOKENS} tokens",
                 hint=f"a page takes {page_bytes(model.spec)} bytes",
             )
-        self._max_queue, self._prefix_cache, self._piece = max_queue, prefix_cache, prefill_tokens
         self._pages = pages
         self._costs = PassCosts()
         self._counts = Counts()
@@ -99,6 +102,10 @@ class Engine:
         self._wanted = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="ojfa-engine", daemon=True)
         self._thread.start()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._running)} running"
+        return f"<ojfa_export.Engine of {self.model.manifest.model.name}: {state}>"
 
     def __enter__(self) -> Engine:
         return self
@@ -133,10 +140,14 @@ class Engine:
             OjfaError: The engine is closed.
         """
         options = GenerationOptions.of(options, changes)
-        spec = self.model.spec
-        options.check_fits(spec.blocks, spec.vocab_size)
-        exit = self.model.resolve_exit("full" if options.exit is None else options.exit)
+        if options.exit is None:
+            options = replace(options, exit="full")
+        assert options.exit is not None
+        options.check_fits(self.model.blocks, self.model.spec.vocab_size)
+        exit = self.model.resolve_exit(options.exit)
         ids = self.model.encode(prompt)
+        if timeout is not None:
+            timeout = real_number("timeout", timeout, 0.0, hint="seconds from now on")
         if pages_of(len(ids) + 1) > self._pages:
             raise UsageError(
                 f"the prompt has {len(ids)} tokens, the KV cache holds {self._pages * PAGE_TOKENS}",
@@ -361,13 +372,13 @@ class Engine:
                 self._leave(each)
             else:
                 self._waiting.remove(each)
-                self._counts.finished[each.request.reason or "error"] += 1
+                self._counts.finished[each.request.finish_reason or "error"] += 1
 
     def _leave(self, each: Running) -> None:
         """Takes the slot of a request that has ended."""
         self._running.remove(each)
         self._slots.give_back(each.sequence, keep=True)
-        self._counts.finished[each.request.reason or "error"] += 1
+        self._counts.finished[each.request.finish_reason or "error"] += 1
 
     def _end(self, each: Running, reason: FinishReason | None, error: OjfaError | None) -> None:
         each.request.end(reason, error)

@@ -6,10 +6,17 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+<<<<<<< 7bb90ab5914854d727cb1aad71b6c8140ec49447
 from typing import Literal, Protocol
+=======
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+>>>>>>> 68dfc78b5946166432ac76cbdfbc3331c77d8880
 
+from ojfa_export.arguments import real_number
 from ojfa_export.decoding.logits import TokenLogprobs
 from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.errors import OjfaError
@@ -92,7 +99,11 @@ class Cancels(Protocol):
 
 
 class Request:
-    """Made by `Engine.submit`; iterate over its tokens, from a thread or from asyncio.
+    """Made by `Engine.submit`; its tokens come by iterating, from a thread or from asyncio.
+
+    for token in request: ...          # or: async for token in request
+    result = request.result()          # or: result = await request
+    with engine.submit(...) as request: ...   # is cancelled where the block is left early
 
     Attributes:
         id: Counts the engine's requests.
@@ -122,7 +133,7 @@ class Request:
         return f"<ojfa_export.Request {self.id}: {len(self._tokens)} tokens, {state}>"
 
     @property
-    def reason(self) -> FinishReason | None:
+    def finish_reason(self) -> FinishReason | None:
         """Why it ended; None while it runs, and where it failed."""
         return self._reason
 
@@ -134,6 +145,23 @@ class Request:
     def cancel(self) -> None:
         """Ends it at the engine's next pass, wherever it is; what was generated is kept."""
         self._engine.cancel(self)
+
+    def __enter__(self) -> Request:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Cancels what hasn't ended: whoever wanted it has left."""
+        if not self.done:
+            self.cancel()
+
+    def __await__(self) -> Generator[Any, None, RequestResult]:
+        """The result, once it has ended; see `result`."""
+        return self._result().__await__()
 
     def __iter__(self) -> Iterator[RequestToken]:
         """Tokens as they come.
@@ -181,6 +209,8 @@ class Request:
             TimeoutError: It hasn't ended; it goes on.
             OjfaError: What it failed with.
         """
+        if timeout is not None:
+            timeout = min(real_number("timeout", timeout, 0.0), threading.TIMEOUT_MAX)
         with self._changed:
             if not self._changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"request {self.id} has not ended after {timeout} s")
@@ -205,6 +235,11 @@ class Request:
             seconds=self._ended - self._submitted,
             logprobs=[token.logprobs for token in tokens if token.logprobs is not None],
         )
+
+    async def _result(self) -> RequestResult:
+        async for _ in self:
+            pass
+        return self.result()
 
     def put(self, token: RequestToken) -> None:
         """The engine's: gives a token."""
@@ -235,7 +270,7 @@ class Request:
         self._changed.notify_all()
         while self._waiters:
             loop, event = self._waiters.popleft()
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(event.set)
 
     def _raise(self) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
-
+from ojfa_export.arguments import is_whole, listed, whole_number
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
 
@@ -26,8 +26,7 @@ def check_tokens(
     Raises:
         UsageError: Another number of sequences, too many tokens, or one outside the model.
     """
-    nested = len(token_ids) > 0 and not isinstance(token_ids[0], (int, np.integer))
-    new: list[Sequence[int]] = list(token_ids) if nested else [token_ids]  # type: ignore[arg-type, list-item]
+    new = _listed(token_ids)
     if len(new) != len(sequences):
         raise UsageError(
             f"got tokens for {len(new)} sequences, the session has {len(sequences)}",
@@ -45,4 +44,49 @@ def check_tokens(
                 f"sequence {row} has token ids outside 0..{vocab_size - 1}",
                 hint="was the text encoded with another model's tokenizer?",
             )
-    return [list(map(int, ids)) for ids in new]
+    return new
+
+
+def check_counts(
+    counts: Sequence[int], new: Sequence[Sequence[int]], pending: Sequence[int]
+) -> list[int]:
+    """For how many of each sequence's last tokens logits of the last block are wanted.
+
+    Args:
+        counts: As given.
+        new: New tokens of each sequence.
+        pending: Tokens of each that wait for the last block already.
+
+    Raises:
+        UsageError: Another number of sequences, or a count that its sequence can't have.
+    """
+    checked = listed("counts", counts, lambda each: whole_number("a count", each))
+    if len(checked) != len(new):
+        raise UsageError(
+            f"got counts for {len(checked)} sequences, the session has {len(new)}",
+            hint="give one for each sequence",
+        )
+    for row, (count, ids) in enumerate(zip(checked, new, strict=True)):
+        waiting = pending[row] + len(ids)
+        if not min(len(ids), 1) <= count <= waiting:
+            raise UsageError(
+                f"asked for the logits of {count} tokens of sequence {row}, of which "
+                f"{waiting} wait for the last block"
+            )
+    return checked
+
+
+def _listed(token_ids: TokenIds) -> list[list[int]]:
+    """Plain lists of the one sequence's tokens, or of each one's."""
+    if type(token_ids) is list and all(type(token) is int for token in token_ids):
+        return [token_ids.copy()]
+    values: list[Any] = listed("token ids", token_ids, lambda each: each)
+    if not values or any(map(is_whole, values)):
+        return [_numbers(values)]
+    return [_numbers(each) for each in values]
+
+
+def _numbers(values: Any) -> list[int]:
+    if type(values) is list and all(type(value) is int for value in values):
+        return values.copy()
+    return listed("token ids", values, lambda each: whole_number("a token id", each))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ojfa_export.arguments import real_number, shown, wrong
 from ojfa_export.bundle.promise import Promise
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.confidence_sequence import ConfidenceSequence
@@ -68,11 +69,10 @@ class DisagreementMonitor:
     """
 
     def __init__(self, promise: Promise, alpha: float = DEFAULT_FALSE_ALARMS) -> None:
-        if not 0 < alpha < 1:
-            raise UsageError(
-                f"a false-alarm rate must be between 0 and 1, not {alpha:g}",
-                hint="one run in a hundred is 0.01",
-            )
+        hint = "one run in a hundred is 0.01"
+        alpha = real_number("a false-alarm rate", alpha, 0.0, 1.0, above_low=True, hint=hint)
+        if alpha == 1:
+            raise wrong("a false-alarm rate", "between 0 and 1", alpha, hint)
         self.alpha = alpha
         limits = promise.limits
         names: list[str | None] = [domain.name for domain in promise.domains]
@@ -119,9 +119,9 @@ class DisagreementMonitor:
     def _find(self, domain: str | None) -> _Domain:
         if domain is None and len(self._domains) == 1:
             return next(iter(self._domains.values()))
-        if domain not in self._domains:
+        if not isinstance(domain, str | None) or domain not in self._domains:
             raise UsageError(
-                f"domain '{domain}' has no promise",
+                f"domain {shown(domain)} has no promise",
                 hint=f"the promise's domains: {', '.join(filter(None, self._domains))}",
             )
         return self._domains[domain]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from tokenizers import Tokenizer
 from typing_extensions import Unpack
 
 from ojfa_export import backends
+from ojfa_export.arguments import instance, is_whole, real_number, shown, text, whole_number, wrong
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.bundle.names import TOKENIZER
@@ -84,18 +87,12 @@ class Model:
         self.bundle.files.check_in_place()
         cache = self.manifest.cache
         length = cache.max_length if max_length is None else max_length
-        for value, limit, what in (
-            (batch_size, cache.max_batch_size, "batch size"),
-            (length, cache.max_length, "cache length"),
-        ):
-            if not 1 <= value <= limit:
-                raise UsageError(
-                    f"{what} {value} is outside this bundle's 1..{limit}",
-                    hint=f"build it with a larger --max-{what.replace(' ', '-')}",
-                )
+        batch_size = _within("batch size", batch_size, cache.max_batch_size)
+        length = _within("cache length", length, cache.max_length)
         if monitor is None:
             return Session(self.spec, self.engines, batch_size, length)
-        session = Session(self.spec, self.engines, batch_size, length, monitor.shadow())
+        shadow = instance("the monitor", monitor, Monitor).shadow()
+        session = Session(self.spec, self.engines, batch_size, length, shadow)
         monitor.watch(session)
         return session
 
@@ -200,7 +197,7 @@ class Model:
             return tokenizer.encode(self.tokenizer, prompt)
         except TypeError as error:  # what tokenizers says of anything that is not UTF-8
             raise UsageError(
-                f"a prompt is not text in UTF-8: {prompt!r:.40}",
+                f"a prompt is not text in UTF-8: {shown(prompt)}",
                 hint="give a str of whole characters",
             ) from error
 
@@ -228,6 +225,8 @@ class Model:
             What the build planned; None, which is full depth, where it planned nothing, for a
             batch, and for sampling.
         """
+        prompts = whole_number("prompts", prompts, 0)
+        temperature = real_number("temperature", temperature, 0.0)
         planned = self.manifest.default
         return planned if prompts == 1 and temperature == 0 else None
 
@@ -317,7 +316,18 @@ def load(bundle: str | Path, *, backend: str = backends.DEFAULT) -> Model:
         BundleError: The bundle is incomplete or altered, or has no engines for the backend.
         BackendError: The backend doesn't work here.
     """
-    return Model(Bundle(Path(bundle)), backend)
+    if not isinstance(bundle, str | os.PathLike):
+        raise wrong("a bundle", "the path of its directory", bundle)
+    return Model(Bundle(Path(bundle)), text("a backend", backend))
+
+
+def _within(what: str, value: int, limit: int) -> int:
+    if not is_whole(value) or not 1 <= value <= limit:
+        raise UsageError(
+            f"{what} {shown(value)} is outside this bundle's 1..{limit}",
+            hint=f"build it with a larger --max-{what.replace(' ', '-')}",
+        )
+    return operator.index(value)
 
 
 def _monitored(settings: Settings, monitor: Monitor | None, domain: str | None) -> Settings:
@@ -329,9 +339,10 @@ def _monitored(settings: Settings, monitor: Monitor | None, domain: str | None) 
     if monitor is None:
         if domain is not None:
             raise UsageError(
-                f"domain '{domain}' was named, and nothing is monitored", hint="give a monitor"
+                f"domain {shown(domain)} was named, and nothing is monitored", hint="give a monitor"
             )
         return settings
+    instance("the monitor", monitor, Monitor)
     if settings.speculation is not None:
         raise UsageError(
             "speculation gives the tokens of full depth: there is nothing to monitor",

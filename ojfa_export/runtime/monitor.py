@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 
+from ojfa_export.arguments import instance, text, whole_number, wrong
 from ojfa_export.decoding.events import Listener
 from ojfa_export.runtime.disagreement import DisagreementMonitor
 from ojfa_export.runtime.session import Session
@@ -23,7 +24,7 @@ class Monitor:
         seed: Of the choice of tokens; None for another one every time.
 
     Raises:
-        UsageError: A share out of range.
+        UsageError: A share out of range, or an argument of another type.
 
     Attributes:
         disagreement: As given.
@@ -38,10 +39,16 @@ class Monitor:
         on_event: Listener | None = None,
         seed: int | None = None,
     ) -> None:
+        if disagreement is not None:
+            instance("a disagreement monitor", disagreement, DisagreementMonitor)
+        if on_event is not None and not callable(on_event):
+            raise wrong("on_event", "a function of an event", on_event)
         self.disagreement = disagreement
         self.stats = Stats()
         self._share = share
         self._on_event = on_event
+        if seed is not None:
+            seed = whole_number("the seed of a monitor", seed, 0)
         self._seeds = np.random.SeedSequence(seed)
         self._lock = threading.Lock()
         self.shadow()  # a share out of range is an error now
@@ -54,7 +61,7 @@ class Monitor:
 
     def watch(self, session: Session) -> None:
         """Listens to a session that has a `shadow`."""
-        session.on_event = self._on_event
+        instance("a session", session, Session).on_event = self._on_event
 
     def check_domain(self, domain: str | None) -> None:
         """Checks that requests of a domain can be taken.
@@ -62,6 +69,8 @@ class Monitor:
         Raises:
             UsageError: The promise has no such domain.
         """
+        if domain is not None:
+            text("a domain", domain)
         if self.disagreement is not None:
             self.disagreement.state(domain)
 
@@ -78,6 +87,8 @@ class Monitor:
         Raises:
             UsageError: An unknown domain, or a session without a `shadow`.
         """
+        instance("a session", session, Session)
+        self.check_domain(domain)
         session.run_shadow_checks()
         losses = []
         if session.shadow is not None:

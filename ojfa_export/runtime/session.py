@@ -8,16 +8,17 @@ from typing import Literal, overload
 
 import numpy as np
 
+from ojfa_export.arguments import instance, is_whole, shown
 from ojfa_export.backends.backend import Engines
 from ojfa_export.decoding.arrays import Float32, Hidden, Int32
 from ojfa_export.decoding.events import Listener, ShadowCheck
 from ojfa_export.decoding.exits import Exit, resolve_exit
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 from ojfa_export.decoding.policy import ExitPolicy
-from ojfa_export.decoding.sampling import GREEDY, Sampling
+from ojfa_export.decoding.sampling import GREEDY, Sampling, check_draws
 from ojfa_export.errors import UsageError
 from ojfa_export.models.spec import ModelSpec
-from ojfa_export.runtime.batch import TokenIds, check_tokens
+from ojfa_export.runtime.batch import TokenIds, check_counts, check_tokens
 from ojfa_export.runtime.exclusive import Exclusive, exclusive
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
@@ -90,8 +91,12 @@ class Session(Exclusive):
         return np.array(marks, np.int32)
 
     def tokens(self, row: int = 0) -> list[int]:
-        """Token ids of a sequence so far."""
-        return list(self._sequences[row].tokens)
+        """Token ids of a sequence so far.
+
+        Raises:
+            UsageError: A row that isn't there.
+        """
+        return list(self._sequences[self._row(row)].tokens)
 
     @exclusive
     def rewind(self, length: int, row: int = 0) -> None:
@@ -100,12 +105,11 @@ class Session(Exclusive):
         Raises:
             UsageError: A row that isn't there, or more tokens than it has.
         """
-        if not 0 <= row < self.batch_size:
-            raise UsageError(f"row {row} is outside 0..{self.batch_size - 1}")
+        row = self._row(row)
         sequence = self._sequences[row]
-        if not 0 <= length <= len(sequence):
+        if not is_whole(length) or not 0 <= length <= len(sequence):
             raise UsageError(
-                f"can't rewind to {length} tokens: the sequence has {len(sequence)}",
+                f"can't rewind to {shown(length)} tokens: the sequence has {len(sequence)}",
                 hint="rewind only shortens a sequence",
             )
         long = sequence.long_context
@@ -169,7 +173,7 @@ class Session(Exclusive):
             UsageError: An exit or a token outside the model, or no room in the cache; the session
                 is unchanged.
         """
-        stages = stages_of(policy, self.spec.blocks)
+        stages = stages_of(instance("a policy", policy, ExitPolicy), self.spec.blocks)
         step = self._steps.with_logits(self._wanted(self._append(token_ids)), stages)
         self._tell(step)
         return Step.of(step, self.batch_size, self.spec.vocab_size, len(policy.exits))
@@ -211,6 +215,7 @@ class Session(Exclusive):
         Only `follow` may come between.
         """
         stages = self._stages(exit)
+        draws = check_draws(sampling, draws, self.batch_size)
         return self._steps.start(self._wanted(self._append(token_ids)), stages, sampling, draws)
 
     @exclusive
@@ -220,6 +225,7 @@ class Session(Exclusive):
         That is where a device chooses them, every sequence stops at one head and has room, and
         nobody looks at what is chosen. Waits until it is known where they stop.
         """
+        instance("a step", step, RunningStep)
         watched = self.on_event is not None or self.shadow is not None
         if watched or self.spec.rotary_switch is not None or not self._engines.follows:
             return False
@@ -239,11 +245,14 @@ class Session(Exclusive):
 
         Where another token comes than the one that was chosen, `rewind` to the length before.
         """
+        instance("a step", step, RunningStep)
+        draws = check_draws(sampling, draws, self.batch_size)
         return self._steps.follow(step, self._stages(exit), sampling, draws)
 
     @exclusive
     def finish(self, step: RunningStep[HeadOutput]) -> Choice:
         """Waits for the tokens that a step chooses."""
+        instance("a step", step, RunningStep)
         self._steps.settle(step)
         self._tell(step)
         choice = Choice.of(step, self.batch_size)
@@ -268,7 +277,7 @@ class Session(Exclusive):
             UsageError: A token outside the model, no room in the cache, or too large a count; the
                 session is unchanged.
         """
-        self._append_before_completing(token_ids, counts)
+        counts = self._append_before_completing(token_ids, counts)
         return self._logits(counts, self.spec.blocks, True)
 
     @exclusive
@@ -276,7 +285,7 @@ class Session(Exclusive):
         self, token_ids: Sequence[Sequence[int]], counts: Sequence[int]
     ) -> list[list[int]]:
         """As `complete`, with the token of the largest logit in place of each row of logits."""
-        self._append_before_completing(token_ids, counts)
+        counts = self._append_before_completing(token_ids, counts)
         states = self._states(counts, self.spec.blocks)
         if states is None:
             return [[] for _ in counts]
@@ -342,16 +351,18 @@ class Session(Exclusive):
 
     def _append_before_completing(
         self, token_ids: Sequence[Sequence[int]], counts: Sequence[int]
-    ) -> None:
+    ) -> list[int]:
+        """Takes new tokens where the counts fit them; the counts as plain numbers."""
         new = check_tokens(token_ids, self._sequences, self.max_length, self.spec.vocab_size)
-        for row, (count, ids) in enumerate(zip(counts, new, strict=True)):
-            pending = self._sequences[row].pending(self.spec.blocks) + len(ids)
-            if not min(len(ids), 1) <= count <= pending:
-                raise UsageError(
-                    f"asked for the logits of {count} tokens of sequence {row}, of which "
-                    f"{pending} wait for the last block"
-                )
+        pending = [sequence.pending(self.spec.blocks) for sequence in self._sequences]
+        checked = check_counts(counts, new, pending)
         self._append(new)
+        return checked
+
+    def _row(self, row: int) -> int:
+        if not is_whole(row) or not 0 <= row < self.batch_size:
+            raise UsageError(f"row {shown(row)} is outside 0..{self.batch_size - 1}")
+        return row
 
     def _stages(self, exit: Exit | ExitPolicy) -> tuple[Stage, ...]:
         if isinstance(exit, ExitPolicy):

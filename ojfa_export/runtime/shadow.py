@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ojfa_export.arguments import real_number
 from ojfa_export.decoding.events import ShadowCheck
 from ojfa_export.errors import UsageError
 
@@ -48,13 +49,15 @@ class Shadow:
     """
 
     def __init__(self, share: float, generator: np.random.Generator) -> None:
-        if not 0 < share <= 1:
-            raise UsageError(
-                f"the share of tokens for shadow checks must be above 0 and at most 1, not "
-                f"{share:g}",
-                hint="one token in ten is 0.1",
-            )
-        self._share = share
+        self._share = real_number(
+            "the share of tokens for shadow checks",
+            share,
+            0.0,
+            1.0,
+            above_low=True,
+            wanted="above 0 and at most 1",
+            hint="one token in ten is 0.1",
+        )
         self._generator = generator
         self._due: dict[tuple[int, int], PendingCheck] = {}  # by row and position
         self._agrees: dict[int, dict[int, bool | None]] = {}  # by row, then position; None: due

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+<<<<<<< 7bb90ab5914854d727cb1aad71b6c8140ec49447
 from ojfa_export.decoding.events import ExitTaken, Listener, ShadowCheck
+=======
+from ojfa_export.arguments import whole_number
+from ojfa_export.decoding.events import ExitTaken, ShadowCheck
+>>>>>>> 68dfc78b5946166432ac76cbdfbc3331c77d8880
 from ojfa_export.decoding.head_output import HeadRequest
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.runner import ModelRunner
@@ -47,8 +52,8 @@ class ShadowChecks:
                 "this session chooses no tokens for shadow checks",
                 hint="make it with Model.session(monitor=...)",
             )
-        if budget is not None and budget < 0:
-            raise UsageError(f"the budget of shadow checks must be 0 or more, not {budget}")
+        if budget is not None:
+            budget = whole_number("the budget of shadow checks", budget, 0)
         due, blocks = shadow.due[:budget], self._runner.spec.blocks
         late = {each.row for each in due if self._is_pending(each)}
         if late:

@@ -59,6 +59,58 @@ def test_sampling_options_reach_the_model(invoke, bundle: Path) -> None:
     assert json.loads(result.stdout)["prompts"][0]["token_ids"] == expected.prompts[0].token_ids
 
 
+def test_every_option_of_generation_reaches_the_model(invoke, bundle: Path) -> None:
+    options = {
+        "temperature": 0.9, "min_p": 0.02, "seed": 4, "repetition_penalty": 1.4,
+        "presence_penalty": 0.3, "frequency_penalty": -0.2, "logit_bias": {7: 2.5, 30: -4.0},
+        "stop_token_ids": (9, 41), "ignore_eos": True, "logprobs": 2, "max_new_tokens": 30,
+        "exit": 3, "top_k": 200, "top_p": 0.99, "stop": ("==", "zz"),
+    }  # fmt: skip
+    args: list[object] = ["--ignore-eos"]
+    for name, value in (("logit-bias", "7=2.5"), ("logit-bias", "30=-4"), ("stop-token", 9),
+                        ("stop-token", 41), ("stop", "=="), ("stop", "zz")):  # fmt: skip
+        args += [f"--{name}", value]
+    for name, value in options.items():
+        if not isinstance(value, dict | tuple | bool):
+            args += [f"--{name.replace('_', '-')}", value]
+    [expected] = ojfa_export.load(bundle).generate([5, 6, 7], **options).prompts
+    document = json.loads(invoke("run", bundle, "--prompt-ids", "5,6,7", "--json", *args).stdout)
+    [found] = document["prompts"]
+    assert found["prompt_token_ids"] == [5, 6, 7]
+    assert found["prompt"] == ojfa_export.load(bundle).tokenizer.decode([5, 6, 7])
+    for name in ("token_ids", "text", "finish_reason", "exit_blocks"):
+        assert found[name] == getattr(expected, name)
+    assert [each["logprob"] for each in found["logprobs"]] == [
+        each.logprob for each in expected.logprobs
+    ]
+    assert [len(each["top"]) for each in found["logprobs"]] == [2] * len(expected.token_ids)
+
+
+def test_token_ids_make_a_batch_as_texts_do(invoke, bundle: Path) -> None:
+    model = ojfa_export.load(bundle)
+    ids = [model.encode(PROMPT), model.encode("a")]
+    listed = [part for each in ids for part in ("--prompt-ids", ",".join(map(str, each)))]
+    by_ids = invoke("run", bundle, *listed, "-q", "--max-new-tokens", 5)
+    by_text = invoke("run", bundle, "-p", PROMPT, "-p", "a", "-q", "--max-new-tokens", 5)
+    assert by_ids.stdout == by_text.stdout != ""
+
+
+def test_prompts_are_encoded_and_defaults_resolved_once(invoke, bundle: Path, monkeypatch) -> None:
+    from ojfa_export.runtime.model import Model
+
+    calls = []
+    for name in ("_encode", "default"):
+        original = getattr(Model, name)
+
+        def counted(self, *args, _name=name, _original=original):
+            calls.append(_name)
+            return _original(self, *args)
+
+        monkeypatch.setattr(Model, name, counted)
+    assert invoke("run", bundle, "-p", PROMPT, "--max-new-tokens", 2).exit_code == 0
+    assert sorted(calls) == ["_encode", "default"]
+
+
 def test_exit_auto_of_a_bundle_without_a_policy(invoke, bundle: Path) -> None:
     result = invoke("run", bundle, "-p", PROMPT, "--exit", "auto")
     assert result.exit_code == 1
@@ -129,6 +181,8 @@ def test_stop_strings_reach_the_model(invoke, bundle: Path) -> None:
 def test_sampling_options_without_effect_are_remarked_on(invoke, bundle: Path) -> None:
     result = invoke("run", bundle, "-p", PROMPT, "--top-k", 5, "--max-new-tokens", 1)
     assert "no effect at --temperature 0" in result.stderr
+    result = invoke("run", bundle, "-p", PROMPT, "--logprobs", 1, "--max-new-tokens", 1)
+    assert "--logprobs are shown with --json only" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -151,6 +205,25 @@ def test_dash_reads_standard_input(invoke, bundle: Path, stdin: str, prompt: str
         (["-p", "a", "--exit", "5"], b"", "exit 5 is outside this model's 1..4"),
         (["-p", "a", "--temperature", "1", "--top-p", "0"], b"", "top-p must be above 0"),
         (["-p", "a", "--backend", "abacus"], b"", "backend 'abacus' is not known"),
+        ([], b"", "no prompt was given"),
+        (["-p", "a", "--prompt-ids", "1"], b"", "both -p and --prompt-ids were given"),
+        (["--prompt-ids", "1,a"], b"", "'1,a' is not a list of token ids"),
+        (["--prompt-ids", "1,320"], b"", "the prompt has token ids outside 0..319"),
+        (["-p", "a", "--logit-bias", "5"], b"", "'5' is not TOKEN=X"),
+        (["-p", "a", "--logit-bias", "-5=1"], b"", "a token id of logit-bias must be 0 or more"),
+        (["-p", "a", "--logit-bias", "320=1"], b"", "logit_bias has token ids outside 0..319"),
+        (["-p", "a", "--logit-bias", "5=nan"], b"", "a value of logit-bias must be between"),
+        (["-p", "a", "--stop-token", "320"], b"", "stop_token_ids has token ids outside 0..319"),
+        (["-p", "a", "--stop", ""], b"", "a stop string is empty"),
+        (["-p", "a", "--min-p", "2"], b"", "min-p must be between 0 and 1, not 2"),
+        (["-p", "a", "--repetition-penalty", "0"], b"", "repetition-penalty must be between"),
+        (["-p", "a", "--presence-penalty", "inf"], b"", "presence-penalty must be between"),
+        (["-p", "a", "--logprobs", "21"], b"", "logprobs must be between 0 and 20, not 21"),
+        (
+            ["-p", "a", "--speculate", "--logit-bias", "5=1"],
+            b"",
+            "can't be combined with speculation",
+        ),
     ],
 )
 def test_bad_input(invoke, bundle: Path, args, stdin: bytes, message: str) -> None:

@@ -204,6 +204,56 @@ def test_from_asyncio_with_another_thread_beside_it(llama):
     assert beside == [alone(llama, [9, 9], plain).token_ids]
 
 
+def test_a_request_is_awaited_and_cancelled_where_its_block_is_left(llama):
+    options = GenerationOptions(max_new_tokens=50, ignore_eos=True)
+
+    async def leave_early(engine):
+        with engine.submit([1, 2], options) as request:
+            async for _ in request:
+                break
+        return await request
+
+    async def wait(engine):
+        with engine.submit([3], max_new_tokens=4) as request:
+            return await request
+
+    async def both(engine):
+        return await asyncio.gather(leave_early(engine), wait(engine))
+
+    with WatchedEngine(llama, max_sequences=2) as engine:
+        left, whole = asyncio.run(both(engine))
+        with engine.submit([4], options) as request:
+            next(iter(request))
+        assert request.result(TIMEOUT).finish_reason in ("cancelled", "max_new_tokens")
+    assert left.finish_reason in ("cancelled", "max_new_tokens")
+    assert left.token_ids == alone(llama, [1, 2], {"max_new_tokens": 50, "ignore_eos": True}
+                                   ).token_ids[: len(left.token_ids)]  # fmt: skip
+    assert whole.token_ids == alone(llama, [3], {"max_new_tokens": 4}).token_ids
+
+
+def test_a_loop_that_was_closed_harms_nobody(llama):
+    """A task may be gone, with its loop, before the next token comes."""
+
+    async def ask(request):
+        await asyncio.wait_for(anext(aiter(request)), 0.01)
+
+    with WatchedEngine(llama, prefix_cache=False) as engine:
+        go_on = threading.Event()
+        run = engine._runner.executor.run
+
+        def slow(*args, **kwargs):
+            assert go_on.wait(TIMEOUT)
+            return run(*args, **kwargs)
+
+        engine._runner.executor.run = slow
+        request = engine.submit([1, 2], max_new_tokens=5)
+        with pytest.raises(asyncio.TimeoutError):
+            asyncio.run(ask(request))
+        go_on.set()
+        expected = alone(llama, [1, 2], {"max_new_tokens": 5}).token_ids
+        assert request.result(TIMEOUT).token_ids == expected
+
+
 def test_text_prompts_and_stop_strings(llama):
     options = {"max_new_tokens": 20, "ignore_eos": True}
     text = llama.generate("def main(", **options).prompts[0].text

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from test_session import (
     BATCH,
     MAX_LENGTH,
@@ -75,9 +74,9 @@ def test_policies_that_make_no_sense(exits, thresholds, message):
 
 
 def test_policies_of_the_wrong_types():
-    with pytest.raises(ValidationError):
+    with pytest.raises(UsageError, match="measure of an exit policy"):
         ExitPolicy(exits=(1,), measure="hope", thresholds=(0.5,))
-    with pytest.raises(ValidationError):
+    with pytest.raises(UsageError, match="more of an exit policy"):
         ExitPolicy(exits=(1,), measure="top", thresholds=(0.5,), more=1)
 
 
