@@ -58,11 +58,9 @@ CONFIDENCE_OF_VECTORS = LOGITS_FP32
 # products of two parts of 11 bits each (2^-22) and 2^x by the hardware's approximation (2^-22).
 ATTENTION_FP16_RELATIVE = 1e-2
 ATTENTION_FP32_RELATIVE = 1e-5
-<<<<<<< 7bb90ab5914854d727cb1aad71b6c8140ec49447
 # Noise in logits that tells a near tie from a fault, relative to the largest: what the two
 # runtimes' logits may differ by, LOGITS_FP32, where the largest are 3 to 4.
 NOISE_RELATIVE = 3e-5
-=======
 # A logit with penalties in fp32 against float64: a bias, a quotient and two differences of numbers
 # up to 30, each rounded at 6e-8.
 PENALISED_LOGIT_RELATIVE = 1e-6
@@ -71,4 +69,3 @@ PROBABILITY_FP32 = 1e-6
 # A log probability of fp32 logits: both sides sum in float64; where the logits were computed in
 # another batch they differ by fp32's rounding of a logit of 10, 1e-6, a few times.
 LOGPROB = 1e-5
->>>>>>> 68dfc78b5946166432ac76cbdfbc3331c77d8880

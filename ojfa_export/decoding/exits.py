@@ -5,8 +5,8 @@ from __future__ import annotations
 import operator
 from typing import Literal
 
-from ojfa_export.arguments import is_whole, shown
 from ojfa_export.errors import UsageError
+from ojfa_export.system.arguments import is_whole, shown
 
 # Blocks to run; "full" are all of them, and the model's own head.
 Exit = int | Literal["full"]

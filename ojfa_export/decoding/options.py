@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
-from ojfa_export.arguments import flag, listed, real_number, shown, text, whole_number, wrong
 from ojfa_export.decoding.exits import Exit, resolve_exit
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.errors import UsageError
+from ojfa_export.system.arguments import flag, listed, real_number, shown, text, whole_number, wrong
 
 # A fixed exit, a policy that decides for each token, or "auto", the bundle's own policy.
 ExitChoice = Exit | Literal["auto"] | ExitPolicy

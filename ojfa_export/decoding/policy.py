@@ -14,9 +14,9 @@ from pydantic import (
     model_validator,
 )
 
-from ojfa_export.arguments import listed, real_number, whole_number
 from ojfa_export.decoding.confidence import Measure
 from ojfa_export.errors import UsageError
+from ojfa_export.system.arguments import listed, real_number, whole_number
 
 _FINITE = "leave out an exit at which nothing shall stop"
 _EXAMPLE = "as in ExitPolicy(exits=(4, 8), measure='top', thresholds=(0.9, 0.8))"

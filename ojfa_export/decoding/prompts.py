@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ojfa_export.arguments import is_whole, listed, whole_number
 from ojfa_export.errors import UsageError
+from ojfa_export.system.arguments import is_whole, listed, whole_number
 
 Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[Prompt]

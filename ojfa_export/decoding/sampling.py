@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.arguments import instance, listed, real_number, whole_number
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.errors import UsageError
+from ojfa_export.system.arguments import instance, listed, real_number, whole_number
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict
 
-from ojfa_export.arguments import real_number, whole_number
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.errors import UsageError
+from ojfa_export.system.arguments import real_number, whole_number
 
 MAX_DRAFT = 8
 # The acceptance that is believed before anything was drafted, and how many tokens' worth of it.

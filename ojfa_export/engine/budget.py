@@ -5,8 +5,8 @@ from __future__ import annotations
 import operator
 import re
 
-from ojfa_export.arguments import is_whole, wrong
 from ojfa_export.models.spec import ModelSpec
+from ojfa_export.system.arguments import is_whole, wrong
 
 PAGE_TOKENS = 32
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -10,11 +10,7 @@ from dataclasses import asdict, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-<<<<<<< 7bb90ab5914854d727cb1aad71b6c8140ec49447
 from ojfa_export.decoding.head_output import HeadRequest, HostHeadOutput
-=======
-from ojfa_export.arguments import flag, instance, real_number, whole_number
->>>>>>> 68dfc78b5946166432ac76cbdfbc3331c77d8880
 from ojfa_export.decoding.options import GenerationOptions, OptionArguments
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.engine.asks import Answer, Decoder, Heads
@@ -30,6 +26,7 @@ from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
 from ojfa_export.runtime.text import TextStream
+from ojfa_export.system.arguments import flag, instance, real_number, whole_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

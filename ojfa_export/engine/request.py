@@ -9,17 +9,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-<<<<<<< 7bb90ab5914854d727cb1aad71b6c8140ec49447
-from typing import Literal, Protocol
-=======
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
->>>>>>> 68dfc78b5946166432ac76cbdfbc3331c77d8880
+from typing import Any, Literal, Protocol
 
-from ojfa_export.arguments import real_number
 from ojfa_export.decoding.logits import TokenLogprobs
 from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.errors import OjfaError
+from ojfa_export.system.arguments import real_number
 
 FinishReason = Literal[
     "end_of_text", "stop_token", "stop_string", "max_new_tokens", "cache_full", "cancelled",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ojfa_export.arguments import is_whole, listed, whole_number
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
+from ojfa_export.system.arguments import is_whole, listed, whole_number
 
 TokenIds = Sequence[int] | Sequence[Sequence[int]]
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ojfa_export.arguments import real_number, shown, wrong
 from ojfa_export.bundle.promise import Promise
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.confidence_sequence import ConfidenceSequence
+from ojfa_export.system.arguments import real_number, shown, wrong
 
 DEFAULT_FALSE_ALARMS = 0.01
 # Stakes of the alarm's bets as shares of the largest that can't go bankrupt.

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 from typing_extensions import Unpack
 
 from ojfa_export import backends
-from ojfa_export.arguments import instance, is_whole, real_number, shown, text, whole_number, wrong
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.bundle.names import TOKENIZER
@@ -28,6 +27,15 @@ from ojfa_export.runtime.disagreement import DEFAULT_FALSE_ALARMS, DisagreementM
 from ojfa_export.runtime.generation import Generation, Settings, Token, collect, generate_tokens
 from ojfa_export.runtime.monitor import Monitor
 from ojfa_export.runtime.session import Session
+from ojfa_export.system.arguments import (
+    instance,
+    is_whole,
+    real_number,
+    shown,
+    text,
+    whole_number,
+    wrong,
+)
 
 
 class Model:

@@ -6,12 +6,12 @@ import threading
 
 import numpy as np
 
-from ojfa_export.arguments import instance, text, whole_number, wrong
 from ojfa_export.decoding.events import Listener
 from ojfa_export.runtime.disagreement import DisagreementMonitor
 from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.shadow import Shadow
 from ojfa_export.runtime.stats import Stats
+from ojfa_export.system.arguments import instance, text, whole_number, wrong
 
 
 class Monitor:

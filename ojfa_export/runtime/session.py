@@ -8,7 +8,6 @@ from typing import Literal, overload
 
 import numpy as np
 
-from ojfa_export.arguments import instance, is_whole, shown
 from ojfa_export.backends.backend import Engines
 from ojfa_export.decoding.arrays import Float32, Hidden, Int32
 from ojfa_export.decoding.events import Listener, ShadowCheck
@@ -29,6 +28,7 @@ from ojfa_export.runtime.step_output import Choice, Step
 from ojfa_export.runtime.step_runner import StepRunner
 from ojfa_export.runtime.steps import C, Stage, stages_of
 from ojfa_export.runtime.steps import Step as RunningStep
+from ojfa_export.system.arguments import instance, is_whole, shown
 
 
 class Session(Exclusive):

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ojfa_export.arguments import real_number
 from ojfa_export.decoding.events import ShadowCheck
 from ojfa_export.errors import UsageError
+from ojfa_export.system.arguments import real_number
 
 
 @dataclass(frozen=True)

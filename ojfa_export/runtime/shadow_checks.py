@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-<<<<<<< 7bb90ab5914854d727cb1aad71b6c8140ec49447
 from ojfa_export.decoding.events import ExitTaken, Listener, ShadowCheck
-=======
-from ojfa_export.arguments import whole_number
-from ojfa_export.decoding.events import ExitTaken, ShadowCheck
->>>>>>> 68dfc78b5946166432ac76cbdfbc3331c77d8880
 from ojfa_export.decoding.head_output import HeadRequest
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
 from ojfa_export.runtime.shadow import PendingCheck, Shadow
 from ojfa_export.runtime.stats import Stats
+from ojfa_export.system.arguments import whole_number
 
 # Tokens that a comparison takes at a time: the logits of one take 4 V bytes.
 _TOKENS_AT_ONCE = 32
