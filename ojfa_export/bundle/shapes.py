@@ -68,7 +68,7 @@ def expected_weights(
     Args:
         manifest: Of the bundle.
         graph: Its name.
-        found: Shapes of the weights that it has: the rank of a jump stands nowhere else.
+        found: Shapes of the weights that it has.
     """
     spec = manifest.model.spec
     if graph == "embed":
@@ -76,7 +76,10 @@ def expected_weights(
     if graph == "final_head":
         return _final_weights(spec)
     if graph == "exit_head":
-        rank = found["project"][-1] if found.get("project") else 0
+        if manifest.shortcut.residual:
+            rank = manifest.shortcut.rank
+        else:  # folded with the final norm, whose rank may be one more
+            rank = found["project"][-1] if found.get("project") else 0
         return _exit_weights(spec, rank, residual=manifest.shortcut.residual)
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     inner, hidden = spec.intermediate_size, spec.hidden_size

@@ -19,6 +19,8 @@ from ojfa_export.errors import UsageError
 from ojfa_export.system.arguments import real_number, whole_number
 
 MAX_DRAFT = 8
+# Tokens of a draft whose length is fixed; more are a mistake.
+LONGEST_DRAFT = 1024
 # The acceptance that is believed before anything was drafted, and how many tokens' worth of it.
 PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.7, 4.0
 # A checked token counts this much less with each one after it: about 30 are remembered.
@@ -62,7 +64,7 @@ class Speculation:
         if self.exit is not None:
             read["exit"] = whole_number("the exit that drafts", self.exit)
         if self.draft is not None:
-            read["draft"] = whole_number("the draft length", self.draft, 1)
+            read["draft"] = whole_number("the draft length", self.draft, 1, LONGEST_DRAFT)
         if self.draft_cost is not None:
             read["draft_cost"] = real_number(cost, self.draft_cost, 0.0)
         for name, value in read.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 NormKind = Literal["rms", "layer"]
@@ -46,7 +46,7 @@ class ModelSpec(BaseModel):
     activation: Activation
     gated: bool
     norm: NormKind
-    norm_epsilon: float
+    norm_epsilon: float = Field(ge=0, allow_inf_nan=False)
     max_positions: PositiveInt
     tied_head: bool
     eos_token_ids: tuple[int, ...]

@@ -17,6 +17,7 @@ namespace {
 
 constexpr std::int64_t FORMAT_VERSION = 1;
 constexpr std::uint64_t MOST_BYTES = 64 << 20;  // hundreds of times what a model of 100 blocks has
+constexpr std::size_t MOST_BLANKS = 4096;       // before the manifest begins
 const char* const MAKE_ONE = "make one with 'ojfa-export build CHECKPOINT -o BUNDLE'";
 const char* const COPY_AGAIN = "copy the bundle again whole, or build it again";
 
@@ -110,6 +111,9 @@ void check_rotary(const Manifest& manifest) {
 
 Manifest parse_manifest(const std::string& text, const std::filesystem::path& path) {
     try {
+        // Megabytes of blanks or brackets are told from a manifest before they are parsed.
+        const std::size_t begin = text.find_first_not_of(" \t\r\n");
+        if (begin >= MOST_BLANKS || text[begin] != '{') throw std::runtime_error("it is no JSON object");
         const Json raw = Json::parse(text);
         check_version(raw, path);
         check_digest(text, raw, path);
