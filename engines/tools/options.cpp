@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <charconv>
 #include <cstring>
+#include <iomanip>
 #include <iostream>
+#include <sstream>
 #include <system_error>
 
 namespace tools {
@@ -116,21 +118,55 @@ ojfa::LoadOptions load_options(const CommandLine& line) {
     return options;
 }
 
+namespace {
+
+// A message as a terminal may show it: control characters, separators of lines and marks of direction, which
+// a name in a manifest can hold, as escapes.
+std::string printable(const std::string& text) {
+    std::ostringstream shown;
+    shown << std::hex << std::setfill('0');
+    for (std::size_t i = 0; i < text.size(); ++i) {
+        const auto byte = [&](std::size_t at) {
+            return at < text.size() ? static_cast<unsigned char>(text[at]) : 0u;
+        };
+        const unsigned first = byte(i), second = byte(i + 1), third = byte(i + 2);
+        const unsigned two = ((first & 0x1f) << 6) | (second & 0x3f);
+        const unsigned three = ((first & 0xf) << 12) | ((second & 0x3f) << 6) | (third & 0x3f);
+        const bool marks = (three >= 0x2028 && three <= 0x202e) || (three >= 0x2066 && three <= 0x2069);
+        if (first < 0x20 || first == 0x7f) {
+            shown << "\\x" << std::setw(2) << first;
+        } else if (first == 0xc2 && two >= 0x80 && two < 0xa0) {
+            shown << "\\x" << std::setw(2) << two, i += 1;
+        } else if (first == 0xe2 && marks) {
+            shown << "\\u" << std::setw(4) << three, i += 2;
+        } else {
+            shown << text[i];
+        }
+    }
+    return shown.str();
+}
+
+void tell(const std::string& message, const std::string& hint) {
+    std::cerr << "error: " << printable(message) << "\n";
+    if (!hint.empty()) std::cerr << "hint: " << printable(hint) << "\n";
+}
+
+}  // namespace
+
 int run(const char* usage, int argc, char** argv, int (*body)(int, char**)) {
     for (int i = 1; i < argc; ++i)
         if (!std::strcmp(argv[i], "--help")) return std::cout << usage, 0;
     try {
         return body(argc, argv);
     } catch (const UsageError& error) {
-        std::cerr << "error: " << error.what() << "\n";
-        std::cerr << (error.hint().empty() ? usage : "hint: " + error.hint() + "\n");
+        tell(error.what(), error.hint());
+        if (error.hint().empty()) std::cerr << usage;
         return 2;
     } catch (const ojfa::Error& error) {
-        std::cerr << "error: " << error.what() << "\n";
-        if (!error.hint().empty()) std::cerr << "hint: " << error.hint() << "\n";
+        tell(error.what(), error.hint());
         return error.status() == OJFA_ERROR_USAGE ? 2 : 1;
     } catch (const std::exception& error) {
-        std::cerr << "error: " << error.what() << "\n";
+        tell(error.what(), "");
         return 1;
     }
 }

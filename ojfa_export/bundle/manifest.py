@@ -10,14 +10,12 @@ import math
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -37,6 +35,9 @@ DIGEST = "digest"
 MANIFEST_BYTES = 64 << 20
 BLOCKS = 1 << 16
 LARGEST = 2**31 - 1
+# Integers as C++ holds them, too.
+PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
 Sha256 = Field(pattern="^[0-9a-f]{64}$")
 
 
