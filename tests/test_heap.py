@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 from pathlib import Path
-from ojfa_export.heap import trim_heap
+from ojfa_export.system.heap import trim_heap
 
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()

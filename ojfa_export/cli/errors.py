@@ -83,9 +83,14 @@ def _tell(error: BaseException, described: Description, console: Console) -> Non
         import traceback
 
         console.complain("".join(traceback.format_exception(error)).rstrip("\n"))
-    console.complain(described.message, "error:")
+    console.complain(_one_line(described.message), "error:")
     if described.hint:
-        console.complain(described.hint, "hint:")
+        console.complain(_one_line(described.hint), "hint:")
+
+
+def _one_line(text: str) -> str:
+    """Names may hold what ends a line; an error is one all the same."""
+    return "".join(repr(c)[1:-1] if c.splitlines() == [""] else c for c in text)
 
 
 def describe(error: BaseException) -> Description:

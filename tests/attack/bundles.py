@@ -24,6 +24,8 @@ PROMPTS = ("def f(x):", "import os\n", "usage: %(prog)s [options] where each wor
 EXITS: tuple[int | str, ...] = ("full", 1, 2, "auto")
 NEW_TOKENS = 8
 NO_MEMORY = "C++'s reference backend allocates a cache at once, Python maps it as it is written"
+DESCRIBED_ONLY = "ports and axes that a manifest describes are compared by Python alone"
+READ_WHOLE = "C++'s reference backend reads every weight, Python those that tokens touch"
 GOLDEN_AT_LOAD = "C++ compares golden tokens when it loads a bundle, Python in verify"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .bundles import SUBJECTS, Case, Rng, copy_subject
+from .bundles import DESCRIBED_ONLY, READ_WHOLE, SUBJECTS, Case, Rng, copy_subject
 from .digests import edit_manifest, redigest
 from .graph_lies import EXTERNAL_DATA
 from .hostile_tokenizers import spoil_tokenizer
@@ -186,6 +186,7 @@ def _not_finite(case: Case, rng: Rng) -> str:
     redigest(case.bundle)
     case.must = Must.NAME if everywhere else Must.ANY
     case.another = not everywhere
+    case.one_runtime = "" if everywhere else READ_WHOLE
     return f"{path.name}: {bad} {'everywhere' if everywhere else 'in one place'}"
 
 
@@ -320,6 +321,8 @@ def _layout(case: Case, rng: Rng) -> str:
     edit_manifest(case.bundle, lambda fields: change(fields) and None)
     case.another = "cache" in what
     case.one_runtime = ENGINES_ONLY if "engine" in what else ""
+    if "inputs" in what or "axes" in what:
+        case.one_runtime = DESCRIBED_ONLY
     return what
 
 

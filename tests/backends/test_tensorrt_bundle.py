@@ -51,7 +51,7 @@ class Killing:
             os.kill(os.getpid(), signal.SIGKILL)
 
 def run():
-    from ojfa_export.build.add_engines import add_engines
+    from ojfa_export.compiler.add_engines import add_engines
     add_engines(Path(sys.argv[1]), "tensorrt", Killing())
 
 if sys.argv[2] == "gpu":

@@ -145,6 +145,9 @@ void check_positions(const Manifest& manifest, const Graph& graph, const WeightP
                                           : "it lacks the second set of rotary factors");
     if (manifest.spec.rotary_dim) return;
     const std::int64_t positions = weights.at("position_embedding").shape[0];
+    if (positions != manifest.spec.max_positions)
+        throw std::runtime_error("it has " + std::to_string(positions) + " positions, the manifest's model " +
+                                 std::to_string(manifest.spec.max_positions));
     if (positions < manifest.max_length)
         throw std::runtime_error("it has " + std::to_string(positions) +
                                  " positions, fewer than the cache's max_length of " +

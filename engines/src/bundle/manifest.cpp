@@ -78,6 +78,9 @@ Manifest read_fields(const Json& raw) {
 
 void check_exits(const Manifest& manifest) {
     const int blocks = manifest.spec.blocks;
+    const Shortcut& shortcut = manifest.shortcut;
+    if (shortcut.gates && (!shortcut.residual || *shortcut.gates != static_cast<std::size_t>(blocks - 1)))
+        throw std::runtime_error("the shortcut's gates must be one for each exit");
     if (manifest.automatic) manifest.automatic->check_fits(blocks);
     if (manifest.planned) {
         if (manifest.planned->automatic && !manifest.automatic)
@@ -113,7 +116,9 @@ Manifest parse_manifest(const std::string& text, const std::filesystem::path& pa
     try {
         // Megabytes of blanks or brackets are told from a manifest before they are parsed.
         const std::size_t begin = text.find_first_not_of(" \t\r\n");
-        if (begin >= MOST_BLANKS || text[begin] != '{') throw std::runtime_error("it is no JSON object");
+        const bool ends = text.find('\0') != std::string::npos;  // what the parser takes for the text's end
+        if (ends || begin >= MOST_BLANKS || text[begin] != '{')
+            throw std::runtime_error("it is no JSON object");
         const Json raw = Json::parse(text);
         check_version(raw, path);
         check_digest(text, raw, path);

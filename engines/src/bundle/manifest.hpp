@@ -59,6 +59,7 @@ struct EngineSet {
 struct Shortcut {
     std::int64_t rank;
     bool residual;  // added to its input, with a gate for each exit
+    std::optional<std::size_t> gates;
 };
 
 struct Golden {

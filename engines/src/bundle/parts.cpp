@@ -159,7 +159,7 @@ Shortcut read_shortcut(Fields fields) {
     for (const char* name : {"fitted_at", "parameters"}) fields.integer(name, 1, ANY_SIZE);
     shortcut.rank = fields.integer("rank", 1);
     shortcut.residual = fields.truth("residual");
-    if (fields.maybe("gates")) fields.numbers("gates");
+    if (fields.maybe("gates")) shortcut.gates = fields.numbers("gates").size();
     fields.done();
     return shortcut;
 }
