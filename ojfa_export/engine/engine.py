@@ -234,13 +234,13 @@ class Engine:
                 self._end_what_is_over()
                 if self._closed:
                     return
-                self._admit()
-            work = self._scheduler.next(self._running)
-            if work is None:
-                continue
             try:
-                self._work(work)
-            except Exception as error:
+                with self._wanted:
+                    self._admit()
+                work = self._scheduler.next(self._running)
+                if work is not None:
+                    self._work(work)
+            except Exception as error:  # nobody waits for ever, whatever it is
                 self._fail_all(error)
 
     def _work(self, work: Work) -> None:
