@@ -93,6 +93,8 @@ class Files:
 
 
 UNCHECKED = Files()
+# Times that a file is read while something about it changes.
+ATTEMPTS = 5
 
 
 class CheckedFiles(Files):
@@ -180,13 +182,20 @@ class CheckedFiles(Files):
     def _check(self, name: str) -> None:
         path, entry = self._shown / name, self._entries[name]
         with open_regular(self.directory / name, follow=False) as file:
-            before = Identity.of(os.fstat(file.fileno()))
-            if before.size != entry.size:
-                raise BundleError(
-                    f"{path} has {before.size} bytes, its manifest says {entry.size}", hint=WHOLE
-                )
-            if sha256_of(file) != entry.sha256:
-                raise BundleError(f"{path} was altered: its SHA-256 differs", hint=WHOLE)
-            if Identity.of(os.fstat(file.fileno())) != before:
-                raise BundleError(f"{path} was changed while it was read", hint=WHOLE)
-        self._known[name] = before
+            after = Identity.of(os.fstat(file.fileno()))
+            for _ in range(ATTEMPTS):
+                before = after
+                if before.size != entry.size:
+                    raise BundleError(
+                        f"{path} has {before.size} bytes, its manifest says {entry.size}",
+                        hint=WHOLE,
+                    )
+                file.seek(0)
+                if sha256_of(file) != entry.sha256:
+                    raise BundleError(f"{path} was altered: its SHA-256 differs", hint=WHOLE)
+                after = Identity.of(os.fstat(file.fileno()))
+                if after == before:
+                    self._known[name] = before
+                    return
+                # A backup that links it, say, changes its times: what was read was right.
+        raise BundleError(f"{path} was changed while it was read", hint=WHOLE)

@@ -89,8 +89,8 @@ def _tell(error: BaseException, described: Description, console: Console) -> Non
 
 
 def _one_line(text: str) -> str:
-    """Names may hold what ends a line; an error is one all the same."""
-    return "".join(repr(c)[1:-1] if c.splitlines() == [""] else c for c in text)
+    """Names may hold newlines; an error is one line all the same."""
+    return text.replace("\n", "\\n")
 
 
 def describe(error: BaseException) -> Description:

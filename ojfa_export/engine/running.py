@@ -55,7 +55,7 @@ class Running:
     @property
     def entry(self) -> int:
         """The first block that has tokens of the sequence pending."""
-        return self.sequence.marks.first_below(len(self.sequence))
+        return self.sequence.entry
 
     def answer(self, answer: Answer) -> list[Emitted]:
         """Goes on from an answer to what is needed next.

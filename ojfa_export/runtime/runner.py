@@ -56,6 +56,27 @@ def plan_passes(
         yield before
 
 
+def _decode_pass(
+    sequences: Many[Sequence], depth: int, following: HeadOutput | None
+) -> Pass | None:
+    """The one pass that brings sequences to a depth, where each has one token pending before it.
+
+    What `plan_passes` gives, found sooner: this is the way of every token.
+    """
+    entry, long_context, chunks = sequences[0].entry, sequences[0].long_context, []
+    for sequence in sequences:
+        last = len(sequence.tokens) - 1
+        if sequence.marks.end(entry, last) < depth or sequence.long_context != long_context:
+            return None
+        if entry and sequence.marks[entry - 1] != last + 1:
+            return None
+        chunks.append(Chunk(sequence.slot, last, 1))
+    step = Pass(range(entry, depth), tuple(chunks), long_context)
+    if not entry:
+        step.tokens = following or [sequence.tokens[-1] for sequence in sequences]
+    return step
+
+
 def _token_ids(chunks: tuple[Chunk, ...], sequences: Many[Sequence]) -> list[int]:
     tokens = {sequence.slot: sequence.tokens for sequence in sequences}
     return [token for slot, start, count in chunks for token in tokens[slot][start : start + count]]
@@ -154,15 +175,8 @@ class ModelRunner:
         Returns:
             None where it takes more than one pass, or more tokens are pending.
         """
-        if len({sequence.long_context for sequence in sequences}) != 1:
-            return None
-        passes = list(plan_passes(sequences, depth, following))
-        if len(passes) != 1 or len(passes[0].chunks) != len(sequences):
-            return None
-        [step] = passes
-        if not step.is_decode:
-            return None
-        if step.blocks.start and not self._newest.is_of(step):
+        step = _decode_pass(sequences, depth, following)
+        if step is None or (step.blocks.start and not self._newest.is_of(step)):
             return None
         states = self._states(depth)
         prepared = self.engines.prepare(self.executor, step, states, self._newest, request)

@@ -57,6 +57,11 @@ class Sequence:
         self._resize(length)
         del self.tokens[length:]
 
+    @property
+    def entry(self) -> int:
+        """The first block that has tokens pending; the number of blocks where there is none."""
+        return self.marks.first_below(len(self.tokens))
+
     def pending(self, depth: int) -> int:
         """Tokens that have not run the first `depth` blocks, `depth` being 1 or more."""
         return len(self.tokens) - self.marks[depth - 1]

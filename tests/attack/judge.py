@@ -91,7 +91,7 @@ def refused(outcome: Outcome) -> bool:
 
 
 def _untidy(outcome: Outcome) -> Iterable[str]:
-    lines = [line for line in outcome.stderr.splitlines() if line.strip()]
+    lines = [line for line in outcome.stderr.split("\n") if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
     if len(errors) != 1:
         yield f"{len(errors)} lines begin with 'error:'"
@@ -112,6 +112,6 @@ def _sanitizer_line(text: str) -> str:
 
 def _shown(text: str, width: int = 300) -> str:
     """The end of what was written, on one line."""
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("hint:")]
+    lines = [line for line in text.split("\n") if line.strip() and not line.startswith("hint:")]
     line = " / ".join(lines[-3:])
     return line if len(line) <= width else f"{line[: width // 2]} … {line[-width // 2 :]}"

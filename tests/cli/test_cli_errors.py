@@ -103,7 +103,6 @@ def test_debug_shows_the_traceback(invoke, monkeypatch: pytest.MonkeyPatch, wher
     ("args", "message", "hint"),
     [
         (["run"], "missing argument 'BUNDLE'", "run --help"),
-        (["run", "x"], "missing option '-p' / '--prompt'", "run --help"),
         (["frobnicate"], "no such command 'frobnicate'", "--help"),
         (["inspect", "x", "--wrong"], "no such option", "inspect --help"),
         (["run", "x", "-p", "a", "--exit", "0"], "invalid value for '--exit': '0'", "run --help"),
@@ -121,6 +120,12 @@ def test_wrong_usage(invoke, args, message: str, hint: str, options) -> None:
     first, last = result.stderr.splitlines()
     assert first.startswith(f"error: {message}")
     assert last == f"hint: see 'ojfa-export {hint}'"
+
+
+def test_no_prompt(invoke) -> None:
+    result = invoke("run", "x")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: no prompt was given\nhint: give -p TEXT")
 
 
 def test_missing_bundle(invoke, tmp_path: Path) -> None:
