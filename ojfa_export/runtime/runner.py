@@ -135,7 +135,8 @@ class ModelRunner:
             some = [sequences[index] for index in group]
             ends = None if stops is None else [stops[index] for index in group]
             hidden, step = self._run(some, depth, following, ends)
-            if counts is None and step.is_decode and len(group) == len(sequences):
+            one_each = counts is None or all(count == 1 for count in counts)
+            if one_each and step.is_decode and len(group) == len(sequences):
                 return arrays.ascontiguousarray(hidden)
             for index, rows in zip(group, row_ranges(step.chunks), strict=True):
                 count = 1 if counts is None else counts[index]
