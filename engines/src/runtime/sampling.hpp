@@ -1,4 +1,5 @@
-// Choosing the next token; the same choices as ojfa_export/decoding/sampling.py, from the same random numbers.
+// Choosing the next token; the same choices as ojfa_export/decoding/sampling.py, from the same random
+// numbers.
 #pragma once
 
 #include <cstdint>
