@@ -70,6 +70,8 @@ class InPython:
         if len(tokens) != session.batch_size:
             raise UsageError("a prompt for each sequence")
         settings = settings_of(self._model, asked)
+        if settings.speculation is not None and session.shadow is not None:
+            raise UsageError("as of a monitor: there is nothing to check in the shadow")
         prompts = [[*old, *new] if new else [] for old, new in zip(held, tokens, strict=True)]
         if not self._fresh:
             session = self._model.session(session.batch_size, session.max_length)
