@@ -77,11 +77,6 @@ class Newest:
         self.depth, self.chunks, self.hidden = 0, (), None
 
 
-def count_tokens(chunks: Sequence[Chunk]) -> int:
-    """Tokens of all chunks."""
-    return sum(chunk.length for chunk in chunks)
-
-
 def row_ranges(chunks: Sequence[Chunk]) -> list[range]:
     """The rows of hidden states that belong to each chunk."""
     stops = accumulate(chunk.length for chunk in chunks)
