@@ -47,7 +47,7 @@ engines:
 	engines/test.sh
 
 bench: $(VENV)/test.stamp
-	$(BIN)/python -m bench.cpu --help
+	$(BIN)/python -m bench.cpu.compare --help
 
 clean:
 	rm -rf $(VENV) $(BUNDLE) $(BUNDLE).partial build dist engines/build

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.gpu_shapes import SHAPES
+from bench.gpu.shapes import SHAPES
 from ojfa_export.backends.cuda.sizes import GIB, readable
 from ojfa_export.backends.tensorrt.memory import Request, Room
 from ojfa_export.backends.tensorrt.plan import GraphPlan, Weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.bars import Bar, bars, nonlinearity
+from bench.cpu.bars import Bar, bars, nonlinearity
 
 
 def result(shape: str, exits: dict[int, float], peers: dict[str, float]) -> dict:

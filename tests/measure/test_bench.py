@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tiny_models import make_checkpoint
 
-from bench.compiled import Compiled, compile_checkpoint
-from bench.overhead import TimedEngines, measure_overhead
+from bench.cpu.compiled import Compiled, compile_checkpoint
+from bench.cpu.overhead import TimedEngines, measure_overhead
 from ojfa_export.backends.choice import ChoosesOnHost
 from ojfa_export.errors import UsageError
 from ojfa_export.planning import bench
@@ -113,7 +113,7 @@ def test_result_is_json_with_samples_by_exit(compiled):
 
 def test_overhead_leaves_out_what_onnx_runtime_takes(compiled, monkeypatch):
     """With a clock that moves only inside runs, nothing is left outside of them."""
-    from bench import overhead
+    from bench.cpu import overhead
 
     now = 0.0
 

@@ -9,10 +9,10 @@ import pytest
 from tiny_models import make_checkpoint
 from tolerances import LOGITS_FP32
 
-from bench.compiled import Compiled, compile_checkpoint
-from bench.contestants import Chain, Monolithic, Transformers
-from bench.monolithic import MonolithicModel
-from bench.race import race
+from bench.cpu.compiled import Compiled, compile_checkpoint
+from bench.cpu.contestants import Chain, Monolithic, Transformers
+from bench.cpu.monolithic import MonolithicModel
+from bench.cpu.race import race
 from ojfa_export.runtime.session import Session
 
 CAPACITY = 64

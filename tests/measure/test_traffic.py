@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_models import make_checkpoint
 
-from bench.compiled import compile_checkpoint
+from bench.cpu.compiled import compile_checkpoint
 from ojfa_export.bundle.names import block_name
 from ojfa_export.planning.bandwidth import read_bandwidth
 from ojfa_export.planning.machine import describe_machine

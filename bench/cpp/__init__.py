@@ -1,0 +1,1 @@
+"""The C++ runtime beside the Python one."""

@@ -1,0 +1,1 @@
+"""Decoding, prefill and kernels on an NVIDIA GPU."""

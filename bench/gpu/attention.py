@@ -1,0 +1,269 @@
+"""Attention's kernels alone, and in a block of our kernels: `python -m bench.gpu.attention`.
+
+Needs no TensorRT: kernels, random weights and caches, one CUDA graph over all blocks, each of
+which has its own memory. Prints microseconds a block, and the share of a copy's bandwidth that
+attention reads with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.gpu.clock import copy_bandwidth, graph_time
+from bench.gpu.shapes import SHAPES
+from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.device import Device, the_device
+from ojfa_export.backends.cuda.kernels import Kernels, compile_kernels
+from ojfa_export.backends.cuda.recorder import Work
+from ojfa_export.backends.cuda.sources import definitions
+from ojfa_export.backends.tensorrt.attention import Attention, Geometry, Operands, Scratch
+from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
+from ojfa_export.backends.tensorrt.products import Products
+from ojfa_export.backends.tensorrt.tiled import TiledKernels
+from ojfa_export.models.families.rotary import Rotary
+from ojfa_export.models.spec import ModelSpec
+
+# Llama 3 8B's blocks have grouped heads, which none of the other shapes has.
+GROUPED = SHAPES["llama2-7b"].model_copy(update={"kv_heads": 8, "intermediate_size": 14336})
+ALL_SHAPES = {**SHAPES, "llama3-8b": GROUPED}
+POOL = 1 << 24
+Row = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Times the attention kernels on this GPU.")
+    parser.add_argument("--shapes", nargs="+", choices=ALL_SHAPES, default=["llama2-7b"])
+    parser.add_argument("--past", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--prompt", type=int, nargs="*", default=[512])
+    parser.add_argument("--blocks", type=int, default=32)
+    parser.add_argument("--chain", action="store_true", help="whole blocks too")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    device = the_device()
+    copied = copy_bandwidth(device)
+    print(f"{device.name}: copies {copied / 1e12:.2f} TB/s", flush=True)
+    rows: list[Row] = []
+    for name in options.shapes:
+        bench = Bench(device, ALL_SHAPES[name], options.blocks)
+        print(f"{name}: attention of", flush=True)
+        for row in [*bench.steps(options.batch, options.past), *bench.prompts(options.prompt)]:
+            row |= {"shape": name, "share": row["bytes"] / (row["us"] * 1e-6) / copied}
+            print("  {what}: {us:.2f} us, {share:.0%} of a copy".format(**row), flush=True)
+            rows.append(row)
+        if options.chain:
+            for row in bench.chain(options.batch, options.past):
+                row["shape"] = name
+                print("  {what}: {us:.2f} us".format(**row), flush=True)
+                rows.append(row)
+    if options.out:
+        described = {"gpu": device.name, "copy_bytes_per_second": copied, "rows": rows}
+        options.out.write_text(json.dumps(described, indent=1) + "\n")
+
+
+class Bench:
+    """Blocks of one shape with random weights and caches.
+
+    Args:
+        device: The GPU.
+        spec: The shape.
+        blocks: How many.
+
+    Attributes:
+        device: The GPU.
+        spec: The shape.
+        kernels: Compiled for the shape.
+        arrays: Makes arrays on the GPU.
+    """
+
+    def __init__(self, device: Device, spec: ModelSpec, blocks: int) -> None:
+        self.device, self.spec, self._blocks = device, spec, blocks
+        self.arrays = DeviceArrays(device)
+        macros = definitions(spec, half=True)
+        self.kernels = Kernels(device, compile_kernels(macros, device.compute_capability))
+        self._geometry = Geometry.of(spec, 2)
+        self._attention = Attention(self.kernels, self._geometry, device.multiprocessors)
+        numbers = np.random.default_rng(0).standard_normal(POOL, np.float32)
+        self._pool = self.arrays.lasting((POOL,), np.float16)
+        device.upload((0.02 * numbers).astype(np.float16), self._pool.pointer)
+        device.synchronize()
+
+    def steps(self, batches: Sequence[int], pasts: Sequence[int]) -> list[Row]:
+        """One token of each sequence, and as many of one."""
+        rows = []
+        for batch in batches:
+            for past in pasts:
+                caches = self._caches(batch, past + batch)
+                for together in (True, False) if batch > 1 else (True,):
+                    positions = [past] * batch if together else list(range(past, past + batch))
+                    sequences = list(range(batch)) if together else [0] * batch
+                    what = f"{batch} sequences" if together else f"{batch} tokens of one"
+                    rows.append(
+                        {
+                            "what": f"{what}, past {past}",
+                            "us": self._time(caches, positions, sequences, together=together),
+                            "bytes": self._read(sum(positions) if together else past),
+                        }
+                    )
+                del caches
+        return rows
+
+    def prompts(self, lengths: Sequence[int]) -> list[Row]:
+        """Prompts from the first position on."""
+        rows = []
+        for length in lengths:
+            caches = self._caches(1, length)
+            us = self._time(caches, list(range(length)), [0] * length, together=False)
+            rows.append({"what": f"a prompt of {length}", "us": us, "bytes": self._read(length)})
+        return rows
+
+    def chain(self, batches: Sequence[int], pasts: Sequence[int]) -> list[Row]:
+        """Whole blocks by our kernels, one token of each sequence."""
+        weights = [self.weights() for _ in range(self._blocks)]
+        rows = []
+        for batch in batches:
+            for past in pasts:
+                works = self.block_works(past, weights, batch)
+                us = graph_time(self.device, partial(run_all, works)) / self._blocks
+                rows.append({"what": f"a block of {batch} sequences, past {past}", "us": us})
+        return rows
+
+    def block_works(
+        self, past: int, weights: Sequence[dict[str, DeviceArray]], batch: int = 1
+    ) -> list[Work]:
+        """What puts each whole block on the stream, a token of each with so many in the cache."""
+        caches, positions = self._caches(batch, past + 1), [past] * batch
+        return self._works(caches, positions, list(range(batch)), together=True, weights=weights)
+
+    def _read(self, positions: int) -> int:
+        return 2 * positions * self.spec.kv_heads * self.spec.head_dim * 2
+
+    def _caches(self, batch: int, capacity: int) -> list[tuple[DeviceArray, DeviceArray]]:
+        shape = (batch, self.spec.kv_heads, capacity, self.spec.head_dim)
+        return [(self._filled(shape), self._filled(shape)) for _ in range(self._blocks)]
+
+    def weights(self) -> dict[str, DeviceArray]:
+        """Random weights of one block."""
+        spec = self.spec
+        width = spec.heads * spec.head_dim
+        shapes = {
+            "qkv": (width + 2 * spec.kv_heads * spec.head_dim, spec.hidden_size),
+            "out": (spec.hidden_size, width),
+            "up": (spec.intermediate_size * (2 if spec.gated else 1), spec.hidden_size),
+            "down": (spec.hidden_size, spec.intermediate_size),
+        }
+        return {name: self._filled(shape) for name, shape in shapes.items()}
+
+    def _filled(self, shape: tuple[int, ...]) -> DeviceArray:
+        result = self.arrays.lasting(shape, np.float16)
+        for at in range(0, result.nbytes, self._pool.nbytes):
+            size = min(self._pool.nbytes, result.nbytes - at)
+            self.device.copy(self._pool.pointer, result.pointer + at, size)
+        return result
+
+    def _time(
+        self,
+        caches: Sequence[tuple[DeviceArray, DeviceArray]],
+        positions: list[int],
+        sequences: list[int],
+        *,
+        together: bool,
+    ) -> float:
+        """Microseconds of attention."""
+        works = self._works(caches, positions, sequences, together=together)
+        return graph_time(self.device, partial(run_all, works)) / len(caches)
+
+    def _works(
+        self,
+        caches: Sequence[tuple[DeviceArray, DeviceArray]],
+        positions: list[int],
+        sequences: list[int],
+        *,
+        together: bool,
+        weights: Sequence[dict[str, DeviceArray]] = (),
+    ) -> list[Work]:
+        """What puts attention on the stream, or a block where there are weights, for each cache."""
+        spec, tokens = self.spec, len(positions)
+        arrays = self.arrays
+        width = spec.heads * spec.head_dim
+        qkv_width = width + 2 * spec.kv_heads * spec.head_dim
+        numbers = np.random.default_rng(1).standard_normal((tokens, qkv_width), np.float32)
+        qkv = arrays.asarray(numbers)
+        out = arrays.empty((tokens, width), np.float16)
+        places = arrays.asarray(np.array([positions, sequences], np.int32))
+        scratch = Scratch(self.device, arrays, self._geometry, tokens)
+        tables = [arrays.asarray(table) for table in self._rotary(max(positions) + 1)]
+        operands = Operands(
+            out=out.pointer,
+            qkv=qkv.pointer,
+            keys=0,
+            values=0,
+            cosines=tables[0].pointer if tables else 0,
+            sines=tables[1].pointer if tables else 0,
+            positions=places.pointer,
+            sequences=places.pointer + 4 * tokens,
+            capacity=caches[0][0].shape[2],
+            scale=spec.attention_scales[0],
+        )
+        block = self._block(qkv, out) if weights else None
+
+        def work(index: int) -> None:
+            keys, values = (array.pointer for array in caches[index])
+            given = replace(operands, keys=keys, values=values)
+
+            def attend() -> None:
+                self._attention.run(given, scratch, tokens, together=together)
+
+            if block:
+                block(weights[index], attend)
+            else:
+                attend()
+
+        return [partial(work, index) for index in range(len(caches))]
+
+    def _block(
+        self, qkv: DeviceArray, mixed: DeviceArray
+    ) -> Callable[[dict[str, DeviceArray], Callable[[], None]], None]:
+        spec, arrays, tokens = self.spec, self.arrays, len(mixed)
+        linear = self.products(tokens)
+        hidden = arrays.asarray(np.ones((tokens, spec.hidden_size), np.float32))
+        inner = arrays.empty((tokens, spec.intermediate_size), np.float16)
+        norm = Norm(arrays.asarray(np.ones((1, spec.hidden_size), np.float32)), None, 1e-5)
+
+        def run(weights: dict[str, DeviceArray], attend: Callable[[], None]) -> None:
+            linear.norm_linear(qkv, hidden, norm, weights["qkv"], None)
+            attend()
+            linear.linear(hidden, hidden, mixed, weights["out"], None)
+            linear.norm_up(inner, hidden, norm, weights["up"], None)
+            linear.linear(hidden, hidden, inner, weights["down"], None)
+
+        return run
+
+    def products(self, tokens: int) -> Products:
+        """The kernels that a step of so many tokens is made of."""
+        if tokens <= MOST_TOKENS:
+            return LinearKernels(self.device, self.kernels, 2)
+        return TiledKernels(self.device, self.arrays, self.kernels, self.spec.hidden_size)
+
+    def _rotary(self, rows: int) -> tuple[np.ndarray[Any, Any], ...]:
+        if not self.spec.rotary_dim:
+            return ()
+        return Rotary(self.spec.rotary_dim, "default", 1e4, rows, {}).tables(rows)
+
+
+def run_all(works: Sequence[Work]) -> None:
+    """Puts pieces of work on the stream, one after the other."""
+    for work in works:
+        work()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the exits, policies and drafts give, and what they cost."""
