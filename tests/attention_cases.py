@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ojfa_export.backends.tensorrt.attention import Geometry, Operands
+from ojfa_export.backends.tensorrt.attention import PAGE, Geometry, Operands
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Example:
         pasts: Positions that each sequence has in the cache.
         tokens: New ones of each sequence.
         capacity: Of the cache.
+        chunks: New tokens of each sequence, where they differ.
     """
 
     def __init__(
@@ -85,10 +86,12 @@ class Example:
         pasts: list[int],
         tokens: int,
         capacity: int,
+        chunks: list[int] | None = None,
     ) -> None:
         self.variant = variant
         self.scale = float(variant.head_dim**-0.5 * rng.uniform(0.5, 2))
-        count = len(pasts) * tokens
+        self.chunks = chunks or [tokens] * len(pasts)
+        count = sum(self.chunks)
         self.qkv = rng.standard_normal((count, variant.width), np.float32)
         shape = (len(pasts), variant.kv_heads, capacity, variant.head_dim)
         self.keys = rng.standard_normal(shape, np.float32).astype(variant.dtype)
@@ -99,18 +102,44 @@ class Example:
         angles = rng.uniform(0, 2 * np.pi, (capacity, variant.rotary_dim // 2))
         self.cosines = np.cos(angles).astype(np.float32)
         self.sines = np.sin(angles).astype(np.float32)
-        self.positions = np.concatenate([past + np.arange(tokens) for past in pasts])
+        both = zip(pasts, self.chunks, strict=True)
+        self.positions = np.concatenate([past + np.arange(new) for past, new in both])
         self.positions = self.positions.astype(np.int32)
-        self.sequences = np.repeat(np.arange(len(pasts), dtype=np.int32), tokens)
+        self.sequences = np.repeat(np.arange(len(pasts), dtype=np.int32), self.chunks)
+        self.most_pages = -(-capacity // PAGE)
+        pages = rng.permutation(len(pasts) * self.most_pages)
+        self.table = pages.reshape(-1, self.most_pages).astype(np.int32)
         self.out = np.full((count, variant.heads * variant.head_dim), np.nan, variant.dtype)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Those that kernels are given."""
-        names = ("out", "qkv", "keys", "values", "cosines", "sines", "positions", "sequences")
-        return {name: getattr(self, name) for name in names}
+        names = ("out", "qkv", "cosines", "sines", "positions", "sequences", "table")
+        others = {name: getattr(self, name) for name in names}
+        return {**others, "keys": self.in_pages(self.keys), "values": self.in_pages(self.values)}
 
     def operands(self, addresses: dict[str, int]) -> Operands:
-        return Operands(**addresses, capacity=self.keys.shape[2], scale=self.scale)
+        return Operands(**addresses, most_pages=self.most_pages, scale=self.scale)
+
+    def chunk_list(self, which: list[int]) -> np.ndarray:
+        """First token and number of tokens of some sequences, as kernels are given them."""
+        firsts = np.cumsum([0, *self.chunks])
+        rows = [(firsts[index], self.chunks[index]) for index in which]
+        return np.array(rows, np.int32).reshape(-1, 2)
+
+    def in_pages(self, cache: np.ndarray) -> np.ndarray:
+        """[sequences, kv_heads, capacity, head_dim] as pages, in the order of the table."""
+        sequences, heads, capacity, width = cache.shape
+        pages = np.full((self.table.size, heads, PAGE, width), np.nan, cache.dtype)
+        for row in range(sequences):
+            for index, page in enumerate(self.table[row]):
+                part = cache[row, :, index * PAGE : min((index + 1) * PAGE, capacity)]
+                pages[page, :, : part.shape[1]] = part
+        return pages
+
+    def from_pages(self, pages: np.ndarray) -> np.ndarray:
+        """What `in_pages` was given."""
+        whole = np.concatenate([pages[self.table[:, i]] for i in range(self.most_pages)], axis=2)
+        return whole[:, :, : self.keys.shape[2]]
 
     def expected(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What attention gives, and the cache after it, in float64."""
@@ -143,10 +172,13 @@ class Example:
     def check(
         self, out: np.ndarray, keys: np.ndarray, values: np.ndarray, tolerance: float
     ) -> None:
-        """Compares with float64, relative to the largest number."""
+        """Compares with float64, relative to the largest number; keys and values as pages."""
         expected = self.expected()
         for actual, wanted, name in zip(
-            (out, keys, values), expected, ("out", "keys", "values"), strict=True
+            (out, self.from_pages(keys), self.from_pages(values)),
+            expected,
+            ("out", "keys", "values"),
+            strict=True,
         ):
             largest = np.nanmax(np.abs(wanted))
             np.testing.assert_allclose(

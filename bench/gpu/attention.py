@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,14 +21,24 @@ import numpy as np
 from bench.gpu.clock import copy_bandwidth, graph_time
 from bench.gpu.shapes import SHAPES
 from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.cublas import Cublas
 from ojfa_export.backends.cuda.device import Device, the_device
 from ojfa_export.backends.cuda.kernels import Kernels, compile_kernels
 from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.cuda.sources import definitions
-from ojfa_export.backends.tensorrt.attention import Attention, Geometry, Operands, Scratch
+from ojfa_export.backends.passes import Chunk, positions_of, slots_of
+from ojfa_export.backends.tensorrt.attention import (
+    PAGE,
+    Attention,
+    Chunks,
+    Geometry,
+    Operands,
+    Scratch,
+)
+from ojfa_export.backends.tensorrt.gemm import GemmProducts
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
 from ojfa_export.backends.tensorrt.products import Products
-from ojfa_export.backends.tensorrt.tiled import TiledKernels
+from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS, TiledKernels
 from ojfa_export.models.families.rotary import Rotary
 from ojfa_export.models.spec import ModelSpec
 
@@ -103,14 +114,15 @@ class Bench:
             for past in pasts:
                 caches = self._caches(batch, past + batch)
                 for together in (True, False) if batch > 1 else (True,):
-                    positions = [past] * batch if together else list(range(past, past + batch))
-                    sequences = list(range(batch)) if together else [0] * batch
+                    chunks = [Chunk(0, past, batch)]
+                    if together:
+                        chunks = [Chunk(slot, past, 1) for slot in range(batch)]
                     what = f"{batch} sequences" if together else f"{batch} tokens of one"
                     rows.append(
                         {
                             "what": f"{what}, past {past}",
-                            "us": self._time(caches, positions, sequences, together=together),
-                            "bytes": self._read(sum(positions) if together else past),
+                            "us": self._time(caches, chunks),
+                            "bytes": self._read(past * len(chunks)),
                         }
                     )
                 del caches
@@ -121,7 +133,7 @@ class Bench:
         rows = []
         for length in lengths:
             caches = self._caches(1, length)
-            us = self._time(caches, list(range(length)), [0] * length, together=False)
+            us = self._time(caches, [Chunk(0, 0, length)])
             rows.append({"what": f"a prompt of {length}", "us": us, "bytes": self._read(length)})
         return rows
 
@@ -134,20 +146,32 @@ class Bench:
                 works = self.block_works(past, weights, batch)
                 us = graph_time(self.device, partial(run_all, works)) / self._blocks
                 rows.append({"what": f"a block of {batch} sequences, past {past}", "us": us})
+        for count, length in ((1, 512), (4, 512), (1, 2048)):
+            works = self.prompt_works(count, length, weights)
+            us = graph_time(self.device, partial(run_all, works)) / self._blocks
+            rows.append({"what": f"a block of {count} prompts of {length}", "us": us})
         return rows
 
     def block_works(
         self, past: int, weights: Sequence[dict[str, DeviceArray]], batch: int = 1
     ) -> list[Work]:
         """What puts each whole block on the stream, a token of each with so many in the cache."""
-        caches, positions = self._caches(batch, past + 1), [past] * batch
-        return self._works(caches, positions, list(range(batch)), together=True, weights=weights)
+        caches = self._caches(batch, past + 1)
+        return self._works(caches, [Chunk(slot, past, 1) for slot in range(batch)], weights)
+
+    def prompt_works(
+        self, count: int, length: int, weights: Sequence[dict[str, DeviceArray]]
+    ) -> list[Work]:
+        """What puts each whole block on the stream, for some prompts together."""
+        chunks = [Chunk(slot, 0, length) for slot in range(count)]
+        return self._works(self._caches(count, length), chunks, weights)
 
     def _read(self, positions: int) -> int:
         return 2 * positions * self.spec.kv_heads * self.spec.head_dim * 2
 
     def _caches(self, batch: int, capacity: int) -> list[tuple[DeviceArray, DeviceArray]]:
-        shape = (batch, self.spec.kv_heads, capacity, self.spec.head_dim)
+        pages = batch * math.ceil(capacity / PAGE)
+        shape = (pages, self.spec.kv_heads, PAGE, self.spec.head_dim)
         return [(self._filled(shape), self._filled(shape)) for _ in range(self._blocks)]
 
     def weights(self) -> dict[str, DeviceArray]:
@@ -170,27 +194,20 @@ class Bench:
         return result
 
     def _time(
-        self,
-        caches: Sequence[tuple[DeviceArray, DeviceArray]],
-        positions: list[int],
-        sequences: list[int],
-        *,
-        together: bool,
+        self, caches: Sequence[tuple[DeviceArray, DeviceArray]], chunks: Sequence[Chunk]
     ) -> float:
         """Microseconds of attention."""
-        works = self._works(caches, positions, sequences, together=together)
+        works = self._works(caches, chunks)
         return graph_time(self.device, partial(run_all, works)) / len(caches)
 
     def _works(
         self,
         caches: Sequence[tuple[DeviceArray, DeviceArray]],
-        positions: list[int],
-        sequences: list[int],
-        *,
-        together: bool,
+        chunks: Sequence[Chunk],
         weights: Sequence[dict[str, DeviceArray]] = (),
     ) -> list[Work]:
         """What puts attention on the stream, or a block where there are weights, for each cache."""
+        positions, sequences = positions_of(chunks), slots_of(chunks)
         spec, tokens = self.spec, len(positions)
         arrays = self.arrays
         width = spec.heads * spec.head_dim
@@ -210,17 +227,19 @@ class Bench:
             sines=tables[1].pointer if tables else 0,
             positions=places.pointer,
             sequences=places.pointer + 4 * tokens,
-            capacity=caches[0][0].shape[2],
+            table=0,  # each has its own pages in a row
+            most_pages=caches[0][0].shape[0] // len(chunks),
             scale=spec.attention_scales[0],
         )
         block = self._block(qkv, out) if weights else None
+        launches = (Chunks(len(chunks), chunks[0].length),)
 
         def work(index: int) -> None:
             keys, values = (array.pointer for array in caches[index])
             given = replace(operands, keys=keys, values=values)
 
             def attend() -> None:
-                self._attention.run(given, scratch, tokens, together=together)
+                self._attention.run(given, scratch, tokens, launches)
 
             if block:
                 block(weights[index], attend)
@@ -251,6 +270,9 @@ class Bench:
         """The kernels that a step of so many tokens is made of."""
         if tokens <= MOST_TOKENS:
             return LinearKernels(self.device, self.kernels, 2)
+        if tokens > MOST_TILED_TOKENS:
+            dtype = np.dtype(np.float16)
+            return GemmProducts(Cublas(self.device), self.arrays, self.kernels, dtype)
         return TiledKernels(self.device, self.arrays, self.kernels, self.spec.hidden_size)
 
     def _rotary(self, rows: int) -> tuple[np.ndarray[Any, Any], ...]:

@@ -52,18 +52,24 @@ def decoding(
     return samples
 
 
-def prefill(engines: Engines, spec: ModelSpec, tokens: int) -> dict[str, Any]:
-    """Milliseconds of a prompt, to the logits of its last token."""
-    session = Session(spec, engines, 1, tokens)
-    ids = np.random.default_rng(2).integers(0, spec.vocab_size, tokens).tolist()
+def prefill(engines: Engines, spec: ModelSpec, tokens: int, prompts: int = 1) -> dict[str, Any]:
+    """Milliseconds of some prompts together, to the logits of their last tokens."""
+    session = Session(spec, engines, prompts, tokens)
+    ids = np.random.default_rng(2).integers(0, spec.vocab_size, (prompts, tokens)).tolist()
     samples = []
     for _ in range(6):
         start = time.perf_counter()
         session.advance(ids)
         samples.append((time.perf_counter() - start) * 1e3)
-        session.rewind(0)
-    print(f"prefill of {tokens}: {np.median(samples[1:]):.1f} ms", flush=True)
-    return {"tokens": tokens, "ms_median": float(np.median(samples[1:])), "samples_ms": samples}
+        for row in range(prompts):
+            session.rewind(0, row)
+    print(f"prefill of {prompts} x {tokens}: {np.median(samples[1:]):.1f} ms", flush=True)
+    return {
+        "prompts": prompts,
+        "tokens": tokens,
+        "ms_median": float(np.median(samples[1:])),
+        "samples_ms": samples,
+    }
 
 
 def host_work(session: Session, engines: TensorRtEngines, past: int, tokens: int) -> list[Any]:

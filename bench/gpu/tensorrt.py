@@ -22,9 +22,12 @@ from bench.gpu.shapes import SHAPES, RandomGraphs
 from bench.gpu.steps import ROUNDS, WARMUP, checks, decoding, host_work, prefill
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.mailbox import HeadArguments
+from ojfa_export.backends.passes import Chunk
 from ojfa_export.backends.tensorrt.backend import BACKEND
-from ojfa_export.backends.tensorrt.blocks import Block, Workspace
+from ojfa_export.backends.tensorrt.blocks import Block
+from ojfa_export.backends.tensorrt.cache import KvCache
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
+from ojfa_export.backends.tensorrt.workspace import Workspace
 from ojfa_export.bundle.names import graph_names
 from ojfa_export.decoding.head_output import HeadRequest
 from ojfa_export.models.spec import ModelSpec
@@ -142,8 +145,10 @@ def decode(
 
 def parts(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
     """Microseconds of a block and of its parts, each over all blocks in one CUDA graph."""
-    shape = (16, spec.kv_heads, 1024, spec.head_dim)
-    blocks = [Block(engines, index, shape) for index in range(spec.blocks)]
+    slots, length = 64, 1024
+    cache = KvCache(engines, slots, length)
+    cache.pages.make_ready([Chunk(slot, 0, length) for slot in range(slots)])
+    blocks = [Block(engines, index, cache) for index in range(spec.blocks)]
     results: dict[str, float] = {}
 
     def measure(name: str, work: Callable[[Block], None]) -> None:
@@ -153,7 +158,7 @@ def parts(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
 
         results[name] = graph_time(engines.device, chain) / spec.blocks
 
-    for tokens in (1, 2, 4, 8, 16):
+    for tokens in (1, 2, 4, 8, 16, 32, 64):
         space = workspace(engines, tokens, 512)
         measure(f"qkv by engine {tokens}", partial(Block._qkv_by_engine, workspace=space))
         measure(f"mlp by engine {tokens}", partial(Block._mlp_by_engine, workspace=space))
@@ -168,7 +173,7 @@ def parts(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
             )
         measure(
             f"attention past 512 {tokens}",
-            partial(Block._attend, workspace=space, long_context=False, together=True),
+            partial(Block._attend, workspace=space, long_context=False),
         )
     for past in (128, 512, 1000):
         space = workspace(engines, 1, past)
@@ -176,7 +181,7 @@ def parts(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
             how = "kernels" if engines.decode_kernels else "engines"
             measure(
                 f"block by {how} past {past}",
-                partial(Block.run, workspace=space, long_context=False, together=True),
+                partial(Block.run, workspace=space, long_context=False),
             )
     results |= head_times(engines, spec)
     for name, value in results.items():
@@ -187,7 +192,7 @@ def parts(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
 def workspace(engines: TensorRtEngines, tokens: int, past: int) -> Workspace:
     """Buffers of a step in which each sequence has this many tokens behind it."""
     result = Workspace(engines, tokens)
-    result.place([past] * tokens, list(range(tokens)))
+    result.place([Chunk(slot, past, 1) for slot in range(tokens)])
     for buffer in result.hidden:
         engines.device.clear(buffer.pointer, buffer.nbytes)
     return result

@@ -17,12 +17,13 @@ constexpr int PARTIAL = HEAD_DIM + 2;  // largest, total, weighted values
 
 // Keys and values of a sequence's tokens, before any of them attends. Grid (tokens, what it takes).
 extern "C" __global__ void append(const float* qkv, Element* keys, Element* values, const float* cosines,
-                                  const float* sines, const int* positions, const int* sequences, int capacity) {
-    const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, capacity};
+                                  const float* sines, const int* positions, const int* sequences, const int* table,
+                                  int most_pages) {
+    const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};
     const int i = blockIdx.y * blockDim.x + threadIdx.x;
     if (i >= KV_HEADS * VECTORS) return;
     const int token = blockIdx.x, kv_head = i / VECTORS, feature = i % VECTORS * VECTOR, position = positions[token];
-    const long long at = in.base(token, kv_head) + static_cast<long long>(position) * HEAD_DIM + feature;
+    const long long at = in.place(sequences[token], kv_head, position) + feature;
     store_features(keys + at, in.turned(token, HEADS + kv_head, feature, position));
     store_features(values + at, in.value(token, kv_head, feature));
 }
@@ -136,18 +137,19 @@ struct SeenByColumns {
     }
 };
 
-// out [sequences * tokens, HEADS * HEAD_DIM] from qkv and the cache.
-// Grid (splits, KV_HEADS * ceil(tokens * GROUP / STEP_QUERIES), sequences): each split takes a part of the
-// keys, the last to finish combines.
-//   tokens    of each sequence, consecutive; one is appended here, several by `append` before
-//   parts     [sequences * tokens, HEADS, splits, PARTIAL] where splits > 1
+// out [tokens of the pass, HEADS * HEAD_DIM] from qkv and the cache.
+// Grid (splits, KV_HEADS * ceil(tokens * GROUP / STEP_QUERIES), chunks): each split takes a part of the keys,
+// the last to finish combines.
+//   tokens    of a chunk at most; one alone is appended here, several by `append` before
+//   chunks    see Chunks
+//   parts     [chunks * tokens, HEADS, splits, PARTIAL] where splits > 1
 //   finished  [gridDim.z, gridDim.y] zero before and after
 extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     attention(Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,
-              const float* sines, const int* positions, const int* sequences, int capacity, float scale, int tokens,
-              float* parts, unsigned* finished) {
+              const float* sines, const int* positions, const int* sequences, const int* table, int most_pages,
+              float scale, int tokens, const int* chunks, float* parts, unsigned* finished) {
     constexpr int THREADS = STEP_WARPS * LANES, STAGE = 2 * STEP_KEYS * STRIDE;
-    const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, capacity};
+    const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     Element* const queries = reinterpret_cast<Element*>(shared_memory);
     Element* const fresh = queries + STEP_QUERIES * STRIDE;  // the new key and value
@@ -155,11 +157,18 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
 
     const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y % KV_HEADS;
     const int first_query = blockIdx.y / KV_HEADS * STEP_QUERIES;
-    const int count = min(STEP_QUERIES, tokens * GROUP - first_query);
+    const Chunks pass{chunks, tokens};
+    const int first_token = pass.first(blockIdx.z), new_tokens = pass.count(blockIdx.z);
+    const int count = min(STEP_QUERIES, new_tokens * GROUP - first_query);
+    if (count <= 0) {  // of a chunk that is shorter than others
+        wait_for_previous();
+        return;
+    }
     // Consecutive tokens have consecutive positions.
-    const int first_token = blockIdx.z * tokens, start = positions[first_token];
+    const int start = positions[first_token], sequence = sequences[first_token];
     const int lowest = start + first_query / GROUP, highest = start + (first_query + count - 1) / GROUP;
-    const int oldest = WINDOW ? max(0, lowest + 1 - WINDOW) : 0, seen_keys = highest + 1 - oldest;
+    const int oldest = WINDOW ? max(0, lowest + 1 - WINDOW) / STEP_KEYS * STEP_KEYS : 0;
+    const int seen_keys = highest + 1 - oldest;
     // Whole steps, so that no split sees keys of another.
     int active = min(splits, (seen_keys + SPLIT_KEYS - 1) / SPLIT_KEYS);
     const int each = (seen_keys + active * STEP_KEYS - 1) / (active * STEP_KEYS) * STEP_KEYS;
@@ -169,14 +178,13 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
         return;
     }
     const int first = oldest + split * each, stop = min(first + each, highest + 1);
-    const bool appending = tokens == 1 && split == active - 1;
+    const bool appending = new_tokens == 1 && split == active - 1;
 
-    const long long base = in.base(first_token, kv_head);
     const auto copy_step = [=](int step) {
         const int key = first + (step * STEP_WARPS + warp) * STEP_KEYS;
         Element* stage = ring + step % STEP_STAGES * STAGE;
         if (key < stop)
-            copy_rows<STEP_KEYS>(stage, stage + STEP_KEYS * STRIDE, keys + base, values + base, key, stop, lane, LANES);
+            copy_rows<STEP_KEYS>(stage, stage + STEP_KEYS * STRIDE, in, sequence, kv_head, key, stop, lane, LANES);
         copies_end();
     };
     // Older keys and values don't depend on the kernel before.
@@ -198,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
         if (row < count) {
             store_features(queries + row * STRIDE + feature, loaded, scale * LOG2_E);
         } else {
-            const long long place = base + static_cast<long long>(highest) * HEAD_DIM + feature;
+            const long long place = in.place(sequence, kv_head, highest) + feature;
             store_features(fresh + (row - count) * STRIDE + feature, loaded);
             store_features((row == count ? keys : values) + place, loaded);
         }
@@ -240,19 +248,20 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     float* const by_warp = reinterpret_cast<float*>(fresh + 2 * STRIDE);  // [STEP_WARPS, STEP_QUERIES, PARTIAL]
     seen.write(by_warp + warp * STEP_QUERIES * PARTIAL, count);
     __syncthreads();
-    // A query of this thread block among all.
-    const auto index_of = [=](int query) {
+    // A query of this thread block among all, its chunk's first token being the `first`th.
+    const auto index_of = [=](int query, int first) {
         query += first_query;
-        return static_cast<long long>(first_token + query / GROUP) * HEADS + kv_head * GROUP + query % GROUP;
+        return static_cast<long long>(first + query / GROUP) * HEADS + kv_head * GROUP + query % GROUP;
     };
+    const int first_part = blockIdx.z * tokens;
     for (int i = threadIdx.x; i < count * HEAD_DIM; i += THREADS) {
         const int query = i / HEAD_DIM, feature = i % HEAD_DIM;
         const Combined all(by_warp + query * PARTIAL, STEP_QUERIES * PARTIAL, STEP_WARPS, feature);
         if (active == 1) {
-            store(out + index_of(query) * HEAD_DIM + feature, all.mixed / all.total);
+            store(out + index_of(query, first_token) * HEAD_DIM + feature, all.mixed / all.total);
             continue;
         }
-        float* part = parts + (index_of(query) * splits + split) * PARTIAL;
+        float* part = parts + (index_of(query, first_part) * splits + split) * PARTIAL;
         if (feature == 0) part[0] = all.largest, part[1] = all.total;
         part[2 + feature] = all.mixed;
     }
@@ -268,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     if (!is_last) return;
     for (int i = threadIdx.x; i < count * HEAD_DIM; i += THREADS) {
         const int query = i / HEAD_DIM, feature = i % HEAD_DIM;
-        const Combined all(parts + index_of(query) * splits * PARTIAL, PARTIAL, active, feature);
-        store(out + index_of(query) * HEAD_DIM + feature, all.mixed / all.total);
+        const Combined all(parts + index_of(query, first_part) * splits * PARTIAL, PARTIAL, active, feature);
+        store(out + index_of(query, first_token) * HEAD_DIM + feature, all.mixed / all.total);
     }
 }

@@ -40,6 +40,17 @@ extern "C" __global__ void keep(float* kept, const float* hidden, const int* pos
     keep_token(kept, hidden, positions, sequences, capacity, features, blockIdx.x, threadIdx.x, blockDim.x);
 }
 
+// hidden [tokens, features] = what was kept at the tokens' sequences and positions. Grid (tokens).
+extern "C" __global__ void fetch(float* hidden, const float* kept, const int* positions, const int* sequences,
+                                 int capacity, int features) {
+    wait_for_previous();
+    let_next_start();
+    const int token = blockIdx.x;
+    const long long place = static_cast<long long>(fresh(sequences + token)) * capacity + fresh(positions + token);
+    for (int i = threadIdx.x; i < features; i += blockDim.x)
+        hidden[static_cast<long long>(token) * features + i] = fresh(kept + place * features + i);
+}
+
 // A pass that was begun ahead and called off is over: what comes next counts again.
 extern "C" __global__ void go_on() {
     wait_for_previous();

@@ -3,9 +3,9 @@
 #include "common.cuh"
 
 constexpr int MAIL_SLOTS = 8;  // answers that may be on their way at once
-constexpr int MAIL_ROWS = 16;  // rows of one answer
+constexpr int MAIL_ROWS = 64;  // rows of one answer
 constexpr int CHOOSE_THREADS = 512;
-constexpr int MOST_PARTS = 1024;  // of all rows of an answer
+constexpr int MOST_PARTS = 2048;  // of all rows of an answer
 
 // Four bytes and the number of the answer that they belong to, written and read as one: whoever waits
 // for them looks until they are there, and no barrier, fence or other sign is needed.

@@ -111,14 +111,14 @@ struct SeenByRows {
     }
 };
 
-// out [tokens, HEADS * HEAD_DIM]; the tokens are consecutive ones of a sequence.
-// Grid (ceil(tokens * GROUP / PROMPT_ROWS), KV_HEADS).
+// out [tokens of the pass, HEADS * HEAD_DIM].
+// Grid (ceil(tokens * GROUP / PROMPT_ROWS), KV_HEADS, chunks); `tokens` of a chunk at most.
 extern "C" __global__ void __launch_bounds__(PROMPT_WARPS* LANES, PROMPT_RESIDENT)
     prompt_attention(Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,
-                     const float* sines, const int* positions, const int* sequences, int capacity, float scale,
-                     int tokens) {
+                     const float* sines, const int* positions, const int* sequences, const int* table,
+                     int most_pages, float scale, int tokens, const int* chunks) {
     constexpr int STAGE = 2 * PROMPT_KEYS * STRIDE;
-    const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, capacity};
+    const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, kv_head = blockIdx.y;
     Element* const ring = reinterpret_cast<Element*>(shared_memory);
     // Queries that go to registers lie where the second stage of keys comes later.
@@ -127,17 +127,19 @@ extern "C" __global__ void __launch_bounds__(PROMPT_WARPS* LANES, PROMPT_RESIDEN
 
     // The last rows have most to do: they begin first.
     const int first_row = (gridDim.x - 1 - blockIdx.x) * PROMPT_ROWS;
-    const int rows = min(PROMPT_ROWS, tokens * GROUP - first_row);
+    const Chunks pass{chunks, tokens};
+    const int first_token = pass.first(blockIdx.z);
+    const int rows = min(PROMPT_ROWS, pass.count(blockIdx.z) * GROUP - first_row);
+    if (rows <= 0) return;  // of a chunk that is shorter than others
     // Consecutive tokens have consecutive positions.
-    const int start = positions[0], lowest = start + first_row / GROUP;
-    const int stop = start + (first_row + rows - 1) / GROUP + 1;
-    const int oldest = WINDOW ? max(0, lowest + 1 - WINDOW) : 0;
+    const int start = positions[first_token], lowest = start + first_row / GROUP;
+    const int sequence = sequences[first_token], stop = start + (first_row + rows - 1) / GROUP + 1;
+    const int oldest = WINDOW ? max(0, lowest + 1 - WINDOW) / PROMPT_KEYS * PROMPT_KEYS : 0;
     const int tiles = (stop - oldest + PROMPT_KEYS - 1) / PROMPT_KEYS;
-    const long long base = in.base(0, kv_head);
     const auto copy_tile = [=](int tile) {
         Element* stage = ring + tile % 2 * STAGE;
         if (tile < tiles)
-            copy_rows<PROMPT_KEYS>(stage, stage + PROMPT_KEYS * STRIDE, keys + base, values + base,
+            copy_rows<PROMPT_KEYS>(stage, stage + PROMPT_KEYS * STRIDE, in, sequence, kv_head,
                                    oldest + tile * PROMPT_KEYS, stop, threadIdx.x, blockDim.x);
         copies_end();
     };
@@ -145,7 +147,8 @@ extern "C" __global__ void __launch_bounds__(PROMPT_WARPS* LANES, PROMPT_RESIDEN
 #pragma unroll 4
     for (int i = threadIdx.x; i < PROMPT_ROWS * VECTORS; i += PROMPT_WARPS * LANES) {
         const int row = min(i / VECTORS, rows - 1) + first_row, feature = i % VECTORS * VECTOR;
-        const Features query = in.turned(row / GROUP, kv_head * GROUP + row % GROUP, feature, start + row / GROUP);
+        const Features query =
+            in.turned(first_token + row / GROUP, kv_head * GROUP + row % GROUP, feature, start + row / GROUP);
         store_features(queries + i / VECTORS * STRIDE + feature, query, scale * LOG2_E);
     }
     clear_padding(queries, PROMPT_ROWS, threadIdx.x, blockDim.x);
@@ -176,8 +179,9 @@ extern "C" __global__ void __launch_bounds__(PROMPT_WARPS* LANES, PROMPT_RESIDEN
     for (int half = 0; half < 2; ++half) {
         const int row = warp * TILE_ROWS + lane / 4 + 8 * half;
         if (row >= rows) continue;
+        const int token = first_token + (first_row + row) / GROUP;
         const long long query_index =
-            static_cast<long long>((first_row + row) / GROUP) * HEADS + kv_head * GROUP + (first_row + row) % GROUP;
+            static_cast<long long>(token) * HEADS + kv_head * GROUP + (first_row + row) % GROUP;
 #pragma unroll
         for (int tile = 0; tile < DIM / 8; ++tile)
 #pragma unroll

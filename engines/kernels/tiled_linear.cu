@@ -246,38 +246,6 @@ __device__ void tiled_up(Element* inner, const Element* x, const Element* matrix
         });
 }
 
-// Grid (tokens). x [tokens, columns] = norm(hidden [tokens, width]), rounded, zeros from `width` on.
-extern "C" __global__ void __launch_bounds__(TILED_THREADS)
-    normalize(Element* x, const float* hidden, const float* norm_weight, const float* norm_bias,
-              float epsilon, int width, int columns) {
-    let_next_start();  // to load weights
-    wait_for_previous();
-    hidden += static_cast<long long>(blockIdx.x) * width;
-    x += static_cast<long long>(blockIdx.x) * columns;
-    float mean = 0.0f, square = 0.0f;
-    for (int i = threadIdx.x; i < width; i += TILED_THREADS) {
-        const float value = fresh(hidden + i);
-        mean += value;
-        square += value * value;
-    }
-#if NORM_LAYER
-    mean = block_sum(mean) / width;
-    square = 0.0f;
-    for (int i = threadIdx.x; i < width; i += TILED_THREADS) {
-        const float centred = fresh(hidden + i) - mean;
-        square += centred * centred;
-    }
-#else
-    mean = 0.0f;
-#endif
-    const float scale = 1.0f / sqrtf(block_sum(square) / width + epsilon);
-    for (int i = threadIdx.x; i < columns; i += TILED_THREADS) {
-        float y = i < width ? (fresh(hidden + i) - mean) * scale * norm_weight[i] : 0.0f;
-        if (norm_bias && i < width) y += norm_bias[i];
-        store(x + i, y);
-    }
-}
-
 #define FOR_TOKENS_UP_TO(TOKENS)                                                                          \
     extern "C" __global__ void __launch_bounds__(TILED_THREADS, 1)                                        \
         tiled_linear_##TOKENS(float* out, const float* residual, const Element* x, const Element* matrix, \

@@ -13,6 +13,7 @@ constexpr int ROW_BYTES = DIM * sizeof(Element);
 // Elements from a row to the next in shared memory, so that eight rows lie in different banks.
 constexpr int STRIDE = DIM + WIDE;
 constexpr float NONE = -1e30f;  // of a score: less than any
+constexpr int PAGE = 64;        // positions of a page of the cache
 
 // Features that are loaded, rotated and stored at once.
 constexpr int HALF_ROTARY = ROTARY_DIM / 2;
@@ -51,18 +52,24 @@ __device__ __forceinline__ Features rotated(const float* head, int i, const floa
     return own;
 }
 
-// What the kernels are given: qkv [tokens, QKV_WIDTH] and the cache, [sequences, KV_HEADS, capacity,
-// HEAD_DIM] keys and values; positions and sequences of the tokens; cosines and sines [rows, ROTARY_DIM / 2].
+// What the kernels are given: qkv [tokens, QKV_WIDTH] and the cache, [pages, KV_HEADS, PAGE, HEAD_DIM] keys and
+// values; positions and sequences of the tokens; cosines and sines [rows, ROTARY_DIM / 2]. The table
+// [sequences, most_pages] names the pages of each sequence, in order; without one they are its own in a row.
 struct Inputs {
     const float* qkv;
     Element *keys, *values;
     const float *cosines, *sines;
-    const int *positions, *sequences;
-    int capacity;
+    const int *positions, *sequences, *table;
+    int most_pages;
 
-    // Where the rows of a head begin in the cache.
-    __device__ long long base(int token, int kv_head) const {
-        return (static_cast<long long>(sequences[token]) * KV_HEADS + kv_head) * capacity * HEAD_DIM;
+    // Where the rows of a head begin in a sequence's page.
+    __device__ __forceinline__ long long page(int sequence, int kv_head, int index) const {
+        const int at = sequence * most_pages + index, page = table ? table[at] : at;
+        return (static_cast<long long>(page) * KV_HEADS + kv_head) * (PAGE * HEAD_DIM);
+    }
+    // Where the row of a position lies.
+    __device__ __forceinline__ long long place(int sequence, int kv_head, int position) const {
+        return page(sequence, kv_head, position / PAGE) + position % PAGE * HEAD_DIM;
     }
     // Features of a head of queries or, from HEADS on, keys, rotated for a position.
     __device__ Features turned(int token, int head, int feature, int position) const {
@@ -76,23 +83,36 @@ struct Inputs {
     }
 };
 
-// Starts copies of keys and values `first` to `first` + COUNT to shared memory; those from `stop` on are
-// zeros, as nothing is known of that memory. By `lanes` threads, of which this is the `lane`th.
+// Starts copies of COUNT keys and values to shared memory, from position `first` of a sequence on, a multiple of
+// COUNT: all of one page. Those from `stop` on are zeros, as nothing is known of that memory. By `lanes`
+// threads, of which this is the `lane`th.
 template <int COUNT>
-__device__ __forceinline__ void copy_rows(Element* to_keys, Element* to_values, const Element* keys,
-                                          const Element* values, int first, int stop, int lane, int lanes) {
+__device__ __forceinline__ void copy_rows(Element* to_keys, Element* to_values, const Inputs& in, int sequence,
+                                          int kv_head, int first, int stop, int lane, int lanes) {
     constexpr int BYTES = HEAD_DIM * sizeof(Element);
     constexpr int COPY = BYTES % 16 == 0 ? 16 : BYTES % 8 == 0 ? 8 : 4;
     constexpr int EACH = COPY / sizeof(Element), COPIES = HEAD_DIM / EACH;
     static_assert(BYTES % 4 == 0, "a head must have an even number of features");
+    static_assert(PAGE % COUNT == 0, "keys that are copied together lie in one page");
+    const long long start = in.place(sequence, kv_head, first);
 #pragma unroll 4
     for (int i = lane; i < COUNT * COPIES; i += lanes) {
         const int row = i / COPIES, feature = i % COPIES * EACH;
-        const long long from = static_cast<long long>(min(first + row, stop - 1)) * HEAD_DIM + feature;
-        copy_async<COPY>(to_keys + row * STRIDE + feature, keys + from, first + row < stop);
-        copy_async<COPY>(to_values + row * STRIDE + feature, values + from, first + row < stop);
+        const long long from = start + min(row, stop - 1 - first) * HEAD_DIM + feature;
+        copy_async<COPY>(to_keys + row * STRIDE + feature, in.keys + from, first + row < stop);
+        copy_async<COPY>(to_values + row * STRIDE + feature, in.values + from, first + row < stop);
     }
 }
+
+// Consecutive tokens of one sequence, of a pass: [chunks, 2] first token and how many; without such a list each
+// has `tokens`.
+struct Chunks {
+    const int* list;
+    int tokens;
+
+    __device__ __forceinline__ int first(int chunk) const { return list ? list[2 * chunk] : chunk * tokens; }
+    __device__ __forceinline__ int count(int chunk) const { return list ? list[2 * chunk + 1] : tokens; }
+};
 
 // Zeros in the features that only make tiles whole.
 __device__ __forceinline__ void clear_padding(Element* rows, int count, int lane, int lanes) {

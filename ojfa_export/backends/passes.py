@@ -125,6 +125,22 @@ def split_pass(chunks: Sequence[Chunk], longest: int) -> list[list[int]]:
     return [short, *parts] if short else parts
 
 
+def cut_pass(chunks: Sequence[Chunk], most: int) -> list[list[Chunk]]:
+    """Cuts a pass into pieces of at most so many tokens, to run one after the other."""
+    pieces: list[list[Chunk]] = [[]]
+    room = most
+    for slot, start, length in chunks:
+        stop = start + length
+        while start < stop:
+            if not room:
+                pieces.append([])
+                room = most
+            count = min(room, stop - start)
+            pieces[-1].append(Chunk(slot, start, count))
+            start, room = start + count, room - count
+    return pieces
+
+
 def rows_of(ranges: Sequence[range], part: Sequence[int]) -> slice | list[int]:
     """The rows of some chunks, as a slice where they are neighbours."""
     rows = [row for index in part for row in ranges[index]]

@@ -14,7 +14,7 @@ from kernels_on_cpu import CpuKernels
 from tolerances import ATTENTION_FP16_RELATIVE, ATTENTION_FP32_RELATIVE
 
 from ojfa_export.backends.cuda.sources import source_directory
-from ojfa_export.backends.tensorrt.attention import Attention, Scratch, step_launch
+from ojfa_export.backends.tensorrt.attention import Attention, Chunks, Scratch, step_launch
 
 SOURCES = ("tiles.cuh", "attention.cu", "prompt.cu")
 MULTIPROCESSORS = 7
@@ -34,7 +34,7 @@ class Cpu:
 
     multiprocessors = MULTIPROCESSORS
 
-    def empty(self, shape, dtype):
+    def lasting(self, shape, dtype):
         return CpuArray(np.full(shape, 127, dtype))
 
     def clear(self, pointer, size):
@@ -55,19 +55,28 @@ def compiled(request, tmp_path_factory):
     return variant, CpuKernels("attention.cpp", SOURCES, variant.definitions(), directory)
 
 
-def run(compiled, example, sequences, tokens, *, prompt=False):
+def run(compiled, example, launches, *, as_prompt=()):
+    """Runs sequences of an example in some launches, and compares."""
     variant, kernels = compiled
     attention = Attention(kernels, variant.geometry, MULTIPROCESSORS)
     arrays = {name: array.copy() for name, array in example.arrays().items()}
     operands = example.operands({name: array.ctypes.data for name, array in arrays.items()})
-    if prompt:
-        attention.prompt(operands, tokens)
-    else:
-        scratch = Scratch(Cpu(), Cpu(), variant.geometry, sequences * tokens)
-        called_off = ctypes.c_int.in_dll(kernels.library, "called_off")
-        for off in (0, HALF_CALLED_OFF, 0):  # each finds what the one before has left
-            called_off.value = off
-            attention.step(operands, scratch, sequences, tokens)
+    scratch = Scratch(Cpu(), Cpu(), variant.geometry, len(example.qkv))
+    called_off = ctypes.c_int.in_dll(kernels.library, "called_off")
+    for off in (0, HALF_CALLED_OFF, 0):  # each finds what the one before has left
+        called_off.value = off
+        if max(example.chunks) > 1:
+            attention.append(operands, len(example.qkv))
+        for index, which in enumerate(launches):
+            listed = example.chunk_list(which)
+            longest = max(example.chunks[each] for each in which)
+            alike = len(set(example.chunks)) == len(launches) == 1
+            chunks = Chunks(len(which), longest, 0 if alike else listed.ctypes.data)
+            if index in as_prompt:
+                attention.prompt(operands, chunks)
+            else:
+                attention.step(operands, scratch, chunks)
+    assert not scratch.finished.array.any()
     tolerance = ATTENTION_FP16_RELATIVE if variant.half else ATTENTION_FP32_RELATIVE
     example.check(arrays["out"], arrays["keys"], arrays["values"], tolerance)
 
@@ -75,19 +84,25 @@ def run(compiled, example, sequences, tokens, *, prompt=False):
 @pytest.mark.parametrize("pasts", [[0], [15], [300], [5, 130, 64]])
 def test_one_token_of_each_sequence(compiled, rng, pasts):
     example = Example(compiled[0], rng, pasts, 1, capacity=320)
-    run(compiled, example, len(pasts), 1)
+    run(compiled, example, [range(len(pasts))])
 
 
 @pytest.mark.parametrize(("past", "tokens"), [(0, 2), (150, 9)])
 def test_a_few_tokens_of_one_sequence(compiled, rng, past, tokens):
     example = Example(compiled[0], rng, [past], tokens, capacity=180)
-    run(compiled, example, 1, tokens)
+    run(compiled, example, [[0]])
 
 
 @pytest.mark.parametrize(("past", "tokens"), [(0, 40), (37, 33)])
 def test_a_prompt(compiled, rng, past, tokens):
     example = Example(compiled[0], rng, [past], tokens, capacity=100)
-    run(compiled, example, 1, tokens, prompt=True)
+    run(compiled, example, [[0]], as_prompt=[0])
+
+
+def test_chunks_of_any_length_in_one_pass(compiled, rng):
+    pasts, chunks = [70, 0, 200, 31, 64], [1, 37, 3, 20, 1]
+    example = Example(compiled[0], rng, pasts, 0, capacity=230, chunks=chunks)
+    run(compiled, example, [[0, 2, 4], [1, 3]], as_prompt=[1])
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -111,6 +126,6 @@ def test_nothing_is_spilled(variant, architecture, tmp_path):
         assert not any(map(int, spilled)), result.stderr
         if source == "attention.cu" and variant.half:
             [registers] = re.findall(r"'attention'.*?Used (\d+) registers", result.stderr, re.S)
-            launch = step_launch(variant.geometry, 1, 1, MULTIPROCESSORS)
+            launch = step_launch(variant.geometry, Chunks(1, 1), MULTIPROCESSORS)
             assert int(registers) * launch.threads <= FREE_REGISTERS
             assert launch.shared_bytes <= FREE_SHARED_BYTES

@@ -327,8 +327,9 @@ def test_a_damaged_engine_is_refused_by_its_digest(
         ojfa_export.load(copy.directory, backend="tensorrt")
 
 
-def test_an_engine_that_tensorrt_refuses(copy: BundleCopy) -> None:
+def test_an_engine_that_tensorrt_refuses(copy: BundleCopy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its digest is right, it was cut before the manifest was written."""
+    monkeypatch.setenv("OJFA_DECODE", "engines")
     change_file(copy, engine_file(copy.directory), lambda data: data[: len(data) // 2])
     session = ojfa_export.load(copy.directory, backend="tensorrt").session(1, 32)
     with pytest.raises(BackendError, match="can't open engine") as caught:

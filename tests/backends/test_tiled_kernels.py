@@ -10,7 +10,7 @@ import pytest
 from kernels_on_cpu import CpuKernels
 from tolerances import BLOCK_FP16_RELATIVE
 
-SOURCES = ("activation.cuh", "tiled_linear.cu")
+SOURCES = ("activation.cuh", "around_products.cu", "tiled_linear.cu")
 EPSILON = 1e-5
 MULTIPROCESSORS = 3
 SHARED_BYTES = 227 << 10
@@ -43,6 +43,7 @@ class CpuArray:
 
     def __init__(self, array: np.ndarray) -> None:
         self.array, self.shape, self.pointer = array, array.shape, array.ctypes.data
+        self.dtype = array.dtype
 
     def __len__(self) -> int:
         return len(self.array)
@@ -58,6 +59,14 @@ class Cpu:
 
     def lasting(self, shape, dtype):
         return CpuArray(np.full(shape, np.nan, dtype))
+
+    empty = lasting
+
+    def multiply(self, out, x, matrix, bias=None, added=None):
+        """Takes the place of `Cublas`."""
+        y = x.array.astype(np.float64) @ matrix.array.astype(np.float64).T
+        y = y if bias is None else y + bias.array
+        out.array[...] = y if added is None else y + added.array
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -108,18 +117,25 @@ def test_products(compiled, rng, tokens, columns, outputs):
     check(residual.array, expected)
 
 
-@pytest.mark.parametrize(("tokens", "columns", "width"), [(4, 72, 5), (13, 520, 70)])
+@pytest.mark.parametrize(
+    ("tokens", "columns", "width"), [(4, 72, 5), (13, 520, 70), (20, 72, 5), (300, 40, 2056)]
+)
 def test_activated_products(compiled, rng, tokens, columns, width):
+    """By the kernels for a few tokens, and by those around a library's products."""
+    from ojfa_export.backends.tensorrt.gemm import GemmProducts
     from ojfa_export.backends.tensorrt.linear import Norm
-    from ojfa_export.backends.tensorrt.tiled import TiledKernels
+    from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS, TiledKernels
 
     kind, kernels = compiled
-    tiled = TiledKernels(Cpu(), Cpu(), kernels, columns)
+    if tokens <= MOST_TILED_TOKENS:
+        products = TiledKernels(Cpu(), Cpu(), kernels, columns)
+    else:
+        products = GemmProducts(Cpu(), Cpu(), kernels, np.dtype(np.float16))
     outputs = width * (2 if kind.gated else 1)
     matrix = halves(rng, 1 / math.sqrt(columns), outputs, columns)
     hidden, bias, weight, shift = arrays(rng, (tokens, columns), (outputs,), (columns,), (columns,))
     inner = CpuArray(np.full((tokens, width), np.nan, np.float16))
-    tiled.norm_up(inner, hidden, Norm(weight, shift, EPSILON), matrix, bias)
+    products.norm_up(inner, hidden, Norm(weight, shift, EPSILON), matrix, bias)
     y = kind.normed(hidden.array, weight.array, shift.array) @ matrix.array.astype(np.float64).T
     y = y + bias.array
     expected = y[:, :width] / (1 + np.exp(-y[:, :width]))

@@ -9,6 +9,8 @@ import pytest
 from attention_cases import VARIANTS, Example, Variant
 from tolerances import ATTENTION_FP16_RELATIVE, ATTENTION_FP32_RELATIVE
 
+from ojfa_export.backends.tensorrt.attention import Chunks
+
 pytestmark = pytest.mark.gpu
 
 WHOLE_MODELS = {
@@ -75,7 +77,7 @@ def test_one_token_of_each_sequence(compiled, rng, pasts):
 
     def work(operands):
         for _ in range(3):  # the later ones find what the first has left
-            compiled.attention.run(operands, scratch, len(pasts), together=True)
+            compiled.attention.run(operands, scratch, len(pasts), (Chunks(len(pasts), 1),))
 
     compiled.run(example, work)
 
@@ -84,13 +86,35 @@ def test_one_token_of_each_sequence(compiled, rng, pasts):
 def test_consecutive_tokens_by_split_keys(compiled, rng, past, tokens):
     example = Example(compiled.variant, rng, [past], tokens, capacity=800)
     scratch = compiled.scratch(tokens)
-    compiled.run(example, lambda operands: compiled.attention.step(operands, scratch, 1, tokens))
+    launches = (Chunks(1, tokens),)
+    compiled.run(
+        example, lambda operands: compiled.attention.run(operands, scratch, tokens, launches)
+    )
 
 
 @pytest.mark.parametrize(("past", "tokens"), [(0, 1), (0, 70), (37, 33), (130, 300)])
 def test_a_prompt(compiled, rng, past, tokens):
     example = Example(compiled.variant, rng, [past], tokens, capacity=450)
-    compiled.run(example, lambda operands: compiled.attention.prompt(operands, tokens))
+
+    def work(operands):
+        compiled.attention.append(operands, tokens)
+        compiled.attention.prompt(operands, Chunks(1, tokens))
+
+    compiled.run(example, work)
+
+
+def test_chunks_of_any_length_in_one_pass(compiled, rng):
+    pasts, lengths = [70, 0, 200, 31, 64, 511], [1, 137, 3, 90, 1, 8]
+    example = Example(compiled.variant, rng, pasts, 0, capacity=520, chunks=lengths)
+    scratch, tokens = compiled.scratch(sum(lengths)), sum(lengths)
+    lists = [compiled.arrays.asarray(example.chunk_list(which)) for which in ([0, 2, 4, 5], [1, 3])]
+    launches = (Chunks(4, 8, lists[0].pointer), Chunks(2, 137, lists[1].pointer))
+
+    def work(operands):
+        for _ in range(3):
+            compiled.attention.run(operands, scratch, tokens, launches)
+
+    compiled.run(example, work)
 
 
 def test_one_recording_serves_every_position(compiled, rng):
@@ -102,7 +126,7 @@ def test_one_recording_serves_every_position(compiled, rng):
     operands = example.operands({name: array.pointer for name, array in held.items()})
 
     def work():
-        compiled.attention.run(operands, scratch, 2, together=True)
+        compiled.attention.run(operands, scratch, 2, (Chunks(2, 1),))
 
     work()
     graph = device.capture(work)
@@ -116,5 +140,5 @@ def test_one_recording_serves_every_position(compiled, rng):
         out, keys, values = (np.asarray(held[name]) for name in ("out", "keys", "values"))
         tolerance = ATTENTION_FP16_RELATIVE if variant.half else ATTENTION_FP32_RELATIVE
         example.check(out, keys, values, tolerance)
-        example.keys, example.values = keys, values
+        example.keys, example.values = example.from_pages(keys), example.from_pages(values)
         example.positions = example.positions + np.int32(1)

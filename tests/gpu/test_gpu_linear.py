@@ -14,7 +14,7 @@ EPSILON = 1e-5
 # warp takes, an odd number, more than all warps take at once; inputs of 16 tokens that don't find
 # room in shared memory together.
 SIZES = [(32, 1), (200, 7), (1600, 513), (4096, 12_289), (11_008, 4096)]
-TOKENS = (1, 2, 5, 16)
+TOKENS = (1, 2, 5, 16, 40, 300)
 
 
 class Compiled:
@@ -48,14 +48,18 @@ class Compiled:
         self.kernels, self.device = kernels, device
 
     def products(self, tokens, columns):
-        """The kernels for so many tokens; left out where there are none."""
+        """The kernels for so many tokens, or the library."""
+        from ojfa_export.backends.cuda.cublas import Cublas
+        from ojfa_export.backends.tensorrt.gemm import GemmProducts
         from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
-        from ojfa_export.backends.tensorrt.tiled import TiledKernels
+        from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS, TiledKernels
 
         if tokens <= MOST_TOKENS:
             return self.linear
-        if not self.half:
-            pytest.skip("only fp16 has kernels for more than two tokens")
+        if not self.half or tokens > MOST_TILED_TOKENS:
+            return GemmProducts(
+                Cublas(self.device), self.arrays, self.kernels, np.dtype(self.element)
+            )
         return TiledKernels(self.device, self.arrays, self.kernels, columns)
 
     def normed(self, hidden, weight, bias):

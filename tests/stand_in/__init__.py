@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from stand_in.compiler import make_compiler
+from stand_in.cublas import make_cublas
 from stand_in.driver import Driver
 from stand_in.tensorrt import make_tensorrt
 
@@ -43,7 +44,9 @@ def stand_in_gpu() -> Iterator[Driver]:
             patch.setitem(sys.modules, name, module)
         before = _take_away()
         try:
-            from ojfa_export.backends.cuda import mailbox
+            from ojfa_export.backends.cuda import cublas, mailbox
+
+            patch.setattr(cublas, "Cublas", make_cublas(driver))
 
             def look_again(_: float) -> None:  # who waits for an answer lets the stream go on
                 driver.progress(int(driver.rng.integers(1, 4)))

@@ -14,6 +14,8 @@ import numpy as np
 
 from ojfa_export.backends.cuda.sources import ACTIVATIONS, SOURCES, source_directory
 
+PAGE = 64  # as in tiles.cuh
+
 
 def view(pointer: int, dtype: Any, *shape: int) -> np.ndarray:
     """Memory as an array; for a scalar parameter's pointer too."""
@@ -106,6 +108,10 @@ class StandInKernels:
     def _up(self, a: Any, x: np.ndarray) -> None:
         width = a.width_out
         y = self._product(x, a, width * (2 if self.m.GATED else 1))
+        self._elements(a.inner, a.count, width)[...] = self._activated(y, width)
+
+    def _activated(self, y: np.ndarray, width: int) -> np.ndarray:
+        """Activation, and gate, of the MLP's first products."""
         gate = y[:, :width].astype(np.float64)
         kind = {number: name for name, number in ACTIVATIONS.items()}[self.m.ACTIVATION]
         if kind == "silu":
@@ -115,9 +121,14 @@ class StandInKernels:
         else:
             cubic = np.tanh(0.79788456 * (gate + 0.044715 * gate**3))
             inner = 0.5 * gate * (1 + cubic)
-        if self.m.GATED:
-            inner = inner * y[:, width:]
-        self._elements(a.inner, a.count, width)[...] = inner
+        return inner * y[:, width:] if self.m.GATED else inner
+
+    def activate_products(self, a: Any) -> None:
+        count, whole = a.grid[1], a.width * (2 if self.m.GATED else 1)
+        y = self._elements(a.products, count, whole).astype(np.float32)
+        if a.bias:
+            y = y + self._floats(a.bias, whole)
+        self._elements(a.inner, count, a.width)[...] = self._activated(y, a.width)
 
     def normalize(self, a: Any) -> None:
         a.count = a.grid[0]
@@ -148,52 +159,72 @@ class StandInKernels:
         turned = [first * cosines - second * sines, second * cosines + first * sines]
         return np.concatenate([*turned, heads[..., 2 * half :]], axis=-1)
 
-    def _token(self, a: Any, token: int) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
-        """Heads of a token's q, k and v; its position; its sequence's keys and values."""
-        m = self.m
-        heads = m.HEADS + 2 * m.KV_HEADS
-        qkv = self._floats(a.qkv + 4 * token * heads * m.HEAD_DIM, heads, m.HEAD_DIM)
-        position = int(view(a.positions + 4 * token, np.int32, 1)[0])
+    def _chunks(self, a: Any, count: int) -> list[range]:
+        """The tokens of a launch, by chunk."""
+        if not a.chunks:
+            return [range(i * a.tokens, (i + 1) * a.tokens) for i in range(count)]
+        listed = view(a.chunks, np.int32, count, 2)
+        return [range(first, first + number) for first, number in listed.tolist()]
+
+    def _token(self, a: Any, token: int) -> tuple[np.ndarray, int]:
+        """Heads of a token's q, k and v, and its position."""
+        heads = self.m.HEADS + 2 * self.m.KV_HEADS
+        qkv = self._floats(a.qkv + 4 * token * heads * self.m.HEAD_DIM, heads, self.m.HEAD_DIM)
+        return qkv, int(view(a.positions + 4 * token, np.int32, 1)[0])
+
+    def _pages(self, a: Any, token: int, positions: int) -> tuple[list[np.ndarray], ...]:
+        """Pages of keys and of values [KV_HEADS, PAGE, HEAD_DIM] of a token's sequence."""
         sequence = int(view(a.sequences + 4 * token, np.int32, 1)[0])
-        shape = (m.KV_HEADS, a.capacity, m.HEAD_DIM)
-        at = sequence * int(np.prod(shape)) * self.element().itemsize
-        return (
-            qkv,
-            position,
-            self._elements(a.keys + at, *shape),
-            self._elements(a.values + at, *shape),
+        count = -(-positions // PAGE)
+        at = a.table + 4 * sequence * a.most_pages
+        shape = (self.m.KV_HEADS, PAGE, self.m.HEAD_DIM)
+        size = int(np.prod(shape)) * self.element().itemsize
+        return tuple(
+            [self._elements(cache + int(page) * size, *shape) for page in view(at, np.int32, count)]
+            for cache in (a.keys, a.values)
         )
 
     def append(self, a: Any) -> None:
-        self._append(a, a.grid[0])
+        self._append(a, range(a.grid[0]))
 
-    def _append(self, a: Any, tokens: int) -> None:
-        for token in range(tokens):
-            qkv, position, keys, values = self._token(a, token)
+    def _append(self, a: Any, tokens: range) -> None:
+        for token in tokens:
+            qkv, position = self._token(a, token)
+            keys, values = (pages[-1] for pages in self._pages(a, token, position + 1))
             _, k, v = np.split(qkv, [self.m.HEADS, self.m.HEADS + self.m.KV_HEADS])
-            keys[:, position], values[:, position] = self._rotated(k, a, position), v
+            row = position % PAGE
+            keys[:, row], values[:, row] = self._rotated(k, a, position), v
 
     def attention(self, a: Any) -> None:
-        if a.tokens == 1:
-            self._append(a, a.grid[2])
-        self._attend(a, a.tokens * a.grid[2])
+        for tokens in self._chunks(a, a.grid[2]):
+            assert len(tokens) <= a.tokens
+            if len(tokens) == 1:
+                self._append(a, tokens)
+            self._attend(a, tokens)
 
     def prompt_attention(self, a: Any) -> None:
-        self._attend(a, a.tokens)
+        for tokens in self._chunks(a, a.grid[2]):
+            assert len(tokens) <= a.tokens
+            self._attend(a, tokens)
 
-    def _attend(self, a: Any, tokens: int) -> None:
+    def _attend(self, a: Any, tokens: range) -> None:
         m = self.m
-        out = self._elements(a.out, tokens, m.HEADS, m.HEAD_DIM)
-        for token in range(tokens):
-            qkv, position, keys, values = self._token(a, token)
+        for token in tokens:
+            at = a.out + token * m.HEADS * m.HEAD_DIM * self.element().itemsize
+            out = self._elements(at, m.HEADS, m.HEAD_DIM)
+            qkv, position = self._token(a, token)
             query = a.scale * self._rotated(qkv[: m.HEADS], a, position).astype(np.float64)
             oldest = max(0, position + 1 - m.WINDOW) if m.WINDOW else 0
             seen = slice(oldest, position + 1)
+            keys, values = (
+                np.concatenate(pages, axis=1)[:, seen].astype(np.float64)
+                for pages in self._pages(a, token, position + 1)
+            )
             for head in range(m.HEADS):
                 kv = head // (m.HEADS // m.KV_HEADS)
-                scores = keys[kv, seen].astype(np.float64) @ query[head]
+                scores = keys[kv] @ query[head]
                 weights = np.exp(scores - scores.max())
-                out[token, head] = weights / weights.sum() @ values[kv, seen].astype(np.float64)
+                out[head] = weights / weights.sum() @ values[kv]
 
     def keep(self, a: Any) -> None:
         count = a.grid[0]
@@ -204,6 +235,16 @@ class StandInKernels:
             )
             at = a.kept + 4 * a.features * (sequence * a.capacity + position)
             self._floats(at, a.features)[...] = hidden[token]
+
+    def fetch(self, a: Any) -> None:
+        count = a.grid[0]
+        hidden = self._floats(a.hidden, count, a.features)
+        for token in range(count):
+            sequence, position = (
+                int(view(each + 4 * token, np.int32, 1)[0]) for each in (a.sequences, a.positions)
+            )
+            at = a.kept + 4 * a.features * (sequence * a.capacity + position)
+            hidden[token] = self._floats(at, a.features)
 
     def go_on(self, a: Any) -> None:
         self.called_off = False

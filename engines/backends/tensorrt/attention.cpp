@@ -11,6 +11,8 @@ namespace {
 constexpr unsigned LANES = 32, TILE_ROWS = 16;
 constexpr unsigned STEP_QUERIES = 8, MOST_WARPS = 4, STEP_KEYS = 16, STEP_STAGES = 3;
 constexpr unsigned APPEND_THREADS = 256, MOST_SPLITS = 64, RESIDENT = 2;
+// What the kernels may be given beside: a table of pages, and a list of chunks of different lengths.
+constexpr CUdeviceptr NO_TABLE = 0, ALL_ALIKE = 0;
 
 unsigned ceiling(unsigned value, unsigned by) {
     return (value + by - 1) / by;
@@ -53,8 +55,8 @@ void Attention::run(CUstream stream, const Operands& operands, const Scratch& sc
     }
     append(stream, operands, tokens);
     kernels_.launch(stream, prompt, operands.out, operands.qkv, operands.keys, operands.values,
-                    operands.cosines, operands.sines, operands.positions, operands.sequences,
-                    operands.capacity, operands.scale, tokens);
+                    operands.cosines, operands.sines, operands.positions, operands.sequences, NO_TABLE,
+                    operands.most_pages, operands.scale, tokens, ALL_ALIKE);
 }
 
 void Attention::step(CUstream stream, const Operands& operands, const Scratch& scratch, int sequences,
@@ -63,8 +65,8 @@ void Attention::step(CUstream stream, const Operands& operands, const Scratch& s
     Launch launch = step_launch(sequences, tokens);
     launch.overlapping = tokens == 1;
     kernels_.launch(stream, launch, operands.out, operands.qkv, operands.keys, operands.values,
-                    operands.cosines, operands.sines, operands.positions, operands.sequences,
-                    operands.capacity, operands.scale, tokens, scratch.parts.address(),
+                    operands.cosines, operands.sines, operands.positions, operands.sequences, NO_TABLE,
+                    operands.most_pages, operands.scale, tokens, ALL_ALIKE, scratch.parts.address(),
                     scratch.finished.address());
 }
 
@@ -72,7 +74,7 @@ void Attention::append(CUstream stream, const Operands& operands, int tokens) co
     const unsigned each = ceiling(kv_heads_ * head_dim_ / vector_, APPEND_THREADS);
     kernels_.launch(stream, {"append", {static_cast<unsigned>(tokens), each, 1}, {APPEND_THREADS, 1}},
                     operands.qkv, operands.keys, operands.values, operands.cosines, operands.sines,
-                    operands.positions, operands.sequences, operands.capacity);
+                    operands.positions, operands.sequences, NO_TABLE, operands.most_pages);
 }
 
 // Attention with the keys split over thread blocks, for `tokens` of each sequence.

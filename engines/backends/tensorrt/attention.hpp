@@ -7,14 +7,17 @@
 
 namespace ojfa::tensorrt {
 
-// What attention reads and writes.
+// Positions of a page of the cache, as in tiles.cuh.
+constexpr int PAGE = 64;
+
+// What attention reads and writes. The kernels take a table of pages; here a sequence has its own in a row.
 struct Operands {
     CUdeviceptr out;                   // [tokens, heads * head_dim]
     CUdeviceptr qkv;                   // [tokens, (heads + 2 kv_heads) head_dim] fp32
-    CUdeviceptr keys, values;          // [sequences, kv_heads, capacity, head_dim]
+    CUdeviceptr keys, values;          // [sequences, most_pages, kv_heads, PAGE, head_dim]
     CUdeviceptr cosines, sines;        // [rows, rotary_dim / 2] fp32
     CUdeviceptr positions, sequences;  // [tokens] int32
-    int capacity;
+    int most_pages;                    // of a sequence
     float scale;
 };
 

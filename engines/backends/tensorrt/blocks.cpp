@@ -16,13 +16,13 @@ Blocks::Blocks(TensorRtEngines& engines, Lent& lent, Stream& stream, int batch_s
       lent_(lent),
       stream_(stream),
       batch_size_(batch_size),
-      capacity_(capacity),
+      most_pages_((capacity + PAGE - 1) / PAGE),
       attention_(engines.spec, *lent.kernels, engines.element_bytes, engines.device.multiprocessors) {}
 
 void Blocks::open(int index) {
     if (is_open(index)) return;
     const Arrays& weights = engines_.weights(core::block_name(index));
-    const std::size_t size = at(batch_size_) * at(engines_.spec.kv_heads) * at(capacity_) *
+    const std::size_t size = at(batch_size_) * at(engines_.spec.kv_heads) * at(most_pages_ * PAGE) *
                              at(engines_.spec.head_dim) * engines_.element_bytes;
     std::unique_ptr<Block> block(new Block{weights, {engines_.device, size}, {engines_.device, size}});
     blocks_[index] = std::move(block);
@@ -87,7 +87,7 @@ void Blocks::attend(int index, const Workspace& workspace, int tokens, bool long
                                sines,
                                workspace.positions(),
                                workspace.sequences(),
-                               capacity_,
+                               most_pages_,
                                static_cast<float>(engines_.spec.attention_scales[at(index)])};
     attention_.run(stream_.handle(), operands, workspace.scratch, tokens, together);
 }

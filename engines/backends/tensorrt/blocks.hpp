@@ -10,7 +10,7 @@
 
 namespace ojfa::tensorrt {
 
-// Keys and values [sequences, kv_heads, capacity, head_dim] of each block, written in place.
+// Keys and values [sequences, pages, kv_heads, PAGE, head_dim] of each block, written in place.
 class Blocks {
  public:
     Blocks(TensorRtEngines& engines, Lent& lent, Stream& stream, int batch_size, int capacity);
@@ -46,7 +46,7 @@ class Blocks {
     TensorRtEngines& engines_;
     Lent& lent_;
     Stream& stream_;
-    const int batch_size_, capacity_;
+    const int batch_size_, most_pages_;
     Attention attention_;
     std::map<int, std::unique_ptr<Block>> blocks_;
 };

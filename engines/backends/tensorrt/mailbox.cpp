@@ -12,7 +12,7 @@ namespace {
 enum { TOKEN, LIKELIEST, TOP, MARGIN, ENTROPY, ANSWER_WORDS };
 constexpr std::size_t SLOTS = 8, ROWS = Mailbox::MOST_ROWS;
 constexpr std::size_t DRAWS_AT = SLOTS * ROWS * ANSWER_WORDS * 8, MAIL_BYTES = DRAWS_AT + SLOTS * ROWS * 8;
-constexpr std::size_t MOST_PARTS = 1024, PART_BYTES = 5 * 8;
+constexpr std::size_t MOST_PARTS = 2048, PART_BYTES = 5 * 8;
 constexpr std::size_t DESK_BYTES = 4 * ROWS + 2 * 4 + 4 * ROWS + MOST_PARTS * PART_BYTES;
 // Looks for an answer between two at the stream's state.
 constexpr unsigned LOOKS_AT_STREAM = 1 << 14;

@@ -15,7 +15,7 @@ namespace ojfa::tensorrt {
 class Mailbox {
  public:
     // Rows of one answer.
-    static constexpr int MOST_ROWS = 16;
+    static constexpr int MOST_ROWS = 64;
 
     explicit Mailbox(Device& device, Stream& stream);
 

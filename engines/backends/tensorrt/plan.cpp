@@ -79,6 +79,8 @@ Plan read_plan(const core::Bundle& bundle, const std::string& graph, const std::
             plan.weights[member.key()] =
                 read_weight(weights.object(member.key()), member.key(), bundle.weights(graph));
         fields.maybe("activation_bytes");  // of what a request takes; bundles of before 0.1 lack it
+        fields.maybe("interface");         // kernels.cpp looks at their parameters
+        fields.maybe("products");          // of passes of many tokens, which engines run here
         fields.done();
         return plan;
     } catch (const std::exception& error) {

@@ -29,6 +29,8 @@ std::uint16_t narrowed(float value) {  // to nearest; the tests have no infiniti
     return static_cast<std::uint16_t>(bits | (std::signbit(value) ? 1 << 15 : 0));
 }
 
+constexpr int PAGE = 64;  // as in tiles.cuh
+
 // What attention is given.
 struct Attended {
     Program& program;
@@ -36,7 +38,8 @@ struct Attended {
     void *keys, *values;
     const float *cosines, *sines;
     const int *positions, *sequences;
-    int capacity;
+    const int* table;
+    int most_pages;
 
     int dim() const { return program.at("HEAD_DIM"); }
 
@@ -55,8 +58,9 @@ struct Attended {
         return out;
     }
     size_t place(int token, int kv_head, int position) const {
-        const int plane = sequences[token] * program.at("KV_HEADS") + kv_head;
-        return (at(plane) * at(capacity) + at(position)) * at(dim());
+        const int index = sequences[token] * most_pages + position / PAGE;
+        const int plane = (table ? table[index] : index) * program.at("KV_HEADS") + kv_head;
+        return (at(plane) * at(PAGE) + at(position % PAGE)) * at(dim());
     }
     void append(int token) const {
         const int heads = program.at("HEADS"), kv_heads = program.at("KV_HEADS");
@@ -95,7 +99,7 @@ struct Attended {
 };
 
 // As in choose.cuh.
-constexpr int SLOTS = 8, ROWS = 16, WORDS = 5;
+constexpr int SLOTS = 8, ROWS = 64, WORDS = 5;
 struct Desk {
     int tokens[ROWS];
     unsigned answers, finished;
@@ -253,17 +257,19 @@ const std::map<std::string, Kernel>& kernels() {
          })},
         {"append", kernel(+[](Program& program, const Launch& launch, const float* qkv, void* keys,
                               void* values, const float* cosines, const float* sines, const int* positions,
-                              const int* sequences, int capacity) {
-             for (int token = 0; token < launch.x; ++token)
-                 Attended{program, qkv, keys, values, cosines, sines, positions, sequences, capacity}.append(
-                     token);
+                              const int* sequences, const int* table, int most_pages) {
+             const Attended all{program, qkv,       keys,      values, cosines,
+                                sines,   positions, sequences, table,  most_pages};
+             for (int token = 0; token < launch.x; ++token) all.append(token);
          })},
-        {"attention",
-         kernel(+[](Program& program, const Launch& launch, void* out, const float* qkv, void* keys,
-                    void* values, const float* cosines, const float* sines, const int* positions,
-                    const int* sequences, int capacity, float scale, int tokens, float*, unsigned*) {
+        {"attention", kernel(+[](Program& program, const Launch& launch, void* out, const float* qkv,
+                                 void* keys, void* values, const float* cosines, const float* sines,
+                                 const int* positions, const int* sequences, const int* table, int most_pages,
+                                 float scale, int tokens, const int* chunks, float*, unsigned*) {
              if (program.called_off) return;
-             const Attended all{program, qkv, keys, values, cosines, sines, positions, sequences, capacity};
+             if (chunks) throw std::logic_error("no runtime in C++ lists chunks");
+             const Attended all{program, qkv,       keys,      values, cosines,
+                                sines,   positions, sequences, table,  most_pages};
              for (int token = 0; token < launch.z * tokens; ++token) {
                  if (tokens == 1) all.append(token);
                  for (int head = 0; head < program.at("HEADS"); ++head) all.attend(out, scale, token, head);
@@ -272,8 +278,10 @@ const std::map<std::string, Kernel>& kernels() {
         {"prompt_attention",
          kernel(+[](Program& program, const Launch&, void* out, const float* qkv, void* keys, void* values,
                     const float* cosines, const float* sines, const int* positions, const int* sequences,
-                    int capacity, float scale, int tokens) {
-             const Attended all{program, qkv, keys, values, cosines, sines, positions, sequences, capacity};
+                    const int* table, int most_pages, float scale, int tokens, const int* chunks) {
+             if (chunks) throw std::logic_error("no runtime in C++ lists chunks");
+             const Attended all{program, qkv,       keys,      values, cosines,
+                                sines,   positions, sequences, table,  most_pages};
              for (int token = 0; token < tokens; ++token)
                  for (int head = 0; head < program.at("HEADS"); ++head) all.attend(out, scale, token, head);
          })},

@@ -49,6 +49,12 @@ class DeviceArray:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> DeviceArray:
+        if isinstance(key, slice) and key.step is None and len(self.shape) > 1:
+            start, stop, _ = key.indices(self.shape[0])  # the way of every pass
+            count = max(0, stop - start)
+            return self._view(
+                start * math.prod(self.shape[1:-1]) if count else 0, (count, *self.shape[1:])
+            )
         rows, shape = self._rows(key)
         # As in NumPy, rows named one by one are a copy.
         keys = key if isinstance(key, tuple) else (key,)

@@ -21,7 +21,7 @@ from ojfa_export.decoding.head_output import HeadRequest
 from ojfa_export.errors import BackendError
 
 # As in choose.cuh: answers that may be on their way, rows of each, thread blocks' parts of them.
-SLOTS, ROWS, PARTS = 8, 16, 1024
+SLOTS, ROWS, PARTS = 8, 64, 2048
 # Token, likeliest, top, margin and entropy, each with the number of its answer.
 ANSWER = struct.Struct("=iIiIfIfIfI")
 Row = tuple[int, int, float, float, float]

@@ -16,6 +16,7 @@ PLACES = (
 SOURCES = (
     "linear.cu",
     "tiled_linear.cu",
+    "around_products.cu",
     "attention.cu",
     "prompt.cu",
     "embed.cu",

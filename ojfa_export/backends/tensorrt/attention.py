@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ APPEND_THREADS = 256
 MOST_SPLITS = 64
 # Thread blocks on a multiprocessor that keys of a step are split over (bench/NOTES.md).
 RESIDENT = 2
+# Positions of a page of the cache, as in tiles.cuh.
+PAGE = 64
 
 
 @dataclass(frozen=True)
@@ -80,58 +83,73 @@ class Launch:
     shared_bytes: int
 
 
-def step_launch(geometry: Geometry, sequences: int, tokens: int, multiprocessors: int) -> Launch:
+@dataclass(frozen=True)
+class Chunks:
+    """Consecutive tokens of some sequences, which one launch attends for.
+
+    Attributes:
+        count: Sequences.
+        longest: Tokens of one at most.
+        list: Address of [count, 2] int32, the first token of each and how many; 0 where all have
+            `longest`, one after the other.
+    """
+
+    count: int
+    longest: int
+    list: int = 0
+
+
+def step_launch(geometry: Geometry, chunks: Chunks, multiprocessors: int) -> Launch:
     """Attention with the keys split over thread blocks.
 
     Args:
         geometry: Of the model.
-        sequences: How many.
-        tokens: Of each.
+        chunks: Which tokens.
         multiprocessors: Of the GPU.
     """
-    tiles = math.ceil(tokens * geometry.group / STEP_QUERIES)
+    tiles = math.ceil(chunks.longest * geometry.group / STEP_QUERIES)
     rows = geometry.kv_heads * tiles
-    splits = max(1, min(MOST_SPLITS, RESIDENT * multiprocessors // (rows * sequences)))
+    splits = max(1, min(MOST_SPLITS, RESIDENT * multiprocessors // (rows * chunks.count)))
     warps = max(1, min(MOST_WARPS, 1024 // geometry.row_bytes))
     # The queries, the new key and value, and each warp's stages of keys and values.
     held = STEP_QUERIES + 2 + warps * STEP_STAGES * 2 * STEP_KEYS
-    return Launch(
-        "attention", (splits, rows, sequences), warps * LANES, held * geometry.stride_bytes
-    )
+    grid = (splits, rows, chunks.count)
+    return Launch("attention", grid, warps * LANES, held * geometry.stride_bytes)
 
 
-def prompt_launch(geometry: Geometry, tokens: int) -> Launch:
-    """Attention of a sequence's many tokens, whose queries share the keys that are read."""
+def prompt_launch(geometry: Geometry, chunks: Chunks) -> Launch:
+    """Attention of many tokens of a sequence, whose queries share the keys that are read."""
     warps = 2 if geometry.row_bytes > 512 else 4
     keys = 16 if geometry.row_bytes > 512 else 32 if geometry.row_bytes > 256 else 64
     rows = warps * TILE_ROWS
     # Two stages of keys and values; fp32 queries stay in shared memory beside them.
     held = 2 * 2 * keys + (0 if geometry.element_bytes == 2 else rows)
-    grid = (math.ceil(tokens * geometry.group / rows), geometry.kv_heads, 1)
+    tiles = math.ceil(chunks.longest * geometry.group / rows)
+    grid = (tiles, geometry.kv_heads, chunks.count)
     return Launch("prompt_attention", grid, warps * LANES, held * geometry.stride_bytes)
 
 
 class Scratch:
-    """What the thread blocks of a step share, for steps of this many tokens.
+    """What the thread blocks of a launch share; one launch after the other uses it.
 
     Args:
         device: Where it lies.
         arrays: Makes arrays there.
         geometry: Of the model.
-        tokens: How many.
+        tokens: Of a pass at most.
     """
 
     def __init__(
         self, device: Device, arrays: DeviceArrays, geometry: Geometry, tokens: int
     ) -> None:
-        splits = max(
-            step_launch(geometry, *counts, device.multiprocessors).grid[0]
-            for counts in ((tokens, 1), (1, tokens))
-        )
-        shape = (tokens, geometry.heads, splits if splits > 1 else 0, geometry.head_dim + 2)
-        self.parts = arrays.empty(shape, np.float32)
-        tiles = geometry.kv_heads * math.ceil(geometry.group / STEP_QUERIES)
-        self.finished = arrays.empty((tokens, tiles), np.uint32)
+        # Where keys are split there are no more thread blocks than find room at once, and each has
+        # STEP_QUERIES queries.
+        parts = STEP_QUERIES * RESIDENT * device.multiprocessors
+        self.parts = arrays.lasting((parts, geometry.head_dim + 2), np.float32)
+        # Of few tokens of each of many sequences, or of a sequence with fewer thread blocks than
+        # a prompt must have.
+        tiles = max(tokens * geometry.heads, STEP_QUERIES * device.multiprocessors)
+        self.finished = arrays.lasting((1, tiles), np.uint32)
         device.clear(self.finished.pointer, self.finished.nbytes)
 
 
@@ -142,13 +160,14 @@ class Operands:
     Attributes:
         out: [tokens, heads * head_dim].
         qkv: [tokens, (heads + 2 kv_heads) head_dim] fp32.
-        keys: [sequences, kv_heads, capacity, head_dim].
+        keys: [pages, kv_heads, PAGE, head_dim].
         values: The same.
         cosines: [rows, rotary_dim / 2] fp32.
         sines: The same.
         positions: [tokens] int32.
         sequences: [tokens] int32, each token's.
-        capacity: Positions of a sequence in the cache.
+        table: [sequences, most_pages] int32, the pages of each.
+        most_pages: Of a sequence.
         scale: Factor on q.k.
     """
 
@@ -160,7 +179,8 @@ class Operands:
     sines: int
     positions: int
     sequences: int
-    capacity: int
+    table: int
+    most_pages: int
     scale: float
 
     @property
@@ -168,8 +188,8 @@ class Operands:
         """Arguments of every kernel."""
         return (
             *_pointers(self.qkv, self.keys, self.values, self.cosines, self.sines),
-            *_pointers(self.positions, self.sequences),
-            (self.capacity, ctypes.c_int),
+            *_pointers(self.positions, self.sequences, self.table),
+            (self.most_pages, ctypes.c_int),
         )
 
     @property
@@ -192,57 +212,55 @@ class Attention:
         self._multiprocessors = multiprocessors
 
     def run(
-        self,
-        operands: Operands,
-        scratch: Scratch,
-        tokens: int,
-        *,
-        together: bool,
+        self, operands: Operands, scratch: Scratch, tokens: int, launches: Sequence[Chunks]
     ) -> None:
         """Appends the tokens' keys and values to the cache and attends.
 
         Args:
             operands: What to read and write.
             scratch: For this many tokens.
-            tokens: How many.
-            together: Whether they are of different sequences, one each; else consecutive ones
-                of one sequence.
+            tokens: Of the pass.
+            launches: All of them, in one or more launches.
         """
-        if together:
-            self.step(operands, scratch, tokens, 1)
-            return
-        prompt = prompt_launch(self._geometry, tokens)
-        # With fewer thread blocks than half of the multiprocessors, splitting keys is worth more.
-        if 2 * math.prod(prompt.grid) >= self._multiprocessors:
-            self.prompt(operands, tokens)
-        else:
-            self.step(operands, scratch, 1, tokens)
+        if any(chunks.longest > 1 for chunks in launches):
+            self.append(operands, tokens)
+        for chunks in launches:
+            if self.is_prompt(chunks):
+                self.prompt(operands, chunks)
+            else:
+                self.step(operands, scratch, chunks, overlapping=len(launches) == 1)
+
+    def is_prompt(self, chunks: Chunks) -> bool:
+        """Whether queries that share keys are worth more than keys that are split."""
+        if chunks.longest <= STEP_QUERIES:
+            return False
+        grid = prompt_launch(self._geometry, chunks).grid
+        return 2 * math.prod(grid) >= self._multiprocessors
 
     def step(
-        self,
-        operands: Operands,
-        scratch: Scratch,
-        sequences: int,
-        tokens: int,
+        self, operands: Operands, scratch: Scratch, chunks: Chunks, *, overlapping: bool = True
     ) -> None:
-        """The same, keys split over thread blocks; `tokens` of each sequence."""
-        if tokens > 1:
-            self._append(operands, sequences * tokens)
-        launch = step_launch(self._geometry, sequences, tokens, self._multiprocessors)
+        """Attends with keys split over thread blocks; appends tokens that are alone, itself."""
+        launch = step_launch(self._geometry, chunks, self._multiprocessors)
         arguments = (
             *operands.whole,
-            (tokens, ctypes.c_int),
-            *_pointers(scratch.parts.pointer, scratch.finished.pointer),
+            (chunks.longest, ctypes.c_int),
+            *_pointers(chunks.list, scratch.parts.pointer, scratch.finished.pointer),
         )
-        self._launch(launch, arguments, overlapping=tokens == 1)
+        # What `append` has just written must be there before keys are read.
+        self._launch(launch, arguments, overlapping=overlapping and chunks.longest == 1)
 
-    def prompt(self, operands: Operands, tokens: int) -> None:
-        """The same for many tokens of one sequence."""
-        self._append(operands, tokens)
-        arguments = (*operands.whole, (tokens, ctypes.c_int))
-        self._launch(prompt_launch(self._geometry, tokens), arguments, overlapping=False)
+    def prompt(self, operands: Operands, chunks: Chunks) -> None:
+        """Attends for many tokens, which have been appended."""
+        arguments = (
+            *operands.whole,
+            (chunks.longest, ctypes.c_int),
+            *_pointers(chunks.list),
+        )
+        self._launch(prompt_launch(self._geometry, chunks), arguments, overlapping=False)
 
-    def _append(self, operands: Operands, tokens: int) -> None:
+    def append(self, operands: Operands, tokens: int) -> None:
+        """Writes the tokens' keys and values to the cache."""
         geometry = self._geometry
         each = math.ceil(geometry.kv_heads * geometry.head_dim / geometry.vector / APPEND_THREADS)
         launch = Launch("append", (tokens, each, 1), APPEND_THREADS, 0)

@@ -17,12 +17,15 @@ from typing import Any
 
 import onnx
 
+from ojfa_export.backends.cuda.cublas import Cublas
 from ojfa_export.backends.cuda.device import the_device
 from ojfa_export.backends.cuda.kernels import compile_kernels
 from ojfa_export.backends.cuda.sources import definitions, sources_digest
-from ojfa_export.backends.tensorrt import api
+from ojfa_export.backends.tensorrt import algorithms, api
 from ojfa_export.backends.tensorrt.graphs import parts, transposed
-from ojfa_export.backends.tensorrt.plan import PROFILES, GraphPlan, Weight
+from ojfa_export.backends.tensorrt.plan import INTERFACE, PROFILES, GraphPlan, Weight
+from ojfa_export.backends.tensorrt.tiled import matrix_shapes
+from ojfa_export.errors import BackendError
 from ojfa_export.graphs.weights import TensorRef, references
 from ojfa_export.models.spec import ModelSpec, Precision
 from ojfa_export.system.atomic import write_atomically
@@ -54,6 +57,8 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
         precision=precision,
         engines=engines,
         kernels=_kernels(spec, plan.parent, precision) if graph.stem == "embed" else {},
+        interface=INTERFACE,
+        products=_products(spec, plan.parent, precision) if graph.stem == "embed" else None,
         weights={
             name: Weight(
                 file=ref.location,
@@ -162,3 +167,17 @@ def _kernels(spec: ModelSpec, directory: Path, precision: Precision) -> dict[Pre
             write_atomically(path, compile_kernels(macros, the_device().compute_capability))
         files[kind] = path.name
     return files
+
+
+def _products(spec: ModelSpec, directory: Path, precision: Precision) -> str | None:
+    """Measures how products of many tokens are made fastest; None where cuBLASLt isn't there."""
+    try:
+        version = Cublas(the_device()).version
+    except BackendError:
+        return None
+    depends = {"shapes": matrix_shapes(spec), "precision": precision, "cublas": version}
+    path = directory / f"products-{_digest(b'', depends)}.json"
+    if not path.exists():
+        choices = algorithms.measure(the_device(), spec, precision)
+        write_atomically(path, choices.model_dump_json(indent=1).encode())
+    return path.name

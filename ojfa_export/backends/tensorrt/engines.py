@@ -74,9 +74,9 @@ class TensorRtEngines(OpenedModel):
         for name in ("exit_head", "final_head"):
             self.close(name)
 
-    def executor(self, slots: int, capacity: int) -> TensorRtExecutor:
+    def executor(self, slots: int, capacity: int, pages: int | None = None) -> TensorRtExecutor:
         """Makes a KV cache; a block's part of it takes memory when it is first used."""
-        return TensorRtExecutor(self, self._in_flight, slots, capacity)
+        return TensorRtExecutor(self, self._in_flight, slots, capacity, pages)
 
     def logits(self, hidden: Float32 | DeviceArray, blocks_run: int) -> Float32:
         """Applies the head after so many blocks: [rows, H] to [rows, V]."""

@@ -9,62 +9,62 @@ import numpy as np
 
 from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.embedding import embed
-from ojfa_export.backends.cuda.kernels import Argument, pointer
+from ojfa_export.backends.cuda.kernels import Argument, integer, pointer
 from ojfa_export.backends.cuda.recorder import Work
-from ojfa_export.backends.passes import (
-    Chunk,
-    Newest,
-    Pass,
-    load_chunks,
-    positions_of,
-    row_ranges,
-    rows_of,
-    slots_of,
-    split_pass,
-    store_chunks,
-    write_rows,
-)
-from ojfa_export.backends.tensorrt.blocks import Block, Workspace
-from ojfa_export.backends.tensorrt.heads import Keeping
+from ojfa_export.backends.passes import Chunk, Newest, Pass, cut_pass, positions_of, slots_of
+from ojfa_export.backends.tensorrt.attention import PAGE, STEP_QUERIES
+from ojfa_export.backends.tensorrt.blocks import Block
+from ojfa_export.backends.tensorrt.cache import KvCache
+from ojfa_export.backends.tensorrt.gemm import RECORDED_TOKENS
+from ojfa_export.backends.tensorrt.heads import KEEP_THREADS, Keeping
 from ojfa_export.backends.tensorrt.in_flight import InFlight, NewestDecode
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
 from ojfa_export.backends.tensorrt.memory import Request
 from ojfa_export.backends.tensorrt.opened import OpenedModel
-from ojfa_export.backends.tensorrt.plan import PREFILL_TOKENS
+from ojfa_export.backends.tensorrt.pages import Copy
+from ojfa_export.backends.tensorrt.workspace import Buffers, Workspace
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.decoding.head_output import HeadOutput
 
 # Of what follows an exit, so many blocks begin before its check is known.
 AHEAD_BLOCKS = 1
-# Passes of up to so many tokens of a sequence are recorded: few kinds, each of them often run.
-FEW_TOKENS = 8
 
 
 class TensorRtExecutor:
-    """Keys and values [slots, kv_heads, capacity, head_dim] of each block, written in place.
+    """Passes over a KV cache in pages, which are written in place.
 
-    Passes of one token each are recorded once for each range of blocks and number of tokens: slots
-    and positions are read from device memory, so that the recording serves all of them.
+    Passes of few tokens each are recorded once for each range of blocks and number of tokens:
+    slots, positions and pages are read from device memory, so that the recording serves all.
 
     Args:
         model: The opened model.
         in_flight: What is on the device of its newest pass.
         slots: Sequences.
         capacity: Positions of each.
+        pages: Of the cache; None for all that all slots may need.
 
     Attributes:
         arrays: Makes arrays of hidden states.
         key: Of this executor's recordings.
     """
 
-    def __init__(self, model: OpenedModel, in_flight: InFlight, slots: int, capacity: int) -> None:
+    def __init__(
+        self,
+        model: OpenedModel,
+        in_flight: InFlight,
+        slots: int,
+        capacity: int,
+        pages: int | None = None,
+    ) -> None:
         model.device.make_current()
         self._model, self._in_flight = model, in_flight
         self._device = model.device
         self.arrays = model.arrays
-        self._shape = (slots, model.spec.kv_heads, capacity, model.spec.head_dim)
+        self._slots, self._capacity = slots, capacity
+        self._cache = KvCache(model, slots, capacity, pages)
         self._blocks: dict[int, Block] = {}
         self._opened: set[range] = set()
+        self._buffers: Buffers | None = None
         self._workspaces: dict[int, Workspace] = {}
         self._recorder = model.device.recorder
         self.key = object()
@@ -72,31 +72,38 @@ class TensorRtExecutor:
     def embed(self, tokens: Sequence[int] | HeadOutput, chunks: Sequence[Chunk]) -> DeviceArray:
         """Embeds the tokens of chunks: [tokens, H]."""
         self._device.make_current()  # the caller's thread may be another each time
+        self.make_ready(chunks)  # here already: it may have to copy, and nothing is pending yet
         positions = positions_of(chunks)
         if not isinstance(tokens, list):
             if self._follows(tokens, positions):
                 return self._embed_following(positions)
             tokens = tokens.tokens()  # type: ignore[union-attr]
-        count = len(positions)
         self._in_flight.call_off()
-        if len(chunks) == count:
-            workspace = self.workspace(count)
+        if len(chunks) == len(positions) <= RECORDED_TOKENS:
+            workspace = self.workspace(len(positions))
             workspace.name(tokens, positions)
-            key = ("embed", self.key, count)
+            workspace.moved_to(positions)
+            key = ("embed", self.key, len(positions))
             self._recorder.add(key, lambda: self._embed(workspace))
-        else:
-            workspace = Workspace(self._model, count)
-            workspace.name(tokens, positions)
-            self._recorder.flush()
-            self._embed(workspace)
-        return workspace.hidden[0]
+            return workspace.hidden[0]
+        return self._embed_many(tokens, positions)
+
+    def _embed_many(self, tokens: Sequence[int], positions: Sequence[int]) -> DeviceArray:
+        model, count = self._model, len(positions)
+        named = self.arrays.asarray(np.array([tokens, positions], np.int32))
+        hidden = self.arrays.empty((count, model.spec.hidden_size), np.float32)
+        ids, at = named.pointer, named.pointer + 4 * count
+        kernels, weights = model.kernels[model.precision], model.weights("embed")
+        self._recorder.flush()
+        embed(kernels, weights, hidden, (pointer(ids), pointer(at)), at)
+        return hidden
 
     def _follows(self, choices: object, positions: Sequence[int]) -> bool:
         """Whether tokens are the newest answer's, at the positions after those of the last step."""
+        if not self._model.mailbox.is_newest(choices):
+            return False  # of more rows than one answer has, too
         before = [position - 1 for position in positions]
-        return self._model.mailbox.is_newest(choices) and self.workspace(len(positions)).is_placed(
-            before
-        )
+        return self.workspace(len(positions)).is_placed(before)
 
     def _embed_following(self, positions: list[int]) -> DeviceArray:
         """Embeds the newest answer's tokens, known to the device alone."""
@@ -136,44 +143,45 @@ class TensorRtExecutor:
         if not self._recorder.pending:  # else this thread has just embedded
             self._device.make_current()
         states = self.arrays.asarray(hidden)
-        self._open(blocks, len(states))
-        parts = split_pass(chunks, 1)
-        if len(parts) == 1:
-            return self._run_part(blocks, states, chunks, long_context)
-        ranges, result = row_ranges(chunks), self.arrays.empty(states.shape, np.float32)
-        for part in parts:
-            rows = rows_of(ranges, part)
-            some = [chunks[index] for index in part]
-            write_rows(result, rows, self._run_part(blocks, states[rows], some, long_context))
+        count = len(states)
+        self._open(blocks, count)
+        self.make_ready(chunks)
+        if count <= RECORDED_TOKENS:
+            if len(chunks) == count:
+                return self._decode(blocks, states, chunks, long_context)
+            if all(length <= STEP_QUERIES for _, _, length in chunks):
+                return self._run_few(blocks, states, chunks, long_context)
+        self._in_flight.call_off()
+        pieces = cut_pass(chunks, self._model.pass_tokens())
+        if len(pieces) == 1:
+            return self._run_many(blocks, states, chunks, long_context)
+        result, at = self.arrays.empty(states.shape, np.float32), 0
+        for piece in pieces:
+            rows = slice(at, at + sum(length for _, _, length in piece))
+            result[rows] = self._run_many(blocks, states[rows], piece, long_context)
+            at = rows.stop
         return result
 
-    def _run_part(
-        self, blocks: range, states: DeviceArray, chunks: Sequence[Chunk], long_context: bool
-    ) -> DeviceArray:
-        if len(chunks) == len(states):
-            return self._decode(blocks, states, chunks, long_context)
-        self._in_flight.call_off()
-        [chunk] = chunks
-        if chunk.length <= FEW_TOKENS:
-            return self._few(blocks, states, chunk, long_context)
-        slot, start, most = chunk.slot, chunk.start, PREFILL_TOKENS[-1]
-        pieces = [
-            self._prefill(blocks, states[at : at + most], slot, start + at, long_context)
-            for at in range(0, chunk.length, most)
-        ]
-        return pieces[0] if len(pieces) == 1 else self.arrays.concatenate(pieces)
+    def make_ready(self, chunks: Sequence[Chunk]) -> None:
+        """Gives the slots the pages that new tokens are written to."""
+        self._copy_pages(self._cache.pages.make_ready(chunks))
+
+    def _copy_pages(self, copies: Sequence[Copy]) -> None:
+        for source, target in copies:
+            for block in self._blocks.values():
+                block.copy_page(source, target)
 
     def new_states(self) -> DeviceArray:
         """Room for a hidden state of every position; see `backends.backend.Executor`."""
-        slots, _, capacity, _ = self._shape
-        return self.arrays.empty((slots, capacity, self._model.spec.hidden_size), np.float32)
+        shape = (self._slots, self._capacity, self._model.spec.hidden_size)
+        return self.arrays.empty(shape, np.float32)
 
     def store(self, states: DeviceArray, chunks: Sequence[Chunk], hidden: DeviceArray) -> None:
         """Copies hidden states to their places; see `backends.backend.Executor`."""
         model, count = self._model, hidden.shape[0]
         last = self._in_flight.last_pass
         if last is None or last.executor is not self or not last.holds(hidden):
-            store_chunks(states, chunks, hidden)
+            self._move("keep", chunks, states, hidden)
             return
         kernels = model.kernels[model.precision]
         keeping = Keeping(kernels, states, hidden, self.workspace(count))
@@ -183,8 +191,29 @@ class TensorRtExecutor:
 
     def load(self, states: DeviceArray, chunks: Sequence[Chunk]) -> DeviceArray:
         """Hidden states [tokens, H] that were stored."""
-        hidden: DeviceArray = load_chunks(self.arrays, states, chunks)
+        count = sum(length for _, _, length in chunks)
+        hidden = self.arrays.empty((count, states.shape[-1]), np.float32)
+        self._move("fetch", chunks, hidden, states)
         return hidden
+
+    def _move(
+        self, kernel: str, chunks: Sequence[Chunk], target: DeviceArray, source: DeviceArray
+    ) -> None:
+        """Copies hidden states of tokens to or from where they are kept."""
+        places = self.arrays.asarray(np.array([positions_of(chunks), slots_of(chunks)], np.int32))
+        count, model = places.shape[1], self._model
+        at = places.pointer
+        self._recorder.flush()
+        model.kernels[model.precision].launch(
+            kernel,
+            (count, 1, 1),
+            (KEEP_THREADS, 1, 1),
+            (
+                *(pointer(target.pointer), pointer(source.pointer)),
+                *(pointer(at), pointer(at + 4 * count)),
+                *(integer(self._capacity), integer(source.shape[-1])),
+            ),
+        )
 
     def can_begin(self, last: NewestDecode) -> bool:
         """Whether blocks can begin after a pass: only these kernels can be called off."""
@@ -210,12 +239,12 @@ class TensorRtExecutor:
             self._blocks[block].unload()
 
     def release(self, slot: int) -> None:
-        """Nothing: the cache is one allocation, which the next sequence writes over."""
+        """Gives a slot's pages to whoever needs them."""
+        self._cache.pages.release(slot)
 
     def copy_prefix(self, source: int, target: int, count: int) -> None:
-        """Copies keys and values of a slot's first tokens to another; see `Executor`."""
-        for block in self._blocks.values():
-            block.copy_prefix(source, target, count)
+        """Lets a slot begin with another's first tokens; see `Executor`. Whole pages are shared."""
+        self._copy_pages(self._cache.pages.share(source, target, count))
 
     def __del__(self) -> None:
         with suppress(Exception):
@@ -225,7 +254,10 @@ class TensorRtExecutor:
         """The buffers of steps with this many tokens, kept as recordings refer to them."""
         workspace = self._workspaces.get(count)
         if workspace is None:
-            workspace = self._workspaces[count] = Workspace(self._model, count, lasting=True)
+            assert count <= RECORDED_TOKENS
+            if self._buffers is None:
+                self._buffers = Buffers(self._model, RECORDED_TOKENS, lasting=True)
+            workspace = self._workspaces[count] = Workspace(self._model, count, self._buffers)
         return workspace
 
     def _decode(
@@ -238,7 +270,7 @@ class TensorRtExecutor:
         begun = self._begun(blocks, hidden, this.chunks, long_context)
         if not begun:
             self._in_flight.call_off()
-            workspace.place(positions_of(chunks), slots_of(chunks))
+            workspace.place(chunks)
             workspace.take(hidden, blocks.start)
         if rest := blocks[begun:]:
             self._recorder.add(*self._pass(rest, count, long_context), self._before(rest, count))
@@ -262,6 +294,8 @@ class TensorRtExecutor:
         if step.tokens is None:
             chunks, long_context = step.chunks, step.long_context
             return self._begun(step.blocks, newest.hidden, chunks, long_context) or None
+        if len(step.chunks) > RECORDED_TOKENS:
+            return None
         if not self.workspace(len(step.chunks)).is_of(slots_of(step.chunks)):
             return None
         if isinstance(step.tokens, list):
@@ -274,11 +308,16 @@ class TensorRtExecutor:
             return
         new = [block for block in blocks if block not in self._blocks]
         if new:
-            batch, _, capacity, _ = self._shape
-            self._model.check_room(Request(blocks, batch, capacity, tokens), self._blocks)
+            self._model.check_room(self._request(blocks, tokens), self._blocks)
         for block in new:
-            self._blocks[block] = Block(self._model, block, self._shape)
+            self._blocks[block] = Block(self._model, block, self._cache)
         self._opened.add(blocks)
+
+    def _request(self, blocks: range, tokens: int) -> Request:
+        pages, slots = self._cache.pages, self._slots
+        if pages.count == slots * pages.most:
+            return Request(blocks, slots, self._capacity, tokens)
+        return Request(blocks, 1, pages.count * PAGE, tokens)
 
     def _pass(
         self, blocks: range, count: int, long_context: bool
@@ -288,7 +327,7 @@ class TensorRtExecutor:
 
         def work() -> None:
             for block in blocks:
-                self._blocks[block].run(workspace, long_context, together=True)
+                self._blocks[block].run(workspace, long_context)
 
         return (self.key, blocks, count, long_context), work
 
@@ -298,31 +337,31 @@ class TensorRtExecutor:
             return None
         return lambda: self._blocks[blocks.start].settle(count)
 
-    def _few(
-        self, blocks: range, hidden: DeviceArray, chunk: Chunk, long_context: bool
+    def _run_few(
+        self, blocks: range, hidden: DeviceArray, chunks: Sequence[Chunk], long_context: bool
     ) -> DeviceArray:
-        """Runs some tokens of one sequence: drafts that are verified, or tokens that catch up."""
-        count = chunk.length
+        """Runs some tokens of each sequence: drafts that are verified, or tokens that catch up."""
+        count = hidden.shape[0]
+        self._in_flight.call_off()
         workspace = self.workspace(count)
-        workspace.place(positions_of([chunk]), [chunk.slot] * count)
+        workspace.place(chunks)
         workspace.take(hidden, blocks.start)
 
         def work() -> None:
             for block in blocks:
-                self._blocks[block].run(workspace, long_context, together=False)
+                self._blocks[block].run(workspace, long_context)
 
-        key = (self.key, "few", blocks, count, long_context)
+        key = (self.key, "few", blocks, count, workspace.launches, long_context)
         self._recorder.add(key, work, self._before(blocks, count))
         self._recorder.flush()  # a session counts on what it was given: it is no longer pending
         return workspace.hidden[blocks.stop % 2]
 
-    def _prefill(
-        self, blocks: range, hidden: DeviceArray, slot: int, start: int, long_context: bool
+    def _run_many(
+        self, blocks: range, hidden: DeviceArray, chunks: Sequence[Chunk], long_context: bool
     ) -> DeviceArray:
-        count = len(hidden)
-        workspace = Workspace(self._model, count)
-        workspace.place(range(start, start + count), [slot] * count)
+        workspace = Workspace(self._model, len(hidden))
+        workspace.place(chunks)
         workspace.take(hidden, blocks.start)
         for block in blocks:
-            self._blocks[block].run(workspace, long_context, together=False)
+            self._blocks[block].run(workspace, long_context)
         return workspace.hidden[blocks.stop % 2]

@@ -17,13 +17,14 @@ from ojfa_export.backends.cuda.kernels import (
     pointer,
 )
 from ojfa_export.backends.cuda.mailbox import HeadArguments
-from ojfa_export.backends.tensorrt.blocks import Workspace
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
 from ojfa_export.backends.tensorrt.opened import OpenedModel
+from ojfa_export.backends.tensorrt.products import Products
 from ojfa_export.backends.tensorrt.weights import ROW_BYTES
+from ojfa_export.backends.tensorrt.workspace import Workspace
 
 # Rows of logits that are on the device at once.
-HEAD_ROWS = 16
+HEAD_ROWS = 64
 ROW_ELEMENTS = ROW_BYTES // 4  # of fp32, as a kernel loads them
 # As in exit_check.cu and choose.cu.
 CHECK_THREADS, BESIDE_THREADS, CHECK_RANK, KEEP_THREADS = 512, 128, 128, 256
@@ -263,7 +264,7 @@ class ExitHead(_ByLogits):
 class ResidualExitHead(_ByLogits):
     """One exit's residual shortcut, then the model's own head: y = h + (h P + b) (gate U).
 
-    The jump runs in kernels, a few rows at a time; what it adds to reading the head is little.
+    What the jump adds to reading the head is little.
 
     Args:
         model: The opened model.
@@ -280,14 +281,22 @@ class ResidualExitHead(_ByLogits):
         self._bias = store.filled(bias, (rank,))
         self._up = store.filled(gates[blocks_run - 1] * up.T, (up.shape[1], rank))
         self._kernels = model.linear("fp32")
-        self._z = model.arrays.lasting((MOST_TOKENS, rank), np.float32)
+        self._gemm = model.gemm("fp32")
+        self._z = model.arrays.lasting((HEAD_ROWS, rank), np.float32)
         self._y = model.arrays.lasting((HEAD_ROWS, up.shape[1]), np.float32)
 
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
         """See `Head`; at most HEAD_ROWS rows."""
-        for at in range(0, len(hidden), MOST_TOKENS):
-            part = hidden[at : at + MOST_TOKENS]
-            z = self._z[: len(part)]
-            self._kernels.linear(z, None, part, self._project, self._bias)
-            self._kernels.linear(self._y[at : at + len(part)], part, z, self._up, None)
-        self._final.run(self._y[: len(hidden)], logits)
+        y = self._y[: len(hidden)]
+        if len(hidden) > MOST_TOKENS and self._gemm is not None:
+            self._jump(self._gemm, y, hidden)
+        else:
+            for at in range(0, len(hidden), MOST_TOKENS):
+                rows = slice(at, at + MOST_TOKENS)
+                self._jump(self._kernels, y[rows], hidden[rows])
+        self._final.run(y, logits)
+
+    def _jump(self, products: Products, y: DeviceArray, hidden: DeviceArray) -> None:
+        z = self._z[: len(hidden)]
+        products.linear(z, None, hidden, self._project, self._bias)
+        products.linear(y, hidden, z, self._up, None)

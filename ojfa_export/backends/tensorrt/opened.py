@@ -8,19 +8,22 @@ from pathlib import Path
 
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.choosing import Chooser
+from ojfa_export.backends.cuda.cublas import Cublas
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.kernels import Kernels
 from ojfa_export.backends.cuda.mailbox import Mailbox
+from ojfa_export.backends.tensorrt.algorithms import Choices, ChosenAlgorithms
 from ojfa_export.backends.tensorrt.engine import Engine, EngineSet
+from ojfa_export.backends.tensorrt.gemm import GemmProducts
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels
 from ojfa_export.backends.tensorrt.memory import Request, Room
-from ojfa_export.backends.tensorrt.plan import GraphPlan, read_plan
+from ojfa_export.backends.tensorrt.plan import PASS_TOKENS, PREFILL_TOKENS, GraphPlan, read_plan
 from ojfa_export.backends.tensorrt.products import Products
 from ojfa_export.backends.tensorrt.tiled import TiledKernels, matrix_shapes, most_tokens
 from ojfa_export.backends.tensorrt.weights import WeightStore
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.decoding.arrays import Float32
-from ojfa_export.errors import UsageError
+from ojfa_export.errors import BackendError, BundleError, UsageError
 from ojfa_export.models.spec import ModelSpec, Precision
 
 DECODE_VARIABLE = "OJFA_DECODE"
@@ -78,6 +81,10 @@ class OpenedModel:
             self._tiled = TiledKernels(device, self.arrays, chosen, spec.hidden_size)
             room = device.multiprocessors, device.shared_bytes
             self._most_tiled = most_tokens(matrix_shapes(spec), *room)
+        self._cublas = _cublas(device)
+        if self._cublas is not None and embed.products is not None:
+            self._choose_algorithms(self._cublas, self._directory / embed.products)
+        self._gemm = self.gemm(self.precision)
 
     def plan(self, name: str) -> GraphPlan:
         """A graph's plan."""
@@ -103,11 +110,35 @@ class OpenedModel:
             return None
         if tokens <= MOST_TOKENS:
             return self.linear(self.precision)
-        return self._tiled if tokens <= self._most_tiled else None
+        return self._tiled if tokens <= self._most_tiled else self._gemm
 
     def linear(self, precision: Precision) -> LinearKernels:
         """The matrix-vector kernels for matrices of a precision."""
         return LinearKernels(self.device, self.kernels[precision], DTYPES[precision].itemsize)
+
+    def _choose_algorithms(self, cublas: Cublas, path: Path) -> None:
+        """Takes the measured ways to make products, if they are of this version of the library."""
+        try:
+            choices = Choices.model_validate_json(self._files.read(path))
+            chosen = ChosenAlgorithms(choices)
+        except ValueError as error:
+            raise BundleError(
+                f"{path} can't be read: {str(error).splitlines()[0]}",
+                hint="rebuild the engines with 'ojfa-export build BUNDLE --backend tensorrt'",
+            ) from error
+        if choices.cublas == cublas.version:
+            cublas.choose = chosen
+
+    def gemm(self, precision: Precision) -> GemmProducts | None:
+        """Products of many tokens with matrices of a precision; None without cuBLASLt."""
+        if self._cublas is None:
+            return None
+        dtype = DTYPES[precision]
+        return GemmProducts(self._cublas, self.arrays, self.kernels[precision], dtype)
+
+    def pass_tokens(self) -> int:
+        """Tokens of a pass that run at once; more run in pieces."""
+        return PASS_TOKENS if self.products(PREFILL_TOKENS[-1]) else PREFILL_TOKENS[-1]
 
     def close(self, name: str) -> None:
         """Lets go of a graph's weights."""
@@ -125,6 +156,14 @@ class OpenedModel:
             cached,
             opened=self._engines is not None,
         )
+
+
+def _cublas(device: Device) -> Cublas | None:
+    """The library, where it is: without it TensorRT's engines run passes of many tokens."""
+    try:
+        return Cublas(device)
+    except BackendError:
+        return None
 
 
 def _decode_kernels() -> bool:

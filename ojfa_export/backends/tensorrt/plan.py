@@ -17,6 +17,10 @@ from ojfa_export.models.spec import Precision
 # prompt; least, best, most. A longer prompt runs in pieces.
 DECODE_TOKENS = (1, 1, 16)
 PREFILL_TOKENS = (1, 512, 1024)
+# Tokens of a pass that run at once, where no engine is asked; more run in pieces.
+PASS_TOKENS = 2048
+# Of the kernels' parameters; compiled kernels of a bundle must have the same. 2: a cache in pages.
+INTERFACE = 2
 # The parts of a block, before and after its attention.
 QKV, MLP = "qkv", "mlp"
 PROFILES = (DECODE_TOKENS, PREFILL_TOKENS)
@@ -86,6 +90,9 @@ class GraphPlan(Part):
         precision: Of matrix products and of the cache.
         engines: Engine files, in this file's directory, by part: "qkv" and "mlp" of a block.
         kernels: Files of compiled CUDA kernels by precision, in this file's directory.
+        interface: What parameters those kernels have.
+        products: File of measured ways to make products (`algorithms.py`), in this file's
+            directory; None where cuBLASLt wasn't there.
         weights: By their names in the graph.
         activation_bytes: Memory that the largest of the engines works in.
     """
@@ -93,6 +100,8 @@ class GraphPlan(Part):
     precision: Precision
     engines: dict[str, str]
     kernels: dict[Precision, str]
+    interface: int = 1
+    products: str | None = None
     weights: dict[str, Weight]
     activation_bytes: NonNegativeInt
 
@@ -105,7 +114,12 @@ def read_plan(path: Path, files: Files = UNCHECKED) -> GraphPlan:
     """
     plan = read(path, GraphPlan, _named, "tensorrt", files)
     # The bundle holds no file but those that its manifest names with their digests.
-    for name in (*plan.engines.values(), *plan.kernels.values()):
+    if plan.kernels and plan.interface != INTERFACE:
+        raise BundleError(
+            f"{path} is of another version of ojfa-export",
+            hint="rebuild the engines with 'ojfa-export build BUNDLE --backend tensorrt'",
+        )
+    for name in _files(plan):
         if not (path.parent / name).is_file():
             raise BundleError(
                 f"{path} names {name!r}, which the bundle doesn't hold",
@@ -114,8 +128,14 @@ def read_plan(path: Path, files: Files = UNCHECKED) -> GraphPlan:
     return plan
 
 
-def _named(plan: GraphPlan) -> Iterator[str]:
+def _files(plan: GraphPlan) -> Iterator[str]:
     yield from plan.engines.values()
     yield from plan.kernels.values()
+    if plan.products is not None:
+        yield plan.products
+
+
+def _named(plan: GraphPlan) -> Iterator[str]:
+    yield from _files(plan)
     for weight in plan.weights.values():
         yield weight.file

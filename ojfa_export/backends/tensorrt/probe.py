@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 
-from ojfa_export.backends.tensorrt.blocks import Block, Workspace
+from ojfa_export.backends.passes import Chunk
+from ojfa_export.backends.tensorrt.blocks import Block
+from ojfa_export.backends.tensorrt.cache import KvCache
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
+from ojfa_export.backends.tensorrt.workspace import Workspace
 from ojfa_export.decoding.arrays import Float32
 
 
 def trace_block(engines: TensorRtEngines, index: int, hidden: Float32) -> dict[str, Float32]:
     """Runs a block on one sequence as a prompt: see `backends.backend.Tracing`."""
     engines.device.make_current()
-    spec, tokens = engines.spec, len(hidden)
-    block = Block(engines, index, (1, spec.kv_heads, tokens, spec.head_dim))
+    tokens = len(hidden)
+    whole = [Chunk(0, 0, tokens)]
+    cache = KvCache(engines, 1, tokens)
+    cache.pages.make_ready(whole)
+    block = Block(engines, index, cache)
     workspace = Workspace(engines, tokens)
-    workspace.place(range(tokens), [0] * tokens)
+    workspace.place(whole)
     workspace.take(engines.arrays.asarray(hidden), index)
-    block.run(workspace, False, together=False)
+    block.run(workspace, False)
     found = {
         "attention.qkv": workspace.qkv,
         "attention.mixed": workspace.mixed,

@@ -101,13 +101,14 @@ class Replays:
     ) -> HeadOutput:
         in_flight, chunks, depth = self._in_flight, step.chunks, step.blocks.stop
         workspace, positions = executor.workspace(len(chunks)), positions_of(chunks)
+        executor.make_ready(chunks)
         self._mailbox.leave(request.draws)
         # Whenever this is interrupted, nothing is taken to be on the device that may not be.
         in_flight.last_pass, in_flight.keeping, in_flight.ahead = None, ((), None), ahead
         newest.clear()
         if step.tokens is not None:
             if isinstance(step.tokens, list):
-                workspace.leave(step.tokens, positions)
+                workspace.name(step.tokens, positions)
             workspace.moved_to([])
         self._recorder.replay(graph)
         choices = self._mailbox.expect(len(chunks))
