@@ -55,8 +55,9 @@ def test_reading_is_deciding(name, chain_of, monkeypatch, ids, thresholds, at_on
         return
     np.testing.assert_array_equal(unit.blocks_run, expected.blocks_run)
     # Rounded down to float16: numbers that differ by the logits' tolerance may be a step apart.
-    step = 2.0**-10 * expected.confidence
-    assert (abs(unit.confidence - expected.confidence) <= step + 2 * LOGITS_FP32).all()
+    np.testing.assert_allclose(
+        unit.confidence, expected.confidence, rtol=2.0**-10, atol=2 * LOGITS_FP32
+    )
     ties = sum(near_tie(chain, ids[: i + 1], depth) for i, depth in enumerate(unit.blocks_run))
     assert abs(unit.loss - expected.loss) * len(ids) <= ties + 1e-9
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
@@ -59,6 +60,7 @@ class Recorder:
         self._keys: list[tuple[Hashable, ...]] = []
         self._work: list[Work] = []
         self._before: list[Work] = []
+        self._owners_gone: deque[object] = deque()
 
     def add(self, key: tuple[Hashable, ...], work: Work, before: Work | None = None) -> None:
         """Adds work to what is launched next.
@@ -90,6 +92,8 @@ class Recorder:
         """Launches what was added."""
         if not self._keys:
             return
+        if self._owners_gone:
+            self._forget_those_gone()
         no_keys: list[tuple[Hashable, ...]] = []
         no_work: list[Work] = []
         nothing_before: list[Work] = []
@@ -134,10 +138,17 @@ class Recorder:
         self.failed = False
 
     def forget(self, owner: object) -> None:
-        """Forgets the recordings whose keys hold an object."""
-        self._device.synchronize()  # what has been launched may still use the owner's memory
-        for key in [key for key in self._graphs if any(owner in piece for piece in key)]:
-            del self._graphs[key]
+        """Forgets the recordings whose keys hold an object, at the next launch.
+
+        Not at once, as garbage may be collected in any thread, while another one records.
+        """
+        self._owners_gone.append(owner)
+
+    def _forget_those_gone(self) -> None:
+        while self._owners_gone:
+            owner = self._owners_gone.popleft()
+            for key in [key for key in self._graphs if any(owner in piece for piece in key)]:
+                del self._graphs[key]
         kept = set(map(id, self._graphs.values()))
         self._named = {key: known for key, known in self._named.items() if id(known[0]) in kept}
 
