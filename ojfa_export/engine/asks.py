@@ -168,25 +168,28 @@ class Decoder:
         return self._foreseen
 
     def _step_by_step(self) -> Decoding:
+        exit = self._exit
         while True:
-            answer, depth = yield from self._next_answer()
+            ask, self._foreseen = self._foreseen, None
+            if ask is None:
+                depth = exit if isinstance(exit, int) else self._blocks
+                ask = Ask(depth, 1, self._asked_by, self._draw(), self._on_host)
+            policy = exit if isinstance(exit, ExitPolicy) else None
+            answer = (yield ask) if policy is None else (yield from self._decide(policy, ask))
+            assert answer is not None
             token = self._choose(answer) if self._on_host else answer.token
             logprobs = self._logprobs(answer, 0, token)
-            yield Emitted(token, depth, False, logprobs)
+            yield Emitted(token, answer.ask.depth, False, logprobs)
             self._sequence.append([token])
 
-    def _next_answer(self) -> Generator[Ask, Answer, tuple[Answer, int]]:
-        exit, ask, self._foreseen = self._exit, self._foreseen, None
-        if ask is None:
-            depth = exit if isinstance(exit, int) else self._blocks
-            ask = Ask(depth, 1, self._asked_by, self._draw(), self._on_host)
-        if isinstance(exit, ExitPolicy):
-            for depth, threshold in zip(exit.exits, exit.thresholds, strict=True):
-                answer = yield ask._replace(depth=depth)
-                if answer.confidence(exit.measure) >= threshold:
-                    return answer, depth
-        answer = yield ask
-        return answer, ask.depth
+    def _decide(self, policy: ExitPolicy, last: Ask) -> Generator[Ask, Answer, Answer]:
+        """The answer of the first exit that is confident, or of the last ask."""
+        for depth, threshold in zip(policy.exits, policy.thresholds, strict=True):
+            answer = yield last._replace(depth=depth)
+            if answer.confidence(policy.measure) >= threshold:
+                return answer
+        answer = yield last
+        return answer
 
     def _draw(self) -> float:
         """The random number that chooses a token; each is asked for once, in their order."""

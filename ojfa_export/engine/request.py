@@ -86,6 +86,27 @@ class RequestResult:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
+class _Change(threading.Condition):
+    """A condition that costs next to nothing where no thread waits for it: asyncio's never do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._threads = 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """See `threading.Condition`."""
+        self._threads += 1
+        try:
+            return super().wait(timeout)
+        finally:
+            self._threads -= 1
+
+    def tell(self) -> None:
+        """Wakes who waits; with the lock."""
+        if self._threads:
+            self.notify_all()
+
+
 class Cancels(Protocol):
     """What runs requests; see `engine.engine.Engine`."""
 
@@ -113,7 +134,7 @@ class Request:
         self.id, self.prompt_token_ids, self.options = id, prompt, options
         self._engine = engine
         self._submitted = time.perf_counter()
-        self._changed = threading.Condition()
+        self._changed = _Change()
         self._tokens: list[RequestToken] = []
         self._waiters: deque[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = deque()
         self._reason: FinishReason | None = None
@@ -263,7 +284,7 @@ class Request:
             self._wake()
 
     def _wake(self) -> None:
-        self._changed.notify_all()
+        self._changed.tell()
         while self._waiters:
             loop, event = self._waiters.popleft()
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more

@@ -51,6 +51,34 @@ def test_pages_that_run_out_send_the_youngest_back(llama):
         assert result.token_ids == expected.token_ids
 
 
+def test_whoever_finds_no_pages_is_not_looked_at_in_every_pass(llama, monkeypatch):
+    with WatchedEngine(llama, max_sequences=3, kv_cache_bytes=2 * page_bytes(llama.spec)) as engine:
+        asked, take = [], engine._slots.take
+        monkeypatch.setattr(
+            engine._slots, "take", lambda sequence, _: asked.append(sequence) or take(sequence, _)
+        )
+        options = GenerationOptions(max_new_tokens=25, ignore_eos=True)
+        with engine._wanted:
+            running = [engine.submit(prompt, options) for prompt in ([1], [2] * 40, [3])]
+        results = [each.result(TIMEOUT) for each in running]
+        assert len(asked) < 10 < engine.passes
+    for each, result in zip(running, results, strict=True):
+        expected = alone(llama, each.prompt_token_ids, {"max_new_tokens": 25, "ignore_eos": True})
+        assert result.token_ids == expected.token_ids
+
+
+def test_a_copied_prefix_brings_what_stopped_at_an_exit(llama):
+    """The first one still runs, and its tokens have not been deeper than its exit."""
+    prefix = np.random.default_rng(1).integers(llama.spec.vocab_size, size=30).tolist()
+    with WatchedEngine(llama, max_sequences=2) as engine:
+        first = engine.submit([*prefix, 5], exit=1, max_new_tokens=30, ignore_eos=True)
+        next(iter(first))
+        second = engine.submit([*prefix, 6], exit=3, max_new_tokens=4).result(TIMEOUT)
+        assert second.usage.cached_tokens == 30
+    expected = alone(llama, [*prefix, 6], {"exit": 3, "max_new_tokens": 4})
+    assert second.token_ids == expected.token_ids
+
+
 def test_a_request_that_outgrows_all_pages_fails_alone(llama):
     with WatchedEngine(llama, kv_cache_bytes=page_bytes(llama.spec)) as engine:
         request = engine.submit([1] * 20, GenerationOptions(max_new_tokens=40, ignore_eos=True))

@@ -17,7 +17,7 @@ from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.errors import BackendError
 
 examples = settings(
-    max_examples=25,
+    max_examples=10,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -72,6 +72,18 @@ def test_the_token_after_the_end_is_not_kept_for_others(llama_on_device):
         second = engine.submit(longer, **plain).result(TIMEOUT)
         assert second.usage.cached_tokens == len(prompt) + len(first.token_ids) - 1
     assert second.token_ids == alone(reference, longer, plain).token_ids
+
+
+def test_a_copied_prefix_brings_what_stopped_at_an_exit(llama_on_device):
+    model, reference = llama_on_device.model, llama_on_device.reference
+    prefix = list(range(1, 31))
+    with WatchedEngine(model, max_sequences=2) as engine:
+        first = engine.submit([*prefix, 5], exit=1, max_new_tokens=30, ignore_eos=True)
+        next(iter(first))
+        second = engine.submit([*prefix, 6], exit=3, max_new_tokens=4).result(TIMEOUT)
+        assert second.usage.cached_tokens == 30
+    expected = alone(reference, [*prefix, 6], {"exit": 3, "max_new_tokens": 4})
+    assert second.token_ids == expected.token_ids
 
 
 def test_samplings_are_asked_of_the_device(llama_on_device, monkeypatch):
