@@ -29,7 +29,7 @@ def llama() -> Model:
 
 @dataclass(frozen=True)
 class OnDevice:
-    """A model of TensorRT over the stand-in's driver, and the same one on the CPU."""
+    """A model over the stand-in's driver, and the same one on the CPU."""
 
     driver: Any
     model: Model
@@ -39,25 +39,35 @@ class OnDevice:
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from stand_in import stand_in_gpu
+    from stand_in.onnxruntime_cuda import make_onnxruntime
 
     with stand_in_gpu() as driver, pytest.MonkeyPatch.context() as patch:
+        from ojfa_export.backends.onnxruntime_cuda import provider
+
+        patch.setattr(provider, "ort", make_onnxruntime(driver))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield driver
 
 
 # GPT-2's stored bundle is of fp16: its tokens are not those of fp32.
-@pytest.fixture(scope="module", params=["llama", "phi3"])
+@pytest.fixture(
+    scope="module",
+    params=[("llama", "tensorrt"), ("phi3", "tensorrt"), ("llama", "onnxruntime-cuda")],
+    ids="-".join,
+)
 def on_device(request, driver, tmp_path_factory) -> OnDevice:
-    return _open(request.param, driver, tmp_path_factory)
+    return _open(*request.param, driver, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def llama_on_device(driver, tmp_path_factory) -> OnDevice:
-    return _open("llama", driver, tmp_path_factory)
+    return _open("llama", "tensorrt", driver, tmp_path_factory)
 
 
-def _open(name: str, driver: Any, tmp_path_factory: pytest.TempPathFactory) -> OnDevice:
+def _open(
+    name: str, backend: str, driver: Any, tmp_path_factory: pytest.TempPathFactory
+) -> OnDevice:
     bundle = tmp_path_factory.mktemp(name) / f"{name}.ojfa"
     shutil.copytree(DIRECTORY / f"{name}.ojfa", bundle)
-    add_engines(bundle, "tensorrt", SILENT)
-    return OnDevice(driver, ojfa_export.load(bundle, backend="tensorrt"), open_bundle(name))
+    add_engines(bundle, backend, SILENT)
+    return OnDevice(driver, ojfa_export.load(bundle, backend=backend), open_bundle(name))
