@@ -56,8 +56,7 @@ speculations = st.sampled_from([True, Speculation(2, 3)])
 def option_sets(draw: Any) -> dict[str, Any]:
     options = {"max_new_tokens": draw(st.integers(1, 24)), **draw(samplings), **draw(endings)}
     if draw(st.integers(0, 5)) == 0:
-        # Sampled drafts are judged by small differences of logits, which no two backends share.
-        return {**options, "exit": "full", "speculate": draw(speculations), "temperature": 0.0}
+        return {**options, "exit": "full", "speculate": draw(speculations)}
     return {**options, "exit": draw(exits), **draw(on_host)}
 
 
@@ -132,8 +131,12 @@ def check_each_gives_what_it_gives_alone(
 
         def submit(request: dict[str, Any]) -> None:
             prompt = [token % model.spec.vocab_size for part in request["prompt"] for token in part]
-            each = engine.submit(prompt, GenerationOptions(**request["options"]))
-            running.append((prompt, request["options"], each))
+            options = request["options"]
+            if "speculate" in options and model is not reference:
+                # Small differences of logits, which each backend has, decide on sampled drafts.
+                options = {**options, "temperature": 0.0}
+            each = engine.submit(prompt, GenerationOptions(**options))
+            running.append((prompt, options, each))
             if request["cancelled_after"] is not None:
                 agenda.add(engine.passes + request["cancelled_after"], each.cancel)
 
@@ -147,7 +150,7 @@ def check_each_gives_what_it_gives_alone(
             if result.finish_reason == "cancelled":
                 assert result.token_ids == expected.token_ids[: len(result.token_ids)]
                 continue
-            assert result.token_ids == expected.token_ids, (prompt, options, result, expected)
+            assert result.token_ids == expected.token_ids, options
             assert result.exit_blocks == expected.exit_blocks
             assert result.text == expected.text
             assert result.finish_reason == expected.finish_reason

@@ -17,7 +17,7 @@ from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.errors import BackendError
 
 examples = settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
