@@ -8,15 +8,15 @@ whose turn it is, decoding doesn't know.
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.decoding.confidence import Measure
-from ojfa_export.decoding.head_output import HeadOutput, HostHeadOutput
 from ojfa_export.decoding.logits import LogitsProcessor, TokenLogprobs
 from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.sampling import GREEDY, Sampling
 from ojfa_export.decoding.speculation import (
     DraftLength,
     Float64,
@@ -28,78 +28,80 @@ from ojfa_export.decoding.speculation import (
 from ojfa_export.runtime.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """All tokens of the request's sequence shall run to a depth.
 
     Attributes:
         depth: Blocks to run.
-        count: About how many of the newest tokens the head is asked; no more than have not run so
+        rows: About how many of the newest tokens the head is asked; no more than have not run so
             deep.
-        logits: Whether the answer must have logits: likeliest tokens and confidence are always
-            there, and on a device they are all that comes to the host.
+        sampling: How the next token is chosen, where that is one: `GREEDY` or `sampled_by`.
+        draw: A number from [0, 1) for that, where it is sampled.
+        logits: Whether the answer must have logits: tokens and confidence are always there, and on
+            a device they are all that comes to the host.
     """
 
     depth: int
-    count: int = 1
+    rows: int = 1
+    sampling: Sampling = GREEDY
+    draw: float = 0.0
     logits: bool = False
 
 
-class Heads:
-    """What a head said about the tokens of several requests; asked for once each.
+class Heads(Protocol):
+    """What a head said about the tokens of several requests; see `engine.heads.Heads`."""
 
-    Args:
-        output: Of all of them.
-    """
-
-    def __init__(self, output: HeadOutput) -> None:
-        self.output = output
-        self._confidence: dict[Measure, list[float]] = {}
-
-    @cached_property
     def likeliest(self) -> list[int]:
         """The tokens of the largest logits."""
-        return self.output.likeliest()
+        ...
 
     def confidence(self, measure: Measure) -> list[float]:
         """How confident the head is of each."""
-        if measure not in self._confidence:
-            self._confidence[measure] = self.output.confidence(measure)
-        return self._confidence[measure]
+        ...
+
+    def token(self, row: int, sampling: Sampling, draw: float) -> int:
+        """The token that a request chooses."""
+        ...
+
+    def logits(self, row: int, rows: int) -> Float32:
+        """Logits [rows, V] of a request that asked for them, from its first row on."""
+        ...
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What the head said about one request's tokens.
 
     Attributes:
         heads: About those of all requests that ran together.
-        rows: Which of them are the request's.
+        row: The first of them that is the request's.
+        ask: What it asked.
     """
 
     heads: Heads
-    rows: slice
+    row: int
+    ask: Ask
+
+    @property
+    def token(self) -> int:
+        """The next token, as the ask has it."""
+        return self.heads.token(self.row, self.ask.sampling, self.ask.draw)
 
     @property
     def likeliest(self) -> list[int]:
-        """The tokens of the largest logits, [count]."""
-        return self.heads.likeliest[self.rows]
+        """The tokens of the largest logits, [rows]."""
+        return self.heads.likeliest()[self.row : self.row + self.ask.rows]
 
     def confidence(self, measure: Measure) -> float:
         """How confident the head is of the first."""
-        confidence: float = self.heads.confidence(measure)[self.rows.start]
-        return confidence
+        return self.heads.confidence(measure)[self.row]
 
     @property
     def logits(self) -> Float32:
-        """Logits [count, V], where they were asked for."""
-        assert isinstance(self.heads.output, HostHeadOutput)
-        logits: Float32 = self.heads.output.logits[self.rows]
-        return logits
+        """Logits [rows, V], where they were asked for."""
+        return self.heads.logits(self.row, self.ask.rows)
 
 
-@dataclass(frozen=True, slots=True)
-class Emitted:
+class Emitted(NamedTuple):
     """A token that decoding gives.
 
     Attributes:
@@ -145,6 +147,12 @@ class Decoder:
         self._sampling = options.sampling
         self._generator = self._sampling.generator(0)
         self._processor = LogitsProcessor(options, sequence.tokens)
+        # Penalties, biases and log probabilities are seen to where the logits are: on the host.
+        self._on_host = options.needs_logits
+        self._asked_by = GREEDY if self._on_host else sampled_by(self._sampling)
+        alike = not self._on_host and options.speculation is None
+        self._every_depth = exit if alike and isinstance(exit, int) else None
+        self._foreseen: Ask | None = None
 
     def run(self) -> Decoding:
         """The tokens, and what they need; closed by the engine when the request ends."""
@@ -153,36 +161,44 @@ class Decoder:
             return self._speculate(speculation)
         return self._step_by_step()
 
+    def foresee(self) -> Ask | None:
+        """What is asked after the next answer, whatever that is; None where that depends on it."""
+        if self._foreseen is None and self._every_depth is not None:
+            self._foreseen = Ask(self._every_depth, 1, self._asked_by, self._draw())
+        return self._foreseen
+
     def _step_by_step(self) -> Decoding:
+        exit = self._exit
         while True:
-            answer, depth = yield from self._next_answer()
-            token = self._choose(answer)
+            ask, self._foreseen = self._foreseen, None
+            if ask is None:
+                depth = exit if isinstance(exit, int) else self._blocks
+                ask = Ask(depth, 1, self._asked_by, self._draw(), self._on_host)
+            policy = exit if isinstance(exit, ExitPolicy) else None
+            answer = (yield ask) if policy is None else (yield from self._decide(policy, ask))
+            assert answer is not None
+            token = self._choose(answer) if self._on_host else answer.token
             logprobs = self._logprobs(answer, 0, token)
-            yield Emitted(token, depth, False, logprobs)
+            yield Emitted(token, answer.ask.depth, False, logprobs)
             self._sequence.append([token])
 
-    def _next_answer(self) -> Generator[Ask, Answer, tuple[Answer, int]]:
-        exit = self._exit
-        if isinstance(exit, ExitPolicy):
-            for depth, threshold in zip(exit.exits, exit.thresholds, strict=True):
-                answer = yield self._ask(depth)
-                if answer.confidence(exit.measure) >= threshold:
-                    return answer, depth
-        depth = exit if isinstance(exit, int) else self._blocks
-        answer = yield self._ask(depth)
-        return answer, depth
+    def _decide(self, policy: ExitPolicy, last: Ask) -> Generator[Ask, Answer, Answer]:
+        """The answer of the first exit that is confident, or of the last ask."""
+        for depth, threshold in zip(policy.exits, policy.thresholds, strict=True):
+            answer = yield last._replace(depth=depth)
+            if answer.confidence(policy.measure) >= threshold:
+                return answer
+        answer = yield last
+        return answer
 
-    def _ask(self, depth: int, count: int = 1) -> Ask:
-        options = self._options
-        return Ask(depth, count, logits=options.needs_logits or options.temperature > 0)
+    def _draw(self) -> float:
+        """The random number that chooses a token; each is asked for once, in their order."""
+        return self._sampling.draw(self._generator)
 
     def _choose(self, answer: Answer) -> int:
-        """The next token; it counts for the penalties of those after it."""
-        if self._options.temperature or self._options.adjusts_logits:
-            logits = self._processor.adjust(answer.logits[0])
-            token = self._sampling.choose(logits, self._generator)
-        else:
-            token = answer.likeliest[0]
+        """The next token, from its logits; it counts for the penalties of those after it."""
+        logits = self._processor.adjust(answer.logits[0])
+        token = self._sampling.pick(logits, answer.ask.draw)
         self._processor.push(token)
         return token
 
@@ -199,13 +215,14 @@ class Decoder:
         lengths = DraftLength(
             cost + speculation.check_cost, speculation.round_cost, speculation.acceptance
         )
+        logits = self._on_host or self._sampling.temperature > 0
         left = self._options.max_new_tokens
         while True:
             before = len(sequence)
             limit = min(left - 1, self._max_length - before, sequence.room_before_switch)
             limit = min(limit, speculation.draft or lengths.next())
             drafts, proposals = yield from self._draft(exit, limit)
-            answer = yield self._ask(blocks, len(drafts) + 1)
+            answer = yield Ask(blocks, len(drafts) + 1, logits=logits)
             assert answer is not None
             tokens = self._verify(drafts, proposals, answer)
             accepted = len(tokens) - 1
@@ -223,7 +240,7 @@ class Decoder:
         drafts: list[int] = []
         proposals: list[Float64] = []
         while len(drafts) < limit and not (drafts and drafts[-1] in self._eos):
-            answer = yield self._ask(exit)
+            answer = yield Ask(exit, logits=bool(self._sampling.temperature))
             if self._sampling.temperature:
                 proposals.append(self._sampling.probabilities(answer.logits[0]))
                 token = draw(proposals[-1], self._generator)
@@ -237,3 +254,15 @@ class Decoder:
         if self._sampling.temperature:
             return check(drafts, proposals, answer.logits, self._sampling, self._generator)
         return agreeing(drafts, answer.likeliest)
+
+
+def sampled_by(sampling: Sampling) -> Sampling:
+    """What samplings have in common whose seeds alone differ; the same object for all of them."""
+    if not sampling.temperature:
+        return GREEDY
+    return _without_seed(sampling.temperature, sampling.top_k, sampling.top_p)
+
+
+@lru_cache(maxsize=1024)
+def _without_seed(temperature: float, top_k: int | None, top_p: float) -> Sampling:
+    return Sampling(temperature, top_k, top_p)

@@ -49,6 +49,10 @@ class PageBudget:
         more = pages_of(tokens) - self._held.get(owner, 0)
         return max(0, more - (self.pages - self.used))
 
+    def covers(self, owner: object, tokens: int) -> bool:
+        """Whether an owner has pages for so many tokens."""
+        return tokens <= self._held.get(owner, 0) * PAGE_TOKENS
+
     def hold(self, owner: object, tokens: int) -> None:
         """Gives an owner pages for so many tokens; never fewer than it has."""
         before = self._held.get(owner, 0)

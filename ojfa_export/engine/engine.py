@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -10,28 +11,24 @@ from dataclasses import asdict, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ojfa_export.decoding.head_output import HeadRequest, HostHeadOutput
 from ojfa_export.decoding.options import GenerationOptions, OptionArguments
-from ojfa_export.decoding.policy import ExitPolicy
-from ojfa_export.engine.asks import Answer, Decoder, Heads
+from ojfa_export.engine.asks import Answer
 from ojfa_export.engine.budget import PAGE_TOKENS, PageBudget, page_bytes, pages_of, read_bytes
 from ojfa_export.engine.costs import PassCosts
+from ojfa_export.engine.launcher import Launched, Launcher
 from ojfa_export.engine.request import FinishReason, Request
-from ojfa_export.engine.running import Running
+from ojfa_export.engine.running import NO_SLOT, Running
 from ojfa_export.engine.scheduler import Scheduler, Work
 from ojfa_export.engine.slots import Slots
 from ojfa_export.engine.stats import Counts, EngineStats
 from ojfa_export.errors import BackendError, OjfaError, OverloadedError, UsageError
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.runner import ModelRunner
-from ojfa_export.runtime.sequence import Sequence as TokenSequence
-from ojfa_export.runtime.text import TextStream
 from ojfa_export.system.arguments import flag, instance, real_number, whole_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-NO_SLOT = -1
 # More run no faster on any machine that is known, and each has a place in the KV cache.
 MOST_SEQUENCES = 4096
 
@@ -80,7 +77,6 @@ class Engine:
         if prefill_tokens is not None:
             self._piece = whole_number("prefill-tokens", prefill_tokens, 1)
         self._max_length = model.manifest.cache.max_length
-        self._eos = frozenset(model.spec.eos_token_ids)
         pages = self.max_sequences * pages_of(self._max_length + 1)
         if kv_cache_bytes is not None:
             pages = min(pages, read_bytes(kv_cache_bytes) // page_bytes(model.spec))
@@ -96,6 +92,10 @@ class Engine:
         self._waiting: deque[Running] = deque()
         self._next_id = 0
         self._closed = False
+        # What the engine's thread must see to; it looks at nothing else between most passes.
+        self._cancelled = False
+        self._first_deadline = math.inf  # or before it
+        self._may_admit = False
         self._wanted = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="ojfa-engine", daemon=True)
         self._thread.start()
@@ -160,8 +160,8 @@ class Engine:
                 )
             request = Request(self, self._next_id, ids, options)
             self._next_id += 1
-            self._waiting.append(self._running_of(request, options, exit, timeout))
-            self._wanted.notify()
+            deadline = None if timeout is None else time.perf_counter() + timeout
+            self._enqueue(Running.of(self.model, request, exit, self._max_length, deadline))
         return request
 
     def cancel(self, request: Request) -> None:
@@ -169,7 +169,7 @@ class Engine:
         with self._wanted:
             for each in (*self._waiting, *self._running):
                 if each.request is request:
-                    each.cancelled = True
+                    each.cancelled = self._cancelled = True
             self._wanted.notify()
 
     def stats(self) -> EngineStats:
@@ -202,29 +202,23 @@ class Engine:
         )
         self._budget = PageBudget(self._pages)
         self._slots = Slots(
-            self._runner.executor,
+            self._runner,
             self.max_sequences,
             self._budget,
             self._max_length,
             reuse=self._prefix_cache,
         )
         self._scheduler = Scheduler(spec.blocks, self._costs, self._piece)
+        self._launcher = Launcher(self._runner, self._costs, self._counts)
+        self._may_admit = True
 
-    def _running_of(
-        self,
-        request: Request,
-        options: GenerationOptions,
-        exit: int | ExitPolicy,
-        timeout: float | None,
-    ) -> Running:
-        spec, prompt = self.model.spec, request.prompt_token_ids
-        eos = frozenset() if options.ignore_eos else self._eos
-        sequence = TokenSequence(NO_SLOT, spec.blocks, spec.rotary_switch)
-        sequence.append(list(prompt))
-        decoder = Decoder(sequence, options, exit, spec.blocks, self._max_length, eos)
-        text = TextStream(self.model.tokenizer, options.stop, prompt)
-        deadline = None if timeout is None else time.perf_counter() + timeout
-        return Running(request, sequence, decoder, text, eos, self._max_length, deadline)
+    def _enqueue(self, each: Running) -> None:
+        if not self._waiting:
+            self._may_admit = True
+        if each.deadline is not None:
+            self._first_deadline = min(self._first_deadline, each.deadline)
+        self._waiting.append(each)
+        self._wanted.notify()
 
     def _run(self) -> None:
         """The engine's thread."""
@@ -244,43 +238,36 @@ class Engine:
                 self._fail_all(error)
 
     def _work(self, work: Work) -> None:
+        """Runs what was chosen, and what certainly follows; nothing is on its way afterwards."""
         running, stops = self._with_pages(work)
-        if not running:
-            return
-        answered = [
-            each.ask.depth == work.depth and stop == len(each.sequence)
-            for each, stop in zip(running, stops, strict=True)
-        ]
-        counts = [
-            each.ask.count if wanted else 0 for each, wanted in zip(running, answered, strict=True)
-        ]
-        start = time.perf_counter()
-        tokens = self._count(running, work.depth, stops)
-        heads = self._ask(running, work.depth, counts, stops)
-        self._costs.learn(tokens, time.perf_counter() - start, work.depth - work.entry)
-        at = 0
-        for each, count in zip(running, counts, strict=True):
-            if count:
-                assert heads is not None
-                self._answer(each, Answer(heads, slice(at, at + count)))
-                at += count
+        launched = self._launcher.launch(running, stops, work.depth) if running else None
+        while launched is not None:
+            following = self._follow(launched)
+            self._hand_out(launched)
+            launched = following
 
-    def _ask(
-        self, running: Sequence[Running], depth: int, counts: Sequence[int], stops: Sequence[int]
-    ) -> Heads | None:
-        """Runs sequences to a depth, and asks the head there about those that want an answer."""
-        sequences = [each.sequence for each in running]
-        with_logits = any(each.ask.logits and c for each, c in zip(running, counts, strict=True))
-        if not with_logits and all(count == 1 for count in counts):
-            # One token of each, as a rule: a device has a short way for that.
-            return Heads(self._runner.choose(sequences, depth, HeadRequest()))
-        hidden = self._runner.run(sequences, depth, counts, stops=stops)
-        if not sum(counts):
+    def _follow(self, before: Launched) -> Launched | None:
+        """Launches the pass after one whose tokens are not known yet, if that is certain."""
+        if not self._launcher.goes_ahead or len(before.running) < len(self._running):
             return None
-        engines = self.model.engines
-        if with_logits:
-            return Heads(HostHeadOutput(engines.logits(hidden, depth), HeadRequest()))
-        return Heads(engines.choose(hidden, depth, HeadRequest()))
+        if self._must_look_up() or (self._waiting and self._may_admit and self._has_slot):
+            return None
+        if not all(self._slots.grow(each.sequence, 1) for each in self._running):
+            return None
+        return self._launcher.follow(before)
+
+    def _hand_out(self, launched: Launched) -> None:
+        """Gives the requests of a pass their answers, as far as they still want them."""
+        self._launcher.wait(launched)
+        heads, row = launched.heads, 0
+        if heads is None:
+            return
+        for each, ask in zip(launched.running, launched.asks, strict=True):
+            if ask is None:
+                continue
+            if not each.request.done:
+                self._answer(each, Answer(heads, row, ask))
+            row += ask.rows
 
     def _answer(self, each: Running, answer: Answer) -> None:
         try:
@@ -297,20 +284,10 @@ class Engine:
             with self._wanted:
                 self._leave(each)
 
-    def _count(self, running: Sequence[Running], depth: int, stops: Sequence[int]) -> int:
-        """Tokens that the deepest block of a pass runs; counts them."""
-        tokens = late = 0
-        for each, stop in zip(running, stops, strict=True):
-            marks = each.sequence.marks
-            tokens += stop - marks[depth - 1]
-            late += max(0, min(stop, marks[0]) - marks[depth - 1] - 1)
-        self._counts.passes += 1
-        self._counts.pass_tokens += tokens
-        self._counts.catch_up_tokens += late
-        return tokens
-
     def _with_pages(self, work: Work) -> tuple[list[Running], list[int]]:
         """The work of those that have pages for their tokens; others make room or wait."""
+        if all(self._slots.grow(each.sequence) for each in work.running):
+            return work.running, work.stops
         for each in work.running:
             while each in self._running and not self._slots.grow(each.sequence):
                 self._preempt(self._running[-1])
@@ -323,10 +300,12 @@ class Engine:
 
     def _preempt(self, each: Running) -> None:
         """Sends the youngest back to the queue: it is computed again when there are pages."""
+        alone = len(self._running) == 1
         with self._wanted:
-            if len(self._running) == 1:
-                self._running.remove(each)
-                self._slots.give_back(each.sequence, keep=False)
+            self._running.remove(each)
+            self._slots.give_back(each.sequence, keep=False)
+            self._may_admit = True
+            if alone:
                 error = OjfaError(
                     f"the request needs more than the {self._pages * PAGE_TOKENS} tokens of the KV "
                     "cache",
@@ -334,20 +313,22 @@ class Engine:
                 )
                 self._end(each, None, error)
                 return
-            self._running.remove(each)
-            self._slots.give_back(each.sequence, keep=False)
             each.sequence.marks.lower_to(0)
             each.sequence.slot = NO_SLOT
             self._waiting.appendleft(each)
             self._counts.preemptions += 1
 
     def _admit(self) -> None:
-        """Gives slots to those that wait, in their order."""
-        while self._waiting and len(self._running) < self.max_sequences:
+        """Gives slots to those that wait, in their order.
+
+        Whoever got none is not looked at again before somebody has left, or has come in front.
+        """
+        while self._waiting and self._may_admit and self._has_slot:
             each = self._waiting[0]
             running = [other.sequence for other in self._running]
             shared = self._slots.take(each.sequence, running)
             if shared is None:
+                self._may_admit = False
                 return
             self._waiting.popleft()
             self._running.append(each)
@@ -357,8 +338,18 @@ class Engine:
                 self._counts.prompt_tokens += len(each.sequence)
                 self._counts.cached_tokens += shared
 
+    @property
+    def _has_slot(self) -> bool:
+        return len(self._running) < self.max_sequences
+
+    def _must_look_up(self) -> bool:
+        """Whether some request may have to end, whatever its tokens are."""
+        return self._closed or self._cancelled or time.perf_counter() > self._first_deadline
+
     def _end_what_is_over(self) -> None:
         """Ends requests that were cancelled or whose time is up; all of them at the end."""
+        if not self._must_look_up():
+            return
         now = time.perf_counter()
         for each in [*self._running, *self._waiting]:
             late = each.deadline is not None and now > each.deadline
@@ -369,12 +360,17 @@ class Engine:
                 self._leave(each)
             else:
                 self._waiting.remove(each)
+                self._may_admit = True
                 self._counts.finished[each.request.finish_reason or "error"] += 1
+        self._cancelled = False
+        left = [each.deadline for each in (*self._running, *self._waiting)]
+        self._first_deadline = min((each for each in left if each is not None), default=math.inf)
 
     def _leave(self, each: Running) -> None:
         """Takes the slot of a request that has ended."""
         self._running.remove(each)
         self._slots.give_back(each.sequence, keep=True)
+        self._may_admit = True
         self._counts.finished[each.request.finish_reason or "error"] += 1
 
     def _end(self, each: Running, reason: FinishReason | None, error: OjfaError | None) -> None:

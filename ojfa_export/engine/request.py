@@ -86,6 +86,38 @@ class RequestResult:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
+class _Change(threading.Condition):
+    """Something that threads and asyncio tasks wait for; telling nobody costs next to nothing."""
+
+    def __init__(self, lock: threading.RLock) -> None:
+        super().__init__(lock)
+        self._threads = 0
+        self._events: deque[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = deque()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """See `threading.Condition`."""
+        self._threads += 1
+        try:
+            return super().wait(timeout)
+        finally:
+            self._threads -= 1
+
+    def event(self) -> asyncio.Event:
+        """Is set when it is told next; with the lock."""
+        event = asyncio.Event()
+        self._events.append((asyncio.get_running_loop(), event))
+        return event
+
+    def tell(self) -> None:
+        """Wakes who waits; with the lock."""
+        if self._threads:
+            self.notify_all()
+        while self._events:
+            loop, event = self._events.popleft()
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(event.set)
+
+
 class Cancels(Protocol):
     """What runs requests; see `engine.engine.Engine`."""
 
@@ -113,9 +145,9 @@ class Request:
         self.id, self.prompt_token_ids, self.options = id, prompt, options
         self._engine = engine
         self._submitted = time.perf_counter()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._more, self._over = _Change(self._lock), _Change(self._lock)
         self._tokens: list[RequestToken] = []
-        self._waiters: deque[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = deque()
         self._reason: FinishReason | None = None
         self._error: OjfaError | None = None
         self._first: float | None = None
@@ -167,9 +199,9 @@ class Request:
         """
         at = 0
         while True:
-            with self._changed:
+            with self._lock:
                 while len(self._tokens) == at and not self.done:
-                    self._changed.wait()
+                    self._more.wait()
                 new = self._tokens[at:]
             yield from new
             at += len(new)
@@ -181,19 +213,17 @@ class Request:
         """Tokens as they come; a task that is cancelled here doesn't cancel the request."""
         at = 0
         while True:
-            event = asyncio.Event()
-            with self._changed:
+            with self._lock:
                 new, done = self._tokens[at:], self.done
-                if not new and not done:
-                    self._waiters.append((asyncio.get_running_loop(), event))
+                event = None if new or done else self._more.event()
             for token in new:
                 yield token
             at += len(new)
-            if not new:
-                if done:
-                    self._raise()
-                    return
+            if event is not None:
                 await event.wait()
+            elif not new:
+                self._raise()
+                return
 
     def result(self, timeout: float | None = None) -> RequestResult:
         """Waits for the end.
@@ -207,8 +237,8 @@ class Request:
         """
         if timeout is not None:
             timeout = min(real_number("timeout", timeout, 0.0), threading.TIMEOUT_MAX)
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.done, timeout):
+        with self._lock:
+            if not self._over.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"request {self.id} has not ended after {timeout} s")
         self._raise()
         assert self._reason is not None
@@ -233,17 +263,19 @@ class Request:
         )
 
     async def _result(self) -> RequestResult:
-        async for _ in self:
-            pass
+        with self._lock:
+            event = None if self.done else self._over.event()
+        if event is not None:
+            await event.wait()
         return self.result()
 
     def put(self, token: RequestToken) -> None:
         """The engine's: gives a token."""
-        with self._changed:
+        with self._lock:
             if self._first is None:
                 self._first = time.perf_counter()
             self._tokens.append(token)
-            self._wake()
+            self._more.tell()
 
     def end(
         self,
@@ -254,20 +286,14 @@ class Request:
         trailing_text: str = "",
     ) -> None:
         """The engine's: ends the request, once."""
-        with self._changed:
+        with self._lock:
             if self.done:
                 return
             self._reason, self._error = reason, error
             self._cached_tokens, self._trailing_text = cached_tokens, trailing_text
             self._ended = time.perf_counter()
-            self._wake()
-
-    def _wake(self) -> None:
-        self._changed.notify_all()
-        while self._waiters:
-            loop, event = self._waiters.popleft()
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(event.set)
+            self._more.tell()
+            self._over.tell()
 
     def _raise(self) -> None:
         if self._error is not None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.engine.asks import Answer, Ask, Decoder, Decoding, Emitted
 from ojfa_export.engine.request import FinishReason, Request, RequestToken
+from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.sequence import Sequence
 from ojfa_export.runtime.text import TextStream
+
+NO_SLOT = -1
 
 
 class Running:
@@ -41,11 +45,34 @@ class Running:
         self.waits = 0
         self.cancelled = False
         self.cached_tokens = 0
-        self._text, self._eos, self._max_length = text, eos, max_length
+        self._text, self._eos = text, eos
         self._stop_tokens = frozenset(request.options.stop_token_ids)
+        self._ends = eos | self._stop_tokens
         self._count = 0
+        # The newest token isn't in the cache, and needs room only if another follows.
+        room = max_length - len(request.prompt_token_ids) + 1
+        self._most = min(request.options.max_new_tokens, room)
+        self._decoder = decoder
         self._decoding: Decoding = decoder.run()
         self.ask: Ask = self._first()
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        request: Request,
+        exit: int | ExitPolicy,
+        max_length: int,
+        deadline: float | None,
+    ) -> Running:
+        """A request that has no slot yet, its exit resolved."""
+        spec, prompt, options = model.spec, request.prompt_token_ids, request.options
+        eos = frozenset() if options.ignore_eos else frozenset(spec.eos_token_ids)
+        sequence = Sequence(NO_SLOT, spec.blocks, spec.rotary_switch)
+        sequence.append(list(prompt))
+        decoder = Decoder(sequence, options, exit, spec.blocks, max_length, eos)
+        text = TextStream(model.tokenizer, options.stop, prompt)
+        return cls(request, sequence, decoder, text, eos, max_length, deadline)
 
     @property
     def pending(self) -> int:
@@ -56,6 +83,20 @@ class Running:
     def entry(self) -> int:
         """The first block that has tokens of the sequence pending."""
         return self.sequence.entry
+
+    @property
+    def is_at_last_token(self) -> bool:
+        """Whether it ends with its next token, whatever that is."""
+        return self._count + 1 >= self._most
+
+    def ends_with(self, token: int) -> bool:
+        """Whether it ends with a token; its text may end it with others too."""
+        return token in self._ends
+
+    def foresee(self) -> Ask | None:
+        """What is needed after the next token, whatever that is; None where that depends on it."""
+        # LongRoPE's switch has all tokens run again, so they must be known.
+        return self._decoder.foresee() if self.sequence.room_before_switch else None
 
     def answer(self, answer: Answer) -> list[Emitted]:
         """Goes on from an answer to what is needed next.
@@ -92,8 +133,7 @@ class Running:
 
     def _put(self, token: Emitted) -> None:
         self._count += 1
-        is_end = token.id in self._eos or token.id in self._stop_tokens
-        text = "" if is_end else self._text.push(token.id)
+        text = "" if token.id in self._ends else self._text.push(token.id)
         reason = self._reason(token.id)
         if reason is not None:
             text += self._text.finish()
@@ -110,8 +150,7 @@ class Running:
             return "stop_token"
         if self._text.stopped:
             return "stop_string"
-        if self._count >= self.request.options.max_new_tokens:
-            return "max_new_tokens"
-        # The newest token isn't in the cache, and needs room only if another follows.
-        used = len(self.request.prompt_token_ids) + self._count - 1
-        return "cache_full" if used >= self._max_length else None
+        if self._count < self._most:
+            return None
+        is_all = self._count >= self.request.options.max_new_tokens
+        return "max_new_tokens" if is_all else "cache_full"

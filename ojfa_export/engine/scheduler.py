@@ -92,8 +92,8 @@ class Scheduler:
         start = each.sequence.marks[depth - 1]
         stop = min(length, start + self._piece_tokens(len(others)))
         # The last piece has all tokens whose logits are wanted.
-        if stop < length < stop + each.ask.count:
-            stop = length - each.ask.count
+        if stop < length < stop + each.ask.rows:
+            stop = length - each.ask.rows
         return Work([each], each.entry, depth, [stop if stop > start else length])
 
     def _piece_tokens(self, others: int) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from ojfa_export.backends.backend import Executor
 from ojfa_export.engine.budget import PageBudget
+from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import Sequence
 
 # Fewer tokens in common are computed again: that costs less than looking after them.
@@ -21,7 +21,7 @@ class Slots:
     free, as a copy where its owner still runs.
 
     Args:
-        executor: Has the cache.
+        runner: Has the cache.
         count: Slots.
         budget: Pages.
         capacity: Tokens of a slot.
@@ -29,9 +29,9 @@ class Slots:
     """
 
     def __init__(
-        self, executor: Executor, count: int, budget: PageBudget, capacity: int, *, reuse: bool
+        self, runner: ModelRunner, count: int, budget: PageBudget, capacity: int, *, reuse: bool
     ) -> None:
-        self._executor, self._budget, self._capacity = executor, budget, capacity
+        self._runner, self._budget, self._capacity = runner, budget, capacity
         self._reuse = reuse
         self._free = list(range(count - 1, -1, -1))
         self._left: OrderedDict[int, Sequence] = OrderedDict()  # by slot, oldest first
@@ -66,24 +66,28 @@ class Slots:
         sequence.slot = slot
         if donor is not None:
             if not in_place:
-                self._executor.copy_prefix(donor.slot, slot, shared)
+                self._runner.copy_prefix(donor.slot, slot, shared)
             sequence.marks = donor.marks.copy_below(shared)
         return shared
 
-    def grow(self, sequence: Sequence) -> bool:
-        """Gives a sequence pages for all its tokens; False where there are none."""
-        if not self._make_room(sequence, len(sequence)):
+    def grow(self, sequence: Sequence, more: int = 0) -> bool:
+        """Gives a sequence pages for all its tokens, and some more; False where there are none."""
+        tokens = len(sequence) + more
+        if self._budget.covers(sequence, tokens):
+            return True
+        if not self._make_room(sequence, tokens):
             return False
-        self._budget.hold(sequence, len(sequence))
+        self._budget.hold(sequence, tokens)
         return True
 
     def give_back(self, sequence: Sequence, *, keep: bool) -> None:
         """Takes a sequence's slot; what is in it may be kept for others."""
+        sequence.drop_expected()
         if keep and self._reuse and len(sequence) >= LEAST_PREFIX:
             self._left[sequence.slot] = sequence
             return
         self._budget.release(sequence)
-        self._executor.release(sequence.slot)
+        self._runner.executor.release(sequence.slot)
         self._free.append(sequence.slot)
 
     def _best(self, sequence: Sequence, running: Iterable[Sequence]) -> tuple[Sequence | None, int]:
@@ -118,7 +122,7 @@ class Slots:
     def _drop_oldest(self) -> None:
         slot, sequence = self._left.popitem(last=False)
         self._budget.release(sequence)
-        self._executor.release(slot)
+        self._runner.executor.release(slot)
         self._free.append(slot)
 
     def _put_back(self, donor: Sequence | None, sequence: Sequence) -> None:

@@ -190,6 +190,19 @@ class ModelRunner:
 
         return run
 
+    def copy_prefix(self, source: int, target: int, count: int) -> None:
+        """Copies all that is known of a slot's first tokens to another.
+
+        Those that stopped at an exit may be caught up in either slot, so their states come along.
+        """
+        self.executor.copy_prefix(source, target, count)
+        for states in self.pending.values():
+            states[target, :count] = states[source, :count]
+
+    def run_together(self, sequences: Many[Sequence]) -> bool:
+        """Whether one token of each takes one pass: LongRoPE's factors are one set for that."""
+        return self.spec.rotary_switch is None or len(_by_context(sequences)) == 1
+
     def keeps(self, depth: int) -> bool:
         """Whether there is room already for what is kept after so many blocks."""
         return depth in self.pending or (depth == self.spec.blocks and not self._keep_final)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from contextlib import contextmanager
 
 from ojfa_export.backends.passes import Chunk
 from ojfa_export.runtime.watermarks import Watermarks
@@ -28,14 +31,16 @@ class Sequence:
         slot: As given.
         tokens: Token ids so far.
         marks: The watermarks.
+        expected: Whether the newest token runs before it is appended; see `expecting`.
     """
 
-    __slots__ = ("_rotary_switch", "marks", "slot", "tokens")
+    __slots__ = ("_rotary_switch", "expected", "marks", "slot", "tokens")
 
     def __init__(self, slot: int, blocks: int, rotary_switch: int | None = None) -> None:
         self.slot = slot
         self.tokens: list[int] = []
         self.marks = Watermarks(blocks)
+        self.expected = False
         self._rotary_switch = rotary_switch
 
     def __len__(self) -> int:
@@ -48,12 +53,26 @@ class Sequence:
         return switch is not None and len(self.tokens) > switch
 
     def append(self, token_ids: list[int]) -> None:
-        """Takes new tokens, which are then pending before the first block."""
-        self._resize(len(self.tokens) + len(token_ids))
-        self.tokens.extend(token_ids)
+        """Takes new tokens, which are then pending before the first block.
+
+        The first of them is the one that was expected, if one was: that runs already.
+        """
+        if self.expected:
+            self.expected = False
+            self.tokens[-1] = token_ids[0]
+            token_ids = token_ids[1:]
+        if token_ids:
+            self._resize(len(self.tokens) + len(token_ids))
+            self.tokens.extend(token_ids)
+
+    def drop_expected(self) -> None:
+        """Drops the token that was expected, if one was, and what was computed of it."""
+        if self.expected:
+            self.truncate(len(self.tokens) - 1)
 
     def truncate(self, length: int) -> None:
         """Drops the tokens after the first `length`: a change of numbers, nothing is computed."""
+        self.expected = self.expected and length >= len(self.tokens)
         self._resize(length)
         del self.tokens[length:]
 
@@ -94,3 +113,25 @@ class Sequence:
             self.marks.lower_to(0)
         elif length < len(self.tokens):
             self.marks.lower_to(length)
+
+
+@contextmanager
+def expecting(sequences: Many[Sequence], tokens: Many[int] | None = None) -> Iterator[None]:
+    """Gives each sequence its next token, to be run before anybody has seen or taken it.
+
+    `Sequence.append` is told what it was, `Sequence.drop_expected` that there is none. Where the
+    block fails, there is none.
+
+    Args:
+        sequences: None of which expects one.
+        tokens: The tokens, where the host knows them.
+    """
+    for sequence, token in zip(sequences, tokens or [UNKNOWN] * len(sequences), strict=True):
+        sequence.append([token])
+        sequence.expected = True
+    try:
+        yield
+    except BaseException:
+        for sequence in sequences:
+            sequence.drop_expected()
+        raise

@@ -256,9 +256,9 @@ class Session(Exclusive):
         self._steps.settle(step)
         self._tell(step)
         choice = Choice.of(step, self.batch_size)
-        for row, length in zip(step.rows, step.lengths, strict=True):
-            if len(row.sequence) > length:  # of the step that follows
-                row.sequence.tokens[length] = choice.tokens[row.sequence.slot]
+        for row in step.rows:
+            if row.sequence.expected:  # by the step that follows
+                row.sequence.append([choice.tokens[row.sequence.slot]])
         return choice
 
     @exclusive

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from ojfa_export.decoding.head_output import HeadOutput, HostHeadOutput
 from ojfa_export.decoding.sampling import GREEDY, Sampling
 from ojfa_export.runtime.runner import ModelRunner
-from ojfa_export.runtime.sequence import UNKNOWN
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
+from ojfa_export.runtime.sequence import expecting
 from ojfa_export.runtime.steps import Row, Stage, Step
 
 
@@ -71,15 +71,9 @@ class StepRunner:
         """Begins the step after a step in which all stopped at one head, whose tokens come."""
         assert before.last is not None
         sequences = [row.sequence for row in before.rows]
-        for sequence in sequences:
-            sequence.append([UNKNOWN])
-        step = _new_step(sequences, stages, sampling, draws)
-        try:
+        with expecting(sequences):
+            step = _new_step(sequences, stages, sampling, draws)
             self._ask(step, after=before.last.output)
-        except BaseException:
-            for sequence, length in zip(sequences, step.lengths, strict=True):
-                sequence.truncate(length - 1)
-            raise
         return step
 
     def stop_together(self, step: Step[HeadOutput]) -> bool:

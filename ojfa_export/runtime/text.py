@@ -68,6 +68,8 @@ class TextStream:
         return text[len(given) :]
 
     def _release(self, piece: str, *, final: bool) -> str:
+        if not self._stop:
+            return piece
         text = self._held + piece
         ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:

@@ -4,52 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Any
 
 import numpy as np
 import pytest
+from engine.random_requests import (
+    TIMEOUT,
+    alone,
+    check_each_gives_what_it_gives_alone,
+    requests,
+)
 from engine.watched_engine import WatchedEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ojfa_export
 from ojfa_export.decoding.options import GenerationOptions
-from ojfa_export.decoding.policy import ExitPolicy
-from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.engine.budget import page_bytes
 from ojfa_export.errors import BackendError, OjfaError, OverloadedError, UsageError
-
-TIMEOUT = 60.0
-MIDDLING = ExitPolicy(exits=(1, 3), measure="top", thresholds=(0.03, 0.03))
 
 examples = settings(
     max_examples=25,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-tokens = st.integers(0, 95)
-# Some begin alike, so that prefixes are shared.
-beginnings = st.sampled_from([[], list(range(1, 31))])
-requests = st.lists(
-    st.fixed_dictionaries(
-        {
-            "prompt": st.tuples(beginnings, st.lists(tokens, min_size=1, max_size=25)),
-            "exit": st.sampled_from([1, 2, 3, "full", MIDDLING]),
-            "speculate": st.sampled_from([False, False, False, True, Speculation(2, 3)]),
-            "max_new_tokens": st.integers(1, 12),
-            "temperature": st.sampled_from([0.0, 0.0, 0.9]),
-            "seed": st.integers(0, 3),
-            "cancel": st.sampled_from([False, False, False, True]),
-        }
-    ),
-    min_size=1,
-    max_size=12,
-)
-
-
-def alone(model, prompt: list[int], options: dict[str, Any]):
-    """What a request gives alone, by a session."""
-    return model.generate([prompt], **options).prompts[0]
 
 
 @pytest.mark.parametrize("pages", [3, 100])
@@ -57,31 +34,8 @@ def alone(model, prompt: list[int], options: dict[str, Any]):
 @given(requests=requests, slots=st.integers(1, 4))
 def test_requests_give_the_tokens_of_each_alone(model, pages, requests, slots):
     """Whatever joins, leaves, is cancelled, shares a prefix or is sent back for want of pages."""
-    with WatchedEngine(
-        model, max_sequences=slots, kv_cache_bytes=pages * page_bytes(model.spec)
-    ) as engine:
-        running = []
-        for request in requests:
-            options = {k: v for k, v in request.items() if k not in ("prompt", "cancel")}
-            if options["speculate"]:
-                options["exit"] = "full"
-            prompt = [token % model.spec.vocab_size for part in request["prompt"] for token in part]
-            running.append((prompt, options, engine.submit(prompt, GenerationOptions(**options))))
-        for request, (_, _, each) in zip(requests, running, strict=True):
-            if request["cancel"]:
-                each.cancel()
-        for prompt, options, each in running:
-            result = each.result(TIMEOUT)
-            expected = alone(model, prompt, options)
-            if result.finish_reason == "cancelled":
-                assert result.token_ids == expected.token_ids[: len(result.token_ids)]
-                continue
-            assert result.token_ids == expected.token_ids
-            assert result.exit_blocks == expected.exit_blocks
-            assert result.text == expected.text
-            assert result.finish_reason == expected.finish_reason
-        assert sum(engine.stats().finished.values()) == len(requests)
-        engine.assert_everything_was_given_back()
+    engine = check_each_gives_what_it_gives_alone(model, model, requests, slots, pages)
+    assert not engine.ahead
 
 
 def test_pages_that_run_out_send_the_youngest_back(llama):
@@ -95,6 +49,34 @@ def test_pages_that_run_out_send_the_youngest_back(llama):
     for prompt, result in zip(prompts, results, strict=True):
         expected = alone(llama, prompt, {"max_new_tokens": 30, "ignore_eos": True})
         assert result.token_ids == expected.token_ids
+
+
+def test_whoever_finds_no_pages_is_not_looked_at_in_every_pass(llama, monkeypatch):
+    with WatchedEngine(llama, max_sequences=3, kv_cache_bytes=2 * page_bytes(llama.spec)) as engine:
+        asked, take = [], engine._slots.take
+        monkeypatch.setattr(
+            engine._slots, "take", lambda sequence, _: asked.append(sequence) or take(sequence, _)
+        )
+        options = GenerationOptions(max_new_tokens=25, ignore_eos=True)
+        with engine._wanted:
+            running = [engine.submit(prompt, options) for prompt in ([1], [2] * 40, [3])]
+        results = [each.result(TIMEOUT) for each in running]
+        assert len(asked) < 10 < engine.passes
+    for each, result in zip(running, results, strict=True):
+        expected = alone(llama, each.prompt_token_ids, {"max_new_tokens": 25, "ignore_eos": True})
+        assert result.token_ids == expected.token_ids
+
+
+def test_a_copied_prefix_brings_what_stopped_at_an_exit(llama):
+    """The first one still runs, and its tokens have not been deeper than its exit."""
+    prefix = np.random.default_rng(1).integers(llama.spec.vocab_size, size=30).tolist()
+    with WatchedEngine(llama, max_sequences=2) as engine:
+        first = engine.submit([*prefix, 5], exit=1, max_new_tokens=30, ignore_eos=True)
+        next(iter(first))
+        second = engine.submit([*prefix, 6], exit=3, max_new_tokens=4).result(TIMEOUT)
+        assert second.usage.cached_tokens == 30
+    expected = alone(llama, [*prefix, 6], {"exit": 3, "max_new_tokens": 4})
+    assert second.token_ids == expected.token_ids
 
 
 def test_a_request_that_outgrows_all_pages_fails_alone(llama):

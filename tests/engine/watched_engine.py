@@ -3,16 +3,47 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 from ojfa_export.engine.budget import pages_of
 from ojfa_export.engine.engine import Engine
+from ojfa_export.runtime.sequence import UNKNOWN, Sequence
 
 
 class WatchedEngine(Engine):
-    """Fails its requests where an invariant is broken."""
+    """Fails its requests where an invariant is broken.
+
+    Attributes:
+        on_pass: Called with the number of passes before a pass is handed out.
+        passes: Handed out so far.
+        ahead: Those of them that were launched before the pass before them was handed out.
+        unseen: Those of these whose tokens only the device knew.
+    """
+
+    def __init__(self, *args, **options) -> None:
+        self.on_pass: Callable[[int], None] = lambda passes: None
+        self.passes = self.ahead = self.unseen = 0
+        self._owners: dict[Sequence, object] = {}
+        super().__init__(*args, **options)
 
     def _work(self, work) -> None:
         super()._work(work)
+        for each in self._running:
+            assert not each.sequence.expected, "a token that nobody gave"
+        self.check()
+
+    def _follow(self, before):
+        following = super()._follow(before)
+        if following is not None:
+            self.ahead += 1
+            self.unseen += following.running[0].sequence.tokens[-1] == UNKNOWN
+        return following
+
+    def _hand_out(self, launched) -> None:
+        self.on_pass(self.passes)
+        self.passes += 1
+        self.check()
+        super()._hand_out(launched)
         self.check()
 
     def check(self) -> None:
@@ -30,6 +61,19 @@ class WatchedEngine(Engine):
         assert self._budget.used == sum(held.values()) <= self._budget.pages
         for each in sequences:
             assert held[each] >= pages_of(each.marks[0])
+        self.check_tokens(left)
+
+    def check_tokens(self, left: list[Sequence]) -> None:
+        """What is in the cache, and may serve others, is what requests were given."""
+        self._owners |= {each.sequence: each.request for each in self._running}
+        assert not any(each.expected for each in left)
+        for sequence in (*left, *(each.sequence for each in self._running)):
+            request = self._owners[sequence]
+            if request.options.speculate:
+                continue  # its drafts are there too
+            given = [*request.prompt_token_ids, *(token.id for token in request._tokens)]
+            known = len(sequence) - sequence.expected
+            assert sequence.tokens[:known] == given[:known]
 
     def assert_everything_was_given_back(self) -> None:
         assert not self._running

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,7 @@ class StandInDriver(types.ModuleType):
         self.pinned: set[int] = set()
         self.stream: list[Callable[[], None]] = []
         self.running = False
+        self.lock = threading.RLock()
         self.recording: list[Callable[[], None]] | None = None
         self.beside: list[Callable[[], None]] = []  # on the second stream
         self.forked_at = 0
@@ -79,16 +81,17 @@ class StandInDriver(types.ModuleType):
 
     def progress(self, most: int | None = None) -> None:
         """Runs some of what is on the stream, all of it by default."""
-        assert self.recording is None
-        count = len(self.stream) if most is None else min(most, len(self.stream))
-        if self.running:  # one after the other, whatever garbage is collected meanwhile
-            return
-        self.running = True
-        try:
-            for _ in range(count):
-                self.stream.pop(0)()
-        finally:
-            self.running = False
+        with self.lock:  # garbage is collected in any thread
+            if self.running:  # one after the other, whatever garbage is collected meanwhile
+                return
+            assert self.recording is None
+            count = len(self.stream) if most is None else min(most, len(self.stream))
+            self.running = True
+            try:
+                for _ in range(count):
+                    self.stream.pop(0)()
+            finally:
+                self.running = False
 
     def cuCtxGetStreamPriorityRange(self) -> Any:
         return SUCCESS, 0, -5
@@ -170,7 +173,7 @@ class StandInDriver(types.ModuleType):
         return status, pointer
 
     def cuMemFree(self, pointer: int) -> Any:
-        if self.running:
+        if self.running or self.recording is not None:
             return self.cuMemFreeAsync(pointer, 0)
         self.progress()
         self._free(pointer)
@@ -180,7 +183,7 @@ class StandInDriver(types.ModuleType):
         return self.cuMemFree(pointer)
 
     def cuMemFreeAsync(self, pointer: int, _: Any) -> Any:
-        self.put(lambda: self._free(pointer))
+        self.stream.append(lambda: self._free(pointer))  # no part of what is recorded meanwhile
         return (SUCCESS,)
 
     def _free(self, pointer: int) -> None:

@@ -113,8 +113,6 @@ class OnnxRuntimeExecutor:
         for both in self._cache.values():
             for part in both:
                 part.array[target, :, :count] = part.array[source, :, :count]
-        for states in self._states:
-            states.array[target, :count] = states.array[source, :count]
 
     def cache(self, block: int) -> tuple[Float32, Float32]:
         """Keys and values of a block, [slots, kv_heads, positions, head_dim]."""

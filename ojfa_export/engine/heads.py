@@ -1,0 +1,121 @@
+"""Asking heads about the tokens of many requests at once, each of which wants something else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ojfa_export.backends.backend import Engines
+from ojfa_export.decoding.arrays import Float32, Hidden
+from ojfa_export.decoding.confidence import Measure
+from ojfa_export.decoding.head_output import HeadOutput, HeadRequest, HostHeadOutput
+from ojfa_export.decoding.sampling import GREEDY, Sampling
+from ojfa_export.engine.asks import Ask
+
+
+class Heads:
+    """What a head said about the tokens of several requests; waits where that is on its way.
+
+    Args:
+        outputs: Of all of them, by how tokens are chosen; of one alone where that has all logits.
+        logits: By first row, of requests that asked for them, where no output has them.
+    """
+
+    def __init__(
+        self, outputs: dict[Sampling, HeadOutput], logits: dict[int, Float32] | None = None
+    ) -> None:
+        self._outputs, self._logits = outputs, logits or {}
+        self.output = next(iter(outputs.values()))
+        self._on_host = self.output.logits if isinstance(self.output, HostHeadOutput) else None
+        self._tokens: dict[Sampling, list[int]] = {}
+        self._likeliest: list[int] | None = None
+        self._confidence: dict[Measure, list[float]] = {}
+
+    def wait(self) -> None:
+        """Waits until all has been said."""
+        if self._on_host is None:
+            self.likeliest()
+
+    def likeliest(self) -> list[int]:
+        """The tokens of the largest logits."""
+        if self._likeliest is None:
+            self._likeliest = self.output.likeliest()
+        return self._likeliest
+
+    def confidence(self, measure: Measure) -> list[float]:
+        """How confident the head is of each."""
+        if measure not in self._confidence:
+            self._confidence[measure] = self.output.confidence(measure)
+        return self._confidence[measure]
+
+    def token(self, row: int, sampling: Sampling, draw: float) -> int:
+        """The token that a request chooses."""
+        if sampling is GREEDY:
+            return self.likeliest()[row]
+        if self._on_host is not None:
+            return sampling.pick(self._on_host[row], draw)
+        tokens = self._tokens.get(sampling)
+        if tokens is None:
+            tokens = self._tokens[sampling] = self._outputs[sampling].tokens()
+        return tokens[row]
+
+    def logits(self, row: int, rows: int) -> Float32:
+        """Logits [rows, V] of a request that asked for them, from its first row on."""
+        if self._on_host is None:
+            return self._logits[row]
+        logits: Float32 = self._on_host[row : row + rows]
+        return logits
+
+
+def ask_heads(engines: Engines, hidden: Hidden, depth: int, asks: Sequence[Ask]) -> Heads:
+    """Asks the head after so many blocks what all requests want to know.
+
+    A head reads all its weights, whatever the rows are: each sampling is asked about all of them.
+    Those that choose the likeliest token get it from any.
+
+    Args:
+        engines: The opened engines.
+        hidden: [sum of rows, H], ask by ask.
+        depth: Blocks run.
+        asks: Of each request.
+    """
+    if all(ask.logits for ask in asks):
+        return Heads({GREEDY: HostHeadOutput(engines.logits(hidden, depth), HeadRequest())})
+    sampled = {ask.sampling: None for ask in asks if ask.sampling is not GREEDY}
+    outputs: dict[Sampling, HeadOutput] = {}
+    for sampling in sampled or [GREEDY]:
+        outputs[sampling] = engines.choose(hidden, depth, head_request(sampling, asks))
+        if isinstance(outputs[sampling], HostHeadOutput):
+            return Heads(outputs)
+    return Heads(outputs, _logits(engines, hidden, depth, asks))
+
+
+def _logits(
+    engines: Engines, hidden: Hidden, depth: int, asks: Sequence[Ask]
+) -> dict[int, Float32]:
+    """Logits of those that need them on the host, by first row."""
+    wanted: list[int] = []
+    parts: dict[int, slice] = {}
+    row = 0
+    for ask in asks:
+        if ask.logits:
+            parts[row] = slice(len(wanted), len(wanted) + ask.rows)
+            wanted.extend(range(row, row + ask.rows))
+        row += ask.rows
+    if not wanted:
+        return {}
+    logits = engines.logits(hidden[wanted], depth)
+    return {row: logits[part] for row, part in parts.items()}
+
+
+def head_request(sampling: Sampling, asks: Sequence[Ask]) -> HeadRequest:
+    """What a head is asked, with each request's random number where it samples."""
+    if sampling is GREEDY:
+        return HeadRequest()
+    return HeadRequest(sampling, [ask.draw for ask in asks for _ in range(ask.rows)])
+
+
+def one_sampling(asks: Sequence[Ask]) -> Sampling | None:
+    """How all choose their one next token; None where they differ, or want more than that."""
+    first = asks[0].sampling
+    alike = all(ask.sampling is first and ask.rows == 1 and not ask.logits for ask in asks)
+    return first if alike else None

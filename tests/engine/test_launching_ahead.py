@@ -1,0 +1,149 @@
+"""The engine on a device, where a pass begins before the one before it has been handed out."""
+
+from __future__ import annotations
+
+import pytest
+from engine.random_requests import (
+    TIMEOUT,
+    alone,
+    check_each_gives_what_it_gives_alone,
+    requests,
+)
+from engine.watched_engine import WatchedEngine
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ojfa_export.decoding.options import GenerationOptions
+from ojfa_export.errors import BackendError
+
+examples = settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@pytest.mark.parametrize("pages", [3, 100])
+@examples
+@given(requests=requests, slots=st.integers(1, 4))
+def test_requests_give_the_tokens_of_each_alone(on_device, pages, requests, slots):
+    check_each_gives_what_it_gives_alone(
+        on_device.model, on_device.reference, requests, slots, pages
+    )
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_k": 50}])
+def test_passes_begin_before_the_tokens_before_them_are_known(llama_on_device, sampling):
+    """All but the prompts', the first step and those where a request ends, that is."""
+    model, reference = llama_on_device.model, llama_on_device.reference
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    options = [
+        {"max_new_tokens": 20 + 10 * at, "seed": at, "ignore_eos": True, **sampling}
+        for at in range(3)
+    ]
+    with WatchedEngine(model, max_sequences=3) as engine:
+        with engine._wanted:
+            running = [
+                engine.submit(
+                    prompt, max_new_tokens=20 + 10 * at, seed=at, ignore_eos=True, **sampling
+                )
+                for at, prompt in enumerate(prompts)
+            ]
+        results = [each.result(TIMEOUT) for each in running]
+    assert engine.passes == 40
+    assert engine.ahead == 39
+    assert engine.unseen == 39 - 2  # a request less: the host names those that are left
+    for prompt, each, result in zip(prompts, options, results, strict=True):
+        assert result.token_ids == alone(reference, prompt, each).token_ids
+
+
+def test_the_token_after_the_end_is_not_kept_for_others(llama_on_device):
+    """A request ends on a token that nobody foresaw; what it left serves one that goes on."""
+    model, reference = llama_on_device.model, llama_on_device.reference
+    prompt = list(range(1, 21))
+    plain = {"max_new_tokens": 12, "ignore_eos": True, "temperature": 1.0}
+    free = alone(reference, prompt, plain).token_ids
+    stop = next(token for at, token in enumerate(free) if at > 4 and token not in free[:at])
+    with WatchedEngine(model, max_sequences=2) as engine:
+        first = engine.submit(prompt, stop_token_ids=[stop], **plain).result(TIMEOUT)
+        assert first.finish_reason == "stop_token"
+        assert engine.stats().pass_tokens == len(prompt) + len(first.token_ids)  # one was dropped
+        longer = [*prompt, *first.token_ids, 7, 8]
+        second = engine.submit(longer, **plain).result(TIMEOUT)
+        assert second.usage.cached_tokens == len(prompt) + len(first.token_ids) - 1
+    assert second.token_ids == alone(reference, longer, plain).token_ids
+
+
+def test_a_copied_prefix_brings_what_stopped_at_an_exit(llama_on_device):
+    model, reference = llama_on_device.model, llama_on_device.reference
+    prefix = list(range(1, 31))
+    with WatchedEngine(model, max_sequences=2) as engine:
+        first = engine.submit([*prefix, 5], exit=1, max_new_tokens=30, ignore_eos=True)
+        next(iter(first))
+        second = engine.submit([*prefix, 6], exit=3, max_new_tokens=4).result(TIMEOUT)
+        assert second.usage.cached_tokens == 30
+    expected = alone(reference, [*prefix, 6], {"exit": 3, "max_new_tokens": 4})
+    assert second.token_ids == expected.token_ids
+
+
+def test_samplings_are_asked_of_the_device(llama_on_device, monkeypatch):
+    """No logits come to the host but those of the one request whose penalties need them."""
+    model, reference = llama_on_device.model, llama_on_device.reference
+    engines, rows = model.engines, []
+    logits = engines.logits
+    monkeypatch.setattr(
+        engines, "logits", lambda hidden, depth: rows.append(len(hidden)) or logits(hidden, depth)
+    )
+    ways = [
+        {},
+        {"temperature": 0.8},
+        {"temperature": 0.8, "seed": 5},
+        {"temperature": 1.3, "top_k": 9, "top_p": 0.7, "exit": 2},
+        {"exit": 2},
+    ]
+    for more in ([], [{"repetition_penalty": 1.3, "temperature": 0.7}]):
+        options = [{"max_new_tokens": 14, "ignore_eos": True, **way} for way in [*ways, *more]]
+        with WatchedEngine(model, max_sequences=6) as engine:
+            running = [
+                engine.submit([at + 1, 2], GenerationOptions(**each))
+                for at, each in enumerate(options)
+            ]
+            results = [each.result(TIMEOUT) for each in running]
+        assert rows == [1] * 14 * len(more)
+        for at, (each, result) in enumerate(zip(options, results, strict=True)):
+            assert result.token_ids == alone(reference, [at + 1, 2], each).token_ids
+
+
+def test_more_requests_than_an_answer_has_rows(llama_on_device):
+    model, reference = llama_on_device.model, llama_on_device.reference
+    options = [
+        {"max_new_tokens": 5 + at % 4, "ignore_eos": True, "temperature": 0.5 * (at % 2)}
+        for at in range(35)
+    ]
+    with WatchedEngine(model, max_sequences=35) as engine:
+        running = [engine.submit([at + 1], **each) for at, each in enumerate(options)]
+        results = [each.result(TIMEOUT) for each in running]
+    for at, (each, result) in enumerate(zip(options, results, strict=True)):
+        assert result.token_ids == alone(reference, [at + 1], each).token_ids
+
+
+def test_a_launch_that_fails(llama_on_device, monkeypatch):
+    """The requests are told, and what comes after them runs on an empty cache."""
+    model, reference = llama_on_device.model, llama_on_device.reference
+    plain = {"max_new_tokens": 12, "ignore_eos": True}
+    expected = alone(reference, [1, 2], plain).token_ids
+    launch, driver = llama_on_device.driver.cuGraphLaunch, llama_on_device.driver
+    with WatchedEngine(model, max_sequences=2) as engine:
+        assert engine.submit([1, 2], **plain).result(TIMEOUT).token_ids == expected
+
+        def fail(*arguments):
+            monkeypatch.setattr(driver, "cuGraphLaunch", launch)
+            raise OSError("no device")
+
+        monkeypatch.setattr(driver, "cuGraphLaunch", fail)
+        running = [engine.submit([first], **plain) for first in (1, 2)]
+        for each in running:
+            with pytest.raises(BackendError, match="no device"):
+                each.result(TIMEOUT)
+        again = [engine.submit([1, 2], **plain) for _ in range(2)]
+        assert [each.result(TIMEOUT).token_ids for each in again] == [expected, expected]
