@@ -15,13 +15,14 @@ constexpr int STEP_RESIDENT = HALF && ROW_BYTES <= 256 ? 5 : 1;
 constexpr int SPLIT_KEYS = 192;
 constexpr int PARTIAL = HEAD_DIM + 2;  // largest, total, weighted values
 
-// Keys and values of a sequence's tokens, before any of them attends. Grid (tokens, what it takes).
+// Keys and values of a pass's tokens, before any of them attends; not of those without a sequence, which only
+// fill a pass up. Grid (tokens, what it takes).
 extern "C" __global__ void append(const float* qkv, Element* keys, Element* values, const float* cosines,
                                   const float* sines, const int* positions, const int* sequences, const int* table,
                                   int most_pages) {
     const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};
     const int i = blockIdx.y * blockDim.x + threadIdx.x;
-    if (i >= KV_HEADS * VECTORS) return;
+    if (i >= KV_HEADS * VECTORS || sequences[blockIdx.x] < 0) return;
     const int token = blockIdx.x, kv_head = i / VECTORS, feature = i % VECTORS * VECTOR, position = positions[token];
     const long long at = in.place(sequences[token], kv_head, position) + feature;
     store_features(keys + at, in.turned(token, HEADS + kv_head, feature, position));

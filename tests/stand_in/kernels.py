@@ -189,6 +189,8 @@ class StandInKernels:
 
     def _append(self, a: Any, tokens: range) -> None:
         for token in tokens:
+            if view(a.sequences + 4 * token, np.int32, 1)[0] < 0:
+                continue
             qkv, position = self._token(a, token)
             keys, values = (pages[-1] for pages in self._pages(a, token, position + 1))
             _, k, v = np.split(qkv, [self.m.HEADS, self.m.HEADS + self.m.KV_HEADS])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
 
@@ -15,19 +16,22 @@ from ojfa_export.backends.passes import Chunk, Newest, Pass, cut_pass, positions
 from ojfa_export.backends.tensorrt.attention import PAGE, STEP_QUERIES
 from ojfa_export.backends.tensorrt.blocks import Block
 from ojfa_export.backends.tensorrt.cache import KvCache
-from ojfa_export.backends.tensorrt.gemm import RECORDED_TOKENS
 from ojfa_export.backends.tensorrt.heads import KEEP_THREADS, Keeping
 from ojfa_export.backends.tensorrt.in_flight import InFlight, NewestDecode
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
 from ojfa_export.backends.tensorrt.memory import Request
 from ojfa_export.backends.tensorrt.opened import OpenedModel
 from ojfa_export.backends.tensorrt.pages import Copy
+from ojfa_export.backends.tensorrt.plan import PASS_TOKENS
 from ojfa_export.backends.tensorrt.workspace import Buffers, Workspace
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.decoding.head_output import HeadOutput
 
 # Of what follows an exit, so many blocks begin before its check is known.
 AHEAD_BLOCKS = 1
+# Passes of up to so many tokens, few of each sequence, are recorded as they are; larger ones with
+# their tokens filled up to a multiple.
+RECORDED_TOKENS, FILL = 256, 64
 
 
 class TensorRtExecutor:
@@ -254,9 +258,8 @@ class TensorRtExecutor:
         """The buffers of steps with this many tokens, kept as recordings refer to them."""
         workspace = self._workspaces.get(count)
         if workspace is None:
-            assert count <= RECORDED_TOKENS
             if self._buffers is None:
-                self._buffers = Buffers(self._model, RECORDED_TOKENS, lasting=True)
+                self._buffers = Buffers(self._model, PASS_TOKENS, lasting=True)
             workspace = self._workspaces[count] = Workspace(self._model, count, self._buffers)
         return workspace
 
@@ -359,9 +362,18 @@ class TensorRtExecutor:
     def _run_many(
         self, blocks: range, hidden: DeviceArray, chunks: Sequence[Chunk], long_context: bool
     ) -> DeviceArray:
-        workspace = Workspace(self._model, len(hidden))
+        """Runs any chunks, filled up to one of few numbers of tokens."""
+        count = len(hidden)
+        workspace = self.workspace(math.ceil(count / FILL) * FILL)
         workspace.place(chunks)
         workspace.take(hidden, blocks.start)
-        for block in blocks:
-            self._blocks[block].run(workspace, long_context)
-        return workspace.hidden[blocks.stop % 2]
+
+        def work() -> None:
+            for block in blocks:
+                self._blocks[block].run(workspace, long_context)
+
+        tokens = workspace.tokens
+        key = (self.key, "many", blocks, tokens, workspace.launches, long_context)
+        self._recorder.add(key, work, self._before(blocks, tokens))
+        self._recorder.flush()
+        return workspace.hidden[blocks.stop % 2][:count]

@@ -11,11 +11,10 @@ from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.cublas import Cublas
 from ojfa_export.backends.cuda.kernels import Kernels, integer, pointer
 from ojfa_export.backends.tensorrt.linear import Norm, address
+from ojfa_export.backends.tensorrt.plan import PASS_TOKENS
 
 # As in the kernels.
 NORM_THREADS, ACTIVATE_THREADS, WIDE_BYTES = 512, 256, 16
-# Passes of up to so many tokens are recorded, and refer to buffers that stay where they are.
-RECORDED_TOKENS = 256
 
 
 class GemmProducts:
@@ -99,8 +98,8 @@ class GemmProducts:
 
     def _room(self, tokens: int, width: int) -> DeviceArray:
         """An array [tokens, width] that nothing else is in."""
-        if tokens > RECORDED_TOKENS:
+        if tokens > PASS_TOKENS:  # of a head
             return self._arrays.empty((tokens, width), self._dtype)
         if width not in self._kept:
-            self._kept[width] = self._arrays.lasting((RECORDED_TOKENS, width), self._dtype)
+            self._kept[width] = self._arrays.lasting((PASS_TOKENS, width), self._dtype)
         return self._kept[width][:tokens]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from ojfa_export.backends.cuda.sizes import readable
-from ojfa_export.backends.tensorrt.plan import PREFILL_TOKENS, GraphPlan, Place
+from ojfa_export.backends.tensorrt.plan import PASS_TOKENS, GraphPlan, Place
 from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import BackendError
 from ojfa_export.models.spec import ModelSpec
@@ -101,13 +101,14 @@ class Room:
         )
 
     def _workspace(self, tokens: int) -> int:
-        """Buffers of the largest step (see `blocks.Workspace`), and hidden states beside them."""
+        """Buffers of the largest pass (`workspace.Buffers`, `gemm.py`), and states beside them."""
         spec = self._spec
         qkv = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
-        rest = spec.heads * spec.head_dim + spec.intermediate_size
+        up = spec.intermediate_size * (2 if spec.gated else 1)
+        rest = spec.heads * spec.head_dim + spec.intermediate_size + up + spec.hidden_size
         each = 4 * (2 * spec.hidden_size + qkv) + self._element * rest
-        # The embedding's workspace and the results of pieces hold every token.
-        return min(tokens, PREFILL_TOKENS[-1]) * each + 3 * 4 * tokens * spec.hidden_size
+        # What is embedded and the results of pieces hold every token.
+        return PASS_TOKENS * each + 3 * 4 * tokens * spec.hidden_size
 
     def check(
         self,

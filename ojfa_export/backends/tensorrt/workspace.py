@@ -13,6 +13,9 @@ from ojfa_export.backends.passes import Chunk, positions_of, slots_of
 from ojfa_export.backends.tensorrt.attention import STEP_QUERIES, Chunks
 from ojfa_export.backends.tensorrt.opened import OpenedModel
 
+# Of tokens that only fill a pass up: attention leaves them out.
+NO_SEQUENCE = -1
+
 
 class Buffers:
     """Memory for passes of up to so many tokens, one after the other.
@@ -67,7 +70,8 @@ class Workspace:
         self.hidden = tuple(each[:tokens] for each in buffers.hidden)
         self.qkv, self.mixed = buffers.qkv[:tokens], buffers.mixed[:tokens]
         self.inner = buffers.inner[:tokens]
-        self._places = arrays.empty((4, tokens), np.int32)
+        # Positions, slots and the list of chunks, twice as long as there may be chunks.
+        self._places = arrays.empty((6, tokens + 1), np.int32)
         at = self._places.pointer
         self.positions, self.sequences, self._list = (at + i * 4 * tokens for i in range(3))
         # For the tokens of a step: the device reads them from the host's memory, as late as it can.
@@ -94,21 +98,31 @@ class Workspace:
         self._named.array[0], self._named.array[1] = token_ids, positions
 
     def place(self, chunks: Sequence[Chunk]) -> None:
-        """Says whose the tokens are; what the device knows is not copied again."""
-        if (wanted := positions_of(chunks)) != self._positions:
+        """Says whose the tokens are; what the device knows is not copied again.
+
+        Args:
+            chunks: Of all tokens, or of the first ones: then the others only fill the pass up.
+        """
+        positions, slots = positions_of(chunks), slots_of(chunks)
+        rest = self.tokens - len(positions)
+        if (wanted := positions + [0] * rest) != self._positions:
             self._upload(wanted, self.positions)
             self._positions = wanted
-        if (wanted := slots_of(chunks)) != self._sequences:
+        if (wanted := slots + [NO_SEQUENCE] * rest) != self._sequences:
             self._upload(wanted, self.sequences)
             self._sequences = wanted
         self._list_chunks(chunks)
 
     def _list_chunks(self, chunks: Sequence[Chunk]) -> None:
-        """Chunks of few tokens attend together, and those of many."""
+        """Chunks of few tokens attend together, and those of many.
+
+        There are few kinds of launches, so that recordings are found again: numbers of chunks are
+        rounded up, those that are too many have no tokens.
+        """
         if len(chunks) == self.tokens:
             self.launches = (Chunks(self.tokens, 1),)
             return
-        if len(chunks) == 1:
+        if len(chunks) == 1 and chunks[0].length == self.tokens:
             self.launches = (Chunks(1, self.tokens),)
             return
         few: list[tuple[int, int]] = []
@@ -117,16 +131,21 @@ class Workspace:
         for _, _, count in chunks:
             (few if count <= STEP_QUERIES else many).append((first, count))
             first += count
-        listed = [number for part in (few, many) for both in part for number in both]
+        longest = max((count for _, count in few), default=1)
+        parts = (few, 1 if longest == 1 else STEP_QUERIES), (many, self.tokens)
+        listed: list[int] = []
+        launches = []
+        for part, most in parts:
+            if not part:
+                continue
+            rounded = 1 << (len(part) - 1).bit_length()
+            launches.append(Chunks(rounded, most, self._list + 4 * len(listed)))
+            part += [(0, 0)] * (rounded - len(part))
+            listed += [number for both in part for number in both]
         if listed != self._listed:
             self._upload(listed, self._list)
             self._listed = listed
-        starts = (self._list, self._list + 8 * len(few))
-        self.launches = tuple(
-            Chunks(len(part), max(count for _, count in part), start)
-            for part, start in zip((few, many), starts, strict=True)
-            if part
-        )
+        self.launches = tuple(launches)
 
     def _upload(self, numbers: list[int], target: int) -> None:
         self._device.upload(np.array(numbers, np.int32), target)
