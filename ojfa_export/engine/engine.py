@@ -227,6 +227,7 @@ class Engine:
                 self._wanted.wait_for(lambda: self._closed or self._waiting or self._running)
                 self._end_what_is_over()
                 if self._closed:
+                    self._slots.clear()
                     return
             try:
                 with self._wanted:

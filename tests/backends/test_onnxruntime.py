@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 
 import numpy as np
@@ -16,6 +17,7 @@ from ojfa_export.backends.onnxruntime import executor as executor_module
 from ojfa_export.backends.onnxruntime.build import build_engine
 from ojfa_export.backends.onnxruntime.executor import Batch
 from ojfa_export.backends.onnxruntime.session import open_session
+from ojfa_export.backends.onnxruntime.slots import SlotArray
 from ojfa_export.backends.onnxruntime.threads import (
     THREADS_VARIABLE,
     busy_cores,
@@ -127,6 +129,16 @@ def test_chunks_of_any_lengths_in_one_pass_are_each_alone(chain, rng, slots, tog
             np.testing.assert_allclose(
                 found[own.start : own.stop], expected, atol=LOGITS_FP32, rtol=0
             )
+
+
+def test_a_released_slot_is_lost_and_others_stay():
+    """Pages that still held what was in them would still be the process's."""
+    slots = SlotArray((3, 5000))
+    slots.array[...] = 1
+    slots.release(1)
+    page = mmap.PAGESIZE // 4
+    assert not slots.array[1, page:-page].any()
+    assert (slots.array[[0, 2]] == 1).all()
 
 
 def test_blocks_past_a_fixed_exit_are_never_loaded(chain):
