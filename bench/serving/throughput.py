@@ -7,7 +7,6 @@ of medians within the run. Processor time is that of the whole process.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -18,11 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import ojfa_export
-from bench.commit import commit
+from bench.serving.result import write_result
 from ojfa_export.decoding.exits import Exit
 from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.engine.engine import Engine
-from ojfa_export.planning.machine import describe_machine
 
 TEXT = Path(__file__).parents[2] / "calibration" / "text" / "code.txt"
 PROMPT, SLOTS, LONG_PROMPT = 32, 16, 900
@@ -178,20 +176,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs.add("engine, 12 at three depths", lambda: bench.at_exits(depths))
     gaps = bench.between_tokens()
     figures = judge(runs, gaps, depths, blocks)
-    for name, value in figures.items():
-        print(f"{name:60} {value:.2f}")
-    if options.out:
-        document = {
-            "machine": describe_machine(),
-            "commit": commit(),
-            "bundle": bench.model.manifest.model.name,
-            "figures": figures,
+    write_result(
+        options.out,
+        bench.model,
+        figures,
+        {
             "samples": {
                 name: [vars(each) for each in taken] for name, taken in runs.samples.items()
             },
             "seconds_between_tokens": gaps,
-        }
-        options.out.write_text(json.dumps(document) + "\n", encoding="utf-8")
+        },
+    )
     return 0
 
 
