@@ -13,6 +13,9 @@ from ojfa_export.engine.running import Running
 # More pending tokens than this are run in pieces, between the steps of others.
 LONGEST_STEP = 16
 LEAST_PIECE, FIRST_PIECE, MOST_PIECE = 16, 32, 512
+# Of a step's time that pieces beside it may take by the measured line: with padding and long
+# contexts they take more than it says.
+PIECE_SHARE = 0.5
 # Passes that a request may wait at an exit until more have come there.
 MOST_WAITS = 4
 
@@ -146,4 +149,4 @@ class Scheduler:
         token = self._costs.token_seconds(self._blocks)
         if step is None or token is None:
             return FIRST_PIECE
-        return int(min(MOST_PIECE, max(LEAST_PIECE, step / token)))
+        return int(min(MOST_PIECE, max(LEAST_PIECE, PIECE_SHARE * step / token)))

@@ -6,6 +6,7 @@ slot of the cache, padded to the longest chunk, in which slots without tokens co
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,15 +31,14 @@ from ojfa_export.decoding.arrays import Float32
 # Attention scores of a prefill are held for one piece of the prompt at a time: at most this
 # many bytes.
 SCORE_BYTES = 64 << 20
-# Bindings of passes whose chunks have at most so many tokens are kept: decode steps, and drafts
-# that are verified.
+# Chunks of up to so many tokens always run together: decode steps, and drafts that are verified.
 SHORT_CHUNK = 8
-# Longer chunks, of prompts, run together with others as well, in attention padded to the longest of
-# them, up to so many tokens of each and so many rows with padding (bench/NOTES.md).
+# Longer chunks, of prompts, do so in attention padded to the longest of them, up to so many tokens
+# of each and so many rows with padding (bench/NOTES.md).
 LONGEST_CHUNK, PADDED_ROWS = 64, 2048
 # Room for their scores, most of it padding that is never touched: at most this many bytes.
 PADDED_SCORE_BYTES = 256 << 20
-# Shapes of passes whose bindings are kept.
+# Shapes of passes whose bindings are kept, those that were used last.
 MOST_SHAPES = 64
 
 Run = Callable[[], None]
@@ -65,7 +65,7 @@ class OnnxRuntimeExecutor:
         self._shape = (slots, spec.kv_heads, capacity + self._longest - 1, spec.head_dim)
         self._cache: dict[int, tuple[SlotArray, SlotArray]] = {}
         self._states: list[SlotArray] = []
-        self._batches: dict[tuple[int, int, bool], Batch] = {}
+        self._batches: OrderedDict[tuple[int, int, bool], Batch] = OrderedDict()
         self._prefill_tokens = max(16, SCORE_BYTES // (4 * spec.heads * capacity))
 
     def embed(self, tokens: Sequence[int], chunks: Sequence[Chunk]) -> Float32:
@@ -138,10 +138,11 @@ class OnnxRuntimeExecutor:
         batch = self._batches.get((tokens, length, long_context))
         if batch is None:
             batch = Batch(self, slice(0, self.slots), tokens, length, long_context)
-            if length <= SHORT_CHUNK:
-                if len(self._batches) >= MOST_SHAPES:
-                    self._batches.clear()
-                self._batches[tokens, length, long_context] = batch
+            if len(self._batches) >= MOST_SHAPES:
+                self._batches.popitem(last=False)
+            self._batches[tokens, length, long_context] = batch
+        else:
+            self._batches.move_to_end((tokens, length, long_context))
         batch.place(chunks)
         return batch.run(blocks, hidden)
 
