@@ -124,7 +124,7 @@ class Scheduler:
 
     def _add_prompts(self, work: Work, prompts: Sequence[Running]) -> None:
         """Adds pieces of long prompts, in their order, as many as make a pass of good length."""
-        left = self._piece_tokens(len(work.running))
+        left = self._prompt_tokens(len(prompts), len(work.running))
         for each in prompts:
             depth, length = each.ask.depth, len(each.sequence)
             start = each.sequence.marks[depth - 1]
@@ -139,10 +139,14 @@ class Scheduler:
             if left < LEAST_PIECE:
                 return
 
-    def _piece_tokens(self, others: int) -> int:
-        """About as many as run in the time of a step of the others."""
+    def _prompt_tokens(self, prompts: int, others: int) -> int:
+        """A piece, or several where more prompts wait than others would be slowed."""
         if not others:
             return MOST_PIECE
+        return min(MOST_PIECE, self._piece_tokens(others) * max(1, prompts // others))
+
+    def _piece_tokens(self, others: int) -> int:
+        """About as many as run in the time of a step of the others."""
         if self._piece is not None:
             return self._piece
         step = self._costs.seconds(others, self._blocks)
