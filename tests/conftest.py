@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,3 +54,25 @@ def tiny_bundle(tiny_checkpoint: Path, calibration_text: Path) -> Path:
         skip_verification=True,
     )
     return build(options).bundle
+
+
+@pytest.fixture
+def random_shortcut(rng: np.random.Generator) -> Callable[..., Any]:
+    """Makes shortcuts of a hidden size and a rank."""
+    from ojfa_export.bundle.shortcut import Shortcut
+
+    def make(hidden: int, rank: int, fitted_at: int = 3, residual: bool = False) -> Any:
+        def normal(*shape: int) -> np.ndarray:
+            return rng.normal(size=shape).astype(np.float32)
+
+        return Shortcut(
+            scale=normal(hidden),
+            shift=normal(hidden),
+            down=normal(hidden, rank),
+            up=normal(rank, hidden),
+            kind="n-njtc",
+            fitted_at=fitted_at,
+            residual=residual,
+        )
+
+    return make

@@ -7,7 +7,6 @@ of medians within the run. Processor time is that of the whole process.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -18,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import ojfa_export
-from bench.commit import commit
+from bench.serving.limits import least_over_prediction, most_over_one_client, pass_costs
+from bench.serving.result import write_result
 from ojfa_export.decoding.exits import Exit
 from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.engine.engine import Engine
-from ojfa_export.planning.machine import describe_machine
 
 TEXT = Path(__file__).parents[2] / "calibration" / "text" / "code.txt"
 PROMPT, SLOTS, LONG_PROMPT = 32, 16, 900
@@ -74,15 +73,16 @@ class Bench:
     Args:
         bundle: Its directory.
         requests: How many come, of random lengths.
+        prompt: Tokens of each prompt.
     """
 
-    def __init__(self, bundle: Path, requests: int) -> None:
+    def __init__(self, bundle: Path, requests: int, prompt: int = PROMPT) -> None:
         self.model = ojfa_export.load(bundle)
         self.model.engines.load_blocks(self.model.blocks)
         ids = self.model.tokenizer.encode(TEXT.read_text(encoding="utf-8")[:40_000]).ids
         rng = random.Random(0)
         starts = [rng.randrange(len(ids) - LONG_PROMPT) for _ in range(requests)]
-        self.prompts = [ids[start : start + PROMPT] for start in starts]
+        self.prompts = [ids[start : start + prompt] for start in starts]
         self.lengths = [rng.randint(SHORTEST, LONGEST) for _ in range(requests)]
         self.long = ids[:LONG_PROMPT]
 
@@ -165,9 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens of each prompt")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    bench, runs = Bench(options.bundle, options.requests), Runs()
+    bench, runs = Bench(options.bundle, options.requests, options.prompt), Runs()
     blocks = bench.model.blocks
     depths: list[Exit] = [blocks // 2, 3 * blocks // 4, "full"]
     for _ in range(options.rounds):
@@ -178,20 +179,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs.add("engine, 12 at three depths", lambda: bench.at_exits(depths))
     gaps = bench.between_tokens()
     figures = judge(runs, gaps, depths, blocks)
-    for name, value in figures.items():
-        print(f"{name:60} {value:.2f}")
-    if options.out:
-        document = {
-            "machine": describe_machine(),
-            "commit": commit(),
-            "bundle": bench.model.manifest.model.name,
-            "figures": figures,
+    costs = pass_costs(bench.model, 2 * options.prompt, options.prompt)
+    exits = [blocks if depth == "full" else depth for depth in depths]
+    figures |= {
+        "what passes alone allow, over one client": most_over_one_client(
+            costs, options.prompt, bench.lengths
+        ),
+        "what fewer rows in deep blocks alone take, three depths": least_over_prediction(
+            costs, exits
+        ),
+    }
+    write_result(
+        options.out,
+        bench.model,
+        figures,
+        {
             "samples": {
                 name: [vars(each) for each in taken] for name, taken in runs.samples.items()
             },
             "seconds_between_tokens": gaps,
-        }
-        options.out.write_text(json.dumps(document) + "\n", encoding="utf-8")
+            "pass_processor_seconds": costs,
+            "prompt_tokens": options.prompt,
+        },
+    )
     return 0
 
 

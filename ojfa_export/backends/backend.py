@@ -142,6 +142,23 @@ class Engines(Protocol):
         ...
 
 
+@runtime_checkable
+class AsksExitsTogether(Protocol):
+    """Engines that apply the exit head to the outputs of several exits in one call."""
+
+    def logits_of_exits(self, hidden: Hidden, blocks_run: Sequence[int]) -> Float32:
+        """Applies the exit head to rows of hidden states, after `blocks_run[row]` blocks each.
+
+        Args:
+            hidden: [rows, H].
+            blocks_run: [rows], each fewer than the model has.
+
+        Returns:
+            NumPy's [rows, V].
+        """
+        ...
+
+
 class Backend(Protocol):
     """A backend: what a package in backends/ exports as BACKEND.
 

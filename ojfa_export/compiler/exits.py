@@ -60,7 +60,7 @@ def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
     some blocks at once: of a large model that is more than a build may take, and is done only
     where a promise needs it. Such a model's default is full depth; `plan` tells more.
     """
-    spec, limits = inputs.checkpoint.spec, inputs.settings.limits
+    spec, limits = inputs.checkpoint.spec, inputs.options.limits
     large = is_large(spec)
     if large and limits is None:
         return

@@ -10,10 +10,17 @@ from tokenizers import Tokenizer
 
 from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
-from ojfa_export.compiler.options import BuildOptions, BuildSettings, settle
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.settings import BuildSettings, decide
 from ojfa_export.compiler.versions import tool_versions
 from ojfa_export.errors import CheckpointError
-from ojfa_export.models.calibration_text import CalibrationText, Windows, make_windows, read_source
+from ojfa_export.models.calibration_text import (
+    CalibrationText,
+    Windows,
+    make_windows,
+    read_source,
+    shipped_text,
+)
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.checkpoint.hub import resolve
 from ojfa_export.models.checkpoint.tokenizer import read_tokenizer
@@ -34,9 +41,10 @@ class Inputs:
         self.checkpoint = Checkpoint(directory)
         self.tokenizer: Tokenizer = read_tokenizer(directory)
         rotary = self.checkpoint.family.rotary(self.checkpoint.config)
-        self.settings: BuildSettings = settle(options, self.checkpoint.spec, rotary)
+        self.settings: BuildSettings = decide(options, self.checkpoint.spec, rotary)
         self.backend: Backend = backends.load(options.backend)
-        self.texts: list[CalibrationText] = [read_source(p) for p in self.settings.calibration_data]
+        self.calibration_data = options.calibration_data or tuple(shipped_text())
+        self.texts: list[CalibrationText] = [read_source(path) for path in self.calibration_data]
         is_directory = Path(options.checkpoint).is_dir()
         self.name = directory.resolve().name if is_directory else options.checkpoint
         self.windows: Windows = make_windows(
@@ -46,7 +54,7 @@ class Inputs:
             self.settings.calibration_tokens,
             rows_needed(self.checkpoint.spec.hidden_size),
         )
-        limits, rest = self.settings.limits, self.windows.rest
+        limits, rest = options.limits, self.windows.rest
         self.statistics_windows: PromiseWindows | None = (
             planning_windows(self.texts, rest)
             if limits is None
@@ -69,7 +77,7 @@ class Inputs:
 
     def fingerprint(self) -> str:
         """Digest of everything that decides the result."""
-        settings = self.settings
+        settings, limits = self.settings, self.options.limits
         parts = [
             self.model_sha256,
             [self.name, self.options.revision],
@@ -78,8 +86,8 @@ class Inputs:
             [[text.name, text.sha256, text.domain] for text in self.texts],
             [settings.precision, settings.rank, settings.max_cache_length],
             [settings.max_batch_size, settings.calibration_tokens, settings.window],
-            settings.limits and settings.limits.model_dump(),
-            settings.shortcut,
+            limits and limits.model_dump(),
+            self.options.shortcut,
             tool_versions(),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -183,9 +183,10 @@ def plan(options: BuildOptions) -> dict[str, Any]:
         "output": str(options.output),
         "spec": spec.model_dump(mode="json"),
         "settings": {
-            **asdict(settings),
-            "limits": settings.limits and settings.limits.model_dump(),
-            "calibration_data": [str(path) for path in settings.calibration_data],
+            **settings.model_dump(),
+            "shortcut": options.shortcut,
+            "limits": options.limits and options.limits.model_dump(),
+            "calibration_data": [str(path) for path in inputs.calibration_data],
         },
         "stages": ["export", "engines", "calibrate", *deciding, "verify"],
         "graphs": graph_names(spec.blocks),

@@ -159,7 +159,7 @@ def run_calibration(inputs: Inputs, work: Work, progress: Progress) -> Calibrate
         windows.fit.size,
         head,
         settings.rank,
-        settings.shortcut,
+        inputs.options.shortcut,
         work.scratch,
         progress,
     )

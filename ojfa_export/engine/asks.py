@@ -39,6 +39,7 @@ class Ask(NamedTuple):
         draw: A number from [0, 1) for that, where it is sampled.
         logits: Whether the answer must have logits: tokens and confidence are always there, and on
             a device they are all that comes to the host.
+        may_go_on: Whether the answer decides if the same tokens run deeper.
     """
 
     depth: int
@@ -46,6 +47,7 @@ class Ask(NamedTuple):
     sampling: Sampling = GREEDY
     draw: float = 0.0
     logits: bool = False
+    may_go_on: bool = False
 
 
 class Heads(Protocol):
@@ -185,7 +187,7 @@ class Decoder:
     def _decide(self, policy: ExitPolicy, last: Ask) -> Generator[Ask, Answer, Answer]:
         """The answer of the first exit that is confident, or of the last ask."""
         for depth, threshold in zip(policy.exits, policy.thresholds, strict=True):
-            answer = yield last._replace(depth=depth)
+            answer = yield last._replace(depth=depth, may_go_on=True)
             if answer.confidence(policy.measure) >= threshold:
                 return answer
         answer = yield last

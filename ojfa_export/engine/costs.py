@@ -18,7 +18,7 @@ class PassCosts:
     def __init__(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
-    def learn(self, tokens: int, seconds: float, blocks: int) -> None:
+    def learn(self, tokens: float, seconds: float, blocks: int) -> None:
         """Takes a pass."""
         x, y = float(tokens), seconds / blocks
         self._weight = MEMORY * self._weight + 1

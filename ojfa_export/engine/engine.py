@@ -227,6 +227,7 @@ class Engine:
                 self._wanted.wait_for(lambda: self._closed or self._waiting or self._running)
                 self._end_what_is_over()
                 if self._closed:
+                    self._slots.clear()
                     return
             try:
                 with self._wanted:
@@ -239,8 +240,15 @@ class Engine:
 
     def _work(self, work: Work) -> None:
         """Runs what was chosen, and what certainly follows; nothing is on its way afterwards."""
-        running, stops = self._with_pages(work)
-        launched = self._launcher.launch(running, stops, work.depth) if running else None
+        self._give_pages(work)
+        if not work.running:
+            return
+        first, *others = self._launcher.launch(work)
+        if others:  # of other depths: what follows depends on all of them
+            for each in (first, *others):
+                self._hand_out(each)
+            return
+        launched: Launched | None = first
         while launched is not None:
             following = self._follow(launched)
             self._hand_out(launched)
@@ -284,19 +292,14 @@ class Engine:
             with self._wanted:
                 self._leave(each)
 
-    def _with_pages(self, work: Work) -> tuple[list[Running], list[int]]:
-        """The work of those that have pages for their tokens; others make room or wait."""
+    def _give_pages(self, work: Work) -> None:
+        """Gives pages to those that run; others make room, or leave the work and wait."""
         if all(self._slots.grow(each.sequence) for each in work.running):
-            return work.running, work.stops
+            return
         for each in work.running:
             while each in self._running and not self._slots.grow(each.sequence):
                 self._preempt(self._running[-1])
-        both = [
-            (each, stop)
-            for each, stop in zip(work.running, work.stops, strict=True)
-            if each in self._running
-        ]
-        return [each for each, _ in both], [stop for _, stop in both]
+        work.keep([each in self._running for each in work.running])
 
     def _preempt(self, each: Running) -> None:
         """Sends the youngest back to the queue: it is computed again when there are pages."""

@@ -10,11 +10,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ojfa_export.decoding.head_output import HeadOutput
+from ojfa_export.backends.backend import AsksExitsTogether
+from ojfa_export.decoding.arrays import Hidden
+from ojfa_export.decoding.head_output import HeadOutput, HeadRequest, HostHeadOutput
+from ojfa_export.decoding.sampling import GREEDY
 from ojfa_export.engine.asks import Ask
 from ojfa_export.engine.costs import PassCosts
 from ojfa_export.engine.heads import Heads, ask_heads, head_request, one_sampling
 from ojfa_export.engine.running import Running
+from ojfa_export.engine.scheduler import Work
 from ojfa_export.engine.stats import Counts
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import expecting
@@ -29,7 +33,7 @@ class Launched:
         asks: What each of them gets an answer to; None where a prompt goes on.
         entry: The first block that runs.
         depth: Blocks that its tokens run to.
-        tokens: That it runs.
+        tokens: That it runs, in a block on average.
         at: When it was launched, by `time.perf_counter`.
         heads: The answers; None where nobody gets one.
         chosen: What chooses the token of each, in their order, if one output does.
@@ -40,7 +44,7 @@ class Launched:
     asks: list[Ask | None]
     entry: int
     depth: int
-    tokens: int
+    tokens: float
     at: float = 0.0
     heads: Heads | None = None
     chosen: HeadOutput | None = None
@@ -67,22 +71,19 @@ class Launcher:
         """Whether passes run beside the host, so that it pays to launch them early."""
         return self._engines.follows
 
-    def launch(self, running: list[Running], stops: Sequence[int], depth: int) -> Launched:
-        """Launches a pass.
+    def launch(self, work: Work) -> list[Launched]:
+        """Launches what was chosen.
 
-        Args:
-            running: Whose tokens.
-            stops: One past the last token of each that runs.
-            depth: Blocks to run.
+        Returns:
+            Where all run to one depth, one pass, which another may follow; else those that each
+            head answers, of the same work.
         """
-        asks = [
-            each.ask if each.ask.depth == depth and stop == len(each.sequence) else None
-            for each, stop in zip(running, stops, strict=True)
-        ]
-        entry, tokens = running[0].entry, self._count(running, depth, stops)
-        launched = Launched(running, asks, entry, depth, tokens)
-        self._launch(launched, stops)
-        return launched
+        tokens, asks = self._count(work), work.asks
+        if len(set(work.depths)) > 1:
+            return self._launch_each(work, asks, tokens)
+        launched = Launched(work.running, asks, work.entry, work.depths[0], tokens)
+        self._launch(launched, work.stops)
+        return [launched]
 
     def follow(self, before: Launched) -> Launched | None:
         """Launches the pass that follows another whatever its tokens are, before they are seen.
@@ -151,17 +152,56 @@ class Launcher:
         if asks:
             launched.heads = ask_heads(self._engines, hidden, depth, asks)
 
-    def _count(self, running: Sequence[Running], depth: int, stops: Sequence[int]) -> int:
-        """Tokens that the deepest block of a pass runs; counts them."""
-        tokens = late = 0
-        for each, stop in zip(running, stops, strict=True):
+    def _launch_each(self, work: Work, asks: list[Ask | None], tokens: float) -> list[Launched]:
+        """Runs each sequence to its own depth, and asks the heads there."""
+        at, runner = time.perf_counter(), self._runner
+        sequences = [each.sequence for each in work.running]
+        counts = [0 if ask is None else ask.rows for ask in asks]
+        hidden = runner.run_each(sequences, work.depths, counts, work.stops)
+        depth = work.entry + work.blocks
+        launched: list[Launched] = []
+        for group in self._by_head(work.depths, asks):
+            rows = runner.executor.arrays.concatenate([hidden[index] for index in group])
+            some = [ask for index in group if (ask := asks[index]) is not None]
+            running = [work.running[index] for index in group]
+            heads = self._ask(rows, some)
+            # One wait measures what all of them took.
+            ended = bool(launched)
+            launched.append(
+                Launched(running, [*some], work.entry, depth, tokens, at, heads, ended=ended)
+            )
+        return launched or [Launched(work.running, asks, work.entry, depth, tokens, at)]
+
+    def _by_head(self, depths: Sequence[int], asks: Sequence[Ask | None]) -> list[list[int]]:
+        """Indices of those that one call of a head answers."""
+        groups: dict[int, list[int]] = {}
+        blocks, together = self._runner.spec.blocks, isinstance(self._engines, AsksExitsTogether)
+        for index, (depth, ask) in enumerate(zip(depths, asks, strict=True)):
+            if ask is not None:
+                groups.setdefault(0 if together and depth < blocks else depth, []).append(index)
+        return list(groups.values())
+
+    def _ask(self, hidden: Hidden, asks: Sequence[Ask]) -> Heads:
+        blocks_run = [ask.depth for ask in asks for _ in range(ask.rows)]
+        if len(set(blocks_run)) == 1:
+            return ask_heads(self._engines, hidden, blocks_run[0], asks)
+        assert isinstance(self._engines, AsksExitsTogether)
+        logits = self._engines.logits_of_exits(hidden, blocks_run)
+        return Heads({GREEDY: HostHeadOutput(logits, HeadRequest())})
+
+    def _count(self, work: Work) -> float:
+        """Tokens that a block of this work runs, on average; counts what runs."""
+        tokens = block_tokens = late = 0
+        for each, depth, stop in zip(work.running, work.depths, work.stops, strict=True):
             marks = each.sequence.marks
-            tokens += stop - marks[depth - 1]
+            new = stop - marks[depth - 1]
+            tokens += new
+            block_tokens += new * (depth - work.entry)
             late += max(0, min(stop, marks[0]) - marks[depth - 1] - 1)
         self._counts.passes += 1
         self._counts.pass_tokens += tokens
         self._counts.catch_up_tokens += late
-        return tokens
+        return block_tokens / work.blocks
 
 
 def _going_on(before: Launched) -> list[tuple[int, Ask]]:

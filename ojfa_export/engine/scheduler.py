@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
+from ojfa_export.engine.asks import Ask
 from ojfa_export.engine.costs import PassCosts
 from ojfa_export.engine.running import Running
 
 # More pending tokens than this are run in pieces, between the steps of others.
 LONGEST_STEP = 16
 LEAST_PIECE, FIRST_PIECE, MOST_PIECE = 16, 32, 512
+# Of a step's time that pieces beside it may take by the measured line: with padding and long
+# contexts they take more than it says.
+PIECE_SHARE = 0.5
 # Passes that a request may wait at an exit until more have come there.
 MOST_WAITS = 4
 
@@ -22,36 +27,62 @@ class Work:
     Attributes:
         running: Whose sequences.
         entry: The first block that runs.
-        depth: Blocks that their tokens run to.
+        depths: Blocks that the tokens of each run to.
         stops: One past the last token of each that runs.
     """
 
-    running: list[Running]
-    entry: int
-    depth: int
+    running: list[Running] = field(default_factory=list)
+    entry: int = 0
+    depths: list[int] = field(default_factory=list)
     stops: list[int] = field(default_factory=list)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that run."""
+        return max(self.depths) - self.entry
+
+    @property
+    def asks(self) -> list[Ask | None]:
+        """What each gets an answer to; None where it is not yet where it wants to be."""
+        return [
+            each.ask if each.ask.depth == depth and stop == len(each.sequence) else None
+            for each, depth, stop in zip(self.running, self.depths, self.stops, strict=True)
+        ]
+
+    def add(self, each: Running, depth: int, stop: int) -> None:
+        """Takes a request."""
+        self.running.append(each)
+        self.depths.append(depth)
+        self.stops.append(stop)
+
+    def keep(self, wanted: Sequence[bool]) -> None:
+        """Drops the others."""
+        self.running = list(compress(self.running, wanted))
+        self.depths = list(compress(self.depths, wanted))
+        self.stops = list(compress(self.stops, wanted))
 
 
 class Scheduler:
     """Chooses the next work among requests that all wait for something.
 
-    Requests whose few pending tokens wait before the same block run together as far as the first of
-    them needs: those that are answered there leave, the others go on. The deepest go first, so that
-    all begin their next tokens together. Where a pass of few tokens costs nearly what one of many
-    does, and enough others can begin meanwhile, those at an exit wait until more have come there
-    (DREX, arXiv 2512.15705, rebatches by measured times as well).
+    Requests whose few pending tokens wait before the same block run together, each as deep as it
+    needs, and their heads are asked at the end. Where an answer decides whether tokens go deeper,
+    all stop at the first such exit: those that leave are answered, the others go on. The deepest go
+    first, so that all begin their next tokens together. Where a pass of few tokens costs nearly
+    what one of many does, and enough others can begin meanwhile, those at an exit wait until more
+    have come there (DREX, arXiv 2512.15705, rebatches by measured times as well).
 
-    Long prompts run in pieces that take about as long as a step of the others, in turns with them.
+    Long prompts run in pieces beside steps that begin at the first block: a pass with pieces takes
+    about as long as two without.
 
     Args:
         blocks: Of the model.
         costs: Of passes, as they are measured.
-        piece: Tokens of a long prompt that run at once; None to adapt it.
+        piece: Tokens of long prompts that run at once; None to adapt them.
     """
 
     def __init__(self, blocks: int, costs: PassCosts, piece: int | None = None) -> None:
         self._blocks, self._costs, self._piece = blocks, costs, piece
-        self._prompt_is_next = False
 
     def next(self, running: Sequence[Running]) -> Work | None:
         """The next work; None where no request needs anything."""
@@ -59,11 +90,12 @@ class Scheduler:
         long: list[Running] = []
         for each in running:
             (short if each.pending <= LONGEST_STEP else long).append(each)
-        if long and (self._prompt_is_next or not short):
-            self._prompt_is_next = False
-            return self._prompt(long[0], short)
-        self._prompt_is_next = True
-        return self._step(short) if short else None
+        if not short and not long:
+            return None
+        work = self._step(short) if short else Work(entry=min(each.entry for each in long))
+        if long and (not short or not work.entry):
+            self._add_prompts(work, long)
+        return work
 
     def _step(self, running: Sequence[Running]) -> Work:
         groups: dict[int, list[Running]] = {}
@@ -74,8 +106,11 @@ class Scheduler:
             for each in group:
                 each.waits = 0 if block == entry else each.waits + 1
         chosen = groups[entry]
-        depth = min(each.ask.depth for each in chosen)
-        return Work(chosen, entry, depth, [len(each.sequence) for each in chosen])
+        limit = min((each.ask.depth for each in chosen if each.ask.may_go_on), default=self._blocks)
+        work = Work(entry=entry)
+        for each in chosen:
+            work.add(each, min(each.ask.depth, limit), len(each.sequence))
+        return work
 
     def _choose(self, groups: dict[int, list[Running]]) -> int:
         """The block before which the tokens wait that run next."""
@@ -87,23 +122,35 @@ class Scheduler:
         worthwhile = len(groups[deepest]) >= knee or len(groups[shallowest]) < knee
         return deepest if worthwhile or waits >= MOST_WAITS else shallowest
 
-    def _prompt(self, each: Running, others: Sequence[Running]) -> Work:
-        depth, length = each.ask.depth, len(each.sequence)
-        start = each.sequence.marks[depth - 1]
-        stop = min(length, start + self._piece_tokens(len(others)))
-        # The last piece has all tokens whose logits are wanted.
-        if stop < length < stop + each.ask.rows:
-            stop = length - each.ask.rows
-        return Work([each], each.entry, depth, [stop if stop > start else length])
+    def _add_prompts(self, work: Work, prompts: Sequence[Running]) -> None:
+        """Adds pieces of long prompts, in their order, as many as make a pass of good length."""
+        left = self._prompt_tokens(len(prompts), len(work.running))
+        for each in prompts:
+            depth, length = each.ask.depth, len(each.sequence)
+            start = each.sequence.marks[depth - 1]
+            stop = min(length, start + left)
+            # The last piece has all tokens whose logits are wanted.
+            if stop < length < stop + each.ask.rows:
+                stop = length - each.ask.rows
+            if stop <= start:
+                stop = length
+            work.add(each, depth, stop)
+            left -= stop - start
+            if left < LEAST_PIECE:
+                return
+
+    def _prompt_tokens(self, prompts: int, others: int) -> int:
+        """A piece, or several where more prompts wait than others would be slowed."""
+        if not others:
+            return MOST_PIECE
+        return min(MOST_PIECE, self._piece_tokens(others) * max(1, prompts // others))
 
     def _piece_tokens(self, others: int) -> int:
         """About as many as run in the time of a step of the others."""
-        if not others:
-            return MOST_PIECE
         if self._piece is not None:
             return self._piece
         step = self._costs.seconds(others, self._blocks)
         token = self._costs.token_seconds(self._blocks)
         if step is None or token is None:
             return FIRST_PIECE
-        return int(min(MOST_PIECE, max(LEAST_PIECE, step / token)))
+        return int(min(MOST_PIECE, max(LEAST_PIECE, PIECE_SHARE * step / token)))

@@ -90,6 +90,11 @@ class Slots:
         self._runner.executor.release(sequence.slot)
         self._free.append(sequence.slot)
 
+    def clear(self) -> None:
+        """Drops all that was left."""
+        while self._left:
+            self._drop_oldest()
+
     def _best(self, sequence: Sequence, running: Iterable[Sequence]) -> tuple[Sequence | None, int]:
         """The sequence that has the most first tokens in common, and how many."""
         best: tuple[Sequence | None, int] = (None, 0)

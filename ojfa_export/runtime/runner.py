@@ -15,31 +15,35 @@ from ojfa_export.runtime.sequence import Sequence
 
 def plan_passes(
     sequences: Many[Sequence],
-    depth: int,
+    depth: int | Many[int],
     following: HeadOutput | None = None,
     stops: Many[int] | None = None,
 ) -> Iterator[Pass]:
     """The passes that bring all tokens of some sequences to a depth.
 
-    A pass ends where more tokens join: those that stopped there. What runs together is what a
-    block lacks of each sequence, whatever its length and however many tokens.
+    A pass ends where more tokens join, those that stopped there, and where some leave. What runs
+    together is what a block lacks of each sequence, whatever its length and however many tokens.
 
     Args:
         sequences: All before, or all beyond LongRoPE's switch.
-        depth: Blocks to run, 1 or more.
+        depth: Blocks to run, 1 or more; of all sequences, or of each.
         following: What chooses each sequence's newest token, where that is not known yet; before
             the first block nothing else is pending then.
         stops: One past the last token of each sequence that counts; None for all tokens.
     """
-    depths = {depth}
-    for sequence in sequences:
-        depths.update(blocks.stop for blocks, _ in sequence.marks.spans(depth))
-    both = list(zip(sequences, stops or [len(sequence) for sequence in sequences], strict=True))
+    targets = [depth] * len(sequences) if isinstance(depth, int) else depth
+    depths = set(targets)
+    for sequence, target in zip(sequences, targets, strict=True):
+        depths.update(blocks.stop for blocks, _ in sequence.marks.spans(target))
+    ends = stops or [len(sequence) for sequence in sequences]
+    each_to = list(zip(sequences, targets, ends, strict=True))
     start = 0
     before: Pass | None = None
     for until in sorted(depths):
         chunks = tuple(
-            chunk for each, stop in both if (chunk := each.chunk(start, stop)).length > 0
+            chunk
+            for each, target, stop in each_to
+            if start < target and (chunk := each.chunk(start, stop)).length > 0
         )
         if before is not None and before.chunks == chunks:
             before.blocks = range(before.blocks.start, until)
@@ -134,7 +138,7 @@ class ModelRunner:
         for group in _by_context(sequences):
             some = [sequences[index] for index in group]
             ends = None if stops is None else [stops[index] for index in group]
-            hidden, step = self._run(some, depth, following, ends)
+            *_, (step, hidden) = self._passes(some, depth, following, ends)
             one_each = counts is None or all(count == 1 for count in counts)
             if one_each and step.is_decode and len(group) == len(sequences):
                 return arrays.ascontiguousarray(hidden)
@@ -143,6 +147,38 @@ class ModelRunner:
                 # The next pass may write where it lies.
                 parts[index] = hidden[rows.stop - count : rows.stop].copy()
         return parts[0] if len(parts) == 1 else arrays.concatenate(parts)
+
+    def run_each(
+        self,
+        sequences: Many[Sequence],
+        depths: Many[int],
+        counts: Many[int],
+        stops: Many[int],
+    ) -> list[Hidden]:
+        """Brings tokens of sequences to a depth of each sequence's own, in one way through.
+
+        Args:
+            sequences: Each with tokens that are pending before its depth; each slot at most once.
+            depths: Blocks to run.
+            counts: How many of each sequence's newest tokens count; 0 for none.
+            stops: As of `plan_passes`.
+
+        Returns:
+            Hidden states [count, H] of each sequence after its depth.
+        """
+        results: list[Hidden] = [None] * len(sequences)
+        for group in _by_context(sequences):
+            of_slot = {sequences[index].slot: index for index in group}
+            some = [sequences[index] for index in group]
+            targets = [depths[index] for index in group]
+            ends = [stops[index] for index in group]
+            for step, hidden in self._passes(some, targets, None, ends):
+                for chunk, rows in zip(step.chunks, row_ranges(step.chunks), strict=True):
+                    index = of_slot[chunk.slot]
+                    if depths[index] == step.blocks.stop:
+                        # The next pass may write where it lies.
+                        results[index] = hidden[rows.stop - counts[index] : rows.stop].copy()
+        return results
 
     def choose(
         self,
@@ -207,14 +243,14 @@ class ModelRunner:
         """Whether there is room already for what is kept after so many blocks."""
         return depth in self.pending or (depth == self.spec.blocks and not self._keep_final)
 
-    def _run(
+    def _passes(
         self,
         sequences: Many[Sequence],
-        depth: int,
+        depth: int | Many[int],
         following: HeadOutput | None,
         stops: Many[int] | None,
-    ) -> tuple[Hidden, Pass]:
-        step = hidden = None
+    ) -> Iterator[tuple[Pass, Hidden]]:
+        """Runs the passes, and gives what comes out of each."""
         for step in plan_passes(sequences, depth, following, stops):
             hidden = self._load(step)
             self._newest.clear()  # an interrupted pass leaves none
@@ -225,11 +261,12 @@ class ModelRunner:
             if states is not None:
                 self.executor.store(states, step.chunks, hidden)
             self._newest.set(step, hidden)
-        assert step is not None
+            yield step, hidden
         # Raised together, when all is done: a pass that is interrupted can be run again.
-        for sequence, stop in zip(sequences, stops or map(len, sequences), strict=True):
-            sequence.marks.raise_to(stop, depth)
-        return hidden, step
+        targets = [depth] * len(sequences) if isinstance(depth, int) else depth
+        ends = stops or [len(sequence) for sequence in sequences]
+        for sequence, target, stop in zip(sequences, targets, ends, strict=True):
+            sequence.marks.raise_to(stop, target)
 
     def _load(self, step: Pass) -> Hidden:
         """What goes into a pass, [tokens, H]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 
 import numpy as np
@@ -16,11 +17,13 @@ from ojfa_export.backends.onnxruntime import executor as executor_module
 from ojfa_export.backends.onnxruntime.build import build_engine
 from ojfa_export.backends.onnxruntime.executor import Batch
 from ojfa_export.backends.onnxruntime.session import open_session
+from ojfa_export.backends.onnxruntime.slots import SlotArray
 from ojfa_export.backends.onnxruntime.threads import (
     THREADS_VARIABLE,
     busy_cores,
     default_threads,
 )
+from ojfa_export.backends.passes import Chunk, row_ranges
 from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import BackendError, UsageError
 from ojfa_export.runtime.session import Session
@@ -103,6 +106,39 @@ def test_prefill_in_pieces_is_prefill_at_once(chain, monkeypatch, rng, piece, be
     pieces = [min(piece, 50 - at) for at in range(0, 50, piece)]
     assert lengths == pieces * chain.spec.blocks
     np.testing.assert_allclose(logits, expected, atol=LOGITS_FP32, rtol=0)
+
+
+@pytest.mark.parametrize(("slots", "together"), [(8, 64), (64, 32), (300, 8)])
+def test_chunks_of_any_lengths_in_one_pass_are_each_alone(chain, rng, slots, together):
+    """Steps, drafts, prompts and what is too long to be padded, after tokens of their own."""
+    engines, blocks = chain.open_engines(), range(chain.spec.blocks)
+    batched, alone = (engines.executor(slots, POSITIONS) for _ in range(2))
+    assert batched._longest == together
+    lengths = rng.permutation([1, 1, 5, 9, 20, together, 70]).tolist()
+    starts = rng.integers(0, 30, size=len(lengths)).tolist()
+    order = rng.permutation(slots)[: len(lengths)].tolist()
+    for part in (
+        [Chunk(slot, 0, start) for slot, start in zip(order, starts, strict=True) if start],
+        [Chunk(*chunk) for chunk in zip(order, starts, lengths, strict=True)],
+    ):
+        rows = sum(chunk.length for chunk in part)
+        hidden = rng.normal(size=(rows, chain.spec.hidden_size)).astype(np.float32)
+        found = batched.run(blocks, hidden, part, long_context=False)
+        for chunk, own in zip(part, row_ranges(part), strict=True):
+            expected = alone.run(blocks, hidden[own.start : own.stop], [chunk], long_context=False)
+            np.testing.assert_allclose(
+                found[own.start : own.stop], expected, atol=LOGITS_FP32, rtol=0
+            )
+
+
+def test_a_released_slot_is_lost_and_others_stay():
+    """Pages that still held what was in them would still be the process's."""
+    slots = SlotArray((3, 5000))
+    slots.array[...] = 1
+    slots.release(1)
+    page = mmap.PAGESIZE // 4
+    assert not slots.array[1, page:-page].any()
+    assert (slots.array[[0, 2]] == 1).all()
 
 
 def test_blocks_past_a_fixed_exit_are_never_loaded(chain):

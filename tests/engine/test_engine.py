@@ -139,6 +139,13 @@ def test_a_closed_engine(llama):
         engine.submit([1])
 
 
+def test_closing_gives_the_cache_back(llama):
+    with WatchedEngine(llama) as engine:
+        engine.submit(list(range(30)), max_new_tokens=2).result(TIMEOUT)
+        assert engine.stats().pages_used
+    assert not engine.stats().pages_used
+
+
 def test_an_error_of_the_device_fails_what_runs_and_the_engine_goes_on(llama, monkeypatch):
     with WatchedEngine(llama, prefix_cache=False) as engine:
         with monkeypatch.context() as patch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnxruntime as ort
 
@@ -30,6 +32,12 @@ class OnnxRuntimeEngines(OpenedModel, ChoosesOnHost):
         result: Float32 = session.run(None, head_inputs(session, hidden, blocks_run))[0]
         return result
 
+    def logits_of_exits(self, hidden: Float32, blocks_run: Sequence[int]) -> Float32:
+        """See `backends.backend.AsksExitsTogether`."""
+        session = self.session("exit_head")
+        result: Float32 = session.run(None, head_inputs(session, hidden, blocks_run))[0]
+        return result
+
     def unload_heads(self) -> None:
         """Closes both heads; they are opened again when used."""
         for name in ("exit_head", "final_head"):
@@ -37,10 +45,11 @@ class OnnxRuntimeEngines(OpenedModel, ChoosesOnHost):
 
 
 def head_inputs(
-    session: ort.InferenceSession, hidden: Float32, blocks_run: int
+    session: ort.InferenceSession, hidden: Float32, blocks_run: int | Sequence[int]
 ) -> dict[str, Float32 | Int32]:
     """What a head takes: hidden states [rows, H], and where it has gates, each row's exit."""
     inputs: dict[str, Float32 | Int32] = {"hidden": hidden}
     if len(session.get_inputs()) > 1:
+        # One for all rows, or each row's.
         inputs["blocks_run"] = np.full(len(hidden), blocks_run, np.int32)
     return inputs

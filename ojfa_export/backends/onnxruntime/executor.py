@@ -6,6 +6,7 @@ slot of the cache, padded to the longest chunk, in which slots without tokens co
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,9 +31,14 @@ from ojfa_export.decoding.arrays import Float32
 # Attention scores of a prefill are held for one piece of the prompt at a time: at most this
 # many bytes.
 SCORE_BYTES = 64 << 20
-# Chunks of up to so many tokens run together: decode steps, and drafts that are verified.
+# Chunks of up to so many tokens always run together: decode steps, and drafts that are verified.
 SHORT_CHUNK = 8
-# Shapes of passes whose bindings are kept.
+# Longer chunks, of prompts, do so in attention padded to the longest of them, up to so many tokens
+# of each and so many rows with padding (bench/NOTES.md).
+LONGEST_CHUNK, PADDED_ROWS = 64, 2048
+# Room for their scores, most of it padding that is never touched: at most this many bytes.
+PADDED_SCORE_BYTES = 256 << 20
+# Shapes of passes whose bindings are kept, those that were used last.
 MOST_SHAPES = 64
 
 Run = Callable[[], None]
@@ -53,11 +59,13 @@ class OnnxRuntimeExecutor:
         spec = model.spec
         self.model = model
         self.slots, self.capacity = slots, capacity
+        scores = PADDED_SCORE_BYTES // (4 * spec.heads * capacity * slots)
+        self._longest = max(SHORT_CHUNK, min(LONGEST_CHUNK, PADDED_ROWS // slots, scores))
         # A chunk is padded to the longest of its pass, and the padding needs room as well.
-        self._shape = (slots, spec.kv_heads, capacity + SHORT_CHUNK - 1, spec.head_dim)
+        self._shape = (slots, spec.kv_heads, capacity + self._longest - 1, spec.head_dim)
         self._cache: dict[int, tuple[SlotArray, SlotArray]] = {}
         self._states: list[SlotArray] = []
-        self._batches: dict[tuple[int, int, bool], Batch] = {}
+        self._batches: OrderedDict[tuple[int, int, bool], Batch] = OrderedDict()
         self._prefill_tokens = max(16, SCORE_BYTES // (4 * spec.heads * capacity))
 
     def embed(self, tokens: Sequence[int], chunks: Sequence[Chunk]) -> Float32:
@@ -72,7 +80,7 @@ class OnnxRuntimeExecutor:
         self, blocks: range, hidden: Float32, chunks: Sequence[Chunk], *, long_context: bool
     ) -> Float32:
         """Runs consecutive blocks on new tokens; see `backends.backend.Executor`."""
-        parts = split_pass(chunks, SHORT_CHUNK)
+        parts = split_pass(chunks, self._longest)
         if len(parts) == 1:
             return self._run_part(blocks, hidden, chunks, long_context)
         ranges, result = row_ranges(chunks), np.empty_like(hidden)
@@ -124,15 +132,17 @@ class OnnxRuntimeExecutor:
     def _run_part(
         self, blocks: range, hidden: Float32, chunks: Sequence[Chunk], long_context: bool
     ) -> Float32:
-        if chunks[0].length > SHORT_CHUNK:
-            return self._prefill(blocks, hidden, chunks[0], long_context)
         tokens, length = len(hidden), max(chunk.length for chunk in chunks)
+        if len(chunks) == 1 and length > SHORT_CHUNK:
+            return self._prefill(blocks, hidden, chunks[0], long_context)
         batch = self._batches.get((tokens, length, long_context))
         if batch is None:
-            if len(self._batches) >= MOST_SHAPES:
-                self._batches.clear()
             batch = Batch(self, slice(0, self.slots), tokens, length, long_context)
+            if len(self._batches) >= MOST_SHAPES:
+                self._batches.popitem(last=False)
             self._batches[tokens, length, long_context] = batch
+        else:
+            self._batches.move_to_end((tokens, length, long_context))
         batch.place(chunks)
         return batch.run(blocks, hidden)
 

@@ -32,10 +32,27 @@ def share_thread_pool() -> int:
     return threads
 
 
+@cache
+def share_arena() -> None:
+    """Makes one arena of scratch memory for the sessions of all models, once.
+
+    A session keeps the arena that its largest run needed. Blocks run one after the other, so that
+    one arena serves all of them, and stays in the processor's caches from block to block.
+    """
+    info = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    with suppress(Fail):  # the application has made one
+        # By default an arena doubles whenever it grows; here it grows by what is asked for.
+        ort.create_and_register_allocator(info, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
+
+
 def session_options() -> ort.SessionOptions:
-    """Options of a session that uses the process's one thread pool."""
+    """Options of a session that uses the process's one thread pool and one arena."""
     share_thread_pool()
+    share_arena()
     options = ort.SessionOptions()
+    options.add_session_config_entry("session.use_env_allocators", "1")
     options.use_per_session_threads = False
     options.log_severity_level = 3
     return options

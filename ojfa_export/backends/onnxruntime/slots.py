@@ -25,7 +25,9 @@ class SlotArray:
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._slot_bytes = 4 * math.prod(shape[1:])
-        self._memory = mmap.mmap(-1, max(1, shape[0] * self._slot_bytes))
+        # Private: the system doesn't take pages of shared memory back.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._memory = mmap.mmap(-1, max(1, shape[0] * self._slot_bytes), flags=flags)
         self.array: Float32 = np.frombuffer(self._memory, np.float32, math.prod(shape)).reshape(
             shape
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ojfa_export.system.cmake import cmake_directory
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_command_names_the_package():

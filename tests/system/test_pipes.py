@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ojfa_export.bundle.shortcut import load
-from ojfa_export.compiler.options import read_recipe
+from ojfa_export.compiler.settings import read_recipe
 from ojfa_export.errors import CalibrationError, OjfaError
 from ojfa_export.models.calibration_text import read_text
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint

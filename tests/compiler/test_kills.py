@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from kills import kill_builds
 
-# Of each command; `python tests/building/kills.py 40` does it more often.
+# Of each command; `python tests/compiler/kills.py 40` does it more often.
 TIMES = 3
 
 

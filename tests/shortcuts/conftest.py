@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.shortcuts.moments import Moments
 
 Rows = tuple[np.ndarray, np.ndarray]
@@ -45,24 +44,5 @@ def moments_of() -> Callable[..., Moments]:
         moments = Moments(x.shape[1])
         moments.update(x, y)
         return moments
-
-    return make
-
-
-@pytest.fixture
-def random_shortcut(rng: np.random.Generator) -> Callable[..., Shortcut]:
-    def make(hidden: int, rank: int, fitted_at: int = 3, residual: bool = False) -> Shortcut:
-        def normal(*shape: int) -> np.ndarray:
-            return rng.normal(size=shape).astype(np.float32)
-
-        return Shortcut(
-            scale=normal(hidden),
-            shift=normal(hidden),
-            down=normal(hidden, rank),
-            up=normal(rank, hidden),
-            kind="n-njtc",
-            fitted_at=fitted_at,
-            residual=residual,
-        )
 
     return make

@@ -1,6 +1,6 @@
 """Makes demo_statistics.npz: what the demo checkpoint's exits say on the text that ships, thinned.
 
-python -m tests.guarantee.demo_statistics    # builds the demo's bundle, about two minutes
+python -m tests.promises.demo_statistics    # builds the demo's bundle, about two minutes
 """
 
 from __future__ import annotations

@@ -1,0 +1,166 @@
+"""The settings of a build, decided: the user's, else the recipe's, else the default."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.errors import UsageError
+from ojfa_export.models.families.rotary import Rotary
+from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.system.files import read_regular
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_CACHE_LENGTH = 4096
+DEFAULT_BATCH_SIZE = 16
+DEFAULT_WINDOW = 512
+# Tokens of calibration text, fitting and held out: enough for small models to be measured well,
+# and for large ones several times what fitting needs at least.
+DEFAULT_TOKENS = 16_384
+TOKENS_PER_FEATURE = 8
+# Bytes.
+RECIPE_LIMIT = 1 << 20
+
+
+class BuildSettings(BaseModel):
+    """What is decided for a model: the names are those of `BuildOptions`.
+
+    Attributes:
+        window: Tokens of a window of calibration text.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    precision: Precision
+    rank: PositiveInt
+    max_cache_length: PositiveInt
+    max_batch_size: PositiveInt
+    calibration_tokens: PositiveInt
+    window: PositiveInt
+
+
+class RecipeModel(BaseModel):
+    """The model that a recipe is for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hub_id: str
+    family: str
+    hidden_size: PositiveInt
+    blocks: PositiveInt
+
+
+class Recipe(BuildSettings):
+    """Settings for one published model, as in the paper where it says them."""
+
+    model: RecipeModel
+
+
+def recipes_directory() -> Path:
+    """Where the recipes that ship are."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "_calibration" / "recipes"
+    return installed if installed.is_dir() else package.parent / "calibration" / "recipes"
+
+
+def read_recipe(name: str) -> Recipe:
+    """Reads a recipe that ships, by name, or a TOML file.
+
+    Raises:
+        UsageError: No such recipe, or one with unknown or missing settings.
+    """
+    path = Path(name) if name.endswith(".toml") else recipes_directory() / f"{name}.toml"
+    try:
+        return Recipe.model_validate(tomllib.loads(read_regular(path, RECIPE_LIMIT).decode()))
+    except FileNotFoundError:
+        known = ", ".join(sorted(each.stem for each in recipes_directory().glob("*.toml")))
+        raise UsageError(
+            f"recipe '{name}' is not known", hint=f"known: {known}; or name a .toml file"
+        ) from None
+    except OSError as error:
+        raise UsageError(
+            f"recipe {path} can't be read: {error.strerror or error}", hint="name a .toml file"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"recipe {path} is not TOML: {error}", hint="see the recipes that ship"
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(
+            f"recipe {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            hint="see the recipes that ship for the settings",
+        ) from error
+
+
+def decide(options: BuildOptions, spec: ModelSpec, rotary: Rotary | None) -> BuildSettings:
+    """Decides every setting: the user's, else the recipe's, else the default.
+
+    Raises:
+        UsageError: A setting that doesn't suit the model, or a recipe for another model.
+    """
+    settings = default_settings(spec)
+    if options.recipe is not None:
+        recipe = read_recipe(options.recipe)
+        _check_recipe(recipe, spec, options.recipe)
+        settings = recipe
+    given = {name: getattr(options, name, None) for name in BuildSettings.model_fields}
+    decided = {
+        name: getattr(settings, name) if value is None else value for name, value in given.items()
+    }
+    _check(decided["rank"], decided["max_cache_length"], spec, rotary)
+    length = decided["max_cache_length"]
+    # A window of text is one forward pass of the reference, and must be read by one set of factors.
+    decided["window"] = min(
+        decided["window"], length, spec.max_positions, spec.rotary_switch or length
+    )
+    return BuildSettings(**decided)
+
+
+def default_settings(spec: ModelSpec) -> BuildSettings:
+    """The settings of a model that has no recipe."""
+    return BuildSettings(
+        precision="fp32",
+        rank=max(1, spec.hidden_size // 100),
+        max_cache_length=min(spec.max_positions, DEFAULT_CACHE_LENGTH),
+        max_batch_size=DEFAULT_BATCH_SIZE,
+        calibration_tokens=max(DEFAULT_TOKENS, TOKENS_PER_FEATURE * spec.hidden_size),
+        window=DEFAULT_WINDOW,
+    )
+
+
+def _check_recipe(recipe: Recipe, spec: ModelSpec, name: str) -> None:
+    for what, wanted, found in (
+        ("family", recipe.model.family, spec.family),
+        ("hidden size", recipe.model.hidden_size, spec.hidden_size),
+    ):
+        if wanted != found:
+            raise UsageError(
+                f"recipe '{name}' is for {recipe.model.hub_id} with {what} {wanted}; "
+                f"this checkpoint has {found}",
+                hint="leave --recipe out, or name the recipe of this model",
+            )
+
+
+def _check(rank: int, length: int, spec: ModelSpec, rotary: Rotary | None) -> None:
+    if not 1 <= rank <= spec.hidden_size:
+        raise UsageError(
+            f"rank {rank} is outside 1..{spec.hidden_size}, the model's hidden size",
+            hint=f"the paper's rank for this model is {max(1, spec.hidden_size // 100)}",
+        )
+    grows = rotary is not None and rotary.kind == "dynamic"
+    if length > spec.max_positions and not grows:
+        raise UsageError(
+            f"max-cache-length {length} is more than the {spec.max_positions} positions that the "
+            "model was made for",
+            hint=f"use --max-cache-length {spec.max_positions} or less",
+        )
+    if spec.blocks < 2:
+        raise UsageError("a model with one block has no early exit")
