@@ -159,6 +159,25 @@ class AsksExitsTogether(Protocol):
         ...
 
 
+@runtime_checkable
+class PagedCache(Protocol):
+    """Engines whose executors keep keys and values in pages, so that memory follows tokens.
+
+    Attributes:
+        page_tokens: Positions of a page.
+        cache_element_bytes: Of a number in the cache.
+        pass_tokens: Tokens of prompts that are worth running at once.
+    """
+
+    page_tokens: int
+    cache_element_bytes: int
+    pass_tokens: int
+
+    def executor(self, slots: int, capacity: int, pages: int | None = None) -> Executor:
+        """As `Engines.executor`, with so many pages for all slots together."""
+        ...
+
+
 class Backend(Protocol):
     """A backend: what a package in backends/ exports as BACKEND.
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from ojfa_export.backends.backend import PagedCache
 from ojfa_export.decoding.options import GenerationOptions, OptionArguments
 from ojfa_export.engine.asks import Answer
 from ojfa_export.engine.budget import PAGE_TOKENS, PageBudget, page_bytes, pages_of, read_bytes
@@ -18,7 +19,7 @@ from ojfa_export.engine.costs import PassCosts
 from ojfa_export.engine.launcher import Launched, Launcher
 from ojfa_export.engine.request import FinishReason, Request
 from ojfa_export.engine.running import NO_SLOT, Running
-from ojfa_export.engine.scheduler import Scheduler, Work
+from ojfa_export.engine.scheduler import MOST_PIECE, Scheduler, Work
 from ojfa_export.engine.slots import Slots
 from ojfa_export.engine.stats import Counts, EngineStats
 from ojfa_export.errors import BackendError, OjfaError, OverloadedError, UsageError
@@ -77,14 +78,18 @@ class Engine:
         if prefill_tokens is not None:
             self._piece = whole_number("prefill-tokens", prefill_tokens, 1)
         self._max_length = model.manifest.cache.max_length
-        pages = self.max_sequences * pages_of(self._max_length + 1)
+        paged = model.engines if isinstance(model.engines, PagedCache) else None
+        self._page = paged.page_tokens if paged else PAGE_TOKENS
+        pages = self.max_sequences * pages_of(self._max_length + 1, self._page)
+        page = page_bytes(model.spec, paged.cache_element_bytes if paged else 4, self._page)
         if kv_cache_bytes is not None:
-            pages = min(pages, read_bytes(kv_cache_bytes) // page_bytes(model.spec))
+            pages = min(pages, read_bytes(kv_cache_bytes) // page)
         if not pages:
             raise UsageError(
-                f"kv-cache-bytes {kv_cache_bytes!r} holds no page of {PAGE_TOKENS} tokens",
-                hint=f"a page takes {page_bytes(model.spec)} bytes",
+                f"kv-cache-bytes {kv_cache_bytes!r} holds no page of {self._page} tokens",
+                hint=f"a page takes {page} bytes",
             )
+        self._most_piece = paged.pass_tokens if paged else MOST_PIECE
         self._pages = pages
         self._costs = PassCosts()
         self._counts = Counts()
@@ -145,9 +150,9 @@ class Engine:
         ids = self.model.encode(prompt)
         if timeout is not None:
             timeout = real_number("timeout", timeout, 0.0, hint="seconds from now on")
-        if pages_of(len(ids) + 1) > self._pages:
+        if pages_of(len(ids) + 1, self._page) > self._pages:
             raise UsageError(
-                f"the prompt has {len(ids)} tokens, the KV cache holds {self._pages * PAGE_TOKENS}",
+                f"the prompt has {len(ids)} tokens, the KV cache holds {self._pages * self._page}",
                 hint="shorten it, or give the engine more kv-cache-bytes",
             )
         with self._wanted:
@@ -198,9 +203,13 @@ class Engine:
         spec = self.model.spec
         self._running: list[Running] = []
         self._runner = ModelRunner(
-            spec, self.model.engines, self.max_sequences, self._max_length + 1
+            spec,
+            self.model.engines,
+            self.max_sequences,
+            self._max_length + 1,
+            pages=self._pages,
         )
-        self._budget = PageBudget(self._pages)
+        self._budget = PageBudget(self._pages, self._page)
         self._slots = Slots(
             self._runner,
             self.max_sequences,
@@ -208,7 +217,7 @@ class Engine:
             self._max_length,
             reuse=self._prefix_cache,
         )
-        self._scheduler = Scheduler(spec.blocks, self._costs, self._piece)
+        self._scheduler = Scheduler(spec.blocks, self._costs, self._piece, self._most_piece)
         self._launcher = Launcher(self._runner, self._costs, self._counts)
         self._may_admit = True
 
@@ -310,7 +319,7 @@ class Engine:
             self._may_admit = True
             if alone:
                 error = OjfaError(
-                    f"the request needs more than the {self._pages * PAGE_TOKENS} tokens of the KV "
+                    f"the request needs more than the {self._pages * self._page} tokens of the KV "
                     "cache",
                     hint="give the engine more kv-cache-bytes, or ask for fewer tokens",
                 )

@@ -79,10 +79,13 @@ class Scheduler:
         blocks: Of the model.
         costs: Of passes, as they are measured.
         piece: Tokens of long prompts that run at once; None to adapt them.
+        most: Of those that are worth running at once.
     """
 
-    def __init__(self, blocks: int, costs: PassCosts, piece: int | None = None) -> None:
-        self._blocks, self._costs, self._piece = blocks, costs, piece
+    def __init__(
+        self, blocks: int, costs: PassCosts, piece: int | None = None, most: int = MOST_PIECE
+    ) -> None:
+        self._blocks, self._costs, self._piece, self._most = blocks, costs, piece, most
 
     def next(self, running: Sequence[Running]) -> Work | None:
         """The next work; None where no request needs anything."""
@@ -142,8 +145,8 @@ class Scheduler:
     def _prompt_tokens(self, prompts: int, others: int) -> int:
         """A piece, or several where more prompts wait than others would be slowed."""
         if not others:
-            return MOST_PIECE
-        return min(MOST_PIECE, self._piece_tokens(others) * max(1, prompts // others))
+            return self._most
+        return min(self._most, self._piece_tokens(others) * max(1, prompts // others))
 
     def _piece_tokens(self, others: int) -> int:
         """About as many as run in the time of a step of the others."""
@@ -153,4 +156,4 @@ class Scheduler:
         token = self._costs.token_seconds(self._blocks)
         if step is None or token is None:
             return FIRST_PIECE
-        return int(min(MOST_PIECE, max(LEAST_PIECE, PIECE_SHARE * step / token)))
+        return int(min(self._most, max(LEAST_PIECE, PIECE_SHARE * step / token)))

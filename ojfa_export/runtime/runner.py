@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 
-from ojfa_export.backends.backend import Engines
+from ojfa_export.backends.backend import Engines, PagedCache
 from ojfa_export.backends.passes import Chunk, Newest, Pass, row_ranges
 from ojfa_export.decoding.arrays import Hidden
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
@@ -95,6 +95,7 @@ class ModelRunner:
         slots: Sequences.
         capacity: Tokens that each may hold.
         keep_final: Whether to keep the hidden states that come out of the last block.
+        pages: Of the KV cache, where it has some; None for all that all slots may need.
     """
 
     def __init__(
@@ -105,9 +106,13 @@ class ModelRunner:
         capacity: int,
         *,
         keep_final: bool = False,
+        pages: int | None = None,
     ) -> None:
         self.spec, self.engines = spec, engines
-        self.executor = engines.executor(slots, capacity)
+        if pages is not None and isinstance(engines, PagedCache):
+            self.executor = engines.executor(slots, capacity, pages)
+        else:
+            self.executor = engines.executor(slots, capacity)
         # Hidden states after so many blocks, [slots, positions, H], of tokens that stopped there.
         self.pending: dict[int, Hidden] = {}
         self._keep_final = keep_final

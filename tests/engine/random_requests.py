@@ -127,7 +127,7 @@ def check_each_gives_what_it_gives_alone(
         pages: Of its cache.
     """
     gc.collect()  # the cache of an engine before this one, which shares the device's stream
-    budget = pages * page_bytes(model.spec)
+    budget = pages * page_bytes(model.spec)  # of half as many tokens as those of a device
     with WatchedEngine(model, max_sequences=slots, kv_cache_bytes=budget) as engine:
         agenda, running = Agenda(engine), []
 

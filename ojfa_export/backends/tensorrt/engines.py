@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from ojfa_export.backends.backend import Executor
-from ojfa_export.backends.cuda.arrays import DeviceArray
+from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
 from ojfa_export.backends.cuda.choosing import choose_in_parts
 from ojfa_export.backends.cuda.device import Device, PinnedArray
 from ojfa_export.backends.cuda.mailbox import DeviceHeadOutput, HeadArguments
 from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.passes import Newest, Pass
+from ojfa_export.backends.tensorrt.attention import PAGE
 from ojfa_export.backends.tensorrt.executor import TensorRtExecutor
 from ojfa_export.backends.tensorrt.heads import (
     HEAD_ROWS,
@@ -41,9 +42,13 @@ class TensorRtEngines(OpenedModel):
 
     Attributes:
         follows: See `backends.backend.Engines`.
+        page_tokens: See `backends.backend.PagedCache`.
+        cache_element_bytes: See there.
+        pass_tokens: See there.
     """
 
     follows = True
+    page_tokens = PAGE
 
     def __init__(
         self,
@@ -55,6 +60,8 @@ class TensorRtEngines(OpenedModel):
         files: Files = UNCHECKED,
     ) -> None:
         super().__init__(device, spec, weights, engines, rotary, files)
+        self.cache_element_bytes = DTYPES[self.precision].itemsize
+        self.pass_tokens = self.most_pass_tokens()
         self._in_flight = InFlight(self)
         self._replays = Replays(self, self, self._in_flight)
         self._heads: dict[int, Head] = {}  # by blocks run

@@ -156,7 +156,7 @@ class TensorRtExecutor:
             if all(length <= STEP_QUERIES for _, _, length in chunks):
                 return self._run_few(blocks, states, chunks, long_context)
         self._in_flight.call_off()
-        pieces = cut_pass(chunks, self._model.pass_tokens())
+        pieces = cut_pass(chunks, self._model.most_pass_tokens())
         if len(pieces) == 1:
             return self._run_many(blocks, states, chunks, long_context)
         result, at = self.arrays.empty(states.shape, np.float32), 0

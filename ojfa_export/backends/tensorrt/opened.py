@@ -136,7 +136,7 @@ class OpenedModel:
         dtype = DTYPES[precision]
         return GemmProducts(self._cublas, self.arrays, self.kernels[precision], dtype)
 
-    def pass_tokens(self) -> int:
+    def most_pass_tokens(self) -> int:
         """Tokens of a pass that run at once; more run in pieces."""
         return PASS_TOKENS if self.products(PREFILL_TOKENS[-1]) else PREFILL_TOKENS[-1]
 
