@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.decoding.speculation import Speculation
-from ojfa_export.engine.budget import page_bytes
+from ojfa_export.engine.budget import PAGE_TOKENS, page_bytes
 
 TIMEOUT = 60.0
 MIDDLING = ExitPolicy(exits=(1, 3), measure="top", thresholds=(0.03, 0.03))
@@ -127,7 +127,8 @@ def check_each_gives_what_it_gives_alone(
         pages: Of its cache.
     """
     gc.collect()  # the cache of an engine before this one, which shares the device's stream
-    budget = pages * page_bytes(model.spec)  # of half as many tokens as those of a device
+    page_tokens = getattr(model.engines, "page_tokens", PAGE_TOKENS)
+    budget = pages * page_bytes(model.spec, page_tokens=page_tokens)
     with WatchedEngine(model, max_sequences=slots, kv_cache_bytes=budget) as engine:
         agenda, running = Agenda(engine), []
 
