@@ -137,8 +137,7 @@ def saturated(model: Model, count: int, exit: int | None) -> dict[str, Any]:
         arrivals = [
             replace(each, exit=exit if index % 2 else None) for index, each in enumerate(arrivals)
         ]
-    served(model, arrivals[: count // 4])  # records what is run
-    return served(model, arrivals)
+    return served(model, arrivals, before=[] if exit is None else arrivals[: count // 4])
 
 
 def arriving(model: Model, options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
@@ -149,9 +148,13 @@ def arriving(model: Model, options: argparse.Namespace, result: dict[str, Any]) 
     return {"rate": rate, **served(model, arrivals)}
 
 
-def served(model: Model, arrivals: Sequence[Arrival]) -> dict[str, Any]:
-    """Runs requests, and says when their tokens came."""
+def served(
+    model: Model, arrivals: Sequence[Arrival], before: Sequence[Arrival] = ()
+) -> dict[str, Any]:
+    """Runs requests, after some that don't count, and says when their tokens came."""
     with timed(model, SEQUENCES) as (engine, times):
+        for warm in [engine.submit(each.prompt, options_of(8, each.exit)) for each in before]:
+            warm.result()
 
         def submit(each: Arrival) -> None:
             options = options_of(each.tokens, each.exit)
@@ -193,6 +196,10 @@ def timed(model: Model, sequences: int) -> Iterator[tuple[Engine, dict[int, Time
     Request.put = note  # type: ignore[method-assign]
     try:
         with Engine(model, max_sequences=sequences, prefix_cache=False) as engine:
+            start = time.perf_counter()
+            engine.warm_up()
+            print(f"warm after {time.perf_counter() - start:.1f} s", flush=True)
+            times.clear()
             yield engine, times
     finally:
         Request.put = put  # type: ignore[method-assign]

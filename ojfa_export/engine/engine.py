@@ -22,6 +22,7 @@ from ojfa_export.engine.running import NO_SLOT, Running
 from ojfa_export.engine.scheduler import MOST_PIECE, Scheduler, Work
 from ojfa_export.engine.slots import Slots
 from ojfa_export.engine.stats import Counts, EngineStats
+from ojfa_export.engine.warm_up import WarmUp
 from ojfa_export.errors import BackendError, OjfaError, OverloadedError, UsageError
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.runner import ModelRunner
@@ -189,6 +190,16 @@ class Engine:
                 **{**counts, "finished": dict(self._counts.finished),
                    "blocks_run": dict(self._counts.blocks_run)},
             )  # fmt: skip
+
+    def warm_up(self) -> None:
+        """Runs requests of its own, of all numbers and lengths, before others come.
+
+        On a device what is done once for each of them takes seconds, which no request should wait
+        for; see `engine.warm_up`. They are not counted.
+        """
+        spec = self.model.spec
+        WarmUp(self.submit, self.max_sequences, self._max_length, spec.vocab_size).run()
+        self._counts.clear()
 
     def close(self) -> None:
         """Cancels what runs and waits, and gives the cache's memory back."""

@@ -68,3 +68,7 @@ class Counts:
     catch_up_tokens: int = 0
     preemptions: int = 0
     drafted: int = 0
+
+    def clear(self) -> None:
+        """Begins anew."""
+        vars(self).update(vars(Counts()))

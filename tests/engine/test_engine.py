@@ -256,3 +256,12 @@ def test_text_prompts_and_stop_strings(llama):
 def test_the_public_name():
     assert ojfa_export.Engine.__name__ == "Engine"
     assert ojfa_export.GenerationOptions().max_new_tokens == 64
+
+
+def test_warming_up_is_not_counted(llama):
+    with WatchedEngine(llama, max_sequences=3) as engine:
+        engine.warm_up()
+        assert engine.passes > 20
+        assert engine.stats().new_tokens == engine.stats().passes == 0
+        result = engine.submit([1, 2, 3], GenerationOptions(max_new_tokens=4)).result(TIMEOUT)
+    assert result.token_ids == alone(llama, [1, 2, 3], {"max_new_tokens": 4}).token_ids

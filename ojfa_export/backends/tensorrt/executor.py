@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
 
@@ -29,9 +28,10 @@ from ojfa_export.decoding.head_output import HeadOutput
 
 # Of what follows an exit, so many blocks begin before its check is known.
 AHEAD_BLOCKS = 1
-# Passes of up to so many tokens, few of each sequence, are recorded as they are; larger ones with
-# their tokens filled up to a multiple.
-RECORDED_TOKENS, FILL = 256, 64
+# Passes of up to so many tokens, few of each sequence, are recorded as they are; others with their
+# tokens filled up to one of these numbers, so that there are few recordings.
+RECORDED_TOKENS = 256
+SIZES = (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, PASS_TOKENS)
 
 
 class TensorRtExecutor:
@@ -364,7 +364,7 @@ class TensorRtExecutor:
     ) -> DeviceArray:
         """Runs any chunks, filled up to one of few numbers of tokens."""
         count = len(hidden)
-        workspace = self.workspace(math.ceil(count / FILL) * FILL)
+        workspace = self.workspace(next(size for size in SIZES if size >= count))
         workspace.place(chunks)
         workspace.take(hidden, blocks.start)
 

@@ -15,6 +15,8 @@ from ojfa_export.backends.tensorrt.opened import OpenedModel
 
 # Of tokens that only fill a pass up: attention leaves them out.
 NO_SEQUENCE = -1
+# Numbers of chunks that there are recordings for.
+CHUNKS = (1, 4, 16, 64, 256, 1024, 4096)
 
 
 class Buffers:
@@ -70,8 +72,9 @@ class Workspace:
         self.hidden = tuple(each[:tokens] for each in buffers.hidden)
         self.qkv, self.mixed = buffers.qkv[:tokens], buffers.mixed[:tokens]
         self.inner = buffers.inner[:tokens]
-        # Positions, slots and the list of chunks, twice as long as there may be chunks.
-        self._places = arrays.empty((6, tokens + 1), np.int32)
+        # Positions, slots, and two lists of chunks: together at most four times as many as tokens,
+        # by rounding, with two numbers each.
+        self._places = arrays.empty((10, tokens), np.int32)
         at = self._places.pointer
         self.positions, self.sequences, self._list = (at + i * 4 * tokens for i in range(3))
         # For the tokens of a step: the device reads them from the host's memory, as late as it can.
@@ -138,7 +141,7 @@ class Workspace:
         for part, most in parts:
             if not part:
                 continue
-            rounded = 1 << (len(part) - 1).bit_length()
+            rounded = next(count for count in CHUNKS if count >= len(part))
             launches.append(Chunks(rounded, most, self._list + 4 * len(listed)))
             part += [(0, 0)] * (rounded - len(part))
             listed += [number for both in part for number in both]

@@ -1,0 +1,61 @@
+"""Running what an engine will run often, so that no request waits for what is done but once.
+
+On a device passes are recorded: the first of a kind run piece by piece, and making the recording
+takes longer than running it. There is one kind for every number of requests that decode together,
+and some for prompts, alone and beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ojfa_export.decoding.options import GenerationOptions
+from ojfa_export.engine.request import Request
+
+# Steps with each number of requests: one whose tokens are named, and those that follow. Twice, as
+# the second of a kind is recorded.
+STEPS, ROUNDS = 4, 2
+# Prompts that run alone, and how many run beside requests that decode.
+PROMPTS, BESIDE = (60, 120, 190, 250, 380, 510, 760, 1020, 1530, 2040), 6
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """Requests of all numbers, and prompts of all sizes.
+
+    Attributes:
+        submit: Of the engine.
+        sequences: Requests that run at once.
+        max_length: Tokens of one at most.
+        vocab_size: Tokens of the model.
+    """
+
+    submit: Callable[[list[int], GenerationOptions], Request]
+    sequences: int
+    max_length: int
+    vocab_size: int
+
+    def run(self) -> None:
+        """Submits them, and waits for them."""
+        lengths = [length for length in PROMPTS if length < self.max_length]
+        for _ in range(ROUNDS):
+            # As many as run at once, which end one after the other.
+            _finish([self._one(1, STEPS * count) for count in range(self.sequences, 0, -1)])
+            for length in lengths:
+                _finish([self._one(length, 1)])
+        decoding = [self._one(1, 64) for _ in range(self.sequences - 1)]
+        if lengths:
+            for _ in range(BESIDE):
+                _finish([self._one(lengths[-1], 1)])
+        _finish(decoding)
+
+    def _one(self, length: int, tokens: int) -> Request:
+        tokens = min(tokens, self.max_length - length)
+        options = GenerationOptions(exit="full", max_new_tokens=tokens, ignore_eos=True)
+        return self.submit([length % self.vocab_size] * length, options)
+
+
+def _finish(requests: Iterable[Request]) -> None:
+    for each in requests:
+        each.result()
