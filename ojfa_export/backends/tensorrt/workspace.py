@@ -173,4 +173,4 @@ class Workspace:
         """Puts hidden states where a block reads them."""
         target = self.hidden[block % 2]
         if hidden.pointer != target.pointer:
-            self._device.copy(hidden.pointer, target.pointer, target.nbytes)
+            self._device.copy(hidden.pointer, target.pointer, hidden.nbytes)
