@@ -143,10 +143,10 @@ class Scheduler:
                 return
 
     def _prompt_tokens(self, prompts: int, others: int) -> int:
-        """A piece, or several where more prompts wait than others would be slowed."""
+        """A piece; more where several prompts wait, as they keep others from decoding together."""
         if not others:
             return self._most
-        return min(self._most, self._piece_tokens(others) * max(1, prompts // others))
+        return min(self._most, self._piece_tokens(others) * max(1, prompts // 2, prompts // others))
 
     def _piece_tokens(self, others: int) -> int:
         """About as many as run in the time of a step of the others."""

@@ -16,8 +16,9 @@ from ojfa_export.engine.request import Request
 # Steps with each number of requests: one whose tokens are named, and those that follow. Twice, as
 # the second of a kind is recorded.
 STEPS, ROUNDS = 4, 2
-# Prompts that run alone, and how many run beside requests that decode.
-PROMPTS, BESIDE = (60, 120, 190, 250, 380, 510, 760, 1020, 1530, 2040), 6
+# Prompts that run alone; and requests that decode beside some, and how many of those together.
+PROMPTS = (60, 120, 190, 250, 380, 510, 760, 1020, 1530, 2040)
+DECODING, BESIDE = (1, 4, 16, 64, 256), (1, 1, 1, 4, 4, 12)
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,17 @@ class WarmUp:
             _finish([self._one(1, STEPS * count) for count in range(self.sequences, 0, -1)])
             for length in lengths:
                 _finish([self._one(length, 1)])
-        decoding = [self._one(1, 64) for _ in range(self.sequences - 1)]
-        if lengths:
-            for _ in range(BESIDE):
-                _finish([self._one(lengths[-1], 1)])
+        for count in DECODING:  # no more than there is room for
+            if lengths and count < 4 * self.sequences:
+                self._beside(min(count, self.sequences - 1), lengths[-1])
+
+    def _beside(self, count: int, length: int) -> None:
+        decoding = [self._one(1, self.max_length) for _ in range(count)]
+        for prompts in BESIDE:
+            together = min(prompts, max(1, self.sequences - count))
+            _finish([self._one(length, 1) for _ in range(together)])
+        for each in decoding:
+            each.cancel()
         _finish(decoding)
 
     def _one(self, length: int, tokens: int) -> Request:

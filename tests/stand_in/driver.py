@@ -61,6 +61,12 @@ class Driver(StandInDriver):
                 return
         raise AssertionError(f"{size} bytes at {pointer:#x} are in no allocation")
 
+    def cuMemcpyDtoDAsync(self, target: int, source: int, size: int, stream: Any) -> Any:
+        """Refuses to go beyond an allocation, as a GPU does."""
+        for pointer in (target, source):
+            self.check_inside(pointer, size)
+        return super().cuMemcpyDtoDAsync(target, source, size, stream)
+
     def cuModuleLoadData(self, code: bytes) -> Any:
         try:
             return super().cuModuleLoadData(code)

@@ -182,6 +182,8 @@ class Device:
 
     def copy(self, source: int, target: int, size: int) -> None:
         """Copies on the device."""
+        if not size:
+            return
         self.recorder.flush()
         check(driver.cuMemcpyDtoDAsync(target, source, size, self.stream))
 
