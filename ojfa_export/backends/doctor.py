@@ -43,6 +43,7 @@ INSTALL = {
     "gpu": "pip install 'ojfa-export[gpu]'",
     "gpu-onnxruntime": "pip install 'ojfa-export[gpu-onnxruntime]'",
 }
+CUBLAS_HINT = "pip install nvidia-cublas (driver of CUDA 13) or nvidia-cublas-cu12"
 # Packages that hold the same module as another.
 STAND_INS = {"onnxruntime": "onnxruntime-gpu"}
 
@@ -211,7 +212,9 @@ def try_tensorrt() -> BackendState:
         missing = isinstance(error.__cause__, ImportError)
         return BackendState(name, False, error.message, INSTALL["gpu"] if missing else error.hint)
     detail = f"version {versions['tensorrt']} on {versions['gpu']}, {versions['driver']}"
-    return BackendState(name, True, detail, None)
+    if versions.get("cublas") != "none":
+        return BackendState(name, True, detail, None)
+    return BackendState(name, True, f"{detail}; no cuBLASLt: prompts are slower", CUBLAS_HINT)
 
 
 def try_onnxruntime_cuda() -> BackendState:

@@ -145,7 +145,9 @@ def test_added_engines_are_verified_and_give_the_same_tokens(
 
 def test_engines_say_what_they_were_built_for(built: Path) -> None:
     built_with = engines_of(built).built_with
-    assert set(built_with) == {"tensorrt", "gpu", "compute capability", "driver", "profiles"}
+    assert set(built_with) == {
+        *("tensorrt", "gpu", "compute capability", "driver", "cublas", "profiles")
+    }
     assert "1 to 16 tokens" in built_with["profiles"]
     assert len(list((built / "engines" / "tensorrt").glob("*.engine"))) == 4
 

@@ -59,6 +59,13 @@ def test_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "load", lambda name: Found())
     state = doctor.try_tensorrt()
     assert (state.works, state.detail) == (True, "version 8.6.0 on A GPU, CUDA 13.0")
+    found = {"tensorrt": "8.6.0", "gpu": "A GPU", "driver": "CUDA 13.0", "cublas": "none"}
+    monkeypatch.setattr(Found, "versions", lambda self: found)
+    state = doctor.try_tensorrt()
+    assert state.works
+    assert state.detail.endswith("no cuBLASLt: prompts are slower")
+    assert state.hint is not None
+    assert "pip install nvidia-cublas" in state.hint
 
     def missing(name: str) -> None:
         raise BackendError("no package", hint="see doctor") from ImportError(name)

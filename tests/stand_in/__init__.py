@@ -47,6 +47,7 @@ def stand_in_gpu() -> Iterator[Driver]:
             from ojfa_export.backends.cuda import cublas, mailbox
 
             patch.setattr(cublas, "Cublas", make_cublas(driver))
+            patch.setattr(cublas, "cublas_version", lambda device: "13.0")
 
             def look_again(_: float) -> None:  # who waits for an answer lets the stream go on
                 driver.progress(int(driver.rng.integers(1, 4)))

@@ -82,6 +82,15 @@ class Product:
     bias: bool
 
 
+def cublas_version(device: Device) -> str | None:
+    """The library's version, for example "13.1"; None where it isn't there."""
+    try:
+        version = _version(_library_for(device))
+    except BackendError:
+        return None
+    return f"{version // 10_000}.{version // 100 % 100}"
+
+
 class Cublas:
     """Matrix products on a device's stream.
 
@@ -94,7 +103,7 @@ class Cublas:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._library = _library(int(device.driver_version.partition(".")[0]))
+        self._library = _library_for(device)
         self._handle = ctypes.c_void_p()
         self._check(self._library.cublasLtCreate(ctypes.byref(self._handle)))
         self._workspace = DeviceArrays(device).lasting((1, WORKSPACE_BYTES), np.uint8)
@@ -104,8 +113,7 @@ class Cublas:
     @property
     def version(self) -> int:
         """Of the library, for example 130100."""
-        self._library.cublasLtGetVersion.restype = ctypes.c_size_t
-        return int(self._library.cublasLtGetVersion())
+        return _version(self._library)
 
     def multiply(
         self,
@@ -269,6 +277,15 @@ def _check(library: ctypes.CDLL, status: int) -> None:
         library.cublasLtGetStatusString.restype = ctypes.c_char_p
         text = library.cublasLtGetStatusString(status)
         raise BackendError(f"cuBLASLt: {text.decode() if text else status}")
+
+
+def _version(library: ctypes.CDLL) -> int:
+    library.cublasLtGetVersion.restype = ctypes.c_size_t
+    return int(library.cublasLtGetVersion())
+
+
+def _library_for(device: Device) -> ctypes.CDLL:
+    return _library(int(device.driver_version.partition(".")[0]))
 
 
 @cache

@@ -8,6 +8,7 @@ from pathlib import Path
 from ojfa_export.backends.backend import Backend, Engines
 from ojfa_export.backends.cuda.arrays import DTYPES
 from ojfa_export.backends.cuda.bandwidth import copy_bandwidth
+from ojfa_export.backends.cuda.cublas import cublas_version
 from ojfa_export.backends.cuda.device import the_device
 from ojfa_export.backends.tensorrt import api
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
@@ -32,6 +33,7 @@ class TensorRt:
             "gpu": device.name,
             "compute capability": ".".join(map(str, device.compute_capability)),
             "driver": f"CUDA {device.driver_version}",
+            "cublas": cublas_version(device) or "none",
             "profiles": ", ".join(
                 f"{least} to {most} tokens, best {best}" for least, best, most in PROFILES
             ),
