@@ -54,7 +54,7 @@ def test_a_damaged_way_is_refused(algorithms, text):
         tokens=32, outputs=1, columns=1, result="fp16", algorithm=text, us=1.0, recommended_us=1.0
     )
     choices = algorithms.Choices(cublas=1, precision="fp16", choices=(choice,))
-    with pytest.raises(ValueError, match="hexadecimal|Buffer size"):
+    with pytest.raises(ValueError, match=r"hexadecimal|Buffer size"):
         algorithms.ChosenAlgorithms(choices)
 
 
