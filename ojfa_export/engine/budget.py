@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import operator
 import re
+from dataclasses import dataclass
 
+from ojfa_export.backends.backend import Engines, PagedCache
+from ojfa_export.errors import UsageError
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.system.arguments import is_whole, wrong
 
@@ -33,16 +36,66 @@ def page_bytes(spec: ModelSpec, element_bytes: int = 4, page_tokens: int = PAGE_
     return 2 * spec.blocks * spec.kv_heads * spec.head_dim * element_bytes * page_tokens
 
 
-class PageBudget:
-    """Pages in use, by owner.
+@dataclass(frozen=True)
+class CacheSize:
+    """How large a KV cache is, for all requests together.
 
-    Args:
+    Attributes:
         pages: How many there are.
         page_tokens: Tokens that one holds.
     """
 
-    def __init__(self, pages: int, page_tokens: int = PAGE_TOKENS) -> None:
-        self.pages, self.page_tokens = pages, page_tokens
+    pages: int
+    page_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """That it holds."""
+        return self.pages * self.page_tokens
+
+    @classmethod
+    def of(
+        cls, spec: ModelSpec, engines: Engines, sequences: int, length: int, limit: int | str | None
+    ) -> CacheSize:
+        """Of a number of sequences of some length, or less by a limit.
+
+        Args:
+            spec: The model.
+            engines: Its engines, which may have pages of their own.
+            sequences: At most.
+            length: Tokens of each at most.
+            limit: Bytes, a number or text; None for none.
+
+        Raises:
+            UsageError: The limit is no size, or smaller than a page.
+        """
+        paged = engines if isinstance(engines, PagedCache) else None
+        page_tokens = paged.page_tokens if paged else PAGE_TOKENS
+        size = page_bytes(spec, paged.cache_element_bytes if paged else 4, page_tokens)
+        pages = sequences * pages_of(length, page_tokens)
+        if limit is not None:
+            pages = min(pages, read_bytes(limit) // size)
+        if not pages:
+            raise UsageError(
+                f"kv-cache-bytes {limit!r} holds no page of {page_tokens} tokens",
+                hint=f"a page takes {size} bytes",
+            )
+        return cls(pages, page_tokens)
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a request of so many tokens has room when it is alone."""
+        return pages_of(tokens, self.page_tokens) <= self.pages
+
+
+class PageBudget:
+    """Pages in use, by owner.
+
+    Args:
+        size: Of the cache.
+    """
+
+    def __init__(self, size: CacheSize) -> None:
+        self.pages, self.page_tokens = size.pages, size.page_tokens
         self._held: dict[object, int] = {}
         self.used = 0
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ojfa_export.backends.backend import PagedCache
 from ojfa_export.decoding.options import GenerationOptions, OptionArguments
 from ojfa_export.engine.asks import Answer
-from ojfa_export.engine.budget import PAGE_TOKENS, PageBudget, page_bytes, pages_of, read_bytes
+from ojfa_export.engine.budget import CacheSize, PageBudget
 from ojfa_export.engine.costs import PassCosts
 from ojfa_export.engine.launcher import Launched, Launcher
 from ojfa_export.engine.request import FinishReason, Request
@@ -79,19 +79,9 @@ class Engine:
         if prefill_tokens is not None:
             self._piece = whole_number("prefill-tokens", prefill_tokens, 1)
         self._max_length = model.manifest.cache.max_length
-        paged = model.engines if isinstance(model.engines, PagedCache) else None
-        self._page = paged.page_tokens if paged else PAGE_TOKENS
-        pages = self.max_sequences * pages_of(self._max_length + 1, self._page)
-        page = page_bytes(model.spec, paged.cache_element_bytes if paged else 4, self._page)
-        if kv_cache_bytes is not None:
-            pages = min(pages, read_bytes(kv_cache_bytes) // page)
-        if not pages:
-            raise UsageError(
-                f"kv-cache-bytes {kv_cache_bytes!r} holds no page of {self._page} tokens",
-                hint=f"a page takes {page} bytes",
-            )
-        self._most_piece = paged.pass_tokens if paged else MOST_PIECE
-        self._pages = pages
+        spec, engines, length = model.spec, model.engines, self._max_length + 1
+        self._size = CacheSize.of(spec, engines, self.max_sequences, length, kv_cache_bytes)
+        self._most_piece = engines.pass_tokens if isinstance(engines, PagedCache) else MOST_PIECE
         self._costs = PassCosts()
         self._counts = Counts()
         self._begin()
@@ -151,9 +141,9 @@ class Engine:
         ids = self.model.encode(prompt)
         if timeout is not None:
             timeout = real_number("timeout", timeout, 0.0, hint="seconds from now on")
-        if pages_of(len(ids) + 1, self._page) > self._pages:
+        if not self._size.fits(len(ids) + 1):
             raise UsageError(
-                f"the prompt has {len(ids)} tokens, the KV cache holds {self._pages * self._page}",
+                f"the prompt has {len(ids)} tokens, the KV cache holds {self._size.tokens}",
                 hint="shorten it, or give the engine more kv-cache-bytes",
             )
         with self._wanted:
@@ -186,7 +176,7 @@ class Engine:
                 running=len(self._running),
                 waiting=len(self._waiting),
                 pages_used=self._budget.used,
-                pages=self._pages,
+                pages=self._size.pages,
                 **{**counts, "finished": dict(self._counts.finished),
                    "blocks_run": dict(self._counts.blocks_run)},
             )  # fmt: skip
@@ -218,9 +208,9 @@ class Engine:
             self.model.engines,
             self.max_sequences,
             self._max_length + 1,
-            pages=self._pages,
+            pages=self._size.pages,
         )
-        self._budget = PageBudget(self._pages, self._page)
+        self._budget = PageBudget(self._size)
         self._slots = Slots(
             self._runner,
             self.max_sequences,
@@ -330,8 +320,7 @@ class Engine:
             self._may_admit = True
             if alone:
                 error = OjfaError(
-                    f"the request needs more than the {self._pages * self._page} tokens of the KV "
-                    "cache",
+                    f"the request needs more than the {self._size.tokens} tokens of the KV cache",
                     hint="give the engine more kv-cache-bytes, or ask for fewer tokens",
                 )
                 self._end(each, None, error)

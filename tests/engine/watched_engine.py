@@ -60,7 +60,7 @@ class WatchedEngine(Engine):
         assert set(held) == {*sequences, *left}, "pages of nobody"
         assert self._budget.used == sum(held.values()) <= self._budget.pages
         for each in sequences:
-            assert held[each] >= pages_of(each.marks[0], self._page)
+            assert held[each] >= pages_of(each.marks[0], self._size.page_tokens)
         self.check_tokens(left)
 
     def check_tokens(self, left: list[Sequence]) -> None:
