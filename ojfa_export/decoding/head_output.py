@@ -39,12 +39,12 @@ class HeadRequest:
     Attributes:
         sampling: Temperature, top-k and top-p.
         draws: A number from [0, 1) for each row, where tokens are sampled.
-        stop: At an exit that is checked.
+        check: At an exit that is checked.
     """
 
     sampling: Sampling = GREEDY
     draws: Sequence[float] = ()
-    stop: ExitCheck | None = None
+    check: ExitCheck | None = None
 
 
 class HeadOutput(Protocol):

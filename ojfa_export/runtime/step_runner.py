@@ -37,7 +37,7 @@ class StepRunner:
             hidden = self._runner.run(step.sequences, stage.depth)
             logits = self._runner.engines.logits(hidden, stage.depth)
             step.add(stage, HostHeadOutput(logits, step.request(stage)))
-            if stage.stop is not None:
+            if stage.check is not None:
                 step.judge()
         return step
 

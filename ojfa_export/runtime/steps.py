@@ -25,11 +25,11 @@ class Stage:
 
     Attributes:
         depth: Blocks run before it.
-        stop: Of an exit that is checked; None for the last stage, where every sequence stops.
+        check: Of an exit that is checked; None for the last stage, where every sequence stops.
     """
 
     depth: int
-    stop: ExitCheck | None = None
+    check: ExitCheck | None = None
 
 
 @lru_cache(maxsize=64)
@@ -96,15 +96,15 @@ class PendingOutput(Generic[C]):
         Returns:
             The rows that go on.
         """
-        stop = self.stage.stop
-        if stop is None:
+        check = self.stage.check
+        if check is None:
             self.stop()
             return []
-        said = self.output.confidence(stop.measure)
+        said = self.output.confidence(check.measure)
         going = []
         for index, (row, confidence) in enumerate(zip(self.rows, said, strict=True)):
             row.confidence.append(confidence)
-            if confidence >= stop.threshold:
+            if confidence >= check.threshold:
                 row.output, row.index, row.depth = self.output, index, self.stage.depth
             else:
                 going.append(row)
@@ -118,7 +118,7 @@ class PendingOutput(Generic[C]):
     def count(self, stats: Stats, blocks: int) -> None:
         """Counts the rows that the head was asked about, and those that stopped."""
         stats.count_head(len(self.rows), final=self.stage.depth == blocks)
-        if self.stage.stop is None:
+        if self.stage.check is None:
             return
         stats.checks += len(self.rows)
         stopped = [row.confidence[-1] for row in self.rows if row.output is self.output]
@@ -174,7 +174,7 @@ class Step(Generic[C]):
     def request(self, stage: Stage) -> HeadRequest:
         """How the sequences that go on choose at a stage."""
         draws = [row.draw for row in self.going] if self._sampling.temperature else ()
-        return HeadRequest(self._sampling, draws, stage.stop)
+        return HeadRequest(self._sampling, draws, stage.check)
 
     def add(self, stage: Stage, output: C) -> None:
         """Takes what a stage's head was asked about the rows that go on."""

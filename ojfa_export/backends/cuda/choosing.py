@@ -85,6 +85,6 @@ def choose_in_parts(
     parts: list[DeviceHeadOutput] = []
     for at in range(0, len(states), ROWS):
         rows = slice(at, at + ROWS)
-        parts.append(choose(states[rows], replace(request, draws=request.draws[rows], stop=None)))
+        parts.append(choose(states[rows], replace(request, draws=request.draws[rows], check=None)))
         parts[-1].tokens()  # places for answers on their way are few
     return JoinedHeadOutput(parts)

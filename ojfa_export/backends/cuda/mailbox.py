@@ -51,10 +51,10 @@ class HeadArguments:
     @classmethod
     def of(cls, request: HeadRequest, vocabulary: int) -> HeadArguments:
         """What a session asks, of logits [rows, vocabulary]."""
-        sampling, stop = request.sampling, request.stop
+        sampling, check = request.sampling, request.check
         return cls(
-            measure=-1 if stop is None else MEASURES[stop.measure],
-            threshold=0.0 if stop is None else stop.threshold,
+            measure=-1 if check is None else MEASURES[check.measure],
+            threshold=0.0 if check is None else check.threshold,
             # Smaller ones leave the largest logit alone, as this does.
             temperature=max(sampling.temperature, 1e-30) if sampling.temperature else 0.0,
             top_k=min(sampling.top_k or vocabulary, vocabulary),

@@ -139,24 +139,24 @@ class TensorRtEngines(OpenedModel):
     ) -> DeviceHeadOutput:
         head, count = self._head(blocks_run), states.shape[0]
         states = self._in_place(states)
-        last, stop, sampling = self._in_flight.last_pass, request.stop, request.sampling
+        last, check, sampling = self._in_flight.last_pass, request.check, request.sampling
         if last is None or not last.executor.can_begin(last):
-            stop = None
+            check = None
         recorder, (key, keeping) = self.device.recorder, self._in_flight.keeping
         if keeping is not None and not (keeping.keeps(states) and recorder.take_back(key)):
             key, keeping = (), None
         self._in_flight.keeping = (), None
 
         def work() -> None:
-            asked = HeadArguments.of(HeadRequest(sampling, (), stop), self.spec.vocab_size)
+            asked = HeadArguments.of(HeadRequest(sampling, (), check), self.spec.vocab_size)
             head.choose(states, self._logits[:count], asked, keeping)
 
-        asked = sampling.temperature, sampling.top_k, sampling.top_p, stop
+        asked = sampling.temperature, sampling.top_k, sampling.top_p, check
         key = ("choose", self.mailbox, blocks_run, count, states.pointer, *asked, *key)
-        if stop is None or last is None:
+        if check is None or last is None:
             recorder.add(key, work)
         else:
-            then, ahead = last.executor.begin(last, stop.then)
+            then, ahead = last.executor.begin(last, check.then)
             both = self.device.beside if head.is_small else _one_after_the_other
             recorder.add((*key, *then), lambda: both(work, ahead))
         self.mailbox.leave(request.draws)

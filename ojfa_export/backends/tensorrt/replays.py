@@ -87,7 +87,7 @@ class Replays:
             sampling.temperature,
             sampling.top_k,
             sampling.top_p,
-            request.stop,
+            request.check,
         )
 
     def _replay(
