@@ -50,7 +50,10 @@ def test_a_request_takes_its_weights_cache_and_buffers(room: Room) -> None:
     ends = 2 * 2 * VOCABULARY * HIDDEN
     assert need.weights == pytest.approx(32 * BLOCK + ends, rel=1e-3)
     assert need.cache == 32 * 2 * 2 * 4096 * HIDDEN  # blocks, keys and values, bytes, positions
-    assert need.workspace < MEBI
+    # fp32: states twice, queries, keys and values. fp16: what attention mixed, the MLP's products
+    # before and after the gate, and what is normalised. Passes of 2048 tokens find room.
+    token = 4 * (2 + 3) * HIDDEN + 2 * (2 * HIDDEN + 3 * INNER)
+    assert need.workspace == pytest.approx(2048 * token, rel=1e-3)
     closed = room.need(Request(range(32), batch=1, capacity=4096, tokens=1))
     assert closed.workspace == need.workspace + ACTIVATIONS
 
@@ -110,7 +113,7 @@ def test_before_there_is_a_cache_the_depth_is_what_can_be_less(room: Room) -> No
     with pytest.raises(BackendError) as caught:
         room.check(Request(range(32)), 8 * GIB, "Some GPU")
     assert str(caught.value).startswith("32 blocks take ")
-    assert str(caught.value.hint).startswith("this would fit: exit 19 instead of 32 blocks")
+    assert str(caught.value.hint).startswith("this would fit: exit 18 instead of 32 blocks")
     assert "sequence" not in str(caught.value.hint)
 
 
