@@ -77,7 +77,7 @@ def measure_shape(
         "build_seconds": seconds,
         "load_seconds": loading,
         "decode": rows,
-        "prefill": [prefill(engines, spec, tokens) for tokens in (PREFILL,)],
+        "prefill": [prefill(engines, spec, PREFILL, prompts) for prompts in (1, 16)],
         "parts_us": parts(engines, spec),
         **beside_kernels(engines, spec, options, length),
     }

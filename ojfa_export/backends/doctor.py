@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ojfa_export.backends.cuda.failures import NO_CUBLAS
 from ojfa_export.errors import OjfaError
 
 # The least version of each package, and the part of the work that needs it; pyproject.toml says
@@ -43,7 +44,6 @@ INSTALL = {
     "gpu": "pip install 'ojfa-export[gpu]'",
     "gpu-onnxruntime": "pip install 'ojfa-export[gpu-onnxruntime]'",
 }
-CUBLAS_HINT = "pip install nvidia-cublas (driver of CUDA 13) or nvidia-cublas-cu12"
 # Packages that hold the same module as another.
 STAND_INS = {"onnxruntime": "onnxruntime-gpu"}
 
@@ -214,7 +214,7 @@ def try_tensorrt() -> BackendState:
     detail = f"version {versions['tensorrt']} on {versions['gpu']}, {versions['driver']}"
     if versions.get("cublas") != "none":
         return BackendState(name, True, detail, None)
-    return BackendState(name, True, f"{detail}; no cuBLASLt: prompts are slower", CUBLAS_HINT)
+    return BackendState(name, True, f"{detail}; no cuBLASLt: prompts are slower", NO_CUBLAS)
 
 
 def try_onnxruntime_cuda() -> BackendState:

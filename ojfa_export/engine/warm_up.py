@@ -45,14 +45,16 @@ class WarmUp:
             _finish([self._one(1, STEPS * count) for count in range(self.sequences, 0, -1)])
             for length in lengths:
                 _finish([self._one(length, 1)])
-        for count in DECODING:  # no more than there is room for
-            if lengths and count < 4 * self.sequences:
-                self._beside(min(count, self.sequences - 1), lengths[-1])
+        # A place is left for a prompt.
+        for count in sorted({min(count, self.sequences - 1) for count in DECODING} - {0}):
+            if lengths:
+                self._beside(count, lengths[-1])
 
     def _beside(self, count: int, length: int) -> None:
+        """Prompts of a length beside requests that decode."""
         decoding = [self._one(1, self.max_length) for _ in range(count)]
         for prompts in BESIDE:
-            together = min(prompts, max(1, self.sequences - count))
+            together = min(prompts, self.sequences - count)
             _finish([self._one(length, 1) for _ in range(together)])
         for each in decoding:
             each.cancel()

@@ -17,6 +17,7 @@ import numpy as np
 
 from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device
+from ojfa_export.backends.cuda.failures import NO_CUBLAS
 from ojfa_export.errors import BackendError
 
 VERSIONS = (13, 12)
@@ -96,6 +97,10 @@ class Cublas:
 
     Args:
         device: The GPU.
+
+    Attributes:
+        choose: How to make a product, where that is known; None leaves it to the library. To be set
+            before the first product.
 
     Raises:
         BackendError: The library isn't there, or doesn't work.
@@ -308,5 +313,5 @@ def _library(newest: int) -> ctypes.CDLL:
         return ctypes.CDLL(load_nvidia_dynamic_lib("cublasLt").abs_path)
     raise BackendError(
         "cuBLASLt, which multiplies matrices with many tokens, was not found",
-        hint="pip install nvidia-cublas (driver of CUDA 13) or nvidia-cublas-cu12",
+        hint=NO_CUBLAS,
     )

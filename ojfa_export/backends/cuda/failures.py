@@ -9,6 +9,7 @@ BROKEN = (
     "a kernel failed, and nothing runs on the GPU in this process any more: start it anew; if it "
     "happens again, please report it with what OJFA_DECODE=engines gives"
 )
+NO_CUBLAS = "pip install nvidia-cublas (driver of CUDA 13) or nvidia-cublas-cu12"
 HINTS = {
     "CUDA_ERROR_OUT_OF_MEMORY": "use fewer sequences, a shorter cache, or an earlier fixed exit",
     "CUDA_ERROR_NO_DEVICE": "see 'ojfa-export doctor'; CUDA_VISIBLE_DEVICES may hide the GPU",

@@ -1,7 +1,7 @@
 """How cuBLASLt makes a model's products fastest on a GPU: measured when engines are built.
 
-What the library recommends is up to a quarter slower than the best that it knows, most of all for
-32 to 64 tokens. Measured once, and kept with the engines, so that every run multiplies alike.
+What the library recommends isn't always the fastest that it knows; each choice keeps both times.
+Measured once, and kept with the engines, so that every run multiplies alike.
 """
 
 from __future__ import annotations

@@ -97,9 +97,7 @@ class GemmProducts:
         return result
 
     def _room(self, tokens: int, width: int) -> DeviceArray:
-        """An array [tokens, width] that nothing else is in."""
-        if tokens > PASS_TOKENS:  # of a head
-            return self._arrays.empty((tokens, width), self._dtype)
+        """An array [tokens, width] that nothing else is in, for as many tokens as a pass has."""
         if width not in self._kept:
             self._kept[width] = self._arrays.lasting((PASS_TOKENS, width), self._dtype)
         return self._kept[width][:tokens]
