@@ -24,6 +24,9 @@ FOLD_FP32_RELATIVE = 1e-5
 JUMP_FP32_RELATIVE = 1e-4
 # Mean surprisal from fp32 logits against float64: fp32's rounding of logits of about 10, 1e-6.
 SURPRISAL_NATS = 1e-5
+# Each log probability of a vocabulary in fp32 against float64, relative to the largest: a dozen
+# products of 6e-8 each, whose sum may be a few times smaller than they are (5e-7 was seen).
+LOG_PROBS_FP32_RELATIVE = 3e-6
 # The streamed reference against the same transformers code with all weights loaded: the same
 # operations in the same order; only the memory alignment of weights, hence the kernels, may differ.
 REFERENCE_FP32 = 1e-5

@@ -191,8 +191,9 @@ class StandInDriver(types.ModuleType):
         ctypes.memset(pointer, 0xFF, size)  # kept all the same: who reads it finds that
 
     def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, _: Any) -> Any:
-        for start in tuple(self.pinned):
-            _, held = self.memory.get(start, (None, 0))  # garbage may be collected meanwhile
+        # A copy, as garbage that is collected meanwhile frees memory; tuple() would iterate first.
+        for start in self.pinned.copy():
+            _, held = self.memory.get(start, (None, 0))
             assert not start <= source < start + held
         data = ctypes.string_at(source, size)  # pageable memory is taken at once
         self.put(lambda: ctypes.memmove(target, data, size))
