@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Protocol
-
-import numpy as np
 
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.decoding.confidence import Measure, confidence
@@ -84,14 +83,13 @@ class HostHeadOutput:
 
     def likeliest(self) -> list[int]:
         """See `HeadOutput`."""
-        tokens = self.logits.argmax(axis=-1)
+        chosen: list[int] = self.logits.argmax(axis=-1).tolist()
         # NumPy's argmax finds what is not a number first, so that one look a row is enough.
-        if not np.isfinite(self.logits[np.arange(len(tokens)), tokens]).all():
+        if not all(isfinite(row[token]) for row, token in zip(self.logits, chosen, strict=True)):
             raise BackendError(
                 "the model gives logits that are no numbers (NaN or infinite)",
                 hint="check the bundle with 'ojfa-export verify BUNDLE'",
             )
-        chosen: list[int] = tokens.tolist()
         return chosen
 
     def confidence(self, measure: Measure) -> list[float]:

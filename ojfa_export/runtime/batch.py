@@ -78,8 +78,11 @@ def check_counts(
 
 def _listed(token_ids: TokenIds) -> list[list[int]]:
     """Plain lists of the one sequence's tokens, or of each one's."""
-    if type(token_ids) is list and all(type(token) is int for token in token_ids):
-        return [token_ids.copy()]
+    if type(token_ids) is list and token_ids:
+        if all(type(ids) is list for ids in token_ids):
+            return [_numbers(ids) for ids in token_ids]
+        if all(type(token) is int for token in token_ids):
+            return [token_ids.copy()]
     values: list[Any] = listed("token ids", token_ids, lambda each: each)
     if not values or any(map(is_whole, values)):
         return [_numbers(values)]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from onnxruntime import OrtValue
 
 from ojfa_export.backends.onnxruntime.opened import OpenedModel
 from ojfa_export.backends.onnxruntime.session import failure
@@ -42,6 +43,7 @@ PADDED_SCORE_BYTES = 256 << 20
 MOST_SHAPES = 64
 
 Run = Callable[[], None]
+value_of = OrtValue.ortvalue_from_numpy  # no copy: it keeps the array
 
 
 class OnnxRuntimeExecutor:
@@ -193,7 +195,7 @@ class Batch:
         long_context: bool,
     ) -> None:
         count = slots.stop - slots.start
-        self._executor, self._slots, self._long_context = executor, slots, long_context
+        self._executor, self._slots = executor, slots
         width = executor.model.spec.hidden_size
         self._hidden = tuple(np.empty((tokens, width), np.float32) for _ in range(2))
         self._inputs: dict[str, Any] = {
@@ -203,6 +205,10 @@ class Batch:
             "unpack": np.zeros((count, length), np.int64),
             "pack": np.zeros(tokens, np.int64),
         }
+        # The same memory as ONNX Runtime's values, made once for all blocks.
+        tables = executor.model.rotary_tables(long_context=long_context)
+        self._values = {name: value_of(array) for name, array in (self._inputs | tables).items()}
+        self._hidden_values = tuple(map(value_of, self._hidden))
         self._shape: list[tuple[int, int]] | None = None
         self._runs: dict[int, Run] = {}
 
@@ -229,10 +235,9 @@ class Batch:
         """Runs consecutive blocks on hidden states [tokens, H]."""
         self._hidden[blocks.start % 2][...] = hidden
         for block in blocks:
-            run = self._runs.get(block)
-            if run is None:
-                run = self._runs[block] = self._bind(block)
-            run()
+            if block not in self._runs:
+                self._runs[block] = self._bind(block)
+            self._runs[block]()
         return self._hidden[blocks.stop % 2]
 
     def unbind(self, block: int) -> None:
@@ -243,22 +248,17 @@ class Batch:
         """Binds a block's inputs and outputs to memory; past and present are the same memory."""
         model = self._executor.model
         session = model.session(block_name(block))
-        keys, values = (part[self._slots] for part in self._executor.cache(block))
-        source, target = self._hidden[block % 2], self._hidden[1 - block % 2]
-        inputs = {
-            "hidden": source,
-            **self._inputs,
-            "past_key": keys,
-            "past_value": values,
-            **model.rotary_tables(long_context=self._long_context),
-        }
+        keys, values = (value_of(part[self._slots]) for part in self._executor.cache(block))
+        source, target = self._hidden_values[block % 2], self._hidden_values[1 - block % 2]
         binding = session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        for name, array in (("hidden_out", target), ("key", keys), ("value", values)):
-            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        for name, value in self._values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in (("hidden", source), ("past_key", keys), ("past_value", values)):
+            binding.bind_ortvalue_input(name, value)
+        for name, value in (("hidden_out", target), ("key", keys), ("value", values)):
+            binding.bind_ortvalue_output(name, value)
 
-        def run(arrays: object = (inputs, target)) -> None:  # they live as long as the binding
+        def run() -> None:
             try:
                 session.run_with_iobinding(binding)
             except Exception as error:  # onnxruntime's exceptions share no base class but this
