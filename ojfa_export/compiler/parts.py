@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ojfa_export.bundle.names import GRAPHS, SHORTCUT, block_name, graph_names
-from ojfa_export.bundle.shortcut import load
+from ojfa_export.bundle.shortcut_file import load
 from ojfa_export.compiler import stages
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.options import BuildOptions

@@ -35,7 +35,7 @@ from ojfa_export.bundle.names import (
     block_name,
     graph_names,
 )
-from ojfa_export.bundle.shortcut import load, save
+from ojfa_export.bundle.shortcut_file import load, save
 from ojfa_export.compiler.decided import Decided
 from ojfa_export.compiler.describe import describe_files, describe_graphs, describe_rotary
 from ojfa_export.compiler.golden import make_golden

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.frugal import frugal
 from ojfa_export.backends.onnxruntime.portable import PortableGraphs
-from ojfa_export.bundle import shortcut as shortcut_file
+from ojfa_export.bundle import shortcut_file
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import SHORTCUT, block_name
 from ojfa_export.bundle.shortcut import Shortcut

@@ -7,7 +7,6 @@ of a token.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from ojfa_export.bundle.names import block_name
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.graphs.weights import references
+from ojfa_export.models.activation import activate, gated
 from ojfa_export.models.spec import ModelSpec
 
 Float64 = NDArray[np.float64]
@@ -116,20 +116,7 @@ class ExactModel:
 
     def _activate(self, up: Float64) -> Float64:
         """The MLP's activation, gated where the model's is."""
-        gate, value = np.split(up, 2, axis=-1) if self._spec.gated else (up, np.float64(1))
-        with np.errstate(over="ignore"):  # exp of a large number: the limit is right
-            match self._spec.activation:
-                case "silu":
-                    active = gate / (1 + np.exp(-gate))
-                case "relu":
-                    active = np.maximum(gate, 0)
-                case "gelu_tanh":
-                    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
-                    active = 0.5 * gate * (1 + np.tanh(inner))
-                case "gelu":
-                    active = 0.5 * gate * (1 + _erf(gate / math.sqrt(2)))
-        result: Float64 = active * value
-        return result
+        return (gated if self._spec.gated else activate)(up, self._spec.activation)
 
     def _attend(self, qkv: Float64, scale: float) -> Float64:
         """Causal attention of whole sequences: [B,S,(heads + 2 kv_heads) D] to [B,S,heads D]."""
@@ -183,9 +170,3 @@ def _product(x: Float64, matrix: NDArray[Any]) -> Float64:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(multiply, range(0, columns, step)))
     return result.reshape(*x.shape[:-1], columns)
-
-
-def _erf(x: Float64) -> Float64:
-    """The error function; NumPy has none, and Python's takes one number at a time."""
-    result: Float64 = np.vectorize(math.erf, otypes=[np.float64])(x)
-    return result

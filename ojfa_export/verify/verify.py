@@ -89,7 +89,7 @@ def compare_blocks(
         progress: Shows blocks.
         token_ids: [B,S] within the bundle's cache; default: the texts that ship.
     """
-    from ojfa_export.bundle.shortcut import load
+    from ojfa_export.bundle.shortcut_file import load
     from ojfa_export.verify.blocks import make_subject, verify_blocks
     from ojfa_export.verify.sample import sample_token_ids
 

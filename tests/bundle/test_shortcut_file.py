@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from ojfa_export.bundle.shortcut import load, save
+from ojfa_export.bundle.shortcut_file import load, save
 from ojfa_export.errors import OjfaError
 
 SHA = "0123456789abcdef" * 4

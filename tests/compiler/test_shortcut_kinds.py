@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import ojfa_export
 from ojfa_export.bundle.names import SHORTCUT
-from ojfa_export.bundle.shortcut import load
+from ojfa_export.bundle.shortcut_file import load
 from ojfa_export.cli.app import app
 from ojfa_export.compiler import parts
 from ojfa_export.compiler.options import BuildOptions

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ojfa_export.bundle.shortcut import load
+from ojfa_export.bundle.shortcut_file import load
 from ojfa_export.compiler.settings import read_recipe
 from ojfa_export.errors import CalibrationError, OjfaError
 from ojfa_export.models.calibration_text import read_text
