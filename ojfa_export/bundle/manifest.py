@@ -20,8 +20,10 @@ from pydantic import (
     model_validator,
 )
 
+from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.names import MANIFEST
 from ojfa_export.bundle.promise import Promise
+from ojfa_export.bundle.shortcut_file import AnyShortcut
 from ojfa_export.decoding.default import Default
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.errors import BundleError, UsageError
@@ -128,18 +130,55 @@ class ShortcutEntry(_Part):
     """The one jump.
 
     Attributes:
-        kind: "ojfa" or "residual".
+        kind: "ojfa", "residual" or "mlp".
+        rank: Of a low-rank jump.
+        fitted_at: Of a low-rank jump: blocks run before what it was fitted on.
         residual: Whether the jump is added to its input; the exit head then has an input
             `blocks_run`.
-        gates: Of a residual jump, for exits 1..L-1; 0 is the identity.
+        gates: Of a residual jump of low rank, for exits 1..L-1; 0 is the identity.
+        width: Of an MLP: features between its matrices.
     """
 
     kind: str
-    rank: PositiveInt
-    fitted_at: PositiveInt
+    rank: PositiveInt | None = None
+    fitted_at: PositiveInt | None = None
     residual: bool
     parameters: PositiveInt
     gates: tuple[float, ...] | None = None
+    width: PositiveInt | None = None
+
+    @property
+    def low_rank(self) -> int:
+        """The rank, of a jump that has one."""
+        assert self.rank is not None
+        return self.rank
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> ShortcutEntry:
+        is_mlp = self.kind == "mlp"
+        if (self.width is not None) != is_mlp or (is_mlp and not self.residual):
+            raise ValueError("an MLP, and no other shortcut, has a width and is added to its input")
+        for name in ("rank", "fitted_at"):
+            if (getattr(self, name) is None) != is_mlp:
+                raise ValueError(f"every shortcut but an MLP has {name}")
+        if is_mlp and self.gates is not None:
+            raise ValueError("an MLP has no gates")
+        return self
+
+    @classmethod
+    def of(cls, shortcut: AnyShortcut) -> ShortcutEntry:
+        """The entry of a shortcut."""
+        kind, parameters = shortcut.kind, shortcut.parameters
+        if isinstance(shortcut, MlpShortcut):
+            return cls(kind=kind, parameters=parameters, residual=True, width=shortcut.width)
+        return cls(
+            kind=kind,
+            parameters=parameters,
+            rank=shortcut.rank,
+            fitted_at=shortcut.fitted_at,
+            residual=shortcut.residual,
+            gates=None if shortcut.gates is None else tuple(shortcut.gates.tolist()),
+        )
 
 
 class CalibrationSource(_Part):
@@ -154,7 +193,7 @@ class Calibration(_Part):
     """What the shortcut was fitted and measured on."""
 
     sources: tuple[CalibrationSource, ...]
-    tokens_fit: PositiveInt
+    tokens_fit: NonNegativeInt
     tokens_held_out: PositiveInt
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export.models.spec import ModelSpec
+
 
 @dataclass(frozen=True, eq=False)
 class Shortcut:
@@ -109,6 +111,19 @@ class Shortcut:
         if not self.residual:
             return y
         return h + self.gate(blocks_run) * y
+
+    def check_fits(self, spec: ModelSpec) -> None:
+        """Refuses a jump of another kind of model.
+
+        Raises:
+            ValueError: What doesn't fit.
+        """
+        if self.hidden_size != spec.hidden_size:
+            raise ValueError(
+                f"its hidden size is {self.hidden_size}, the model's {spec.hidden_size}"
+            )
+        if self.gates is not None and self.gates.size != spec.blocks - 1:
+            raise ValueError(f"it serves {self.gates.size} exits, the model has {spec.blocks - 1}")
 
     def gate(self, blocks_run: int | None) -> np.float32:
         """The gate of an exit, 1 for a jump without gates.

@@ -105,6 +105,7 @@ overwrite_option: Decorator[Any] = click.option(
 
 shortcut_option: Decorator[Any] = click.option(
     "--shortcut",
-    type=click.Choice(["ojfa", "residual"]),
-    help="Kind of shortcut.  [default: the better one of this rank, as measured]",
+    metavar="ojfa|residual|FILE",
+    help="Kind of shortcut, or one that 'train' or 'calibrate' wrote.  "
+    "[default: the better one of this rank, as measured]",
 )

@@ -15,7 +15,7 @@ from ojfa_export.cli.readable import readable_bytes
 
 if TYPE_CHECKING:
     from ojfa_export.bundle.bundle import Bundle
-    from ojfa_export.bundle.manifest import GraphEntry, Manifest, Port
+    from ojfa_export.bundle.manifest import GraphEntry, Manifest, Port, ShortcutEntry
 
 
 @define("inspect")
@@ -99,13 +99,19 @@ def _show_model(console: Console, manifest: Manifest) -> None:
             "vocabulary": f"{spec.vocab_size}" + (", tied to the head" if spec.tied_head else ""),
             "cache": f"{cache.max_length} tokens, {cache.max_batch_size} sequences, "
             f"axes {', '.join(cache.axes)}",
-            "shortcut": f"{shortcut.kind}, rank {shortcut.rank}, "
-            + ("" if shortcut.gates else f"fitted after block {shortcut.fitted_at}, ")
-            + f"{shortcut.parameters:,} parameters"
-            + (", residual" if shortcut.residual and shortcut.kind != "residual" else ""),
+            "shortcut": _describe(shortcut),
             "gates": ", ".join(f"{gate:.2f}" for gate in shortcut.gates or ()),
         }
     )
+
+
+def _describe(shortcut: ShortcutEntry) -> str:
+    size = f"{shortcut.parameters:,} parameters"
+    if shortcut.width is not None:
+        return f"one MLP for all exits, {shortcut.width} features, {size}"
+    fitted = "" if shortcut.gates else f"fitted after block {shortcut.fitted_at}, "
+    added = ", residual" if shortcut.residual and shortcut.kind != "residual" else ""
+    return f"{shortcut.kind}, rank {shortcut.rank}, {fitted}{size}{added}"
 
 
 def _show_graphs(console: Console, manifest: Manifest) -> None:
@@ -151,8 +157,8 @@ def _show_origin(console: Console, manifest: Manifest) -> None:
             "text": ", ".join(
                 f"{each.name} ({each.bytes:,} bytes)" for each in calibration.sources
             ),
-            "tokens": f"{calibration.tokens_fit:,} to fit on, "
-            f"{calibration.tokens_held_out:,} held out",
+            "tokens": (f"{calibration.tokens_fit:,} to fit on, " if calibration.tokens_fit else "")
+            + f"{calibration.tokens_held_out:,} held out",
             "exit auto": manifest.promise.reason if manifest.promise else "",
             "default": manifest.default.reason if manifest.default else "full depth: not planned",
         },

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
+from ojfa_export.bundle.shortcut_file import AnyShortcut, load
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.settings import BuildSettings, decide
 from ojfa_export.compiler.versions import tool_versions
@@ -26,6 +27,7 @@ from ojfa_export.models.checkpoint.hub import resolve
 from ojfa_export.models.checkpoint.tokenizer import read_tokenizer
 from ojfa_export.promises.windows import PromiseWindows, planning_windows, promise_windows
 from ojfa_export.shortcuts.fit import rows_needed
+from ojfa_export.system.digest import sha256_file
 
 
 class Inputs:
@@ -63,6 +65,11 @@ class Inputs:
         self._check_vocabulary()
         self.checkpoint.check_tensors()
         self.model_sha256 = self.checkpoint.sha256()
+        self.shortcut: AnyShortcut | None = None
+        self.shortcut_sha256: str | None = None
+        if isinstance(options.shortcut, Path):
+            self.shortcut = read_shortcut(options.shortcut, self.checkpoint, self.model_sha256)
+            self.shortcut_sha256 = sha256_file(options.shortcut)
 
     def _check_vocabulary(self) -> None:
         windows = (self.windows.fit, self.windows.held_out, *self.windows.rest)
@@ -87,7 +94,29 @@ class Inputs:
             [settings.precision, settings.rank, settings.max_cache_length],
             [settings.max_batch_size, settings.calibration_tokens, settings.window],
             limits and limits.model_dump(),
-            self.options.shortcut,
+            self.shortcut_sha256 or self.options.shortcut,
             tool_versions(),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def read_shortcut(path: Path, checkpoint: Checkpoint, model_sha256: str) -> AnyShortcut:
+    """Reads the shortcut of a checkpoint.
+
+    Raises:
+        OjfaError: No shortcut, or another model's.
+    """
+    shortcut, of_model = load(path)
+    if of_model != model_sha256:
+        raise CheckpointError(
+            f"{path} is a shortcut of another model than {checkpoint.directory}",
+            hint="make one with 'ojfa-export train' or 'ojfa-export calibrate'",
+        )
+    try:
+        shortcut.check_fits(checkpoint.spec)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} doesn't fit {checkpoint.directory}: {error}",
+            hint="make one with 'ojfa-export train' or 'ojfa-export calibrate'",
+        ) from error
+    return shortcut

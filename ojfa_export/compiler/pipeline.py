@@ -18,6 +18,7 @@ from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.report.model import CalibrationReport
 from ojfa_export.compiler.report.write import write_report
+from ojfa_export.compiler.shortcut_stage import make_shortcut
 from ojfa_export.compiler.work import StageRecord, Work, check_output
 from ojfa_export.graphs.export import Exporter
 from ojfa_export.runtime.model import Model
@@ -113,10 +114,9 @@ def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
             stages.build_engines(work.bundle, names, spec, backend, progress)
     with work.stage("calibrate") as needed:
         if needed:
-            calibrated = stages.run_calibration(inputs, work, progress)
-            exporter.exit_head(calibrated.head)
+            head, report = make_shortcut(inputs, work, progress)
+            exporter.exit_head(head)
             stages.build_engines(work.bundle, ["exit_head"], spec, backend, progress)
-            report = stages.make_report(inputs, calibrated)
             stages.save_report(report, work.scratch / "report.json")
             for path in work.scratch.glob("*.f32"):
                 path.unlink()
@@ -184,7 +184,7 @@ def plan(options: BuildOptions) -> dict[str, Any]:
         "spec": spec.model_dump(mode="json"),
         "settings": {
             **settings.model_dump(),
-            "shortcut": options.shortcut,
+            "shortcut": options.shortcut and str(options.shortcut),
             "limits": options.limits and options.limits.model_dump(),
             "calibration_data": [str(path) for path in inputs.calibration_data],
         },

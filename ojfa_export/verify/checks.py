@@ -20,7 +20,7 @@ from ojfa_export.backends.onnxruntime.portable import PortableGraphs
 from ojfa_export.bundle import shortcut_file
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import SHORTCUT, block_name
-from ojfa_export.bundle.shortcut import Shortcut
+from ojfa_export.bundle.shortcut_file import AnyShortcut
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
@@ -51,14 +51,14 @@ class Parts:
         graphs: Directory of the portable graphs.
         open_engines: Opens the engines; called anew for each block, so that an opener that keeps
             none open keeps one block in memory.
-        shortcut: What the exit head was folded from.
+        shortcut: What the exit head was made of.
     """
 
     spec: ModelSpec
     precision: Precision
     graphs: Path
     open_engines: Callable[[], Engines]
-    shortcut: Shortcut
+    shortcut: AnyShortcut
 
 
 @dataclass(frozen=True)

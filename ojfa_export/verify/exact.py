@@ -27,6 +27,7 @@ Float64 = NDArray[np.float64]
 Tensors = dict[str, Float64]
 # The last tensor of a block: what it hands on.
 HIDDEN = "hidden"
+MLP_DOWN = "mlp.down"
 # Elements of a weight matrix that are widened at a time.
 CHUNK = 1 << 22
 
@@ -74,7 +75,7 @@ class ExactModel:
         normed = found["mlp.norm"] = self._norm(attended, weights, "mlp.norm")
         up = found["mlp.up"] = _linear(normed, weights, "mlp.up")
         inner = found["mlp.inner"] = self._activate(up)
-        down = found["mlp.down"] = _linear(inner, weights, "mlp.down")
+        down = found[MLP_DOWN] = _linear(inner, weights, "mlp.down")
         found[HIDDEN] = attended + down
         return found
 
@@ -83,12 +84,30 @@ class ExactModel:
         if blocks_run == self._spec.blocks:
             return self._final(hidden, self._weights("final_head"))
         weights = self._weights("exit_head")
+        if "exit.scale" in weights:
+            jump = self._mlp_jump(hidden, weights, blocks_run)[MLP_DOWN]
+            return self._final(hidden + jump, weights)
         z = _product(hidden, weights["project"]) + weights["project.bias"]
         if "gates" in weights:
             jump = float(weights["gates"][blocks_run - 1]) * _product(z, weights["up"])
             return self._final(hidden + jump, weights)
         z = z / _root_mean_square(z, self._spec.norm_epsilon)
         return _product(z, weights["vocabulary"].T) + weights.get("vocabulary.bias", 0)
+
+    def mlp_jump(self, hidden: Float64, blocks_run: int) -> Tensors:
+        """What goes into and comes out of the products of an MLP shortcut; none of another."""
+        weights = self._weights("exit_head")
+        return self._mlp_jump(hidden, weights, blocks_run) if "exit.scale" in weights else {}
+
+    def _mlp_jump(
+        self, hidden: Float64, weights: Mapping[str, NDArray[Any]], blocks_run: int
+    ) -> Tensors:
+        scale, bias = (weights[name][blocks_run - 1] for name in ("exit.scale", "exit.bias"))
+        normed = self._norm(hidden, {"exit.weight": scale}, "exit")
+        up = _product(normed, weights["mlp.up.weight"]) + bias
+        inner = self._activate(up)
+        down = _product(inner, weights["mlp.down.weight"])
+        return {"mlp.norm": normed, "mlp.up": up, "mlp.inner": inner, MLP_DOWN: down}
 
     def _final(self, hidden: Float64, weights: Mapping[str, NDArray[Any]]) -> Float64:
         return _product(self._norm(hidden, weights, "final_norm"), weights["head"].T)

@@ -97,12 +97,13 @@ def compare_blocks(
     if token_ids is None:
         token_ids = sample_token_ids(model, TOKENS)[: manifest.cache.max_batch_size]
     shortcut = load(bundle.path(SHORTCUT))[0]
-    if len(shortcut.scale) != model.spec.hidden_size:
+    try:
+        shortcut.check_fits(model.spec)
+    except ValueError as error:
         raise BundleError(
-            f"{bundle.directory / SHORTCUT} is of another model: it has {len(shortcut.scale)} "
-            f"features, not {model.spec.hidden_size}",
+            f"{bundle.directory / SHORTCUT} is of another model: {error}",
             hint="don't use this bundle: build it again",
-        )
+        ) from error
     subject = make_subject(
         model.spec,
         manifest.precision,

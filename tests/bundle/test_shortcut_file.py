@@ -93,14 +93,14 @@ def test_failed_save_leaves_the_old_file(saved, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"format_version": "3"}, "format version '3'"),
+        ({"format_version": "4"}, "format version '4'"),
         ({"format_version": "2"}, "lacks gates"),
         ({"format_version": None}, "lacks format_version"),
         ({"model_sha256": None, "kind": None}, "lacks kind, model_sha256"),
         ({"rank": "4"}, "metadata says rank 4, down has 3"),
         ({"rank": "many"}, "not a valid shortcut"),
         ({"fitted_at": "0"}, "fitted_at is 0"),
-        ({"residual": "yes"}, "residual 'yes'"),
+        ({"residual": "yes"}, "residual is 'yes'"),
         ({"model_sha256": "beef"}, "64 lower-case hex digits"),
         ({"kind": ""}, "kind is empty"),
     ],

@@ -243,7 +243,7 @@ def test_export_refuses_another_models_shortcut(
     from ojfa_export.bundle.shortcut_file import save
 
     save(jump, tmp_path / "other", "0" * 64)
-    with pytest.raises(CheckpointError, match="was fitted on another model") as caught:
+    with pytest.raises(CheckpointError, match="a shortcut of another model") as caught:
         export_only(options(), tmp_path / "other", SILENT)
     assert "calibrate" in str(caught.value.hint)
     with pytest.raises(OjfaError, match="can't be read as a shortcut"):

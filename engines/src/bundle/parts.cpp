@@ -155,11 +155,15 @@ EngineSet read_engines(Fields fields) {
 
 Shortcut read_shortcut(Fields fields) {
     Shortcut shortcut{};
-    fields.text("kind");
+    const std::string kind = fields.text("kind");
+    if (kind == "mlp")
+        throw bundle_failure("the bundle's shortcut is an MLP, which this library doesn't run",
+                             "run it in Python, or build it again with --shortcut ojfa or residual");
     for (const char* name : {"fitted_at", "parameters"}) fields.integer(name, 1, ANY_SIZE);
     shortcut.rank = fields.integer("rank", 1);
     shortcut.residual = fields.truth("residual");
     if (fields.maybe("gates")) shortcut.gates = fields.numbers("gates").size();
+    fields.maybe("width");
     fields.done();
     return shortcut;
 }
@@ -211,7 +215,7 @@ void check_calibration(Fields fields) {
         source.integer("bytes", 0, ANY_SIZE);
         source.done();
     }
-    fields.integer("tokens_fit", 1, ANY_SIZE);
+    fields.integer("tokens_fit", 0, ANY_SIZE);
     fields.integer("tokens_held_out", 1, ANY_SIZE);
     fields.done();
 }
