@@ -96,9 +96,7 @@ class CalibrationReport(_Strict):
     @property
     def measured(self) -> list[str]:
         """The fields of `ExitReport` that have figures."""
-        return [
-            name for name in ExitReport.model_fields if getattr(self.exits[0], name) is not None
-        ]
+        return [name for name, each in self.exits[0] if isinstance(each, ExitQuality)]
 
     @property
     def shortcut(self) -> str:
