@@ -34,7 +34,7 @@ def make_shortcut(
     if inputs.shortcut is None:
         calibrated = run_calibration(inputs, work, progress)
         return calibrated.head, report_calibrated(inputs, calibrated)
-    states = _hidden_states(inputs, work, inputs.windows.held_out, progress)
+    states = hidden_states(inputs, work, inputs.windows.held_out, progress)
     head = language_head(inputs.checkpoint, work.bundle / GRAPHS)
     blocks = inputs.checkpoint.spec.blocks
     measured = measure(states, blocks, inputs.shortcut, head, work.scratch, progress)
@@ -46,7 +46,7 @@ def run_calibration(inputs: Inputs, work: Work, progress: Progress) -> Calibrate
     """Fits and chooses the shortcut, and writes shortcut.safetensors."""
     windows = inputs.windows
     rows = np.concatenate([windows.fit, windows.held_out])
-    states = _hidden_states(inputs, work, rows, progress)
+    states = hidden_states(inputs, work, rows, progress)
     kind = inputs.options.shortcut
     calibrated = calibrate(
         states,
@@ -62,9 +62,8 @@ def run_calibration(inputs: Inputs, work: Work, progress: Progress) -> Calibrate
     return calibrated
 
 
-def _hidden_states(
-    inputs: Inputs, work: Work, token_ids: Int32, progress: Progress
-) -> HiddenStates:
+def hidden_states(inputs: Inputs, work: Work, token_ids: Int32, progress: Progress) -> HiddenStates:
+    """Runs text through the embedding and all blocks, whose engines have been built."""
     spec, backend = inputs.checkpoint.spec, inputs.backend
     names = ["embed", *map(block_name, range(spec.blocks))]
     return collect_hidden_states(
