@@ -107,15 +107,16 @@ class _WeightFiles:
 
     def __init__(self, checkpoint: Path) -> None:
         for name in _WEIGHT_FILES:
+            if (checkpoint / name).is_file():
+                self._files = dict.fromkeys(_tensor_names(checkpoint / name), checkpoint / name)
+                return
             index = checkpoint / f"{name}.index.json"
             if index.is_file():
                 with _reading(index):
                     weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 # Only the name counts: shards are in the checkpoint, where they were checked.
-                self._files = {key: checkpoint / Path(f).name for key, f in weight_map.items()}
-                return
-            if (checkpoint / name).is_file():
-                self._files = dict.fromkeys(_tensor_names(checkpoint / name), checkpoint / name)
+                shards = sorted({checkpoint / Path(file).name for file in weight_map.values()})
+                self._files = {key: path for path in shards for key in _tensor_names(path)}
                 return
         raise CheckpointError(
             f"No weights in {checkpoint}.", f"It must hold {' or '.join(_WEIGHT_FILES)}."
