@@ -20,7 +20,8 @@ from ojfa_export.models.checkpoint.weight_files import (
 )
 from ojfa_export.models.families import read_spec
 from ojfa_export.models.families.config import Config
-from ojfa_export.models.families.tensors import Source
+from ojfa_export.models.families.tensors import HEAD, Source
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.system.digest import sha256_file
 from ojfa_export.system.paths import check_utf8
 
@@ -42,8 +43,11 @@ class Checkpoint:
         self.config = Config(read_fields(directory / "config.json"), str(directory / "config.json"))
         self.family, spec = read_spec(self.config)
         eos = eos_token_ids(directory, spec.eos_token_ids, spec.vocab_size)
-        self.spec = spec.model_copy(update={"eos_token_ids": eos})
         self._files = find_tensors(directory)
+        # A tensor that another one serves for.
+        self._same: dict[str, str] = {}
+        tied = spec.tied_head and self._is_tied(spec)
+        self.spec = spec.model_copy(update={"eos_token_ids": eos, "tied_head": tied})
 
     @property
     def weight_files(self) -> list[Path]:
@@ -95,6 +99,21 @@ class Checkpoint:
         for index in range(self.spec.blocks):
             yield from self.family.block(self.config, self.spec, index).values()
 
+    def _is_tied(self, spec: ModelSpec) -> bool:
+        """Whether embedding and LM head are one, where config.json says so: as transformers has it.
+
+        One that is stored alone serves for both; where both are stored, and differ, each is used.
+        """
+        source = self.family.ends(self.config, spec)["token_embedding"]
+        (embedding, size) = source.parts[0]
+        if HEAD not in self._files:
+            return True
+        if not any(name in self._files for name in self._stored_names(embedding)):
+            self._same[embedding] = HEAD
+            return True
+        shape = source.stored_shape(size)
+        return np.array_equal(self._part(embedding, shape), self._part(HEAD, shape))
+
     def _check_shape(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         if found != wanted:
             raise CheckpointError(
@@ -116,10 +135,18 @@ class Checkpoint:
         return array
 
     def _stored_name(self, name: str) -> str:
-        for prefix in self.family.prefixes:
-            if prefix + name in self._files:
-                return prefix + name
+        candidates = self._stored_names(self._same.get(name, name))
+        for candidate in candidates:
+            if candidate in self._files:
+                return candidate
         raise CheckpointError(
-            f"tensor '{self.family.prefixes[0]}{name}' is missing in {self.directory}",
-            hint="a shard may be missing; download the checkpoint again",
+            f"tensor '{candidates[0]}' is missing in {self.directory}",
+            hint="a shard may be missing; download the checkpoint again"
+            if name != HEAD
+            else "download the checkpoint again; config.json says that the LM head is not the "
+            "token embedding (tie_word_embeddings is false)",
         )
+
+    def _stored_names(self, name: str) -> list[str]:
+        """The names that a tensor may have in the files."""
+        return [name] if name == HEAD else [prefix + name for prefix in self.family.prefixes]
