@@ -20,7 +20,7 @@ from ojfa_export.decoding.events import Listener
 from ojfa_export.decoding.exits import resolve_exit
 from ojfa_export.decoding.options import ExitChoice, GenerationOptions, OptionArguments
 from ojfa_export.decoding.policy import ExitPolicy
-from ojfa_export.decoding.prompts import Prompts, check_token_ids, listed_prompts
+from ojfa_export.decoding.prompts import Prompts, check_known, check_token_ids, listed_prompts
 from ojfa_export.errors import BundleError, UsageError
 from ojfa_export.models import tokenizer
 from ojfa_export.runtime.disagreement import DEFAULT_FALSE_ALARMS, DisagreementMonitor
@@ -185,7 +185,7 @@ class Model:
             OjfaError: The tokenizer fails on it.
         """
         if isinstance(prompt, str):
-            ids = self._encode(prompt)
+            ids = check_known(self._encode(prompt), self.spec.vocab_size)
         else:
             ids = check_token_ids(prompt, self.spec.vocab_size)
         if not ids:

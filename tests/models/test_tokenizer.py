@@ -77,7 +77,7 @@ def test_character_maps_that_claim_more_than_they_hold(fields: Fields, character
 
 
 def test_what_others_write_meanwhile_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
-    with tokenizer._native_messages_dropped():
+    with tokenizer.native_messages_dropped():
         subprocess.run(["sh", "-c", "echo native >&2"], check=True)
     assert capfd.readouterr().err == "native\n"
 
