@@ -169,6 +169,13 @@ def test_shadow_checks_are_told(invoke, bundle: Path) -> None:
     assert invoke(*args[:-1], 1.5).exit_code == 2
 
 
+def test_stop_string_that_is_a_special_token(invoke, bundle: Path) -> None:
+    forced = ("--logit-bias", "0=10000", "--ignore-eos", "--stop", "<|endoftext|>")
+    result = invoke("run", bundle, "-p", PROMPT, *forced, "--json", "--max-new-tokens", 24)
+    completion = json.loads(result.stdout)["prompts"][0]
+    assert (completion["finish_reason"], completion["token_ids"]) == ("stop_string", [0])
+
+
 def test_stop_strings_reach_the_model(invoke, bundle: Path) -> None:
     text = ojfa_export.load(bundle).generate(PROMPT, max_new_tokens=24).prompts[0].text
     stop = next(char for char in text if char.isprintable())

@@ -42,7 +42,7 @@ def find_unmet(directory: Path, tokenizer: Tokenizer) -> str | None:
         if content not in known:
             return f"the token {content!r:.60}"
     for token in _listed(config.get("added_tokens_decoder")):
-        content = token.get("content")
+        content = str(token.get("content"))
         flags = {flag: token[flag] for flag in _FLAGS if flag in token}
         if content not in known or not flags.items() <= known[content].items():
             return f"the token {content!r:.60}"
