@@ -60,6 +60,7 @@ class Model(_Part):
         revision: Of a hub id.
         sha256: Digest of config and weight files.
         config: The checkpoint's config.json.
+        ignored_fields: Fields of it that were not understood, and ignored as the user said.
         spec: What was read from it.
     """
 
@@ -67,6 +68,7 @@ class Model(_Part):
     revision: str | None
     sha256: str = Sha256
     config: dict[str, Any]
+    ignored_fields: tuple[str, ...] = ()
     spec: ModelSpec
 
 

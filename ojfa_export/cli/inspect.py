@@ -85,6 +85,7 @@ def _show_model(console: Console, manifest: Manifest) -> None:
     console.facts(
         {
             "revision": model.revision,
+            "ignored fields": ", ".join(model.ignored_fields),
             "digest": model.sha256,
             "exits": f"1 to {spec.blocks - 1} by the shortcut, {spec.blocks} by the full head",
             "hidden size": spec.hidden_size,

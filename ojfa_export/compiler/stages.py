@@ -222,6 +222,7 @@ def write_manifest(
             revision=inputs.options.revision,
             sha256=inputs.model_sha256,
             config=checkpoint.config.fields,
+            ignored_fields=inputs.options.ignore_config_fields,
             spec=spec,
         ),
         precision=settings.precision,

@@ -114,7 +114,7 @@ def verify_against(
         UsageError: The checkpoint is of another model, or fewer than 8 tokens a sequence.
         CheckpointError: The checkpoint can't be read.
     """
-    source = Checkpoint(checkpoint)
+    source = Checkpoint(checkpoint, bundle.manifest.model.ignored_fields)
     if source.spec != model.spec:
         raise UsageError(
             f"{bundle.directory} was built from another model than {checkpoint}",

@@ -31,7 +31,7 @@ def verify_spec(manifest: Manifest) -> Check:
     """
     model = manifest.model
     try:
-        _, spec = read_spec(Config(model.config, "model.config"))
+        _, spec = read_spec(Config(model.config, "model.config", model.ignored_fields))
         known = {
             # Those come from generation_config.json as well.
             "eos_token_ids": model.spec.eos_token_ids,

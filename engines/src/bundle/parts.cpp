@@ -118,6 +118,7 @@ ModelSpec read_model(Fields fields) {
     maybe_text(fields, "revision");
     fields.sha256("sha256");
     const Fields config = fields.object("config");
+    if (fields.json().contains("ignored_fields")) fields.texts("ignored_fields");
     ModelSpec spec = read_spec(fields.object("spec"));
     fields.done();
     const auto type = config.json().find("model_type");

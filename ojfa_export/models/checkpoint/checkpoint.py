@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,16 +31,24 @@ class Checkpoint:
 
     Args:
         directory: Holds config.json and safetensors files (or pytorch_model.bin).
+        ignored_fields: Fields of config.json that are not understood and change nothing, as the
+            user says.
 
     Raises:
         CheckpointError: Where anything is missing, damaged or not supported.
         UsageError: The path is not UTF-8.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, ignored_fields: Collection[str] = ()) -> None:
         check_utf8(directory)
         self.directory = directory
-        self.config = Config(read_fields(directory / "config.json"), str(directory / "config.json"))
+        path = directory / "config.json"
+        self.config = Config(read_fields(path), str(path), ignored_fields)
+        for name in sorted(set(ignored_fields) - self.config.fields.keys()):
+            raise CheckpointError(
+                f"{path} has no field {name!r:.60} that could be ignored",
+                hint=f"leave out --ignore-config-field {name:.60}",
+            )
         self.family, spec = read_spec(self.config)
         eos = eos_token_ids(directory, spec.eos_token_ids, spec.vocab_size)
         self._files = find_tensors(directory)
