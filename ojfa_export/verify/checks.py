@@ -166,9 +166,7 @@ def make_windows(checkpoint: Checkpoint, token_ids: Int32) -> list[Window]:
     """Cuts token ids [B,S] to lengths at which transformers without a cache is the reference.
 
     LongRoPE gives two windows where there are tokens for both sets of factors. Dynamic RoPE is
-    compared within the trained length: beyond, transformers without a cache rotates all positions
-    by the whole length, where token-by-token decoding, which is followed here, rotates each by
-    its own (see `models.families.rotary`).
+    followed within the trained length alone.
 
     Raises:
         UsageError: Fewer than 8 tokens a sequence.
