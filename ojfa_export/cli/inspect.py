@@ -158,6 +158,16 @@ def _show_origin(console: Console, manifest: Manifest) -> None:
             "default": manifest.default.reason if manifest.default else "full depth: not planned",
         },
     )
+    own = manifest.generation
+    _section(
+        console,
+        "Generation",
+        {
+            "end of text": ", ".join(map(str, manifest.model.spec.eos_token_ids)) or "none",
+            "greedy and sampled": own.always,
+            "sampled": own.sampling,
+        },
+    )
     _section(
         console,
         "Provenance",

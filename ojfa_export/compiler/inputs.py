@@ -82,6 +82,7 @@ class Inputs:
             self.model_sha256,
             [self.name, self.options.revision, self.options.ignore_config_fields],
             [self.backend.name, self.backend.versions()],
+            [self.checkpoint.spec.eos_token_ids, self.checkpoint.generation.model_dump()],
             self.tokenizer.to_str(),
             [[text.name, text.sha256, text.domain] for text in self.texts],
             [settings.precision, settings.rank, settings.max_cache_length],

@@ -253,6 +253,7 @@ def write_manifest(
         auto=decided.auto,
         promise=decided.promise,
         default=decided.default,
+        generation=checkpoint.generation,
         files=describe_files(bundle),
         built=Built(
             time=datetime.now(timezone.utc), host=platform.node(), versions=tool_versions()

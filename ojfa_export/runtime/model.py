@@ -289,17 +289,21 @@ class Model:
         )
 
     def resolve_default(self, options: GenerationOptions, prompts: int = 1) -> GenerationOptions:
-        """The options, with what the build planned where they name no exit.
+        """The options, with the bundle's own values, and what the build planned without an exit.
 
         Args:
             options: As asked.
             prompts: How many run together.
+
+        Raises:
+            UsageError: The bundle's values can't be combined with what was asked.
         """
+        options = options.completed(self.manifest.generation)
         if options.exit is not None:
             return options
         default = None
         if not options.speculate and not options.needs_logits:
-            default = self.default(prompts, options.temperature)
+            default = self.default(prompts, options.sampling.temperature)
         if default is None:
             return replace(options, exit="full")
         return replace(options, exit=default.exit, speculate=default.speculation or False)

@@ -245,6 +245,23 @@ void check_promise(Fields fields) {
     fields.done();
 }
 
+void check_generation(Fields fields, int vocab_size) {
+    if (fields.maybe("temperature")) check_positive(fields, "temperature");
+    if (fields.maybe("top_k")) fields.integer("top_k", 1);
+    for (const char* name : {"top_p", "min_p"})
+        if (fields.maybe(name)) check_share(fields, name);
+    if (fields.maybe("top_p")) check_positive(fields, "top_p");
+    if (fields.maybe("repetition_penalty")) {
+        const double penalty = fields.number("repetition_penalty");
+        if (!(penalty >= 1e-6 && penalty <= 1e6)) fields.fail("repetition_penalty", "it is out of range");
+    }
+    if (fields.json().contains("suppress_tokens"))
+        for (const std::int32_t token : fields.integers("suppress_tokens"))
+            if (token < 0 || token >= vocab_size)
+                fields.fail("suppress_tokens", "they are outside the model");
+    fields.done();
+}
+
 void check_built(Fields fields) {
     fields.text("time");
     fields.text("host");

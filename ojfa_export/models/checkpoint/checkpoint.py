@@ -10,7 +10,7 @@ import numpy as np
 
 from ojfa_export.errors import CheckpointError
 from ojfa_export.models.checkpoint.fields import read_fields
-from ojfa_export.models.checkpoint.tokenizer import eos_token_ids
+from ojfa_export.models.checkpoint.generation import read_generation
 from ojfa_export.models.checkpoint.weight_files import (
     Array,
     check_dtype,
@@ -31,8 +31,11 @@ class Checkpoint:
 
     Args:
         directory: Holds config.json and safetensors files (or pytorch_model.bin).
-        ignored_fields: Fields of config.json that are not understood and change nothing, as the
-            user says.
+        ignored_fields: Fields of config.json and generation_config.json that are not understood,
+            or not followed, and that the user goes on without.
+
+    Attributes:
+        generation: How text is generated, as the checkpoint says.
 
     Raises:
         CheckpointError: Where anything is missing, damaged or not supported.
@@ -44,13 +47,8 @@ class Checkpoint:
         self.directory = directory
         path = directory / "config.json"
         self.config = Config(read_fields(path), str(path), ignored_fields)
-        for name in sorted(set(ignored_fields) - self.config.fields.keys()):
-            raise CheckpointError(
-                f"{path} has no field {name!r:.60} that could be ignored",
-                hint=f"leave out --ignore-config-field {name:.60}",
-            )
         self.family, spec = read_spec(self.config)
-        eos = eos_token_ids(directory, spec.eos_token_ids, spec.vocab_size)
+        eos, self.generation = read_generation(directory, self.config, spec.vocab_size)
         self._files = find_tensors(directory)
         # A tensor that another one serves for.
         self._same: dict[str, str] = {}

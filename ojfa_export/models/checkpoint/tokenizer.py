@@ -8,10 +8,7 @@ from tokenizers import Tokenizer
 
 from ojfa_export.errors import CheckpointError
 from ojfa_export.models.checkpoint.beside import find_unmet, has_more
-from ojfa_export.models.checkpoint.fields import read_fields
 from ojfa_export.models.checkpoint.quiet import quiet_transformers
-from ojfa_export.models.families.config import Config
-from ojfa_export.models.families.family import eos_token_ids as family_eos_token_ids
 from ojfa_export.models.tokenizer import LIMIT, native_messages_dropped, parse
 from ojfa_export.system.files import read_regular
 
@@ -73,15 +70,3 @@ def _convert(directory: Path) -> Tokenizer:
             f"the tokenizer of {directory} can't be converted to tokenizer.json: {first}",
             hint="save it once with transformers' fast tokenizer",
         ) from error
-
-
-def eos_token_ids(directory: Path, config_ids: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-    """End-of-text ids: generation_config.json's where it names any, else the config's.
-
-    Raises:
-        CheckpointError: generation_config.json is damaged, or names no tokens of the model.
-    """
-    path = directory / "generation_config.json"
-    if not path.exists():
-        return config_ids
-    return family_eos_token_ids(Config(read_fields(path), str(path)), vocab_size) or config_ids
