@@ -29,6 +29,7 @@ from ojfa_export.models.spec import ModelSpec, Precision
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.session import Session
 from ojfa_export.system.progress import Progress, Task
+from ojfa_export.verify.as_users import verify_generation, verify_tokenizer
 from ojfa_export.verify.check import Check
 from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
 from ojfa_export.verify.reference import TransformersReference
@@ -126,7 +127,11 @@ def verify_against(
     parts = Parts(model.spec, manifest.precision, bundle.graphs, lambda: engines, shortcut)
     fitting = token_ids[: manifest.cache.max_batch_size, : manifest.cache.max_length]
     reference = TransformersReference(checkpoint, trust_remote_code=trust_remote_code)
-    return verify_parts(parts, reference, source, fitting, progress)
+    return [
+        *verify_tokenizer(model, checkpoint),
+        *verify_parts(parts, reference, source, fitting, progress),
+        *verify_generation(model, source, fitting, trust_remote_code=trust_remote_code),
+    ]
 
 
 def verify_parts(
