@@ -38,6 +38,9 @@ HELD_OUT_LOSS_NATS = 0.05
 LOGITS_FP16_RELATIVE = 2e-2
 # A sampling probability in NumPy's float64 against plain Python's: sums of a few dozen roundings.
 PROBABILITY = 1e-12
+# The same from fp32 logits through transformers' processors in fp32: roundings (6e-8) of logits up
+# to 20, which a softmax turns into shares of as much, and of their penalties and temperature.
+PROBABILITY_FP32 = 1e-5
 # Loss of the multi-domain checkpoints in nats/token, an eighth of a domain's held-out text against
 # all its held-out files: a sample of some 30 windows whose losses differ by 0.5 (0.115 measured).
 MULTIDOMAIN_LOSS_NATS = 0.18

@@ -25,6 +25,7 @@ from ojfa_export.bundle.names import MANIFEST
 from ojfa_export.bundle.promise import Promise
 from ojfa_export.bundle.shortcut_file import AnyShortcut
 from ojfa_export.decoding.default import Default
+from ojfa_export.decoding.generation_defaults import NO_DEFAULTS, GenerationDefaults
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.errors import BundleError, UsageError
 from ojfa_export.models.spec import ModelSpec, Precision
@@ -62,6 +63,8 @@ class Model(_Part):
         revision: Of a hub id.
         sha256: Digest of config and weight files.
         config: The checkpoint's config.json.
+        ignored_fields: Fields of it, or of generation_config.json, that were not understood or not
+            followed, and ignored as the user said.
         spec: What was read from it.
     """
 
@@ -69,6 +72,7 @@ class Model(_Part):
     revision: str | None
     sha256: str = Sha256
     config: dict[str, Any]
+    ignored_fields: tuple[str, ...] = ()
     spec: ModelSpec
 
 
@@ -229,6 +233,7 @@ class Manifest(_Part):
         auto: When tokens leave early under `--exit auto`; None where the build chose nothing.
         promise: What `auto` was shown to keep; None where nothing was asked.
         default: What happens where a user names no way of decoding; None is full depth.
+        generation: How the checkpoint says that text is generated.
     """
 
     format: Literal["ojfa-bundle"] = "ojfa-bundle"
@@ -246,6 +251,7 @@ class Manifest(_Part):
     auto: ExitPolicy | None = None
     promise: Promise | None = None
     default: Default | None = None
+    generation: GenerationDefaults = NO_DEFAULTS
     files: dict[str, FileEntry]
     built: Built
 
@@ -264,6 +270,8 @@ class Manifest(_Part):
                 or len(ids) > self.cache.max_length + 1
             ):
                 raise ValueError("golden tokens are outside the model")
+        if max(self.generation.suppress_tokens, default=0) >= vocabulary:
+            raise ValueError("the tokens that are never chosen are outside the model")
         gates = self.shortcut.gates
         if gates is not None and (not self.shortcut.residual or len(gates) != blocks - 1):
             raise ValueError("the shortcut's gates must be one for each exit")

@@ -21,6 +21,13 @@ def checkpoint_options(function: Decorated) -> Decorated:
             help="Let transformers run code that comes with the checkpoint (verification only).",
         ),
         click.option(
+            "--ignore-config-field",
+            "ignore_config_fields",
+            multiple=True,
+            metavar="NAME",
+            help="Go on although this field of config.json is not understood; repeatable.",
+        ),
+        click.option(
             "--recipe", metavar="NAME|FILE", help="Settings for a published model, or a TOML file."
         ),
         click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub id."),

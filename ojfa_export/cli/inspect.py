@@ -85,6 +85,7 @@ def _show_model(console: Console, manifest: Manifest) -> None:
     console.facts(
         {
             "revision": model.revision,
+            "ignored fields": ", ".join(model.ignored_fields),
             "digest": model.sha256,
             "exits": f"1 to {spec.blocks - 1} by the shortcut, {spec.blocks} by the full head",
             "hidden size": spec.hidden_size,
@@ -161,6 +162,16 @@ def _show_origin(console: Console, manifest: Manifest) -> None:
             + f"{calibration.tokens_held_out:,} held out",
             "exit auto": manifest.promise.reason if manifest.promise else "",
             "default": manifest.default.reason if manifest.default else "full depth: not planned",
+        },
+    )
+    own = manifest.generation
+    _section(
+        console,
+        "Generation",
+        {
+            "end of text": ", ".join(map(str, manifest.model.spec.eos_token_ids)) or "none",
+            "greedy and sampled": own.always,
+            "sampled": own.sampling,
         },
     )
     _section(

@@ -16,6 +16,7 @@ from ojfa_export.cli.generation_options import generation_options, read_options
 from ojfa_export.errors import UsageError
 
 if TYPE_CHECKING:
+    from ojfa_export.decoding.generation_defaults import GenerationDefaults
     from ojfa_export.decoding.options import GenerationOptions
     from ojfa_export.runtime.generation import Generation, Token
     from ojfa_export.runtime.monitor import Monitor
@@ -83,6 +84,7 @@ def command(
         monitor = ojfa_export.Monitor(shadow_share, seed=asked.seed)
     model = ojfa_export.load(bundle, backend=backend)
     options = model.resolve_default(asked, len(given))
+    _show_own(console, model.manifest.generation, asked)
     if asked.exit is None and (options.exit, options.speculate) != ("full", asked.speculate):
         reason = model.manifest.default and model.manifest.default.reason
         console.note(f"default: {reason} (--exit full overrides)")
@@ -109,10 +111,24 @@ def command(
 
 def _remark(console: Console, options: GenerationOptions) -> None:
     """Says what was asked for without effect."""
-    if options.temperature == 0 and (options.top_p, options.top_k, options.min_p) != (1, None, 0):
+    limits = (options.top_p, options.top_k, options.min_p)
+    if not options.sample and not options.temperature and limits != (None, None, None):
         console.note("note: --top-p, --top-k and --min-p have no effect at --temperature 0")
     if options.logprobs is not None and not console.json:
         console.note("note: --logprobs are shown with --json only")
+
+
+def _show_own(console: Console, own: GenerationDefaults, asked: GenerationOptions) -> None:
+    """Says which of the bundle's own values hold."""
+    from ojfa_export.decoding.generation_defaults import NO_DEFAULTS
+
+    completed = asked.completed(own)
+    if completed == asked.completed(NO_DEFAULTS):
+        return
+    said = (own.always, own.sampling if completed.temperature else "")
+    console.note(
+        f"from generation_config.json: {', '.join(filter(None, said))} (options override it)"
+    )
 
 
 def _read_prompts(

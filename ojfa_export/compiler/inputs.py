@@ -40,7 +40,7 @@ class Inputs:
     def __init__(self, options: BuildOptions) -> None:
         self.options = options
         directory = resolve(options.checkpoint, options.revision)
-        self.checkpoint = Checkpoint(directory)
+        self.checkpoint = Checkpoint(directory, options.ignore_config_fields)
         self.tokenizer: Tokenizer = read_tokenizer(directory)
         rotary = self.checkpoint.family.rotary(self.checkpoint.config)
         self.settings: BuildSettings = decide(options, self.checkpoint.spec, rotary)
@@ -87,8 +87,9 @@ class Inputs:
         settings, limits = self.settings, self.options.limits
         parts = [
             self.model_sha256,
-            [self.name, self.options.revision],
+            [self.name, self.options.revision, self.options.ignore_config_fields],
             [self.backend.name, self.backend.versions()],
+            [self.checkpoint.spec.eos_token_ids, self.checkpoint.generation.model_dump()],
             self.tokenizer.to_str(),
             [[text.name, text.sha256, text.domain] for text in self.texts],
             [settings.precision, settings.rank, settings.max_cache_length],

@@ -45,6 +45,7 @@ class BuildOptions:
         overwrite: Whether to replace an existing bundle.
         skip_verification: Whether to leave out the comparison with transformers.
         trust_remote_code: Whether transformers may run code in the checkpoint (verification only).
+        ignore_config_fields: Fields of config.json that are not understood and don't matter.
 
     Raises:
         UsageError: A value of another type, or out of range.
@@ -68,6 +69,7 @@ class BuildOptions:
     overwrite: bool = False
     skip_verification: bool = False
     trust_remote_code: bool = False
+    ignore_config_fields: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, reader in _READERS.items():
@@ -107,6 +109,11 @@ def _paths(name: str, value: Any) -> tuple[Path, ...]:
     return tuple(listed(name, value, lambda each: _path(f"a path of {name}", each), wanted))
 
 
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    names = listed(name, value, lambda each: text(f"a name of {name}", each), "a list of names")
+    return tuple(sorted(set(names)))
+
+
 def _name_or_path(name: str, value: Any) -> str:
     return text(name, os.fspath(value) if isinstance(value, os.PathLike) else value)
 
@@ -142,6 +149,7 @@ _REQUIRED = (
     "overwrite",
     "skip_verification",
     "trust_remote_code",
+    "ignore_config_fields",
 )
 # How each option is read where it is given.
 _READERS: dict[str, Callable[[str, Any], Any]] = {
@@ -163,4 +171,5 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "overwrite": flag,
     "skip_verification": flag,
     "trust_remote_code": flag,
+    "ignore_config_fields": _names,
 }

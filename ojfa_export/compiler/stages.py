@@ -156,6 +156,7 @@ def write_manifest(
             revision=inputs.options.revision,
             sha256=inputs.model_sha256,
             config=checkpoint.config.fields,
+            ignored_fields=inputs.options.ignore_config_fields,
             spec=spec,
         ),
         precision=settings.precision,
@@ -179,6 +180,7 @@ def write_manifest(
         auto=decided.auto,
         promise=decided.promise,
         default=decided.default,
+        generation=checkpoint.generation,
         files=describe_files(bundle),
         built=Built(
             time=datetime.now(timezone.utc), host=platform.node(), versions=tool_versions()

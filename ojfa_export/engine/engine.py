@@ -133,6 +133,7 @@ class Engine:
             OjfaError: The engine is closed.
         """
         options = GenerationOptions.of(options, changes)
+        options = options.completed(self.model.manifest.generation)
         if options.exit is None:
             options = replace(options, exit="full")
         assert options.exit is not None

@@ -36,7 +36,7 @@ def parse(document: bytes) -> Tokenizer:
         ValueError: It is no tokenizer, or a broken one.
     """
     _check_precompiled(document)
-    with _one_reader, _native_messages_dropped():
+    with _one_reader, native_messages_dropped():
         try:
             tokenizer = Tokenizer.from_buffer(document)
             tokenizer.no_padding()
@@ -126,7 +126,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _native_messages_dropped() -> Iterator[None]:
+def native_messages_dropped() -> Iterator[None]:
     """Keeps what is written to standard error, and drops it where this fails: it is said in words.
 
     Only while a tokenizer is read: what other threads write meanwhile comes a moment later.

@@ -20,7 +20,7 @@ from ojfa_export.decoding.events import Listener
 from ojfa_export.decoding.exits import resolve_exit
 from ojfa_export.decoding.options import ExitChoice, GenerationOptions, OptionArguments
 from ojfa_export.decoding.policy import ExitPolicy
-from ojfa_export.decoding.prompts import Prompts, check_token_ids, listed_prompts
+from ojfa_export.decoding.prompts import Prompts, check_known, check_token_ids, listed_prompts
 from ojfa_export.errors import BundleError, UsageError
 from ojfa_export.models import tokenizer
 from ojfa_export.runtime.disagreement import DEFAULT_FALSE_ALARMS, DisagreementMonitor
@@ -185,7 +185,7 @@ class Model:
             OjfaError: The tokenizer fails on it.
         """
         if isinstance(prompt, str):
-            ids = self._encode(prompt)
+            ids = check_known(self._encode(prompt), self.spec.vocab_size)
         else:
             ids = check_token_ids(prompt, self.spec.vocab_size)
         if not ids:
@@ -289,17 +289,21 @@ class Model:
         )
 
     def resolve_default(self, options: GenerationOptions, prompts: int = 1) -> GenerationOptions:
-        """The options, with what the build planned where they name no exit.
+        """The options, with the bundle's own values, and what the build planned without an exit.
 
         Args:
             options: As asked.
             prompts: How many run together.
+
+        Raises:
+            UsageError: The bundle's values can't be combined with what was asked.
         """
+        options = options.completed(self.manifest.generation)
         if options.exit is not None:
             return options
         default = None
         if not options.speculate and not options.needs_logits:
-            default = self.default(prompts, options.temperature)
+            default = self.default(prompts, options.sampling.temperature)
         if default is None:
             return replace(options, exit="full")
         return replace(options, exit=default.exit, speculate=default.speculation or False)

@@ -20,6 +20,8 @@ Quantity = Literal["hidden", "logits"]
 FP16_LARGEST = 65504.0
 # Begins the names of checks of what fp16 holds.
 RANGE = "fp16 range "
+# Begins those of what `AutoTokenizer` gives.
+TOKENIZER = "tokenizer: "
 
 
 @dataclass(frozen=True)

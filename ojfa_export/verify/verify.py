@@ -56,7 +56,8 @@ def verify_bundle(
     from ojfa_export.verify.sample import sample_token_ids
 
     directory = resolve(against, revision)
-    if Checkpoint(directory).sha256() != opened.manifest.model.sha256:
+    described = opened.manifest.model
+    if Checkpoint(directory, described.ignored_fields).sha256() != described.sha256:
         raise CheckpointError(
             f"{bundle} was not built from {against}: the digests of config and weights differ",
             hint="name the checkpoint that the bundle was built from",

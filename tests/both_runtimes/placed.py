@@ -64,6 +64,7 @@ PROMISE = "who watches a promise in C++ sends its log to `ojfa-export monitor`"
 PARTS = "of the runtime's own parts"
 DERIVED = "follows from the other counts"
 CALLER = "the caller gave it"
+OWN = "C++ takes a caller's values alone, and none of the bundle's own"
 
 PYTHON_ONLY: dict[str, str] = {
     "Model.encode": TEXT,
@@ -86,6 +87,8 @@ PYTHON_ONLY: dict[str, str] = {
             *("logit_bias", "logprobs"),
         )
     },
+    "Model.generate(sample)": OWN,
+    "Model.stream(sample)": OWN,
     "Model.generate(options)": "the same options in one object",
     "Model.stream(options)": "the same options in one object",
     "Model.resolve_exit": PARTS,

@@ -118,6 +118,7 @@ ModelSpec read_model(Fields fields) {
     maybe_text(fields, "revision");
     fields.sha256("sha256");
     const Fields config = fields.object("config");
+    if (fields.json().contains("ignored_fields")) fields.texts("ignored_fields");
     ModelSpec spec = read_spec(fields.object("spec"));
     fields.done();
     const auto type = config.json().find("model_type");
@@ -245,6 +246,23 @@ void check_promise(Fields fields) {
     check_positive(fields, "relative_cost");
     fields.integer("candidates", 0, ANY_SIZE);
     fields.text("reason");
+    fields.done();
+}
+
+void check_generation(Fields fields, int vocab_size) {
+    if (fields.maybe("temperature")) check_positive(fields, "temperature");
+    if (fields.maybe("top_k")) fields.integer("top_k", 1);
+    for (const char* name : {"top_p", "min_p"})
+        if (fields.maybe(name)) check_share(fields, name);
+    if (fields.maybe("top_p")) check_positive(fields, "top_p");
+    if (fields.maybe("repetition_penalty")) {
+        const double penalty = fields.number("repetition_penalty");
+        if (!(penalty >= 1e-6 && penalty <= 1e6)) fields.fail("repetition_penalty", "it is out of range");
+    }
+    if (fields.json().contains("suppress_tokens"))
+        for (const std::int32_t token : fields.integers("suppress_tokens"))
+            if (token < 0 || token >= vocab_size)
+                fields.fail("suppress_tokens", "they are outside the model");
     fields.done();
 }
 

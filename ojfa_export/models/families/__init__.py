@@ -26,6 +26,9 @@ def read_spec(config: Config) -> tuple[Family, ModelSpec]:
             hint=f"supported: {', '.join(sorted(FAMILIES))}",
         )
     config.require("quantization_config")
+    # Nothing in transformers reads these, whose other values mean another model.
+    for name in ("lm_head_bias", "rope_interleaved"):
+        config.require(name, False)
     family = FAMILIES[model_type]
     spec = family.spec(config)
     if spec.heads % spec.kv_heads:

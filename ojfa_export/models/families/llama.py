@@ -8,7 +8,7 @@ from ojfa_export.errors import CheckpointError
 from ojfa_export.models.families.config import COMPLETE, MOST_BLOCKS, MOST_FEATURES, Config
 from ojfa_export.models.families.family import Family, eos_token_ids
 from ojfa_export.models.families.rotary import Rotary, read_rotary
-from ojfa_export.models.families.tensors import Source, linear, table, vector, vectors
+from ojfa_export.models.families.tensors import HEAD, Source, linear, table, vector, vectors
 from ojfa_export.models.spec import ModelSpec
 
 
@@ -116,7 +116,7 @@ def ends(config: Config, spec: ModelSpec) -> Mapping[str, Source]:
         "final_norm.weight": vector("norm.weight", spec.hidden_size),
     }
     if not spec.tied_head:
-        weights["head"] = table("lm_head.weight", spec.vocab_size, spec.hidden_size)
+        weights["head"] = table(HEAD, spec.vocab_size, spec.hidden_size)
     return weights
 
 
