@@ -30,7 +30,7 @@ PACKAGES = {
     },
     "build": {
         "huggingface-hub": "0.26",
-        "jinja2": "3.1",
+        "jinja2": "3.1.6",
         "matplotlib": "3.8",
         "ml-dtypes": "0.4",
         "onnx": "1.16",

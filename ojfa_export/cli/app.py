@@ -25,6 +25,7 @@ COMMANDS = (
     "export",
     "verify",
     "run",
+    "chat",
     "plan",
     "monitor",
     "bench",

@@ -22,6 +22,8 @@ from ojfa_export.models.calibration_text import (
     read_source,
     shipped_text,
 )
+from ojfa_export.models.chat_format import ChatFormat
+from ojfa_export.models.checkpoint.chat import read_chat
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.checkpoint.hub import resolve
 from ojfa_export.models.checkpoint.tokenizer import read_tokenizer
@@ -42,6 +44,7 @@ class Inputs:
         directory = resolve(options.checkpoint, options.revision)
         self.checkpoint = Checkpoint(directory, options.ignore_config_fields)
         self.tokenizer: Tokenizer = read_tokenizer(directory)
+        self.chat: ChatFormat | None = read_chat(directory, self.tokenizer)
         rotary = self.checkpoint.family.rotary(self.checkpoint.config)
         self.settings: BuildSettings = decide(options, self.checkpoint.spec, rotary)
         self.backend: Backend = backends.load(options.backend)
@@ -91,6 +94,7 @@ class Inputs:
             [self.backend.name, self.backend.versions()],
             [self.checkpoint.spec.eos_token_ids, self.checkpoint.generation.model_dump()],
             self.tokenizer.to_str(),
+            self.chat and self.chat.model_dump(),
             [[text.name, text.sha256, text.domain] for text in self.texts],
             [settings.precision, settings.rank, settings.max_cache_length],
             [settings.max_batch_size, settings.calibration_tokens, settings.window],

@@ -108,6 +108,7 @@ def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
         if needed:
             stages.export(exporter, progress)
             stages.write_tokenizer(inputs.tokenizer, work.bundle)
+            stages.write_chat(inputs.chat, work.bundle)
     with work.stage("engines") as needed:
         if needed:
             names = [name for name in graph_names(spec.blocks) if name != "exit_head"]

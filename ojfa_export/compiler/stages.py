@@ -26,6 +26,7 @@ from ojfa_export.bundle.manifest import (
     ShortcutEntry,
 )
 from ojfa_export.bundle.names import (
+    CHAT,
     ENGINES,
     GRAPHS,
     MANIFEST,
@@ -45,6 +46,7 @@ from ojfa_export.decoding.arrays import Float32
 from ojfa_export.graphs.export import Exporter
 from ojfa_export.graphs.graph import OPSET
 from ojfa_export.graphs.weights import references
+from ojfa_export.models.chat_format import ChatFormat
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.head import FinalNorm, LanguageHead
 from ojfa_export.models.spec import ModelSpec
@@ -203,6 +205,12 @@ def engine_set(bundle: Path, backend: Backend, names: list[str]) -> EngineSet:
 def write_tokenizer(tokenizer: Tokenizer, bundle: Path) -> None:
     """Writes tokenizer.json."""
     tokenizer.save(str(bundle / TOKENIZER))
+
+
+def write_chat(chat: ChatFormat | None, bundle: Path) -> None:
+    """Writes chat.json, if the checkpoint has a chat template."""
+    if chat is not None:
+        (bundle / CHAT).write_text(chat.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def save_report(report: CalibrationReport, path: Path) -> None:

@@ -66,9 +66,13 @@ DERIVED = "follows from the other counts"
 CALLER = "the caller gave it"
 OWN = "C++ takes a caller's values alone, and none of the bundle's own"
 
+CHATS = "the C++ runtime has no templates: give it token ids of `Model.chats`"
 PYTHON_ONLY: dict[str, str] = {
     "Model.encode": TEXT,
     "Model.tokenizer": TEXT,
+    "Model.chat": CHATS,
+    "Model.chats": CHATS,
+    "Model.render": CHATS,
     "Token.text": TEXT,
     "Model.generate(stop)": TEXT,
     "Model.stream(stop)": TEXT,
