@@ -120,9 +120,8 @@ def _other_defaults(said: Any, manifest: Manifest) -> int:
     different = int(ends != [None] and ends != list(manifest.model.spec.eos_token_ids))
     for name in GenerationDefaults.model_fields:
         value, theirs = getattr(own, name), getattr(said, name, None)
-        if (
-            not value
-        ):  # transformers 4 has values of its own where nothing is said, and 0 is nothing
+        if not value:
+            # transformers 4 has values of its own for what isn't said; 0 is as good as nothing.
             different += name not in ignored and theirs not in (None, 0, [], getattr(unset, name))
         else:
             different += theirs != (list(value) if isinstance(value, tuple) else value)

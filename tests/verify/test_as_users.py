@@ -86,6 +86,14 @@ def test_generation_that_differs_from_the_checkpoints(make: Build, checkpoint: P
     assert failed.keys() <= {"generation: defaults", "generate"}
 
 
+def test_what_was_ignored_is_not_compared(make: Build, checkpoint: Path) -> None:
+    said = {"num_beams": 3, "no_repeat_ngram_size": 1, "temperature": 0.5, "brand_new": 1}
+    _write(checkpoint / "generation_config.json", said)
+    bundle = make(ignore_config_fields=(*said,))
+    checks = verify_bundle(bundle, str(checkpoint), "onnxruntime", SILENT)
+    assert all(check.passed for check in checks)
+
+
 def test_tokenizer_that_overlooks_a_token(make: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     def alone(directory: Path) -> Tokenizer:
         return tokenizer.parse((directory / "tokenizer.json").read_bytes())
