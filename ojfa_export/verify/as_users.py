@@ -113,17 +113,18 @@ def verify_generation(
 
 def _other_defaults(said: Any, manifest: Manifest) -> int:
     """How many values of the bundle are others than transformers reads."""
-    ignored, own = manifest.model.ignored_fields, manifest.generation
-    found = {name: getattr(own, name) for name in GenerationDefaults.model_fields}
-    nothing = {"temperature": (0,), "top_k": (0,)}
-    different = 0
-    for name, value in found.items():
-        theirs = None if name in ignored else getattr(said, name, None)
-        theirs = None if theirs in nothing.get(name, ()) else theirs
-        if isinstance(value, tuple):
-            different += list(value) != (theirs or [])
+    ignored, own, unset = manifest.model.ignored_fields, manifest.generation, type(said)()
+    # Where it names none, config.json's count here, and text has no end in transformers.
+    ends = None if "eos_token_id" in ignored else said.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    different = int(ends != [None] and ends != list(manifest.model.spec.eos_token_ids))
+    for name in GenerationDefaults.model_fields:
+        value, theirs = getattr(own, name), getattr(said, name, None)
+        if not value:
+            # transformers 4 has values of its own for what isn't said; 0 is as good as nothing.
+            different += name not in ignored and theirs not in (None, 0, [], getattr(unset, name))
         else:
-            different += value != theirs
+            different += theirs != (list(value) if isinstance(value, tuple) else value)
     return different
 
 
@@ -161,9 +162,10 @@ def _compare_text(model: Model, reference: Any, token_ids: Int32) -> Check:
 def _greedy(config: Any, manifest: Manifest, new_tokens: int) -> Any:
     """A checkpoint's own settings, but for what the user ignored, greedy and of fixed length."""
     config = copy.deepcopy(config)
+    unset = type(config)()
     for name in manifest.model.ignored_fields:
-        if hasattr(config, name):
-            setattr(config, name, None)
+        if hasattr(unset, name):
+            setattr(config, name, getattr(unset, name))
     changes = {"do_sample": False, "max_new_tokens": new_tokens, "max_length": None}
     changes |= {"eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
     for name, value in {**changes, "output_scores": True}.items():

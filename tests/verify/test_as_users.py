@@ -76,11 +76,22 @@ def test_build_and_verify_go_the_users_way(make: Build, checkpoint: Path, precis
 def test_generation_that_differs_from_the_checkpoints(make: Build, checkpoint: Path) -> None:
     bundle = make(skip_verification=True)
     path = checkpoint / "generation_config.json"
+    _write(path, {**json.loads(path.read_text()), "eos_token_id": [0]})
+    checks = verify_bundle(bundle, str(checkpoint), "onnxruntime", SILENT)
+    assert all(check.passed for check in checks)
     _write(path, {"repetition_penalty": 1.9, "suppress_tokens": [4, 9], "top_k": 9, "top_p": 0.5})
     checks = verify_bundle(bundle, str(checkpoint), "onnxruntime", SILENT)
     failed = {check.name: check.max_abs_diff for check in checks if not check.passed}
     assert failed["generation: defaults"] == 2
     assert failed.keys() <= {"generation: defaults", "generate"}
+
+
+def test_what_was_ignored_is_not_compared(make: Build, checkpoint: Path) -> None:
+    said = {"num_beams": 3, "no_repeat_ngram_size": 1, "temperature": 0.5, "brand_new": 1}
+    _write(checkpoint / "generation_config.json", said)
+    bundle = make(ignore_config_fields=(*said,))
+    checks = verify_bundle(bundle, str(checkpoint), "onnxruntime", SILENT)
+    assert all(check.passed for check in checks)
 
 
 def test_tokenizer_that_overlooks_a_token(make: Build, monkeypatch: pytest.MonkeyPatch) -> None:

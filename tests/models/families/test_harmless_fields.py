@@ -31,7 +31,7 @@ COMMON: Fields = {
     "do_sample": True,
     "max_length": 5,
     "repetition_penalty": 9.0,
-    "num_beams": 3,
+    "num_beams": 1,
     "suppress_tokens": [1, 2, 3],
     "early_stopping": "never",
 }
