@@ -48,7 +48,7 @@ class TransformersReference:
     def __init__(self, checkpoint: Path, *, trust_remote_code: bool = False) -> None:
         _require_packages()
         self._checkpoint = Path(checkpoint)
-        with _quiet_transformers():
+        with quiet_transformers():
             self._model = _build_without_weights(self._checkpoint, trust_remote_code)
         self._weights = _WeightFiles(self._checkpoint)
         self._keys = _checkpoint_keys(self._model, self._weights)
@@ -78,7 +78,7 @@ class TransformersReference:
             self._load_on_demand(model, module, names)
         _visit_hidden_states(layers, visit)
         tokens = torch.from_numpy(np.ascontiguousarray(token_ids, dtype=np.int64))
-        with _quiet_transformers(), torch.inference_mode():
+        with quiet_transformers(), torch.inference_mode():
             logits: FloatArray = model(input_ids=tokens, use_cache=False).logits.numpy()
         return logits
 
@@ -194,16 +194,19 @@ def _require_packages() -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silences transformers' warnings; its verbosity is restored at the end."""
+def quiet_transformers() -> Iterator[None]:
+    """Silences transformers' warnings and bars; its verbosity is restored at the end."""
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _build_without_weights(checkpoint: Path, trust_remote_code: bool) -> Any:
