@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
@@ -65,9 +64,10 @@ class Inputs:
 
     def fingerprint(self) -> str:
         """Digest of everything that decides the result."""
-        options = asdict(self.options)
-        for name in ("checkpoint", "output", "revision", "overwrite", "text", "device"):
-            del options[name]
+        options = {
+            name: getattr(self.options, name)
+            for name in ("jump", "self_text", "tokens", "passes", "seed")
+        }
         parts = [
             "train",
             self.model_sha256,
