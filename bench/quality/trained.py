@@ -139,7 +139,9 @@ class Judge:
     """Measures jumps on held-out text that neither training nor calibration saw."""
 
     def __init__(self, frozen: Frozen, inputs: Inputs, files: Sequence[Path]) -> None:
-        ids = token_ids([read_source(path) for path in files], inputs.tokenizer)
+        ids = token_ids(
+            [read_source(path) for path in files], inputs.tokenizer, HELD_OUT_TOKENS * 64
+        )
         length = inputs.length
         each = max(1, HELD_OUT_WINDOWS // len(ids))
         parts = [torch.from_numpy(i[: len(i) // length * length].copy()) for i in ids]

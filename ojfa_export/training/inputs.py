@@ -56,7 +56,9 @@ class Inputs:
         self.length = min(DEFAULT_WINDOW, spec.max_positions, spec.rotary_switch or DEFAULT_WINDOW)
         paths = options.text or tuple(shipped_text())
         self.texts: list[CalibrationText] = [read_source(path) for path in paths]
-        self.sources: list[Int32] = windows.token_ids(self.texts, self.tokenizer)
+        # So much at least tells too little text from too few tokens asked for.
+        most = max(options.tokens, windows.LEAST_WINDOWS * self.length)
+        self.sources: list[Int32] = windows.token_ids(self.texts, self.tokenizer, most)
         self.checkpoint.check_vocabulary(max(int(ids.max(initial=0)) for ids in self.sources))
         self.text, self.starts = self._read_text()
         self.checkpoint.check_tensors()

@@ -16,6 +16,8 @@ from ojfa_export.training.sizes import HELD_OUT_SHARE, HELD_OUT_WINDOWS
 
 # Fewer than these say nothing of how a jump does on text that it was not trained on.
 LEAST_WINDOWS = 2 * HELD_OUT_SHARE
+# Encoded together, and of each token, which has fewer in any language.
+DOCUMENTS_AT_ONCE, CHARACTERS = 1024, 64
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,27 @@ class TrainingText:
         return np.setdiff1d(np.arange(count, dtype=np.int32), held_out), held_out
 
 
-def token_ids(texts: Sequence[CalibrationText], tokenizer: Tokenizer) -> list[Int32]:
-    """The token ids of each source, its documents one after the other."""
-    found = []
-    for text in texts:
-        ids = [token for each in encode_all(tokenizer, text.documents) for token in each]
-        found.append(np.array(ids, np.int32))
-    return found
+def token_ids(texts: Sequence[CalibrationText], tokenizer: Tokenizer, tokens: int) -> list[Int32]:
+    """The token ids of each source, its documents one after the other.
+
+    Args:
+        texts: The sources.
+        tokenizer: The model's.
+        tokens: Of each source no more documents are read than give so many.
+    """
+    return [_ids(text.documents, tokenizer, tokens) for text in texts]
+
+
+def _ids(documents: Sequence[str], tokenizer: Tokenizer, tokens: int) -> Int32:
+    parts: list[Int32] = []
+    for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
+        some = [
+            each[: CHARACTERS * tokens] for each in documents[start : start + DOCUMENTS_AT_ONCE]
+        ]
+        parts += [np.array(ids, np.int32) for ids in encode_all(tokenizer, some)]
+        if sum(map(len, parts)) >= tokens:
+            break
+    return np.concatenate(parts)
 
 
 def cut(names: Sequence[str], sources: Sequence[Int32], length: int, tokens: int) -> TrainingText:

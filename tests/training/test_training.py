@@ -18,7 +18,9 @@ from tolerances import TORCH_GRADIENT_RELATIVE
 
 from ojfa_export.bundle.shortcut_file import load
 from ojfa_export.errors import CalibrationError, UsageError
+from ojfa_export.models.calibration_text import CalibrationText
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
+from ojfa_export.models.checkpoint.tokenizer import read_tokenizer
 from ojfa_export.training import frozen as frozen_module
 from ojfa_export.training import loop
 from ojfa_export.training.divergence import Figures, measure
@@ -31,7 +33,7 @@ from ojfa_export.training.options import TrainOptions
 from ojfa_export.training.sizes import CHECKS, Sizes, choose
 from ojfa_export.training.state import Keeper
 from ojfa_export.training.train import train
-from ojfa_export.training.windows import TrainingText, cut
+from ojfa_export.training.windows import TrainingText, cut, token_ids
 
 Options = Callable[..., TrainOptions]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -259,6 +261,16 @@ def test_text_is_cut_evenly_from_its_sources() -> None:
     training, held_out = everything.held_out()
     assert len(held_out) == 63
     assert sorted([*training, *held_out]) == list(range(505))
+
+
+def test_no_more_is_read_than_is_wanted(tiny_checkpoint: Path) -> None:
+    documents = tuple(f"def f{n}():\n    return {n}\n" for n in range(4000))
+    text = CalibrationText("many.jsonl", documents, "", 0)
+    tokenizer = read_tokenizer(tiny_checkpoint)
+    (whole,) = token_ids([text], tokenizer, 10**9)
+    (part,) = token_ids([text], tokenizer, 100)
+    assert 100 <= len(part) < len(whole)
+    np.testing.assert_array_equal(part, whole[: len(part)])
 
 
 def test_measuring_is_of_the_frozen_model(frozen: Frozen) -> None:

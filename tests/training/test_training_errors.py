@@ -61,6 +61,7 @@ CASES = {
     "rank": (["--jump", "residual", "--rank", 65], 2, "rank 65 is larger than", "1 to 64"),
     "tokens": (["--tokens", "lots"], 2, "tokens must be a number, or one with k or M", "8M"),
     "few tokens": (["--tokens", "1k"], 1, "1000 tokens are too few to train on", "--tokens 2048"),
+    "hardly a token": (["--tokens", 10], 1, "10 tokens are too few to train on", "--tokens 2048"),
     "few tokens of its own": (
         ["--self-text", "--tokens", "1k"],
         1,
