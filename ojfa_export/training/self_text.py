@@ -157,7 +157,8 @@ def write(
     directory.mkdir(exist_ok=True)
     batches = [np.load(path) for path in _kept(directory)]
     done = sum(map(len, batches))
-    rows = min(rows_at_once(frozen, length), -(-windows // 2))  # both kinds have a turn
+    turns = -(-windows // (2 * rows_at_once(frozen, length)))
+    rows = -(-windows // (2 * turns))  # chat and text have as many turns, of as many windows
     with progress.task("training: writing text", max(0, windows - done) * length, "tokens") as task:
         while done < windows:
             number = len(batches)

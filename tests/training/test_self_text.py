@@ -129,7 +129,7 @@ def test_kept_batches_are_not_written_again(
     assert kept == ["000000.npy"]
     progress = Reports()
     again = write(frozen, starts, 60, 18 * 60, 0, tmp_path / "text", progress)
-    assert progress.tasks == [("training: writing text", 14 * 60)]
+    assert progress.tasks == [("training: writing text", 15 * 60)]
     np.testing.assert_array_equal(again.windows, whole.windows)
     other = write(frozen, starts, 60, 18 * 60, 1, tmp_path / "other", Reports())
     assert (other.windows != whole.windows).any()

@@ -173,13 +173,16 @@ def test_kills_change_no_byte(options: Options, train_in_process: Run, tmp_path:
 
 
 def test_other_options_start_over(options: Options, train_in_process: Run, tmp_path: Path) -> None:
-    whole = options(output=tmp_path / "whole", seed=1)
-    train(whole)
-    assert train_in_process(options(seed=0), 3).returncode == -9
-    train(options(seed=1))
-    assert options().output.read_bytes() == whole.output.read_bytes()
-    train(options(output=tmp_path / "other", seed=2))
-    assert (tmp_path / "other").read_bytes() != whole.output.read_bytes()
+    def asked(name: str, seed: int) -> TrainOptions:
+        return options(output=tmp_path / name, seed=seed, passes=1)
+
+    train(asked("whole", 1))
+    assert train_in_process(asked("killed", 0), 3).returncode == -9
+    train(asked("killed", 1))
+    whole = (tmp_path / "whole").read_bytes()
+    assert (tmp_path / "killed").read_bytes() == whole
+    train(asked("other", 2))
+    assert (tmp_path / "other").read_bytes() != whole
 
 
 def test_output_that_exists(options: Options) -> None:
@@ -187,7 +190,7 @@ def test_output_that_exists(options: Options) -> None:
     with pytest.raises(UsageError, match="exists already") as caught:
         train(options())
     assert "--overwrite" in str(caught.value.hint)
-    train(options(overwrite=True))
+    train(options(overwrite=True, passes=1))
     load(options().output)
 
 
