@@ -81,3 +81,6 @@ TORCH_GRADIENT_RELATIVE = 1e-5
 # A mean KL divergence in fp32 against float64, nats: of each of the 320 tokens a product with a
 # difference of log probabilities up to 20, rounded at 6e-8 each.
 KL_FP32 = 1e-4
+# Mean and deviation of features after a batch norm whose epsilon is 1e-5, where their variance is
+# 0.05 and more (1e-4), and whose scale and shift are rounded to fp32.
+NORMED_STATISTICS = 1e-3
