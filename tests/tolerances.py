@@ -75,3 +75,15 @@ PROBABILITY_FP32 = 1e-6
 # A log probability of fp32 logits: both sides sum in float64; where the logits were computed in
 # another batch they differ by fp32's rounding of a logit of 10, 1e-6, a few times.
 LOGPROB = 1e-5
+# A jump's torch module in float64 against NumPy's float64, relative to the largest output: sums of
+# up to a hundred products, 1e-16 each, in another order.
+TORCH_FLOAT64_RELATIVE = 1e-12
+# A gradient taken in pieces against one taken whole, both fp32, relative to the largest entry: a
+# few hundred roundings (6e-8 each) in another order of summation.
+TORCH_GRADIENT_RELATIVE = 1e-5
+# A mean KL divergence in fp32 against float64, nats: of each of the 320 tokens a product with a
+# difference of log probabilities up to 20, rounded at 6e-8 each.
+KL_FP32 = 1e-4
+# Mean and deviation of features after a batch norm whose epsilon is 1e-5, where their variance is
+# 0.05 and more (1e-4), and whose scale and shift are rounded to fp32.
+NORMED_STATISTICS = 1e-3

@@ -16,8 +16,8 @@ from ojfa_export.models.spec import Activation, ModelSpec, NormKind
 class MlpShortcut:
     """The jump y = h + act(x up) down, x = norm(h) * scale[k] + shift[k] after block k.
 
-    With a gate, as in Llama's SwiGLU, act(x up) is act(x gate) * (x up), gate's columns before
-    up's. One MLP serves every exit; what an exit has of its own is a scale and a shift of the MLP's
+    With a gate, as in Llama's SwiGLU, act(x up) is act(x gate) * (x up), gate's columns first.
+    One MLP serves every exit; what an exit has of its own is a scale and a shift of the MLP's
     input. It needs no keys and values. Norm, activation and gate are those of the model's own
     blocks, so that the kernels of a block run it; the norm has no weights of its own.
 

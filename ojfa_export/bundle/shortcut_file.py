@@ -39,7 +39,12 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _REBUILD = "Run `ojfa-export calibrate` or `ojfa-export train` again to make the file anew."
 
 
-def save(shortcut: AnyShortcut, path: Path, model_sha256: str) -> None:
+def save(
+    shortcut: AnyShortcut,
+    path: Path,
+    model_sha256: str,
+    training: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a shortcut as safetensors; the same shortcut gives the same bytes.
 
     The header is written here because the safetensors library keeps metadata in a hash map,
@@ -49,6 +54,7 @@ def save(shortcut: AnyShortcut, path: Path, model_sha256: str) -> None:
         shortcut: What to write.
         path: The file, written whole or not at all.
         model_sha256: Digest of the checkpoint that the shortcut belongs to, 64 hex digits.
+        training: How it was trained, for people: kept as JSON beside the rest, read by nothing.
 
     Raises:
         ValueError: `model_sha256` is not a SHA-256 digest in lower-case hex.
@@ -56,9 +62,10 @@ def save(shortcut: AnyShortcut, path: Path, model_sha256: str) -> None:
     if not _SHA256.fullmatch(model_sha256):
         raise ValueError(f"model_sha256 {model_sha256!r} is not 64 lower-case hex digits")
     version, described = _described(shortcut)
-    header: dict[str, Any] = {
-        "__metadata__": {**described, "model_sha256": model_sha256, "format_version": version}
-    }
+    described |= {"model_sha256": model_sha256, "format_version": version}
+    if training is not None:
+        described["training"] = json.dumps(training)
+    header: dict[str, Any] = {"__metadata__": described}
     body = b""
     for name in _TENSORS[version]:
         array: NDArray[np.float32] = getattr(shortcut, name)

@@ -21,6 +21,7 @@ PROGRAM = "ojfa-export"
 COMMANDS = (
     "build",
     "calibrate",
+    "train",
     "compare",
     "export",
     "verify",

@@ -12,6 +12,15 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 Decorator = Callable[[Decorated], Decorated]
 
 
+ignored_option: Decorator[Any] = click.option(
+    "--ignore-config-field",
+    "ignore_config_fields",
+    multiple=True,
+    metavar="NAME",
+    help="Go on although this field of config.json is not understood; repeatable.",
+)
+
+
 def checkpoint_options(function: Decorated) -> Decorated:
     """Where the checkpoint comes from, and settings for it."""
     for decorate in (
@@ -20,13 +29,7 @@ def checkpoint_options(function: Decorated) -> Decorated:
             is_flag=True,
             help="Let transformers run code that comes with the checkpoint (verification only).",
         ),
-        click.option(
-            "--ignore-config-field",
-            "ignore_config_fields",
-            multiple=True,
-            metavar="NAME",
-            help="Go on although this field of config.json is not understood; repeatable.",
-        ),
+        ignored_option,
         click.option(
             "--recipe", metavar="NAME|FILE", help="Settings for a published model, or a TOML file."
         ),

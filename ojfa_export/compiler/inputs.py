@@ -14,7 +14,6 @@ from ojfa_export.bundle.shortcut_file import AnyShortcut, load
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.settings import BuildSettings, decide
 from ojfa_export.compiler.versions import tool_versions
-from ojfa_export.errors import CheckpointError
 from ojfa_export.models.calibration_text import (
     CalibrationText,
     Windows,
@@ -65,7 +64,8 @@ class Inputs:
             if limits is None
             else promise_windows(self.texts, rest, limits)
         )
-        self._check_vocabulary()
+        windows = (self.windows.fit, self.windows.held_out, *self.windows.rest)
+        self.checkpoint.check_vocabulary(max(int(ids.max(initial=0)) for ids in windows))
         self.checkpoint.check_tensors()
         self.model_sha256 = self.checkpoint.sha256()
         self.shortcut: AnyShortcut | None = None
@@ -73,17 +73,6 @@ class Inputs:
         if isinstance(options.shortcut, Path):
             self.shortcut = read_shortcut(options.shortcut, self.checkpoint, self.model_sha256)
             self.shortcut_sha256 = sha256_file(options.shortcut)
-
-    def _check_vocabulary(self) -> None:
-        windows = (self.windows.fit, self.windows.held_out, *self.windows.rest)
-        highest = max(int(ids.max(initial=0)) for ids in windows)
-        vocabulary = self.checkpoint.spec.vocab_size
-        if highest >= vocabulary:
-            raise CheckpointError(
-                f"the tokenizer of {self.checkpoint.directory} gives token {highest}, but the "
-                f"model has {vocabulary} tokens",
-                hint="tokenizer and weights belong to different models",
-            )
 
     def fingerprint(self) -> str:
         """Digest of everything that decides the result."""

@@ -109,9 +109,14 @@ def _paths(name: str, value: Any) -> tuple[Path, ...]:
     return tuple(listed(name, value, lambda each: _path(f"a path of {name}", each), wanted))
 
 
-def _names(name: str, value: Any) -> tuple[str, ...]:
-    names = listed(name, value, lambda each: text(f"a name of {name}", each), "a list of names")
-    return tuple(sorted(set(names)))
+def names(name: str, value: Any) -> tuple[str, ...]:
+    """A list of names, sorted, each once.
+
+    Raises:
+        UsageError: Something else.
+    """
+    found = listed(name, value, lambda each: text(f"a name of {name}", each), "a list of names")
+    return tuple(sorted(set(found)))
 
 
 def _name_or_path(name: str, value: Any) -> str:
@@ -171,5 +176,5 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "overwrite": flag,
     "skip_verification": flag,
     "trust_remote_code": flag,
-    "ignore_config_fields": _names,
+    "ignore_config_fields": names,
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -14,12 +16,14 @@ from ojfa_export.compiler.report.model import CalibrationReport, ExitReport
 from ojfa_export.compiler.stages import engine_files, language_head, rotary_tables
 from ojfa_export.compiler.work import Work
 from ojfa_export.decoding.arrays import Int32
+from ojfa_export.errors import OjfaError
 from ojfa_export.graphs.export import ExitHead
 from ojfa_export.graphs.fold import fold_if_narrow
 from ojfa_export.shortcuts.calibrate import Calibrated, calibrate
 from ojfa_export.shortcuts.hidden import HiddenStates, collect_hidden_states
 from ojfa_export.shortcuts.measure import Measured, measure
 from ojfa_export.shortcuts.metrics import ExitQuality
+from ojfa_export.system.digest import sha256_file
 from ojfa_export.system.progress import Progress
 
 
@@ -38,8 +42,19 @@ def make_shortcut(
     head = language_head(inputs.checkpoint, work.bundle / GRAPHS)
     blocks = inputs.checkpoint.spec.blocks
     measured = measure(states, blocks, inputs.shortcut, head, work.scratch, progress)
-    save(inputs.shortcut, work.bundle / SHORTCUT, inputs.model_sha256)
+    _copy_shortcut(inputs, work.bundle / SHORTCUT)
     return fold_if_narrow(inputs.shortcut, head), report_measured(inputs, measured)
+
+
+def _copy_shortcut(inputs: Inputs, target: Path) -> None:
+    """Copies the file that was given, with what it says of its training."""
+    assert isinstance(inputs.options.shortcut, Path)
+    shutil.copyfile(inputs.options.shortcut, target)
+    if sha256_file(target) != inputs.shortcut_sha256:
+        raise OjfaError(
+            f"{inputs.options.shortcut} was changed while the build read it",
+            hint="build again, once nothing writes it",
+        )
 
 
 def run_calibration(inputs: Inputs, work: Work, progress: Progress) -> Calibrated:

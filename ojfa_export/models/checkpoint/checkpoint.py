@@ -83,6 +83,23 @@ class Checkpoint:
             parts = [part.T for part in parts]
         return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=1)
 
+    def check_vocabulary(self, highest: int) -> None:
+        """Refuses tokens that the model doesn't have.
+
+        Args:
+            highest: The largest id that its tokenizer gave.
+
+        Raises:
+            CheckpointError: The model has fewer.
+        """
+        vocabulary = self.spec.vocab_size
+        if highest >= vocabulary:
+            raise CheckpointError(
+                f"the tokenizer of {self.directory} gives token {highest}, but the "
+                f"model has {vocabulary} tokens",
+                hint="tokenizer and weights belong to different models",
+            )
+
     def check_tensors(self) -> None:
         """Checks from the files' headers that every tensor is there with the right shape and dtype.
 
