@@ -170,8 +170,9 @@ def write(
             write_atomically(directory / f"{number:06}.npy", buffer.getvalue())
             batches.append(written)
             done += len(written)
-    ids = np.concatenate(batches)[:windows]
-    return TrainingText(ids, starts.given, starts.about(ids.size))
+    ids = np.concatenate(batches)
+    parts = tuple(map(len, batches))
+    return TrainingText(ids, parts, starts.given, starts.about(ids.size))
 
 
 def rows_at_once(frozen: Frozen, length: int) -> int:

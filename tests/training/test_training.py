@@ -68,7 +68,7 @@ def test_training_helps(
 
 def _text(count: int, length: int, given: int = 0) -> TrainingText:
     ids = np.random.default_rng(0).integers(0, 300, size=(count, length))
-    return TrainingText(ids.astype(np.int32), given, "random")
+    return TrainingText(ids.astype(np.int32), (count,), given, "random")
 
 
 def test_the_kept_state_is_the_best(
@@ -264,6 +264,8 @@ def test_text_is_cut_evenly_from_its_sources() -> None:
     training, held_out = everything.held_out()
     assert len(held_out) == 63
     assert sorted([*training, *held_out]) == list(range(505))
+    # The ends of the three sources, of 100, 5 and 400 windows, in their proportion.
+    assert held_out.tolist() == [*range(88, 100), 104, *range(455, 505)]
 
 
 def test_no_more_is_read_than_is_wanted(tiny_checkpoint: Path) -> None:
