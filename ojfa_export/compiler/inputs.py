@@ -14,6 +14,7 @@ from ojfa_export.bundle.shortcut_file import AnyShortcut, load
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.settings import BuildSettings, decide
 from ojfa_export.compiler.versions import tool_versions
+from ojfa_export.errors import CheckpointError
 from ojfa_export.models.calibration_text import (
     CalibrationText,
     Windows,
