@@ -77,6 +77,7 @@ class BuildResult:
             verified += " against float64; transformers, which is not installed, was not compared"
         return (
             f"{self.bundle}: {report.blocks} blocks, {report.shortcut}, {verified}\n"
+            f"exits: {report.worth}\n"
             + (f"exit auto: {self.promise.reason}\n" if self.promise else "")
             + (f"default: {default.reason}\n" if default else "")
             + f"report: {self.bundle / REPORT / 'report.html'}"

@@ -119,6 +119,8 @@ def test_a_given_shortcut_is_built_in_measured_and_verified(given, options):
     assert report.measured == ["identity", "given"]
     assert (report.tokens_fitted, report.precision_at_1) == (0, [])
     assert str(given) in report.reason
+    assert report.agreement == [row.given.precision_at_1 for row in report.exits]
+    assert f"{report.agreement[0]:.0%} after 1, " in result.summary()
     page = (bundle / "report" / "report.html").read_text(encoding="utf-8")
     assert "one MLP of 24 features for all exits" in page
     assert "Choice of the level" not in page

@@ -99,6 +99,19 @@ class CalibrationReport(_Strict):
         return [name for name, each in self.exits[0] if isinstance(each, ExitQuality)]
 
     @property
+    def agreement(self) -> list[float]:
+        """Share of held-out tokens at which exits 1..L-1 choose the full model's token."""
+        name = "given" if self.exits[0].given else self.kind
+        return [getattr(row, name).precision_at_1 for row in self.exits]
+
+    @property
+    def worth(self) -> str:
+        """What the exits are worth, in words."""
+        picked = sorted({1, self.blocks // 2, self.blocks - 1})
+        shares = [f"{self.agreement[exit - 1]:.0%} after {exit}" for exit in picked]
+        return f"full depth's token for {', '.join(shares)} of {self.blocks} blocks"
+
+    @property
     def shortcut(self) -> str:
         """The shortcut in the bundle, in words."""
         if self.kind == "mlp":
