@@ -101,16 +101,17 @@ def test_token_ids_make_a_batch_as_texts_do(invoke, bundle: Path) -> None:
 
 def test_prompts_are_encoded_and_defaults_resolved_once(invoke, bundle: Path, monkeypatch) -> None:
     from ojfa_export.runtime.model import Model
+    from ojfa_export.runtime.prompts import PromptEncoder
 
     calls = []
-    for name in ("_encode", "default"):
-        original = getattr(Model, name)
+    for owner, name in ((PromptEncoder, "_encode"), (Model, "default")):
+        original = getattr(owner, name)
 
-        def counted(self, *args, _name=name, _original=original):
+        def counted(self, *args, _name=name, _original=original, **named):
             calls.append(_name)
-            return _original(self, *args)
+            return _original(self, *args, **named)
 
-        monkeypatch.setattr(Model, name, counted)
+        monkeypatch.setattr(owner, name, counted)
     assert invoke("run", bundle, "-p", PROMPT, "--max-new-tokens", 2).exit_code == 0
     assert sorted(calls) == ["_encode", "default"]
 

@@ -100,7 +100,7 @@ def test_text_and_tokens_that_it_fails_on() -> None:
         pass
 
     class Broken:
-        def encode_batch(self, _: object) -> None:
+        def encode_batch(self, _: object, *, add_special_tokens: bool) -> None:
             raise PanicException("no entry\nfound for key")
 
         def decode(self, *_: object, **__: object) -> None:
@@ -115,7 +115,7 @@ def test_text_and_tokens_that_it_fails_on() -> None:
 
 def test_interrupt_is_no_word_of_a_tokenizer() -> None:
     class Interrupted:
-        def encode_batch(self, _: object) -> None:
+        def encode_batch(self, _: object, *, add_special_tokens: bool) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
