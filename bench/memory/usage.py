@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ojfa_export.backends.passes import Chunk
-from ojfa_export.bundle.manifest import ShortcutEntry
+from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.planning.traffic import block_bytes, cache_bytes, exit_head_bytes, head_bytes
 

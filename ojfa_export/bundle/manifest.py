@@ -10,20 +10,18 @@ import math
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     model_validator,
 )
 
-from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.names import MANIFEST
+from ojfa_export.bundle.part import NonNegativeInt, Part, PositiveInt, Sha256
 from ojfa_export.bundle.promise import Promise
-from ojfa_export.bundle.shortcut_file import AnyShortcut
+from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 from ojfa_export.decoding.default import Default
 from ojfa_export.decoding.generation_defaults import NO_DEFAULTS, GenerationDefaults
 from ojfa_export.decoding.policy import ExitPolicy
@@ -38,24 +36,16 @@ DIGEST = "digest"
 MANIFEST_BYTES = 64 << 20
 BLOCKS = 1 << 16
 LARGEST = 2**31 - 1
-# Integers as C++ holds them, too.
-PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
-NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
-Sha256 = Field(pattern="^[0-9a-f]{64}$")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileEntry(_Part):
+class FileEntry(Part):
     """One file of the bundle."""
 
     size: NonNegativeInt
     sha256: str = Sha256
 
 
-class Model(_Part):
+class Model(Part):
     """The model that was compiled.
 
     Attributes:
@@ -76,7 +66,7 @@ class Model(_Part):
     spec: ModelSpec
 
 
-class CacheLayout(_Part):
+class CacheLayout(Part):
     """The key-value cache that the engines expect."""
 
     axes: tuple[str, ...] = ("batch", "kv_head", "position", "head_feature")
@@ -84,7 +74,7 @@ class CacheLayout(_Part):
     max_batch_size: int = Field(ge=1, le=LARGEST)
 
 
-class TensorSlice(_Part):
+class TensorSlice(Part):
     """A tensor inside a file: little-endian float32."""
 
     file: str
@@ -92,14 +82,14 @@ class TensorSlice(_Part):
     shape: tuple[PositiveInt, ...]
 
 
-class RotaryTables(_Part):
+class RotaryTables(Part):
     """Cosines and sines [positions, rotary_dim/2]; LongRoPE's second set follows the first."""
 
     cos: TensorSlice
     sin: TensorSlice
 
 
-class Port(_Part):
+class Port(Part):
     """An input or output of a graph."""
 
     name: str
@@ -107,7 +97,7 @@ class Port(_Part):
     shape: tuple[int | str, ...]
 
 
-class GraphEntry(_Part):
+class GraphEntry(Part):
     """A portable ONNX graph.
 
     Attributes:
@@ -122,7 +112,7 @@ class GraphEntry(_Part):
     weights: tuple[str, ...]
 
 
-class EngineSet(_Part):
+class EngineSet(Part):
     """The engines of one backend: a file for each graph."""
 
     backend: str
@@ -130,62 +120,7 @@ class EngineSet(_Part):
     built_with: dict[str, str]
 
 
-class ShortcutEntry(_Part):
-    """The one jump.
-
-    Attributes:
-        kind: "ojfa", "residual" or "mlp".
-        rank: Of a low-rank jump.
-        fitted_at: Of a low-rank jump: blocks run before what it was fitted on.
-        residual: Whether the jump is added to its input; the exit head then has an input
-            `blocks_run`.
-        gates: Of a residual jump of low rank, for exits 1..L-1; 0 is the identity.
-        width: Of an MLP: features between its matrices.
-    """
-
-    kind: str
-    rank: PositiveInt | None = None
-    fitted_at: PositiveInt | None = None
-    residual: bool
-    parameters: PositiveInt
-    gates: tuple[float, ...] | None = None
-    width: PositiveInt | None = None
-
-    @property
-    def low_rank(self) -> int:
-        """The rank, of a jump that has one."""
-        assert self.rank is not None
-        return self.rank
-
-    @model_validator(mode="after")
-    def _of_one_kind(self) -> ShortcutEntry:
-        is_mlp = self.kind == "mlp"
-        if (self.width is not None) != is_mlp or (is_mlp and not self.residual):
-            raise ValueError("an MLP, and no other shortcut, has a width and is added to its input")
-        for name in ("rank", "fitted_at"):
-            if (getattr(self, name) is None) != is_mlp:
-                raise ValueError(f"every shortcut but an MLP has {name}")
-        if is_mlp and self.gates is not None:
-            raise ValueError("an MLP has no gates")
-        return self
-
-    @classmethod
-    def of(cls, shortcut: AnyShortcut) -> ShortcutEntry:
-        """The entry of a shortcut."""
-        kind, parameters = shortcut.kind, shortcut.parameters
-        if isinstance(shortcut, MlpShortcut):
-            return cls(kind=kind, parameters=parameters, residual=True, width=shortcut.width)
-        return cls(
-            kind=kind,
-            parameters=parameters,
-            rank=shortcut.rank,
-            fitted_at=shortcut.fitted_at,
-            residual=shortcut.residual,
-            gates=None if shortcut.gates is None else tuple(shortcut.gates.tolist()),
-        )
-
-
-class CalibrationSource(_Part):
+class CalibrationSource(Part):
     """A text that the shortcut was fitted on."""
 
     name: str
@@ -193,7 +128,7 @@ class CalibrationSource(_Part):
     bytes: NonNegativeInt
 
 
-class Calibration(_Part):
+class Calibration(Part):
     """What the shortcut was fitted and measured on."""
 
     sources: tuple[CalibrationSource, ...]
@@ -201,7 +136,7 @@ class Calibration(_Part):
     tokens_held_out: PositiveInt
 
 
-class Golden(_Part):
+class Golden(Part):
     """Greedy tokens that these engines must reproduce on any machine.
 
     Attributes:
@@ -213,7 +148,7 @@ class Golden(_Part):
     token_ids: tuple[NonNegativeInt, ...] = Field(min_length=1)
 
 
-class Built(_Part):
+class Built(Part):
     """Provenance.
 
     `time` and `host` differ between two equal builds, and so does what depends on how fast the
@@ -226,7 +161,7 @@ class Built(_Part):
     versions: dict[str, str]
 
 
-class Manifest(_Part):
+class Manifest(Part):
     """See the module. manifest.json holds these fields and `digest`: see `manifest_digest`.
 
     Attributes:

@@ -15,7 +15,8 @@ from ojfa_export.cli.readable import readable_bytes
 
 if TYPE_CHECKING:
     from ojfa_export.bundle.bundle import Bundle
-    from ojfa_export.bundle.manifest import GraphEntry, Manifest, Port, ShortcutEntry
+    from ojfa_export.bundle.manifest import GraphEntry, Manifest, Port
+    from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 
 
 @define("inspect")

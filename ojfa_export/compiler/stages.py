@@ -23,7 +23,6 @@ from ojfa_export.bundle.manifest import (
     Golden,
     Manifest,
     Model,
-    ShortcutEntry,
 )
 from ojfa_export.bundle.names import (
     CHAT,
@@ -34,6 +33,7 @@ from ojfa_export.bundle.names import (
     TOKENIZER,
     graph_names,
 )
+from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 from ojfa_export.bundle.shortcut_file import load
 from ojfa_export.compiler.decided import Decided
 from ojfa_export.compiler.describe import describe_files, describe_graphs, describe_rotary

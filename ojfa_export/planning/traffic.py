@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ojfa_export.bundle.manifest import ShortcutEntry
+from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 from ojfa_export.models.spec import ModelSpec
 
 # ONNX Runtime's CPU provider multiplies in fp32, whatever precision the weights are stored in.
