@@ -31,6 +31,7 @@ COMMANDS = (
     "monitor",
     "bench",
     "inspect",
+    "families",
     "doctor",
 )
 

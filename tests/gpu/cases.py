@@ -25,6 +25,8 @@ CASES = {
     "llama-gqa-mlp": "fp32",
     "llama-gqa-mlp-fp16": "fp16",
     "gpt2-mlp-fp16": "fp16",
+    "mistral-sliding-window-fp16": "fp16",
+    "qwen2-fp16": "fp16",
     # ONNX Runtime's fused attention is there in fp16 only.
     "llama-mqa-fp16": "fp16",
     "phi3-sliding-window-fp16": "fp16",

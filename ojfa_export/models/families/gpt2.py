@@ -98,4 +98,12 @@ def ends(config: Config, spec: ModelSpec) -> Mapping[str, Source]:
     return weights
 
 
-GPT2 = Family("gpt2", spec, rotary, block, ends, prefixes=("transformer.", ""))
+GPT2 = Family(
+    "gpt2",
+    "GPT-2, all sizes; DistilGPT-2",
+    spec,
+    rotary,
+    block,
+    ends,
+    prefixes=("transformer.", ""),
+)

@@ -68,4 +68,12 @@ def block(config: Config, spec: ModelSpec, index: int) -> Mapping[str, Source]:
     }
 
 
-PHI3 = Family("phi3", spec, rotary, block, llama.ends, prefixes=("model.", ""))
+PHI3 = Family(
+    "phi3",
+    "Phi-3 and Phi-3.5 mini and medium; Phi-4",
+    spec,
+    rotary,
+    block,
+    llama.ends,
+    prefixes=("model.", ""),
+)

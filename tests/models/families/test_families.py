@@ -316,4 +316,4 @@ def test_sources() -> None:
     assert linear(3, ("a", 5), ("b", 7)).stored_shape(7) == (7, 3)
     assert table("t", 5, 3).stored_shape(3) == (5, 3)
     assert names_of([vector("v", 2), linear(3, ("a", 5), ("b", 7))]) == ["v", "a", "b"]
-    assert sorted(FAMILIES) == ["gpt2", "llama", "phi3"]
+    assert sorted(FAMILIES) == ["gpt2", "llama", "mistral", "phi3", "qwen2"]
