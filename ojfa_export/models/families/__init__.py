@@ -48,5 +48,5 @@ def read_spec(config: Config) -> tuple[Family, ModelSpec]:
 
 def _nearest(model_type: str) -> str:
     """The known family whose name is most like a name, in words; nothing where none is."""
-    found = get_close_matches(model_type, FAMILIES, n=1)
+    found = get_close_matches(model_type, FAMILIES, n=1, cutoff=0.7)
     return f"; the nearest is '{found[0]}'" if found else ""
