@@ -13,7 +13,7 @@ from ojfa_export import backends
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console
 from ojfa_export.cli.generation_options import generation_options, read_options
-from ojfa_export.errors import UsageError
+from ojfa_export.errors import ExitStatus, UsageError
 
 if TYPE_CHECKING:
     from ojfa_export.engine.request import Request
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--backend", metavar="NAME", default=backends.DEFAULT, help="Engines to run.")
 def command(
     console: Console, bundle: Path, system: str | None, backend: str, **arguments: Any
-) -> None:
+) -> int:
     """Chat with BUNDLE.
 
     Reads questions from standard input, a line each, and answers each after all that was said
@@ -40,12 +40,20 @@ def command(
     messages = [] if system is None else [{"role": "system", "content": system}]
     # The engine keeps what it has computed of the chat so far.
     with ojfa_export.Engine(model, max_sequences=1) as engine:
+        failed = False
         for question in _questions(console):
-            messages.append({"role": "user", "content": question})
-            request = engine.submit(model.chats.encode(messages), options)
-            messages.append({"role": "assistant", "content": _show(console, request)})
+            asked_now = [*messages, {"role": "user", "content": question}]
+            try:
+                request = engine.submit(model.chats.encode(asked_now), options)
+            except UsageError as error:  # of this question: the chat goes on without it
+                console.complain(error.message, "error:")
+                console.complain("ask something else or shorter, or begin a new chat", "hint:")
+                failed = True
+                continue
+            messages = [*asked_now, {"role": "assistant", "content": _show(console, request)}]
     if console.json:
         console.emit({"messages": messages})
+    return ExitStatus.FAILURE if failed else ExitStatus.OK
 
 
 def _questions(console: Console) -> Iterator[str]:
@@ -53,10 +61,8 @@ def _questions(console: Console) -> Iterator[str]:
     while True:
         if sys.stdin.isatty():
             console.note("you:")
-        try:
-            line = sys.stdin.readline()
-        except UnicodeDecodeError:
-            raise UsageError("a question is not text in UTF-8", hint="convert it first") from None
+        # What is no UTF-8 becomes what no text has, and is refused with its question.
+        line = sys.stdin.buffer.readline().decode(errors="surrogateescape")
         if not line:
             return
         if line.strip():

@@ -113,6 +113,12 @@ overwrite_option: Decorator[Any] = click.option(
     "--overwrite", is_flag=True, help="Replace what is at the output."
 )
 
+kind_option: Decorator[Any] = click.option(
+    "--shortcut",
+    type=click.Choice(["ojfa", "residual"]),
+    help="Kind of shortcut.  [default: the better one of this rank, as measured]",
+)
+
 shortcut_option: Decorator[Any] = click.option(
     "--shortcut",
     metavar="ojfa|residual|FILE",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ojfa_export.bundle.names import CHAT
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console
 from ojfa_export.cli.readable import readable_bytes
@@ -99,6 +100,7 @@ def _show_model(console: Console, manifest: Manifest) -> None:
             + (", gated" if spec.gated else ""),
             "norm": f"{spec.norm}, epsilon {spec.norm_epsilon:g}",
             "vocabulary": f"{spec.vocab_size}" + (", tied to the head" if spec.tied_head else ""),
+            "chat": "by the checkpoint's template (run --chat)" if CHAT in manifest.files else "",
             "cache": f"{cache.max_length} tokens, {cache.max_batch_size} sequences, "
             f"axes {', '.join(cache.axes)}",
             "shortcut": _describe(shortcut),

@@ -166,6 +166,8 @@ def _read_chat(chat: str | None, system: str | None, has_prompts: bool) -> list[
     if has_prompts:
         raise UsageError("both --chat and a prompt were given", hint="give one of them")
     question = _read_stdin() if chat == STDIN else chat
+    if not question.strip():
+        raise UsageError("the question is empty", hint="give --chat TEXT")
     texts = [("system", system), ("user", question)]
     return [{"role": role, "content": _utf8(text)} for role, text in texts if text is not None]
 

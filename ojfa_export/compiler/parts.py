@@ -72,6 +72,9 @@ def export_only(options: BuildOptions, shortcut: Path | None, progress: Progress
     """
     check_output(options.output, options.overwrite, holds="embed.onnx")
     inputs = Inputs(options)
+    jump = None
+    if shortcut is not None:
+        jump = read_shortcut(shortcut, inputs.checkpoint, inputs.model_sha256)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=options.output.absolute().parent, prefix=f"{options.output.name}."
@@ -81,18 +84,13 @@ def export_only(options: BuildOptions, shortcut: Path | None, progress: Progress
         exporter = _exporter(inputs, directory)
         stages.export(exporter, progress)
         names = [name for name in graph_names(inputs.checkpoint.spec.blocks) if name != "exit_head"]
-        if shortcut is not None:
-            _export_exit_head(exporter, shortcut, inputs)
+        if jump is not None:
+            head = stages.language_head(inputs.checkpoint, exporter.directory)
+            exporter.exit_head(fold_if_narrow(jump, head))
             names.append("exit_head")
         check_output(options.output, options.overwrite, holds="embed.onnx")
         publish(directory, options.output)
     return {"directory": str(options.output), "graphs": names}
-
-
-def _export_exit_head(exporter: Exporter, shortcut: Path, inputs: Inputs) -> None:
-    jump = read_shortcut(shortcut, inputs.checkpoint, inputs.model_sha256)
-    head = stages.language_head(inputs.checkpoint, exporter.directory)
-    exporter.exit_head(fold_if_narrow(jump, head))
 
 
 def _exporter(inputs: Inputs, directory: Path) -> Exporter:

@@ -13,13 +13,15 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ojfa_export.errors import OjfaError, UsageError
-from ojfa_export.system.arguments import shown
+from ojfa_export.system.arguments import shown, text
 
 if TYPE_CHECKING:
     from jinja2 import Template
     from jinja2.nodes import Node
     from jinja2.parser import Parser
 
+# Levels of values in a message or a tool.
+MOST_DEPTH = 100
 # Names that a message's reasoning is passed under; templates read the first, some the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 Message = Mapping[str, Any]
@@ -71,6 +73,15 @@ def render(
             f"the model's chat template fails on this chat: {_line(error)}",
             hint="give each message a role and a content that the template knows",
         ) from error
+
+
+def plain_messages(messages: Sequence[Message]) -> list[Message]:
+    """The same messages of plain JSON values.
+
+    Raises:
+        UsageError: There is something else in one.
+    """
+    return [_plain(message) for message in messages]
 
 
 def literal_text(template: str) -> str:
@@ -165,21 +176,28 @@ def _now(form: str) -> str:
     return datetime.now().astimezone().strftime(form)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, depth: int = 0) -> Any:
     """The same of plain JSON values, which have no methods that a template could misuse.
 
     Raises:
         UsageError: There is something else in it.
     """
-    if value is None or type(value) in (str, int, float, bool):
+    if depth > MOST_DEPTH:
+        raise UsageError(
+            f"a chat holds values that are nested more than {MOST_DEPTH} deep",
+            hint="give text, and lists and dictionaries of few levels",
+        )
+    if isinstance(value, str):
+        return text("a text of a chat", str(value))
+    if value is None or type(value) in (int, float, bool):
         return value
-    for kind in (str, bool, int, float):
+    for kind in (bool, int, float):
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, Sequence):
-        return [_plain(each) for each in value]
+        return {str(key): _plain(each, depth + 1) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [_plain(each, depth + 1) for each in value]
     raise UsageError(
         f"a chat holds {shown(value)}, which is no JSON value",
         hint="give text, numbers, lists and dictionaries",

@@ -23,7 +23,7 @@ from ojfa_export.models import chat_template
 from ojfa_export.models.chat_format import ChatFormat, parse_chat
 from ojfa_export.models.chat_template import Message
 from ojfa_export.models.tokenizer import encode, plain_tokenizer
-from ojfa_export.system.arguments import instance, shown
+from ojfa_export.system.arguments import instance, listed, shown
 
 # Of the private use planes.
 _BEGIN, _END = "\U000f0000", "\U000f0001"
@@ -58,7 +58,7 @@ class Chat:
             self._template(tools),
             checked,
             self.format.special_tokens,
-            tools=tools,
+            tools=_checked_tools(tools),
             add_generation_prompt=add_generation_prompt,
             variables=variables,
         )
@@ -93,16 +93,22 @@ class Chat:
             )
             return encode(self._tokenizer, text, add_special_tokens=False)
         control = self._control_pattern(self._template(tools))
+        plain = chat_template.plain_messages(self._checked(messages))
         text = self.render(
-            _marked(self._checked(messages), control),
-            tools=None if tools is None else _marked(list(tools), control),
+            _marked(plain, control),
+            tools=None if tools is None else _marked(_checked_tools(tools), control),
             add_generation_prompt=add_generation_prompt,
             **_marked(variables, control),
         )
         return self._encode_marked(text, control)
 
     def ending(self, options: GenerationOptions) -> GenerationOptions:
-        """The options with the template's end of a turn among the tokens that end the text."""
+        """The options with the template's end of a turn among the tokens that end the text.
+
+        Raises:
+            UsageError: Something else than options.
+        """
+        instance("options", options, GenerationOptions)
         if options.ignore_eos:
             return options
         ends = (*options.stop_token_ids, *self.format.end_token_ids)
@@ -167,6 +173,13 @@ class Chat:
     @cached_property
     def _plain(self) -> Tokenizer:
         return plain_tokenizer(self._tokenizer)
+
+
+def _checked_tools(tools: Any) -> list[Mapping[str, Any]] | None:
+    if tools is None:
+        return None
+    found = listed("tools", tools, lambda each: instance("a tool", each, Mapping), "a list")  # type: ignore[type-abstract]
+    return list(found)
 
 
 def _marked(value: Any, control: re.Pattern[str]) -> Any:

@@ -9,7 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ojfa_export.compiler.options import names
+from ojfa_export.compiler.options import SHORTCUT_SUFFIX, names
 from ojfa_export.errors import UsageError
 from ojfa_export.system.arguments import flag, is_whole, listed, text, whole_number, wrong
 
@@ -66,6 +66,11 @@ class TrainOptions:
         put = object.__setattr__
         put(self, "checkpoint", text("checkpoint", _plain(self.checkpoint)))
         put(self, "output", _path("output", self.output))
+        if self.output.suffix != SHORTCUT_SUFFIX:
+            raise UsageError(
+                f"output '{self.output}' doesn't end in {SHORTCUT_SUFFIX}",
+                hint=f"name it so, as 'build --shortcut' wants it: {self.output}{SHORTCUT_SUFFIX}",
+            )
         put(self, "text", tuple(listed("text", self.text, lambda p: _path("a path of text", p))))
         put(self, "tokens", count("tokens", self.tokens))
         put(self, "ignore_config_fields", names("ignore_config_fields", self.ignore_config_fields))

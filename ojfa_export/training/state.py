@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ojfa_export.errors import OjfaError
 from ojfa_export.system.atomic import write_atomically
 
 # Seconds between two saves at least, and of the time that passes, what saving may take.
@@ -58,11 +59,22 @@ class Keeper:
         self._due = time.monotonic() + SAVE_SECONDS
 
     def load(self, device: torch.device) -> State | None:
-        """The state that is there, if any."""
+        """The state that is there, if any.
+
+        Raises:
+            OjfaError: It is damaged.
+        """
         if not self._path.exists():
             return None
-        found = torch.load(self._path, map_location=device, weights_only=True)
-        return State(**{**found, "history": [(step, loss) for step, loss in found["history"]]})
+        try:
+            found = torch.load(self._path, map_location=device, weights_only=True)
+            history = [(step, loss) for step, loss in found["history"]]
+            return State(**{**found, "history": history})
+        except Exception as error:  # torch has no one exception for a damaged file
+            raise OjfaError(
+                f"{self._path}, from which this training would go on, is damaged",
+                hint="remove it: the training begins anew",
+            ) from error
 
     @property
     def due(self) -> bool:

@@ -116,3 +116,19 @@ def test_a_damaged_template_is_no_chat(chat_bundle, tmp_path) -> None:
     copy.sign("chat.json")
     with pytest.raises(BundleError, match=r"chat.json is damaged: templates"):
         ojfa_export.load(copy.directory).render([{"role": "user", "content": "a"}])
+
+
+def test_a_question_that_cannot_be_answered_ends_no_chat(chat_bundle, invoke) -> None:
+    args = ["chat", chat_bundle, "--exit", "full", "--max-new-tokens", 3]
+    right = invoke(*args, stdin="one\ntwo\n").stdout
+    result = invoke(*args, stdin=b"one\n" + b"long " * 2000 + b"\n\xff\xfe\ntwo\n")
+    assert result.exit_code == 1
+    assert result.stdout == right
+    assert result.stderr.count("error: ") == result.stderr.count("hint: ") == 2
+    assert "tokens, the cache holds" in result.stderr
+
+
+def test_an_empty_question_is_refused(chat_bundle, invoke) -> None:
+    result = invoke("run", chat_bundle, "--chat", " ")
+    assert result.exit_code == 2
+    assert "the question is empty" in result.stderr

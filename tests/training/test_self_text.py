@@ -140,7 +140,10 @@ def test_a_training_on_self_text_survives_a_kill(
 ) -> None:
     def asked(name: str) -> TrainOptions:
         return options(
-            checkpoint=str(chatty), output=tmp_path / name, self_text=True, tokens=16 * 128
+            checkpoint=str(chatty),
+            output=tmp_path / f"{name}.safetensors",
+            self_text=True,
+            tokens=16 * 128,
         )
 
     result = train(asked("whole"))
@@ -148,9 +151,11 @@ def test_a_training_on_self_text_survives_a_kill(
     # Two batches of eight windows: while the second is written.
     ended = train_in_process(asked("killed"), 180)
     assert ended.returncode == -9, ended.stderr
-    assert len(list((tmp_path / "killed.partial" / "scratch" / "text").glob("*.npy"))) == 1
+    kept = tmp_path / "killed.safetensors.partial" / "scratch" / "text"
+    assert len(list(kept.glob("*.npy"))) == 1
     train(asked("killed"))
-    assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
+    killed, whole = (tmp_path / f"{name}.safetensors" for name in ("killed", "whole"))
+    assert killed.read_bytes() == whole.read_bytes()
 
 
 def test_the_template_up_to_the_users_words(chatty: Path, tiny_checkpoint: Path) -> None:

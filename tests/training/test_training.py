@@ -157,32 +157,37 @@ def test_half_precision_as_on_a_gpu(
 
 
 def test_kills_change_no_byte(options: Options, train_in_process: Run, tmp_path: Path) -> None:
-    whole, killed = options(output=tmp_path / "whole"), options(output=tmp_path / "killed")
+    whole, killed = (
+        options(output=tmp_path / f"{name}.safetensors") for name in ("whole", "killed")
+    )
     all_, rest = Reports(), Reports()
     train(whole, all_)
     for stop in (3, 5):
         ended = train_in_process(killed, stop)
         assert ended.returncode == -9, ended.stderr
         assert not killed.output.exists()
-        assert (tmp_path / "killed.partial" / "scratch" / "state.pt").exists()
+        assert (tmp_path / "killed.safetensors.partial" / "scratch" / "state.pt").exists()
     train(killed, rest)
     assert killed.output.read_bytes() == whole.output.read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "killed.safetensors",
+        "whole.safetensors",
+    ]
     totals = [dict(each.tasks)["training"] for each in (all_, rest)]
     assert totals[0] - totals[1] == 8 * 2048  # three steps, then five more, were not done again
 
 
 def test_other_options_start_over(options: Options, train_in_process: Run, tmp_path: Path) -> None:
     def asked(name: str, seed: int) -> TrainOptions:
-        return options(output=tmp_path / name, seed=seed, passes=1)
+        return options(output=tmp_path / f"{name}.safetensors", seed=seed, passes=1)
 
     train(asked("whole", 1))
     assert train_in_process(asked("killed", 0), 3).returncode == -9
     train(asked("killed", 1))
-    whole = (tmp_path / "whole").read_bytes()
-    assert (tmp_path / "killed").read_bytes() == whole
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    assert (tmp_path / "killed.safetensors").read_bytes() == whole
     train(asked("other", 2))
-    assert (tmp_path / "other").read_bytes() != whole
+    assert (tmp_path / "other.safetensors").read_bytes() != whole
 
 
 def test_output_that_exists(options: Options) -> None:

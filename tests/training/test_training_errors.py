@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from ojfa_export.cli.app import app
-from ojfa_export.errors import UsageError
+from ojfa_export.errors import OjfaError, UsageError
 from ojfa_export.training import state
 from ojfa_export.training.options import TrainOptions, count
 from ojfa_export.training.train import train
@@ -92,7 +92,14 @@ def test_wrong_usage(name: str, invoke: Callable[..., Result], tmp_path: Path) -
 def test_text_that_is_too_short(tiny_checkpoint: Path, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("def main():\n" * 20)
-    arguments = ["train", str(tiny_checkpoint), "-o", str(tmp_path / "x"), "--text", str(text)]
+    arguments = [
+        "train",
+        str(tiny_checkpoint),
+        "-o",
+        str(tmp_path / "x.safetensors"),
+        "--text",
+        str(text),
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
     assert "in whole windows of 128, and training needs 2048" in result.stderr
@@ -112,7 +119,7 @@ def test_package_that_is_not_installed(package: str, tiny_checkpoint: Path, tmp_
     program = (
         f"import sys; sys.modules[{package!r}] = None\nfrom ojfa_export.cli import main\nmain()"
     )
-    arguments = ["train", str(tiny_checkpoint), "-o", str(tmp_path / "x")]
+    arguments = ["train", str(tiny_checkpoint), "-o", str(tmp_path / "x.safetensors")]
     result = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
     )
@@ -200,7 +207,7 @@ def test_counts() -> None:
 def test_options_are_checked(tmp_path: Path) -> None:
     for wrong in ({"device": "tpu"}, {"text": "a.txt"}, {"jump": 3}, {"self_text": 1}):
         with pytest.raises(UsageError):
-            TrainOptions("checkpoint", tmp_path / "x", **wrong)
+            TrainOptions("checkpoint", tmp_path / "x.safetensors", **wrong)
 
 
 def test_what_is_said(invoke: Callable[..., Result], tmp_path: Path) -> None:
@@ -215,3 +222,17 @@ def test_what_is_said(invoke: Callable[..., Result], tmp_path: Path) -> None:
     assert document["shortcut"] == str(tmp_path / "jump.safetensors")
     assert "training: 2" in result.stderr
     assert "tokens" in result.stderr
+
+
+def test_a_jump_has_the_name_that_build_wants(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"doesn't end in \.safetensors") as caught:
+        TrainOptions("checkpoint", tmp_path / "jump")
+    assert str(tmp_path / "jump.safetensors") in caught.value.hint
+
+
+def test_a_damaged_state_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    path.write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(OjfaError, match=r"state\.pt.* is damaged") as caught:
+        state.Keeper(path).load(torch.device("cpu"))
+    assert "remove it" in caught.value.hint

@@ -27,7 +27,7 @@ def read_spec(config: Config) -> tuple[Family, ModelSpec]:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"{config.source}: model family '{model_type!s:.60}' is not supported",
-            hint=f"supported: {', '.join(sorted(FAMILIES))}{_nearest(str(model_type))}",
+            hint=f"supported: {', '.join(sorted(FAMILIES))}{_nearest(model_type)}",
         )
     config.require("quantization_config")
     # Nothing in transformers reads these, whose other values mean another model.
@@ -46,7 +46,9 @@ def read_spec(config: Config) -> tuple[Family, ModelSpec]:
     return family, spec
 
 
-def _nearest(model_type: str) -> str:
+def _nearest(model_type: object) -> str:
     """The known family whose name is most like a name, in words; nothing where none is."""
+    if not isinstance(model_type, str):
+        return ""
     found = get_close_matches(model_type, FAMILIES, n=1, cutoff=0.7)
     return f"; the nearest is '{found[0]}'" if found else ""

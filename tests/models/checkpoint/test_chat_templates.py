@@ -97,6 +97,10 @@ CHATS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+CYCLE: dict[str, Any] = {"role": "user", "content": "a"}
+CYCLE["again"] = CYCLE
+
+
 @pytest.fixture
 def chat_directory(directory: Path) -> Path:
     """A checkpoint whose tokenizer has tokens of chats, two special and one not."""
@@ -221,6 +225,9 @@ def test_templates_run_in_a_sandbox(chat_directory, template) -> None:
         ([], "has no messages"),
         (["Hello"], "a message must be"),
         ([{"role": "user", "content": object()}], "no JSON value"),
+        ([{"role": "user", "content": b"a"}], "no JSON value"),
+        ([{"role": "user", "content": "\ud800"}], "must be|not text|UTF-8"),
+        ([CYCLE], "nested more than 100 deep"),
     ],
 )
 def test_what_is_no_chat_is_refused(chat_directory, messages, message) -> None:
@@ -228,3 +235,11 @@ def test_what_is_no_chat_is_refused(chat_directory, messages, message) -> None:
     for use in (ours.render, ours.encode):
         with pytest.raises(UsageError, match=message):
             use(messages)
+
+
+@pytest.mark.parametrize("tools", ["x", ["x"], {"a": 1}, 3])
+def test_tools_are_a_list_of_schemas(chat_directory, tools) -> None:
+    ours, _ = make(chat_directory, CHATML)
+    for use in (ours.render, ours.encode):
+        with pytest.raises(UsageError, match="tool"):
+            use(CHATS["question"], tools=tools)
