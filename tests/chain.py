@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
 from ojfa_export.backends.onnxruntime.build import build_engine
 from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
+from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.names import graph_names
 from ojfa_export.bundle.shortcut import Shortcut
+from ojfa_export.bundle.shortcut_file import AnyShortcut
 from ojfa_export.graphs.export import Exporter
-from ojfa_export.graphs.fold import fold
+from ojfa_export.graphs.fold import fold_if_narrow
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.spec import ModelSpec, Precision
 from ojfa_export.runtime.session import Session
 from ojfa_export.verify.checks import Parts, language_head
+
+Kind = Literal["narrow", "residual", "mlp"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Chain:
     max_length: int
     graphs: Path
     engine_files: dict[str, Path]
-    shortcut: Shortcut
+    shortcut: AnyShortcut
     engines: OnnxRuntimeEngines
 
     @property
@@ -71,6 +76,45 @@ def random_shortcut(hidden: int, rank: int, seed: int = 0) -> Shortcut:
     )
 
 
+def random_mlp(spec: ModelSpec, width: int, seed: int = 0) -> MlpShortcut:
+    """An MLP of the model's own kind whose output is as large as its input."""
+    rng = np.random.default_rng(seed)
+    exits, hidden = spec.blocks - 1, spec.hidden_size
+
+    def normal(*shape: int, scale: float) -> np.ndarray:
+        return (scale * rng.normal(size=shape)).astype(np.float32)
+
+    return MlpShortcut(
+        scale=1 + normal(exits, hidden, scale=0.3),
+        shift=normal(exits, hidden, scale=0.3),
+        up=normal(hidden, 2 * width if spec.gated else width, scale=hidden**-0.5),
+        down=normal(width, hidden, scale=width**-0.5),
+        norm=spec.norm,
+        epsilon=spec.norm_epsilon,
+        activation=spec.activation,
+        gate=spec.gated,
+    )
+
+
+def of_kind(kind: Kind, spec: ModelSpec, rank: int, seed: int) -> AnyShortcut:
+    """A random shortcut."""
+    if kind == "mlp":
+        return random_mlp(spec, 8 * rank, seed)
+    shortcut = random_shortcut(spec.hidden_size, rank, seed)
+    if kind == "narrow":
+        return shortcut
+    gates = np.random.default_rng(seed).normal(size=spec.blocks - 1).astype(np.float32)
+    return replace(shortcut, kind="residual", residual=True, gates=gates)
+
+
+def split_kind(name: str) -> tuple[str, Kind]:
+    """Of the name of a case: the variant of a tiny model, and the kind of its shortcut."""
+    for kind in get_args(Kind):
+        if name.endswith(f"-{kind}"):
+            return name.removesuffix(f"-{kind}"), kind
+    return name, "narrow"
+
+
 def build_chain(
     checkpoint_dir: Path,
     tmp_path: Path,
@@ -79,7 +123,7 @@ def build_chain(
     max_length: int = 128,
     rank: int = 8,
     seed: int = 0,
-    residual: bool = False,
+    kind: Kind = "narrow",
 ) -> Chain:
     """Exports a checkpoint into tmp_path/graphs and builds engines in tmp_path/engines.
 
@@ -90,7 +134,7 @@ def build_chain(
         max_length: Positions of the rotary tables and of a session's cache.
         rank: Of the random shortcut.
         seed: Of the random shortcut.
-        residual: Whether the shortcut is a residual one, with gates.
+        kind: Of the shortcut; a residual one has gates.
     """
     checkpoint = Checkpoint(Path(checkpoint_dir))
     graphs, engine_directory = tmp_path / "graphs", tmp_path / "engines"
@@ -101,15 +145,8 @@ def build_chain(
     for index in range(checkpoint.spec.blocks):
         exporter.block(index)
     exporter.final_head()
-    shortcut = random_shortcut(checkpoint.spec.hidden_size, rank, seed)
-    if residual:
-        gates = np.random.default_rng(seed).normal(size=checkpoint.spec.blocks - 1)
-        gates = gates.astype(np.float32)
-        shortcut = replace(shortcut, kind="residual", residual=True, gates=gates)
-        exporter.exit_head(shortcut)
-    else:
-        head = language_head(checkpoint)
-        exporter.exit_head(fold(shortcut, head.norm, head.weight, head.bias))
+    shortcut = of_kind(kind, checkpoint.spec, rank, seed)
+    exporter.exit_head(fold_if_narrow(shortcut, language_head(checkpoint)))
     files = {}
     for name in graph_names(checkpoint.spec.blocks):
         files[name] = engine_directory / f"{name}.onnx"

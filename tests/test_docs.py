@@ -15,6 +15,7 @@ from ojfa_export.cli.app import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 SERVING = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 
 
@@ -26,13 +27,16 @@ def blocks(language: str, page: str = README) -> list[str]:
 def test_examples_run_as_they_are_written(tmp_path: Path) -> None:
     """The console's commands in order, then the Python blocks on the bundle that they build."""
     (tmp_path / "calibration").symlink_to(ROOT / "calibration")
-    commands = [line[2:] for block in blocks("console") for line in block.splitlines()]
+    found = [*blocks("console"), *blocks("console", TRAINING)]
+    commands = [line[2:] for block in found for line in block.splitlines()]
     assert len(commands) >= 5
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "ojfa-export"
         if arguments[0] == "bench":  # the machine is shared with other tests
             arguments += ["--iterations", "8", "--warmup", "1", "--exit", "6"]
+        if arguments[0] == "train":  # what is shown takes minutes
+            arguments += ["--tokens", "9k", "--passes", "1"]
         run([sys.executable, "-m", "ojfa_export", *arguments], tmp_path, command)
     for block in [*blocks("python"), *blocks("python", SERVING)]:
         run([sys.executable, "-c", block], tmp_path, block)

@@ -63,7 +63,7 @@ class Variant:
     hub_keys: bool = False
 
     def build_config(self) -> transformers.PreTrainedConfig:
-        plain = {"gpt2": _GPT2, "llama": _LLAMA, "phi3": _PHI3}[self.family]
+        plain = {"gpt2": _GPT2, "phi3": _PHI3}.get(self.family, _LLAMA)
         fields = json.loads(json.dumps({**_COMMON, **plain, **self.config}))
         return transformers.AutoConfig.for_model(self.family, **fields)
 
@@ -114,6 +114,11 @@ VARIANTS: dict[str, Variant] = {
             original_max_position_embeddings=32,
         )
     ),
+    "mistral": Variant("mistral", {"sliding_window": None}),
+    "mistral-sliding-window": Variant(
+        "mistral", {"sliding_window": 8}, "mistral", differs_beyond=8
+    ),
+    "qwen2": Variant("qwen2", {"num_key_value_heads": 2}),
     "phi3": Variant("phi3"),
     "phi3-gqa": Variant("phi3", {"num_key_value_heads": 2}, "phi3"),
     "phi3-tied": Variant("phi3", {"tie_word_embeddings": True}, "phi3"),

@@ -38,6 +38,9 @@ HELD_OUT_LOSS_NATS = 0.05
 LOGITS_FP16_RELATIVE = 2e-2
 # A sampling probability in NumPy's float64 against plain Python's: sums of a few dozen roundings.
 PROBABILITY = 1e-12
+# The same from fp32 logits through transformers' processors in fp32: roundings (6e-8) of logits up
+# to 20, which a softmax turns into shares of as much, and of their penalties and temperature.
+PROBABILITY_FP32 = 1e-5
 # Loss of the multi-domain checkpoints in nats/token, an eighth of a domain's held-out text against
 # all its held-out files: a sample of some 30 windows whose losses differ by 0.5 (0.115 measured).
 MULTIDOMAIN_LOSS_NATS = 0.18
@@ -72,3 +75,15 @@ PROBABILITY_FP32 = 1e-6
 # A log probability of fp32 logits: both sides sum in float64; where the logits were computed in
 # another batch they differ by fp32's rounding of a logit of 10, 1e-6, a few times.
 LOGPROB = 1e-5
+# A jump's torch module in float64 against NumPy's float64, relative to the largest output: sums of
+# up to a hundred products, 1e-16 each, in another order.
+TORCH_FLOAT64_RELATIVE = 1e-12
+# A gradient taken in pieces against one taken whole, both fp32, relative to the largest entry: a
+# few hundred roundings (6e-8 each) in another order of summation.
+TORCH_GRADIENT_RELATIVE = 1e-5
+# A mean KL divergence in fp32 against float64, nats: of each of the 320 tokens a product with a
+# difference of log probabilities up to 20, rounded at 6e-8 each.
+KL_FP32 = 1e-4
+# Mean and deviation of features after a batch norm whose epsilon is 1e-5, where their variance is
+# 0.05 and more (1e-4), and whose scale and shift are rounded to fp32.
+NORMED_STATISTICS = 1e-3

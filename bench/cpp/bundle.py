@@ -22,9 +22,9 @@ from ojfa_export.bundle.manifest import (
     FileEntry,
     Manifest,
     Model,
-    ShortcutEntry,
 )
 from ojfa_export.bundle.names import MANIFEST, graph_names
+from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 from ojfa_export.compiler.describe import describe_graphs, describe_rotary
 from ojfa_export.compiler.stages import engine_set
 from ojfa_export.compiler.versions import tool_versions

@@ -22,7 +22,7 @@ from bench.cpu.race import race
 from bench.cpu.shapes import MAX_POSITIONS, SHAPES, make_checkpoint
 from ojfa_export.backends.onnxruntime.session import share_thread_pool
 from ojfa_export.models.spec import ModelSpec
-from ojfa_export.planning.traffic import decode_bytes
+from ojfa_export.planning.traffic import decode_bytes, folded_head_bytes
 from ojfa_export.runtime.session import Session
 
 WARMUP_TOKENS = 3
@@ -91,7 +91,7 @@ def _race(
     for name, seconds in race(contestants, prompt, options.rounds, options.burst, WARMUP_TOKENS):
         bursts[name].append([second * 1e3 for second in seconds])
     length = past + WARMUP_TOKENS + options.burst // 2
-    rank = max(1, spec.hidden_size // 100)
+    exit_head = folded_head_bytes(spec, max(1, spec.hidden_size // 100))
     results = []
     for contestant in contestants:
         blocks, samples = contestant.blocks, bursts[contestant.name]
@@ -100,7 +100,7 @@ def _race(
             {
                 "name": contestant.name,
                 "blocks": blocks,
-                **summarise(samples, decode_bytes(spec, blocks, length, rank)),
+                **summarise(samples, decode_bytes(spec, blocks, length, exit_head)),
                 "samples_ms": [[round(sample, 4) for sample in burst] for burst in samples],
             }
         )

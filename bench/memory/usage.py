@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from ojfa_export.backends.passes import Chunk
+from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 from ojfa_export.models.spec import ModelSpec
-from ojfa_export.planning.traffic import block_bytes, cache_bytes, head_bytes
+from ojfa_export.planning.traffic import block_bytes, cache_bytes, exit_head_bytes, head_bytes
 
 RUN_LIMIT = 1.15
 FIRST_TOKEN_LIMIT_SECONDS = 1.0
@@ -125,8 +126,7 @@ def _generate_and_weigh(bundle: Path, exit: int | None) -> dict[str, Any]:
         session.advance([token], depth)
     gc.collect()
     resident = _resident("self", "VmRSS") - before
-    shortcut = model.manifest.shortcut
-    needed = bytes_needed(spec, depth, 2 * NEW_TOKENS, shortcut.rank, shortcut.residual)
+    needed = bytes_needed(spec, depth, 2 * NEW_TOKENS, model.manifest.shortcut)
     return {
         "blocks": depth,
         "resident_bytes": resident,
@@ -139,14 +139,14 @@ def _generate_and_weigh(bundle: Path, exit: int | None) -> dict[str, Any]:
     }
 
 
-def bytes_needed(spec: ModelSpec, blocks: int, tokens: int, exit_rank: int, residual: bool) -> int:
+def bytes_needed(spec: ModelSpec, blocks: int, tokens: int, shortcut: ShortcutEntry) -> int:
     """Weights once, in fp32, of what an exit runs, and the cache of so many tokens.
 
     Of a tied embedding table, which is also the head, the one copy counts; of an embedding that is
     only looked up, the rows of these tokens.
     """
     rows = 4 * spec.hidden_size * tokens * (2 if spec.learned_positions else 1)
-    head = head_bytes(spec, None if blocks == spec.blocks else exit_rank, residual=residual)
+    head = head_bytes(spec) if blocks == spec.blocks else exit_head_bytes(spec, shortcut)
     return rows + head + blocks * (block_bytes(spec) + cache_bytes(spec, tokens))
 
 

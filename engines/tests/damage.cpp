@@ -191,6 +191,7 @@ TEST(Lies, OfTheManifestAreSeenInTheGraphs) {
          {{"/shortcut/residual", false}, {"/shortcut/gates", nullptr}},
          "is none of the manifest's model"},
         {"llama.ojfa", {{"/shortcut/rank", 9}}, "weight 'project'"},
+        {"llama.ojfa", {{"/shortcut/kind", "mlp"}}, "is an MLP, which this library doesn't run"},
         {"phi3.ojfa", {{"/model/spec/rotary_switch", nullptr}}, "two sets of rotary factors"},
         {"llama.ojfa", {{"/rotary/cos/file", "graphs/embed.bin"}}, "its rotary tables are others"},
         {"llama.ojfa", {{"/rotary/cos/offset", 2048}}, "its rotary tables are others"},

@@ -111,6 +111,41 @@ TEST(Manifest, ByteByByte) {
     }
 }
 
+TEST(Manifest, WhatTheCheckpointSaysOfGeneration) {
+    // It is checked, and not followed: a caller's options say how text is generated.
+    const auto refused = [](const char* name, const Json& value) {
+        Json other = stored();
+        other["generation"] = {{"temperature", 0.7},
+                               {"top_k", 40},
+                               {"top_p", 1},
+                               {"min_p", nullptr},
+                               {"repetition_penalty", 1.1},
+                               {"suppress_tokens", {0, 319}}};
+        other["model"]["ignored_fields"] = {"brand_new"};
+        if (*name) other["generation"][name] = value;
+        return refusal(signed_text(other));
+    };
+    EXPECT_EQ(refused("", nullptr), "nothing was refused");
+    const std::pair<const char*, Json> cases[] = {
+        {"temperature", 0},
+        {"temperature", "x"},
+        {"top_k", 0},
+        {"top_p", 0},
+        {"top_p", 1.5},
+        {"min_p", -1},
+        {"min_p", 2},
+        {"repetition_penalty", 0},
+        {"repetition_penalty", 1e7},
+        {"suppress_tokens", {320}},
+        {"suppress_tokens", nullptr},
+        {"suppress_tokens", {-1}},
+        {"colour", 1},
+    };
+    for (const auto& [name, value] : cases)
+        EXPECT_NE(refused(name, value).find("is damaged: generation"), std::string::npos)
+            << name << " " << value;
+}
+
 TEST(Manifest, ValuesThatCantBe) {
     const std::pair<const char*, Json> cases[] = {
         {"/model/spec/blocks", 5},

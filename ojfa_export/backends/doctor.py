@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ojfa_export.backends.cuda.failures import NO_CUBLAS
 from ojfa_export.errors import OjfaError
+from ojfa_export.system.memory import read_meminfo
 
 # The least version of each package, and the part of the work that needs it; pyproject.toml says
 # the same, and a test compares the two.
@@ -29,7 +30,7 @@ PACKAGES = {
     },
     "build": {
         "huggingface-hub": "0.26",
-        "jinja2": "3.1",
+        "jinja2": "3.1.6",
         "matplotlib": "3.8",
         "ml-dtypes": "0.4",
         "onnx": "1.16",
@@ -188,7 +189,7 @@ def try_onnxruntime() -> BackendState:
 def look_at_machine() -> Machine:
     """Reads what the operating system says."""
     cpu, flags = _read_cpuinfo()
-    memory = _read_meminfo()
+    memory = read_meminfo()
     return Machine(
         python=f"{platform.python_implementation()} {platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
@@ -267,17 +268,6 @@ def _read_cpuinfo() -> tuple[str, set[str]]:
         fields.setdefault(name.strip().lower(), value.strip())
     flags = fields.get("flags") or fields.get("features") or ""
     return fields.get("model name", ""), set(flags.split())
-
-
-def _read_meminfo() -> dict[str, int]:
-    """Bytes by name."""
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {
-        name: 1024 * int(value.split()[0])
-        for name, _, value in (line.partition(":") for line in lines)
-        if value.strip().endswith("kB")
-    }
 
 
 def _list_gpus() -> list[str]:

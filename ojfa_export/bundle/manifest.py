@@ -10,19 +10,20 @@ import math
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     model_validator,
 )
 
 from ojfa_export.bundle.names import MANIFEST
+from ojfa_export.bundle.part import NonNegativeInt, Part, PositiveInt, Sha256
 from ojfa_export.bundle.promise import Promise
+from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 from ojfa_export.decoding.default import Default
+from ojfa_export.decoding.generation_defaults import NO_DEFAULTS, GenerationDefaults
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.errors import BundleError, UsageError
 from ojfa_export.models.spec import ModelSpec, Precision
@@ -35,24 +36,16 @@ DIGEST = "digest"
 MANIFEST_BYTES = 64 << 20
 BLOCKS = 1 << 16
 LARGEST = 2**31 - 1
-# Integers as C++ holds them, too.
-PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
-NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
-Sha256 = Field(pattern="^[0-9a-f]{64}$")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileEntry(_Part):
+class FileEntry(Part):
     """One file of the bundle."""
 
     size: NonNegativeInt
     sha256: str = Sha256
 
 
-class Model(_Part):
+class Model(Part):
     """The model that was compiled.
 
     Attributes:
@@ -60,6 +53,8 @@ class Model(_Part):
         revision: Of a hub id.
         sha256: Digest of config and weight files.
         config: The checkpoint's config.json.
+        ignored_fields: Fields of it, or of generation_config.json, that were not understood or not
+            followed, and ignored as the user said.
         spec: What was read from it.
     """
 
@@ -67,10 +62,11 @@ class Model(_Part):
     revision: str | None
     sha256: str = Sha256
     config: dict[str, Any]
+    ignored_fields: tuple[str, ...] = ()
     spec: ModelSpec
 
 
-class CacheLayout(_Part):
+class CacheLayout(Part):
     """The key-value cache that the engines expect."""
 
     axes: tuple[str, ...] = ("batch", "kv_head", "position", "head_feature")
@@ -78,7 +74,7 @@ class CacheLayout(_Part):
     max_batch_size: int = Field(ge=1, le=LARGEST)
 
 
-class TensorSlice(_Part):
+class TensorSlice(Part):
     """A tensor inside a file: little-endian float32."""
 
     file: str
@@ -86,14 +82,14 @@ class TensorSlice(_Part):
     shape: tuple[PositiveInt, ...]
 
 
-class RotaryTables(_Part):
+class RotaryTables(Part):
     """Cosines and sines [positions, rotary_dim/2]; LongRoPE's second set follows the first."""
 
     cos: TensorSlice
     sin: TensorSlice
 
 
-class Port(_Part):
+class Port(Part):
     """An input or output of a graph."""
 
     name: str
@@ -101,7 +97,7 @@ class Port(_Part):
     shape: tuple[int | str, ...]
 
 
-class GraphEntry(_Part):
+class GraphEntry(Part):
     """A portable ONNX graph.
 
     Attributes:
@@ -116,7 +112,7 @@ class GraphEntry(_Part):
     weights: tuple[str, ...]
 
 
-class EngineSet(_Part):
+class EngineSet(Part):
     """The engines of one backend: a file for each graph."""
 
     backend: str
@@ -124,25 +120,7 @@ class EngineSet(_Part):
     built_with: dict[str, str]
 
 
-class ShortcutEntry(_Part):
-    """The one jump.
-
-    Attributes:
-        kind: "ojfa" or "residual".
-        residual: Whether the jump is added to its input; the exit head then has an input
-            `blocks_run`.
-        gates: Of a residual jump, for exits 1..L-1; 0 is the identity.
-    """
-
-    kind: str
-    rank: PositiveInt
-    fitted_at: PositiveInt
-    residual: bool
-    parameters: PositiveInt
-    gates: tuple[float, ...] | None = None
-
-
-class CalibrationSource(_Part):
+class CalibrationSource(Part):
     """A text that the shortcut was fitted on."""
 
     name: str
@@ -150,15 +128,15 @@ class CalibrationSource(_Part):
     bytes: NonNegativeInt
 
 
-class Calibration(_Part):
+class Calibration(Part):
     """What the shortcut was fitted and measured on."""
 
     sources: tuple[CalibrationSource, ...]
-    tokens_fit: PositiveInt
+    tokens_fit: NonNegativeInt
     tokens_held_out: PositiveInt
 
 
-class Golden(_Part):
+class Golden(Part):
     """Greedy tokens that these engines must reproduce on any machine.
 
     Attributes:
@@ -170,7 +148,7 @@ class Golden(_Part):
     token_ids: tuple[NonNegativeInt, ...] = Field(min_length=1)
 
 
-class Built(_Part):
+class Built(Part):
     """Provenance.
 
     `time` and `host` differ between two equal builds, and so does what depends on how fast the
@@ -183,13 +161,14 @@ class Built(_Part):
     versions: dict[str, str]
 
 
-class Manifest(_Part):
+class Manifest(Part):
     """See the module. manifest.json holds these fields and `digest`: see `manifest_digest`.
 
     Attributes:
         auto: When tokens leave early under `--exit auto`; None where the build chose nothing.
         promise: What `auto` was shown to keep; None where nothing was asked.
         default: What happens where a user names no way of decoding; None is full depth.
+        generation: How the checkpoint says that text is generated.
     """
 
     format: Literal["ojfa-bundle"] = "ojfa-bundle"
@@ -207,6 +186,7 @@ class Manifest(_Part):
     auto: ExitPolicy | None = None
     promise: Promise | None = None
     default: Default | None = None
+    generation: GenerationDefaults = NO_DEFAULTS
     files: dict[str, FileEntry]
     built: Built
 
@@ -225,6 +205,8 @@ class Manifest(_Part):
                 or len(ids) > self.cache.max_length + 1
             ):
                 raise ValueError("golden tokens are outside the model")
+        if max(self.generation.suppress_tokens, default=0) >= vocabulary:
+            raise ValueError("the tokens that are never chosen are outside the model")
         gates = self.shortcut.gates
         if gates is not None and (not self.shortcut.residual or len(gates) != blocks - 1):
             raise ValueError("the shortcut's gates must be one for each exit")

@@ -9,6 +9,9 @@ REPORT = "report"
 TOKENIZER = "tokenizer.json"
 SHORTCUT = "shortcut.safetensors"
 STATISTICS = "statistics.npz"
+CHAT = "chat.json"
+# Weights of which an exit head has a part for each exit: it is told which exit its rows are of.
+OF_EXITS = frozenset({"gates", "exit.scale", "exit.bias"})
 
 
 def block_name(index: int) -> str:

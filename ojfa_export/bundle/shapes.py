@@ -76,8 +76,10 @@ def expected_weights(
     if graph == "final_head":
         return _final_weights(spec)
     if graph == "exit_head":
+        if manifest.shortcut.width is not None:
+            return _mlp_weights(spec, manifest.shortcut.width)
         if manifest.shortcut.residual:
-            rank = manifest.shortcut.rank
+            rank = manifest.shortcut.low_rank
         else:  # folded with the final norm, whose rank may be one more
             rank = found["project"][-1] if found.get("project") else 0
         return _exit_weights(spec, rank, residual=manifest.shortcut.residual)
@@ -122,6 +124,17 @@ def _exit_weights(spec: ModelSpec, rank: int, *, residual: bool) -> WeightShapes
     weights["vocabulary"] = ((spec.vocab_size, rank), True)
     weights["vocabulary.bias"] = ((spec.vocab_size,), False)
     return weights
+
+
+def _mlp_weights(spec: ModelSpec, width: int) -> WeightShapes:
+    exits, columns = spec.blocks - 1, 2 * width if spec.gated else width
+    return {
+        "exit.scale": ((exits, spec.hidden_size), True),
+        "exit.bias": ((exits, columns), True),
+        "mlp.up.weight": ((spec.hidden_size, columns), True),
+        "mlp.down.weight": ((width, spec.hidden_size), True),
+        **_final_weights(spec),
+    }
 
 
 def _norm(spec: ModelSpec, name: str) -> WeightShapes:

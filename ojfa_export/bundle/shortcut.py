@@ -1,29 +1,14 @@
-"""The low-rank jump from a block's output to the final hidden state, and its file."""
+"""The low-rank jump from a block's output to the final hidden state."""
 
 from __future__ import annotations
 
-import json
-import re
-import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.errors import OjfaError
-from ojfa_export.system.atomic import write_atomically
-from ojfa_export.system.files import check_regular
-from ojfa_export.system.paths import check_utf8
-
-# Version 2 has `gates`; files without them are still written, and read, as version 1.
-FORMAT_VERSION = "2"
-_WITHOUT_GATES = "1"
-_TENSORS = ("scale", "shift", "down", "up")
-_METADATA = ("kind", "rank", "fitted_at", "residual", "model_sha256", "format_version")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_REBUILD = "Run `ojfa-export calibrate` again to make the file anew."
+from ojfa_export.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +112,19 @@ class Shortcut:
             return y
         return h + self.gate(blocks_run) * y
 
+    def check_fits(self, spec: ModelSpec) -> None:
+        """Refuses a jump of another kind of model.
+
+        Raises:
+            ValueError: What doesn't fit.
+        """
+        if self.hidden_size != spec.hidden_size:
+            raise ValueError(
+                f"its hidden size is {self.hidden_size}, the model's {spec.hidden_size}"
+            )
+        if self.gates is not None and self.gates.size != spec.blocks - 1:
+            raise ValueError(f"it serves {self.gates.size} exits, the model has {spec.blocks - 1}")
+
     def gate(self, blocks_run: int | None) -> np.float32:
         """The gate of an exit, 1 for a jump without gates.
 
@@ -139,106 +137,3 @@ class Shortcut:
             raise ValueError(f"no gate for exit {blocks_run}, only for 1..{self.gates.size}")
         gate: np.float32 = self.gates[blocks_run - 1]
         return gate
-
-
-def save(shortcut: Shortcut, path: Path, model_sha256: str) -> None:
-    """Writes a shortcut as safetensors; the same shortcut gives the same bytes.
-
-    The header is written here because the safetensors library keeps metadata in a hash map,
-    whose order, and so the file's bytes, may differ from run to run.
-
-    Args:
-        shortcut: What to write.
-        path: The file, written whole or not at all.
-        model_sha256: Digest of the checkpoint that the shortcut belongs to, 64 hex digits.
-
-    Raises:
-        ValueError: `model_sha256` is not a SHA-256 digest in lower-case hex.
-    """
-    if not _SHA256.fullmatch(model_sha256):
-        raise ValueError(f"model_sha256 {model_sha256!r} is not 64 lower-case hex digits")
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "kind": shortcut.kind,
-            "rank": str(shortcut.rank),
-            "fitted_at": str(shortcut.fitted_at),
-            "residual": "true" if shortcut.residual else "false",
-            "model_sha256": model_sha256,
-            "format_version": _WITHOUT_GATES if shortcut.gates is None else FORMAT_VERSION,
-        }
-    }
-    body = b""
-    for name in _TENSORS if shortcut.gates is None else (*_TENSORS, "gates"):
-        array: NDArray[np.float32] = getattr(shortcut, name)
-        start = len(body)
-        body += array.astype("<f4").tobytes()
-        header[name] = {
-            "dtype": "F32",
-            "shape": list(array.shape),
-            "data_offsets": [start, len(body)],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
-    write_atomically(path, struct.pack("<Q", len(text)) + text + body)
-
-
-def load(path: Path) -> tuple[Shortcut, str]:
-    """Reads a shortcut file.
-
-    Returns:
-        The shortcut, and the digest of the checkpoint that it belongs to.
-
-    Raises:
-        OjfaError: No such file, not safetensors, of another format version, or with missing or
-            contradictory metadata, tensors, shapes or values.
-    """
-    check_utf8(path)
-    tensors, metadata = _read_safetensors(path)
-    version = metadata.get("format_version")
-    if version is not None and version not in (_WITHOUT_GATES, FORMAT_VERSION):
-        raise OjfaError(
-            f"{path} has shortcut format version {version!r}, this release reads "
-            f"{_WITHOUT_GATES} and {FORMAT_VERSION}.",
-            hint="Use the release of ojfa-export that wrote the file, or calibrate again.",
-        )
-    missing = [name for name in _METADATA if name not in metadata]
-    names = (*_TENSORS, "gates") if version == FORMAT_VERSION else _TENSORS
-    missing += [name for name in names if name not in tensors]
-    if missing:
-        raise OjfaError(f"{path} is no shortcut: it lacks {', '.join(missing)}.", hint=_REBUILD)
-    unknown = sorted(tensors.keys() - set(names))
-    if unknown:
-        raise OjfaError(f"{path} holds unknown tensors: {', '.join(unknown)}.", hint=_REBUILD)
-    try:
-        shortcut = Shortcut(
-            **{name: tensors[name] for name in names},
-            kind=metadata["kind"],
-            fitted_at=int(metadata["fitted_at"]),
-            residual={"true": True, "false": False}[metadata["residual"]],
-        )
-        if int(metadata["rank"]) != shortcut.rank:
-            raise ValueError(f"metadata says rank {metadata['rank']}, down has {shortcut.rank}")
-        if not _SHA256.fullmatch(metadata["model_sha256"]):
-            raise ValueError("model_sha256 is not 64 lower-case hex digits")
-    except KeyError as error:
-        raise OjfaError(
-            f"{path} has residual {error.args[0]!r} in its metadata, expected true or false.",
-            hint=_REBUILD,
-        ) from error
-    except ValueError as error:
-        raise OjfaError(f"{path} is not a valid shortcut: {error}.", hint=_REBUILD) from error
-    return shortcut, metadata["model_sha256"]
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        check_regular(path)
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError) as error:  # TypeError: a dtype NumPy lacks
-        raise OjfaError(
-            f"{path} can't be read as a shortcut: {error}.",
-            hint="Check the path; " + _REBUILD[0].lower() + _REBUILD[1:],
-        ) from error

@@ -21,14 +21,17 @@ PROGRAM = "ojfa-export"
 COMMANDS = (
     "build",
     "calibrate",
+    "train",
     "compare",
     "export",
     "verify",
     "run",
+    "chat",
     "plan",
     "monitor",
     "bench",
     "inspect",
+    "families",
     "doctor",
 )
 

@@ -93,7 +93,7 @@ def _add_engines(console: Console, bundle: Path, backend: str) -> None:
         if name in ("checkpoint", "backend", "skip_verification"):
             continue
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            option = f"--{name.replace('_', '-')}"
+            option = next(each.opts[-1] for each in context.command.params if each.name == name)
             raise click.UsageError(
                 f"{option} can't be changed in a bundle that exists, {bundle}", context
             )

@@ -10,8 +10,8 @@ import click
 from ojfa_export.cli.checkpoint_options import (
     calibration_options,
     checkpoint_options,
+    kind_option,
     overwrite_option,
-    shortcut_option,
 )
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console
@@ -34,7 +34,7 @@ from ojfa_export.cli.console import Console
     help="Folder for the report (JSON, HTML and pictures).",
 )
 @calibration_options
-@shortcut_option
+@kind_option
 @checkpoint_options
 @overwrite_option
 def command(

@@ -12,6 +12,15 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 Decorator = Callable[[Decorated], Decorated]
 
 
+ignored_option: Decorator[Any] = click.option(
+    "--ignore-config-field",
+    "ignore_config_fields",
+    multiple=True,
+    metavar="NAME",
+    help="Go on although this field of config.json is not understood; repeatable.",
+)
+
+
 def checkpoint_options(function: Decorated) -> Decorated:
     """Where the checkpoint comes from, and settings for it."""
     for decorate in (
@@ -20,6 +29,7 @@ def checkpoint_options(function: Decorated) -> Decorated:
             is_flag=True,
             help="Let transformers run code that comes with the checkpoint (verification only).",
         ),
+        ignored_option,
         click.option(
             "--recipe", metavar="NAME|FILE", help="Settings for a published model, or a TOML file."
         ),
@@ -103,8 +113,15 @@ overwrite_option: Decorator[Any] = click.option(
     "--overwrite", is_flag=True, help="Replace what is at the output."
 )
 
-shortcut_option: Decorator[Any] = click.option(
+kind_option: Decorator[Any] = click.option(
     "--shortcut",
     type=click.Choice(["ojfa", "residual"]),
     help="Kind of shortcut.  [default: the better one of this rank, as measured]",
+)
+
+shortcut_option: Decorator[Any] = click.option(
+    "--shortcut",
+    metavar="ojfa|residual|FILE",
+    help="Kind of shortcut, or one that 'train' or 'calibrate' wrote.  "
+    "[default: the better one of this rank, as measured]",
 )

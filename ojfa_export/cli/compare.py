@@ -33,11 +33,24 @@ if TYPE_CHECKING:
 @click.option(
     "--skip-descent", is_flag=True, help="Don't train narrow jumps by gradient descent as well."
 )
+@click.option(
+    "--with",
+    "given",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="A shortcut to show beside them, as 'train' and 'calibrate' write them; repeatable.",
+)
 @calibration_options
 @checkpoint_options
 @overwrite_option
 def command(
-    console: Console, checkpoint: str, output: Path, skip_descent: bool, **settings: Any
+    console: Console,
+    checkpoint: str,
+    output: Path,
+    skip_descent: bool,
+    given: tuple[Path, ...],
+    **settings: Any,
 ) -> None:
     """Compare every kind of shortcut on CHECKPOINT.
 
@@ -48,7 +61,7 @@ def command(
     from ojfa_export.compiler.options import BuildOptions
 
     options = BuildOptions(checkpoint=checkpoint, output=output, **settings)
-    report = compare_shortcuts(options, not skip_descent, console.progress())
+    report = compare_shortcuts(options, not skip_descent, console.progress(), given)
     if console.json:
         console.emit({"directory": str(output), **report.model_dump(mode="json")})
         return

@@ -65,26 +65,42 @@ _OPTIONS = (
     ),
     click.option("--ignore-eos", is_flag=True, help="Go on after the model's end of text."),
     click.option(
-        "--temperature", type=float, metavar="X", default=0.0, help="0 takes the likeliest token."
+        "--sample",
+        is_flag=True,
+        help="Sample, as the bundle has it from generation_config.json where no option says how.",
     ),
     click.option(
-        "--top-p", type=float, metavar="X", default=1.0, help="Sample within this much probability."
+        "--temperature",
+        type=float,
+        metavar="X",
+        help="0 takes the likeliest token.  [default: 0; with --sample the bundle's, else 1]",
     ),
-    click.option("--top-k", type=int, metavar="N", help="Sample among this many tokens."),
+    click.option(
+        "--top-p",
+        type=float,
+        metavar="X",
+        help="Sample within this much probability.  [default: the bundle's, else 1]",
+    ),
+    click.option(
+        "--top-k",
+        type=int,
+        metavar="N",
+        help="Sample among this many tokens.  [default: the bundle's, else all]",
+    ),
     click.option(
         "--min-p",
         type=float,
         metavar="X",
-        default=0.0,
-        help="Leave out tokens with less than this share of the likeliest one's probability.",
+        help="Leave out tokens with less than this share of the likeliest one's probability.  "
+        "[default: the bundle's, else 0]",
     ),
     click.option("--seed", type=int, metavar="N", default=0, help="Of sampling."),
     click.option(
         "--repetition-penalty",
         type=float,
         metavar="X",
-        default=1.0,
-        help="Above 1, tokens of the prompt and the text become less likely.",
+        help="Above 1, tokens of the prompt and the text become less likely.  [default: the "
+        "bundle's, else 1]",
     ),
     click.option(
         "--presence-penalty",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ojfa_export.bundle.names import CHAT
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console
 from ojfa_export.cli.readable import readable_bytes
@@ -16,6 +17,7 @@ from ojfa_export.cli.readable import readable_bytes
 if TYPE_CHECKING:
     from ojfa_export.bundle.bundle import Bundle
     from ojfa_export.bundle.manifest import GraphEntry, Manifest, Port
+    from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 
 
 @define("inspect")
@@ -85,6 +87,7 @@ def _show_model(console: Console, manifest: Manifest) -> None:
     console.facts(
         {
             "revision": model.revision,
+            "ignored fields": ", ".join(model.ignored_fields),
             "digest": model.sha256,
             "exits": f"1 to {spec.blocks - 1} by the shortcut, {spec.blocks} by the full head",
             "hidden size": spec.hidden_size,
@@ -97,15 +100,22 @@ def _show_model(console: Console, manifest: Manifest) -> None:
             + (", gated" if spec.gated else ""),
             "norm": f"{spec.norm}, epsilon {spec.norm_epsilon:g}",
             "vocabulary": f"{spec.vocab_size}" + (", tied to the head" if spec.tied_head else ""),
+            "chat": "by the checkpoint's template (run --chat)" if CHAT in manifest.files else "",
             "cache": f"{cache.max_length} tokens, {cache.max_batch_size} sequences, "
             f"axes {', '.join(cache.axes)}",
-            "shortcut": f"{shortcut.kind}, rank {shortcut.rank}, "
-            + ("" if shortcut.gates else f"fitted after block {shortcut.fitted_at}, ")
-            + f"{shortcut.parameters:,} parameters"
-            + (", residual" if shortcut.residual and shortcut.kind != "residual" else ""),
+            "shortcut": _describe(shortcut),
             "gates": ", ".join(f"{gate:.2f}" for gate in shortcut.gates or ()),
         }
     )
+
+
+def _describe(shortcut: ShortcutEntry) -> str:
+    size = f"{shortcut.parameters:,} parameters"
+    if shortcut.width is not None:
+        return f"one MLP for all exits, {shortcut.width} features, {size}"
+    fitted = "" if shortcut.gates else f"fitted after block {shortcut.fitted_at}, "
+    added = ", residual" if shortcut.residual and shortcut.kind != "residual" else ""
+    return f"{shortcut.kind}, rank {shortcut.rank}, {fitted}{size}{added}"
 
 
 def _show_graphs(console: Console, manifest: Manifest) -> None:
@@ -151,10 +161,20 @@ def _show_origin(console: Console, manifest: Manifest) -> None:
             "text": ", ".join(
                 f"{each.name} ({each.bytes:,} bytes)" for each in calibration.sources
             ),
-            "tokens": f"{calibration.tokens_fit:,} to fit on, "
-            f"{calibration.tokens_held_out:,} held out",
+            "tokens": (f"{calibration.tokens_fit:,} to fit on, " if calibration.tokens_fit else "")
+            + f"{calibration.tokens_held_out:,} held out",
             "exit auto": manifest.promise.reason if manifest.promise else "",
             "default": manifest.default.reason if manifest.default else "full depth: not planned",
+        },
+    )
+    own = manifest.generation
+    _section(
+        console,
+        "Generation",
+        {
+            "end of text": ", ".join(map(str, manifest.model.spec.eos_token_ids)) or "none",
+            "greedy and sampled": own.always,
+            "sampled": own.sampling,
         },
     )
     _section(

@@ -57,6 +57,8 @@ class _LineTask:
         elapsed = now - self._start
         left = elapsed / self._done * (self._total - self._done) if self._done else None
         about = "" if left is None else f", about {readable_seconds(left)} left"
+        if self._unit == "tokens" and elapsed > 0:  # a rate that says how fast a machine is
+            about = f", {self._done / elapsed:,.0f} tokens/s{about}"
         self._write(f"{readable_seconds(elapsed)} elapsed{about}")
 
     def finish(self) -> None:
@@ -105,15 +107,26 @@ def _display() -> RichProgress:
     from rich.progress import (
         BarColumn,
         Progress,
+        ProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.progress import Task as RichTask
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """How fast tokens go; of other units it says nothing."""
+
+        def render(self, task: RichTask) -> Text:
+            known = task.fields["unit"] == "tokens" and task.speed
+            return Text(f"{task.speed:,.0f} tokens/s," if known else "")
 
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:.0f} of {task.total:.0f} {task.fields[unit]}", markup=False),
+        Rate(),
         TimeElapsedColumn(),
         TextColumn("elapsed,"),
         TimeRemainingColumn(),

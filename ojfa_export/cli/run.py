@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ojfa_export import backends
+from ojfa_export.bundle.names import CHAT
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console
 from ojfa_export.cli.generation_options import generation_options, read_options
 from ojfa_export.errors import UsageError
 
 if TYPE_CHECKING:
+    from ojfa_export.bundle.manifest import Manifest
+    from ojfa_export.decoding.generation_defaults import GenerationDefaults
     from ojfa_export.decoding.options import GenerationOptions
     from ojfa_export.runtime.generation import Generation, Token
     from ojfa_export.runtime.monitor import Monitor
@@ -49,6 +52,13 @@ def _parse_ids(value: str) -> list[int]:
     metavar="ID,ID,...",
     help="Token ids to continue, in place of text; repeatable.",
 )
+@click.option(
+    "--chat",
+    metavar="TEXT",
+    help="A question to a chat model, put into its chat template; '-' reads standard input.",
+)
+@click.option("--system", metavar="TEXT", help="What the system message of --chat says.")
+@click.option("--no-echo", is_flag=True, help="Print what is generated alone, without the prompt.")
 @generation_options
 @click.option(
     "--shadow-share",
@@ -62,6 +72,9 @@ def command(
     bundle: Path,
     prompts: tuple[str, ...],
     prompt_ids: tuple[list[int], ...],
+    chat: str | None,
+    system: str | None,
+    no_echo: bool,
     shadow_share: float | None,
     backend: str,
     **arguments: Any,
@@ -69,9 +82,10 @@ def command(
     """Generate text with BUNDLE.
 
     One prompt is continued on standard output as the text comes; of several, each is printed when
-    all are done.
+    all are done. Of a chat the answer is printed.
     """
-    given = _read_prompts(prompts, prompt_ids)
+    messages = _read_chat(chat, system, bool(prompts or prompt_ids))
+    given = [] if messages else _read_prompts(prompts, prompt_ids)
     asked = read_options(**arguments)
     _remark(console, asked)
     import ojfa_export
@@ -82,7 +96,10 @@ def command(
     if shadow_share is not None:
         monitor = ojfa_export.Monitor(shadow_share, seed=asked.seed)
     model = ojfa_export.load(bundle, backend=backend)
+    if messages:
+        given, asked = [model.chats.encode(messages)], model.chats.ending(asked)
     options = model.resolve_default(asked, len(given))
+    _show_own(console, model.manifest.generation, asked)
     if asked.exit is None and (options.exit, options.speculate) != ("full", asked.speculate):
         reason = model.manifest.default and model.manifest.default.reason
         console.note(f"default: {reason} (--exit full overrides)")
@@ -92,7 +109,7 @@ def command(
         for prompt in given
     ]
     stream = model.stream(encoded, options, monitor=monitor)
-    tokens = _Interruptible(stream, _printer(console, texts))
+    tokens = _Interruptible(stream, _printer(console, texts, echo=not (messages or no_echo)))
     generation = collect(encoded, tokens)
     if console.json:
         if not tokens.interrupted:
@@ -101,6 +118,8 @@ def command(
     else:
         _show(console, generation, texts)
         console.note(_summary(generation, options))
+        if not messages and not any(each.text.strip() for each in generation.prompts):
+            _remark_on_nothing(console, model.manifest)
         if monitor is not None and not tokens.interrupted:
             console.note(_shadow_summary(monitor))
     if tokens.interrupted:
@@ -109,10 +128,48 @@ def command(
 
 def _remark(console: Console, options: GenerationOptions) -> None:
     """Says what was asked for without effect."""
-    if options.temperature == 0 and (options.top_p, options.top_k, options.min_p) != (1, None, 0):
+    limits = (options.top_p, options.top_k, options.min_p)
+    if not options.sample and not options.temperature and limits != (None, None, None):
         console.note("note: --top-p, --top-k and --min-p have no effect at --temperature 0")
     if options.logprobs is not None and not console.json:
         console.note("note: --logprobs are shown with --json only")
+
+
+def _show_own(console: Console, own: GenerationDefaults, asked: GenerationOptions) -> None:
+    """Says which of the bundle's own values hold."""
+    from ojfa_export.decoding.generation_defaults import NO_DEFAULTS
+
+    completed = asked.completed(own)
+    if completed == asked.completed(NO_DEFAULTS):
+        return
+    said = (own.always, own.sampling if completed.temperature else "")
+    console.note(
+        f"from generation_config.json: {', '.join(filter(None, said))} (options override it)"
+    )
+
+
+def _remark_on_nothing(console: Console, manifest: Manifest) -> None:
+    """Says why a chat model may have ended at once."""
+    if CHAT in manifest.files:
+        console.note(
+            "note: no text was generated; this is a chat model, and --chat TEXT puts a question "
+            "into its template"
+        )
+
+
+def _read_chat(chat: str | None, system: str | None, has_prompts: bool) -> list[dict[str, str]]:
+    """The messages of a question; none where no chat is asked for."""
+    if chat is None:
+        if system is not None:
+            raise UsageError("--system is given without --chat", hint="give --chat TEXT as well")
+        return []
+    if has_prompts:
+        raise UsageError("both --chat and a prompt were given", hint="give one of them")
+    question = _read_stdin() if chat == STDIN else chat
+    if not question.strip():
+        raise UsageError("the question is empty", hint="give --chat TEXT")
+    texts = [("system", system), ("user", question)]
+    return [{"role": role, "content": _utf8(text)} for role, text in texts if text is not None]
 
 
 def _read_prompts(
@@ -125,12 +182,15 @@ def _read_prompts(
     if prompts.count(STDIN) > 1:
         raise UsageError("-p - is given more than once", hint="standard input is read only once")
     texts = [_read_stdin() if prompt == STDIN else prompt for prompt in prompts]
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UsageError("a prompt is not text in UTF-8", hint="convert it first") from None
-    return [*texts, *prompt_ids]
+    return [*map(_utf8, texts), *prompt_ids]
+
+
+def _utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError("a prompt is not text in UTF-8", hint="convert it first") from None
+    return text
 
 
 def _read_stdin() -> str:
@@ -163,11 +223,12 @@ class _Interruptible(Iterator["Token"]):
         return token
 
 
-def _printer(console: Console, texts: list[str]) -> Callable[[Token], None]:
+def _printer(console: Console, texts: list[str], *, echo: bool) -> Callable[[Token], None]:
     """Prints a single prompt and its tokens as they come; nothing for a batch or JSON."""
     if console.json or len(texts) > 1:
         return lambda token: None
-    console.repeat(texts[0])
+    if echo:
+        console.repeat(texts[0])
     return lambda token: console.write(token.text)
 
 

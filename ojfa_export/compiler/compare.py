@@ -3,42 +3,49 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from ojfa_export.bundle.names import GRAPHS, block_name
 from ojfa_export.bundle.shortcut import Shortcut
+from ojfa_export.bundle.shortcut_file import AnyShortcut
 from ojfa_export.compiler import stages
-from ojfa_export.compiler.inputs import Inputs
+from ojfa_export.compiler.inputs import Inputs, read_shortcut
 from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.shortcut_stage import hidden_states
 from ojfa_export.compiler.work import Work, check_output
-from ojfa_export.errors import OjfaError
-from ojfa_export.graphs.export import Exporter
-from ojfa_export.graphs.fold import fold
+from ojfa_export.errors import OjfaError, UsageError
+from ojfa_export.graphs.export import ExitHead, Exporter
+from ojfa_export.graphs.fold import fold_if_narrow
 from ojfa_export.models.head import LanguageHead
 from ojfa_export.planning.machine import describe_machine
 from ojfa_export.shortcuts.calibrate import exit_sample, has_torch, jumped
 from ojfa_export.shortcuts.comparison.claims import judge
-from ojfa_export.shortcuts.comparison.cost import HEADS, measure_heads
+from ojfa_export.shortcuts.comparison.cost import FOLDED, HEADS, RESIDUAL, measure_heads
 from ojfa_export.shortcuts.comparison.fit import Fitted, fit_kinds
 from ojfa_export.shortcuts.comparison.model import Comparison, HeadCost, KindResult
 from ojfa_export.shortcuts.comparison.write import NAMED, write_comparison
-from ojfa_export.shortcuts.hidden import HiddenStates, collect_hidden_states
-from ojfa_export.shortcuts.kinds import KINDS, TITLES, Kind
+from ojfa_export.shortcuts.hidden import HiddenStates
+from ojfa_export.shortcuts.kinds import KINDS, TITLES, ExitMap, Kind
 from ojfa_export.shortcuts.metrics import ExitQuality, FullModelReference, evaluate
 from ojfa_export.system.progress import Progress
 
 PACKAGES = ("numpy", "onnxruntime", "tokenizers", "torch")
 
 
-def compare_shortcuts(options: BuildOptions, descend: bool, progress: Progress) -> Comparison:
+def compare_shortcuts(
+    options: BuildOptions, descend: bool, progress: Progress, given: Sequence[Path] = ()
+) -> Comparison:
     """Compares all kinds of shortcut on a checkpoint, and writes the report.
 
     Args:
         options: `output` is the directory to write, whole or not at all.
         descend: Whether to train narrow jumps by gradient descent, too.
         progress: Shows what is done.
+        given: Files of shortcuts to show beside them.
 
     Raises:
         OjfaError: Bad input, or torch is not installed.
@@ -50,6 +57,12 @@ def compare_shortcuts(options: BuildOptions, descend: bool, progress: Progress) 
             hint="pip install 'ojfa-export[verify]'",
         )
     inputs = Inputs(options)
+    others = {
+        f"given: {path.name}": read_shortcut(path, inputs.checkpoint, inputs.model_sha256)
+        for path in given
+    }
+    if len(others) < len(given):
+        raise UsageError("two shortcuts have files of one name", hint="rename one of them")
     with Work(options.output, f"compare {inputs.fingerprint()}").open() as work:
         settings, graphs = inputs.settings, work.bundle / GRAPHS
         exporter = Exporter(
@@ -61,7 +74,7 @@ def compare_shortcuts(options: BuildOptions, descend: bool, progress: Progress) 
         fitted = fit_kinds(
             states, blocks, fit_tokens, head, settings.rank, descend, work.scratch, progress
         )
-        report = _measure(inputs, exporter, states, head, fitted, work, progress)
+        report = _measure(inputs, exporter, states, head, fitted, others, work, progress)
         written = work.scratch / "comparison"
         shutil.rmtree(written, ignore_errors=True)  # of an interrupted run
         written.mkdir()
@@ -80,16 +93,8 @@ def _run_text(inputs: Inputs, exporter: Exporter, work: Work, progress: Progress
     with work.stage("engines") as needed:
         if needed:
             stages.build_engines(work.bundle, names, spec, backend, progress)
-    return collect_hidden_states(
-        spec,
-        backend,
-        exporter.directory,
-        stages.engine_files(work.bundle, backend, names),
-        stages.rotary_tables(work.bundle),
-        np.concatenate([inputs.windows.fit, inputs.windows.held_out]),
-        work.scratch,
-        progress,
-    )
+    rows = np.concatenate([inputs.windows.fit, inputs.windows.held_out])
+    return hidden_states(inputs, work, rows, progress)
 
 
 def _measure(
@@ -98,6 +103,7 @@ def _measure(
     states: HiddenStates,
     head: LanguageHead,
     fitted: Fitted,
+    others: Mapping[str, AnyShortcut],
     work: Work,
     progress: Progress,
 ) -> Comparison:
@@ -107,17 +113,20 @@ def _measure(
     assert isinstance(residual, Shortcut)
     sample = exit_sample(states, spec.blocks, inputs.windows.fit.size, head)
     reference = FullModelReference(sample.hidden(spec.blocks), head, work.scratch)
-    qualities: dict[Kind, list[ExitQuality]] = {kind: [] for kind in KINDS}
+    maps: dict[str, ExitMap] = {str(kind): each for kind, each in fitted.maps.items()}
+    maps.update(others)
+    qualities: dict[str, list[ExitQuality]] = {name: [] for name in maps}
     with progress.task("comparing: measuring exits", spec.blocks - 1, "exits") as task:
         for depth in range(1, spec.blocks):
             hidden = sample.hidden(depth)
-            for kind in KINDS:
-                logits = partial(jumped, fitted.maps[kind], head, depth)
-                qualities[kind].append(evaluate(logits, hidden, reference))
+            for name, each in maps.items():
+                logits = partial(jumped, each, head, depth)
+                qualities[name].append(evaluate(logits, hidden, reference))
             task.advance()
-    folded = fold(one_jump, head.norm, head.weight, head.bias)
+    heads: dict[str, ExitHead] = {FOLDED: fold_if_narrow(one_jump, head), RESIDUAL: residual}
+    heads |= {name: fold_if_narrow(each, head) for name, each in others.items()}
     with progress.task("comparing: timing checks", 1, "rounds") as task:
-        costs = measure_heads(exporter, folded, residual, work.scratch)
+        costs = measure_heads(exporter, heads, work.scratch)
         task.advance()
     report = Comparison(
         model=inputs.name,
@@ -129,7 +138,10 @@ def _measure(
         calibration_sources=[text.name for text in inputs.texts],
         tokens_fitted=inputs.windows.fit.size,
         tokens_measured=len(sample.rows),
-        kinds=[_result(kind, fitted, costs[HEADS[kind]], qualities[kind]) for kind in KINDS],
+        kinds=[
+            *(_result(kind, fitted, costs[HEADS[kind]], qualities[kind]) for kind in KINDS),
+            *(_given(name, each, costs[name], qualities[name]) for name, each in others.items()),
+        ],
         precision_at_1=fitted.matrix.precision_at_1.tolist(),
         surprisal=fitted.matrix.surprisal.tolist(),
         descent=fitted.descent,
@@ -149,6 +161,21 @@ def _result(kind: Kind, fitted: Fitted, check: HeadCost, exits: list[ExitQuality
         bytes=4 * parameters,
         fitted_at=fitted.levels.get(kind),
         fit_seconds=fitted.seconds[kind],
+        check=check,
+        exits=exits,
+    )
+
+
+def _given(
+    name: str, shortcut: AnyShortcut, check: HeadCost, exits: list[ExitQuality]
+) -> KindResult:
+    return KindResult(
+        kind=None,
+        title=f"{shortcut.kind}, {name}",
+        parameters=shortcut.parameters,
+        bytes=4 * shortcut.parameters,
+        fitted_at=None,
+        fit_seconds=0.0,
         check=check,
         exits=exits,
     )

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
+from ojfa_export.bundle.shortcut_file import AnyShortcut, load
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.settings import BuildSettings, decide
 from ojfa_export.compiler.versions import tool_versions
@@ -21,11 +22,14 @@ from ojfa_export.models.calibration_text import (
     read_source,
     shipped_text,
 )
+from ojfa_export.models.chat_format import ChatFormat
+from ojfa_export.models.checkpoint.chat import read_chat
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.checkpoint.hub import resolve
 from ojfa_export.models.checkpoint.tokenizer import read_tokenizer
 from ojfa_export.promises.windows import PromiseWindows, planning_windows, promise_windows
 from ojfa_export.shortcuts.fit import rows_needed
+from ojfa_export.system.digest import sha256_file
 
 
 class Inputs:
@@ -38,8 +42,9 @@ class Inputs:
     def __init__(self, options: BuildOptions) -> None:
         self.options = options
         directory = resolve(options.checkpoint, options.revision)
-        self.checkpoint = Checkpoint(directory)
+        self.checkpoint = Checkpoint(directory, options.ignore_config_fields)
         self.tokenizer: Tokenizer = read_tokenizer(directory)
+        self.chat: ChatFormat | None = read_chat(directory, self.tokenizer)
         rotary = self.checkpoint.family.rotary(self.checkpoint.config)
         self.settings: BuildSettings = decide(options, self.checkpoint.spec, rotary)
         self.backend: Backend = backends.load(options.backend)
@@ -60,34 +65,53 @@ class Inputs:
             if limits is None
             else promise_windows(self.texts, rest, limits)
         )
-        self._check_vocabulary()
+        windows = (self.windows.fit, self.windows.held_out, *self.windows.rest)
+        self.checkpoint.check_vocabulary(max(int(ids.max(initial=0)) for ids in windows))
         self.checkpoint.check_tensors()
         self.model_sha256 = self.checkpoint.sha256()
-
-    def _check_vocabulary(self) -> None:
-        windows = (self.windows.fit, self.windows.held_out, *self.windows.rest)
-        highest = max(int(ids.max(initial=0)) for ids in windows)
-        vocabulary = self.checkpoint.spec.vocab_size
-        if highest >= vocabulary:
-            raise CheckpointError(
-                f"the tokenizer of {self.checkpoint.directory} gives token {highest}, but the "
-                f"model has {vocabulary} tokens",
-                hint="tokenizer and weights belong to different models",
-            )
+        self.shortcut: AnyShortcut | None = None
+        self.shortcut_sha256: str | None = None
+        if isinstance(options.shortcut, Path):
+            self.shortcut = read_shortcut(options.shortcut, self.checkpoint, self.model_sha256)
+            self.shortcut_sha256 = sha256_file(options.shortcut)
 
     def fingerprint(self) -> str:
         """Digest of everything that decides the result."""
         settings, limits = self.settings, self.options.limits
         parts = [
             self.model_sha256,
-            [self.name, self.options.revision],
+            [self.name, self.options.revision, self.options.ignore_config_fields],
             [self.backend.name, self.backend.versions()],
+            [self.checkpoint.spec.eos_token_ids, self.checkpoint.generation.model_dump()],
             self.tokenizer.to_str(),
+            self.chat and self.chat.model_dump(),
             [[text.name, text.sha256, text.domain] for text in self.texts],
             [settings.precision, settings.rank, settings.max_cache_length],
             [settings.max_batch_size, settings.calibration_tokens, settings.window],
             limits and limits.model_dump(),
-            self.options.shortcut,
+            self.shortcut_sha256 or self.options.shortcut,
             tool_versions(),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def read_shortcut(path: Path, checkpoint: Checkpoint, model_sha256: str) -> AnyShortcut:
+    """Reads the shortcut of a checkpoint.
+
+    Raises:
+        OjfaError: No shortcut, or another model's.
+    """
+    shortcut, of_model = load(path)
+    if of_model != model_sha256:
+        raise CheckpointError(
+            f"{path} is a shortcut of another model than {checkpoint.directory}",
+            hint="make one with 'ojfa-export train' or 'ojfa-export calibrate'",
+        )
+    try:
+        shortcut.check_fits(checkpoint.spec)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} doesn't fit {checkpoint.directory}: {error}",
+            hint="make one with 'ojfa-export train' or 'ojfa-export calibrate'",
+        ) from error
+    return shortcut

@@ -14,6 +14,8 @@ from ojfa_export.models.spec import Precision
 from ojfa_export.shortcuts.kinds import SHIPPED, Shipped
 from ojfa_export.system.arguments import flag, listed, real_number, text, whole_number, wrong
 
+SHORTCUT_SUFFIX = ".safetensors"
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -29,7 +31,8 @@ class BuildOptions:
         backend: Engines to build.
         precision: "fp32" or "fp16".
         rank: Of the shortcut; default the paper's, floor(H/100).
-        shortcut: "ojfa" or "residual"; default the better one of this rank, as measured.
+        shortcut: "ojfa", "residual", or the file of a shortcut that exists; default the better one
+            of this rank, as measured.
         max_cache_length: Tokens of a sequence at most.
         max_batch_size: Sequences of a session at most.
         calibration_data: Text or JSONL files, FILE or DOMAIN=FILE; default the text that ships.
@@ -42,6 +45,7 @@ class BuildOptions:
         overwrite: Whether to replace an existing bundle.
         skip_verification: Whether to leave out the comparison with transformers.
         trust_remote_code: Whether transformers may run code in the checkpoint (verification only).
+        ignore_config_fields: Fields of config.json that are not understood and don't matter.
 
     Raises:
         UsageError: A value of another type, or out of range.
@@ -53,7 +57,7 @@ class BuildOptions:
     backend: str = "onnxruntime"
     precision: Precision | None = None
     rank: int | None = None
-    shortcut: Shipped | None = None
+    shortcut: Shipped | Path | None = None
     max_cache_length: int | None = None
     max_batch_size: int | None = None
     calibration_data: tuple[Path, ...] = ()
@@ -65,6 +69,7 @@ class BuildOptions:
     overwrite: bool = False
     skip_verification: bool = False
     trust_remote_code: bool = False
+    ignore_config_fields: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, reader in _READERS.items():
@@ -72,6 +77,11 @@ class BuildOptions:
             if value is not None or name in _REQUIRED:
                 object.__setattr__(self, name, reader(name.replace("_", "-"), value))
         _ = self.limits  # what can never be promised is refused here
+        if isinstance(self.shortcut, Path) and self.rank is not None:
+            raise UsageError(
+                f"rank {self.rank} is given, and a shortcut that exists: {self.shortcut}",
+                hint="leave --rank out",
+            )
 
     @property
     def limits(self) -> Limits | None:
@@ -99,6 +109,16 @@ def _paths(name: str, value: Any) -> tuple[Path, ...]:
     return tuple(listed(name, value, lambda each: _path(f"a path of {name}", each), wanted))
 
 
+def names(name: str, value: Any) -> tuple[str, ...]:
+    """A list of names, sorted, each once.
+
+    Raises:
+        UsageError: Something else.
+    """
+    found = listed(name, value, lambda each: text(f"a name of {name}", each), "a list of names")
+    return tuple(sorted(set(found)))
+
+
 def _name_or_path(name: str, value: Any) -> str:
     return text(name, os.fspath(value) if isinstance(value, os.PathLike) else value)
 
@@ -110,12 +130,15 @@ def _precision(name: str, value: Any) -> Precision:
     raise UsageError(f"{name} '{value}' is not known", hint="known: fp32, fp16")
 
 
-def _shortcut(name: str, value: Any) -> Shipped:
+def _shortcut(name: str, value: Any) -> Shipped | Path:
     for kind in SHIPPED:
         if value == kind:
             return kind
+    if isinstance(value, os.PathLike) or str(value).endswith(SHORTCUT_SUFFIX):
+        return _path(name, value)
     raise UsageError(
-        f"{name} '{value}' can't be built into a bundle", hint=f"known: {', '.join(SHIPPED)}"
+        f"{name} '{value}' can't be built into a bundle",
+        hint=f"known: {', '.join(SHIPPED)}, or a file whose name ends in {SHORTCUT_SUFFIX}",
     )
 
 
@@ -131,6 +154,7 @@ _REQUIRED = (
     "overwrite",
     "skip_verification",
     "trust_remote_code",
+    "ignore_config_fields",
 )
 # How each option is read where it is given.
 _READERS: dict[str, Callable[[str, Any], Any]] = {
@@ -152,4 +176,5 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "overwrite": flag,
     "skip_verification": flag,
     "trust_remote_code": flag,
+    "ignore_config_fields": names,
 }

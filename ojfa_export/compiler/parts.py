@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from ojfa_export.bundle.names import GRAPHS, SHORTCUT, block_name, graph_names
-from ojfa_export.bundle.shortcut import load
 from ojfa_export.compiler import stages
-from ojfa_export.compiler.inputs import Inputs
+from ojfa_export.compiler.inputs import Inputs, read_shortcut
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.report.write import write_report
+from ojfa_export.compiler.shortcut_stage import report_calibrated, run_calibration
 from ojfa_export.compiler.work import Work, check_output
-from ojfa_export.errors import CheckpointError
+from ojfa_export.errors import UsageError
 from ojfa_export.graphs.export import Exporter
-from ojfa_export.graphs.fold import fold
+from ojfa_export.graphs.fold import fold_if_narrow
 from ojfa_export.system.progress import Progress
 from ojfa_export.system.publish import publish
 
@@ -34,6 +34,10 @@ def calibrate_only(
         OjfaError: Bad input.
     """
     check_output(options.output, options.overwrite, holds=None)
+    if isinstance(options.shortcut, Path):
+        raise UsageError(
+            f"{options.shortcut} is a shortcut already", hint="build with it: 'build --shortcut'"
+        )
     inputs = Inputs(options)
     with Work(options.output, f"calibrate {inputs.fingerprint()}").open() as work:
         exporter = _exporter(inputs, work.bundle / GRAPHS)
@@ -45,8 +49,8 @@ def calibrate_only(
             if needed:
                 spec = inputs.checkpoint.spec
                 stages.build_engines(work.bundle, names, spec, inputs.backend, progress)
-        calibrated = stages.run_calibration(inputs, work, progress)
-        result = stages.make_report(inputs, calibrated)
+        calibrated = run_calibration(inputs, work, progress)
+        result = report_calibrated(inputs, calibrated)
         if report is not None:
             report.mkdir(parents=True, exist_ok=True)
             write_report(result, report)
@@ -68,6 +72,9 @@ def export_only(options: BuildOptions, shortcut: Path | None, progress: Progress
     """
     check_output(options.output, options.overwrite, holds="embed.onnx")
     inputs = Inputs(options)
+    jump = None
+    if shortcut is not None:
+        jump = read_shortcut(shortcut, inputs.checkpoint, inputs.model_sha256)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=options.output.absolute().parent, prefix=f"{options.output.name}."
@@ -77,23 +84,13 @@ def export_only(options: BuildOptions, shortcut: Path | None, progress: Progress
         exporter = _exporter(inputs, directory)
         stages.export(exporter, progress)
         names = [name for name in graph_names(inputs.checkpoint.spec.blocks) if name != "exit_head"]
-        if shortcut is not None:
-            _export_exit_head(exporter, shortcut, inputs)
+        if jump is not None:
+            head = stages.language_head(inputs.checkpoint, exporter.directory)
+            exporter.exit_head(fold_if_narrow(jump, head))
             names.append("exit_head")
         check_output(options.output, options.overwrite, holds="embed.onnx")
         publish(directory, options.output)
     return {"directory": str(options.output), "graphs": names}
-
-
-def _export_exit_head(exporter: Exporter, shortcut: Path, inputs: Inputs) -> None:
-    jump, model_sha256 = load(shortcut)
-    if model_sha256 != inputs.model_sha256:
-        raise CheckpointError(
-            f"{shortcut} was fitted on another model than {inputs.checkpoint.directory}",
-            hint="fit it again with 'ojfa-export calibrate'",
-        )
-    head = stages.language_head(inputs.checkpoint, exporter.directory)
-    exporter.exit_head(jump if jump.residual else fold(jump, head.norm, head.weight, head.bias))
 
 
 def _exporter(inputs: Inputs, directory: Path) -> Exporter:

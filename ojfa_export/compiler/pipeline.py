@@ -18,6 +18,7 @@ from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.report.model import CalibrationReport
 from ojfa_export.compiler.report.write import write_report
+from ojfa_export.compiler.shortcut_stage import make_shortcut
 from ojfa_export.compiler.work import StageRecord, Work, check_output
 from ojfa_export.graphs.export import Exporter
 from ojfa_export.runtime.model import Model
@@ -76,6 +77,7 @@ class BuildResult:
             verified += " against float64; transformers, which is not installed, was not compared"
         return (
             f"{self.bundle}: {report.blocks} blocks, {report.shortcut}, {verified}\n"
+            f"exits: {report.worth}\n"
             + (f"exit auto: {self.promise.reason}\n" if self.promise else "")
             + (f"default: {default.reason}\n" if default else "")
             + f"report: {self.bundle / REPORT / 'report.html'}"
@@ -107,16 +109,16 @@ def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
         if needed:
             stages.export(exporter, progress)
             stages.write_tokenizer(inputs.tokenizer, work.bundle)
+            stages.write_chat(inputs.chat, work.bundle)
     with work.stage("engines") as needed:
         if needed:
             names = [name for name in graph_names(spec.blocks) if name != "exit_head"]
             stages.build_engines(work.bundle, names, spec, backend, progress)
     with work.stage("calibrate") as needed:
         if needed:
-            calibrated = stages.run_calibration(inputs, work, progress)
-            exporter.exit_head(calibrated.head)
+            head, report = make_shortcut(inputs, work, progress)
+            exporter.exit_head(head)
             stages.build_engines(work.bundle, ["exit_head"], spec, backend, progress)
-            report = stages.make_report(inputs, calibrated)
             stages.save_report(report, work.scratch / "report.json")
             for path in work.scratch.glob("*.f32"):
                 path.unlink()
@@ -184,7 +186,7 @@ def plan(options: BuildOptions) -> dict[str, Any]:
         "spec": spec.model_dump(mode="json"),
         "settings": {
             **settings.model_dump(),
-            "shortcut": options.shortcut,
+            "shortcut": options.shortcut and str(options.shortcut),
             "limits": options.limits and options.limits.model_dump(),
             "calibration_data": [str(path) for path in inputs.calibration_data],
         },

@@ -155,8 +155,13 @@ def _check(rank: int, length: int, spec: ModelSpec, rotary: Rotary | None) -> No
             f"rank {rank} is outside 1..{spec.hidden_size}, the model's hidden size",
             hint=f"the paper's rank for this model is {max(1, spec.hidden_size // 100)}",
         )
-    grows = rotary is not None and rotary.kind == "dynamic"
-    if length > spec.max_positions and not grows:
+    if length > spec.max_positions:
+        if rotary is not None and rotary.kind == "dynamic":
+            raise UsageError(
+                f"max-cache-length {length} is more than the {spec.max_positions} positions up to "
+                "which dynamic rotary scaling rotates a token by its position alone",
+                hint=f"use --max-cache-length {spec.max_positions} or less",
+            )
         raise UsageError(
             f"max-cache-length {length} is more than the {spec.max_positions} positions that the "
             "model was made for",

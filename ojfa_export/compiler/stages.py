@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import platform
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -24,35 +23,33 @@ from ojfa_export.bundle.manifest import (
     Golden,
     Manifest,
     Model,
-    ShortcutEntry,
 )
 from ojfa_export.bundle.names import (
+    CHAT,
     ENGINES,
     GRAPHS,
     MANIFEST,
     SHORTCUT,
     TOKENIZER,
-    block_name,
     graph_names,
 )
-from ojfa_export.bundle.shortcut import load, save
+from ojfa_export.bundle.shortcut_entry import ShortcutEntry
+from ojfa_export.bundle.shortcut_file import load
 from ojfa_export.compiler.decided import Decided
 from ojfa_export.compiler.describe import describe_files, describe_graphs, describe_rotary
 from ojfa_export.compiler.golden import make_golden
 from ojfa_export.compiler.inputs import Inputs
-from ojfa_export.compiler.report.model import CalibrationReport, ExitReport
+from ojfa_export.compiler.report.model import CalibrationReport
 from ojfa_export.compiler.versions import tool_versions
 from ojfa_export.compiler.work import Work
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.graphs.export import Exporter
 from ojfa_export.graphs.graph import OPSET
 from ojfa_export.graphs.weights import references
+from ojfa_export.models.chat_format import ChatFormat
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.head import FinalNorm, LanguageHead
 from ojfa_export.models.spec import ModelSpec
-from ojfa_export.shortcuts.calibrate import Calibrated, calibrate
-from ojfa_export.shortcuts.hidden import collect_hidden_states
-from ojfa_export.shortcuts.metrics import ExitQuality
 from ojfa_export.system.progress import Progress
 from ojfa_export.verify.check import Check
 
@@ -136,67 +133,6 @@ def language_head(checkpoint: Checkpoint, graphs: Path) -> LanguageHead:
     return LanguageHead(norm, arrays["head"], None)
 
 
-def run_calibration(inputs: Inputs, work: Work, progress: Progress) -> Calibrated:
-    """Fits and chooses the shortcut, and writes shortcut.safetensors."""
-    checkpoint, backend, windows = inputs.checkpoint, inputs.backend, inputs.windows
-    spec = checkpoint.spec
-    names = ["embed", *map(block_name, range(spec.blocks))]
-    states = collect_hidden_states(
-        spec,
-        backend,
-        work.bundle / GRAPHS,
-        engine_files(work.bundle, backend, names),
-        rotary_tables(work.bundle),
-        np.concatenate([windows.fit, windows.held_out]),
-        work.scratch,
-        progress,
-    )
-    head = language_head(checkpoint, work.bundle / GRAPHS)
-    settings = inputs.settings
-    calibrated = calibrate(
-        states,
-        spec.blocks,
-        windows.fit.size,
-        head,
-        settings.rank,
-        inputs.options.shortcut,
-        work.scratch,
-        progress,
-    )
-    save(calibrated.shortcut, work.bundle / SHORTCUT, inputs.model_sha256)
-    return calibrated
-
-
-def make_report(inputs: Inputs, calibrated: Calibrated) -> CalibrationReport:
-    """The report of a calibration."""
-    spec, shortcut = inputs.checkpoint.spec, calibrated.shortcut
-    levels = spec.blocks - 1
-    residual: Sequence[ExitQuality | None] = calibrated.residual or [None] * levels
-    exits = zip(
-        calibrated.one_jump, calibrated.multi_jump, calibrated.identity, residual, strict=True
-    )
-    return CalibrationReport(
-        model=inputs.name,
-        blocks=spec.blocks,
-        hidden_size=spec.hidden_size,
-        rank=shortcut.rank,
-        kind=shortcut.kind,
-        fitted_at=calibrated.choice.fitted_at,
-        reason=calibrated.reason,
-        parameters=shortcut.parameters,
-        parameters_multi_jump=2 * spec.hidden_size * (shortcut.rank + 1) * levels,
-        calibration_sources=[text.name for text in inputs.texts],
-        tokens_fitted=inputs.windows.fit.size,
-        tokens_held_out=calibrated.tokens_measured,
-        exits=[
-            ExitReport(blocks=depth, ojfa=one, multi_jump=multi, identity=identity, residual=shared)
-            for depth, (one, multi, identity, shared) in enumerate(exits, start=1)
-        ],
-        precision_at_1=calibrated.matrix.precision_at_1.tolist(),
-        surprisal=calibrated.matrix.surprisal.tolist(),
-    )
-
-
 def find_golden(inputs: Inputs, work: Work) -> tuple[Golden, ...]:
     """Tokens that the finished engines must reproduce."""
     spec, engines = inputs.checkpoint.spec, open_engines(inputs, work)
@@ -222,6 +158,7 @@ def write_manifest(
             revision=inputs.options.revision,
             sha256=inputs.model_sha256,
             config=checkpoint.config.fields,
+            ignored_fields=inputs.options.ignore_config_fields,
             spec=spec,
         ),
         precision=settings.precision,
@@ -232,14 +169,7 @@ def write_manifest(
         rotary=describe_rotary(bundle),
         graphs=describe_graphs(bundle, spec.blocks),
         engines=(engine_set(bundle, inputs.backend, names),),
-        shortcut=ShortcutEntry(
-            kind=shortcut.kind,
-            rank=shortcut.rank,
-            fitted_at=shortcut.fitted_at,
-            residual=shortcut.residual,
-            parameters=shortcut.parameters,
-            gates=None if shortcut.gates is None else tuple(shortcut.gates.tolist()),
-        ),
+        shortcut=ShortcutEntry.of(shortcut),
         calibration=Calibration(
             sources=tuple(
                 CalibrationSource(name=text.name, sha256=text.sha256, bytes=text.size)
@@ -252,6 +182,7 @@ def write_manifest(
         auto=decided.auto,
         promise=decided.promise,
         default=decided.default,
+        generation=checkpoint.generation,
         files=describe_files(bundle),
         built=Built(
             time=datetime.now(timezone.utc), host=platform.node(), versions=tool_versions()
@@ -274,6 +205,12 @@ def engine_set(bundle: Path, backend: Backend, names: list[str]) -> EngineSet:
 def write_tokenizer(tokenizer: Tokenizer, bundle: Path) -> None:
     """Writes tokenizer.json."""
     tokenizer.save(str(bundle / TOKENIZER))
+
+
+def write_chat(chat: ChatFormat | None, bundle: Path) -> None:
+    """Writes chat.json, if the checkpoint has a chat template."""
+    if chat is not None:
+        (bundle / CHAT).write_text(chat.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def save_report(report: CalibrationReport, path: Path) -> None:

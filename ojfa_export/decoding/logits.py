@@ -56,7 +56,7 @@ class LogitsProcessor:
         logits = logits.copy()
         if len(self._biased):
             logits[self._biased] += self._biases
-        if options.repetition_penalty != 1:
+        if options.repetition_penalty not in (None, 1):
             seen = np.fromiter(self._seen, np.int64)
             values = logits[seen]
             penalty = np.float32(options.repetition_penalty)
@@ -65,7 +65,7 @@ class LogitsProcessor:
             tokens = np.fromiter(self._generated, np.int64)
             counts = np.fromiter(self._generated.values(), np.float32)
             logits[tokens] -= options.presence_penalty + options.frequency_penalty * counts
-        if options.min_p > 0 and options.temperature > 0:
+        if options.min_p and options.temperature:
             # p_i / p_max = exp((l_i - l_max) / temperature)
             least = logits.max() + options.temperature * math.log(options.min_p)
             logits[logits < least] = -np.inf

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict
 
 from ojfa_export.decoding.exits import Exit, resolve_exit
+from ojfa_export.decoding.generation_defaults import NO_DEFAULTS, GenerationDefaults
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.decoding.speculation import Speculation
@@ -26,12 +27,13 @@ class OptionArguments(TypedDict, total=False):
     exit: ExitChoice | None
     speculate: bool | Speculation
     max_new_tokens: int
-    temperature: float
+    sample: bool
+    temperature: float | None
     top_k: int | None
-    top_p: float
-    min_p: float
+    top_p: float | None
+    min_p: float | None
     seed: int
-    repetition_penalty: float
+    repetition_penalty: float | None
     presence_penalty: float
     frequency_penalty: float
     logit_bias: Mapping[int, float]
@@ -45,13 +47,18 @@ class OptionArguments(TypedDict, total=False):
 class GenerationOptions:
     """How text is generated. Values are checked here, whoever gives them.
 
+    What is None is as the bundle has it from the checkpoint's generation_config.json, else off:
+    `completed` fills it in.
+
     Attributes:
         exit: Blocks to run for each token, or "full"; "auto" decides for each token by the policy
             in the bundle, an `ExitPolicy` by that. None for what the build planned.
         speculate: Whether, or how, to draft at an exit and verify with the other blocks.
         max_new_tokens: Tokens at most.
-        temperature: 0 for greedy decoding; else logits are divided by it.
-        top_k: Sample among this many most likely tokens; None for all.
+        sample: Whether to sample where no temperature is named: at the bundle's, else at 1.
+        temperature: 0 for greedy decoding; else logits are divided by it. None is greedy without
+            `sample`.
+        top_k: Sample among this many most likely tokens; as many as the vocabulary has for all.
         top_p: Sample among the fewest tokens with this much probability.
         min_p: Leave out tokens with less than this share of the likeliest one's probability.
         seed: Of sampling.
@@ -59,7 +66,8 @@ class GenerationOptions:
             divided by it where positive and multiplied where negative; 1 for none.
         presence_penalty: Taken from the logits of tokens that were generated.
         frequency_penalty: The same for each time that they were.
-        logit_bias: Added to the logits, by token id, from -10,000 to 10,000.
+        logit_bias: Added to the logits, by token id, from -10,000 to 10,000. Tokens that the bundle
+            suppresses have -10,000 unless they are named.
         stop: Strings that end the text and are no part of it.
         stop_token_ids: Tokens that end the text, beside the model's own.
         ignore_eos: Whether to go on after the model's end-of-text tokens.
@@ -73,12 +81,13 @@ class GenerationOptions:
     exit: ExitChoice | None = None
     speculate: bool | Speculation = False
     max_new_tokens: int = 64
-    temperature: float = 0.0
+    sample: bool = False
+    temperature: float | None = None
     top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
+    top_p: float | None = None
+    min_p: float | None = None
     seed: int = 0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -91,11 +100,16 @@ class GenerationOptions:
         read = {
             name: reader(_shown(name), getattr(self, name)) for name, reader in _READERS.items()
         }
-        sampling = Sampling(self.temperature, self.top_k, self.top_p, self.seed)
         for name in ("temperature", "top_k", "top_p", "seed"):
-            read[name] = getattr(sampling, name)
+            if getattr(self, name) is not None:
+                read[name] = getattr(self.sampling, name)
         for name, value in read.items():
             object.__setattr__(self, name, value)
+        if self.sample and self.temperature == 0:
+            raise UsageError(
+                "sample was asked for, and temperature 0 is greedy decoding",
+                hint="leave out one of them",
+            )
 
     @classmethod
     def of(cls, options: GenerationOptions | None, changes: Mapping[str, Any]) -> GenerationOptions:
@@ -118,10 +132,39 @@ class GenerationOptions:
         base = {} if options is None else {name: getattr(options, name) for name in known}
         return cls(**{**base, **changes})
 
+    def completed(self, defaults: GenerationDefaults) -> GenerationOptions:
+        """The options with a bundle's defaults where they name no value.
+
+        Raises:
+            UsageError: Speculation is asked for, which the defaults can't be combined with.
+        """
+        sampled = self.sample if self.temperature is None else self.temperature > 0
+        given = defaults if sampled else NO_DEFAULTS
+        values: dict[str, Any] = {
+            "temperature": (given.temperature or 1.0) if sampled else 0.0,
+            "top_k": given.top_k,
+            "top_p": given.top_p or 1.0,
+            "min_p": given.min_p or 0.0,
+            "repetition_penalty": defaults.repetition_penalty or 1.0,
+        }
+        missing = {name: value for name, value in values.items() if getattr(self, name) is None}
+        suppressed = dict.fromkeys(defaults.suppress_tokens, -MOST_BIAS)
+        completed = replace(self, **missing, logit_bias=suppressed | dict(self.logit_bias))
+        if completed.adjusts_logits and self.speculation is not None and not self.adjusts_logits:
+            raise UsageError(
+                "the bundle's own defaults can't be combined with speculation: "
+                + ", ".join(filter(None, (defaults.always, defaults.sampling))),
+                hint="leave out speculation, or name other values: --repetition-penalty 1, "
+                "--min-p 0, --logit-bias TOKEN=0",
+            )
+        return completed
+
     @property
     def sampling(self) -> Sampling:
-        """Temperature, top-k, top-p and seed."""
-        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+        """Temperature, top-k, top-p and seed; off where they are None."""
+        temperature = 0.0 if self.temperature is None else self.temperature
+        top_p = 1.0 if self.top_p is None else self.top_p
+        return Sampling(temperature, self.top_k, top_p, self.seed)
 
     @property
     def speculation(self) -> Speculation | None:
@@ -139,9 +182,9 @@ class GenerationOptions:
     def adjusts_logits(self) -> bool:
         """Whether a penalty, a bias or min-p changes the distribution."""
         return (
-            bool(self.logit_bias)
-            or (self.min_p > 0 and self.temperature > 0)
-            or self.repetition_penalty != 1
+            any(self.logit_bias.values())
+            or bool(self.min_p and self.temperature)
+            or self.repetition_penalty not in (None, 1)
             or self.presence_penalty != 0
             or self.frequency_penalty != 0
         )
@@ -231,13 +274,18 @@ def _between(low: float, high: float) -> Callable[[str, Any], float]:
     return lambda name, value: real_number(name, value, low, high)
 
 
+def _optional(low: float, high: float) -> Callable[[str, Any], float | None]:
+    return lambda name, value: None if value is None else real_number(name, value, low, high)
+
+
 # How each option is read; those of sampling are read by `Sampling`.
 _READERS: dict[str, Callable[[str, Any], Any]] = {
     "exit": _exit,
     "speculate": _speculate,
     "max_new_tokens": lambda name, value: whole_number(name, value, 1),
-    "min_p": _between(0.0, 1.0),
-    "repetition_penalty": _between(1e-6, 1e6),
+    "sample": flag,
+    "min_p": _optional(0.0, 1.0),
+    "repetition_penalty": _optional(1e-6, 1e6),
     "presence_penalty": _between(-100.0, 100.0),
     "frequency_penalty": _between(-100.0, 100.0),
     "logit_bias": _biases,

@@ -33,11 +33,20 @@ def check_token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
     Raises:
         UsageError: Something else, or one outside the model.
     """
-    ids = listed("a prompt", prompt, _token_id, _WANTED)
+    return check_known(listed("a prompt", prompt, _token_id, _WANTED), vocab_size)
+
+
+def check_known(ids: list[int], vocab_size: int) -> list[int]:
+    """The same ids: a tokenizer may have tokens that its model doesn't.
+
+    Raises:
+        UsageError: One is outside the model.
+    """
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         raise UsageError(
             f"the prompt has token ids outside 0..{vocab_size - 1}",
-            hint="was it encoded with another model's tokenizer?",
+            hint="was it encoded with another model's tokenizer, or with a token that was added to "
+            "the tokenizer and not to the model?",
         )
     return ids
 

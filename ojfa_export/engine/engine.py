@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from ojfa_export.backends.backend import PagedCache
 from ojfa_export.decoding.options import GenerationOptions, OptionArguments
-from ojfa_export.engine.asks import Answer
 from ojfa_export.engine.budget import CacheSize, PageBudget
 from ojfa_export.engine.costs import PassCosts
 from ojfa_export.engine.launcher import Launched, Launcher
+from ojfa_export.engine.next_step import StepOutput
 from ojfa_export.engine.request import FinishReason, Request
 from ojfa_export.engine.running import NO_SLOT, Running
 from ojfa_export.engine.scheduler import MOST_PIECE, Scheduler, Work
@@ -133,6 +133,7 @@ class Engine:
             OjfaError: The engine is closed.
         """
         options = GenerationOptions.of(options, changes)
+        options = options.completed(self.model.manifest.generation)
         if options.exit is None:
             options = replace(options, exit="full")
         assert options.exit is not None
@@ -275,21 +276,21 @@ class Engine:
         return self._launcher.follow(before)
 
     def _hand_out(self, launched: Launched) -> None:
-        """Gives the requests of a pass their answers, as far as they still want them."""
+        """Gives the requests of a pass their outputs, as far as they still want them."""
         self._launcher.wait(launched)
         heads, row = launched.heads, 0
         if heads is None:
             return
-        for each, ask in zip(launched.running, launched.asks, strict=True):
-            if ask is None:
+        for each, step in zip(launched.running, launched.steps, strict=True):
+            if step is None:
                 continue
             if not each.request.done:
-                self._answer(each, Answer(heads, row, ask))
-            row += ask.rows
+                self._hand_on(each, StepOutput(heads, row, step))
+            row += step.rows
 
-    def _answer(self, each: Running, answer: Answer) -> None:
+    def _hand_on(self, each: Running, output: StepOutput) -> None:
         try:
-            emitted = each.answer(answer)
+            emitted = each.advance(output)
         except OjfaError as error:  # the request's own
             each.request.end(None, error)
             emitted = []
@@ -321,7 +322,7 @@ class Engine:
             if alone:
                 error = OjfaError(
                     f"the request needs more than the {self._size.tokens} tokens of the KV cache",
-                    hint="give the engine more kv-cache-bytes, or ask for fewer tokens",
+                    hint="give the engine more kv-cache-bytes, or step for fewer tokens",
                 )
                 self._end(each, None, error)
                 return

@@ -9,7 +9,7 @@ from ojfa_export.decoding.arrays import Float32, Hidden
 from ojfa_export.decoding.confidence import Measure
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest, HostHeadOutput
 from ojfa_export.decoding.sampling import GREEDY, Sampling
-from ojfa_export.engine.asks import Ask
+from ojfa_export.engine.next_step import NextStep
 
 
 class Heads:
@@ -66,7 +66,7 @@ class Heads:
         return logits
 
 
-def ask_heads(engines: Engines, hidden: Hidden, depth: int, asks: Sequence[Ask]) -> Heads:
+def run_heads(engines: Engines, hidden: Hidden, depth: int, steps: Sequence[NextStep]) -> Heads:
     """Asks the head after so many blocks what all requests want to know.
 
     A head reads all its weights, whatever the rows are: each sampling is asked about all of them.
@@ -74,48 +74,48 @@ def ask_heads(engines: Engines, hidden: Hidden, depth: int, asks: Sequence[Ask])
 
     Args:
         engines: The opened engines.
-        hidden: [sum of rows, H], ask by ask.
+        hidden: [sum of rows, H], step by step.
         depth: Blocks run.
-        asks: Of each request.
+        steps: Of each request.
     """
-    if all(ask.logits for ask in asks):
+    if all(step.logits for step in steps):
         return Heads({GREEDY: HostHeadOutput(engines.logits(hidden, depth), HeadRequest())})
-    sampled = {ask.sampling: None for ask in asks if ask.sampling is not GREEDY}
+    sampled = {step.sampling: None for step in steps if step.sampling is not GREEDY}
     outputs: dict[Sampling, HeadOutput] = {}
     for sampling in sampled or [GREEDY]:
-        outputs[sampling] = engines.choose(hidden, depth, head_request(sampling, asks))
+        outputs[sampling] = engines.choose(hidden, depth, head_request(sampling, steps))
         if isinstance(outputs[sampling], HostHeadOutput):
             return Heads(outputs)
-    return Heads(outputs, _logits(engines, hidden, depth, asks))
+    return Heads(outputs, _logits(engines, hidden, depth, steps))
 
 
 def _logits(
-    engines: Engines, hidden: Hidden, depth: int, asks: Sequence[Ask]
+    engines: Engines, hidden: Hidden, depth: int, steps: Sequence[NextStep]
 ) -> dict[int, Float32]:
     """Logits of those that need them on the host, by first row."""
     wanted: list[int] = []
     parts: dict[int, slice] = {}
     row = 0
-    for ask in asks:
-        if ask.logits:
-            parts[row] = slice(len(wanted), len(wanted) + ask.rows)
-            wanted.extend(range(row, row + ask.rows))
-        row += ask.rows
+    for step in steps:
+        if step.logits:
+            parts[row] = slice(len(wanted), len(wanted) + step.rows)
+            wanted.extend(range(row, row + step.rows))
+        row += step.rows
     if not wanted:
         return {}
     logits = engines.logits(hidden[wanted], depth)
     return {row: logits[part] for row, part in parts.items()}
 
 
-def head_request(sampling: Sampling, asks: Sequence[Ask]) -> HeadRequest:
+def head_request(sampling: Sampling, steps: Sequence[NextStep]) -> HeadRequest:
     """What a head is asked, with each request's random number where it samples."""
     if sampling is GREEDY:
         return HeadRequest()
-    return HeadRequest(sampling, [ask.draw for ask in asks for _ in range(ask.rows)])
+    return HeadRequest(sampling, [step.draw for step in steps for _ in range(step.rows)])
 
 
-def one_sampling(asks: Sequence[Ask]) -> Sampling | None:
+def one_sampling(steps: Sequence[NextStep]) -> Sampling | None:
     """How all choose their one next token; None where they differ, or want more than that."""
-    first = asks[0].sampling
-    alike = all(ask.sampling is first and ask.rows == 1 and not ask.logits for ask in asks)
+    first = steps[0].sampling
+    alike = all(step.sampling is first and step.rows == 1 and not step.logits for step in steps)
     return first if alike else None

@@ -14,9 +14,9 @@ from ojfa_export.backends.backend import AsksExitsTogether
 from ojfa_export.decoding.arrays import Hidden
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest, HostHeadOutput
 from ojfa_export.decoding.sampling import GREEDY
-from ojfa_export.engine.asks import Ask
 from ojfa_export.engine.costs import PassCosts
-from ojfa_export.engine.heads import Heads, ask_heads, head_request, one_sampling
+from ojfa_export.engine.heads import Heads, head_request, one_sampling, run_heads
+from ojfa_export.engine.next_step import NextStep
 from ojfa_export.engine.running import Running
 from ojfa_export.engine.scheduler import Work
 from ojfa_export.engine.stats import Counts
@@ -30,18 +30,18 @@ class Launched:
 
     Attributes:
         running: Whose tokens.
-        asks: What each of them gets an answer to; None where a prompt goes on.
+        steps: What each of them gets an output to; None where a prompt goes on.
         entry: The first block that runs.
         depth: Blocks that its tokens run to.
         tokens: That it runs, in a block on average.
         at: When it was launched, by `time.perf_counter`.
-        heads: The answers; None where nobody gets one.
+        heads: Their outputs; None where nobody gets one.
         chosen: What chooses the token of each, in their order, if one output does.
         ended: Whether it has been waited for.
     """
 
     running: list[Running]
-    asks: list[Ask | None]
+    steps: list[NextStep | None]
     entry: int
     depth: int
     tokens: float
@@ -63,7 +63,7 @@ class Launcher:
     def __init__(self, runner: ModelRunner, costs: PassCosts, counts: Counts) -> None:
         self._runner, self._engines = runner, runner.engines
         self._costs, self._counts = costs, counts
-        # When the last answer came, and whether something ran since that nobody waited for.
+        # When the last output came, and whether something ran since that nobody waited for.
         self._answered_at, self._unmeasured = 0.0, False
 
     @property
@@ -78,10 +78,10 @@ class Launcher:
             Where all run to one depth, one pass, which another may follow; else those that each
             head answers, of the same work.
         """
-        tokens, asks = self._count(work), work.asks
+        tokens, steps = self._count(work), work.steps
         if len(set(work.depths)) > 1:
-            return self._launch_each(work, asks, tokens)
-        launched = Launched(work.running, asks, work.entry, work.depths[0], tokens)
+            return self._launch_each(work, steps, tokens)
+        launched = Launched(work.running, steps, work.entry, work.depths[0], tokens)
         self._launch(launched, work.stops)
         return [launched]
 
@@ -107,7 +107,7 @@ class Launcher:
         running = [before.running[row] for row, _ in going]
         self._counts.passes += 1
         self._counts.pass_tokens += len(running)
-        launched = Launched(running, [ask for _, ask in going], 0, before.depth, len(running))
+        launched = Launched(running, [step for _, step in going], 0, before.depth, len(running))
         with expecting([each.sequence for each in running], tokens):
             self._launch(launched, None, following)
         return launched
@@ -134,57 +134,59 @@ class Launcher:
         stops: Sequence[int] | None,
         following: HeadOutput | None = None,
     ) -> None:
-        """Runs the sequences to the depth, and asks the head there what they want to know."""
+        """Runs the sequences to the depth, and runs the head there on what they want to know."""
         launched.at = time.perf_counter()
         runner, depth = self._runner, launched.depth
         sequences = [each.sequence for each in launched.running]
-        asks = [ask for ask in launched.asks if ask is not None]
-        sampling = one_sampling(asks) if len(asks) == len(sequences) else None
+        steps = [step for step in launched.steps if step is not None]
+        sampling = one_sampling(steps) if len(steps) == len(sequences) else None
         if sampling is not None:
             # One token of each, as a rule: a device has a short way for that.
-            request = head_request(sampling, asks)
+            request = head_request(sampling, steps)
             output = runner.choose(sequences, depth, request, following)
             launched.heads = Heads({sampling: output})
             launched.chosen = output if runner.run_together(sequences) else None
             return
-        counts = [0 if ask is None else ask.rows for ask in launched.asks]
+        counts = [0 if step is None else step.rows for step in launched.steps]
         hidden = runner.run(sequences, depth, counts, following, stops)
-        if asks:
-            launched.heads = ask_heads(self._engines, hidden, depth, asks)
+        if steps:
+            launched.heads = run_heads(self._engines, hidden, depth, steps)
 
-    def _launch_each(self, work: Work, asks: list[Ask | None], tokens: float) -> list[Launched]:
-        """Runs each sequence to its own depth, and asks the heads there."""
+    def _launch_each(
+        self, work: Work, steps: list[NextStep | None], tokens: float
+    ) -> list[Launched]:
+        """Runs each sequence to its own depth, and runs the heads there."""
         at, runner = time.perf_counter(), self._runner
         sequences = [each.sequence for each in work.running]
-        counts = [0 if ask is None else ask.rows for ask in asks]
+        counts = [0 if step is None else step.rows for step in steps]
         hidden = runner.run_each(sequences, work.depths, counts, work.stops)
         depth = work.entry + work.blocks
         launched: list[Launched] = []
-        for group in self._by_head(work.depths, asks):
+        for group in self._by_head(work.depths, steps):
             rows = runner.executor.arrays.concatenate([hidden[index] for index in group])
-            some = [ask for index in group if (ask := asks[index]) is not None]
+            some = [step for index in group if (step := steps[index]) is not None]
             running = [work.running[index] for index in group]
-            heads = self._ask(rows, some)
+            heads = self._run_heads(rows, some)
             # One wait measures what all of them took.
             ended = bool(launched)
             launched.append(
                 Launched(running, [*some], work.entry, depth, tokens, at, heads, ended=ended)
             )
-        return launched or [Launched(work.running, asks, work.entry, depth, tokens, at)]
+        return launched or [Launched(work.running, steps, work.entry, depth, tokens, at)]
 
-    def _by_head(self, depths: Sequence[int], asks: Sequence[Ask | None]) -> list[list[int]]:
+    def _by_head(self, depths: Sequence[int], steps: Sequence[NextStep | None]) -> list[list[int]]:
         """Indices of those that one call of a head answers."""
         groups: dict[int, list[int]] = {}
         blocks, together = self._runner.spec.blocks, isinstance(self._engines, AsksExitsTogether)
-        for index, (depth, ask) in enumerate(zip(depths, asks, strict=True)):
-            if ask is not None:
+        for index, (depth, step) in enumerate(zip(depths, steps, strict=True)):
+            if step is not None:
                 groups.setdefault(0 if together and depth < blocks else depth, []).append(index)
         return list(groups.values())
 
-    def _ask(self, hidden: Hidden, asks: Sequence[Ask]) -> Heads:
-        blocks_run = [ask.depth for ask in asks for _ in range(ask.rows)]
+    def _run_heads(self, hidden: Hidden, steps: Sequence[NextStep]) -> Heads:
+        blocks_run = [step.depth for step in steps for _ in range(step.rows)]
         if len(set(blocks_run)) == 1:
-            return ask_heads(self._engines, hidden, blocks_run[0], asks)
+            return run_heads(self._engines, hidden, blocks_run[0], steps)
         assert isinstance(self._engines, AsksExitsTogether)
         logits = self._engines.logits_of_exits(hidden, blocks_run)
         return Heads({GREEDY: HostHeadOutput(logits, HeadRequest())})
@@ -204,31 +206,31 @@ class Launcher:
         return block_tokens / work.blocks
 
 
-def _going_on(before: Launched) -> list[tuple[int, Ask]]:
+def _going_on(before: Launched) -> list[tuple[int, NextStep]]:
     """Rows of a pass that go on whatever its tokens are, and with what; none where that depends."""
     going = []
-    for row, (each, answered) in enumerate(zip(before.running, before.asks, strict=True)):
+    for row, (each, done) in enumerate(zip(before.running, before.steps, strict=True)):
         if each.request.done:
             continue
-        ask = each.foresee()
-        if ask is None or ask.depth != before.depth or answered is None:
+        step = each.foresee()
+        if step is None or step.depth != before.depth or done is None:
             return []
         if not each.is_at_last_token:
-            going.append((row, ask))
+            going.append((row, step))
     return going
 
 
 def _with_tokens(
-    before: Launched, going: list[tuple[int, Ask]]
-) -> tuple[list[tuple[int, Ask]], list[int]]:
+    before: Launched, going: list[tuple[int, NextStep]]
+) -> tuple[list[tuple[int, NextStep]], list[int]]:
     """The same with the tokens of the pass, once they are known; those that end are left out."""
     kept, tokens = [], []
-    for row, ask in going:
-        answered = before.asks[row]
+    for row, step in going:
+        done = before.steps[row]
         assert before.heads is not None
-        assert answered is not None
-        token = before.heads.token(row, answered.sampling, answered.draw)
+        assert done is not None
+        token = before.heads.token(row, done.sampling, done.draw)
         if not before.running[row].ends_with(token):
-            kept.append((row, ask))
+            kept.append((row, step))
             tokens.append(token)
     return kept, tokens

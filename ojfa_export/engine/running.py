@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ojfa_export.decoding.policy import ExitPolicy
-from ojfa_export.engine.asks import Answer, Ask, Decoder, Decoding, Emitted
+from ojfa_export.engine.decoder import Decoder, Decoding
+from ojfa_export.engine.next_step import Emitted, NextStep, StepOutput
 from ojfa_export.engine.request import FinishReason, Request, RequestToken
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.sequence import Sequence
@@ -25,7 +26,7 @@ class Running:
         deadline: When it must have ended, by `time.perf_counter`; None for never.
 
     Attributes:
-        ask: What it needs next.
+        step: What it needs next.
         waits: Passes of others since it could have run.
         cancelled: Whether it shall end.
         cached_tokens: Of the prompt, found in the prefix cache.
@@ -54,7 +55,7 @@ class Running:
         self._most = min(request.options.max_new_tokens, room)
         self._decoder = decoder
         self._decoding: Decoding = decoder.run()
-        self.ask: Ask = self._first()
+        self.step: NextStep = self._first()
 
     @classmethod
     def of(
@@ -77,7 +78,7 @@ class Running:
     @property
     def pending(self) -> int:
         """Tokens that have not run as deep as is needed next."""
-        return self.sequence.pending(self.ask.depth)
+        return self.sequence.pending(self.step.depth)
 
     @property
     def entry(self) -> int:
@@ -93,19 +94,19 @@ class Running:
         """Whether it ends with a token; its text may end it with others too."""
         return token in self._ends
 
-    def foresee(self) -> Ask | None:
+    def foresee(self) -> NextStep | None:
         """What is needed after the next token, whatever that is; None where that depends on it."""
         # LongRoPE's switch has all tokens run again, so they must be known.
         return self._decoder.foresee() if self.sequence.room_before_switch else None
 
-    def answer(self, answer: Answer) -> list[Emitted]:
-        """Goes on from an answer to what is needed next.
+    def advance(self, output: StepOutput) -> list[Emitted]:
+        """Goes on from a step's output to the next step.
 
         Returns:
             The tokens that it gave; after the request's last one nothing more is needed.
         """
         emitted: list[Emitted] = []
-        item = self._decoding.send(answer)
+        item = self._decoding.send(output)
         while isinstance(item, Emitted):
             emitted.append(item)
             self._put(item)
@@ -113,7 +114,7 @@ class Running:
                 self.close()
                 return emitted
             item = next(self._decoding)
-        self.ask = item
+        self.step = item
         return emitted
 
     def finish(self, reason: FinishReason) -> None:
@@ -126,9 +127,9 @@ class Running:
         """Ends the decoding."""
         self._decoding.close()
 
-    def _first(self) -> Ask:
+    def _first(self) -> NextStep:
         item = next(self._decoding)
-        assert isinstance(item, Ask)
+        assert isinstance(item, NextStep)
         return item
 
     def _put(self, token: Emitted) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 
-from ojfa_export.engine.asks import Ask
 from ojfa_export.engine.costs import PassCosts
+from ojfa_export.engine.next_step import NextStep
 from ojfa_export.engine.running import Running
 
 # More pending tokens than this are run in pieces, between the steps of others.
@@ -42,10 +42,10 @@ class Work:
         return max(self.depths) - self.entry
 
     @property
-    def asks(self) -> list[Ask | None]:
-        """What each gets an answer to; None where it is not yet where it wants to be."""
+    def steps(self) -> list[NextStep | None]:
+        """What each gets an output to; None where it is not yet where it wants to be."""
         return [
-            each.ask if each.ask.depth == depth and stop == len(each.sequence) else None
+            each.step if each.step.depth == depth and stop == len(each.sequence) else None
             for each, depth, stop in zip(self.running, self.depths, self.stops, strict=True)
         ]
 
@@ -66,8 +66,8 @@ class Scheduler:
     """Chooses the next work among requests that all wait for something.
 
     Requests whose few pending tokens wait before the same block run together, each as deep as it
-    needs, and their heads are asked at the end. Where an answer decides whether tokens go deeper,
-    all stop at the first such exit: those that leave are answered, the others go on. The deepest go
+    needs, and their heads are asked at the end. Where an output decides whether tokens go deeper,
+    all stop at the first such exit: those that leave are done, the others go on. The deepest go
     first, so that all begin their next tokens together. Where a pass of few tokens costs nearly
     what one of many does, and enough others can begin meanwhile, those at an exit wait until more
     have come there (DREX, arXiv 2512.15705, rebatches by measured times as well).
@@ -109,10 +109,12 @@ class Scheduler:
             for each in group:
                 each.waits = 0 if block == entry else each.waits + 1
         chosen = groups[entry]
-        limit = min((each.ask.depth for each in chosen if each.ask.may_go_on), default=self._blocks)
+        limit = min(
+            (each.step.depth for each in chosen if each.step.may_go_on), default=self._blocks
+        )
         work = Work(entry=entry)
         for each in chosen:
-            work.add(each, min(each.ask.depth, limit), len(each.sequence))
+            work.add(each, min(each.step.depth, limit), len(each.sequence))
         return work
 
     def _choose(self, groups: dict[int, list[Running]]) -> int:
@@ -129,12 +131,12 @@ class Scheduler:
         """Adds pieces of long prompts, in their order, as many as make a pass of good length."""
         left = self._prompt_tokens(len(prompts), len(work.running))
         for each in prompts:
-            depth, length = each.ask.depth, len(each.sequence)
+            depth, length = each.step.depth, len(each.sequence)
             start = each.sequence.marks[depth - 1]
             stop = min(length, start + left)
             # The last piece has all tokens whose logits are wanted.
-            if stop < length < stop + each.ask.rows:
-                stop = length - each.ask.rows
+            if stop < length < stop + each.step.rows:
+                stop = length - each.step.rows
             if stop <= start:
                 stop = length
             work.add(each, depth, stop)

@@ -99,6 +99,12 @@ class Portable:
         total = self.residual(graph, x, y)
         return total, self.norm(graph, total, weights, name)
 
+    def plain_norm(self, graph: Graph, x: str) -> str:
+        """The model's kind of norm without weights, of fp32 values, in fp32."""
+        if self.spec.norm == "layer":
+            x = graph.op("Sub", x, graph.op("ReduceMean", x, axes=[-1], keepdims=1))
+        return self._root_mean_square(graph, x)
+
     def unit_norm(self, graph: Graph, x: str, width: int) -> str:
         """RMSNorm without a weight, of fp32 values [..., width]; in compute precision."""
         return self.to_compute(graph, self._root_mean_square(graph, x))
@@ -113,13 +119,14 @@ class Portable:
         Returns:
             [..., intermediate_size] in compute precision.
         """
-        return self.to_compute(graph, self._activated(graph, up))
+        return self.to_compute(graph, self.activated(graph, up, self.spec.intermediate_size))
 
-    def _activated(self, graph: Graph, up: str) -> str:
+    def activated(self, graph: Graph, up: str, width: int) -> str:
+        """What `inner` gives, of a width, in the precision that comes in."""
         spec = self.spec
         if not spec.gated:
             return self.activation(graph, up, spec.activation)
-        sizes = graph.constant([spec.intermediate_size] * 2, np.int64)
+        sizes = graph.constant([width] * 2, np.int64)
         gate, up = graph.op("Split", up, sizes, axis=-1, outputs=2)
         return str(graph.op("Mul", self.activation(graph, gate, spec.activation), up))
 

@@ -8,18 +8,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.names import block_name
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.embed import embed_graph
 from ojfa_export.graphs.fold import FoldedHead
-from ojfa_export.graphs.heads import exit_head_graph, final_head_graph, residual_head_graph
+from ojfa_export.graphs.heads import final_head_graph, jump_head_graph
 from ojfa_export.graphs.weights import TensorRef, WeightFile, references
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.families.tensors import Source
 from ojfa_export.models.spec import Precision
 from ojfa_export.system.atomic import write_atomically
+
+ExitHead = FoldedHead | Shortcut | MlpShortcut
 
 
 class Exporter:
@@ -82,17 +85,20 @@ class Exporter:
             weights["head"] = self._embedding_ref()
         self._write("final_head", final_head_graph(self.checkpoint.spec, weights, self.dialect))
 
-    def exit_head(self, head: FoldedHead | Shortcut) -> None:
-        """Exports the exit head: a narrow shortcut folded, or a residual one as it is.
+    def exit_head(self, head: ExitHead) -> None:
+        """Exports the exit head: a narrow shortcut folded, or another as it is.
 
-        Of a residual shortcut the final head must have been exported: its weights are shared.
+        Of another the final head must have been exported: its weights are shared.
         """
-        if isinstance(head, Shortcut):
-            self._residual_head(head)
+        if isinstance(head, FoldedHead):
+            weights = self._folded_head(head)
         else:
-            self._folded_head(head)
+            jump = self._mlp(head) if isinstance(head, MlpShortcut) else self._residual(head)
+            weights = jump | references(self._load("final_head"))
+        model = jump_head_graph(self.checkpoint.spec, weights, self.dialect)
+        self._write("exit_head", model)
 
-    def _folded_head(self, folded: FoldedHead) -> None:
+    def _folded_head(self, folded: FoldedHead) -> dict[str, TensorRef]:
         with WeightFile(self.directory, "exit_head.bin", self.precision) as file:
             weights = {
                 "project": file.add("project", folded.project, "fp32"),
@@ -101,23 +107,29 @@ class Exporter:
             }
             if folded.logit_bias is not None:
                 weights["vocabulary.bias"] = file.add("vocabulary.bias", folded.logit_bias)
-        self._write("exit_head", exit_head_graph(self.checkpoint.spec, weights, self.dialect))
+        return weights
 
-    def _residual_head(self, shortcut: Shortcut) -> None:
+    def _mlp(self, shortcut: MlpShortcut) -> dict[str, TensorRef]:
+        with WeightFile(self.directory, "exit_head.bin", self.precision) as file:
+            return {
+                "exit.scale": file.add("exit.scale", shortcut.scale, "fp32"),
+                "exit.bias": file.add("exit.bias", shortcut.biases(), "fp32"),
+                "mlp.up.weight": file.add("mlp.up.weight", shortcut.up),
+                "mlp.down.weight": file.add("mlp.down.weight", shortcut.down),
+            }
+
+    def _residual(self, shortcut: Shortcut) -> dict[str, TensorRef]:
         gates = shortcut.gates
         if gates is None:
             gates = np.ones(self.checkpoint.spec.blocks - 1, np.float32)
         down = shortcut.down.astype(np.float64)
         with WeightFile(self.directory, "exit_head.bin", "fp32") as file:
-            weights = {
+            return {
                 "project": file.add("project", shortcut.scale[:, None] * down),
                 "project.bias": file.add("project.bias", shortcut.shift @ down),
                 "up": file.add("up", shortcut.up),
                 "gates": file.add("gates", gates),
             }
-        weights |= references(self._load("final_head"))
-        model = residual_head_graph(self.checkpoint.spec, weights, self.dialect)
-        self._write("exit_head", model)
 
     def _ends(self) -> Mapping[str, Source]:
         return self.checkpoint.family.ends(self.checkpoint.config, self.checkpoint.spec)

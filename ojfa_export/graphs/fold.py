@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ojfa_export.bundle.shortcut import Shortcut
-from ojfa_export.models.head import FinalNorm, head_chunks
-
-__all__ = ["FinalNorm", "FoldedHead", "fold"]
+from ojfa_export.bundle.shortcut_file import AnyShortcut
+from ojfa_export.models.head import FinalNorm, LanguageHead, head_chunks
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +42,13 @@ class FoldedHead:
         if self.logit_bias is not None:
             logits += self.logit_bias
         return logits
+
+
+def fold_if_narrow(shortcut: AnyShortcut, head: LanguageHead) -> FoldedHead | AnyShortcut:
+    """What an exit head is made of: a narrow jump folded, another jump as it is."""
+    if isinstance(shortcut, Shortcut) and not shortcut.residual:
+        return fold(shortcut, head.norm, head.weight, head.bias)
+    return shortcut
 
 
 def fold(

@@ -50,6 +50,47 @@ def exit_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onn
     return graph.model()
 
 
+def jump_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.ModelProto:
+    """The exit head of whatever shortcut the weights are of."""
+    for name, make in (("gates", residual_head_graph), ("exit.scale", mlp_head_graph)):
+        if name in weights:
+            return make(spec, weights, dialect)
+    return exit_head_graph(spec, weights, dialect)
+
+
+def mlp_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.ModelProto:
+    """The MLP shortcut, then final norm and LM head.
+
+    Each row says after how many blocks it comes, which picks the scale of the MLP's input and the
+    bias of its first product (design: `bundle.mlp_shortcut`).
+
+    Args:
+        spec: The model.
+        weights: `exit.scale` [L-1, H] and `exit.bias` [L-1, columns], fp32; `mlp.up.weight`
+            [H, columns] and `mlp.down.weight` [width, H]; and those of the final head.
+        dialect: The operators to write it in.
+    """
+    graph = dialect.graph(
+        "exit_head", "Any block's output to logits: shortcut, final norm and LM head"
+    )
+    hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
+    blocks_run = graph.input("blocks_run", INT32, "rows")
+    index = graph.op("Sub", blocks_run, graph.constant(1, np.int32))
+    scale, bias = (
+        graph.op("Gather", graph.weight(name, weights[name]), index)
+        for name in ("exit.scale", "exit.bias")
+    )
+    scaled = graph.op("Mul", dialect.plain_norm(graph, hidden), scale)
+    up = dialect.linear(graph, dialect.to_compute(graph, scaled), weights, "mlp.up")
+    width = weights["mlp.down.weight"].dims[0]
+    inner = dialect.activated(graph, dialect.residual(graph, bias, up), width)
+    down = dialect.linear(graph, dialect.to_compute(graph, inner), weights, "mlp.down")
+    normed = dialect.norm(graph, dialect.residual(graph, hidden, down), weights, "final_norm")
+    logits = dialect.vocabulary(graph, normed, "head", weights["head"])
+    graph.output(logits, "logits", FLOAT, "rows", spec.vocab_size)
+    return graph.model()
+
+
 def residual_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.ModelProto:
     """The residual shortcut, then final norm and LM head: its output has no low rank to fold.
 

@@ -36,7 +36,7 @@ def parse(document: bytes) -> Tokenizer:
         ValueError: It is no tokenizer, or a broken one.
     """
     _check_precompiled(document)
-    with _one_reader, _native_messages_dropped():
+    with _one_reader, native_messages_dropped():
         try:
             tokenizer = Tokenizer.from_buffer(document)
             tokenizer.no_padding()
@@ -81,20 +81,35 @@ def _check_characters(characters: str) -> None:
         raise ValueError("precompiled_charsmap is shorter than it claims to be")
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that takes special tokens for text."""
+    copy = parse(tokenizer.to_str().encode())
+    copy.encode_special_tokens = True
+    return copy
+
+
+def encode(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
     """A text's token ids.
+
+    Args:
+        tokenizer: The model's.
+        text: Text.
+        add_special_tokens: Whether a beginning or an end of text is added, where there is one.
 
     Raises:
         OjfaError: The tokenizer fails on it.
         TypeError: It is not text in UTF-8.
     """
-    return encode_all(tokenizer, [text])[0]
+    return encode_all(tokenizer, [text], add_special_tokens=add_special_tokens)[0]
 
 
-def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Each text's token ids; raises as `encode`."""
+def encode_all(
+    tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool = True
+) -> list[list[int]]:
+    """Each text's token ids; as `encode`."""
     try:
-        found = [list(each.ids) for each in tokenizer.encode_batch(list(texts))]
+        encoded = tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        found = [list(each.ids) for each in encoded]
     except TypeError:
         raise
     except BaseException as error:
@@ -126,7 +141,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _native_messages_dropped() -> Iterator[None]:
+def native_messages_dropped() -> Iterator[None]:
     """Keeps what is written to standard error, and drops it where this fails: it is said in words.
 
     Only while a tokenizer is read: what other threads write meanwhile comes a moment later.

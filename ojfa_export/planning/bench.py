@@ -17,7 +17,7 @@ from ojfa_export.errors import UsageError
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.planning.bandwidth import bandwidth_of
 from ojfa_export.planning.machine import describe_machine
-from ojfa_export.planning.traffic import FLOAT_BYTES, decode_bytes
+from ojfa_export.planning.traffic import FLOAT_BYTES, decode_bytes, exit_head_bytes
 from ojfa_export.runtime.model import load
 from ojfa_export.runtime.session import Session
 from ojfa_export.system.progress import Progress
@@ -126,8 +126,7 @@ def bench_bundle(
         bandwidth = bandwidth_of(runs)
         task.advance()
     samples = time_exits(spec, model.engines, depths, settings, progress)
-    shortcut = model.manifest.shortcut
-    element = FLOAT_BYTES
+    exit_head, element = exit_head_bytes(spec, model.manifest.shortcut), FLOAT_BYTES
     if isinstance(runs, Accelerated):
         element = runs.weight_bytes(model.manifest.precision)
     latencies = [
@@ -136,10 +135,9 @@ def bench_bundle(
             e,
             samples[e],
             settings,
-            shortcut.rank,
+            exit_head,
             bandwidth,
-            residual=shortcut.residual,
-            element_bytes=element,
+            element,
         )
         for e in depths
     ]
@@ -220,19 +218,15 @@ def summarise(
     exit: int,
     samples: Mapping[str, Sequence[float]],
     settings: BenchSettings,
-    exit_rank: int,
+    exit_head: int,
     bandwidth: float,
-    *,
-    residual: bool = False,
     element_bytes: int = FLOAT_BYTES,
 ) -> ExitLatency:
     """Medians and percentiles of an exit's samples (milliseconds)."""
     decode, decode_p95 = np.percentile(samples["decode"], [50, 95]).tolist()
     prefill, prefill_p95 = np.percentile(samples["prefill"], [50, 95]).tolist()
     length = settings.prompt_length + 1 + BURST // 2
-    touched = decode_bytes(
-        spec, exit, length, exit_rank, residual=residual, element_bytes=element_bytes
-    )
+    touched = decode_bytes(spec, exit, length, exit_head, element_bytes)
     return ExitLatency(
         blocks=exit,
         decode_ms_median=decode,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 from ojfa_export.models.spec import ModelSpec
 
 # ONNX Runtime's CPU provider multiplies in fp32, whatever precision the weights are stored in.
@@ -17,17 +18,25 @@ def block_bytes(spec: ModelSpec) -> int:
     return FLOAT_BYTES * (hidden * (qkv + attended) + mlp + 2 * hidden)
 
 
-def head_bytes(spec: ModelSpec, exit_rank: int | None, *, residual: bool = False) -> int:
-    """Weights of the exit head of this rank, or of the model's own head.
+def head_bytes(spec: ModelSpec) -> int:
+    """Weights of the model's own head."""
+    return FLOAT_BYTES * spec.hidden_size * (spec.vocab_size + 1)
 
-    A residual exit head is the model's own with the jump before it.
-    """
-    own = FLOAT_BYTES * spec.hidden_size * (spec.vocab_size + 1)
-    if exit_rank is None:
-        return own
-    if residual:
-        return own + FLOAT_BYTES * exit_rank * (2 * spec.hidden_size + 1)
-    return FLOAT_BYTES * exit_rank * (spec.vocab_size + spec.hidden_size + 1)
+
+def folded_head_bytes(spec: ModelSpec, rank: int) -> int:
+    """Weights of the exit head that a narrow shortcut of this rank is folded into."""
+    return FLOAT_BYTES * rank * (spec.vocab_size + spec.hidden_size + 1)
+
+
+def exit_head_bytes(spec: ModelSpec, shortcut: ShortcutEntry) -> int:
+    """Weights of a bundle's exit head; where it can't be folded, the model's own and the jump."""
+    if shortcut.width is not None:
+        matrices = 3 if spec.gated else 2
+        jump = matrices * shortcut.width * spec.hidden_size + 2 * spec.hidden_size
+        return head_bytes(spec) + FLOAT_BYTES * jump
+    if shortcut.residual:
+        return head_bytes(spec) + FLOAT_BYTES * shortcut.low_rank * (2 * spec.hidden_size + 1)
+    return folded_head_bytes(spec, shortcut.low_rank)
 
 
 def cache_bytes(spec: ModelSpec, length: int) -> int:
@@ -40,9 +49,7 @@ def decode_bytes(
     spec: ModelSpec,
     blocks: int,
     length: int,
-    exit_rank: int,
-    *,
-    residual: bool = False,
+    exit_head: int,
     element_bytes: int = FLOAT_BYTES,
 ) -> int:
     """Everything that one token reads.
@@ -51,12 +58,11 @@ def decode_bytes(
         spec: The model.
         blocks: Blocks run; all of them means the model's own head.
         length: Tokens of the sequence, the new one included.
-        exit_rank: Of the shortcut.
-        residual: Whether the exit head is that of a residual shortcut.
+        exit_head: Bytes of the exit head, in fp32.
         element_bytes: Of a weight and of the cache; what stays fp32 in fp16 models (norms, the
             exit head's first matrix) is counted as if it didn't.
     """
     rows = (2 if spec.learned_positions else 1) * FLOAT_BYTES * spec.hidden_size
-    head = head_bytes(spec, None if blocks == spec.blocks else exit_rank, residual=residual)
+    head = head_bytes(spec) if blocks == spec.blocks else exit_head
     total = rows + blocks * (block_bytes(spec) + cache_bytes(spec, length)) + head
     return total // FLOAT_BYTES * element_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tokenizers import Tokenizer
@@ -15,11 +15,13 @@ from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.decoding.speculation import Speculation
+from ojfa_export.errors import UsageError
 from ojfa_export.runtime.decoding import Decoder, StepByStep, StepWithLogits
 from ojfa_export.runtime.monitor import Monitor
 from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.speculator import Speculator
 from ojfa_export.runtime.text import TextStream
+from ojfa_export.system.arguments import instance, shown
 
 FinishReason = Literal["end_of_text", "stop_token", "stop_string", "max_new_tokens", "cache_full"]
 
@@ -103,6 +105,28 @@ class Settings:
     domain: str | None = None
     options: GenerationOptions | None = None
     stop_token_ids: tuple[int, ...] = ()
+
+
+def monitored(settings: Settings, monitor: Monitor | None, domain: str | None) -> Settings:
+    """The settings with a monitor, if there is one.
+
+    Raises:
+        UsageError: Nothing that it could watch.
+    """
+    if monitor is None:
+        if domain is not None:
+            raise UsageError(
+                f"domain {shown(domain)} was named, and nothing is monitored", hint="give a monitor"
+            )
+        return settings
+    instance("the monitor", monitor, Monitor)
+    if settings.speculation is not None:
+        raise UsageError(
+            "speculation gives the tokens of full depth: there is nothing to monitor",
+            hint="leave out one of them",
+        )
+    monitor.check_domain(domain)
+    return replace(settings, monitor=monitor, domain=domain)
 
 
 def generate_tokens(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from typing_extensions import Unpack
@@ -20,14 +22,26 @@ from ojfa_export.decoding.events import Listener
 from ojfa_export.decoding.exits import resolve_exit
 from ojfa_export.decoding.options import ExitChoice, GenerationOptions, OptionArguments
 from ojfa_export.decoding.policy import ExitPolicy
-from ojfa_export.decoding.prompts import Prompts, check_token_ids, listed_prompts
+from ojfa_export.decoding.prompts import Prompts, listed_prompts
 from ojfa_export.errors import BundleError, UsageError
 from ojfa_export.models import tokenizer
+from ojfa_export.models.chat_template import Message
+from ojfa_export.runtime.chat import Chat, open_chat
 from ojfa_export.runtime.disagreement import DEFAULT_FALSE_ALARMS, DisagreementMonitor
-from ojfa_export.runtime.generation import Generation, Settings, Token, collect, generate_tokens
+from ojfa_export.runtime.generation import (
+    Completion,
+    Generation,
+    Settings,
+    Token,
+    collect,
+    generate_tokens,
+    monitored,
+)
 from ojfa_export.runtime.monitor import Monitor
+from ojfa_export.runtime.prompts import PromptEncoder
 from ojfa_export.runtime.session import Session
 from ojfa_export.system.arguments import (
+    flag,
     instance,
     is_whole,
     real_number,
@@ -54,6 +68,9 @@ class Model:
         manifest = bundle.manifest
         self.spec = manifest.model.spec
         self.tokenizer = _read_tokenizer(bundle)
+        self._prompts = PromptEncoder(
+            self.tokenizer, self.spec.vocab_size, manifest.cache.max_length
+        )
         opener = backends.load(backend)  # first: an unknown name is no missing engine
         built = bundle.engines(backend)
         opener.check(built.built_with)
@@ -174,40 +191,81 @@ class Model:
         encoded, settings = self._begin(prompts, options, changes, monitor, domain)
         return self._tokens(encoded, settings)
 
-    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+    def encode(self, prompt: str | Sequence[int], *, special: bool = True) -> list[int]:
         """A prompt's token ids.
 
         Args:
             prompt: Text; token ids are only checked.
+            special: Whether special tokens that are written out in the text become such; False
+                for text of somebody who must not write them.
 
         Raises:
             UsageError: It has none, too many for the cache, or one outside the model.
             OjfaError: The tokenizer fails on it.
         """
-        if isinstance(prompt, str):
-            ids = self._encode(prompt)
-        else:
-            ids = check_token_ids(prompt, self.spec.vocab_size)
-        if not ids:
-            raise UsageError(
-                "the prompt is empty", hint="give at least one character: -p 'def main('"
-            )
-        if len(ids) > self.manifest.cache.max_length:
-            raise UsageError(
-                f"the prompt has {len(ids)} tokens, the cache holds "
-                f"{self.manifest.cache.max_length}",
-                hint="shorten it, or build the bundle with a larger --max-cache-length",
-            )
-        return ids
+        return self._prompts.encode(prompt, special=flag("special", special))
 
-    def _encode(self, prompt: str) -> list[int]:
-        try:
-            return tokenizer.encode(self.tokenizer, prompt)
-        except TypeError as error:  # what tokenizers says of anything that is not UTF-8
-            raise UsageError(
-                f"a prompt is not text in UTF-8: {shown(prompt)}",
-                hint="give a str of whole characters",
-            ) from error
+    @cached_property
+    def chats(self) -> Chat:
+        """Makes prompts of chats, by the checkpoint's chat template.
+
+        Raises:
+            BundleError: The bundle has none.
+        """
+        return open_chat(self.bundle, self.tokenizer)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The text of a chat, as transformers' `apply_chat_template` gives it.
+
+        Args:
+            messages: Each with a "role", mostly a "content", and what else the template reads.
+            tools: JSON schemas of functions that the model may call.
+            add_generation_prompt: Whether the text ends where the assistant's answer begins.
+            variables: What else the template reads, such as `enable_thinking`.
+
+        Raises:
+            BundleError: The bundle has no chat template.
+            UsageError: A chat that the template doesn't take.
+        """
+        return self.chats.render(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        options: GenerationOptions | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        **changes: Unpack[OptionArguments],
+    ) -> Completion:
+        """The assistant's answer to a chat.
+
+        Special tokens that are written out in messages are text, not tokens; the answer ends where
+        the template ends the assistant's turn, or at the model's end of text.
+
+        Args:
+            messages: As of `render`.
+            options: How to generate.
+            tools: As of `render`.
+            variables: What else the template reads.
+            changes: Options by name, in place of those in `options`: see `GenerationOptions`.
+
+        Raises:
+            BundleError: The bundle has no chat template.
+            UsageError: A chat that the template doesn't take, or an argument out of range.
+        """
+        ids = self.chats.encode(messages, tools=tools, **(variables or {}))
+        asked = self.chats.ending(GenerationOptions.of(options, changes))
+        return self.generate([ids], asked).prompts[0]
 
     def auto_policy(self) -> ExitPolicy:
         """The policy behind the exit "auto".
@@ -264,7 +322,7 @@ class Model:
         resolved = GenerationOptions.of(options, changes)
         encoded = [self.encode(prompt) for prompt in listed_prompts(prompts)]
         settings = self._settings(resolved, len(encoded))
-        return encoded, _monitored(settings, monitor, domain)
+        return encoded, monitored(settings, monitor, domain)
 
     def _settings(self, options: GenerationOptions, prompts: int) -> Settings:
         options = self.resolve_default(options, prompts)
@@ -289,17 +347,21 @@ class Model:
         )
 
     def resolve_default(self, options: GenerationOptions, prompts: int = 1) -> GenerationOptions:
-        """The options, with what the build planned where they name no exit.
+        """The options, with the bundle's own values, and what the build planned without an exit.
 
         Args:
             options: As asked.
             prompts: How many run together.
+
+        Raises:
+            UsageError: The bundle's values can't be combined with what was asked.
         """
+        options = options.completed(self.manifest.generation)
         if options.exit is not None:
             return options
         default = None
         if not options.speculate and not options.needs_logits:
-            default = self.default(prompts, options.temperature)
+            default = self.default(prompts, options.sampling.temperature)
         if default is None:
             return replace(options, exit="full")
         return replace(options, exit=default.exit, speculate=default.speculation or False)
@@ -336,28 +398,6 @@ def _within(what: str, value: int, limit: int) -> int:
             hint=f"build it with a larger --max-{what.replace(' ', '-')}",
         )
     return operator.index(value)
-
-
-def _monitored(settings: Settings, monitor: Monitor | None, domain: str | None) -> Settings:
-    """The settings with a monitor, if there is one.
-
-    Raises:
-        UsageError: Nothing that it could watch.
-    """
-    if monitor is None:
-        if domain is not None:
-            raise UsageError(
-                f"domain {shown(domain)} was named, and nothing is monitored", hint="give a monitor"
-            )
-        return settings
-    instance("the monitor", monitor, Monitor)
-    if settings.speculation is not None:
-        raise UsageError(
-            "speculation gives the tokens of full depth: there is nothing to monitor",
-            hint="leave out one of them",
-        )
-    monitor.check_domain(domain)
-    return replace(settings, monitor=monitor, domain=domain)
 
 
 def _read_tokenizer(bundle: Bundle) -> Tokenizer:

@@ -10,10 +10,14 @@ from ojfa_export.models.tokenizer import decode
 
 # What a decoder gives for bytes that are no character, or not yet.
 REPLACEMENT = "\ufffd"
+# Marks of characters that a caller gets, and of those that only stop strings are looked for in.
+SHOWN, HIDDEN = "+", "-"
 
 
 class TextStream:
     """The text of one sequence, piece by piece.
+
+    Special tokens are no part of it, but a stop string may name them ("<|im_end|>").
 
     Characters that take several tokens are held back until they are whole, and text that may be
     the beginning of a stop string until it is known not to be.
@@ -33,7 +37,9 @@ class TextStream:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._held = ""
+        self._special = _named(tokenizer, self._stop)
+        # Text that may begin a stop string, and which of its characters are to be shown.
+        self._held, self._shown = "", ""
         self._window = list(prompt)
         self._given = len(self._window)
         self._given_text = self._decode()
@@ -45,6 +51,8 @@ class TextStream:
             The text that became certain; sets `stopped` where a stop string is complete.
         """
         self._window.append(token_id)
+        if token_id in self._special:
+            return self._release("", final=False, hidden=self._special[token_id])
         text = self._decode()
         if text.endswith(REPLACEMENT) or not (piece := self._added(text)):
             return ""
@@ -67,17 +75,33 @@ class TextStream:
             given = given[:-1]
         return text[len(given) :]
 
-    def _release(self, piece: str, *, final: bool) -> str:
+    def _release(self, piece: str, *, final: bool, hidden: str = "") -> str:
+        """What is certain of the text held back, a new piece, and a special token's name."""
         if not self._stop:
             return piece
-        text = self._held + piece
+        text = self._held + piece + hidden
+        shown = self._shown + SHOWN * len(piece) + HIDDEN * len(hidden)
         ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:
-            self.stopped, self._held = True, ""
-            return text[: min(ends)]
-        keep = 0 if final else max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            self.stopped, keep = True, len(text) - min(ends)
+        else:
+            keep = 0 if final else max(_overlap(text, stop) for stop in self._stop)
+        certain = len(text) - keep
+        self._held, self._shown = text[certain:], shown[certain:]
+        return "".join(
+            each for each, mark in zip(text[:certain], shown, strict=False) if mark == SHOWN
+        )
+
+
+def _named(tokenizer: Tokenizer, stop: Sequence[str]) -> dict[int, str]:
+    """Special tokens that stop strings name, by id."""
+    if not stop:
+        return {}
+    return {
+        token_id: token.content
+        for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special and any(token.content in each for each in stop)
+    }
 
 
 def _overlap(text: str, stop: str) -> int:

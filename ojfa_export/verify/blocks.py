@@ -16,7 +16,7 @@ import numpy as np
 from ojfa_export.backends.backend import Backend, Engines, Tracing
 from ojfa_export.backends.frugal import frugal
 from ojfa_export.bundle.names import block_name
-from ojfa_export.bundle.shortcut import Shortcut
+from ojfa_export.bundle.shortcut_file import AnyShortcut
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.models.head import FinalNorm
 from ojfa_export.models.spec import ModelSpec, Precision
@@ -43,7 +43,7 @@ class Subject:
         precision: Of matrix products.
         graphs: Directory of the portable graphs and the weights.
         rotary: Cosines and sines [rows, rotary_dim/2], or None.
-        shortcut: What the exit head was folded from.
+        shortcut: What the exit head was made of.
         engines: Opened; large ones should keep one block loaded at a time.
         trace: Gives tensors inside a block on one sequence [S,H], where the backend can.
     """
@@ -52,7 +52,7 @@ class Subject:
     precision: Precision
     graphs: Path
     rotary: tuple[Float32, Float32] | None
-    shortcut: Shortcut
+    shortcut: AnyShortcut
     engines: Engines
     trace: Trace | None = None
 
@@ -62,7 +62,7 @@ def make_subject(
     precision: Precision,
     graphs: Path,
     rotary: tuple[Float32, Float32] | None,
-    shortcut: Shortcut,
+    shortcut: AnyShortcut,
     engines: Engines,
     backend: Backend,
 ) -> Subject:
@@ -187,7 +187,9 @@ def _compare_head(
     actual = subject.engines.logits(rows, blocks_run)
     name = "final_head" if blocks_run == spec.blocks else f"exit_head after {blocks_run}"
     comparisons.record(f"float64 {name}: logits", "logits", actual, expected, allowance)
-    return comparisons.checks()
+    jump = exact.mlp_jump(inputs, blocks_run) if blocks_run < spec.blocks else {}
+    checks = _check_range(name, jump) if jump and subject.precision == "fp16" else []
+    return checks + comparisons.checks()
 
 
 def _compare_chain(subject: Subject, exact: ExactModel, ids: Int32, hidden: Float32) -> list[Check]:

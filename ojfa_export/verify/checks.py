@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.frugal import frugal
 from ojfa_export.backends.onnxruntime.portable import PortableGraphs
-from ojfa_export.bundle import shortcut as shortcut_file
+from ojfa_export.bundle import shortcut_file
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import SHORTCUT, block_name
-from ojfa_export.bundle.shortcut import Shortcut
+from ojfa_export.bundle.shortcut_file import AnyShortcut
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
@@ -29,6 +29,7 @@ from ojfa_export.models.spec import ModelSpec, Precision
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.session import Session
 from ojfa_export.system.progress import Progress, Task
+from ojfa_export.verify.as_users import verify_generation, verify_tokenizer
 from ojfa_export.verify.check import Check
 from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
 from ojfa_export.verify.reference import TransformersReference
@@ -51,14 +52,14 @@ class Parts:
         graphs: Directory of the portable graphs.
         open_engines: Opens the engines; called anew for each block, so that an opener that keeps
             none open keeps one block in memory.
-        shortcut: What the exit head was folded from.
+        shortcut: What the exit head was made of.
     """
 
     spec: ModelSpec
     precision: Precision
     graphs: Path
     open_engines: Callable[[], Engines]
-    shortcut: Shortcut
+    shortcut: AnyShortcut
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def verify_against(
         UsageError: The checkpoint is of another model, or fewer than 8 tokens a sequence.
         CheckpointError: The checkpoint can't be read.
     """
-    source = Checkpoint(checkpoint)
+    source = Checkpoint(checkpoint, bundle.manifest.model.ignored_fields)
     if source.spec != model.spec:
         raise UsageError(
             f"{bundle.directory} was built from another model than {checkpoint}",
@@ -126,7 +127,11 @@ def verify_against(
     parts = Parts(model.spec, manifest.precision, bundle.graphs, lambda: engines, shortcut)
     fitting = token_ids[: manifest.cache.max_batch_size, : manifest.cache.max_length]
     reference = TransformersReference(checkpoint, trust_remote_code=trust_remote_code)
-    return verify_parts(parts, reference, source, fitting, progress)
+    return [
+        *verify_tokenizer(model, checkpoint),
+        *verify_parts(parts, reference, source, fitting, progress),
+        *verify_generation(model, source, fitting, trust_remote_code=trust_remote_code),
+    ]
 
 
 def verify_parts(
@@ -166,9 +171,7 @@ def make_windows(checkpoint: Checkpoint, token_ids: Int32) -> list[Window]:
     """Cuts token ids [B,S] to lengths at which transformers without a cache is the reference.
 
     LongRoPE gives two windows where there are tokens for both sets of factors. Dynamic RoPE is
-    compared within the trained length: beyond, transformers without a cache rotates all positions
-    by the whole length, where token-by-token decoding, which is followed here, rotates each by
-    its own (see `models.families.rotary`).
+    followed within the trained length alone.
 
     Raises:
         UsageError: Fewer than 8 tokens a sequence.

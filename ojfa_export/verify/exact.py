@@ -7,7 +7,6 @@ of a token.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +20,14 @@ from numpy.typing import NDArray
 from ojfa_export.bundle.names import block_name
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.graphs.weights import references
+from ojfa_export.models.activation import activate, gated
 from ojfa_export.models.spec import ModelSpec
 
 Float64 = NDArray[np.float64]
 Tensors = dict[str, Float64]
 # The last tensor of a block: what it hands on.
 HIDDEN = "hidden"
+MLP_DOWN = "mlp.down"
 # Elements of a weight matrix that are widened at a time.
 CHUNK = 1 << 22
 
@@ -74,7 +75,7 @@ class ExactModel:
         normed = found["mlp.norm"] = self._norm(attended, weights, "mlp.norm")
         up = found["mlp.up"] = _linear(normed, weights, "mlp.up")
         inner = found["mlp.inner"] = self._activate(up)
-        down = found["mlp.down"] = _linear(inner, weights, "mlp.down")
+        down = found[MLP_DOWN] = _linear(inner, weights, "mlp.down")
         found[HIDDEN] = attended + down
         return found
 
@@ -83,12 +84,30 @@ class ExactModel:
         if blocks_run == self._spec.blocks:
             return self._final(hidden, self._weights("final_head"))
         weights = self._weights("exit_head")
+        if "exit.scale" in weights:
+            jump = self._mlp_jump(hidden, weights, blocks_run)[MLP_DOWN]
+            return self._final(hidden + jump, weights)
         z = _product(hidden, weights["project"]) + weights["project.bias"]
         if "gates" in weights:
             jump = float(weights["gates"][blocks_run - 1]) * _product(z, weights["up"])
             return self._final(hidden + jump, weights)
         z = z / _root_mean_square(z, self._spec.norm_epsilon)
         return _product(z, weights["vocabulary"].T) + weights.get("vocabulary.bias", 0)
+
+    def mlp_jump(self, hidden: Float64, blocks_run: int) -> Tensors:
+        """What goes into and comes out of the products of an MLP shortcut; none of another."""
+        weights = self._weights("exit_head")
+        return self._mlp_jump(hidden, weights, blocks_run) if "exit.scale" in weights else {}
+
+    def _mlp_jump(
+        self, hidden: Float64, weights: Mapping[str, NDArray[Any]], blocks_run: int
+    ) -> Tensors:
+        scale, bias = (weights[name][blocks_run - 1] for name in ("exit.scale", "exit.bias"))
+        normed = self._norm(hidden, {"exit.weight": scale}, "exit")
+        up = _product(normed, weights["mlp.up.weight"]) + bias
+        inner = self._activate(up)
+        down = _product(inner, weights["mlp.down.weight"])
+        return {"mlp.norm": normed, "mlp.up": up, "mlp.inner": inner, MLP_DOWN: down}
 
     def _final(self, hidden: Float64, weights: Mapping[str, NDArray[Any]]) -> Float64:
         return _product(self._norm(hidden, weights, "final_norm"), weights["head"].T)
@@ -116,20 +135,7 @@ class ExactModel:
 
     def _activate(self, up: Float64) -> Float64:
         """The MLP's activation, gated where the model's is."""
-        gate, value = np.split(up, 2, axis=-1) if self._spec.gated else (up, np.float64(1))
-        with np.errstate(over="ignore"):  # exp of a large number: the limit is right
-            match self._spec.activation:
-                case "silu":
-                    active = gate / (1 + np.exp(-gate))
-                case "relu":
-                    active = np.maximum(gate, 0)
-                case "gelu_tanh":
-                    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
-                    active = 0.5 * gate * (1 + np.tanh(inner))
-                case "gelu":
-                    active = 0.5 * gate * (1 + _erf(gate / math.sqrt(2)))
-        result: Float64 = active * value
-        return result
+        return (gated if self._spec.gated else activate)(up, self._spec.activation)
 
     def _attend(self, qkv: Float64, scale: float) -> Float64:
         """Causal attention of whole sequences: [B,S,(heads + 2 kv_heads) D] to [B,S,heads D]."""
@@ -183,9 +189,3 @@ def _product(x: Float64, matrix: NDArray[Any]) -> Float64:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(multiply, range(0, columns, step)))
     return result.reshape(*x.shape[:-1], columns)
-
-
-def _erf(x: Float64) -> Float64:
-    """The error function; NumPy has none, and Python's takes one number at a time."""
-    result: Float64 = np.vectorize(math.erf, otypes=[np.float64])(x)
-    return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ojfa_export.errors import VerificationError
 from ojfa_export.models.spec import Precision
 from ojfa_export.verify.check import Check
-from ojfa_export.verify.tolerances import RANGE
+from ojfa_export.verify.tolerances import RANGE, TOKENIZER
 
 
 def raise_failed(checks: list[Check], reference: str, precision: Precision) -> None:
@@ -29,13 +29,16 @@ def raise_failed(checks: list[Check], reference: str, precision: Precision) -> N
             f"{first.max_abs_diff:.3g}, fp16 holds {first.tolerance:.0f}",
             hint="nothing was written; build with --precision fp32",
         )
+    hint = "please report this with the model's config.json"
+    if first.name.startswith(TOKENIZER):
+        hint = (
+            "transformers tokenizes otherwise; save the tokenizer anew with "
+            "AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(CHECKPOINT)"
+        )
+    elif precision == "fp16":
+        hint = "--precision fp32 may pass"
     raise VerificationError(
         f"{len(failed)} of {len(checks)} checks failed against {reference}, the first: "
         f"{first.name} differs by {first.max_abs_diff:.3g}, tolerance {first.tolerance:.3g}",
-        hint="nothing was written; "
-        + (
-            "--precision fp32 may pass"
-            if precision == "fp16"
-            else "please report this with the model's config.json"
-        ),
+        hint=f"nothing was written; {hint}",
     )

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ojfa_export.errors import CheckpointError, OjfaError
+from ojfa_export.models.checkpoint.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ class TransformersReference:
     def __init__(self, checkpoint: Path, *, trust_remote_code: bool = False) -> None:
         _require_packages()
         self._checkpoint = Path(checkpoint)
-        with _quiet_transformers():
+        with quiet_transformers():
             self._model = _build_without_weights(self._checkpoint, trust_remote_code)
         self._weights = _WeightFiles(self._checkpoint)
         self._keys = _checkpoint_keys(self._model, self._weights)
@@ -78,7 +79,7 @@ class TransformersReference:
             self._load_on_demand(model, module, names)
         _visit_hidden_states(layers, visit)
         tokens = torch.from_numpy(np.ascontiguousarray(token_ids, dtype=np.int64))
-        with _quiet_transformers(), torch.inference_mode():
+        with quiet_transformers(), torch.inference_mode():
             logits: FloatArray = model(input_ids=tokens, use_cache=False).logits.numpy()
         return logits
 
@@ -107,15 +108,16 @@ class _WeightFiles:
 
     def __init__(self, checkpoint: Path) -> None:
         for name in _WEIGHT_FILES:
+            if (checkpoint / name).is_file():
+                self._files = dict.fromkeys(_tensor_names(checkpoint / name), checkpoint / name)
+                return
             index = checkpoint / f"{name}.index.json"
             if index.is_file():
                 with _reading(index):
                     weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 # Only the name counts: shards are in the checkpoint, where they were checked.
-                self._files = {key: checkpoint / Path(f).name for key, f in weight_map.items()}
-                return
-            if (checkpoint / name).is_file():
-                self._files = dict.fromkeys(_tensor_names(checkpoint / name), checkpoint / name)
+                shards = sorted({checkpoint / Path(file).name for file in weight_map.values()})
+                self._files = {key: path for path in shards for key in _tensor_names(path)}
                 return
         raise CheckpointError(
             f"No weights in {checkpoint}.", f"It must hold {' or '.join(_WEIGHT_FILES)}."
@@ -191,19 +193,6 @@ def _require_packages() -> None:
             f"Comparing with transformers needs the package {error.name}, which is not installed.",
             "pip install 'ojfa-export[verify]'",
         ) from error
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silences transformers' warnings; its verbosity is restored at the end."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _build_without_weights(checkpoint: Path, trust_remote_code: bool) -> Any:

@@ -9,7 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.shortcut import Shortcut
+from ojfa_export.bundle.shortcut_file import AnyShortcut
 from ojfa_export.models.head import FinalNorm
 from ojfa_export.models.spec import Precision
 from ojfa_export.verify.check import Check
@@ -18,6 +20,8 @@ Quantity = Literal["hidden", "logits"]
 FP16_LARGEST = 65504.0
 # Begins the names of checks of what fp16 holds.
 RANGE = "fp16 range "
+# Begins those of what `AutoTokenizer` gives.
+TOKENIZER = "tokenizer: "
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,12 @@ TOLERANCES: Mapping[Precision, Mapping[Quantity, Tolerance]] = {
 BLOCK_ROUNDING: Mapping[Precision, float] = {"fp32": 2.5e-6, "fp16": 2e-3}
 
 
+# Random errors that an MLP shortcut is tried with: enough to know their size within some percent.
+TRIALS = 8
+
+
 def exit_allowance(
-    shortcut: Shortcut,
+    shortcut: AnyShortcut,
     norm: FinalNorm,
     hidden: NDArray[np.float64],
     logits: NDArray[np.float64],
@@ -77,7 +85,8 @@ def exit_allowance(
     it enlarges the rounding that y inherits from h: with independent errors of deviation e in
     the features of h, y = (h s + t) D U is off by e ||diag(s) D U|| (Frobenius) in the root mean
     square, and the logits of norm(y) by that share of ||y||. For a residual jump with gate g the
-    map is 1 + g diag(s) D U.
+    map is 1 + g diag(s) D U. What an MLP makes of such errors is tried with random ones, and its
+    own products round like those of one block more.
 
     Args:
         shortcut: The jump.
@@ -90,21 +99,53 @@ def exit_allowance(
     Returns:
         [n] absolute differences of logits.
     """
+    error = BLOCK_ROUNDING[precision] * np.sqrt(blocks_run * np.mean(hidden**2, axis=1))
+    y = _seen(norm, shortcut.apply(hidden, blocks_run))
+    if isinstance(shortcut, MlpShortcut):
+        tried = _tried(shortcut, norm, hidden, error, blocks_run)
+        own = BLOCK_ROUNDING[precision] * np.linalg.norm(y - _seen(norm, hidden), axis=1)
+        moved = np.hypot(tried, own)
+    else:
+        moved = error * _gain(shortcut, norm, blocks_run)
+    share = moved / np.linalg.norm(y, axis=1)
+    allowed: NDArray[np.float64] = share * np.abs(logits).max(axis=1)
+    return allowed
+
+
+def _seen(norm: FinalNorm, y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What a norm sees: without the mean, where it takes that off."""
+    return y - y.mean(axis=-1, keepdims=True) if norm.kind == "layer" else y
+
+
+def _tried(
+    shortcut: MlpShortcut,
+    norm: FinalNorm,
+    hidden: NDArray[np.float64],
+    error: NDArray[np.float64],
+    blocks_run: int,
+) -> NDArray[np.float64]:
+    """How far random errors of this deviation [n] in the features move y: [n], root mean square."""
+    rng, y = np.random.default_rng(0), shortcut.apply(hidden, blocks_run)
+    squares = np.zeros(len(hidden))
+    for _ in range(TRIALS):
+        noise = error[:, None] * rng.normal(size=hidden.shape)
+        moved = _seen(norm, shortcut.apply(hidden + noise, blocks_run) - y)
+        squares += np.sum(moved**2, axis=1) / TRIALS
+    result: NDArray[np.float64] = np.sqrt(squares)
+    return result
+
+
+def _gain(shortcut: Shortcut, norm: FinalNorm, blocks_run: int) -> float:
+    """Of a low-rank jump: the norm of y's error over the deviation of the features'."""
     scaled = shortcut.scale.astype(np.float64)[:, None] * shortcut.down
-    up, y = shortcut.up.astype(np.float64), shortcut.apply(hidden, blocks_run)
-    if norm.kind == "layer":
-        up, y = (each - each.mean(axis=-1, keepdims=True) for each in (up, y))
+    up = _seen(norm, shortcut.up.astype(np.float64))
     squared_gain = np.sum((scaled.T @ scaled) * (up @ up.T))
     if shortcut.residual:
         gate = float(shortcut.gate(blocks_run))
         # The square of the norm of 1 + g P; a norm that takes the mean leaves H - 1 of 1's.
         ones = len(scaled) - (norm.kind == "layer")
         squared_gain = ones + 2 * gate * np.sum(scaled * up.T) + gate**2 * squared_gain
-    gain = np.sqrt(squared_gain)
-    error = BLOCK_ROUNDING[precision] * np.sqrt(blocks_run * np.mean(hidden**2, axis=1))
-    share = error * gain / np.linalg.norm(y, axis=1)
-    allowed: NDArray[np.float64] = share * np.abs(logits).max(axis=1)
-    return allowed
+    return float(np.sqrt(squared_gain))
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ def verify_bundle(
     from ojfa_export.verify.sample import sample_token_ids
 
     directory = resolve(against, revision)
-    if Checkpoint(directory).sha256() != opened.manifest.model.sha256:
+    described = opened.manifest.model
+    if Checkpoint(directory, described.ignored_fields).sha256() != described.sha256:
         raise CheckpointError(
             f"{bundle} was not built from {against}: the digests of config and weights differ",
             hint="name the checkpoint that the bundle was built from",
@@ -89,7 +90,7 @@ def compare_blocks(
         progress: Shows blocks.
         token_ids: [B,S] within the bundle's cache; default: the texts that ship.
     """
-    from ojfa_export.bundle.shortcut import load
+    from ojfa_export.bundle.shortcut_file import load
     from ojfa_export.verify.blocks import make_subject, verify_blocks
     from ojfa_export.verify.sample import sample_token_ids
 
@@ -97,12 +98,13 @@ def compare_blocks(
     if token_ids is None:
         token_ids = sample_token_ids(model, TOKENS)[: manifest.cache.max_batch_size]
     shortcut = load(bundle.path(SHORTCUT))[0]
-    if len(shortcut.scale) != model.spec.hidden_size:
+    try:
+        shortcut.check_fits(model.spec)
+    except ValueError as error:
         raise BundleError(
-            f"{bundle.directory / SHORTCUT} is of another model: it has {len(shortcut.scale)} "
-            f"features, not {model.spec.hidden_size}",
+            f"{bundle.directory / SHORTCUT} is of another model: {error}",
             hint="don't use this bundle: build it again",
-        )
+        ) from error
     subject = make_subject(
         model.spec,
         manifest.precision,

@@ -101,6 +101,9 @@ def header(hostile: Hostile, rng: Rng) -> str:
 
 def index(hostile: Hostile, rng: Rng) -> str:
     path = hostile.directory / "model.safetensors.index.json"
+    whole = hostile.directory / "model.safetensors"
+    if whole.exists():  # it would be taken, and the index left alone
+        whole.rename(hostile.directory / "model-00001-of-00001.safetensors")
     shards = sorted(shard.name for shard in hostile.directory.glob("*.safetensors"))
     maps: list[tuple[str, Any]] = [
         ("a shard outside", {"model.norm.weight": "../../outside.safetensors"}),

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from chain import Chain, build_chain
+from chain import Chain, Kind, build_chain
 from tiny_models import VARIANTS, VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_FP16_RELATIVE, LOGITS_FP32
 
@@ -57,10 +57,10 @@ def driver(monkeypatch):
 @pytest.fixture(scope="module")
 def chain_of(tmp_path_factory):
     """Exported tiny models, each made once."""
-    made: dict[tuple[str, str, bool], Chain] = {}
+    made: dict[tuple[str, str, Kind], Chain] = {}
 
-    def make(name: str, precision: str = "fp32", *, residual: bool = False) -> Chain:
-        key = name, precision, residual
+    def make(name: str, precision: str = "fp32", kind: Kind = "narrow") -> Chain:
+        key = name, precision, kind
         if key not in made:
             directory = tmp_path_factory.mktemp(name)
             checkpoint = make_checkpoint(name, directory / "checkpoint", seed=7)
@@ -69,7 +69,7 @@ def chain_of(tmp_path_factory):
                 directory,
                 precision=precision,
                 max_length=2 * LENGTH,
-                residual=residual,
+                kind=kind,
             )
         return made[key]
 
@@ -99,8 +99,8 @@ class Both:
 def both_of(driver, chain_of, tmp_path):
     backend = backends.load(NAME)
 
-    def make(name: str, precision: str = "fp32", *, residual: bool = False) -> Both:
-        chain = chain_of(name, precision, residual=residual)
+    def make(name: str, precision: str = "fp32", kind: Kind = "narrow") -> Both:
+        chain = chain_of(name, precision, kind)
         plans = {each: tmp_path / f"{each}.json" for each in graph_names(chain.spec.blocks)}
         for each, plan in plans.items():
             backend.build_engine(chain.spec, chain.graphs / f"{each}.onnx", plan)
@@ -146,10 +146,11 @@ def test_models_in_fp16(both_of, token_ids, name):
     compare(both_of(name, "fp16"), token_ids)
 
 
+@pytest.mark.parametrize("kind", ["residual", "mlp"])
 @pytest.mark.parametrize(("name", "precision"), [("llama-gqa", "fp32"), ("gpt2", "fp16")])
-def test_residual_exit_heads(both_of, token_ids, name, precision):
-    """The head finds each exit's gate."""
-    both = both_of(name, precision, residual=True)
+def test_exit_heads_that_know_the_exit(both_of, token_ids, name, precision, kind):
+    """The head finds each exit's gate, or its scale and bias."""
+    both = both_of(name, precision, kind)
     here, there = both.sessions()
     for exit in range(1, both.chain.spec.blocks):
         new = token_ids[0][4 * exit : 4 * exit + 4]

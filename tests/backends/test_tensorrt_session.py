@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from chain import Chain, build_chain
+from chain import Chain, build_chain, split_kind
 from stand_in.late_driver import StandInDriver
 from tiny_models import VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_FP32
@@ -37,19 +37,19 @@ class Case:
         return Session(self.chain.spec, self.chain.engines, batch, MAX_LENGTH, shadow)
 
 
-@pytest.fixture(scope="module", params=["llama-gqa", "gpt2-residual", "gpt2-fp16"])
+@pytest.fixture(scope="module", params=["llama-gqa-mlp", "gpt2-residual", "gpt2-fp16"])
 def case(request, driver, tmp_path_factory):
     from ojfa_export.backends.tensorrt.backend import BACKEND
 
     directory = tmp_path_factory.mktemp(request.param)
-    variant, residual, _ = request.param.removesuffix("-fp16").partition("-residual")
+    variant, kind = split_kind(request.param.removesuffix("-fp16"))
     half = request.param.endswith("-fp16")
     chain = build_chain(
         make_checkpoint(variant, directory / "checkpoint", seed=5),
         directory,
         precision="fp16" if half else "fp32",
         max_length=MAX_LENGTH,
-        residual=bool(residual),
+        kind=kind,
     )
     plans = {}
     (directory / "built").mkdir()

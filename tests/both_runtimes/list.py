@@ -18,6 +18,11 @@ HEAD = """# What each runtime has
 Written by `python -m tests.both_runtimes.list` from the Python interface and the C++ headers; a
 test fails where it is out of date. Random operations go through both runtimes in CI and must give
 the same (`tests/both_runtimes`). `name(parameter)` is a parameter.
+
+What a bundle has from the checkpoint's generation_config.json (temperature, top-k, top-p, min-p,
+repetition penalty, tokens that are never chosen; `ojfa-export inspect` shows them) is followed in
+Python alone. C++ generates by its options and nothing else, greedily where they are left out.
+End-of-text tokens are followed in both.
 """
 
 

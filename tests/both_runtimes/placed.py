@@ -64,10 +64,15 @@ PROMISE = "who watches a promise in C++ sends its log to `ojfa-export monitor`"
 PARTS = "of the runtime's own parts"
 DERIVED = "follows from the other counts"
 CALLER = "the caller gave it"
+OWN = "C++ takes a caller's values alone, and none of the bundle's own"
 
+CHATS = "the C++ runtime has no templates: give it token ids of `Model.chats`"
 PYTHON_ONLY: dict[str, str] = {
     "Model.encode": TEXT,
     "Model.tokenizer": TEXT,
+    "Model.chat": CHATS,
+    "Model.chats": CHATS,
+    "Model.render": CHATS,
     "Token.text": TEXT,
     "Model.generate(stop)": TEXT,
     "Model.stream(stop)": TEXT,
@@ -86,6 +91,8 @@ PYTHON_ONLY: dict[str, str] = {
             *("logit_bias", "logprobs"),
         )
     },
+    "Model.generate(sample)": OWN,
+    "Model.stream(sample)": OWN,
     "Model.generate(options)": "the same options in one object",
     "Model.stream(options)": "the same options in one object",
     "Model.resolve_exit": PARTS,

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from chain import random_mlp
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from ojfa_export.bundle.shortcut import load, save
+from ojfa_export.bundle.shortcut_file import load, save
 from ojfa_export.errors import OjfaError
+from ojfa_export.models.spec import ModelSpec
 
 SHA = "0123456789abcdef" * 4
 
@@ -93,14 +95,14 @@ def test_failed_save_leaves_the_old_file(saved, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"format_version": "3"}, "format version '3'"),
+        ({"format_version": "4"}, "format version '4'"),
         ({"format_version": "2"}, "lacks gates"),
         ({"format_version": None}, "lacks format_version"),
         ({"model_sha256": None, "kind": None}, "lacks kind, model_sha256"),
         ({"rank": "4"}, "metadata says rank 4, down has 3"),
         ({"rank": "many"}, "not a valid shortcut"),
         ({"fitted_at": "0"}, "fitted_at is 0"),
-        ({"residual": "yes"}, "residual 'yes'"),
+        ({"residual": "yes"}, "residual is 'yes'"),
         ({"model_sha256": "beef"}, "64 lower-case hex digits"),
         ({"kind": ""}, "kind is empty"),
     ],
@@ -183,3 +185,65 @@ def test_apply_follows_the_formula_on_any_leading_shape(random_shortcut, rng, dt
     )
     expected = np.einsum("abh,hr,rk->abk", wide * s + t, d, u) + wide
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def mlp(rng):
+    spec = ModelSpec.model_construct(
+        blocks=4, hidden_size=10, norm="rms", norm_epsilon=1e-6, activation="silu", gated=True
+    )
+    return random_mlp(spec, 8, int(rng.integers(2**31)))
+
+
+def test_an_mlp_round_trips(mlp, tmp_path):
+    save(mlp, tmp_path / "s", SHA)
+    loaded, sha = load(tmp_path / "s")
+    assert sha == SHA
+    for name in ("kind", "norm", "epsilon", "activation", "gate", "width", "exits", "parameters"):
+        assert getattr(loaded, name) == getattr(mlp, name)
+    for name in ("scale", "shift", "up", "down"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(mlp, name))
+    save(mlp, tmp_path / "again", SHA)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "s").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "ojfa"}, "kind is 'ojfa', expected mlp"),
+        ({"norm": "none"}, "norm is 'none', expected rms or layer"),
+        ({"activation": "tanh"}, "activation is 'tanh'"),
+        ({"gate": "false"}, r"up has shape \[10, 16\], expected \[10, 8\]"),
+        ({"epsilon": "nan"}, "epsilon is nan"),
+        ({"epsilon": "small"}, "not a valid shortcut"),
+        ({"epsilon": None}, "lacks epsilon"),
+        ({"up": np.zeros((10, 15), np.float32)}, r"up has shape \[10, 15\]"),
+        (
+            {"shift": np.zeros((4, 10), np.float32)},
+            r"shift has shape \[4, 10\], expected \[3, 10\]",
+        ),
+        ({"scale": np.zeros((3, 10), np.float16)}, "scale is float16"),
+        ({"down": np.full((8, 10), np.nan, np.float32)}, "down has values that are NaN"),
+        ({"down": np.zeros(10, np.float32)}, "expected two axes"),
+    ],
+)
+def test_a_damaged_mlp_is_refused(mlp, tmp_path, changes, message):
+    path = tmp_path / "s"
+    save(mlp, path, SHA)
+    tensors = {name: each for name, each in changes.items() if isinstance(each, np.ndarray)}
+    rewrite(path, tensors, {n: each for n, each in changes.items() if n not in tensors})
+    with pytest.raises(OjfaError, match=message) as caught:
+        load(path)
+    assert str(path) in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("blocks", 5), ("hidden_size", 11), ("norm", "layer"), ("gated", False)]
+)
+def test_an_mlp_of_another_kind_of_model_does_not_fit(mlp, field, value):
+    fields = {"blocks": 4, "hidden_size": 10, "norm": "rms", "norm_epsilon": 1e-6}
+    spec = ModelSpec.model_construct(**fields, activation="silu", gated=True)
+    mlp.check_fits(spec)
+    with pytest.raises(ValueError, match="the model's"):
+        mlp.check_fits(spec.model_copy(update={field: value}))

@@ -145,7 +145,7 @@ def test_interrupted_build_says_how_to_go_on(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ojfa_export.compiler.stages.run_calibration", interrupt)
+    monkeypatch.setattr("ojfa_export.compiler.shortcut_stage.run_calibration", interrupt)
     result = invoke("build", checkpoint, "-o", tmp_path / "out.ojfa", "-q")
     assert result.exit_code == 130
     assert result.stdout == ""

@@ -41,6 +41,18 @@ def test_lines_say_done_elapsed_and_left() -> None:
     ]
 
 
+def test_tokens_have_a_rate() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Lines(stream, clock).task("training", 40_000, "tokens") as task:
+        for _ in range(2):
+            clock.now += 4
+            task.advance(20_000)
+    assert stream.getvalue().splitlines() == [
+        "training: 20000/40000 tokens, 4.0 s elapsed, 5,000 tokens/s, about 4.0 s left",
+        "training: 40000/40000 tokens, 8.0 s",
+    ]
+
+
 def test_lines_are_two_seconds_apart() -> None:
     lines = _lines([(0.5, 1)] * 20, 20)
     assert [line.split()[2] for line in lines] == ["4/20", "8/20", "12/20", "16/20", "20/20"]

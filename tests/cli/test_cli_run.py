@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from pathlib import Path
 import pytest
 
 import ojfa_export
+from ojfa_export.bundle.manifest import read_manifest
+from ojfa_export.bundle.names import MANIFEST
 from ojfa_export.cli.console import Console
+from ojfa_export.decoding.generation_defaults import GenerationDefaults
 from ojfa_export.runtime.generation import Token
 
 PROMPT = "def main("
@@ -97,16 +101,17 @@ def test_token_ids_make_a_batch_as_texts_do(invoke, bundle: Path) -> None:
 
 def test_prompts_are_encoded_and_defaults_resolved_once(invoke, bundle: Path, monkeypatch) -> None:
     from ojfa_export.runtime.model import Model
+    from ojfa_export.runtime.prompts import PromptEncoder
 
     calls = []
-    for name in ("_encode", "default"):
-        original = getattr(Model, name)
+    for owner, name in ((PromptEncoder, "_encode"), (Model, "default")):
+        original = getattr(owner, name)
 
-        def counted(self, *args, _name=name, _original=original):
+        def counted(self, *args, _name=name, _original=original, **named):
             calls.append(_name)
-            return _original(self, *args)
+            return _original(self, *args, **named)
 
-        monkeypatch.setattr(Model, name, counted)
+        monkeypatch.setattr(owner, name, counted)
     assert invoke("run", bundle, "-p", PROMPT, "--max-new-tokens", 2).exit_code == 0
     assert sorted(calls) == ["_encode", "default"]
 
@@ -167,6 +172,13 @@ def test_shadow_checks_are_told(invoke, bundle: Path) -> None:
     told = invoke(*args).stderr
     assert told.endswith(f"9 early tokens were compared with the full model, {differ} differ\n")
     assert invoke(*args[:-1], 1.5).exit_code == 2
+
+
+def test_stop_string_that_is_a_special_token(invoke, bundle: Path) -> None:
+    forced = ("--logit-bias", "0=10000", "--ignore-eos", "--stop", "<|endoftext|>")
+    result = invoke("run", bundle, "-p", PROMPT, *forced, "--json", "--max-new-tokens", 24)
+    completion = json.loads(result.stdout)["prompts"][0]
+    assert (completion["finish_reason"], completion["token_ids"]) == ("stop_string", [0])
 
 
 def test_stop_strings_reach_the_model(invoke, bundle: Path) -> None:
@@ -316,3 +328,31 @@ def test_closed_streams(tiny_bundle: Path, closed: str) -> None:
     else:
         assert done.returncode == 0, done.stderr
         assert bool(done.stdout) == (closed == "2>&-")
+
+
+def test_what_the_checkpoint_says_of_generation(invoke, bundle: Path, tmp_path: Path) -> None:
+    """Greedy unless asked; `inspect` shows the values, `run` says which hold."""
+    own = GenerationDefaults(temperature=0.7, top_k=5, repetition_penalty=1.3, suppress_tokens=(7,))
+    output = shutil.copytree(bundle, tmp_path / "own.ojfa")
+    manifest = read_manifest(output).model_copy(update={"generation": own})
+    (output / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    shown = invoke("inspect", output).stdout
+    assert "repetition penalty 1.3, 1 tokens never chosen" in shown
+    assert "temperature 0.7, top-k 5" in shown
+    assert json.loads(invoke("inspect", output, "--json").stdout)["generation"]["top_k"] == 5
+    model = ojfa_export.load(bundle)
+    for args, options in (
+        ((), {}),
+        (("--sample",), {"temperature": 0.7, "top_k": 5}),
+        (("--sample", "--top-k", "9", "--seed", "4"), {"temperature": 0.7, "top_k": 9, "seed": 4}),
+        (("--temperature", "0.2"), {"temperature": 0.2, "top_k": 5}),
+        (("--repetition-penalty", "1"), {"repetition_penalty": 1.0}),
+    ):
+        result = invoke("run", output, "-p", PROMPT, "--max-new-tokens", 12, "--json", *args)
+        options = {"repetition_penalty": 1.3, "logit_bias": {7: -1e4}, **options}
+        expected = model.generate(PROMPT, max_new_tokens=12, **options).prompts[0]
+        assert json.loads(result.stdout)["prompts"][0]["token_ids"] == expected.token_ids, args
+        assert "from generation_config.json: repetition penalty 1.3" in result.stderr
+        assert ("temperature 0.7, top-k 5" in result.stderr) == ("temperature" in options)
+    refused = invoke("run", output, "-p", PROMPT, "--sample", "--temperature", "0")
+    assert refused.exit_code == 2

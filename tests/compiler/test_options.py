@@ -66,11 +66,13 @@ def test_cache_longer_than_the_models_positions(options: Options) -> None:
     assert plan(options(max_cache_length=128))["settings"]["max_cache_length"] == 128
 
 
-def test_dynamic_scaling_has_no_longest_cache(options: Options, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint("llama-rope-dynamic", tmp_path / "dynamic", seed=1)
-    settings = plan(options(checkpoint=str(checkpoint), max_cache_length=500))["settings"]
-    assert settings["max_cache_length"] == 500
-    assert settings["window"] <= 32
+def test_dynamic_scaling_ends_at_the_trained_length(options: Options, tmp_path: Path) -> None:
+    checkpoint = str(make_checkpoint("llama-rope-dynamic", tmp_path / "dynamic", seed=1))
+    settings = plan(options(checkpoint=checkpoint, max_cache_length=None))["settings"]
+    assert settings["max_cache_length"] == settings["window"] == 32
+    match = "33 is more than the 32 positions up to which dynamic rotary scaling"
+    error = refused(options, match, checkpoint=checkpoint, max_cache_length=33)
+    assert "--max-cache-length 32 or less" in str(error.hint)
 
 
 def test_unknown_precision_and_backend(options: Options) -> None:

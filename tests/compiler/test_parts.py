@@ -15,7 +15,7 @@ from steps import Steps, contents, interrupt_at
 from ojfa_export.backends.onnxruntime import build as build_module
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import MANIFEST, graph_names
-from ojfa_export.bundle.shortcut import load as load_shortcut
+from ojfa_export.bundle.shortcut_file import load as load_shortcut
 from ojfa_export.compiler.add_engines import add_engines
 from ojfa_export.compiler.parts import calibrate_only, export_only
 from ojfa_export.compiler.pipeline import build, plan
@@ -240,10 +240,10 @@ def test_export_refuses_another_models_shortcut(
     options: Options, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     jump, _ = load_shortcut(tiny_bundle / "shortcut.safetensors")
-    from ojfa_export.bundle.shortcut import save
+    from ojfa_export.bundle.shortcut_file import save
 
     save(jump, tmp_path / "other", "0" * 64)
-    with pytest.raises(CheckpointError, match="was fitted on another model") as caught:
+    with pytest.raises(CheckpointError, match="a shortcut of another model") as caught:
         export_only(options(), tmp_path / "other", SILENT)
     assert "calibrate" in str(caught.value.hint)
     with pytest.raises(OjfaError, match="can't be read as a shortcut"):

@@ -1,24 +1,28 @@
-"""Bundles with a residual shortcut: built, verified, run and described like any other."""
+"""Bundles with a residual shortcut, or a given one: built, verified and run like any other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from chain import random_mlp
 from click.testing import CliRunner
 
 import ojfa_export
 from ojfa_export.bundle.names import SHORTCUT
-from ojfa_export.bundle.shortcut import load
+from ojfa_export.bundle.shortcut_file import load, save
 from ojfa_export.cli.app import app
 from ojfa_export.compiler import parts
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import BuildResult, build
 from ojfa_export.compiler.report.model import CalibrationReport
 from ojfa_export.errors import OjfaError, UsageError
+from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.shortcuts import calibrate
+from ojfa_export.system.progress import SILENT
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,6 +95,63 @@ def test_default_is_the_better_kind_as_measured(options):
     assert f"Chosen: {report.kind}" in report.reason
     assert report.kind == load(bundle / SHORTCUT)[0].kind
     assert report.parameters_multi_jump == 3 * 2 * report.hidden_size * (report.rank + 1)
+
+
+@pytest.fixture(scope="module")
+def given(tiny_checkpoint, tmp_path_factory):
+    """The file of an MLP shortcut of the tiny model."""
+    checkpoint = Checkpoint(tiny_checkpoint)
+    path = tmp_path_factory.mktemp("given") / "mlp.safetensors"
+    save(random_mlp(checkpoint.spec, 24), path, checkpoint.sha256())
+    return path
+
+
+def test_a_given_shortcut_is_built_in_measured_and_verified(given, options):
+    result = build(options(shortcut=given, rank=None, skip_verification=False))
+    bundle, report = result.bundle, report_of(result.bundle)
+    assert all(check.passed for check in result.report.checks)
+    assert any("exit_head" in check.name for check in result.report.checks)
+    shortcut, _ = load(bundle / SHORTCUT)
+    assert (bundle / SHORTCUT).read_bytes() == given.read_bytes()
+    entry = ojfa_export.load(bundle).manifest.shortcut
+    assert (entry.kind, entry.width, entry.rank, entry.residual) == ("mlp", 24, None, True)
+    assert entry.parameters == shortcut.parameters == report.parameters
+    assert report.measured == ["identity", "given"]
+    assert (report.tokens_fitted, report.precision_at_1) == (0, [])
+    assert str(given) in report.reason
+    assert report.agreement == [row.given.precision_at_1 for row in report.exits]
+    assert f"{report.agreement[0]:.0%} after 1, " in result.summary()
+    page = (bundle / "report" / "report.html").read_text(encoding="utf-8")
+    assert "one MLP of 24 features for all exits" in page
+    assert "Choice of the level" not in page
+    shown = CliRunner().invoke(app, ["inspect", str(bundle)])
+    assert "one MLP for all exits, 24 features" in shown.stdout
+
+
+def test_a_given_low_rank_shortcut_is_the_one_that_was_calibrated(residual, options):
+    bundle = build(options(shortcut=residual.bundle / SHORTCUT, rank=None)).bundle
+    for name in (SHORTCUT, "graphs/exit_head.bin"):
+        assert (bundle / name).read_bytes() == (residual.bundle / name).read_bytes()
+    given, fitted = (report_of(each).exits for each in (bundle, residual.bundle))
+    assert [row.given for row in given] == [row.residual for row in fitted]
+
+
+def test_a_shortcut_that_cannot_be_used_is_refused(given, options, tmp_path):
+    with pytest.raises(UsageError, match="rank 8 is given, and a shortcut that exists"):
+        options(shortcut=given, rank=8)
+    with pytest.raises(UsageError, match="is a shortcut already"):
+        parts.calibrate_only(options(shortcut=given, rank=None, output=tmp_path / "s"), SILENT)
+    with pytest.raises(OjfaError, match="can't be read as a shortcut"):
+        build(options(shortcut=tmp_path / "none.safetensors", rank=None))
+    shortcut, sha256 = load(given)
+    other = tmp_path / "other.safetensors"
+    save(shortcut, other, "0" * 64)
+    with pytest.raises(OjfaError, match="a shortcut of another model"):
+        build(options(shortcut=other, rank=None))
+    save(replace(shortcut, epsilon=0.5), other, sha256)
+    with pytest.raises(OjfaError, match=r"doesn't fit .*its epsilon is 0.5"):
+        build(options(shortcut=other, rank=None))
+    assert not any(path.suffix == ".ojfa" for path in tmp_path.iterdir())
 
 
 def test_without_torch_the_narrow_jump_ships_and_the_report_says_so(options, monkeypatch):

@@ -55,7 +55,7 @@ def in_float64(
     for token, bias in options.logit_bias.items():
         values[token] += bias
     for token in {*prompt, *generated}:
-        penalty = options.repetition_penalty
+        penalty = options.repetition_penalty or 1.0
         values[token] = values[token] / penalty if values[token] > 0 else values[token] * penalty
     for token in set(generated):
         values[token] -= options.frequency_penalty * generated.count(token)

@@ -243,6 +243,13 @@ def test_a_loop_that_was_closed_harms_nobody(llama):
         assert request.result(TIMEOUT).token_ids == expected
 
 
+def test_stop_string_that_is_a_special_token(llama):
+    forced = {"logit_bias": {0: 1e4}, "ignore_eos": True, "stop": "<|endoftext|>"}
+    with WatchedEngine(llama) as engine:
+        result = engine.submit("def main(", **forced, max_new_tokens=9).result(TIMEOUT)
+    assert (result.text, result.token_ids, result.finish_reason) == ("", [0], "stop_string")
+
+
 def test_text_prompts_and_stop_strings(llama):
     options = {"max_new_tokens": 20, "ignore_eos": True}
     text = llama.generate("def main(", **options).prompts[0].text

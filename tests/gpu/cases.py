@@ -21,6 +21,12 @@ CASES = {
     # The same with a residual shortcut; its rank is no multiple of what a kernel loads at once.
     "llama-gqa-residual": "fp32",
     "gpt2-residual-fp16": "fp16",
+    # And with an MLP, in the kernels of a block's.
+    "llama-gqa-mlp": "fp32",
+    "llama-gqa-mlp-fp16": "fp16",
+    "gpt2-mlp-fp16": "fp16",
+    "mistral-sliding-window-fp16": "fp16",
+    "qwen2-fp16": "fp16",
     # ONNX Runtime's fused attention is there in fp16 only.
     "llama-mqa-fp16": "fp16",
     "phi3-sliding-window-fp16": "fp16",

@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from chain import Chain, build_chain
+from chain import Chain, build_chain, split_kind
 from gpu.cases import BUNDLES, CASES, EXIT, LENGTH, RANK, SEED, SEQUENCES
 from tiny_models import make_checkpoint
 
@@ -32,7 +32,7 @@ def main() -> None:
     make_bundles(directory / BUNDLES)
     for name, precision in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            variant, residual, _ = name.removesuffix("-fp16").partition("-residual")
+            variant, kind = split_kind(name.removesuffix("-fp16"))
             checkpoint = make_checkpoint(variant, Path(folder) / "checkpoint", seed=SEED)
             chain = build_chain(
                 checkpoint,
@@ -40,7 +40,7 @@ def main() -> None:
                 precision=precision,
                 max_length=2 * LENGTH,
                 rank=RANK,
-                residual=bool(residual),
+                kind=kind,
             )
             describe(chain, directory / name)
         print(name, flush=True)

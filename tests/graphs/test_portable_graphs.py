@@ -234,13 +234,50 @@ def test_exit_head_is_the_shortcut(name, rng, tmp_path):
     hidden = (2 * rng.normal(size=(9, chain.spec.hidden_size))).astype(np.float32)
     jump = chain.shortcut
     y = (hidden.astype(np.float64) * jump.scale + jump.shift) @ jump.down @ jump.up
+    logits = Stranger(chain, 1, rng).run("exit_head", hidden=hidden)["logits"]
+    np.testing.assert_allclose(logits, head64(chain, y), atol=LOGITS_FP32, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "phi3"])
+def test_exit_head_is_the_mlp(name, rng, tmp_path):
+    """Against torch in float64; each row is of an exit of its own."""
+    chain = make_chain(name, rng, tmp_path, kind="mlp")
+    exits = rng.integers(1, chain.spec.blocks, size=9).astype(np.int32)
+    hidden = (2 * rng.normal(size=(9, chain.spec.hidden_size))).astype(np.float32)
+    y = np.concatenate(
+        [mlp64(chain, row[None], exit) for row, exit in zip(hidden, exits, strict=True)]
+    )
+    run = Stranger(chain, 1, rng).run("exit_head", hidden=hidden, blocks_run=exits)
+    np.testing.assert_allclose(run["logits"], head64(chain, y), atol=LOGITS_FP32, rtol=0)
+
+
+def mlp64(chain, hidden, blocks_run):
+    """The jump y = h + act(...) down as its definition says it, by torch."""
+    jump, h = chain.shortcut, torch.from_numpy(hidden.astype(np.float64))
+    scale, shift, up, down = (
+        torch.from_numpy(np.asarray(getattr(jump, name), np.float64))
+        for name in ("scale", "shift", "up", "down")
+    )
+    if chain.spec.norm == "layer":
+        x = torch.layer_norm(h, h.shape[-1:], eps=chain.spec.norm_epsilon)
+    else:
+        x = torch.rms_norm(h, h.shape[-1:], eps=chain.spec.norm_epsilon)
+    inner = (x * scale[blocks_run - 1] + shift[blocks_run - 1]) @ up
+    if chain.spec.gated:
+        gate, inner = inner.chunk(2, dim=-1)
+        inner = torch.nn.functional.silu(gate) * inner
+    else:
+        inner = torch.nn.functional.gelu(inner, approximate="tanh")
+    return (h + inner @ down).numpy()
+
+
+def head64(chain, y):
+    """Logits of hidden states by transformers' own norm and head."""
     model = AutoModelForCausalLM.from_pretrained(chain.checkpoint.directory, dtype=torch.float64)
     norm = model.base_model.ln_f if hasattr(model.base_model, "ln_f") else model.base_model.norm
-    if name != "gpt2":  # transformers' RMSNorm computes in fp32 whatever its input
+    if chain.spec.norm == "rms":  # transformers' RMSNorm computes in fp32 whatever its input
         scaled = y / np.sqrt((y**2).mean(axis=-1, keepdims=True) + norm.variance_epsilon)
         normed = scaled * norm.weight.detach().numpy()
     else:
         normed = norm(torch.from_numpy(y)).detach().numpy()
-    expected = normed @ model.lm_head.weight.detach().numpy().T
-    logits = Stranger(chain, 1, rng).run("exit_head", hidden=hidden)["logits"]
-    np.testing.assert_allclose(logits, expected, atol=LOGITS_FP32, rtol=0)
+    return normed @ model.lm_head.weight.detach().numpy().T

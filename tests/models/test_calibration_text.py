@@ -32,7 +32,8 @@ class Letters:
     def encode(self, text: str) -> Encoding:
         return self.Encoding(text)
 
-    def encode_batch(self, texts: list[str]) -> list[Encoding]:
+    def encode_batch(self, texts: list[str], *, add_special_tokens: bool) -> list[Encoding]:
+        assert add_special_tokens
         return [self.Encoding(text) for text in texts]
 
 

@@ -77,24 +77,9 @@ def test_character_maps_that_claim_more_than_they_hold(fields: Fields, character
 
 
 def test_what_others_write_meanwhile_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
-    with tokenizer._native_messages_dropped():
+    with tokenizer.native_messages_dropped():
         subprocess.run(["sh", "-c", "echo native >&2"], check=True)
     assert capfd.readouterr().err == "native\n"
-
-
-@pytest.mark.parametrize("text", ["", "def main(x):\n    return 'é'", "x" * 3000])
-def test_saved_padding_and_truncation_are_as_in_transformers(
-    fields: Fields, text: str, tmp_path: Path
-) -> None:
-    import transformers
-
-    padding, truncation = {**PADDING, "strategy": {"Fixed": 50}}, {**TRUNCATION, "stride": 0}
-    fields |= {"padding": padding, "truncation": truncation}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
-    reference = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(tmp_path / "tokenizer.json")
-    )
-    assert tokenizer.encode(_parse(fields), text) == reference(text)["input_ids"]
 
 
 def test_padding_beyond_memory_is_not_tried(fields: Fields) -> None:
@@ -115,7 +100,7 @@ def test_text_and_tokens_that_it_fails_on() -> None:
         pass
 
     class Broken:
-        def encode_batch(self, _: object) -> None:
+        def encode_batch(self, _: object, *, add_special_tokens: bool) -> None:
             raise PanicException("no entry\nfound for key")
 
         def decode(self, *_: object, **__: object) -> None:
@@ -130,7 +115,7 @@ def test_text_and_tokens_that_it_fails_on() -> None:
 
 def test_interrupt_is_no_word_of_a_tokenizer() -> None:
     class Interrupted:
-        def encode_batch(self, _: object) -> None:
+        def encode_batch(self, _: object, *, add_special_tokens: bool) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -11,7 +11,13 @@ from bench.cpu.compiled import compile_checkpoint
 from ojfa_export.bundle.names import block_name
 from ojfa_export.planning.bandwidth import read_bandwidth
 from ojfa_export.planning.machine import describe_machine
-from ojfa_export.planning.traffic import block_bytes, cache_bytes, decode_bytes, head_bytes
+from ojfa_export.planning.traffic import (
+    block_bytes,
+    cache_bytes,
+    decode_bytes,
+    folded_head_bytes,
+    head_bytes,
+)
 
 # Weight files align every tensor to 64 bytes.
 PADDING = 64 * 12
@@ -27,17 +33,18 @@ def test_bytes_are_those_of_the_weight_files(variant: str, tmp_path: Path):
         return (compiled.weights / f"{name}.bin").stat().st_size
 
     assert abs(size(block_name(0)) - block_bytes(spec)) < PADDING
-    assert abs(size("final_head") - head_bytes(spec, None)) < PADDING
-    assert abs(size("exit_head") - head_bytes(spec, 1)) < PADDING
+    assert abs(size("final_head") - head_bytes(spec)) < PADDING
+    assert abs(size("exit_head") - folded_head_bytes(spec, 1)) < PADDING
 
 
 def test_a_step_is_blocks_with_their_caches_and_one_head(tmp_path: Path):
     make_checkpoint("phi3-sliding-window", tmp_path / "checkpoint", seed=1)
     spec = compile_checkpoint(tmp_path / "checkpoint", tmp_path, 32).spec
-    per_block = decode_bytes(spec, 2, 5, 3) - decode_bytes(spec, 1, 5, 3)
+    exit_head = folded_head_bytes(spec, 3)
+    per_block = decode_bytes(spec, 2, 5, exit_head) - decode_bytes(spec, 1, 5, exit_head)
     assert per_block == block_bytes(spec) + cache_bytes(spec, 5)
-    full = decode_bytes(spec, spec.blocks, 5, 3) - decode_bytes(spec, spec.blocks - 1, 5, 3)
-    assert full == per_block + head_bytes(spec, None) - head_bytes(spec, 3)
+    full, before = (decode_bytes(spec, spec.blocks - n, 5, exit_head) for n in (0, 1))
+    assert full - before == per_block + head_bytes(spec) - exit_head
     assert spec.window == 8
     assert cache_bytes(spec, 100) == cache_bytes(spec, 8) == 8 * cache_bytes(spec, 1)
     assert cache_bytes(spec, 1) == 4 * 2 * spec.kv_heads * spec.head_dim

@@ -43,5 +43,5 @@ def chain_of(tmp_path_factory: pytest.TempPathFactory) -> BuildChain:
 
 @pytest.fixture(scope="session")
 def model_of() -> LoadModel:
-    """The same variant in transformers; made anew, since dynamic RoPE keeps a state."""
+    """The same variant in transformers; made anew, since LongRoPE keeps a state."""
     return lambda name: make_model(name, seed=SEED)

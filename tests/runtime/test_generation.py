@@ -101,6 +101,16 @@ def test_stop_string(model):
     assert same.prompts == [completion]
 
 
+def test_stop_string_that_is_a_special_token(model):
+    """Text leaves them out, and generation ends at them all the same."""
+    forced = {"logit_bias": {0: 1e4}, "ignore_eos": True, "stop": "<|endoftext|>"}
+    [completion] = model.generate(PROMPTS[0], max_new_tokens=9, **forced).prompts
+    assert (completion.finish_reason, completion.token_ids) == ("stop_string", [0])
+    assert completion.text == ""
+    [token] = model.stream(PROMPTS[0], max_new_tokens=9, **forced)
+    assert token.finish_reason == "stop_string"
+
+
 def test_text_held_for_a_stop_string_comes_at_the_end(model):
     [whole] = model.generate(PROMPTS[0], max_new_tokens=10, temperature=1.0, seed=2).prompts
     [held] = model.generate(

@@ -137,11 +137,13 @@ def test_exit_logits_are_the_shortcut_and_the_head_in_float64(chain_of, rng):
         np.testing.assert_allclose(logits, expected, atol=LOGITS_FP32, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
-def test_each_row_of_a_batch_has_the_gate_of_its_own_exit(name, rng, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama-gqa", "residual"), ("llama-gqa", "mlp"), ("gpt2", "mlp")]
+)
+def test_each_row_of_a_batch_has_the_jump_of_its_own_exit(name, kind, rng, tmp_path):
     """A policy stops rows at different exits; each must read the head as a session alone does."""
     checkpoint = make_checkpoint(name, tmp_path / "checkpoint", seed=int(rng.integers(2**31)))
-    chain = build_chain(checkpoint, tmp_path, residual=True)
+    chain = build_chain(checkpoint, tmp_path, kind=kind)
     exits = range(1, chain.spec.blocks)
     prompts = rng.integers(VOCAB_SIZE, size=(6, 9)).tolist()
     alone = np.array([[chain.session().advance(ids, exit)[0] for ids in prompts] for exit in exits])

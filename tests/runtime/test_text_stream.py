@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import transformers
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_models import _tokenizer as make_tokenizer
@@ -36,6 +38,10 @@ def sentencepiece() -> Tokenizer:
 
 SENTENCEPIECE = sentencepiece()
 FIRST_BYTE = SENTENCEPIECE.token_to_id("<0x00>")
+
+SPECIAL = Tokenizer.from_str(BYTE_LEVEL.to_str())
+SPECIAL.add_special_tokens(["<|im_end|>"])
+SPECIAL.add_tokens(["<plain>"])
 
 
 def stream_pieces(tokenizer, ids, *, stop=(), prompt=()) -> list[str]:
@@ -144,6 +150,49 @@ def test_stop_strings(text, stop):
             expected = so_far[: min(starts)]
             break
     assert "".join(stream_pieces(BYTE_LEVEL, ids, stop=stop)) == expected
+
+
+@given(
+    st.lists(st.sampled_from([*"ab", "<|endoftext|>", "<|im_end|>", "<plain>"]), max_size=20),
+    st.lists(
+        st.sampled_from(
+            ["<|im_end|>", "a<|im_end|>", "<|im_end|>b", "<|im_end|><|endoftext|>a", "<plain>"]
+        ),
+        min_size=1,
+        max_size=2,
+    ),
+)
+@example(["a", "<|im_end|>", "b"], ["<|im_end|>"])
+def test_stop_strings_that_name_special_tokens(pieces, stop):
+    """Against a search of all text with the named ones in it; text that is given has none."""
+    named = [token for token in ("<|endoftext|>", "<|im_end|>") if token in "".join(stop)]
+    heard = [piece for piece in pieces if piece in named or not piece.startswith("<|")]
+    expected = heard
+    for count in range(len(heard) + 1):
+        so_far = "".join(heard[:count])
+        if starts := [so_far.find(string) for string in stop if string in so_far]:
+            expected = [so_far[: min(starts)]]
+            break
+    ids = [SPECIAL.token_to_id(piece) for piece in pieces]
+    text = "".join(expected)
+    for token in named:
+        text = text.replace(token, "")
+    assert "".join(stream_pieces(SPECIAL, ids, stop=stop)) == text
+
+
+@pytest.mark.parametrize("stop", [["<|im_end|>"], ["a<|im_end|>b", "b<|im_end|>"]])
+def test_streams_stop_where_transformers_stops(rng, stop):
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=SPECIAL)
+    criteria = transformers.StopStringCriteria(wrapped, stop)
+    for _ in range(20):
+        pieces = rng.choice(["a", "b", "<|im_end|>", "<plain>"], 12)
+        ids = [SPECIAL.token_to_id(piece) for piece in pieces]
+        stream = TextStream(SPECIAL, stop)
+        for count, token in enumerate(ids, 1):
+            stream.push(token)
+            assert stream.stopped == bool(criteria(torch.tensor([ids[:count]]), None))
+            if stream.stopped:
+                break
 
 
 def test_a_stop_string_across_tokens():

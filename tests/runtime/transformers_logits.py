@@ -1,4 +1,4 @@
-"""What transformers says of a token sequence, in the three ways that it can be asked."""
+"""What transformers says of a token sequence, in the two ways that it can be asked."""
 
 from __future__ import annotations
 
@@ -21,14 +21,3 @@ def longrope_decode(model: PreTrainedModel, token_ids: list[int], switch: int) -
     """
     short, long = full_forward(model, token_ids[:switch]), full_forward(model, token_ids)
     return np.concatenate([short, long[switch:]])
-
-
-@torch.inference_mode()
-def cached_decode(model: PreTrainedModel, token_ids: list[int]) -> np.ndarray:
-    """Logits [tokens, V] of feeding one token at a time with transformers' cache."""
-    logits, cache = [], None
-    for token in token_ids:
-        output = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        logits.append(output.logits[0, -1].numpy())
-    return np.stack(logits)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tolerances import FIT_LOSS_RELATIVE, LOGITS_FP32
 
-from ojfa_export.bundle.shortcut import load, save
+from ojfa_export.bundle.shortcut_file import load, save
 from ojfa_export.errors import CalibrationError
 from ojfa_export.models.head import FinalNorm, LanguageHead
 from ojfa_export.shortcuts.distil import _Student, distil, split_rows

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from chain import random_mlp
 from click.testing import CliRunner
 from PIL import Image
 
+from ojfa_export.bundle.shortcut_file import save
 from ojfa_export.cli.app import app
 from ojfa_export.compiler import work
+from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.shortcuts.comparison.claims import judge
 from ojfa_export.shortcuts.comparison.model import Comparison
 from ojfa_export.shortcuts.comparison.write import write_comparison
@@ -34,9 +38,20 @@ def one_torch_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def arguments(tiny_checkpoint: Path, calibration_text: Path) -> list[str]:
+def arguments(tiny_checkpoint: Path, calibration_text: Path, given: Path) -> list[str]:
     data = ["--calibration-data", str(calibration_text), "--calibration-tokens", "1024"]
-    return ["compare", str(tiny_checkpoint), "--rank", str(RANK), *data]
+    others = ["--with", str(given)]
+    return ["compare", str(tiny_checkpoint), "--rank", str(RANK), *data, *others]
+
+
+@pytest.fixture(scope="module")
+def given(tiny_checkpoint: Path, tmp_path_factory) -> Path:
+    """The file of an MLP that is the identity: its second matrix is zero."""
+    checkpoint = Checkpoint(tiny_checkpoint)
+    mlp = random_mlp(checkpoint.spec, 8)
+    path = tmp_path_factory.mktemp("given") / "mlp.safetensors"
+    save(replace(mlp, down=np.zeros_like(mlp.down)), path, checkpoint.sha256())
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +82,11 @@ def test_every_kind_has_its_parameters_and_figures(compared):
     _, report = compared
     hidden, exits = report.hidden_size, report.blocks - 1
     narrow, normed = 2 * hidden * RANK, 2 * hidden * (RANK + 1)
-    assert {each.kind: each.parameters for each in report.kinds} == {
+    *fitted, mlp = report.kinds
+    assert (mlp.kind, mlp.title) == (None, "mlp, given: mlp.safetensors")
+    assert mlp.exits == report.of("identity").exits
+    assert mlp.parameters > 0
+    assert {each.kind: each.parameters for each in fitted} == {
         "identity": 0,
         "jtc": exits * hidden**2,
         "njtc": exits * narrow,
@@ -78,7 +97,7 @@ def test_every_kind_has_its_parameters_and_figures(compared):
         "residual-closed-form": normed + exits,
         "residual": normed + exits,
     }
-    assert [each.kind for each in report.kinds] == list(KINDS)
+    assert [each.kind for each in fitted] == list(KINDS)
     assert all(len(each.exits) == exits for each in report.kinds)
     read = {each.check.name: each.check.weights_read for each in report.kinds}
     whole = report.vocab_size * hidden + hidden
@@ -100,7 +119,7 @@ def with_precisions(report: Comparison, **precisions: list[float]) -> Comparison
     """The same with other Precision@1 of some kinds (with _ for -)."""
     kinds = []
     for each in report.kinds:
-        values = precisions.get(each.kind.replace("-", "_"))
+        values = precisions.get((each.kind or "given").replace("-", "_"))
         exits = each.exits
         if values is not None:
             pairs = zip(exits, values, strict=True)

@@ -87,7 +87,8 @@ def test_the_reference_is_the_model(name, rng, tmp_path):
     ("name", "options"),
     [
         ("llama-gqa", {}),
-        ("gpt2", {"residual": True}),
+        ("gpt2", {"kind": "residual"}),
+        ("llama-gqa", {"kind": "mlp", "precision": "fp16"}),
         ("phi3-sliding-window", {"precision": "fp16"}),
         ("phi3-longrope", {}),
     ],
@@ -103,7 +104,9 @@ def test_right_engines_pass(name, options, rng, tmp_path):
     assert f"float64 {last}: hidden" in names
     assert {"float64 final_head: logits", "float64 exit_head after 1: logits"} <= set(names)
     ranges = [name for name in names if name.startswith("fp16 range")]
-    assert len(ranges) == (chain.spec.blocks if chain.precision == "fp16" else 0)
+    exits = {1, chain.spec.blocks // 2, chain.spec.blocks - 1}
+    heads = len(exits) if options.get("kind") == "mlp" else 0
+    assert len(ranges) == (chain.spec.blocks + heads if chain.precision == "fp16" else 0)
 
 
 def test_too_little_text_compares_nothing(rng, tmp_path):

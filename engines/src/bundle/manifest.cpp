@@ -68,6 +68,8 @@ Manifest read_fields(const Json& raw) {
     if (const Json* promise = fields.maybe("promise")) check_promise(Fields(*promise, "promise"));
     if (const Json* planned = fields.maybe("default"))
         manifest.planned = read_default(Fields(*planned, "default"));
+    if (fields.json().contains("generation"))
+        check_generation(fields.object("generation"), manifest.spec.vocab_size);
     Fields files = fields.object("files");
     for (const auto& member : files.json().items())
         manifest.files[member.key()] = read_file_entry(files.object(member.key()));

@@ -118,6 +118,7 @@ ModelSpec read_model(Fields fields) {
     maybe_text(fields, "revision");
     fields.sha256("sha256");
     const Fields config = fields.object("config");
+    if (fields.json().contains("ignored_fields")) fields.texts("ignored_fields");
     ModelSpec spec = read_spec(fields.object("spec"));
     fields.done();
     const auto type = config.json().find("model_type");
@@ -155,11 +156,15 @@ EngineSet read_engines(Fields fields) {
 
 Shortcut read_shortcut(Fields fields) {
     Shortcut shortcut{};
-    fields.text("kind");
+    const std::string kind = fields.text("kind");
+    if (kind == "mlp")
+        throw bundle_failure("the bundle's shortcut is an MLP, which this library doesn't run",
+                             "run it in Python, or build it again with --shortcut ojfa or residual");
     for (const char* name : {"fitted_at", "parameters"}) fields.integer(name, 1, ANY_SIZE);
     shortcut.rank = fields.integer("rank", 1);
     shortcut.residual = fields.truth("residual");
     if (fields.maybe("gates")) shortcut.gates = fields.numbers("gates").size();
+    fields.maybe("width");
     fields.done();
     return shortcut;
 }
@@ -211,7 +216,7 @@ void check_calibration(Fields fields) {
         source.integer("bytes", 0, ANY_SIZE);
         source.done();
     }
-    fields.integer("tokens_fit", 1, ANY_SIZE);
+    fields.integer("tokens_fit", 0, ANY_SIZE);
     fields.integer("tokens_held_out", 1, ANY_SIZE);
     fields.done();
 }
@@ -241,6 +246,23 @@ void check_promise(Fields fields) {
     check_positive(fields, "relative_cost");
     fields.integer("candidates", 0, ANY_SIZE);
     fields.text("reason");
+    fields.done();
+}
+
+void check_generation(Fields fields, int vocab_size) {
+    if (fields.maybe("temperature")) check_positive(fields, "temperature");
+    if (fields.maybe("top_k")) fields.integer("top_k", 1);
+    for (const char* name : {"top_p", "min_p"})
+        if (fields.maybe(name)) check_share(fields, name);
+    if (fields.maybe("top_p")) check_positive(fields, "top_p");
+    if (fields.maybe("repetition_penalty")) {
+        const double penalty = fields.number("repetition_penalty");
+        if (!(penalty >= 1e-6 && penalty <= 1e6)) fields.fail("repetition_penalty", "it is out of range");
+    }
+    if (fields.json().contains("suppress_tokens"))
+        for (const std::int32_t token : fields.integers("suppress_tokens"))
+            if (token < 0 || token >= vocab_size)
+                fields.fail("suppress_tokens", "they are outside the model");
     fields.done();
 }
 

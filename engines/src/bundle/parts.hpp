@@ -17,6 +17,7 @@ Default read_default(Fields fields);
 FileEntry read_file_entry(Fields fields);
 void check_calibration(Fields fields);
 void check_promise(Fields fields);
+void check_generation(Fields fields, int vocab_size);
 void check_built(Fields fields);
 
 }  // namespace ojfa::core

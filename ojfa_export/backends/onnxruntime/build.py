@@ -9,7 +9,7 @@ import onnx
 from ojfa_export.backends.onnxruntime.dialect import OnnxRuntimeCpu, check_fused_attention
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.embed import embed_graph
-from ojfa_export.graphs.heads import exit_head_graph, final_head_graph, residual_head_graph
+from ojfa_export.graphs.heads import final_head_graph, jump_head_graph
 from ojfa_export.graphs.weights import references
 from ojfa_export.models.spec import ModelSpec
 
@@ -34,8 +34,7 @@ def build_engine(spec: ModelSpec, graph: Path, engine: Path) -> None:
     elif name == "final_head":
         model = final_head_graph(spec, weights, dialect)
     elif name == "exit_head":
-        make = residual_head_graph if "gates" in weights else exit_head_graph
-        model = make(spec, weights, dialect)
+        model = jump_head_graph(spec, weights, dialect)
     else:
         model = block_graph(spec, int(name.removeprefix("block_")), weights, dialect)
     engine.write_bytes(model.SerializeToString(deterministic=True))

@@ -47,7 +47,7 @@ class OnnxRuntimeEngines(OpenedModel, ChoosesOnHost):
 def head_inputs(
     session: ort.InferenceSession, hidden: Float32, blocks_run: int | Sequence[int]
 ) -> dict[str, Float32 | Int32]:
-    """What a head takes: hidden states [rows, H], and where it has gates, each row's exit."""
+    """What a head takes: hidden states [rows, H], and where it knows of exits, each row's."""
     inputs: dict[str, Float32 | Int32] = {"hidden": hidden}
     if len(session.get_inputs()) > 1:
         # One for all rows, or each row's.

@@ -13,7 +13,7 @@ from ojfa_export.bundle.names import block_name
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.dialect import Weights
 from ojfa_export.graphs.embed import embed_graph
-from ojfa_export.graphs.heads import exit_head_graph, final_head_graph, residual_head_graph
+from ojfa_export.graphs.heads import final_head_graph, jump_head_graph
 from ojfa_export.graphs.weights import references
 from ojfa_export.models.spec import ModelSpec, Precision
 from ojfa_export.system.atomic import write_atomically
@@ -73,8 +73,7 @@ def _model(
     if name == "final_head":
         return name, final_head_graph(spec, weights, dialect)
     if name == "exit_head":
-        make = residual_head_graph if "gates" in weights else exit_head_graph
-        return name, make(spec, weights, dialect)
+        return name, jump_head_graph(spec, weights, dialect)
     # Blocks differ in their scale of attention at most.
     index = int(name.removeprefix("block_"))
     first = spec.attention_scales.index(spec.attention_scales[index])

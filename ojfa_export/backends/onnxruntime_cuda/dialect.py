@@ -94,7 +94,7 @@ class OnnxRuntimeCuda(OnnxRuntimeDialect):
 
     def inner(self, graph: Graph, up: str) -> str:
         """The MLP between its matrices, in compute precision throughout."""
-        return self._activated(graph, up)
+        return self.activated(graph, up, self.spec.intermediate_size)
 
     def attention_inputs(self, graph: Graph) -> None:
         """The cache, rotations, and where the new tokens are."""

@@ -20,7 +20,7 @@ from ojfa_export.backends.cuda.mailbox import ROWS, DeviceHeadOutput, HeadArgume
 from ojfa_export.backends.onnxruntime_cuda.executor import OnnxRuntimeCudaExecutor
 from ojfa_export.backends.onnxruntime_cuda.opened import OpenedModel
 from ojfa_export.bundle.checked import UNCHECKED, Files
-from ojfa_export.bundle.names import block_name
+from ojfa_export.bundle.names import OF_EXITS, block_name
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 from ojfa_export.models.spec import ModelSpec
@@ -114,7 +114,8 @@ class OnnxRuntimeCudaEngines(OpenedModel, PreparesByParts):
     ) -> None:
         """Puts a head on the stream, and what is done with its logits (`then` is its key)."""
         name = "final_head" if blocks_run == self.spec.blocks else "exit_head"
-        gated, count = "gates" in self.plans[name].weights, len(hidden)
+        same = OF_EXITS.isdisjoint(self.plans[name].weights)  # at every exit
+        count = len(hidden)
 
         def work() -> None:
             exits = self._exits[blocks_run, :count].reshape(count)
@@ -122,7 +123,7 @@ class OnnxRuntimeCudaEngines(OpenedModel, PreparesByParts):
             self.work(name, inputs, {"logits": self._logits[:count]}).run()
             follows()
 
-        exit = blocks_run if gated else None
+        exit = None if same else blocks_run
         self.add((self._key, name, exit, count, hidden.pointer, *then), work)
 
     def _fetch(self, logits: DeviceArray) -> None:

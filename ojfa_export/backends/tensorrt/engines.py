@@ -22,9 +22,9 @@ from ojfa_export.backends.tensorrt.heads import (
     ExitHead,
     FinalHead,
     Head,
-    ResidualExitHead,
 )
 from ojfa_export.backends.tensorrt.in_flight import InFlight
+from ojfa_export.backends.tensorrt.jumps import MlpExitHead, ResidualExitHead
 from ojfa_export.backends.tensorrt.memory import Request
 from ojfa_export.backends.tensorrt.opened import OpenedModel
 from ojfa_export.backends.tensorrt.replays import Replays
@@ -182,8 +182,11 @@ class TensorRtEngines(OpenedModel):
     def _open_head(self, blocks_run: int) -> Head:
         if blocks_run == self.spec.blocks:
             return FinalHead(self)
-        if "gates" in self.plan("exit_head").weights:
+        weights = self.plan("exit_head").weights
+        if "gates" in weights:
             return ResidualExitHead(self, blocks_run)
+        if "exit.scale" in weights:
+            return MlpExitHead(self, blocks_run)
         # Every exit's head is the same: none but a residual jump knows of exits.
         others = (head for head in self._heads.values() if isinstance(head, ExitHead))
         return next(others, None) or ExitHead(self)

@@ -19,13 +19,10 @@ from ojfa_export.backends.cuda.kernels import (
 from ojfa_export.backends.cuda.mailbox import HeadArguments
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
 from ojfa_export.backends.tensorrt.opened import OpenedModel
-from ojfa_export.backends.tensorrt.products import Products
-from ojfa_export.backends.tensorrt.weights import ROW_BYTES
 from ojfa_export.backends.tensorrt.workspace import Workspace
 
 # Rows of logits that are on the device at once.
 HEAD_ROWS = 64
-ROW_ELEMENTS = ROW_BYTES // 4  # of fp32, as a kernel loads them
 # As in exit_check.cu and choose.cu.
 CHECK_THREADS, BESIDE_THREADS, CHECK_RANK, KEEP_THREADS = 512, 128, 128, 256
 NOTHING_TO_KEEP = (pointer(None), pointer(None), pointer(None), integer(0))
@@ -107,13 +104,14 @@ class Keeping:
         )
 
 
-class _ByLogits:
+class ByLogits:
     """A head that chooses by way of its logits."""
 
     _chooser: Chooser
     is_small = False
 
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
+        """See `Head`."""
         raise NotImplementedError
 
     def choose(
@@ -141,7 +139,7 @@ def _run_engine(model: OpenedModel, name: str, hidden: DeviceArray, logits: Devi
     )
 
 
-class FinalHead(_ByLogits):
+class FinalHead(ByLogits):
     """Final norm and LM head.
 
     Args:
@@ -167,7 +165,7 @@ class FinalHead(_ByLogits):
             _run_engine(self._model, "final_head", hidden, logits)
 
 
-class ExitHead(_ByLogits):
+class ExitHead(ByLogits):
     """The shortcut, folded with final norm and LM head: z = h P + b; logits = z / rms(z) V^T.
 
     Args:
@@ -259,44 +257,3 @@ class ExitHead(_ByLogits):
             overlapping=True,
         )
         self._chooser.sample(logits, asked)
-
-
-class ResidualExitHead(_ByLogits):
-    """One exit's residual shortcut, then the model's own head: y = h + (h P + b) (gate U).
-
-    What the jump adds to reading the head is little.
-
-    Args:
-        model: The opened model.
-        blocks_run: The exit, which picks the gate.
-    """
-
-    def __init__(self, model: OpenedModel, blocks_run: int) -> None:
-        self._final, self._chooser = FinalHead(model), model.chooser
-        store, plan = model.store, model.plan("exit_head")
-        project, up, gates = (store.read(plan.weights[n]) for n in ("project", "up", "gates"))
-        bias = store.read(plan.weights["project.bias"])
-        rank = -(-len(up) // ROW_ELEMENTS) * ROW_ELEMENTS  # filled up with zeros
-        self._project = store.filled(project.T, (rank, project.shape[0]))
-        self._bias = store.filled(bias, (rank,))
-        self._up = store.filled(gates[blocks_run - 1] * up.T, (up.shape[1], rank))
-        self._kernels = model.linear("fp32")
-        self._gemm = model.gemm("fp32")
-        self._z = model.arrays.lasting((HEAD_ROWS, rank), np.float32)
-        self._y = model.arrays.lasting((HEAD_ROWS, up.shape[1]), np.float32)
-
-    def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
-        """See `Head`; at most HEAD_ROWS rows."""
-        y = self._y[: len(hidden)]
-        if len(hidden) > MOST_TOKENS and self._gemm is not None:
-            self._jump(self._gemm, y, hidden)
-        else:
-            for at in range(0, len(hidden), MOST_TOKENS):
-                rows = slice(at, at + MOST_TOKENS)
-                self._jump(self._kernels, y[rows], hidden[rows])
-        self._final.run(y, logits)
-
-    def _jump(self, products: Products, y: DeviceArray, hidden: DeviceArray) -> None:
-        z = self._z[: len(hidden)]
-        products.linear(z, None, hidden, self._project, self._bias)
-        products.linear(y, hidden, z, self._up, None)

@@ -9,7 +9,7 @@ from ojfa_export.shortcuts.matrix_picture import draw_matrix
 from ojfa_export.system.pictures import STYLE, png, whole_ticks
 
 if TYPE_CHECKING:
-    pass
+    from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, told apart in every common kind of colour blindness; the markers and
 # dashes tell the lines apart without colour.
@@ -18,6 +18,7 @@ _LINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("multi_jump", "a jump per exit (N-NJTC)", {"color": "#D55E00", "marker": "s", "ls": "--"}),
     ("identity", "no jump (identity)", {"color": "#666666", "marker": "^", "ls": ":"}),
     ("residual", "shared residual jump", {"color": "#009E73", "marker": "D", "ls": "-."}),
+    ("given", "the shortcut that was given", {"color": "#0072B2", "marker": "o", "linewidth": 2.2}),
 )
 
 
@@ -45,7 +46,23 @@ def surprisal_by_exit(report: CalibrationReport) -> bytes:
 
 def precision_matrix(report: CalibrationReport) -> bytes:
     """Precision@1 of every level's jump at every exit, the chosen jump's row marked."""
+    assert report.fitted_at is not None
     return draw_matrix(report.precision_at_1, report.fitted_at)
+
+
+def _mark_level(axes: Axes, fitted_at: int, *, late: bool) -> None:
+    axes.axvline(fitted_at, color="#0072B2", linewidth=1, alpha=0.35, zorder=0)
+    axes.annotate(
+        "one jump fitted here",
+        xy=(fitted_at, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(-4 if late else 4, -2),
+        textcoords="offset points",
+        color="#0072B2",
+        fontsize=8.5,
+        va="top",
+        ha="right" if late else "left",
+    )
 
 
 def _by_exit(
@@ -65,19 +82,8 @@ def _by_exit(
             values = [factor * getattr(getattr(row, name), measure) for row in report.exits]
             axes.plot(exits, values, label=legend, markersize=size, **style)
             highest = max(highest, *values)
-        late = report.fitted_at > report.blocks / 2
-        axes.axvline(report.fitted_at, color="#0072B2", linewidth=1, alpha=0.35, zorder=0)
-        axes.annotate(
-            "one jump fitted here",
-            xy=(report.fitted_at, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4 if late else 4, -2),
-            textcoords="offset points",
-            color="#0072B2",
-            fontsize=8.5,
-            va="top",
-            ha="right" if late else "left",
-        )
+        if report.fitted_at is not None:
+            _mark_level(axes, report.fitted_at, late=report.fitted_at > report.blocks / 2)
         axes.set_ylim(0, 1.12 * highest or 1)  # room for the note above the lines
         axes.set_title(title)
         axes.set_xlabel(f"exit (blocks run, of {report.blocks})")

@@ -26,13 +26,15 @@ class ExitReport(_Strict):
         multi_jump: A jump of the same rank for each exit (N-NJTC).
         identity: No jump: the hidden state read as if it were the last one.
         residual: The shared residual jump, where it was fitted.
+        given: The shortcut that the build was given; then no other was fitted.
     """
 
     blocks: int = Field(ge=1)
-    ojfa: ExitQuality
-    multi_jump: ExitQuality
+    ojfa: ExitQuality | None = None
+    multi_jump: ExitQuality | None = None
     identity: ExitQuality
     residual: ExitQuality | None = None
+    given: ExitQuality | None = None
 
 
 class LatencyRow(_Strict):
@@ -44,23 +46,26 @@ class LatencyRow(_Strict):
 
 
 class CalibrationReport(_Strict):
-    """How the shortcut was fitted and chosen, and how good it is.
+    """How the shortcut was fitted and chosen, or that it was given, and how good it is.
 
     Attributes:
         model: The model's name.
         blocks: L, the number of blocks.
         hidden_size: H.
-        rank: r of every jump.
-        kind: Of the shortcut in the bundle, "ojfa" or "residual".
-        fitted_at: Blocks run before the hidden states that the one narrow jump was fitted on.
+        rank: r of every jump; None of an MLP.
+        width: Of an MLP.
+        kind: Of the shortcut in the bundle.
+        fitted_at: Blocks run before the hidden states that the one narrow jump was fitted on; None
+            of an MLP.
         reason: Why that level and that kind, in words.
         parameters: Weights of the shortcut in the bundle.
-        parameters_multi_jump: Weights of a jump for every exit.
+        parameters_multi_jump: Weights of a jump for every exit, where those were fitted.
         calibration_sources: Where the calibration text comes from.
-        tokens_fitted: Tokens that the jumps were fitted on.
+        tokens_fitted: Tokens that the jumps were fitted on; 0 where the shortcut was given.
         tokens_held_out: Tokens that the qualities were measured on.
         exits: For exits 1..L-1, in order.
-        precision_at_1: [L-1][L-1], indexed [fitted_at - 1][used_at - 1].
+        precision_at_1: [L-1][L-1], indexed [fitted_at - 1][used_at - 1]; empty where the shortcut
+            was given.
         surprisal: The same for the mean surprisal, in nats.
         checks: The verification's, once it has run.
         latency: The benchmark's, once it has run.
@@ -72,24 +77,45 @@ class CalibrationReport(_Strict):
     model: str
     blocks: int = Field(ge=2)
     hidden_size: int = Field(ge=1)
-    rank: int = Field(ge=1)
+    rank: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1)
     kind: str
-    fitted_at: int = Field(ge=1)
+    fitted_at: int | None = Field(default=None, ge=1)
     reason: str
     parameters: int = Field(ge=1)
-    parameters_multi_jump: int = Field(ge=1)
+    parameters_multi_jump: int | None = Field(default=None, ge=1)
     calibration_sources: list[str]
-    tokens_fitted: int = Field(ge=1)
+    tokens_fitted: int = Field(default=0, ge=0)
     tokens_held_out: int = Field(ge=1)
     exits: list[ExitReport]
-    precision_at_1: list[list[Share]]
-    surprisal: list[list[Nats]]
+    precision_at_1: list[list[Share]] = []
+    surprisal: list[list[Nats]] = []
     checks: list[Check] = []
     latency: list[LatencyRow] = []
 
     @property
+    def measured(self) -> list[str]:
+        """The fields of `ExitReport` that have figures."""
+        return [name for name, each in self.exits[0] if isinstance(each, ExitQuality)]
+
+    @property
+    def agreement(self) -> list[float]:
+        """Share of held-out tokens at which exits 1..L-1 choose the full model's token."""
+        name = "given" if self.exits[0].given else self.kind
+        return [getattr(row, name).precision_at_1 for row in self.exits]
+
+    @property
+    def worth(self) -> str:
+        """What the exits are worth, in words."""
+        picked = sorted({1, self.blocks // 2, self.blocks - 1})
+        shares = [f"{self.agreement[exit - 1]:.0%} after {exit}" for exit in picked]
+        return f"full depth's token for {', '.join(shares)} of {self.blocks} blocks"
+
+    @property
     def shortcut(self) -> str:
         """The shortcut in the bundle, in words."""
+        if self.kind == "mlp":
+            return f"one MLP of {self.width} features for all exits"
         if self.kind == "residual":
             return f"shared residual shortcut of rank {self.rank}"
         return f"shortcut of rank {self.rank} fitted after block {self.fitted_at}"
@@ -99,10 +125,11 @@ class CalibrationReport(_Strict):
         levels = self.blocks - 1
         if [row.blocks for row in self.exits] != list(range(1, self.blocks)):
             raise ValueError(f"exits are not 1..{levels}")
-        if self.fitted_at > levels:
+        if self.fitted_at is not None and self.fitted_at > levels:
             raise ValueError(f"fitted_at {self.fitted_at} is outside 1..{levels}")
+        expected = 0 if self.exits[0].given else levels
         for name in ("precision_at_1", "surprisal"):
             matrix: list[list[float]] = getattr(self, name)
-            if len(matrix) != levels or any(len(row) != levels for row in matrix):
+            if len(matrix) != expected or any(len(row) != levels for row in matrix):
                 raise ValueError(f"{name} is not {levels} x {levels}")
         return self

@@ -26,8 +26,9 @@ def write_report(report: CalibrationReport, directory: Path) -> list[Path]:
     pictures = {
         "precision_by_exit": figures.precision_by_exit(report),
         "surprisal_by_exit": figures.surprisal_by_exit(report),
-        "precision_matrix": figures.precision_matrix(report),
     }
+    if report.precision_at_1:
+        pictures["precision_matrix"] = figures.precision_matrix(report)
     contents = {f"{name}.png": picture for name, picture in pictures.items()}
     contents["report.html"] = render("ojfa_export.compiler.report", report, pictures).encode()
     contents["report.json"] = (report.model_dump_json(indent=2) + "\n").encode()

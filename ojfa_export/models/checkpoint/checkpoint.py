@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from ojfa_export.errors import CheckpointError
 from ojfa_export.models.checkpoint.fields import read_fields
-from ojfa_export.models.checkpoint.tokenizer import eos_token_ids
-from ojfa_export.models.checkpoint.torch_file import read_torch_file
+from ojfa_export.models.checkpoint.generation import read_generation
+from ojfa_export.models.checkpoint.weight_files import (
+    Array,
+    check_dtype,
+    find_tensors,
+    read_headers,
+    read_tensor,
+)
 from ojfa_export.models.families import read_spec
 from ojfa_export.models.families.config import Config
-from ojfa_export.models.families.tensors import Source
+from ojfa_export.models.families.tensors import HEAD, Source
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.system.digest import sha256_file
-from ojfa_export.system.files import check_regular
 from ojfa_export.system.paths import check_utf8
-
-Array = NDArray[Any]
-
-DTYPES: Mapping[str, Any] = {
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F64": np.float64,
-}
 
 
 class Checkpoint:
@@ -39,20 +31,29 @@ class Checkpoint:
 
     Args:
         directory: Holds config.json and safetensors files (or pytorch_model.bin).
+        ignored_fields: Fields of config.json and generation_config.json that are not understood,
+            or not followed, and that the user goes on without.
+
+    Attributes:
+        generation: How text is generated, as the checkpoint says.
 
     Raises:
         CheckpointError: Where anything is missing, damaged or not supported.
         UsageError: The path is not UTF-8.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, ignored_fields: Collection[str] = ()) -> None:
         check_utf8(directory)
         self.directory = directory
-        self.config = Config(read_fields(directory / "config.json"), str(directory / "config.json"))
+        path = directory / "config.json"
+        self.config = Config(read_fields(path), str(path), ignored_fields)
         self.family, spec = read_spec(self.config)
-        eos = eos_token_ids(directory, spec.eos_token_ids, spec.vocab_size)
-        self.spec = spec.model_copy(update={"eos_token_ids": eos})
-        self._files = _tensor_files(directory)
+        eos, self.generation = read_generation(directory, self.config, spec.vocab_size)
+        self._files = find_tensors(directory)
+        # A tensor that another one serves for.
+        self._same: dict[str, str] = {}
+        tied = spec.tied_head and self._is_tied(spec)
+        self.spec = spec.model_copy(update={"eos_token_ids": eos, "tied_head": tied})
 
     @property
     def weight_files(self) -> list[Path]:
@@ -82,6 +83,23 @@ class Checkpoint:
             parts = [part.T for part in parts]
         return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=1)
 
+    def check_vocabulary(self, highest: int) -> None:
+        """Refuses tokens that the model doesn't have.
+
+        Args:
+            highest: The largest id that its tokenizer gave.
+
+        Raises:
+            CheckpointError: The model has fewer.
+        """
+        vocabulary = self.spec.vocab_size
+        if highest >= vocabulary:
+            raise CheckpointError(
+                f"the tokenizer of {self.directory} gives token {highest}, but the "
+                f"model has {vocabulary} tokens",
+                hint="tokenizer and weights belong to different models",
+            )
+
     def check_tensors(self) -> None:
         """Checks from the files' headers that every tensor is there with the right shape and dtype.
 
@@ -94,8 +112,8 @@ class Checkpoint:
                 name = self._stored_name(part)
                 wanted.setdefault(self._files[name], {})[name] = source.stored_shape(size)
         for path, shapes in sorted(wanted.items()):
-            for name, (shape, dtype) in _headers(path, list(shapes)).items():
-                _check_dtype(name, path, dtype)
+            for name, (shape, dtype) in read_headers(path, list(shapes)).items():
+                check_dtype(name, path, dtype)
                 self._check_shape(name, shape, shapes[name])
 
     def _sources(self) -> Iterator[Source]:
@@ -103,6 +121,21 @@ class Checkpoint:
         yield from self.family.ends(self.config, self.spec).values()
         for index in range(self.spec.blocks):
             yield from self.family.block(self.config, self.spec, index).values()
+
+    def _is_tied(self, spec: ModelSpec) -> bool:
+        """Whether embedding and LM head are one, where config.json says so: as transformers has it.
+
+        One that is stored alone serves for both; where both are stored, and differ, each is used.
+        """
+        source = self.family.ends(self.config, spec)["token_embedding"]
+        (embedding, size) = source.parts[0]
+        if HEAD not in self._files:
+            return True
+        if not any(name in self._files for name in self._stored_names(embedding)):
+            self._same[embedding] = HEAD
+            return True
+        shape = source.stored_shape(size)
+        return np.array_equal(self._part(embedding, shape), self._part(HEAD, shape))
 
     def _check_shape(self, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         if found != wanted:
@@ -114,7 +147,7 @@ class Checkpoint:
 
     def _part(self, name: str, shape: tuple[int, ...]) -> Array:
         stored_name = self._stored_name(name)
-        array = self._load(stored_name)
+        array = read_tensor(self._files[stored_name], stored_name)
         where = f"tensor '{stored_name}' in {self._files[stored_name]}"
         self._check_shape(stored_name, array.shape, shape)
         if not np.isfinite(array).all():
@@ -125,107 +158,18 @@ class Checkpoint:
         return array
 
     def _stored_name(self, name: str) -> str:
-        for prefix in self.family.prefixes:
-            if prefix + name in self._files:
-                return prefix + name
+        candidates = self._stored_names(self._same.get(name, name))
+        for candidate in candidates:
+            if candidate in self._files:
+                return candidate
         raise CheckpointError(
-            f"tensor '{self.family.prefixes[0]}{name}' is missing in {self.directory}",
-            hint="a shard may be missing; download the checkpoint again",
+            f"tensor '{candidates[0]}' is missing in {self.directory}",
+            hint="a shard may be missing; download the checkpoint again"
+            if name != HEAD
+            else "download the checkpoint again; config.json says that the LM head is not the "
+            "token embedding (tie_word_embeddings is false)",
         )
 
-    def _load(self, name: str) -> Array:
-        path = self._files[name]
-        if path.suffix == ".bin":
-            array = read_torch_file(path)[name]
-            _check_dtype(name, path, _dtype_name(array))
-            return array
-        # Opened for each tensor: pages of a file that stays mapped stay in memory.
-        with _opened(path) as file:
-            _check_dtype(name, path, file.get_slice(name).get_dtype())
-            tensor: Array = file.get_tensor(name)
-            return tensor
-
-
-def _headers(path: Path, names: list[str]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of tensors."""
-    if path.suffix == ".bin":
-        tensors = read_torch_file(path)
-        return {name: (tensors[name].shape, _dtype_name(tensors[name])) for name in names}
-    with _opened(path) as file:
-        slices = {name: file.get_slice(name) for name in names}
-        return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-
-
-def _dtype_name(array: Array) -> str:
-    """As safetensors names it, where it is supported."""
-    return next((name for name in DTYPES if array.dtype == DTYPES[name]), str(array.dtype))
-
-
-def _check_dtype(name: str, path: Path, dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise CheckpointError(
-            f"tensor '{name}' in {path} has dtype {dtype}, which is not supported",
-            hint=f"supported: {', '.join(DTYPES)}; quantised checkpoints must be dequantised first",
-        )
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file."""
-    try:
-        check_regular(path)
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} can't be read: {error}",
-            hint="the file is missing, truncated or damaged; download it again",
-        ) from error
-
-
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Which file holds each tensor."""
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (directory / index).exists():
-            weight_map = read_fields(directory / index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(shard, str) for shard in weight_map.values()
-            ):
-                raise CheckpointError(
-                    f"{directory / index} has no 'weight_map' from tensors to files",
-                    hint="download the checkpoint again",
-                )
-            files = {name: directory / Path(shard).name for name, shard in weight_map.items()}
-            for path in sorted(set(files.values())):
-                if not path.is_file():
-                    raise CheckpointError(
-                        f"shard {path} is missing, but {index} names it",
-                        hint="download the checkpoint again",
-                    )
-                _check_shard(path, {name for name, shard in files.items() if shard == path}, index)
-            return files
-    single, torch_file = directory / "model.safetensors", directory / "pytorch_model.bin"
-    if single.exists():
-        return dict.fromkeys(_tensor_names(single), single)
-    if torch_file.exists():
-        return dict.fromkeys(read_torch_file(torch_file), torch_file)
-    raise CheckpointError(
-        f"{directory} holds no model.safetensors or pytorch_model.bin",
-        hint="name a directory with the model's weights",
-    )
-
-
-def _check_shard(path: Path, expected: set[str], index: str) -> None:
-    """Opens a shard now: a truncated one is refused before anything is written."""
-    if missing := expected - set(_tensor_names(path)):
-        raise CheckpointError(
-            f"shard {path} lacks tensor '{min(missing)}', which {index} says it holds",
-            hint="download the checkpoint again",
-        )
-
-
-def _tensor_names(path: Path) -> list[str]:
-    if path.suffix == ".bin":
-        return list(read_torch_file(path))
-    with _opened(path) as file:
-        return list(file.keys())
+    def _stored_names(self, name: str) -> list[str]:
+        """The names that a tensor may have in the files."""
+        return [name] if name == HEAD else [prefix + name for prefix in self.family.prefixes]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from ojfa_export.errors import CheckpointError
 from ojfa_export.models.families.config import COMPLETE, Config
 from ojfa_export.models.families.family import Family
 from ojfa_export.models.families.gpt2 import GPT2
 from ojfa_export.models.families.llama import LLAMA
+from ojfa_export.models.families.mistral import MISTRAL
 from ojfa_export.models.families.phi3 import PHI3
+from ojfa_export.models.families.qwen2 import QWEN2
 from ojfa_export.models.spec import ModelSpec
 
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, PHI3)}
+FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, PHI3, QWEN2)}
 
 
 def read_spec(config: Config) -> tuple[Family, ModelSpec]:
@@ -23,9 +27,12 @@ def read_spec(config: Config) -> tuple[Family, ModelSpec]:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"{config.source}: model family '{model_type!s:.60}' is not supported",
-            hint=f"supported: {', '.join(sorted(FAMILIES))}",
+            hint=f"supported: {', '.join(sorted(FAMILIES))}{_nearest(model_type)}",
         )
     config.require("quantization_config")
+    # Nothing in transformers reads these, whose other values mean another model.
+    for name in ("lm_head_bias", "rope_interleaved"):
+        config.require(name, False)
     family = FAMILIES[model_type]
     spec = family.spec(config)
     if spec.heads % spec.kv_heads:
@@ -37,3 +44,11 @@ def read_spec(config: Config) -> tuple[Family, ModelSpec]:
     family.block(config, spec, 0)
     config.refuse_unread(model_type)
     return family, spec
+
+
+def _nearest(model_type: object) -> str:
+    """The known family whose name is most like a name, in words; nothing where none is."""
+    if not isinstance(model_type, str):
+        return ""
+    found = get_close_matches(model_type, FAMILIES, n=1, cutoff=0.7)
+    return f"; the nearest is '{found[0]}'" if found else ""

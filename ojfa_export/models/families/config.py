@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ojfa_export.errors import CheckpointError
@@ -12,21 +12,34 @@ from ojfa_export.errors import CheckpointError
 # what they hold. Anything else in them is refused as transformers refuses it.
 _IRRELEVANT: Mapping[tuple[type, ...], str] = {
     (int, float): "attention_dropout attn_pdrop embd_pdrop resid_pdrop summary_first_dropout",
-    (int,): "bos_token_id chunk_size_feed_forward decoder_start_token_id n_ctx "
-    "pad_token_id sep_token_id",
-    (bool,): "_attn_implementation_autoset gradient_checkpointing output_attentions "
-    "output_hidden_states return_dict summary_proj_to_labels summary_use_proj unsloth_fixed "
-    "use_cache",
-    (str,): "_attn_implementation _commit_hash _name_or_path finetuning_task model_type "
+    (int,): "_num_labels bos_token_id chunk_size_feed_forward decoder_start_token_id n_ctx "
+    "pad_token_id sep_token_id unk_token_id",
+    (bool,): "_attn_implementation_autoset gradient_checkpointing is_llama_config "
+    "output_attentions output_hidden_states return_dict summary_proj_to_labels summary_use_proj "
+    "unsloth_fixed use_cache",
+    (str,): "_attn_implementation _commit_hash _model_name_or_path _name_or_path finetuning_task "
+    "model_type "
     "prefix problem_type summary_activation summary_type tokenizer_class "
     "transformers_version unsloth_version",
-    (dict,): "auto_map id2label label2id task_specific_params",
+    (dict,): "auto_map id2label label2id task_specific_params transformers.js_config",
     (list,): "architectures",
     (int, list): "eos_token_id",
 }
 IRRELEVANT_FIELDS: Mapping[str, tuple[type, ...]] = {
     name: kinds for kinds, names in _IRRELEVANT.items() for name in names.split()
 }
+# How text is generated, of which old config.json files speak: nothing of the model itself.
+_GENERATION = (
+    "assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens "
+    "diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
+    "encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty "
+    "forced_bos_token_id forced_eos_token_id length_penalty max_length min_length "
+    "no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups "
+    "num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty "
+    "return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p "
+    "typical_p"
+)
+GENERATION_FIELDS = frozenset(_GENERATION.split())
 _KINDS: Mapping[type, str] = {
     int: "an integer",
     float: "a number",
@@ -54,11 +67,15 @@ class Config:
     Args:
         fields: The JSON object.
         source: Where it was read, for messages.
+        ignored: Fields that the user says change nothing.
     """
 
-    def __init__(self, fields: Mapping[str, Any], source: str) -> None:
+    def __init__(
+        self, fields: Mapping[str, Any], source: str, ignored: Collection[str] = ()
+    ) -> None:
         self.fields = dict(fields)
         self.source = source
+        self.ignored = frozenset(ignored)
         self._read: set[str] = set()
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -120,20 +137,29 @@ class Config:
         """Refuses fields that nobody understood: they could change the result.
 
         Raises:
-            CheckpointError: Naming the fields, or one that doesn't matter and holds nonsense.
+            CheckpointError: Naming the fields, one that doesn't matter and holds nonsense, or one
+                that is understood and was to be ignored.
         """
+        for name in sorted(self.ignored & self._read & self.fields.keys()):
+            raise CheckpointError(
+                f"{self.source}: field '{name}' is understood for family '{family}', and can't be "
+                "ignored",
+                hint=f"leave out --ignore-config-field {name}",
+            )
         self._check_irrelevant()
+        harmless = self._read | IRRELEVANT_FIELDS.keys() | GENERATION_FIELDS | self.ignored
         unknown = sorted(
             name
             for name, value in self.fields.items()
-            if name not in self._read and name not in IRRELEVANT_FIELDS and value is not None
+            if name not in harmless and value is not None
         )
         if unknown:
             raise CheckpointError(
                 f"{self.source}: fields not understood for family '{family}': "
                 + f"{', '.join(unknown):.500}",
-                hint="they could change what the model computes; remove them from config.json "
-                "only if you know that they don't",
+                hint="they could change what the model computes; if you know that they don't, "
+                f"give --ignore-config-field {unknown[0]:.60}"
+                + (" and so on" if len(unknown) > 1 else ""),
             )
 
     def _check_irrelevant(self) -> None:
@@ -142,7 +168,7 @@ class Config:
         self.fraction("initializer_range", 0.02)
         for name in ("dtype", "torch_dtype"):
             self.require(name, *STORED_DTYPES)
-        for name in self.fields.keys() & IRRELEVANT_FIELDS.keys():
+        for name in (self.fields.keys() & IRRELEVANT_FIELDS.keys()) - self.ignored:
             value, kinds = self.fields[name], IRRELEVANT_FIELDS[name]
             if value is not None and type(value) not in kinds:
                 raise self.wrong(name, " or ".join(_KINDS[kind] for kind in kinds), value)

@@ -20,6 +20,7 @@ class Family:
 
     Attributes:
         model_type: `model_type` of the config.json files that it reads.
+        models: Published models that it reads, for people.
         spec: Reads the config; raises CheckpointError for values that it can't honour.
         rotary: The rotary embedding of the config, or None for learned positions.
         block: Weights of block i, by name.
@@ -29,6 +30,7 @@ class Family:
     """
 
     model_type: str
+    models: str
     spec: Callable[[Config], ModelSpec]
     rotary: Callable[[Config], Rotary | None]
     block: Callable[[Config, ModelSpec, int], Mapping[str, Source]]

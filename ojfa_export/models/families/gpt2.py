@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ojfa_export.errors import CheckpointError
 from ojfa_export.models.families.config import COMPLETE, MOST_BLOCKS, Config
 from ojfa_export.models.families.family import Family, eos_token_ids
-from ojfa_export.models.families.tensors import Source, conv1d, table, vector
+from ojfa_export.models.families.tensors import HEAD, Source, conv1d, table, vector
 from ojfa_export.models.spec import Activation, ModelSpec
 
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -94,8 +94,16 @@ def ends(config: Config, spec: ModelSpec) -> Mapping[str, Source]:
         "final_norm.bias": vector("ln_f.bias", hidden),
     }
     if not spec.tied_head:
-        weights["head"] = table("lm_head.weight", spec.vocab_size, hidden)
+        weights["head"] = table(HEAD, spec.vocab_size, hidden)
     return weights
 
 
-GPT2 = Family("gpt2", spec, rotary, block, ends, prefixes=("transformer.", ""))
+GPT2 = Family(
+    "gpt2",
+    "GPT-2, all sizes; DistilGPT-2",
+    spec,
+    rotary,
+    block,
+    ends,
+    prefixes=("transformer.", ""),
+)

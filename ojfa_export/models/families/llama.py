@@ -8,12 +8,35 @@ from ojfa_export.errors import CheckpointError
 from ojfa_export.models.families.config import COMPLETE, MOST_BLOCKS, MOST_FEATURES, Config
 from ojfa_export.models.families.family import Family, eos_token_ids
 from ojfa_export.models.families.rotary import Rotary, read_rotary
-from ojfa_export.models.families.tensors import Source, linear, table, vector, vectors
+from ojfa_export.models.families.tensors import HEAD, Source, linear, table, vector, vectors
 from ojfa_export.models.spec import ModelSpec
 
 
 def spec(config: Config) -> ModelSpec:
     """Reads a Llama config."""
+    config.integer("pretraining_tp", 1)  # changes only how training split the products
+    config.flag("attention_bias", False)
+    config.flag("mlp_bias", False)
+    return llama_spec(config, "llama", max_positions=2048)
+
+
+def llama_spec(
+    config: Config,
+    family: str,
+    *,
+    max_positions: int,
+    kv_heads: int | None = None,
+    window: int | None = None,
+) -> ModelSpec:
+    """The architecture of a family whose blocks are Llama's.
+
+    Args:
+        config: Its config.
+        family: Its name.
+        max_positions: Where the config names none.
+        kv_heads: The same; None for as many as there are heads.
+        window: Keys that a query sees at most; None for all.
+    """
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     blocks, vocabulary = (
         config.integer("num_hidden_layers", most=MOST_BLOCKS),
@@ -21,27 +44,24 @@ def spec(config: Config) -> ModelSpec:
     )
     head_dim = read_head_dim(config)
     config.require("hidden_act", "silu", "swish")
-    config.integer("pretraining_tp", 1)  # changes only how training split the products
-    config.flag("attention_bias", False)
-    config.flag("mlp_bias", False)
     return ModelSpec(
-        family="llama",
+        family=family,
         blocks=blocks,
         hidden_size=hidden,
         vocab_size=vocabulary,
         heads=heads,
-        kv_heads=config.integer("num_key_value_heads", heads),
+        kv_heads=config.integer("num_key_value_heads", kv_heads or heads),
         head_dim=head_dim,
         intermediate_size=config.integer("intermediate_size"),
         attention_scales=(head_dim**-0.5,) * blocks,
-        window=None,
+        window=window,
         rotary_dim=rotary(config).dim,
         rotary_switch=None,
         activation="silu",
         gated=True,
         norm="rms",
         norm_epsilon=config.fraction("rms_norm_eps", 1e-6),
-        max_positions=config.integer("max_position_embeddings", 2048),
+        max_positions=config.integer("max_position_embeddings", max_positions),
         tied_head=config.flag("tie_word_embeddings", False),
         eos_token_ids=eos_token_ids(config, vocabulary),
     )
@@ -63,12 +83,12 @@ def read_head_dim(config: Config) -> int:
 
 
 def rotary(config: Config) -> Rotary:
-    """Reads a Llama config's rotary embedding."""
+    """Reads the rotary embedding of a config like Llama's."""
     head_dim = read_head_dim(config)
     result = read_rotary(config, head_dim, ("default", "linear", "dynamic", "llama3"))
     if result.dim != head_dim:
         raise CheckpointError(
-            f"{config.source}: field 'partial_rotary_factor' is not supported for family 'llama'",
+            f"{config.source}: field 'partial_rotary_factor' is not supported for this family",
             hint="supported: heads that rotate whole",
         )
     return result
@@ -76,6 +96,27 @@ def rotary(config: Config) -> Rotary:
 
 def block(config: Config, spec: ModelSpec, index: int) -> Mapping[str, Source]:
     """Weights of one block."""
+    attention, mlp = config.flag("attention_bias", False), config.flag("mlp_bias", False)
+    return llama_block(spec, index, qkv_bias=attention, out_bias=attention, mlp_bias=mlp)
+
+
+def llama_block(
+    spec: ModelSpec,
+    index: int,
+    *,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    mlp_bias: bool = False,
+) -> Mapping[str, Source]:
+    """Weights of one block under Llama's names.
+
+    Args:
+        spec: The model.
+        index: Which block.
+        qkv_bias: Whether queries, keys and values have a bias.
+        out_bias: Whether attention's output has one.
+        mlp_bias: Whether the MLP's matrices have one.
+    """
     layer, hidden, inner = f"layers.{index}.", spec.hidden_size, spec.intermediate_size
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     attention, mlp = layer + "self_attn.", layer + "mlp."
@@ -94,14 +135,15 @@ def block(config: Config, spec: ModelSpec, index: int) -> Mapping[str, Source]:
         ),
         "mlp.down.weight": linear(inner, (mlp + "down_proj.weight", hidden)),
     }
-    if config.flag("attention_bias", False):
+    if qkv_bias:
         weights["attention.qkv.bias"] = vectors(
             (attention + "q_proj.bias", q),
             (attention + "k_proj.bias", kv),
             (attention + "v_proj.bias", kv),
         )
+    if out_bias:
         weights["attention.out.bias"] = vector(attention + "o_proj.bias", hidden)
-    if config.flag("mlp_bias", False):
+    if mlp_bias:
         weights["mlp.up.bias"] = vectors(
             (mlp + "gate_proj.bias", inner), (mlp + "up_proj.bias", inner)
         )
@@ -116,8 +158,16 @@ def ends(config: Config, spec: ModelSpec) -> Mapping[str, Source]:
         "final_norm.weight": vector("norm.weight", spec.hidden_size),
     }
     if not spec.tied_head:
-        weights["head"] = table("lm_head.weight", spec.vocab_size, spec.hidden_size)
+        weights["head"] = table(HEAD, spec.vocab_size, spec.hidden_size)
     return weights
 
 
-LLAMA = Family("llama", spec, rotary, block, ends, prefixes=("model.", ""))
+LLAMA = Family(
+    "llama",
+    "Llama 2, 3, 3.1 and 3.2; SmolLM2; TinyLlama",
+    spec,
+    rotary,
+    block,
+    ends,
+    prefixes=("model.", ""),
+)

@@ -20,7 +20,11 @@ def spec(config: Config) -> ModelSpec:
     head_dim = llama.read_head_dim(config)
     rotary_embedding = rotary(config)
     config.require("hidden_act", "silu", "swish")
-    config.require("attention_bias", False)
+    for name in ("attention_bias", "mlp_bias"):
+        config.require(name, False)
+    # Of Phi-4-mini, read by nothing in transformers; other values mean another model.
+    for name in ("full_attn_mod", "interpolate_factor"):
+        config.require(name, 1)
     return ModelSpec(
         family="phi3",
         blocks=blocks,
@@ -64,4 +68,12 @@ def block(config: Config, spec: ModelSpec, index: int) -> Mapping[str, Source]:
     }
 
 
-PHI3 = Family("phi3", spec, rotary, block, llama.ends, prefixes=("model.", ""))
+PHI3 = Family(
+    "phi3",
+    "Phi-3 and Phi-3.5 mini and medium; Phi-4",
+    spec,
+    rotary,
+    block,
+    llama.ends,
+    prefixes=("model.", ""),
+)

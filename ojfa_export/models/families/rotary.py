@@ -26,9 +26,10 @@ class Rotary:
 
     Attributes:
         dim: Leading features of each head that rotate, even.
-        kind: "default", "linear", "dynamic", "llama3" or "longrope".
+        kind: "default", "linear", "dynamic", "llama3" or "longrope". Dynamic scaling is the default
+            up to the trained length, and no bundle goes beyond (`compiler.settings`).
         theta: Base of the frequencies.
-        trained_length: Positions that the model was trained on (dynamic's reference).
+        trained_length: Positions that the model was trained on.
         parameters: The scaling's own parameters.
         switch_length: Above this sequence length LongRoPE uses its long factors.
     """
@@ -52,9 +53,7 @@ class Rotary:
             Two arrays [length or 2*length, dim/2] float32, scaled by the attention factor.
         """
         positions = np.arange(length, dtype=np.float32)[:, None]
-        if self.kind == "dynamic":
-            angles = positions * np.stack([self._dynamic(p + 1) for p in range(length)])
-        elif self.kind == "longrope":
+        if self.kind == "longrope":
             angles = np.concatenate([positions * self._longrope(which) for which in FACTOR_LISTS])
         else:
             angles = positions * self._static()
@@ -63,9 +62,7 @@ class Rotary:
 
     def angles_at(self, position: int) -> Float32:
         """Every angle of one position, times the attention factor."""
-        if self.kind == "dynamic":
-            frequencies = self._dynamic(position + 1)
-        elif self.kind == "longrope":
+        if self.kind == "longrope":
             frequencies = np.concatenate([self._longrope(which) for which in FACTOR_LISTS])
         else:
             frequencies = self._static()
@@ -74,11 +71,8 @@ class Rotary:
     def _exponents(self) -> Float32:
         return np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim)
 
-    def _default(self, theta: float) -> Float32:
-        return (np.float32(1) / np.float32(theta) ** self._exponents()).astype(np.float32)
-
     def _static(self) -> Float32:
-        frequencies = self._default(self.theta)
+        frequencies = np.float32(1) / np.float32(self.theta) ** self._exponents()
         if self.kind == "linear":
             return frequencies / np.float32(self.parameters["factor"])
         if self.kind == "llama3":
@@ -96,17 +90,6 @@ class Rotary:
         stretched = np.where(wavelengths > original / low, frequencies / factor, frequencies)
         is_between = (wavelengths >= original / high) & (wavelengths <= original / low)
         return np.where(is_between, between, stretched).astype(np.float32)
-
-    def _dynamic(self, length: int) -> Float32:
-        """Frequencies of a sequence of this length.
-
-        transformers recomputes them as a sequence grows beyond the trained length and leaves the
-        keys in the cache as they are; position p is therefore rotated as in a sequence of p+1.
-        """
-        factor = self.parameters["factor"]
-        length = max(length, self.trained_length)
-        growth = factor * length / self.trained_length - (factor - 1)
-        return self._default(self.theta * growth ** (self.dim / (self.dim - 2)))
 
     def _longrope(self, which: str) -> Float32:
         factors = np.asarray(self.parameters[which], np.float32)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# The LM head is outside the base model in every family: no prefix comes before its name.
+HEAD = "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class Source:

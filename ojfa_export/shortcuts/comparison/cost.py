@@ -14,9 +14,7 @@ import onnx
 
 from ojfa_export.backends.onnxruntime.engines import head_inputs
 from ojfa_export.backends.onnxruntime.session import open_session
-from ojfa_export.bundle.shortcut import Shortcut
-from ojfa_export.graphs.export import Exporter
-from ojfa_export.graphs.fold import FoldedHead
+from ojfa_export.graphs.export import ExitHead, Exporter
 from ojfa_export.graphs.graph import FLOAT, Graph
 from ojfa_export.graphs.weights import WeightFile, references
 from ojfa_export.shortcuts.comparison.model import HeadCost
@@ -38,24 +36,25 @@ ROUNDS, WARM_ROUNDS, BURST = 60, 5, 4
 
 
 def measure_heads(
-    exporter: Exporter, folded: FoldedHead, residual: Shortcut, scratch: Path
+    exporter: Exporter, heads: Mapping[str, ExitHead], scratch: Path
 ) -> dict[str, HeadCost]:
     """Times each form of exit head on one token, in bursts that take turns.
 
     Args:
         exporter: Of the model; its final head has been exported.
-        folded: Of a narrow jump of the rank that is compared.
-        residual: A residual jump of that rank.
+        heads: By name: the folded and the residual one of the rank that is compared, and others.
         scratch: For the graphs.
 
     Returns:
-        By the head's name, as in `HEADS`.
+        By the head's name: those of `HEADS`, and the others'.
     """
     graphs = {
         WHOLE: exporter.directory / "final_head.onnx",
-        FOLDED: _export(exporter, folded, scratch / "folded"),
-        RESIDUAL: _export(exporter, residual, scratch / "residual"),
         LINEAR: _export_linear(exporter, scratch / "linear"),
+        **{
+            name: _export(exporter, head, scratch / f"head_{index}")
+            for index, (name, head) in enumerate(heads.items())
+        },
     }
     sessions = {
         name: open_session(path.read_bytes(), name, path.parent) for name, path in graphs.items()
@@ -84,7 +83,7 @@ def _copy(exporter: Exporter, directory: Path) -> Exporter:
     return Exporter(exporter.checkpoint, directory, exporter.precision, exporter.max_length)
 
 
-def _export(exporter: Exporter, head: FoldedHead | Shortcut, directory: Path) -> Path:
+def _export(exporter: Exporter, head: ExitHead, directory: Path) -> Path:
     """Exports an exit head; the graph's file."""
     _copy(exporter, directory).exit_head(head)
     return directory / "exit_head.onnx"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-from ojfa_export.shortcuts.comparison.model import Comparison
+from ojfa_export.shortcuts.comparison.model import Comparison, KindResult
 from ojfa_export.shortcuts.kinds import Kind
 from ojfa_export.system.pictures import STYLE, png, whole_ticks
 
@@ -22,12 +23,23 @@ _LINES: dict[Kind, tuple[str, dict[str, Any]]] = {
     "mixed": ("one jump, levels mixed", {"color": "#E69F00", "marker": "X", "ls": "-."}),
     "identity": ("identity", {"color": "#666666", "marker": "^", "ls": ":"}),
 }
+_GIVEN = ("#000000", "#882255", "#44AA99", "#999933")
 _PANELS = (
     ("precision_at_1", "Precision@1 (%)", 100),
     ("precision_at_5", "Precision@5 (%)", 100),
     ("precision_at_10", "Precision@10 (%)", 100),
     ("surprisal", "Mean surprisal (nats; lower is better)", 1),
 )
+
+
+def _shown(report: Comparison) -> list[tuple[KindResult, str, dict[str, Any]]]:
+    """What is drawn, its label and its look."""
+    fitted = [(report.of(kind), label, style) for kind, (label, style) in _LINES.items()]
+    given = [
+        (each, each.title, {"color": color, "marker": "*", "linewidth": 2.4})
+        for each, color in zip(report.given, cycle(_GIVEN), strict=False)
+    ]
+    return [*given, *fitted]
 
 
 def quality_by_exit(report: Comparison) -> bytes:
@@ -40,8 +52,8 @@ def quality_by_exit(report: Comparison) -> bytes:
         figure = Figure(figsize=(9.6, 7.2), layout="constrained")
         panels = figure.subplots(2, 2, sharex=True)
         for axes, (measure, title, factor) in zip(panels.flat, _PANELS, strict=True):
-            for kind, (label, style) in _LINES.items():
-                values = [factor * getattr(each, measure) for each in report.of(kind).exits]
+            for result, label, style in _shown(report):
+                values = [factor * getattr(each, measure) for each in result.exits]
                 axes.plot(exits, values, label=label, markersize=4.5, **style)
             axes.set_title(title)
             axes.set_ylim(0, None)
@@ -63,11 +75,8 @@ def quality_by_cost(report: Comparison) -> bytes:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 4.2), layout="constrained")
         stored, checked = figure.subplots(1, 2, sharey=True)
-        for kind, (label, style) in _LINES.items():
-            result, look = (
-                report.of(kind),
-                {**style, "ls": "", "label": label, "markersize": 8, "clip_on": False},
-            )
+        for result, label, style in _shown(report):
+            look = {**style, "ls": "", "label": label, "markersize": 8, "clip_on": False}
             precision = 100 * result.mean("precision_at_1")
             stored.plot([result.parameters], [precision], **look)
             checked.plot([result.check.milliseconds], [precision], **look)

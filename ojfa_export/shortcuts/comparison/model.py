@@ -36,8 +36,8 @@ class KindResult(_Strict):
     """One kind of shortcut.
 
     Attributes:
-        kind: See `shortcuts.kinds`.
-        title: In words.
+        kind: See `shortcuts.kinds`; None of one that was given.
+        title: In words; of one that was given, its kind and its file.
         parameters: Stored, for all exits together.
         bytes: The same in fp32.
         fitted_at: Level of a jump that was fitted at one, else None.
@@ -46,7 +46,7 @@ class KindResult(_Strict):
         exits: For exits 1..L-1.
     """
 
-    kind: Kind
+    kind: Kind | None
     title: str
     parameters: int
     bytes: int
@@ -125,6 +125,11 @@ class Comparison(_Strict):
     distillation: Distillation
     claims: list[Claim]
     machine: dict[str, Any]
+
+    @property
+    def given(self) -> list[KindResult]:
+        """Those that were given."""
+        return [each for each in self.kinds if each.kind is None]
 
     def of(self, kind: Kind) -> KindResult:
         """The result of a kind."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from hypothesis import example, given, seed, settings
 from hypothesis import strategies as st
 from tiny_models import VARIANTS
 
+from ojfa_export.decoding.generation_defaults import GenerationDefaults
 from ojfa_export.errors import CheckpointError
-from ojfa_export.models.checkpoint.tokenizer import eos_token_ids
+from ojfa_export.models.checkpoint.generation import read_generation
 from ojfa_export.models.families import read_spec
 from ojfa_export.models.families.config import IRRELEVANT_FIELDS, Config
 
@@ -124,6 +126,30 @@ def test_hostile_values(family: str, rng: np.random.Generator) -> None:
 def test_end_of_text_is_a_token(tmp_path, name: str, value: Any) -> None:
     (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
     config = Config({**_base("llama"), "eos_token_id": value}, name)
-    read = read_spec if name == "config.json" else lambda _: eos_token_ids(tmp_path, (0,), 320)
+    read = {
+        "config.json": lambda: read_spec(config),
+        "generation_config.json": lambda: _generation(tmp_path),
+    }
     with pytest.raises(CheckpointError, match=r"'eos_token_id' must be a token id in 0\.\.319"):
-        read(config)
+        read[name]()
+
+
+@pytest.mark.parametrize("name", [*GenerationDefaults.model_fields, "num_beams", "bad_words_ids"])
+def test_hostile_words_on_generation(tmp_path, name: str) -> None:
+    """What is taken can be written into a manifest and read again; all else is refused tidily."""
+    refusals = []
+    for value in HOSTILE:
+        (tmp_path / "generation_config.json").write_text(json.dumps({name: value}))
+        try:
+            found = _generation(tmp_path)
+        except CheckpointError as error:
+            refusals.append(error)
+        else:
+            assert GenerationDefaults.model_validate_json(found.model_dump_json()) == found
+    assert refusals
+    assert all(error.hint and "\n" not in error.message for error in refusals)
+    assert max(len(error.message) for error in refusals) < 300 + len(str(tmp_path))
+
+
+def _generation(directory: Path) -> GenerationDefaults:
+    return read_generation(directory, Config(_base("llama"), "config.json"), 320)[1]

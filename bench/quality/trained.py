@@ -1,0 +1,270 @@
+"""Trains every kind of jump on a checkpoint, and draws how often exits agree with the full model.
+
+python -m bench.quality.trained calibration/demo/checkpoint --tokens 300k --passes 4 --rank 96 \
+    --calibrate --out bench/results/trained-demo.json
+
+The last eighth of each text is held out from training and from calibration alike; all are measured
+there. With --self-text they train on what the model writes, and are measured there too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from bench.commit import commit
+from ojfa_export.bundle.shortcut import Shortcut
+from ojfa_export.bundle.shortcut_file import load
+from ojfa_export.cli.progress import Lines
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.parts import calibrate_only
+from ojfa_export.models.calibration_text import read_source, shipped_text
+from ojfa_export.planning.machine import PACKAGES, describe_machine
+from ojfa_export.system.pictures import png, whole_ticks
+from ojfa_export.system.progress import SILENT
+from ojfa_export.training import divergence
+from ojfa_export.training.draw import held_out_positions
+from ojfa_export.training.frozen import Frozen
+from ojfa_export.training.inputs import Inputs
+from ojfa_export.training.kinds import KINDS
+from ojfa_export.training.kinds.jump import Jump
+from ojfa_export.training.kinds.residual import Residual
+from ojfa_export.training.loop import Trained, train_jump
+from ojfa_export.training.options import TrainOptions
+from ojfa_export.training.self_text import write
+from ojfa_export.training.sizes import HELD_OUT_TOKENS, HELD_OUT_WINDOWS, choose
+from ojfa_export.training.state import Keeper
+from ojfa_export.training.windows import TrainingText, token_ids
+
+HELD_OUT_SHARE = 8
+COLOURS = {"identity": "#666666", "calibrated": "#E69F00", "residual": "#0072B2", "mlp": "#D55E00"}
+TITLES = {"identity": "no jump", "calibrated": "residual, calibrated"}
+
+
+def main() -> None:
+    """Trains, measures, records and draws."""
+    arguments = _arguments()
+    before = commit()
+    with tempfile.TemporaryDirectory() as temporary:
+        document = run(arguments, Path(temporary))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"commit": before, **document}, indent=1)
+    arguments.out.write_text(text + "\n", encoding="utf-8")
+    arguments.out.with_suffix(".png").write_bytes(draw(document))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--kind", action="append", choices=list(KINDS), default=[])
+    parser.add_argument("--calibrate", action="store_true", help="the residual jump of `calibrate`")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--text", type=Path, action="append", default=[])
+    parser.add_argument("--self-text", action="store_true")
+    parser.add_argument("--tokens", default="8M")
+    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """Everything, without the commit."""
+    fitting, held_out = split(arguments.text or shipped_text(), directory)
+    options = TrainOptions(
+        arguments.checkpoint,
+        directory / "unused",
+        text=tuple(fitting),
+        self_text=arguments.self_text,
+        tokens=arguments.tokens,
+        device=arguments.device,
+        seed=arguments.seed,
+    )
+    inputs = Inputs(options)
+    frozen, progress = Frozen(inputs.checkpoint, inputs.device), _lines()
+    text, writing = inputs.text, 0.0
+    if text is None:
+        assert inputs.starts is not None
+        start = time.perf_counter()
+        length, tokens, seed = inputs.length, options.tokens, options.seed
+        text = write(frozen, inputs.starts, length, tokens, seed, directory / "text", progress)
+        writing = time.perf_counter() - start
+    judge = Judge(frozen, inputs, held_out)
+    rows = [{"kind": "identity", "parameters": 0, **judge.figures(None)}]
+    if arguments.calibrate:
+        rows.append(calibrated(arguments, fitting, directory, judge))
+    for kind in arguments.kind or KINDS:
+        rows.append(trained(arguments, kind, frozen, text, directory, judge))
+        print(json.dumps(rows[-1]), flush=True)
+    return {
+        "machine": describe_machine((*PACKAGES, "torch", "transformers")),
+        "device": _device(inputs.device),
+        "model": Path(arguments.checkpoint).resolve().parent.name,
+        "text": text.about,
+        "writing_seconds": round(writing, 1),
+        "held_out_tokens": judge.tokens,
+        "passes": arguments.passes,
+        "seed": arguments.seed,
+        "kinds": rows,
+    }
+
+
+def split(texts: Sequence[Path], directory: Path) -> tuple[list[Path], list[Path]]:
+    """Files of the first seven eighths of each text, and of the rest."""
+    fitting, held_out = directory / "fitting", directory / "held_out"
+    for folder in (fitting, held_out):
+        folder.mkdir()
+    for path in texts:
+        text = "\n".join(read_source(path).documents)
+        cut = len(text) - len(text) // HELD_OUT_SHARE
+        (fitting / f"{path.stem}.txt").write_text(text[:cut], encoding="utf-8")
+        (held_out / f"{path.stem}.txt").write_text(text[cut:], encoding="utf-8")
+    return sorted(fitting.iterdir()), sorted(held_out.iterdir())
+
+
+class Judge:
+    """Measures jumps on held-out text that neither training nor calibration saw."""
+
+    def __init__(self, frozen: Frozen, inputs: Inputs, files: Sequence[Path]) -> None:
+        ids = token_ids(
+            [read_source(path) for path in files], inputs.tokenizer, HELD_OUT_TOKENS * 64
+        )
+        length = inputs.length
+        each = max(1, HELD_OUT_WINDOWS // len(ids))
+        parts = [torch.from_numpy(i[: len(i) // length * length].copy()) for i in ids]
+        self._windows = torch.cat([part.view(-1, length)[:each] for part in parts]).long()
+        positions = held_out_positions(0, len(self._windows), length, 0, HELD_OUT_TOKENS)
+        self._positions = torch.from_numpy(positions).long()
+        self._frozen, self.device = frozen, frozen.device
+        sizes = choose(frozen.spec, len(self._windows), length, 1, frozen.memory_left)
+        self._at_once = sizes.rows_at_once, sizes.logits_rows
+        self.tokens = self._positions.numel()
+
+    def figures(self, jump: Jump | None) -> dict[str, Any]:
+        """Agreement and loss at every exit."""
+        found = divergence.measure(
+            self._frozen, jump, self._windows, self._positions, *self._at_once
+        )
+        return {
+            "agreement": found.agreement,
+            "mean_agreement": found.mean_agreement,
+            "loss": found.loss,
+            "mean_loss": found.mean_loss,
+        }
+
+
+def calibrated(
+    arguments: argparse.Namespace, fitting: list[Path], directory: Path, judge: Judge
+) -> dict[str, Any]:
+    """The residual jump that `ojfa-export calibrate` fits on thousands of tokens, and distils."""
+    options = BuildOptions(
+        arguments.checkpoint,
+        directory / "calibrated.safetensors",
+        rank=arguments.rank,
+        shortcut="residual",
+        calibration_data=tuple(fitting),
+    )
+    start = time.perf_counter()
+    calibrate_only(options, SILENT)
+    seconds = time.perf_counter() - start
+    shortcut, _ = load(options.output)
+    assert isinstance(shortcut, Shortcut)
+    figures = judge.figures(Residual.of(shortcut).to(judge.device))
+    return {
+        "kind": "calibrated",
+        "size": shortcut.rank,
+        "parameters": shortcut.parameters,
+        "seconds": round(seconds, 1),
+        **figures,
+    }
+
+
+def trained(
+    arguments: argparse.Namespace,
+    kind: str,
+    frozen: Frozen,
+    text: TrainingText,
+    directory: Path,
+    judge: Judge,
+) -> dict[str, Any]:
+    """One kind: what training it took, and what it gives."""
+    asked = {"width": arguments.width, "rank": arguments.rank}[KINDS[kind].size_name]
+    size = KINDS[kind].choose_size(asked, frozen.spec)
+    if frozen.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    jump = KINDS[kind].begin(frozen.spec, size, arguments.seed)
+    keeper = Keeper(directory / f"{kind}.pt")
+    found = train_jump(frozen, jump, text, arguments.passes, arguments.seed, keeper, _lines())
+    return {
+        "kind": kind,
+        "size": size,
+        "parameters": jump.shortcut().parameters,
+        "seconds": round(found.seconds, 1),
+        "tokens_per_second": round(found.tokens / found.seconds),
+        "peak_memory_bytes": _peak(frozen.device),
+        "steps": found.steps,
+        "best_step": found.best_step,
+        "history": found.history,
+        **judge.figures(jump),
+        "on_its_text": _own(found),
+    }
+
+
+def _own(found: Trained) -> dict[str, Any]:
+    """Figures on the part of the training's text that it held out."""
+    return {"identity": found.begin.agreement, "jump": found.figures.agreement}
+
+
+def _peak(device: torch.device) -> int:
+    """Of the GPU's memory, or of the process's up to now."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _lines() -> Lines:
+    return Lines(sys.stderr)
+
+
+def draw(document: dict[str, Any]) -> bytes:
+    """Agreement by exit, a line for each kind: a PNG file's bytes."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for row in document["kinds"]:
+        kind = row["kind"]
+        title = TITLES.get(kind, f"{kind}, trained")
+        size = f" ({row['parameters'] / 1000:,.0f}k)" if row["parameters"] else ""
+        exits = range(1, len(row["agreement"]) + 1)
+        style = "--" if kind == "identity" else "-"
+        axes.plot(exits, row["agreement"], style, color=COLOURS.get(kind), label=title + size)
+    axes.set_title(f"{document['model']}: agreement with the full model on held-out text")
+    axes.set_xlabel("blocks run")
+    axes.set_ylabel("same token as the full model")
+    axes.set_ylim(0, 1)
+    whole_ticks(axes, len(document["kinds"][0]["agreement"]))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    return png(figure)
+
+
+if __name__ == "__main__":
+    main()

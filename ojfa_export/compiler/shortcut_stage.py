@@ -1,0 +1,147 @@
+"""The stage that gives a build its shortcut: fitted and chosen here, or given and measured."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ojfa_export.bundle.mlp_shortcut import MlpShortcut
+from ojfa_export.bundle.names import GRAPHS, SHORTCUT, block_name
+from ojfa_export.bundle.shortcut_file import save
+from ojfa_export.compiler.inputs import Inputs
+from ojfa_export.compiler.report.model import CalibrationReport, ExitReport
+from ojfa_export.compiler.stages import engine_files, language_head, rotary_tables
+from ojfa_export.compiler.work import Work
+from ojfa_export.decoding.arrays import Int32
+from ojfa_export.errors import OjfaError
+from ojfa_export.graphs.export import ExitHead
+from ojfa_export.graphs.fold import fold_if_narrow
+from ojfa_export.shortcuts.calibrate import Calibrated, calibrate
+from ojfa_export.shortcuts.hidden import HiddenStates, collect_hidden_states
+from ojfa_export.shortcuts.measure import Measured, measure
+from ojfa_export.shortcuts.metrics import ExitQuality
+from ojfa_export.system.digest import sha256_file
+from ojfa_export.system.progress import Progress
+
+
+def make_shortcut(
+    inputs: Inputs, work: Work, progress: Progress
+) -> tuple[ExitHead, CalibrationReport]:
+    """Writes shortcut.safetensors.
+
+    Returns:
+        What the exit head is made of, and the report.
+    """
+    if inputs.shortcut is None:
+        calibrated = run_calibration(inputs, work, progress)
+        return calibrated.head, report_calibrated(inputs, calibrated)
+    states = hidden_states(inputs, work, inputs.windows.held_out, progress)
+    head = language_head(inputs.checkpoint, work.bundle / GRAPHS)
+    blocks = inputs.checkpoint.spec.blocks
+    measured = measure(states, blocks, inputs.shortcut, head, work.scratch, progress)
+    _copy_shortcut(inputs, work.bundle / SHORTCUT)
+    return fold_if_narrow(inputs.shortcut, head), report_measured(inputs, measured)
+
+
+def _copy_shortcut(inputs: Inputs, target: Path) -> None:
+    """Copies the file that was given, with what it says of its training."""
+    assert isinstance(inputs.options.shortcut, Path)
+    shutil.copyfile(inputs.options.shortcut, target)
+    if sha256_file(target) != inputs.shortcut_sha256:
+        raise OjfaError(
+            f"{inputs.options.shortcut} was changed while the build read it",
+            hint="build again, once nothing writes it",
+        )
+
+
+def run_calibration(inputs: Inputs, work: Work, progress: Progress) -> Calibrated:
+    """Fits and chooses the shortcut, and writes shortcut.safetensors."""
+    windows = inputs.windows
+    rows = np.concatenate([windows.fit, windows.held_out])
+    states = hidden_states(inputs, work, rows, progress)
+    kind = inputs.options.shortcut
+    calibrated = calibrate(
+        states,
+        inputs.checkpoint.spec.blocks,
+        windows.fit.size,
+        language_head(inputs.checkpoint, work.bundle / GRAPHS),
+        inputs.settings.rank,
+        kind if isinstance(kind, str) else None,
+        work.scratch,
+        progress,
+    )
+    save(calibrated.shortcut, work.bundle / SHORTCUT, inputs.model_sha256)
+    return calibrated
+
+
+def hidden_states(inputs: Inputs, work: Work, token_ids: Int32, progress: Progress) -> HiddenStates:
+    """Runs text through the embedding and all blocks, whose engines have been built."""
+    spec, backend = inputs.checkpoint.spec, inputs.backend
+    names = ["embed", *map(block_name, range(spec.blocks))]
+    return collect_hidden_states(
+        spec,
+        backend,
+        work.bundle / GRAPHS,
+        engine_files(work.bundle, backend, names),
+        rotary_tables(work.bundle),
+        token_ids,
+        work.scratch,
+        progress,
+    )
+
+
+def report_calibrated(inputs: Inputs, calibrated: Calibrated) -> CalibrationReport:
+    """The report of a calibration."""
+    spec, shortcut = inputs.checkpoint.spec, calibrated.shortcut
+    levels = spec.blocks - 1
+    residual: Sequence[ExitQuality | None] = calibrated.residual or [None] * levels
+    exits = zip(
+        calibrated.one_jump, calibrated.multi_jump, calibrated.identity, residual, strict=True
+    )
+    return CalibrationReport(
+        model=inputs.name,
+        blocks=spec.blocks,
+        hidden_size=spec.hidden_size,
+        rank=shortcut.rank,
+        kind=shortcut.kind,
+        fitted_at=calibrated.choice.fitted_at,
+        reason=calibrated.reason,
+        parameters=shortcut.parameters,
+        parameters_multi_jump=2 * spec.hidden_size * (shortcut.rank + 1) * levels,
+        calibration_sources=[text.name for text in inputs.texts],
+        tokens_fitted=inputs.windows.fit.size,
+        tokens_held_out=calibrated.tokens_measured,
+        exits=[
+            ExitReport(blocks=depth, ojfa=one, multi_jump=multi, identity=identity, residual=shared)
+            for depth, (one, multi, identity, shared) in enumerate(exits, start=1)
+        ],
+        precision_at_1=calibrated.matrix.precision_at_1.tolist(),
+        surprisal=calibrated.matrix.surprisal.tolist(),
+    )
+
+
+def report_measured(inputs: Inputs, measured: Measured) -> CalibrationReport:
+    """The report of a shortcut that was given."""
+    spec, shortcut = inputs.checkpoint.spec, measured.shortcut
+    both = zip(measured.quality, measured.identity, strict=True)
+    return CalibrationReport(
+        model=inputs.name,
+        blocks=spec.blocks,
+        hidden_size=spec.hidden_size,
+        kind=shortcut.kind,
+        rank=None if isinstance(shortcut, MlpShortcut) else shortcut.rank,
+        width=shortcut.width if isinstance(shortcut, MlpShortcut) else None,
+        fitted_at=None if isinstance(shortcut, MlpShortcut) else shortcut.fitted_at,
+        reason=f"The shortcut was given: {inputs.options.shortcut}. "
+        f"Measured on {measured.tokens:,} held-out tokens.",
+        parameters=shortcut.parameters,
+        calibration_sources=[text.name for text in inputs.texts],
+        tokens_held_out=measured.tokens,
+        exits=[
+            ExitReport(blocks=depth, given=quality, identity=identity)
+            for depth, (quality, identity) in enumerate(both, start=1)
+        ],
+    )

@@ -1,0 +1,101 @@
+"""One step of a request: what its decoding needs next from the model, and what comes of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from ojfa_export.decoding.arrays import Float32
+from ojfa_export.decoding.confidence import Measure
+from ojfa_export.decoding.logits import TokenLogprobs
+from ojfa_export.decoding.sampling import GREEDY, Sampling
+
+
+class NextStep(NamedTuple):
+    """All tokens of the request's sequence shall run to a depth.
+
+    Attributes:
+        depth: Blocks to run.
+        rows: About how many of the newest tokens the head is asked; no more than have not run so
+            deep.
+        sampling: How the next token is chosen, where that is one: `GREEDY` or `sampled_by`.
+        draw: A number from [0, 1) for that, where it is sampled.
+        logits: Whether the output must have logits: tokens and confidence are always there, and on
+            a device they are all that comes to the host.
+        may_go_on: Whether the output decides if the same tokens run deeper.
+    """
+
+    depth: int
+    rows: int = 1
+    sampling: Sampling = GREEDY
+    draw: float = 0.0
+    logits: bool = False
+    may_go_on: bool = False
+
+
+class Heads(Protocol):
+    """What a head said about the tokens of several requests; see `engine.heads.Heads`."""
+
+    def likeliest(self) -> list[int]:
+        """The tokens of the largest logits."""
+        ...
+
+    def confidence(self, measure: Measure) -> list[float]:
+        """How confident the head is of each."""
+        ...
+
+    def token(self, row: int, sampling: Sampling, draw: float) -> int:
+        """The token that a request chooses."""
+        ...
+
+    def logits(self, row: int, rows: int) -> Float32:
+        """Logits [rows, V] of a request that asked for them, from its first row on."""
+        ...
+
+
+class StepOutput(NamedTuple):
+    """What the head said about one request's tokens.
+
+    Attributes:
+        heads: About those of all requests that ran together.
+        row: The first of them that is the request's.
+        step: What it asked.
+    """
+
+    heads: Heads
+    row: int
+    step: NextStep
+
+    @property
+    def token(self) -> int:
+        """The next token, as the step has it."""
+        return self.heads.token(self.row, self.step.sampling, self.step.draw)
+
+    @property
+    def likeliest(self) -> list[int]:
+        """The tokens of the largest logits, [rows]."""
+        return self.heads.likeliest()[self.row : self.row + self.step.rows]
+
+    def confidence(self, measure: Measure) -> float:
+        """How confident the head is of the first."""
+        return self.heads.confidence(measure)[self.row]
+
+    @property
+    def logits(self) -> Float32:
+        """Logits [rows, V], where they were asked for."""
+        return self.heads.logits(self.row, self.step.rows)
+
+
+class Emitted(NamedTuple):
+    """A token that decoding gives.
+
+    Attributes:
+        id: Token id.
+        blocks_run: Blocks that computed it.
+        drafted: Whether it was drafted before the full model took it.
+        logprobs: If they were asked for.
+    """
+
+    id: int
+    blocks_run: int
+    drafted: bool = False
+    logprobs: TokenLogprobs | None = None

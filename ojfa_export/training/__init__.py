@@ -1,0 +1,1 @@
+"""Trains jumps on a frozen model, from as much text as there is."""

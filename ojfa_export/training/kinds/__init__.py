@@ -1,0 +1,11 @@
+"""The kinds of jump that can be trained: one small file each, and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ojfa_export.training.kinds.jump import Jump
+from ojfa_export.training.kinds.mlp import Mlp
+from ojfa_export.training.kinds.residual import Residual
+
+KINDS: Mapping[str, type[Jump]] = {"mlp": Mlp, "residual": Residual}

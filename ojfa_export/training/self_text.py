@@ -1,0 +1,243 @@
+"""Text that the model writes itself: what it will meet when it generates.
+
+Half of the windows begin with the chat template's text up to where the user's turn would begin, so
+that the model makes up question and answer (Xu et al., "Magpie", arXiv 2406.08464); the others go
+on from some tokens at random places of a given text.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ojfa_export.decoding.arrays import Int32
+from ojfa_export.errors import CalibrationError, CheckpointError
+from ojfa_export.models.checkpoint.quiet import quiet_transformers
+from ojfa_export.system.atomic import write_atomically
+from ojfa_export.system.progress import Progress
+from ojfa_export.training.frozen import Frozen
+from ojfa_export.training.windows import TrainingText, check_enough
+
+TEMPERATURE, TOP_P = 0.9, 0.95
+START_TOKENS = 24
+# Windows that are written together: on the CPU; on a GPU at most, and of its memory at most.
+CPU_ROWS, GPU_ROWS, GPU_SHARE = 32, 1024, 0.4
+_MARK = "the user's words begin here"
+
+
+@dataclass(frozen=True)
+class Starts:
+    """How windows begin.
+
+    Attributes:
+        chat: The template's text up to the user's turn, as token ids; empty without a template.
+        ids: Token ids of the text from which the others begin.
+        names: Of its sources.
+    """
+
+    chat: tuple[int, ...]
+    ids: Int32
+    names: tuple[str, ...]
+
+    @property
+    def given(self) -> int:
+        """First tokens of a window that the model didn't write, at most."""
+        return max(START_TOKENS, len(self.chat))
+
+    def about(self, tokens: int) -> str:
+        """What the text is, for people."""
+        places = f"{START_TOKENS} tokens of {', '.join(self.names)}"
+        how = f"half from its chat template, half from {places}" if self.chat else f"from {places}"
+        return (
+            f"{tokens:,} tokens that the model wrote, {how}, at temperature {TEMPERATURE} and "
+            f"top-p {TOP_P}"
+        )
+
+
+def find_starts(
+    directory: Path,
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    sources: Sequence[Int32],
+    length: int,
+) -> Starts:
+    """How windows of this model begin.
+
+    Args:
+        directory: The checkpoint.
+        tokenizer: Its tokenizer.
+        names: Of the text's sources.
+        sources: Their token ids.
+        length: Tokens of a window.
+
+    Raises:
+        CalibrationError: Less text than one start needs, or windows that a start would fill.
+        CheckpointError: A chat template that can't be rendered.
+    """
+    ids = np.concatenate(list(sources))
+    if ids.size <= START_TOKENS or length <= 2 * START_TOKENS:
+        raise CalibrationError(
+            f"the text has {ids.size} tokens and windows have {length}; what the model writes "
+            f"begins with {START_TOKENS}",
+            hint="give more --text to begin from",
+        )
+    chat = chat_start(directory)
+    chat_ids = tuple(tokenizer.encode(chat, add_special_tokens=False).ids) if chat else ()
+    if 2 * len(chat_ids) > length:
+        raise CheckpointError(
+            f"the chat template of {directory} begins with {len(chat_ids)} tokens, more than half "
+            f"of a window of {length}",
+            hint="train on --text without --self-text",
+        )
+    return Starts(chat_ids, ids, tuple(names))
+
+
+def chat_start(directory: Path) -> str:
+    """The chat template's text up to the user's words; empty where there is no template.
+
+    Raises:
+        CheckpointError: It can't be rendered, or loses the user's words.
+    """
+    from transformers import AutoTokenizer
+
+    hint = "repair it, or train on --text without --self-text"
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(os.fspath(directory), local_files_only=True)
+            if not tokenizer.chat_template:
+                return ""
+            message = [{"role": "user", "content": _MARK}]
+            text: str = tokenizer.apply_chat_template(message, tokenize=False)
+    except Exception as error:  # whatever a template, which is a program, does
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"the chat template of {directory} can't be rendered: {reason}", hint
+        ) from error
+    start, found, _ = text.partition(_MARK)
+    if not found:
+        raise CheckpointError(f"the chat template of {directory} loses the user's words", hint)
+    return start
+
+
+def write(
+    frozen: Frozen,
+    starts: Starts,
+    length: int,
+    tokens: int,
+    seed: int,
+    directory: Path,
+    progress: Progress,
+) -> TrainingText:
+    """Lets the model write, batch by batch; those that are in the directory are not written again.
+
+    Args:
+        frozen: The model.
+        starts: How windows begin.
+        length: Tokens of a window.
+        tokens: Wanted in all.
+        seed: Of all that is random.
+        directory: Where batches are kept as files of token ids.
+        progress: Shows tokens.
+
+    Raises:
+        CalibrationError: Too few tokens are wanted to train on.
+        CheckpointError: The model's logits are NaN or infinite.
+        OSError: A batch can't be written.
+    """
+    windows = -(-tokens // length)
+    check_enough(windows, length, tokens)
+    directory.mkdir(exist_ok=True)
+    batches = [np.load(path) for path in _kept(directory)]
+    done = sum(map(len, batches))
+    turns = -(-windows // (2 * rows_at_once(frozen, length)))
+    rows = -(-windows // (2 * turns))  # chat and text have as many turns, of as many windows
+    with progress.task("training: writing text", max(0, windows - done) * length, "tokens") as task:
+        while done < windows:
+            number = len(batches)
+            start = _start(starts, min(rows, windows - done), number, seed)
+            generator = torch.Generator(frozen.device).manual_seed(_seed(seed, number))
+            written = generate(frozen, start, length, generator, task.advance)
+            buffer = io.BytesIO()
+            np.save(buffer, written)
+            write_atomically(directory / f"{number:06}.npy", buffer.getvalue())
+            batches.append(written)
+            done += len(written)
+    ids = np.concatenate(batches)
+    parts = tuple(map(len, batches))
+    return TrainingText(ids, parts, starts.given, starts.about(ids.size))
+
+
+def rows_at_once(frozen: Frozen, length: int) -> int:
+    """Windows that are written together."""
+    spec, memory = frozen.spec, frozen.memory_left
+    if memory is None:
+        return CPU_ROWS
+    cache = 2 * 2 * spec.blocks * spec.kv_heads * spec.head_dim * length
+    # The cache is copied as it grows; logits are sorted in fp32, with indices of 8 bytes.
+    return max(1, min(GPU_ROWS, int(GPU_SHARE * memory / (1.5 * cache + 32 * spec.vocab_size))))
+
+
+@torch.no_grad()
+def generate(
+    frozen: Frozen,
+    start: Int32,
+    length: int,
+    generator: torch.Generator,
+    tell: Callable[[int], None] = lambda tokens: None,
+) -> Int32:
+    """Goes on from [rows, s] token ids up to `length`; an end of text doesn't end it.
+
+    Returns:
+        [rows, length].
+    """
+    ids = torch.from_numpy(start.astype(np.int64)).to(frozen.device)
+    newest, cache, parts = ids, None, [ids]
+    for place in range(ids.shape[1], length):
+        out = frozen.model.base_model(input_ids=newest, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        newest = sample(frozen.full_log_probs(out.last_hidden_state[:, -1]), generator)
+        parts.append(newest)
+        tell(len(ids) * (1 if place > ids.shape[1] else 1 + ids.shape[1]))
+    return torch.cat(parts, 1).cpu().numpy().astype(np.int32)
+
+
+def sample(log_probs: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws a token [rows, 1] from log probabilities [rows, V]: temperature, then top-p.
+
+    Top-p (Holtzman et al., arXiv 1904.09751) keeps the likeliest tokens, as few as have that
+    probability together.
+    """
+    probabilities = (log_probs / TEMPERATURE).softmax(-1)
+    likely, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    likely[likely.cumsum(-1) - likely >= TOP_P] = 0
+    return order.gather(-1, torch.multinomial(likely, 1, generator=generator))
+
+
+def _start(starts: Starts, rows: int, number: int, seed: int) -> Int32:
+    """First tokens [rows, s] of a batch: chat and text take turns."""
+    if starts.chat and number % 2 == 0:
+        return np.tile(np.array(starts.chat, np.int32), (rows, 1))
+    places = np.random.default_rng([seed, number]).integers(
+        starts.ids.size - START_TOKENS, size=rows
+    )
+    return np.stack([starts.ids[place : place + START_TOKENS] for place in places])
+
+
+def _seed(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _kept(directory: Path) -> list[Path]:
+    """Batches from the first on, without a gap."""
+    found: list[Path] = []
+    while (path := directory / f"{len(found):06}.npy").exists():
+        found.append(path)
+    return found

@@ -1,0 +1,126 @@
+"""`ojfa-export train`: from a checkpoint to the file of a jump."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ojfa_export.bundle.names import SHORTCUT
+from ojfa_export.bundle.shortcut_file import save
+from ojfa_export.compiler.work import Work, check_output
+from ojfa_export.errors import OjfaError
+from ojfa_export.system.progress import SILENT, Progress
+from ojfa_export.training.options import TrainOptions
+
+if TYPE_CHECKING:
+    from ojfa_export.training.inputs import Inputs
+    from ojfa_export.training.kinds.jump import Jump
+    from ojfa_export.training.loop import Trained
+    from ojfa_export.training.windows import TrainingText
+
+
+def train(options: TrainOptions, progress: Progress = SILENT) -> dict[str, Any]:
+    """Trains a jump on a checkpoint's frozen model and writes its file.
+
+    Args:
+        options: What is asked for.
+        progress: Shows what is done.
+
+    Returns:
+        What came of it, for JSON.
+
+    Raises:
+        OjfaError: Bad input.
+        OSError: The disk is full, or can't be written.
+    """
+    check_output(options.output, options.overwrite, holds=None)
+    require_packages()
+    from ojfa_export.training.inputs import Inputs
+
+    inputs = Inputs(options)
+    with Work(options.output, inputs.fingerprint()).open() as work:
+        jump, text, trained = _train(inputs, work, progress)
+        about = {
+            "jump": options.jump,
+            inputs.kind.size_name: inputs.size,
+            "text": text.about,
+            "passes": options.passes,
+            "seed": options.seed,
+            "steps": trained.steps,
+            "best_step": trained.best_step,
+        }
+        shortcut = jump.shortcut()
+        result = work.bundle / SHORTCUT
+        save(shortcut, result, inputs.model_sha256, training=about)
+        check_output(options.output, options.overwrite, holds=None)  # it may have come to be
+        work.publish(result)
+    return {
+        "shortcut": str(options.output),
+        **about,
+        "parameters": shortcut.parameters,
+        "device": str(inputs.device),
+        **describe(trained),
+    }
+
+
+def describe(trained: Trained) -> dict[str, Any]:
+    """Figures of a training, for JSON."""
+
+    def rows(index: int) -> dict[str, Any]:
+        return {
+            name: {"loss": figures.loss[index], "agreement": figures.agreement[index]}
+            for name, figures in (("identity", trained.begin), ("jump", trained.figures))
+        }
+
+    return {
+        "seconds": round(trained.seconds, 1),
+        "tokens_per_second": round(trained.tokens / max(trained.seconds, 1e-9)),
+        "held_out_tokens": trained.held_out_tokens,
+        "history": [{"step": step, "loss": loss} for step, loss in trained.history],
+        "exits": [{"exit": index + 1, **rows(index)} for index in range(len(trained.figures.loss))],
+    }
+
+
+def require_packages() -> None:
+    """Refuses to begin without torch and transformers.
+
+    Raises:
+        OjfaError: One is not installed.
+    """
+    for package in ("torch", "transformers"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise OjfaError(
+                f"training needs the package {package}, which is not installed",
+                hint="pip install 'ojfa-export[build,verify]'",
+            ) from error
+
+
+def _train(inputs: Inputs, work: Work, progress: Progress) -> tuple[Jump, TrainingText, Trained]:
+    """Loads the model, lets it write where that is asked for, and trains."""
+    from ojfa_export.training.frozen import Frozen
+    from ojfa_export.training.loop import train_jump
+    from ojfa_export.training.self_text import write
+    from ojfa_export.training.state import Keeper
+
+    frozen, options = Frozen(inputs.checkpoint, inputs.device), inputs.options
+    text = inputs.text
+    if text is None:
+        assert inputs.starts is not None
+        text = write(
+            frozen,
+            inputs.starts,
+            inputs.length,
+            options.tokens,
+            options.seed,
+            work.scratch / "text",
+            progress,
+        )
+    jump = inputs.kind.begin(inputs.checkpoint.spec, inputs.size, options.seed)
+    keeper = Keeper(work.scratch / "state.pt")
+    return (
+        jump,
+        text,
+        train_jump(frozen, jump, text, options.passes, options.seed, keeper, progress),
+    )

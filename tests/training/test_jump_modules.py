@@ -1,0 +1,188 @@
+"""The torch modules against NumPy, and the frozen model against transformers and our head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import make_model
+from tolerances import (
+    KL_FP32,
+    LOG_PROBS_FP32_RELATIVE,
+    LOGITS_FP32,
+    NORMED_STATISTICS,
+    TORCH_FLOAT64_RELATIVE,
+    TORCH_GRADIENT_RELATIVE,
+)
+
+from ojfa_export.bundle.mlp_shortcut import MlpShortcut
+from ojfa_export.bundle.shortcut import Shortcut
+from ojfa_export.models.checkpoint.checkpoint import Checkpoint
+from ojfa_export.models.head import FinalNorm, LanguageHead
+from ojfa_export.training.divergence import learn, measure
+from ojfa_export.training.frozen import Frozen
+from ojfa_export.training.kinds import KINDS
+from ojfa_export.training.kinds.jump import Jump, Pointwise
+from ojfa_export.training.kinds.mlp import Mlp
+from ojfa_export.training.kinds.residual import Residual
+
+Checkpoints = Callable[[str], Checkpoint]
+# Gated with RMSNorm and SiLU; not gated with LayerNorm: GELU's two forms, and ReLU.
+VARIANTS = ("llama-gqa", "phi3", "gpt2", "gpt2-gelu", "gpt2-relu")
+
+
+def scatter(jump: Jump, seed: int) -> None:
+    """Random values in every tensor, so that a mistake in any shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for each in jump.state_dict().values():
+            each.add_(0.3 * torch.randn(each.shape, generator=generator))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_module_is_the_shortcut(
+    variant: str, kind: str, checkpoints: Checkpoints, rng: np.random.Generator
+) -> None:
+    spec = checkpoints(variant).spec
+    jump = KINDS[kind].begin(spec, 24, 5)
+    assert isinstance(jump, Pointwise)
+    scatter(jump, int(rng.integers(2**31)))
+    shortcut = jump.shortcut()
+    h = 3 * rng.normal(size=(7, spec.hidden_size)) + 1
+    for exit in range(1, spec.blocks):
+        with torch.no_grad():
+            found = jump.double().jump(torch.from_numpy(h), exit).numpy()
+        wanted = shortcut.apply(h, exit)
+        assert wanted.dtype == np.float64
+        np.testing.assert_allclose(
+            found, wanted, rtol=0, atol=TORCH_FLOAT64_RELATIVE * np.abs(wanted).max()
+        )
+    if isinstance(shortcut, MlpShortcut):
+        shortcut.check_fits(spec)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_jump_begins_as_the_identity(kind: str, frozen: Frozen) -> None:
+    jump = KINDS[kind].begin(frozen.spec, 16, 1)
+    states = frozen.states(torch.arange(40).reshape(2, 20))
+    jump.prepare([states])
+    tokens = torch.tensor([0, 5, 33])
+    for exit in range(1, frozen.exits + 1):
+        found = jump.predict(states, exit, tokens)
+        torch.testing.assert_close(found, states.at(exit, tokens), rtol=0, atol=0)
+    assert jump.shortcut().parameters > 0
+
+
+def test_residual_statistics_are_those_of_all_exits(frozen: Frozen) -> None:
+    jump = Residual.begin(frozen.spec, 4, 0)
+    parts = [frozen.states(torch.arange(40).reshape(2, 20) + 7 * n) for n in range(3)]
+    jump.prepare(iter(parts))
+    hidden = [each for states in parts for each in states.hidden]
+    h = torch.cat([each.reshape(-1, each.shape[-1]) for each in hidden]).numpy()
+    shortcut = jump.shortcut()
+    normed = h.astype(np.float64) * shortcut.scale + shortcut.shift
+    np.testing.assert_allclose(normed.mean(0), 0, atol=NORMED_STATISTICS)
+    np.testing.assert_allclose(normed.std(0), 1, atol=NORMED_STATISTICS)
+
+
+def test_residual_of_a_fitted_shortcut(random_shortcut: Callable[..., Shortcut]) -> None:
+    plain = random_shortcut(10, 3, residual=True)
+    fitted = replace(plain, gates=np.array([0.5, 0, 2], np.float32), kind="residual")
+    again = Residual.of(fitted).shortcut()
+    for name in ("scale", "shift", "down", "up", "gates"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(fitted, name))
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-tied", "phi3", "gpt2", "gpt2-untied"])
+def test_frozen_model_is_transformers(variant: str, checkpoints: Checkpoints) -> None:
+    checkpoint = checkpoints(variant)
+    frozen = Frozen(checkpoint, torch.device("cpu"))
+    assert not any(each.requires_grad for each in frozen.model.parameters())
+    ids = torch.arange(60).reshape(2, 30)
+    with torch.no_grad():
+        wanted = make_model(variant, seed=3)(ids).logits.log_softmax(-1)
+    found = frozen.full_log_probs(frozen.states(ids).last)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=LOGITS_FP32)
+
+
+@pytest.mark.parametrize("variant", ["llama-gqa", "gpt2"])
+def test_exits_logits_are_the_heads(
+    variant: str, checkpoints: Checkpoints, rng: np.random.Generator
+) -> None:
+    checkpoint = checkpoints(variant)
+    frozen, spec = Frozen(checkpoint, torch.device("cpu")), checkpoint.spec
+    ends = checkpoint.family.ends(checkpoint.config, spec)
+    bias = ends.get("final_norm.bias")
+    norm = FinalNorm(
+        spec.norm,
+        checkpoint.read(ends["final_norm.weight"]),
+        None if bias is None else checkpoint.read(bias),
+        spec.norm_epsilon,
+    )
+    weight = frozen.model.get_output_embeddings().weight.numpy()
+    y = rng.normal(size=(9, spec.hidden_size))
+    logits = LanguageHead(norm, weight, None).logits(y)
+    largest = logits.max(-1, keepdims=True)
+    wanted = logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True))
+    found = frozen.log_probs(torch.from_numpy(y.astype(np.float32))).numpy()
+    limit = LOG_PROBS_FP32_RELATIVE * np.abs(wanted).max()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=limit)
+
+
+def test_pieces_give_the_gradient_of_the_whole(frozen: Frozen) -> None:
+    """`learn` against the loss as it is written down, by autograd in one go."""
+    jump = Mlp.begin(frozen.spec, 24, 2)
+    scatter(jump, 7)
+    states = frozen.states(torch.arange(60).reshape(3, 20))
+    tokens, exits = torch.tensor([1, 2, 8, 21, 40, 59]), [1, 3]
+    full = frozen.full_log_probs(states.last.reshape(-1, states.last.shape[-1])[tokens])
+    loss = sum(
+        torch.nn.functional.kl_div(
+            frozen.log_probs(jump.predict(states, exit, tokens)),
+            full,
+            log_target=True,
+            reduction="sum",
+        )
+        for exit in exits
+    )
+    assert isinstance(loss, torch.Tensor)
+    wanted = torch.autograd.grad(loss / 12, list(jump.parameters()))
+    for rows in (4, 100):
+        jump.zero_grad()
+        found = learn(frozen, jump, states, exits, tokens, 1 / 12, rows)
+        assert found == pytest.approx(float(loss.detach()) / 12, rel=TORCH_GRADIENT_RELATIVE)
+        for each, gradient in zip(jump.parameters(), wanted, strict=True):
+            limit = TORCH_GRADIENT_RELATIVE * float(gradient.abs().max())
+            torch.testing.assert_close(each.grad, gradient, rtol=0, atol=limit)
+
+
+def test_figures_are_those_of_every_exit(frozen: Frozen, rng: np.random.Generator) -> None:
+    """Against NumPy, token by token; in pieces and passes of any size."""
+    windows = torch.from_numpy(rng.integers(0, 300, size=(3, 16)))
+    positions = torch.from_numpy(
+        np.sort(rng.permuted(np.tile(np.arange(16), (3, 1)), axis=1)[:, :5])
+    )
+    jump = Residual.begin(frozen.spec, 8, 0)
+    scatter(jump, 3)
+    with torch.no_grad():
+        logits = frozen.model(windows, output_hidden_states=True)
+        full = logits.logits.double().log_softmax(-1)
+    figures = measure(frozen, jump, windows, positions, 2, 4)
+    again = measure(frozen, jump, windows, positions, 1, 100)
+    for exit in range(1, frozen.exits + 1):
+        losses, agree = [], []
+        for row, places in enumerate(positions.tolist()):
+            for place in places:
+                h = logits.hidden_states[exit][row, place]
+                with torch.no_grad():
+                    own = frozen.log_probs(jump.jump(h[None], exit)).double()[0]
+                wanted = full[row, place]
+                losses.append(float((wanted.exp() * (wanted - own)).sum()))
+                agree.append(bool(own.argmax() == wanted.argmax()))
+        for found in (figures, again):
+            assert found.loss[exit - 1] == pytest.approx(np.mean(losses), abs=KL_FP32)
+            assert found.agreement[exit - 1] == pytest.approx(np.mean(agree))
