@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export.bundle.arrays import check_arrays
 from ojfa_export.models.activation import activate, gated
 from ojfa_export.models.spec import Activation, ModelSpec, NormKind
 
@@ -58,14 +59,7 @@ class MlpShortcut:
             "up": (hidden, columns),
             "down": (max(1, width), hidden),
         }
-        for name, shape in expected.items():
-            array: NDArray[Any] = getattr(self, name)
-            if array.shape != shape:
-                raise ValueError(f"{name} has shape {list(array.shape)}, expected {list(shape)}")
-            if array.dtype != np.float32:
-                raise ValueError(f"{name} is {array.dtype}, expected float32")
-            if not np.isfinite(array).all():
-                raise ValueError(f"{name} has values that are NaN or infinite")
+        check_arrays(self, expected)
         if not 0 <= self.epsilon < 1:
             raise ValueError(f"epsilon is {self.epsilon}, expected 0 or more, and below 1")
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export.bundle.arrays import check_arrays
 from ojfa_export.models.spec import ModelSpec
 
 
@@ -69,14 +70,7 @@ class Shortcut:
         }
         if self.gates is not None:
             expected["gates"] = (max(1, self.gates.size),)
-        for name, shape in expected.items():
-            array: NDArray[Any] = getattr(self, name)
-            if array.shape != shape:
-                raise ValueError(f"{name} has shape {list(array.shape)}, expected {list(shape)}")
-            if array.dtype != np.float32:
-                raise ValueError(f"{name} is {array.dtype}, expected float32")
-            if not np.isfinite(array).all():
-                raise ValueError(f"{name} has values that are NaN or infinite")
+        check_arrays(self, expected)
 
     @property
     def hidden_size(self) -> int:

@@ -1,0 +1,29 @@
+"""Arrays of a shortcut, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def check_arrays(owner: object, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses arrays that a shortcut can't have.
+
+    Args:
+        owner: Whose attributes they are.
+        expected: Shapes by name; all are fp32.
+
+    Raises:
+        ValueError: One of another shape or dtype, or with values that are not finite.
+    """
+    for name, shape in expected.items():
+        array: NDArray[Any] = getattr(owner, name)
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {list(array.shape)}, expected {list(shape)}")
+        if array.dtype != np.float32:
+            raise ValueError(f"{name} is {array.dtype}, expected float32")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} has values that are NaN or infinite")
