@@ -50,7 +50,11 @@ class ShadowChecks:
             )
         if budget is not None:
             budget = whole_number("the budget of shadow checks", budget, 0)
-        due, blocks = shadow.due[:budget], self._runner.spec.blocks
+        return self._compare(shadow, shadow.due[:budget])
+
+    def _compare(self, shadow: Shadow, due: Sequence[PendingCheck]) -> list[ShadowCheck]:
+        """Completes early tokens and compares them, oldest first."""
+        blocks = self._runner.spec.blocks
         late = {each.row for each in due if self._is_pending(each)}
         if late:
             self._runner.run([self._sequences[row] for row in sorted(late)], blocks)
@@ -74,8 +78,15 @@ class ShadowChecks:
         if shadow is None or not shadow.due or switch is None:
             return
         both = zip(self._sequences, new, strict=True)
-        if any(len(sequence) <= switch < len(sequence) + len(ids) for sequence, ids in both):
-            self.run(None)
+        # Of these alone: what the caller has asked of the others still waits as it was.
+        crossing = {
+            sequence.slot
+            for sequence, ids in both
+            if len(sequence) <= switch < len(sequence) + len(ids)
+        }
+        due = [each for each in shadow.due if each.row in crossing]
+        if due:
+            self._compare(shadow, due)
 
     def watch(
         self, row: int, depth: int, likeliest: int | None, confidence: tuple[float, ...] = ()

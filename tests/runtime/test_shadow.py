@@ -242,3 +242,20 @@ def test_longropes_switch_comes_after_the_checks(chain_of, rng):
     confirm(chain, ids, check)
     session.rewind(switch)  # back to the short factors: the long ones' token is forgotten
     assert session.run_shadow_checks() == []
+
+
+def test_crossing_the_switch_leaves_other_rows_as_they_wait(chain_of, rng):
+    """A row that crosses it is checked first; what is asked of another still waits."""
+    chain = chain_of("phi3-longrope")
+    switch = chain.spec.rotary_switch
+    first, second = (rng.integers(VOCAB_SIZE, size=n).tolist() for n in (5, switch))
+    sessions = watched(chain, batch=2), chain.session(2)
+    results = []
+    for session in sessions:
+        session.advance([first, second], 1)
+        # The newest token of the first row waits; the second row goes beyond the switch.
+        results.append(session.complete([[], [7, 8]], [1, 1]))
+    for checked, plain in zip(*results, strict=True):
+        np.testing.assert_allclose(checked, plain, atol=LOGITS_FP32, rtol=0)
+    [check] = sessions[0].run_shadow_checks()  # of the first row, whose turn it is now
+    assert (check.row, check.position) == (0, 4)

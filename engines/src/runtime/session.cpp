@@ -121,6 +121,11 @@ int Session::run_shadow_checks(std::optional<int> budget) {
     ahead_.reset();
     std::vector<Due> due = shadow_->due();
     if (budget) due.resize(std::min(due.size(), at(*budget)));
+    return compare(due);
+}
+
+// Completes early tokens and compares them with the full model.
+int Session::compare(const std::vector<Due>& due) {
     const int blocks = spec().blocks;
     Wanted waiting(at(batch_size()), 0);
     for (const Due& each : due)
@@ -158,13 +163,19 @@ std::optional<double> Session::shadow_loss(int row) const {
 void Session::append_checked(const TokenRows& tokens) {
     ahead_.reset();
     const auto& rotary_switch = spec().rotary_switch;
-    if (shadow_ && !shadow_->due().empty() && rotary_switch)
-        for (int row = 0; row < batch_size(); ++row)
-            if (length(row) <= *rotary_switch &&
-                length(row) + static_cast<int>(tokens[at(row)].size()) > *rotary_switch) {
-                run_shadow_checks();  // beyond the switch the full model's past is another
-                break;
-            }
+    if (shadow_ && !shadow_->due().empty() && rotary_switch) {
+        // Beyond the switch the full model's past is another. Of these rows alone: what the caller
+        // has asked of the others still waits as it was.
+        std::vector<Due> due = shadow_->due();
+        due.erase(std::remove_if(due.begin(), due.end(),
+                                 [&](const Due& each) {
+                                     const int added = static_cast<int>(tokens[at(each.row)].size());
+                                     return length(each.row) > *rotary_switch ||
+                                            length(each.row) + added <= *rotary_switch;
+                                 }),
+                  due.end());
+        compare(due);
+    }
     append(tokens);
 }
 

@@ -90,6 +90,7 @@ class Session : public Sequences {
     };
 
     void append_checked(const TokenRows& tokens);
+    int compare(const std::vector<Due>& due);
     Address newest(const Wanted& wanted, int depth);
     std::unique_ptr<Choices> begin_choice(const Wanted& wanted, int depth, const Choosing& how);
     std::vector<Choice> ask(const Wanted& wanted, int depth, const Choosing& how, float* logits);
