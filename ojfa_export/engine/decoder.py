@@ -22,11 +22,12 @@ from ojfa_export.decoding.speculation import (
     check,
     draw,
 )
-from ojfa_export.engine.next_step import Emitted, NextStep, StepOutput
+from ojfa_export.engine.next_step import NextStep, StepOutput
+from ojfa_export.runtime.decoding import Chosen
 from ojfa_export.runtime.sequence import Sequence
 
 # Yields what it needs or a token; is sent the output to what it needs.
-Decoding = Generator[NextStep | Emitted, StepOutput | None, None]
+Decoding = Generator[NextStep | Chosen, StepOutput | None, None]
 
 
 class Decoder:
@@ -87,7 +88,7 @@ class Decoder:
             assert output is not None
             token = self._choose(output) if self._on_host else output.token
             logprobs = self._logprobs(output, 0, token)
-            yield Emitted(token, output.step.depth, False, logprobs)
+            yield Chosen(token, output.step.depth, False, logprobs)
             self._sequence.append([token])
 
     def _decide(
@@ -140,7 +141,7 @@ class Decoder:
             sequence.truncate(before + accepted)
             for index, token in enumerate(tokens):
                 logprobs = self._logprobs(output, index, token)
-                yield Emitted(token, blocks, index < accepted, logprobs)
+                yield Chosen(token, blocks, index < accepted, logprobs)
             left -= len(tokens)
             sequence.append([tokens[-1]])
 

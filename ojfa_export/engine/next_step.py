@@ -6,7 +6,6 @@ from typing import NamedTuple, Protocol
 
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.decoding.confidence import Measure
-from ojfa_export.decoding.logits import TokenLogprobs
 from ojfa_export.decoding.sampling import GREEDY, Sampling
 
 
@@ -83,19 +82,3 @@ class StepOutput(NamedTuple):
     def logits(self) -> Float32:
         """Logits [rows, V], where they were asked for."""
         return self.heads.logits(self.row, self.step.rows)
-
-
-class Emitted(NamedTuple):
-    """A token that decoding gives.
-
-    Attributes:
-        id: Token id.
-        blocks_run: Blocks that computed it.
-        drafted: Whether it was drafted before the full model took it.
-        logprobs: If they were asked for.
-    """
-
-    id: int
-    blocks_run: int
-    drafted: bool = False
-    logprobs: TokenLogprobs | None = None

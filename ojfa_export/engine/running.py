@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.engine.decoder import Decoder, Decoding
-from ojfa_export.engine.next_step import Emitted, NextStep, StepOutput
+from ojfa_export.engine.next_step import NextStep, StepOutput
 from ojfa_export.engine.request import FinishReason, Request, RequestToken
+from ojfa_export.runtime.decoding import Chosen
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.sequence import Sequence
 from ojfa_export.runtime.text import TextStream
@@ -99,15 +100,15 @@ class Running:
         # LongRoPE's switch has all tokens run again, so they must be known.
         return self._decoder.foresee() if self.sequence.room_before_switch else None
 
-    def advance(self, output: StepOutput) -> list[Emitted]:
+    def advance(self, output: StepOutput) -> list[Chosen]:
         """Goes on from a step's output to the next step.
 
         Returns:
             The tokens that it gave; after the request's last one nothing more is needed.
         """
-        emitted: list[Emitted] = []
+        emitted: list[Chosen] = []
         item = self._decoding.send(output)
-        while isinstance(item, Emitted):
+        while isinstance(item, Chosen):
             emitted.append(item)
             self._put(item)
             if self.request.done:
@@ -132,7 +133,7 @@ class Running:
         assert isinstance(item, NextStep)
         return item
 
-    def _put(self, token: Emitted) -> None:
+    def _put(self, token: Chosen) -> None:
         self._count += 1
         text = "" if token.id in self._ends else self._text.push(token.id)
         reason = self._reason(token.id)

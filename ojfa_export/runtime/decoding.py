@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,11 +18,11 @@ from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.steps import Step
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     """A token that was chosen.
 
     Attributes:
+        id: Token id.
         blocks_run: Blocks that computed its logits.
         drafted: Whether speculation proposed it before the full model took it.
         logprobs: If they were asked for.
