@@ -166,12 +166,13 @@ class PagedCache(Protocol):
     Attributes:
         page_tokens: Positions of a page.
         cache_element_bytes: Of a number in the cache.
-        pass_tokens: Tokens of prompts that are worth running at once.
+        pass_sizes: Tokens of the passes with prompts that there are, rising: a pass of another
+            number is filled up to the next of them, and takes as long.
     """
 
     page_tokens: int
     cache_element_bytes: int
-    pass_tokens: int
+    pass_sizes: tuple[int, ...]
 
     def executor(self, slots: int, capacity: int, pages: int | None = None) -> Executor:
         """As `Engines.executor`, with so many pages for all slots together."""

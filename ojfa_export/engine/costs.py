@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
+from collections.abc import Sequence
+from statistics import median_low
+
 # What was seen counts this much less with each pass after it.
 MEMORY = 0.98
 # Before so many passes of different sizes nothing is believed.
 LEAST_WEIGHT = 8.0
+# Pieces of prompts: the least worth running, what the first have, and the sizes that are told apart
+# where a pass takes any number.
+LEAST_PIECE, FIRST_PIECE = 16, 32
+ANY_SIZE = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# Numbers of requests of steps that are told apart, as many to a doubling.
+TO_A_DOUBLING = 2
+# Samples that are remembered, and how many must be known of a step, of which the least is believed;
+# passes after which a size that was not used is tried again.
+SAMPLES, LEAST_SAMPLES, FORGOTTEN = 4, 2, 256
 
 
 class PassCosts:
@@ -13,9 +27,16 @@ class PassCosts:
 
     Recent passes count more. a is what a block takes whatever runs, which is mostly reading its
     weights; b is what a token adds.
+
+    Args:
+        sizes: Tokens of the passes that there are, rising; None for any number.
+
+    Attributes:
+        pieces: What prompts add to steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sequence[int] | None = None) -> None:
+        self.pieces = PieceCosts(sizes)
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
     def learn(self, tokens: float, seconds: float, blocks: int) -> None:
@@ -39,16 +60,6 @@ class PassCosts:
         a, b = line
         return max(0.0, a / b) if b > 0 else 0.0
 
-    def seconds(self, tokens: int, blocks: int) -> float | None:
-        """What a pass is expected to take; None while too little is known."""
-        line = self._line()
-        return None if line is None else blocks * max(0.0, line[0] + line[1] * tokens)
-
-    def token_seconds(self, blocks: int) -> float | None:
-        """What another token of a pass adds; None while too little is known."""
-        line = self._line()
-        return None if line is None or line[1] <= 0 else blocks * line[1]
-
     def _line(self) -> tuple[float, float] | None:
         if self._weight < LEAST_WEIGHT:
             return None
@@ -58,3 +69,84 @@ class PassCosts:
             return None
         slope = (self._xy / self._weight - mean_x * mean_y) / variance
         return mean_y - slope * mean_x, slope
+
+
+class PieceCosts:
+    """What pieces of prompts add to the steps beside which they run.
+
+    Times of a device rise in stairs, not along a line, and a pass that is filled up takes as long
+    as a full one; so each size is believed by itself. What it adds hardly depends on how many
+    decode beside it (H200, Llama-2-7B's shape: 2.5 to 3.3 ms for a pass of 256, for 1 to 63).
+
+    Args:
+        sizes: Tokens of the passes that there are, rising; None where a pass takes any number.
+    """
+
+    def __init__(self, sizes: Sequence[int] | None = None) -> None:
+        self._filled, self._sizes = sizes is not None, tuple(sizes or ANY_SIZE)
+        self._steps: dict[int, deque[float]] = {}
+        # By size; the first pass of a size is made ready, and is not believed.
+        self._added: dict[int, deque[float]] = {}
+        self._unused: dict[int, int] = {}
+
+    @property
+    def most(self) -> int:
+        """Tokens of prompts that are worth running at once."""
+        return self._sizes[-1]
+
+    def choose(self, others: int, share: float) -> int:
+        """The most tokens of prompts that add no more than a share of a step to it.
+
+        Args:
+            others: Requests of the step.
+            share: Over the time of the step alone.
+
+        Returns:
+            0 where that is to be measured first: the step should run alone.
+        """
+        step = self._step(others)
+        if len(step) < LEAST_SAMPLES:
+            return 0
+        taken = others if self._filled else 0
+        pieces = [size - taken for size in self._sizes if size - taken >= LEAST_PIECE]
+        if not any(self._added.values()):
+            return next((each for each in pieces if each >= FIRST_PIECE), LEAST_PIECE)
+        limit = share * min(step)
+        fitting = (each for each in pieces if self._expect(each + taken) <= limit)
+        return max(fitting, default=pieces[0] if pieces else LEAST_PIECE)
+
+    def learn(self, others: int, prompt_tokens: int, seconds: float) -> None:
+        """Takes a pass.
+
+        Args:
+            others: Requests of it without a piece.
+            prompt_tokens: Tokens of its pieces.
+            seconds: That a block took.
+        """
+        for size in list(self._added):
+            self._unused[size] += 1
+            if self._unused[size] > FORGOTTEN:
+                del self._added[size]
+        if others <= 0:
+            return
+        if not prompt_tokens:
+            self._step(others).append(seconds)
+        elif step := self._step(others):
+            tokens = prompt_tokens + (others if self._filled else 0)
+            size = next((each for each in self._sizes if each >= tokens), self.most)
+            self._unused[size] = 0
+            if size in self._added:
+                self._added[size].append(max(0.0, seconds - min(step)))
+            else:
+                self._added[size] = deque(maxlen=SAMPLES)
+
+    def _step(self, others: int) -> deque[float]:
+        """Samples of steps of about so many requests."""
+        about = round(TO_A_DOUBLING * math.log2(others))
+        return self._steps.setdefault(about, deque(maxlen=SAMPLES))
+
+    def _expect(self, size: int) -> float:
+        """What a size adds; one that is not known, as many times as it is larger than another."""
+        known = sorted(each for each, samples in self._added.items() if samples)
+        near = max((each for each in known if each <= size), default=known[0])
+        return median_low(self._added[near]) * size / near

@@ -19,7 +19,7 @@ from ojfa_export.engine.launcher import Launched, Launcher
 from ojfa_export.engine.next_step import StepOutput
 from ojfa_export.engine.request import FinishReason, Request
 from ojfa_export.engine.running import NO_SLOT, Running
-from ojfa_export.engine.scheduler import MOST_PIECE, Scheduler, Work
+from ojfa_export.engine.scheduler import Scheduler, Work
 from ojfa_export.engine.slots import Slots
 from ojfa_export.engine.stats import Counts, EngineStats
 from ojfa_export.engine.warm_up import WarmUp
@@ -81,8 +81,7 @@ class Engine:
         self._max_length = model.manifest.cache.max_length
         spec, engines, length = model.spec, model.engines, self._max_length + 1
         self._size = CacheSize.of(spec, engines, self.max_sequences, length, kv_cache_bytes)
-        self._most_piece = engines.pass_tokens if isinstance(engines, PagedCache) else MOST_PIECE
-        self._costs = PassCosts()
+        self._costs = PassCosts(engines.pass_sizes if isinstance(engines, PagedCache) else None)
         self._counts = Counts()
         self._begin()
         self._waiting: deque[Running] = deque()
@@ -219,7 +218,7 @@ class Engine:
             self._max_length,
             reuse=self._prefix_cache,
         )
-        self._scheduler = Scheduler(spec.blocks, self._costs, self._piece, self._most_piece)
+        self._scheduler = Scheduler(spec.blocks, self._costs, self._piece)
         self._launcher = Launcher(self._runner, self._costs, self._counts)
         self._may_admit = True
 

@@ -34,6 +34,8 @@ class Launched:
         entry: The first block that runs.
         depth: Blocks that its tokens run to.
         tokens: That it runs, in a block on average.
+        beside: Requests of the pass whose long prompts do not run in it, and tokens of prompts that
+            do.
         at: When it was launched, by `time.perf_counter`.
         heads: Their outputs; None where nobody gets one.
         chosen: What chooses the token of each, in their order, if one output does.
@@ -45,6 +47,7 @@ class Launched:
     entry: int
     depth: int
     tokens: float
+    beside: tuple[int, int]
     at: float = 0.0
     heads: Heads | None = None
     chosen: HeadOutput | None = None
@@ -81,7 +84,8 @@ class Launcher:
         tokens, steps = self._count(work), work.steps
         if len(set(work.depths)) > 1:
             return self._launch_each(work, steps, tokens)
-        launched = Launched(work.running, steps, work.entry, work.depths[0], tokens)
+        depth = work.depths[0]
+        launched = Launched(work.running, steps, work.entry, depth, tokens, work.beside)
         self._launch(launched, work.stops)
         return [launched]
 
@@ -106,8 +110,10 @@ class Launcher:
             return None
         running = [before.running[row] for row, _ in going]
         self._counts.passes += 1
-        self._counts.pass_tokens += len(running)
-        launched = Launched(running, [step for _, step in going], 0, before.depth, len(running))
+        count = len(running)
+        self._counts.pass_tokens += count
+        steps = [step for _, step in going]
+        launched = Launched(running, [*steps], 0, before.depth, count, (count, 0))
         with expecting([each.sequence for each in running], tokens):
             self._launch(launched, None, following)
         return launched
@@ -125,7 +131,9 @@ class Launcher:
         now = time.perf_counter()
         if not self._unmeasured:
             seconds = now - max(launched.at, self._answered_at)
-            self._costs.learn(launched.tokens, seconds, launched.depth - launched.entry)
+            blocks = launched.depth - launched.entry
+            self._costs.learn(launched.tokens, seconds, blocks)
+            self._costs.pieces.learn(*launched.beside, seconds / blocks)
         self._answered_at, self._unmeasured = now, False
 
     def _launch(
@@ -170,9 +178,21 @@ class Launcher:
             # One wait measures what all of them took.
             ended = bool(launched)
             launched.append(
-                Launched(running, [*some], work.entry, depth, tokens, at, heads, ended=ended)
+                Launched(
+                    running,
+                    [*some],
+                    work.entry,
+                    depth,
+                    tokens,
+                    work.beside,
+                    at,
+                    heads,
+                    ended=ended,
+                )
             )
-        return launched or [Launched(work.running, steps, work.entry, depth, tokens, at)]
+        if launched:
+            return launched
+        return [Launched(work.running, steps, work.entry, depth, tokens, work.beside, at)]
 
     def _by_head(self, depths: Sequence[int], steps: Sequence[NextStep | None]) -> list[list[int]]:
         """Indices of those that one call of a head answers."""

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 
-from ojfa_export.engine.costs import PassCosts
+from ojfa_export.engine.costs import LEAST_PIECE, PassCosts
 from ojfa_export.engine.next_step import NextStep
 from ojfa_export.engine.running import Running
 
 # More pending tokens than this are run in pieces, between the steps of others.
 LONGEST_STEP = 16
-LEAST_PIECE, FIRST_PIECE, MOST_PIECE = 16, 32, 512
-# Of a step's time that pieces beside it may take by the measured line: with padding and long
-# contexts they take more than it says.
-PIECE_SHARE = 0.5
+# What pieces may add to a step, over the time of the step alone; and where many prompts wait.
+PIECE_SHARE, MOST_SHARE = 0.5, 2.0
 # Passes that a request may wait at an exit until more have come there.
 MOST_WAITS = 4
 
@@ -29,12 +27,21 @@ class Work:
         entry: The first block that runs.
         depths: Blocks that the tokens of each run to.
         stops: One past the last token of each that runs.
+        prompts: Of those that run, the last ones with pieces of long prompts.
+        prompt_tokens: Tokens of these pieces.
     """
 
     running: list[Running] = field(default_factory=list)
     entry: int = 0
     depths: list[int] = field(default_factory=list)
     stops: list[int] = field(default_factory=list)
+    prompts: int = 0
+    prompt_tokens: int = 0
+
+    @property
+    def beside(self) -> tuple[int, int]:
+        """Requests that run without a piece, and tokens of pieces."""
+        return len(self.running) - self.prompts, self.prompt_tokens
 
     @property
     def blocks(self) -> int:
@@ -78,14 +85,11 @@ class Scheduler:
     Args:
         blocks: Of the model.
         costs: Of passes, as they are measured.
-        piece: Tokens of long prompts that run at once; None to adapt them.
-        most: Of those that are worth running at once.
+        piece: Tokens of long prompts that run beside steps; None to adapt them.
     """
 
-    def __init__(
-        self, blocks: int, costs: PassCosts, piece: int | None = None, most: int = MOST_PIECE
-    ) -> None:
-        self._blocks, self._costs, self._piece, self._most = blocks, costs, piece, most
+    def __init__(self, blocks: int, costs: PassCosts, piece: int | None = None) -> None:
+        self._blocks, self._costs, self._piece = blocks, costs, piece
 
     def next(self, running: Sequence[Running]) -> Work | None:
         """The next work; None where no request needs anything."""
@@ -130,6 +134,8 @@ class Scheduler:
     def _add_prompts(self, work: Work, prompts: Sequence[Running]) -> None:
         """Adds pieces of long prompts, in their order, as many as make a pass of good length."""
         left = self._prompt_tokens(len(prompts), len(work.running))
+        if not left:
+            return
         for each in prompts:
             depth, length = each.step.depth, len(each.sequence)
             start = each.sequence.marks[depth - 1]
@@ -140,22 +146,21 @@ class Scheduler:
             if stop <= start:
                 stop = length
             work.add(each, depth, stop)
+            work.prompts += 1
+            work.prompt_tokens += stop - start
             left -= stop - start
             if left < LEAST_PIECE:
                 return
 
     def _prompt_tokens(self, prompts: int, others: int) -> int:
-        """A piece; more where several prompts wait, as they keep others from decoding together."""
-        if not others:
-            return self._most
-        return min(self._most, self._piece_tokens(others) * max(1, prompts // 2, prompts // others))
+        """A piece; more where several prompts wait, as they keep others from decoding together.
 
-    def _piece_tokens(self, others: int) -> int:
-        """About as many as run in the time of a step of the others."""
+        0 where the step of the others is to be measured alone first.
+        """
+        pieces = self._costs.pieces
+        if not others:
+            return pieces.most
         if self._piece is not None:
             return self._piece
-        step = self._costs.seconds(others, self._blocks)
-        token = self._costs.token_seconds(self._blocks)
-        if step is None or token is None:
-            return FIRST_PIECE
-        return int(min(self._most, max(LEAST_PIECE, PIECE_SHARE * step / token)))
+        share = PIECE_SHARE * max(1, prompts // 2, prompts // others)
+        return pieces.choose(others, min(MOST_SHARE, share))

@@ -138,20 +138,28 @@ class ModelRunner:
         Returns:
             Hidden states [sum of counts, H] after `depth` blocks, sequence by sequence.
         """
-        arrays = self.executor.arrays
+        arrays, wanted = self.executor.arrays, counts or [1] * len(sequences)
+        groups = _by_context(sequences)
         parts: list[Hidden] = [None] * len(sequences)
-        for group in _by_context(sequences):
+        for group in groups:
             some = [sequences[index] for index in group]
             ends = None if stops is None else [stops[index] for index in group]
             *_, (step, hidden) = self._passes(some, depth, following, ends)
-            one_each = counts is None or all(count == 1 for count in counts)
-            if one_each and step.is_decode and len(group) == len(sequences):
-                return arrays.ascontiguousarray(hidden)
-            for index, rows in zip(group, row_ranges(step.chunks), strict=True):
-                count = 1 if counts is None else counts[index]
-                # The next pass may write where it lies.
-                parts[index] = hidden[rows.stop - count : rows.stop].copy()
-        return parts[0] if len(parts) == 1 else arrays.concatenate(parts)
+            newest = [
+                range(rows.stop - wanted[index], rows.stop)
+                for index, rows in zip(group, row_ranges(step.chunks), strict=True)
+            ]
+            taken = [row for rows in newest for row in rows]
+            if len(groups) == 1:
+                if step.is_decode and len(taken) == len(hidden):
+                    return arrays.ascontiguousarray(hidden)
+                return hidden[taken]
+            # The next pass may write where it lies.
+            hidden, at = hidden[taken], 0
+            for index, rows in zip(group, newest, strict=True):
+                parts[index] = hidden[at : at + len(rows)]
+                at += len(rows)
+        return arrays.concatenate(parts)
 
     def run_each(
         self,

@@ -63,9 +63,12 @@ class DeviceArray:
             first = int(rows[0]) if rows.size else 0
             return self._view(first, shape)
         result = DeviceArrays(self._device).empty(shape, self.dtype)
-        size = self._row_bytes
-        for place, row in enumerate(rows):
-            self._device.copy(self.pointer + int(row) * size, result.pointer + place * size, size)
+        size, done = self._row_bytes, 0
+        parts = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if rows.size else []
+        for part in parts:  # neighbours together
+            source, target = self.pointer + int(part[0]) * size, result.pointer + done * size
+            self._device.copy(source, target, part.size * size)
+            done += part.size
         return result
 
     def __setitem__(self, key: Any, value: DeviceArray) -> None:

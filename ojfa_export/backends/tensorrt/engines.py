@@ -16,7 +16,7 @@ from ojfa_export.backends.cuda.mailbox import DeviceHeadOutput, HeadArguments
 from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.passes import Newest, Pass
 from ojfa_export.backends.tensorrt.attention import PAGE
-from ojfa_export.backends.tensorrt.executor import TensorRtExecutor
+from ojfa_export.backends.tensorrt.executor import SIZES, TensorRtExecutor
 from ojfa_export.backends.tensorrt.heads import (
     HEAD_ROWS,
     ExitHead,
@@ -44,7 +44,7 @@ class TensorRtEngines(OpenedModel):
         follows: See `backends.backend.Engines`.
         page_tokens: See `backends.backend.PagedCache`.
         cache_element_bytes: See there.
-        pass_tokens: See there.
+        pass_sizes: See there.
     """
 
     follows = True
@@ -61,7 +61,7 @@ class TensorRtEngines(OpenedModel):
     ) -> None:
         super().__init__(device, spec, weights, engines, rotary, files)
         self.cache_element_bytes = DTYPES[self.precision].itemsize
-        self.pass_tokens = self.most_pass_tokens()
+        self.pass_sizes = tuple(size for size in SIZES if size <= self.most_pass_tokens())
         self._in_flight = InFlight(self)
         self._replays = Replays(self, self, self._in_flight)
         self._heads: dict[int, Head] = {}  # by blocks run
