@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ojfa_export.backends.backend import AsksExitsTogether
 from ojfa_export.decoding.arrays import Hidden
@@ -167,41 +167,37 @@ class Launcher:
         at, runner = time.perf_counter(), self._runner
         sequences = [each.sequence for each in work.running]
         counts = [0 if step is None else step.rows for step in steps]
-        hidden = runner.run_each(sequences, work.depths, counts, work.stops)
+        there = runner.run_each(sequences, work.depths, counts, work.stops)
         depth = work.entry + work.blocks
+        whole = Launched(work.running, steps, work.entry, depth, tokens, work.beside, at)
         launched: list[Launched] = []
-        for group in self._by_head(work.depths, steps):
-            rows = runner.executor.arrays.concatenate([hidden[index] for index in group])
+        for group, hidden in self._by_head(there, work.depths):
             some = [step for index in group if (step := steps[index]) is not None]
-            running = [work.running[index] for index in group]
-            heads = self._run_heads(rows, some)
+            running, heads = [work.running[i] for i in group], self._run_heads(hidden, some)
             # One wait measures what all of them took.
             ended = bool(launched)
             launched.append(
-                Launched(
-                    running,
-                    [*some],
-                    work.entry,
-                    depth,
-                    tokens,
-                    work.beside,
-                    at,
-                    heads,
-                    ended=ended,
-                )
+                replace(whole, running=running, steps=[*some], heads=heads, ended=ended)
             )
-        if launched:
-            return launched
-        return [Launched(work.running, steps, work.entry, depth, tokens, work.beside, at)]
+        return launched or [whole]
 
-    def _by_head(self, depths: Sequence[int], steps: Sequence[NextStep | None]) -> list[list[int]]:
-        """Indices of those that one call of a head answers."""
-        groups: dict[int, list[int]] = {}
+    def _by_head(
+        self, there: Sequence[tuple[list[int], Hidden]], depths: Sequence[int]
+    ) -> list[tuple[list[int], Hidden]]:
+        """Indices of those that one call of a head answers, and their hidden states."""
+        groups: dict[int, list[tuple[list[int], Hidden]]] = {}
         blocks, together = self._runner.spec.blocks, isinstance(self._engines, AsksExitsTogether)
-        for index, (depth, step) in enumerate(zip(depths, steps, strict=True)):
-            if step is not None:
-                groups.setdefault(0 if together and depth < blocks else depth, []).append(index)
-        return list(groups.values())
+        for part in there:
+            depth = depths[part[0][0]]
+            groups.setdefault(0 if together and depth < blocks else depth, []).append(part)
+        concatenate = self._runner.executor.arrays.concatenate
+        return [
+            (
+                [index for indices, _ in parts for index in indices],
+                parts[0][1] if len(parts) == 1 else concatenate([hidden for _, hidden in parts]),
+            )
+            for parts in groups.values()
+        ]
 
     def _run_heads(self, hidden: Hidden, steps: Sequence[NextStep]) -> Heads:
         blocks_run = [step.depth for step in steps for _ in range(step.rows)]

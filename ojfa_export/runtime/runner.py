@@ -167,7 +167,7 @@ class ModelRunner:
         depths: Many[int],
         counts: Many[int],
         stops: Many[int],
-    ) -> list[Hidden]:
+    ) -> list[tuple[list[int], Hidden]]:
         """Brings tokens of sequences to a depth of each sequence's own, in one way through.
 
         Args:
@@ -177,20 +177,25 @@ class ModelRunner:
             stops: As of `plan_passes`.
 
         Returns:
-            Hidden states [count, H] of each sequence after its depth.
+            Of each depth, which sequences have come there, and their hidden states [sum of counts,
+            H]; none of which nothing counts.
         """
-        results: list[Hidden] = [None] * len(sequences)
+        results: list[tuple[list[int], Hidden]] = []
         for group in _by_context(sequences):
             of_slot = {sequences[index].slot: index for index in group}
             some = [sequences[index] for index in group]
             targets = [depths[index] for index in group]
             ends = [stops[index] for index in group]
             for step, hidden in self._passes(some, targets, None, ends):
+                there: list[int] = []
+                taken: list[int] = []
                 for chunk, rows in zip(step.chunks, row_ranges(step.chunks), strict=True):
                     index = of_slot[chunk.slot]
-                    if depths[index] == step.blocks.stop:
-                        # The next pass may write where it lies.
-                        results[index] = hidden[rows.stop - counts[index] : rows.stop].copy()
+                    if counts[index] and depths[index] == step.blocks.stop:
+                        there.append(index)
+                        taken += range(rows.stop - counts[index], rows.stop)
+                if there:
+                    results.append((there, hidden[taken]))  # the next pass may write where it lies
         return results
 
     def choose(

@@ -12,6 +12,9 @@ from ojfa_export.models.tokenizer import decode
 REPLACEMENT = "\ufffd"
 # Marks of characters that a caller gets, and of those that only stop strings are looked for in.
 SHOWN, HIDDEN = "+", "-"
+# Last tokens of a prompt that are decoded with the first one after it: bytes of one character, and
+# the spaces around it.
+NEIGHBOURS = 16
 
 
 class TextStream:
@@ -40,9 +43,8 @@ class TextStream:
         self._special = _named(tokenizer, self._stop)
         # Text that may begin a stop string, and which of its characters are to be shown.
         self._held, self._shown = "", ""
-        self._window = list(prompt)
+        self._window, self._given_text = self._end_of(prompt)
         self._given = len(self._window)
-        self._given_text = self._decode()
 
     def push(self, token_id: int) -> str:
         """Adds a token.
@@ -64,6 +66,16 @@ class TextStream:
     def finish(self) -> str:
         """The text that was held back, once no more tokens come."""
         return "" if self.stopped else self._release(self._added(self._decode()), final=True)
+
+    def _end_of(self, prompt: Sequence[int]) -> tuple[list[int], str]:
+        """A prompt's last tokens, as many as begin with a whole character, and their text."""
+        count = NEIGHBOURS
+        while True:
+            window = list(prompt[-count:])
+            text = decode(self._tokenizer, window)
+            if (text and REPLACEMENT not in text) or count >= len(prompt):
+                return window, text
+            count *= 2
 
     def _decode(self) -> str:
         return decode(self._tokenizer, self._window)
