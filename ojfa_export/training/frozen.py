@@ -115,13 +115,30 @@ class Frozen:
         Raises:
             CheckpointError: They are NaN or infinite.
         """
-        logits = self._head(normed).float()
-        if not torch.isfinite(logits).all():
+        logits = self.full_logits(normed).float()
+        self.check_finite(torch.isfinite(logits).all())
+        return functional.log_softmax(logits, -1)
+
+    @torch.no_grad()
+    def full_logits(self, normed: Tensor) -> Tensor:
+        """The full model's logits [n, V] in its dtype, of hidden states behind the final norm."""
+        logits: Tensor = self._head(normed)
+        return logits
+
+    def check_finite(self, finite: Tensor) -> None:
+        """Refuses a model whose logits are not finite.
+
+        Args:
+            finite: Whether they are.
+
+        Raises:
+            CheckpointError: They are NaN or infinite.
+        """
+        if not finite:
             raise CheckpointError(
                 f"the model of {self._where} gives logits that are NaN or infinite on this text",
                 hint="its weights are damaged, or it overflows; run it with transformers to see",
             )
-        return functional.log_softmax(logits, -1)
 
     def log_probs(self, y: Tensor) -> Tensor:
         """Log probabilities [n, V] fp32 that norm and head make of hidden states [n, H] fp32."""
