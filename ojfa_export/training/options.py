@@ -18,6 +18,8 @@ Device = Literal["cpu", "cuda"]
 DEFAULT_TOKENS = 8_000_000
 # Over the text, by default.
 DEFAULT_PASSES = 3
+# Options that shape a jump: each kind has one of them.
+SHAPES = ("width", "rank", "vocabulary")
 _FACTORS = {"": 1, "k": 1000, "m": 1_000_000}
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmM]?)")
 _MOST = 10**12
@@ -33,6 +35,7 @@ class TrainOptions:
         jump: Its kind, one of `kinds.KINDS`.
         width: Of an MLP; default the model's own.
         rank: Of a residual jump; default an eighth of the hidden size.
+        vocabulary: Tokens of a draft's own head, the most frequent ones; default the model's head.
         text: Text or JSONL files; default the text that ships.
         self_text: Whether to train on what the model writes, begun by the text's words.
         tokens: How much text to take; "300k" and "8M" are understood too.
@@ -52,6 +55,7 @@ class TrainOptions:
     jump: str = "mlp"
     width: int | None = None
     rank: int | None = None
+    vocabulary: int | None = None
     text: tuple[Path, ...] = ()
     self_text: bool = False
     tokens: int = DEFAULT_TOKENS
@@ -75,7 +79,7 @@ class TrainOptions:
         put(self, "tokens", count("tokens", self.tokens))
         put(self, "ignore_config_fields", names("ignore_config_fields", self.ignore_config_fields))
         text("jump", self.jump)
-        for name in ("width", "rank"):
+        for name in SHAPES:
             if getattr(self, name) is not None:
                 put(self, name, whole_number(name, getattr(self, name), 1))
         put(self, "passes", whole_number("passes", self.passes, 1, 1000))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import killed_training
+import numpy as np
 import pytest
 import torch
 from tiny_models import make_checkpoint
@@ -19,8 +20,10 @@ from tiny_models import make_checkpoint
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.training.frozen import Frozen
 from ojfa_export.training.options import TrainOptions
+from ojfa_export.training.windows import TrainingText
 
 Options = Callable[..., TrainOptions]
+Checkpoints = Callable[[str], Checkpoint]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -75,6 +78,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Che
         return made[name]
 
     return make
+
+
+def random_text(count: int, length: int, given: int = 0) -> TrainingText:
+    """Windows of random token ids below 300."""
+    ids = np.random.default_rng(0).integers(0, 300, size=(count, length))
+    return TrainingText(ids.astype(np.int32), (count,), given, "random")
 
 
 @pytest.fixture
