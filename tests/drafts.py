@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from chain import Chain
 
-from ojfa_export.bundle.draft_shortcut import DraftShortcut
+from ojfa_export.backends.draft import DraftLayer
+from ojfa_export.backends.onnxruntime.build import build_engine
+from ojfa_export.backends.onnxruntime.draft import OnnxRuntimeDraft
+from ojfa_export.backends.passes import Chunk
+from ojfa_export.bundle.draft_shortcut import DraftShortcut, rotations
+from ojfa_export.bundle.names import DRAFT_GRAPHS
+from ojfa_export.decoding.head_output import HeadRequest, HostHeadOutput
+from ojfa_export.graphs.export import Exporter
+from ojfa_export.models.spec import ModelSpec
 
 
 def random_draft(
@@ -50,6 +60,100 @@ def random_draft(
         rope_theta=10_000.0,
         epsilon=1e-5,
     )
+
+
+def draft_for(spec: ModelSpec, seed: int = 0, *, own_head: bool = True) -> DraftShortcut:
+    """A random one of a tiny model, of sizes that ONNX Runtime takes."""
+    return random_draft(
+        spec.hidden_size,
+        spec.vocab_size,
+        seed,
+        depths=(1, 2, spec.blocks),
+        own_head=own_head,
+        head_dim=16,
+    )
+
+
+def open_draft(chain: Chain, draft: DraftShortcut, directory: Path) -> OnnxRuntimeDraft:
+    """Exports a draft layer beside a chain's graphs, and opens its engines."""
+    directory.mkdir(parents=True, exist_ok=True)
+    exporter = Exporter(chain.checkpoint, chain.graphs, chain.precision, chain.max_length)
+    exporter.draft(draft)
+    spec = draft.spec_within(chain.spec)
+    files = {name: directory / f"{name}.onnx" for name in DRAFT_GRAPHS}
+    for name, file in files.items():
+        build_engine(spec, chain.graphs / f"{name}.onnx", file)
+    cos, sin = rotations(draft.rope_theta, draft.head_dim, 0, chain.max_length)
+    layer = DraftLayer(
+        depths=draft.depths,
+        spec=spec,
+        vocab_size=chain.spec.vocab_size,
+        tokens=draft.tokens,
+        weights=chain.graphs,
+        engines=files,
+        rotary=(cos.astype(np.float32), sin.astype(np.float32)),
+    )
+    return OnnxRuntimeDraft(layer)
+
+
+class GoodDrafts:
+    """A draft layer that is often right about texts that it was told; see `backends.draft`.
+
+    The layer runs all the same; what its head says comes from the text whose tokens the layer was
+    given, but for the first, which it never sees. In every third position it is wrong.
+
+    Args:
+        layer: The layer.
+        texts: Prompts and what follows them.
+    """
+
+    def __init__(self, layer: OnnxRuntimeDraft, texts: list[list[int]]) -> None:
+        self.layer, self.depths, self.texts = layer, layer.depths, texts
+        self.heard: dict[bytes, list[int]] = {}
+
+    def executor(self, slots: int, capacity: int) -> Listening:
+        return Listening(self, slots, capacity)
+
+    def logits(self, hidden: np.ndarray, blocks_run: int) -> np.ndarray:
+        logits = np.zeros_like(self.layer.logits(hidden, blocks_run))
+        for row, state in zip(logits, hidden, strict=True):
+            known = self.heard[state.tobytes()]
+            count = len(known) + 1
+            for text in self.texts:
+                if text[1:count] == known and count < len(text):
+                    row[(text[count] + (count % 3 == 0)) % len(row)] = 8.0
+        return logits
+
+    def choose(self, hidden: np.ndarray, blocks_run: int, request: HeadRequest) -> HostHeadOutput:
+        return HostHeadOutput(self.logits(hidden, blocks_run), request)
+
+
+class Listening:
+    """Notes the tokens that an executor is given, by slot and position."""
+
+    def __init__(self, drafts: GoodDrafts, slots: int, capacity: int) -> None:
+        self._drafts, self._executor = drafts, drafts.layer.executor(slots, capacity)
+        self._tokens: list[dict[int, int]] = [{} for _ in range(slots)]
+        self.keep, self.release = self._executor.keep, self._executor.release
+
+    def begin(self, tokens: list[int], chunks: list[Chunk]) -> np.ndarray:
+        return self._heard(self._executor.begin(tokens, chunks), tokens, chunks)
+
+    def go_on(self, hidden: np.ndarray, tokens: list[int], chunks: list[Chunk]) -> np.ndarray:
+        return self._heard(self._executor.go_on(hidden, tokens, chunks), tokens, chunks)
+
+    def copy_prefix(self, source: int, target: int, count: int) -> None:
+        self._executor.copy_prefix(source, target, count)
+        self._tokens[target] = dict(self._tokens[source])
+
+    def _heard(self, hidden: np.ndarray, tokens: list[int], chunks: list[Chunk]) -> np.ndarray:
+        given = iter(tokens)
+        for state, (slot, start, count) in zip(hidden, chunks, strict=True):
+            for position in range(start + 1, start + count + 1):
+                self._tokens[slot][position] = next(given)
+            known = [self._tokens[slot][at] for at in range(1, start + count + 1)]
+            self._drafts.heard[state.tobytes()] = known
+        return hidden
 
 
 def by_torch(draft: DraftShortcut, memory: np.ndarray, embeddings: np.ndarray) -> np.ndarray:

@@ -90,3 +90,6 @@ NORMED_STATISTICS = 1e-3
 # A draft layer in float64 against torch's, whose rotations are fp32: cosines and sines of angles up
 # to 10, off by 1e-7 each, through attention and an MLP; relative to the largest value.
 DRAFT_ROTATIONS = 1e-5
+# Logits of a draft layer's engines against float64 on the model's fp32 states, relative to the
+# largest: those states are off by a few hundred roundings (LOGITS_FP32), and a layer follows.
+DRAFT_FP32_RELATIVE = 1e-4

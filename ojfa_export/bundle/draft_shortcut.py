@@ -141,6 +141,30 @@ class DraftShortcut:
         arrays = [*(getattr(self, name) for name in names), self.final_norm, self.head]
         return sum(array.size for array in arrays if array is not None)
 
+    def spec_within(self, model: ModelSpec) -> ModelSpec:
+        """The layer as a model of one block, over its own tokens."""
+        return ModelSpec(
+            family="draft",
+            blocks=1,
+            hidden_size=self.hidden_size,
+            vocab_size=model.vocab_size if self.head is None else len(self.head),
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            intermediate_size=self.width,
+            attention_scales=(self.head_dim**-0.5,),
+            window=None,
+            rotary_dim=self.head_dim,
+            rotary_switch=None,
+            activation="silu",
+            gated=True,
+            norm="rms",
+            norm_epsilon=self.epsilon,
+            max_positions=model.max_positions,
+            tied_head=False,
+            eos_token_ids=(),
+        )
+
     def check_fits(self, spec: ModelSpec) -> None:
         """Refuses a layer of another kind of model.
 
