@@ -12,6 +12,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export.bundle.block_shortcut import BIASES, WEIGHTS, BlockShortcut
 from ojfa_export.bundle.draft_shortcut import DraftShortcut
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.shortcut import Shortcut
@@ -23,11 +24,11 @@ from ojfa_export.system.paths import check_utf8
 
 # Takes an exit's hidden states to the model's head.
 ExitShortcut = Shortcut | MlpShortcut
-AnyShortcut = ExitShortcut | DraftShortcut
+AnyShortcut = ExitShortcut | DraftShortcut | BlockShortcut
 
 # Version 1 is a low-rank jump, version 2 has `gates` as well, version 3 is an MLP, version 4 a
-# draft layer.
-LOW_RANK, WITH_GATES, MLP, DRAFT = "1", "2", "3", "4"
+# draft layer, version 5 a block, or one for each exit.
+LOW_RANK, WITH_GATES, MLP, DRAFT, BLOCK = "1", "2", "3", "4", "5"
 _TENSORS: Mapping[str, tuple[str, ...]] = {
     LOW_RANK: ("scale", "shift", "down", "up"),
     WITH_GATES: ("scale", "shift", "down", "up", "gates"),
@@ -36,9 +37,10 @@ _TENSORS: Mapping[str, tuple[str, ...]] = {
         *("fuse", "embedding_norm", "state_norm", "qkv", "out", "mlp_norm", "up", "down"),
         "final_norm",
     ),
+    BLOCK: ("scale", "shift", *WEIGHTS),
 }
-# Both or none.
-_OPTIONAL: Mapping[str, tuple[str, ...]] = {DRAFT: ("head", "tokens")}
+# Of a draft both or none.
+_OPTIONAL: Mapping[str, tuple[str, ...]] = {DRAFT: ("head", "tokens"), BLOCK: BIASES}
 _METADATA: Mapping[str, tuple[str, ...]] = {
     LOW_RANK: ("kind", "rank", "fitted_at", "residual", "model_sha256", "format_version"),
     WITH_GATES: ("kind", "rank", "fitted_at", "residual", "model_sha256", "format_version"),
@@ -47,6 +49,7 @@ _METADATA: Mapping[str, tuple[str, ...]] = {
         *("kind", "depths", "heads", "kv_heads", "head_dim", "rope_theta", "epsilon"),
         *("model_sha256", "format_version"),
     ),
+    BLOCK: ("kind", "exits", "model_sha256", "format_version"),
 }
 _TRUTH = {"true": True, "false": False}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -82,8 +85,9 @@ def save(
     header: dict[str, Any] = {"__metadata__": described}
     body: list[bytes] = []
     stop = 0
+    stored = vars(shortcut) | getattr(shortcut, "weights", {})
     for name in (*_TENSORS[version], *_OPTIONAL.get(version, ())):
-        array: NDArray[Any] | None = getattr(shortcut, name)
+        array: NDArray[Any] | None = stored.get(name)
         if array is None:
             continue
         whole = array.dtype == np.int32
@@ -116,6 +120,8 @@ def _described(shortcut: AnyShortcut) -> tuple[str, dict[str, str]]:
             "depths": ",".join(map(str, shortcut.depths)),
             **{name: repr(getattr(shortcut, name)) for name in numbers},
         }
+    if isinstance(shortcut, BlockShortcut):
+        return BLOCK, {"kind": shortcut.kind, "exits": ",".join(map(str, shortcut.exits))}
     return LOW_RANK if shortcut.gates is None else WITH_GATES, {
         "kind": shortcut.kind,
         "rank": str(shortcut.rank),
@@ -157,7 +163,7 @@ def load(path: Path) -> tuple[AnyShortcut, str]:
     if unknown:
         raise OjfaError(f"{path} holds unknown tensors: {', '.join(unknown)}.", hint=_REBUILD)
     try:
-        make = {MLP: _mlp, DRAFT: _draft}.get(version, _low_rank)
+        make = {MLP: _mlp, DRAFT: _draft, BLOCK: _block}.get(version, _low_rank)
         given: dict[str, Any] = {name: tensors[name] for name in names}
         shortcut = make(given | {name: tensors.get(name) for name in optional}, metadata)
         if not _SHA256.fullmatch(metadata["model_sha256"]):
@@ -171,9 +177,14 @@ def load_exit(path: Path) -> tuple[ExitShortcut, str]:
     """Reads the file of a jump that serves exits; see `load`.
 
     Raises:
-        OjfaError: As of `load`, or it is a draft layer.
+        OjfaError: As of `load`, or it is a draft layer, or a block.
     """
     shortcut, of_model = load(path)
+    if isinstance(shortcut, BlockShortcut):
+        raise OjfaError(
+            f"{path} is a jump of kind block, and nothing runs those yet",
+            hint="this release trains and measures block jumps, engines for them do not exist yet",
+        )
     if isinstance(shortcut, DraftShortcut):
         raise OjfaError(
             f"{path} is a draft layer, where a jump of exits is needed.",
@@ -215,6 +226,16 @@ def _draft(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> AnyShortc
         head_dim=int(metadata["head_dim"]),
         rope_theta=float(metadata["rope_theta"]),
         epsilon=float(metadata["epsilon"]),
+    )
+
+
+def _block(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> AnyShortcut:
+    _one_of(metadata, "kind", ("block",))
+    return BlockShortcut(
+        exits=tuple(map(int, metadata["exits"].split(","))),
+        scale=tensors["scale"],
+        shift=tensors["shift"],
+        weights={name: tensors[name] for name in (*WEIGHTS, *BIASES) if tensors[name] is not None},
     )
 
 

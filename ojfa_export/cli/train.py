@@ -14,6 +14,16 @@ from ojfa_export.cli.errors import resumable
 from ojfa_export.cli.readable import readable_seconds
 
 
+def read_exits(value: str | None) -> tuple[int, ...] | None:
+    """Reads "5,10,15"; whether the model has such exits is seen when it is read."""
+    if value is None:
+        return None
+    parts = value.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise click.BadParameter(f"{value!r} is no list of exits, such as 5,10,15")
+    return tuple(int(part) for part in parts)
+
+
 @define("train")
 @click.argument("checkpoint")
 @click.option(
@@ -24,7 +34,9 @@ from ojfa_export.cli.readable import readable_seconds
     required=True,
     help="The shortcut to write (safetensors).",
 )
-@click.option("--jump", default="mlp", metavar="KIND", help="Its kind: mlp, residual or draft.")
+@click.option(
+    "--jump", default="mlp", metavar="KIND", help="Its kind: mlp, residual, block or draft."
+)
 @click.option(
     "--width",
     type=int,
@@ -36,6 +48,12 @@ from ojfa_export.cli.readable import readable_seconds
     type=int,
     metavar="R",
     help="Of a residual jump.  [default: an eighth of the hidden size]",
+)
+@click.option(
+    "--exits",
+    callback=lambda *arguments: read_exits(arguments[-1]),
+    metavar="N,N,...",
+    help="Of a block jump: exits with a block of their own each.  [default: one block for all]",
 )
 @click.option(
     "--vocabulary",
@@ -98,8 +116,8 @@ def _show(console: Console, result: dict[str, Any]) -> None:
         f"Agreement with the full model, and KL in nats, on {result['held_out_tokens']:,} "
         "held-out tokens"
     )
-    unit = "exit" if "exits" in result else "draft"
-    rows = result[f"{unit}s"]
+    rows = result["outputs"]
+    unit = next(iter(rows[0]))
     columns = {"": "agreement", "chain, ": "chain", "KL, ": "loss"}
     shown = {title: name for title, name in columns.items() if name in rows[0]["jump"]}
 

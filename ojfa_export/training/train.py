@@ -85,7 +85,7 @@ def describe(trained: Trained, unit: str, outputs: Sequence[int]) -> dict[str, A
         "tokens_per_second": round(trained.tokens / max(trained.seconds, 1e-9)),
         "held_out_tokens": trained.held_out_tokens,
         "history": [{"step": step, "loss": loss} for step, loss in trained.history],
-        f"{unit}s": [
+        "outputs": [
             {unit: number, **{name: row(figures, index) for name, figures in both.items()}}
             for index, number in enumerate(outputs)
         ],

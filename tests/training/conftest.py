@@ -6,25 +6,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import killed_training
-import numpy as np
 import pytest
 import torch
 from tiny_models import make_checkpoint
+from trainings import Checkpoints, Options, Run
 
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.training.frozen import Frozen
 from ojfa_export.training.options import TrainOptions
-from ojfa_export.training.windows import TrainingText
-
-Options = Callable[..., TrainOptions]
-Checkpoints = Callable[[str], Checkpoint]
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -67,7 +61,7 @@ def train_in_process() -> Run:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """Random checkpoints by the name of their variant."""
     made: dict[str, Checkpoint] = {}
 
@@ -78,12 +72,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Che
         return made[name]
 
     return make
-
-
-def random_text(count: int, length: int, given: int = 0) -> TrainingText:
-    """Windows of random token ids below 300."""
-    ids = np.random.default_rng(0).integers(0, 300, size=(count, length))
-    return TrainingText(ids.astype(np.int32), (count,), given, "random")
 
 
 @pytest.fixture

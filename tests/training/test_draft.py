@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import Checkpoints, random_text
-from test_jump_modules import scatter
 from tolerances import KL_FP32, TORCH_FLOAT64_RELATIVE
+from trainings import Checkpoints, random_text, scatter
 
 from ojfa_export.training.divergence import measure
 from ojfa_export.training.frozen import Frozen, States

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import Checkpoints, random_text
 from tiny_models import make_model
 from tolerances import (
     KL_FP32,
@@ -18,6 +17,7 @@ from tolerances import (
     TORCH_FLOAT64_RELATIVE,
     TORCH_GRADIENT_RELATIVE,
 )
+from trainings import Checkpoints, random_text, scatter
 
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.shortcut import Shortcut
@@ -25,22 +25,13 @@ from ojfa_export.models.head import FinalNorm, LanguageHead
 from ojfa_export.training.divergence import learn, measure
 from ojfa_export.training.frozen import Frozen
 from ojfa_export.training.kinds import KINDS
-from ojfa_export.training.kinds.jump import Jump, Pointwise
+from ojfa_export.training.kinds.jump import Pointwise
 from ojfa_export.training.kinds.residual import Residual
 
 # Gated with RMSNorm and SiLU; not gated with LayerNorm: GELU's two forms, and ReLU.
 POINTWISE = ("mlp", "residual")
 TEXT = random_text(16, 20)
 VARIANTS = ("llama-gqa", "phi3", "gpt2", "gpt2-gelu", "gpt2-relu")
-
-
-def scatter(jump: Jump, seed: int) -> None:
-    """Random values in every tensor, so that a mistake in any shows."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for each in jump.state_dict().values():
-            if each.is_floating_point():
-                each.add_(0.3 * torch.randn(each.shape, generator=generator))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -65,6 +65,22 @@ CASES = {
         "vocabulary is nothing that a jump of kind 'mlp' has",
         "leave --vocabulary out; what it has is --width",
     ),
+    "exits of an mlp": (
+        ["--exits", "1,2"],
+        2,
+        "exits is nothing that a jump of kind 'mlp' has",
+        "leave --exits out; what it has is --width",
+    ),
+    "no list": (["--jump", "block", "--exits", "1,b"], 2, "is no list of exits", "train --help"),
+    "exit 0": (["--jump", "block", "--exits", "0,1"], 2, "an exit must be 1 or more, not 0", None),
+    "exits that fall": (
+        ["--jump", "block", "--exits", "2,1"],
+        2,
+        "exits 2,1 do not suit this model: they must rise, from 1 to 3 at most",
+        "leave --exits out for one block for all exits",
+    ),
+    "exits twice": (["--jump", "block", "--exits", "2,2"], 2, "exits 2,2 do not suit", "leave"),
+    "exits beyond": (["--jump", "block", "--exits", "1,4"], 2, "from 1 to 3 at most", "leave"),
     "no vocabulary": (["--jump", "draft", "--vocabulary", 0], 2, "must be 1 or more, not 0", None),
     "odd vocabulary": (
         ["--jump", "draft", "--vocabulary", 20],
@@ -253,7 +269,7 @@ def test_what_is_said(invoke: Callable[..., Result], tmp_path: Path) -> None:
     assert [row[1].endswith("%") for row in rows] == [True] * 4
     result = invoke("--tokens", "3k", "--passes", "1", "--overwrite", "--json")
     document = json.loads(result.stdout)
-    assert [row["exit"] for row in document["exits"]] == [1, 2, 3]
+    assert [row["exit"] for row in document["outputs"]] == [1, 2, 3]
     assert document["shortcut"] == str(tmp_path / "jump.safetensors")
     assert "training: 2" in result.stderr
     assert "tokens" in result.stderr

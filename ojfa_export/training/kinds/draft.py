@@ -27,6 +27,8 @@ from ojfa_export.training.windows import TrainingText
 WEIGHTS = 1.0, 0.8, 0.6
 # Steps that are measured.
 MEASURED = 4
+# At first: how much the embedding counts beside the memory, in the block that the layer begins as.
+SEEN = 0.5
 # Of the rotations, where the model has none.
 THETA = 10_000.0
 
@@ -40,8 +42,8 @@ class Draft(Jump):
     of tokens up to p as they are at a first step, whose states the model has computed, and to the
     keys of its own steps (the "training-time test" of EAGLE-3).
 
-    The layer begins as the model's last block, the embedding all but unseen, where that block is
-    Llama's; otherwise at random.
+    The layer begins as the model's last block where that block is Llama's, and takes the embedding
+    for half as much as the memory; otherwise it begins at random.
 
     Args:
         frozen: The model.
@@ -87,10 +89,11 @@ class Draft(Jump):
 
     def _begin_as(self, block: Mapping[str, Any]) -> None:
         """Takes over a block's tensors, by the names of `graphs.block`."""
-        hidden = self._spec.hidden_size
+        hidden, qkv = self._spec.hidden_size, torch.from_numpy(block["attention.qkv.weight"])
+        self.qkv[:hidden] = SEEN * qkv
+        self.qkv[hidden:] = qkv
         for mine, name in (
             (self.state_norm, "attention.norm.weight"),
-            (self.qkv[hidden:], "attention.qkv.weight"),
             (self.out, "attention.out.weight"),
             (self.mlp_norm, "mlp.norm.weight"),
             (self.up, "mlp.up.weight"),
