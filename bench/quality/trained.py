@@ -29,6 +29,7 @@ from bench.commit import commit
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.bundle.shortcut_file import load
 from ojfa_export.cli.progress import Lines
+from ojfa_export.cli.train import read_exits
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.parts import calibrate_only
 from ojfa_export.models.calibration_text import read_source, shipped_text
@@ -88,6 +89,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int)
     parser.add_argument("--rank", type=int)
     parser.add_argument("--vocabulary", type=int)
+    parser.add_argument("--exits", type=read_exits, help="of a block: one for each, beside")
     parser.add_argument("--text", type=Path, action="append", default=[])
     parser.add_argument("--self-text", action="store_true")
     parser.add_argument("--text-cache", type=Path, help="keeps what the model writes")
@@ -104,7 +106,7 @@ def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     fitting, held_out = split(arguments.text or shipped_text(), directory)
     options = TrainOptions(
         arguments.checkpoint,
-        directory / "unused",
+        directory / "unused.safetensors",
         text=tuple(fitting),
         self_text=arguments.self_text,
         tokens=arguments.tokens,
@@ -128,8 +130,9 @@ def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     if arguments.calibrate:
         rows.append(calibrated(arguments, fitting, directory, judge))
     for kind in arguments.kind or KINDS:
-        rows.append(trained(arguments, kind, frozen, text, directory, judge))
-        print(json.dumps(rows[-1]), flush=True)
+        for asked in _shapes(arguments, kind):
+            rows.append(trained(arguments, kind, asked, frozen, text, directory, judge))
+            print(json.dumps(rows[-1]), flush=True)
     return {
         "machine": describe_machine((*PACKAGES, "torch", "transformers")),
         "device": _device(inputs.device),
@@ -141,6 +144,13 @@ def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "seed": arguments.seed,
         "kinds": rows,
     }
+
+
+def _shapes(arguments: argparse.Namespace, kind: str) -> list[Any]:
+    """Values of the kind's option to train with: of a block one for all exits, and one each."""
+    if kind == "block":
+        return [None, arguments.exits] if arguments.exits else [None]
+    return [getattr(arguments, KINDS[kind].option)]
 
 
 def split(texts: Sequence[Path], directory: Path) -> tuple[list[Path], list[Path]]:
@@ -224,6 +234,7 @@ def calibrated(
 def trained(
     arguments: argparse.Namespace,
     kind: str,
+    asked: Any,
     frozen: Frozen,
     text: TrainingText,
     directory: Path,
@@ -231,11 +242,11 @@ def trained(
 ) -> dict[str, Any]:
     """One kind: what training it took, and what it gives."""
     option = KINDS[kind].option
-    chosen = KINDS[kind].choose(getattr(arguments, option), frozen.spec)
+    chosen = KINDS[kind].choose(asked, frozen.spec)
     if frozen.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     jump = KINDS[kind].begin(frozen, text, chosen, arguments.seed)
-    keeper = Keeper(directory / f"{kind}.pt")
+    keeper = Keeper(directory / f"{kind}-{chosen}.pt")
     found = train_jump(frozen, jump, text, arguments.passes, arguments.seed, keeper, _lines())
     return {
         "kind": kind,
@@ -282,15 +293,14 @@ def draw(document: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
     axes = figure.subplots()
     for row in rows:
         kind = row["kind"]
-        title = TITLES.get(kind, f"{kind}, trained")
+        each = " for each exit" if row.get("exits") else ""
+        title = TITLES.get(kind, f"{kind}{each}, trained")
         size = f" ({row['parameters'] / 1000:,.0f}k)" if row["parameters"] else ""
-        style = "--" if kind == "identity" else "-"
-        mark = "o" if len(row["outputs"]) < len(rows[0]["outputs"]) else None
+        style = "--" if kind == "identity" else "o:" if each else "-"
         axes.plot(
             row["outputs"],
             row["agreement"],
             style,
-            marker=mark,
             color=COLOURS.get(kind),
             label=title + size,
         )

@@ -135,6 +135,7 @@ class _Loop:
             [{"params": [each], "base": lr} for each, lr in _rates(jump, sizes.steps)],
             betas=BETAS,
             weight_decay=WEIGHT_DECAY,
+            fused=frozen.device.type == "cuda",
         )
 
     def run(self, progress: Progress) -> Trained:

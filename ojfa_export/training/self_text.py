@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ojfa_export.decoding.arrays import Int32
 from ojfa_export.errors import CalibrationError, CheckpointError
@@ -31,6 +32,8 @@ START_TOKENS = 24
 # Windows that are written together: on the CPU; on a GPU at most, and of its memory at most. A
 # GPU takes little longer for many than for few.
 CPU_ROWS, GPU_ROWS, GPU_SHARE = 32, 4096, 0.5
+# Not cuDNN's, which makes a plan anew for each length of the cache.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _MARK = "the user's words begin here"
 
 
@@ -206,7 +209,8 @@ def generate(
     newest, parts = ids, [ids]
     finite = torch.ones((), dtype=torch.bool, device=frozen.device)
     for place in range(ids.shape[1], length):
-        out = frozen.model.base_model(input_ids=newest, past_key_values=cache, use_cache=True)
+        with sdpa_kernel(_ATTENTION):
+            out = frozen.model.base_model(input_ids=newest, past_key_values=cache, use_cache=True)
         newest, likely = sample(frozen.full_logits(out.last_hidden_state[:, -1]), generator)
         finite &= likely.isfinite().all()
         parts.append(newest)

@@ -75,15 +75,17 @@ def choose(
         rows,
         max(1, rows * length // ONE_IN),
         min(OUTPUTS_AT_ONCE, outputs),
-        rows_at_once(spec, length, memory),
+        rows_at_once(spec, length, min(OUTPUTS_AT_ONCE, outputs), memory),
         max(16, LOGITS[device] // spec.vocab_size),
     )
 
 
-def rows_at_once(spec: ModelSpec, length: int, memory: int | None) -> int:
-    """Windows of `length` tokens whose states after every block fit into memory."""
-    # Inside a block: some ten vectors of the hidden size, and four of the MLP's.
-    values = spec.hidden_size * (spec.blocks + 12) + 4 * spec.intermediate_size
+def rows_at_once(spec: ModelSpec, length: int, outputs: int, memory: int | None) -> int:
+    """Windows of `length` tokens whose states after every block, and outputs, fit into memory."""
+    # Inside a block: some ten vectors of the hidden size, and four of the MLP's; a jump may keep
+    # as many in fp32 for each of its outputs.
+    block = 12 * spec.hidden_size + 4 * spec.intermediate_size
+    values = spec.hidden_size * spec.blocks + (1 + 2 * outputs) * block
     if memory is None:  # not what is free just now: the same command does the same
         return max(1, int(CPU_STATES_BYTES / (4 * values * length)))
     return max(1, int(STATES_SHARE * memory / (2 * values * length)))
