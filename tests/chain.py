@@ -13,7 +13,7 @@ from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.names import graph_names
 from ojfa_export.bundle.shortcut import Shortcut
-from ojfa_export.bundle.shortcut_file import AnyShortcut
+from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.graphs.export import Exporter
 from ojfa_export.graphs.fold import fold_if_narrow
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
@@ -39,7 +39,7 @@ class Chain:
     max_length: int
     graphs: Path
     engine_files: dict[str, Path]
-    shortcut: AnyShortcut
+    shortcut: ExitShortcut
     engines: OnnxRuntimeEngines
 
     @property
@@ -96,7 +96,7 @@ def random_mlp(spec: ModelSpec, width: int, seed: int = 0) -> MlpShortcut:
     )
 
 
-def of_kind(kind: Kind, spec: ModelSpec, rank: int, seed: int) -> AnyShortcut:
+def of_kind(kind: Kind, spec: ModelSpec, rank: int, seed: int) -> ExitShortcut:
     """A random shortcut."""
     if kind == "mlp":
         return random_mlp(spec, 8 * rank, seed)

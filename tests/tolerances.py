@@ -87,3 +87,12 @@ KL_FP32 = 1e-4
 # Mean and deviation of features after a batch norm whose epsilon is 1e-5, where their variance is
 # 0.05 and more (1e-4), and whose scale and shift are rounded to fp32.
 NORMED_STATISTICS = 1e-3
+# A block of transformers in float64 against NumPy, relative to the largest value: its norms round
+# to fp32 and its rotations are fp32 (6e-8 each), through attention and an MLP.
+BLOCK_RELATIVE = 1e-5
+# A draft layer in float64 against torch's, whose rotations are fp32: cosines and sines of angles up
+# to 10, off by 1e-7 each, through attention and an MLP; relative to the largest value.
+DRAFT_ROTATIONS = 1e-5
+# Logits of a draft layer's engines against float64 on the model's fp32 states, relative to the
+# largest: those states are off by a few hundred roundings (LOGITS_FP32), and a layer follows.
+DRAFT_FP32_RELATIVE = 1e-4

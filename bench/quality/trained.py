@@ -1,10 +1,11 @@
-"""Trains every kind of jump on a checkpoint, and draws how often exits agree with the full model.
+"""Trains kinds of jump on a checkpoint, and draws how often they agree with the full model.
 
-python -m bench.quality.trained calibration/demo/checkpoint --tokens 300k --passes 4 --rank 96 \
-    --calibrate --out bench/results/trained-demo.json
+python -m bench.quality.trained calibration/demo/checkpoint --tokens 300k --rank 96 --calibrate \
+    --out bench/results/trained-demo.json
 
 The last eighth of each text is held out from training and from calibration alike; all are measured
-there. With --self-text they train on what the model writes, and are measured there too.
+there. With --self-text they train on what the model writes, and are measured on that too. Drafts
+have a picture of their own, FILE-drafts.png.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -27,6 +29,7 @@ from bench.commit import commit
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.bundle.shortcut_file import load
 from ojfa_export.cli.progress import Lines
+from ojfa_export.cli.train import read_exits
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.parts import calibrate_only
 from ojfa_export.models.calibration_text import read_source, shipped_text
@@ -39,6 +42,7 @@ from ojfa_export.training.frozen import Frozen
 from ojfa_export.training.inputs import Inputs
 from ojfa_export.training.kinds import KINDS
 from ojfa_export.training.kinds.jump import Jump
+from ojfa_export.training.kinds.mlp import MULTIPLE, Mlp
 from ojfa_export.training.kinds.residual import Residual
 from ojfa_export.training.loop import Trained, train_jump
 from ojfa_export.training.options import TrainOptions
@@ -48,7 +52,13 @@ from ojfa_export.training.state import Keeper
 from ojfa_export.training.windows import TrainingText, token_ids
 
 HELD_OUT_SHARE = 8
-COLOURS = {"identity": "#666666", "calibrated": "#E69F00", "residual": "#0072B2", "mlp": "#D55E00"}
+COLOURS = {
+    "identity": "#666666",
+    "calibrated": "#E69F00",
+    "residual": "#0072B2",
+    "mlp": "#D55E00",
+    "block": "#009E73",
+}
 TITLES = {"identity": "no jump", "calibrated": "residual, calibrated"}
 
 
@@ -61,7 +71,14 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"commit": before, **document}, indent=1)
     arguments.out.write_text(text + "\n", encoding="utf-8")
-    arguments.out.with_suffix(".png").write_bytes(draw(document))
+    by_unit = {
+        chained: [row for row in document["kinds"] if ("chain" in row) == chained]
+        for chained in (False, True)
+    }
+    arguments.out.with_suffix(".png").write_bytes(draw(document, by_unit[False]))
+    if by_unit[True]:
+        path = arguments.out.with_name(f"{arguments.out.stem}-drafts.png")
+        path.write_bytes(draw_drafts(document, by_unit[True]))
 
 
 def _arguments() -> argparse.Namespace:
@@ -71,8 +88,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calibrate", action="store_true", help="the residual jump of `calibrate`")
     parser.add_argument("--width", type=int)
     parser.add_argument("--rank", type=int)
+    parser.add_argument("--vocabulary", type=int)
+    parser.add_argument("--exits", type=read_exits, help="of a block: one for each, beside")
     parser.add_argument("--text", type=Path, action="append", default=[])
     parser.add_argument("--self-text", action="store_true")
+    parser.add_argument("--text-cache", type=Path, help="keeps what the model writes")
     parser.add_argument("--tokens", default="8M")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -86,7 +106,7 @@ def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     fitting, held_out = split(arguments.text or shipped_text(), directory)
     options = TrainOptions(
         arguments.checkpoint,
-        directory / "unused",
+        directory / "unused.safetensors",
         text=tuple(fitting),
         self_text=arguments.self_text,
         tokens=arguments.tokens,
@@ -100,26 +120,37 @@ def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
         assert inputs.starts is not None
         start = time.perf_counter()
         length, tokens, seed = inputs.length, options.tokens, options.seed
-        text = write(frozen, inputs.starts, length, tokens, seed, directory / "text", progress)
+        kept = (arguments.text_cache or directory) / inputs.fingerprint()[:16]
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        text = write(frozen, inputs.starts, length, tokens, seed, kept, progress)
         writing = time.perf_counter() - start
     judge = Judge(frozen, inputs, held_out)
-    rows = [{"kind": "identity", "parameters": 0, **judge.figures(None)}]
+    identity = Mlp.begin(frozen, text, MULTIPLE, 0).to(frozen.device)
+    rows = [{"kind": "identity", "parameters": 0, **judge.figures(identity)}]
     if arguments.calibrate:
         rows.append(calibrated(arguments, fitting, directory, judge))
     for kind in arguments.kind or KINDS:
-        rows.append(trained(arguments, kind, frozen, text, directory, judge))
-        print(json.dumps(rows[-1]), flush=True)
+        for asked in _shapes(arguments, kind):
+            rows.append(trained(arguments, kind, asked, frozen, text, directory, judge))
+            print(json.dumps(rows[-1]), flush=True)
     return {
         "machine": describe_machine((*PACKAGES, "torch", "transformers")),
         "device": _device(inputs.device),
         "model": Path(arguments.checkpoint).resolve().parent.name,
         "text": text.about,
-        "writing_seconds": round(writing, 1),
+        "writing_seconds": round(writing, 1),  # of what wasn't kept
         "held_out_tokens": judge.tokens,
         "passes": arguments.passes,
         "seed": arguments.seed,
         "kinds": rows,
     }
+
+
+def _shapes(arguments: argparse.Namespace, kind: str) -> list[Any]:
+    """Values of the kind's option to train with: of a block one for all exits, and one each."""
+    if kind == "block":
+        return [None, arguments.exits] if arguments.exits else [None]
+    return [getattr(arguments, KINDS[kind].option)]
 
 
 def split(texts: Sequence[Path], directory: Path) -> tuple[list[Path], list[Path]]:
@@ -146,24 +177,32 @@ class Judge:
         each = max(1, HELD_OUT_WINDOWS // len(ids))
         parts = [torch.from_numpy(i[: len(i) // length * length].copy()) for i in ids]
         self._windows = torch.cat([part.view(-1, length)[:each] for part in parts]).long()
-        positions = held_out_positions(0, len(self._windows), length, 0, HELD_OUT_TOKENS)
-        self._positions = torch.from_numpy(positions).long()
         self._frozen, self.device = frozen, frozen.device
-        sizes = choose(frozen.spec, len(self._windows), length, 1, frozen.memory_left)
+        sizes = choose(frozen.spec, len(self._windows), length, 1, 1, frozen.memory_left)
         self._at_once = sizes.rows_at_once, sizes.logits_rows
-        self.tokens = self._positions.numel()
+        self.tokens = 0
 
-    def figures(self, jump: Jump | None) -> dict[str, Any]:
-        """Agreement and loss at every exit."""
+    def figures(self, jump: Jump) -> dict[str, Any]:
+        """Agreement and loss of every output."""
+        count, length = self._windows.shape
+        positions = held_out_positions(
+            0, count, length, jump.first, HELD_OUT_TOKENS, together=jump.chained
+        )
+        self.tokens = max(self.tokens, positions.size)
         found = divergence.measure(
-            self._frozen, jump, self._windows, self._positions, *self._at_once
+            self._frozen, jump, self._windows, torch.from_numpy(positions).long(), *self._at_once
         )
         return {
-            "agreement": found.agreement,
+            "outputs": jump.outputs,
             "mean_agreement": found.mean_agreement,
-            "loss": found.loss,
             "mean_loss": found.mean_loss,
+            **shown(found),
         }
+
+
+def shown(figures: divergence.Figures) -> dict[str, Any]:
+    """Figures that there are, for JSON."""
+    return {name: value for name, value in vars(figures).items() if value is not None}
 
 
 def calibrated(
@@ -185,7 +224,7 @@ def calibrated(
     figures = judge.figures(Residual.of(shortcut).to(judge.device))
     return {
         "kind": "calibrated",
-        "size": shortcut.rank,
+        "rank": shortcut.rank,
         "parameters": shortcut.parameters,
         "seconds": round(seconds, 1),
         **figures,
@@ -195,22 +234,23 @@ def calibrated(
 def trained(
     arguments: argparse.Namespace,
     kind: str,
+    asked: Any,
     frozen: Frozen,
     text: TrainingText,
     directory: Path,
     judge: Judge,
 ) -> dict[str, Any]:
     """One kind: what training it took, and what it gives."""
-    asked = {"width": arguments.width, "rank": arguments.rank}[KINDS[kind].size_name]
-    size = KINDS[kind].choose_size(asked, frozen.spec)
+    option = KINDS[kind].option
+    chosen = KINDS[kind].choose(asked, frozen.spec)
     if frozen.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    jump = KINDS[kind].begin(frozen.spec, size, arguments.seed)
-    keeper = Keeper(directory / f"{kind}.pt")
+    jump = KINDS[kind].begin(frozen, text, chosen, arguments.seed)
+    keeper = Keeper(directory / f"{kind}-{chosen}.pt")
     found = train_jump(frozen, jump, text, arguments.passes, arguments.seed, keeper, _lines())
     return {
         "kind": kind,
-        "size": size,
+        option: chosen,
         "parameters": jump.shortcut().parameters,
         "seconds": round(found.seconds, 1),
         "tokens_per_second": round(found.tokens / found.seconds),
@@ -225,7 +265,11 @@ def trained(
 
 def _own(found: Trained) -> dict[str, Any]:
     """Figures on the part of the training's text that it held out."""
-    return {"identity": found.begin.agreement, "jump": found.figures.agreement}
+    return {
+        "tokens": found.held_out_tokens,
+        "begin": shown(found.begin),
+        "jump": shown(found.figures),
+    }
 
 
 def _peak(device: torch.device) -> int:
@@ -243,22 +287,47 @@ def _lines() -> Lines:
     return Lines(sys.stderr)
 
 
-def draw(document: dict[str, Any]) -> bytes:
+def draw(document: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
     """Agreement by exit, a line for each kind: a PNG file's bytes."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for row in document["kinds"]:
+    for row in rows:
         kind = row["kind"]
-        title = TITLES.get(kind, f"{kind}, trained")
+        each = " for each exit" if row.get("exits") else ""
+        title = TITLES.get(kind, f"{kind}{each}, trained")
         size = f" ({row['parameters'] / 1000:,.0f}k)" if row["parameters"] else ""
-        exits = range(1, len(row["agreement"]) + 1)
-        style = "--" if kind == "identity" else "-"
-        axes.plot(exits, row["agreement"], style, color=COLOURS.get(kind), label=title + size)
+        style = "--" if kind == "identity" else "o:" if each else "-"
+        axes.plot(
+            row["outputs"],
+            row["agreement"],
+            style,
+            color=COLOURS.get(kind),
+            label=title + size,
+        )
     axes.set_title(f"{document['model']}: agreement with the full model on held-out text")
     axes.set_xlabel("blocks run")
     axes.set_ylabel("same token as the full model")
+    return _finish(figure, axes, len(rows[0]["outputs"]))
+
+
+def draw_drafts(document: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
+    """Chains of drafts that agree, by their length: a PNG file's bytes."""
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        size = f"{row['kind']} ({row['parameters'] / 1e6:,.1f}M)"
+        axes.plot(row["outputs"], row["chain"], "o-", color="#0072B2", label=f"{size}, held out")
+        own = row["on_its_text"]["jump"]["chain"]
+        axes.plot(row["outputs"], own, "s--", color="#CC79A7", label=f"{size}, as trained on")
+    axes.set_title(f"{document['model']}: chains of drafts")
+    axes.set_xlabel("drafts")
+    axes.set_ylabel("all are the full model's tokens")
+    return _finish(figure, axes, len(rows[0]["outputs"]))
+
+
+def _finish(figure: Figure, axes: Axes, outputs: int) -> bytes:
     axes.set_ylim(0, 1)
-    whole_ticks(axes, len(document["kinds"][0]["agreement"]))
+    whole_ticks(axes, outputs)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)

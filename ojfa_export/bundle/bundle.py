@@ -10,8 +10,16 @@ from numpy.typing import NDArray
 
 from ojfa_export.bundle.checked import WHOLE, CheckedFiles
 from ojfa_export.bundle.graphs import check_graphs
-from ojfa_export.bundle.manifest import EngineSet, Manifest, TensorSlice, read_manifest
-from ojfa_export.bundle.names import GRAPHS, MANIFEST, SHORTCUT, TOKENIZER, graph_names
+from ojfa_export.bundle.manifest import EngineSet, GraphEntry, Manifest, TensorSlice, read_manifest
+from ojfa_export.bundle.names import (
+    DRAFT,
+    DRAFT_GRAPHS,
+    GRAPHS,
+    MANIFEST,
+    SHORTCUT,
+    TOKENIZER,
+    graph_names,
+)
 from ojfa_export.errors import BundleError
 from ojfa_export.system.paths import check_utf8
 from ojfa_export.system.publish import recover
@@ -91,6 +99,16 @@ class Bundle:
         with self.files.mapped(path, "<f4", location.offset, location.shape) as array:
             return np.array(array, np.float32)
 
+    def integers(self, location: TensorSlice) -> NDArray[np.int32]:
+        """An int32 tensor, read into memory.
+
+        Raises:
+            BundleError: It reaches beyond its file, which may have been changed since.
+        """
+        path = self.files.directory / location.file
+        with self.files.mapped(path, "<i4", location.offset, location.shape) as array:
+            return np.array(array, np.int32)
+
     def _check_names(self) -> None:
         named = set(self.manifest.files)
         for name in named:
@@ -111,27 +129,40 @@ class Bundle:
             )
 
     def _check_references(self) -> None:
-        manifest = self.manifest
-        wanted = {graph.file for graph in manifest.graphs}
-        wanted |= {name for graph in manifest.graphs for name in graph.weights}
-        wanted |= {file for engines in manifest.engines for file in engines.files.values()}
+        manifest, draft = self.manifest, self.manifest.draft
+        graphs = manifest.graphs + (draft.graphs if draft else ())
+        engines = manifest.engines + (draft.engines if draft else ())
+        wanted = {graph.file for graph in graphs}
+        wanted |= {name for graph in graphs for name in graph.weights}
+        wanted |= {file for each in engines for file in each.files.values()}
         wanted |= {TOKENIZER, SHORTCUT}
         if manifest.rotary is not None:
             wanted |= {manifest.rotary.cos.file, manifest.rotary.sin.file}
+        if draft is not None:
+            wanted |= {DRAFT, draft.rotary.cos.file, draft.rotary.sin.file}
+            wanted |= {draft.tokens.file} if draft.tokens else set()
         for name in sorted(wanted - set(manifest.files)):
             raise BundleError(
                 f"{self.directory / MANIFEST} refers to {name!r} without its digest", hint=WHOLE
             )
-        names = graph_names(manifest.model.spec.blocks)
-        described = [graph.name for graph in manifest.graphs]
+        self._check_parts(
+            manifest.graphs, manifest.engines, graph_names(manifest.model.spec.blocks)
+        )
+        if draft is not None:
+            self._check_parts(draft.graphs, draft.engines, list(DRAFT_GRAPHS))
+
+    def _check_parts(
+        self, graphs: tuple[GraphEntry, ...], engines: tuple[EngineSet, ...], names: list[str]
+    ) -> None:
+        """Makes sure that graphs and engines are all those that there must be."""
         for what, found in [
-            ("graphs", described),
-            *((f"{engines.backend} engines", engines.files) for engines in manifest.engines),
+            ("graphs", [graph.name for graph in graphs]),
+            *((f"{each.backend} engines", list(each.files)) for each in engines),
         ]:
             if sorted(found) != sorted(names):
+                blocks = self.manifest.model.spec.blocks
                 raise BundleError(
-                    f"{self.directory / MANIFEST} names {what} other than those of "
-                    f"{manifest.model.spec.blocks} blocks",
+                    f"{self.directory / MANIFEST} names {what} other than those of {blocks} blocks",
                     hint=WHOLE,
                 )
 

@@ -40,16 +40,19 @@ class _Comparison:
 
     def check(self) -> None:
         portable: dict[str, OnnxFile] = {}
-        for entry in self._manifest.graphs:
+        draft = self._manifest.draft
+        graphs = self._manifest.graphs + (draft.graphs if draft else ())
+        built = self._manifest.engines + (draft.engines if draft else ())
+        for entry in graphs:
             portable[entry.name] = self._read(entry.file)
             self._check_graph(entry, portable[entry.name])
         self._check_rotary(portable["embed"].tensors)
-        for engines in self._manifest.engines:
+        for engines in built:
             for name, file in engines.files.items():
                 if file.endswith(SUFFIX):
                     self._check_engine(file, self._read(file), portable[name])
-        named = {entry.file for entry in self._manifest.graphs}
-        named |= {file for engines in self._manifest.engines for file in engines.files.values()}
+        named = {entry.file for entry in graphs}
+        named |= {file for engines in built for file in engines.files.values()}
         for file in sorted(self._manifest.files):
             if file.endswith(SUFFIX) and file not in named:  # several graphs' engines share it
                 self._read(file)

@@ -9,11 +9,13 @@ import json
 import math
 from collections.abc import Mapping
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import (
     Field,
+    PositiveFloat,
     ValidationError,
     model_validator,
 )
@@ -75,7 +77,7 @@ class CacheLayout(Part):
 
 
 class TensorSlice(Part):
-    """A tensor inside a file: little-endian float32."""
+    """A tensor inside a file: little-endian float32, where nothing else is said."""
 
     file: str
     offset: NonNegativeInt
@@ -118,6 +120,52 @@ class EngineSet(Part):
     backend: str
     files: dict[str, str]
     built_with: dict[str, str]
+
+
+class DraftEntry(Part):
+    """A layer that drafts; what it computes: `bundle.draft_shortcut`.
+
+    Attributes:
+        depths: Blocks run before each of the model's states that it sees.
+        spec: The layer, as a model of one block.
+        rope_theta: Base of its rotations' frequencies.
+        parameters: Of all of it; a head of the model's own is none of them.
+        rotary: Rows of these are the layer's `rotary_cos` and `rotary_sin`.
+        tokens: Of a layer with a head of its own: ids [D] int32 that its logits are of, rising.
+        graphs: Those of `names.DRAFT_GRAPHS`.
+        engines: Of the backends that run draft layers.
+    """
+
+    depths: tuple[PositiveInt, ...] = Field(min_length=1)
+    spec: ModelSpec
+    rope_theta: PositiveFloat
+    parameters: PositiveInt
+    rotary: RotaryTables
+    tokens: TensorSlice | None
+    graphs: tuple[GraphEntry, ...]
+    engines: tuple[EngineSet, ...] = ()
+
+    def check_fits(self, model: ModelSpec, max_length: int) -> None:
+        """Refuses a layer of another model.
+
+        Raises:
+            ValueError: What doesn't fit.
+        """
+        check_spec(self.spec)
+        rising = all(a < b for a, b in pairwise(self.depths))
+        if not rising or self.depths[-1] > model.blocks:
+            raise ValueError("draft.depths: they must rise, to the model's blocks at most")
+        if self.spec.blocks != 1 or self.spec.hidden_size != model.hidden_size:
+            raise ValueError("draft.spec: it must be one block of the model's hidden size")
+        count = model.vocab_size if self.tokens is None else self.spec.vocab_size
+        if self.spec.vocab_size != count or count > model.vocab_size:
+            raise ValueError("draft.spec.vocab_size: it must be within the model's")
+        if self.tokens is not None and self.tokens.shape != (count,):
+            raise ValueError("draft.tokens: there must be one for each logit")
+        half = self.spec.rotary_dim // 2
+        for shape in (self.rotary.cos.shape, self.rotary.sin.shape):
+            if not half or len(shape) != 2 or shape[0] < max_length or shape[1] != half:
+                raise ValueError(f"draft.rotary: they must be [{max_length} or more, {half}]")
 
 
 class CalibrationSource(Part):
@@ -168,6 +216,7 @@ class Manifest(Part):
         auto: When tokens leave early under `--exit auto`; None where the build chose nothing.
         promise: What `auto` was shown to keep; None where nothing was asked.
         default: What happens where a user names no way of decoding; None is full depth.
+        draft: The layer that drafts, if there is one; the field is left out where there is none.
         generation: How the checkpoint says that text is generated.
     """
 
@@ -187,6 +236,7 @@ class Manifest(Part):
     promise: Promise | None = None
     default: Default | None = None
     generation: GenerationDefaults = NO_DEFAULTS
+    draft: DraftEntry | None = None
     files: dict[str, FileEntry]
     built: Built
 
@@ -221,7 +271,9 @@ class Manifest(Part):
             if self.default.exit == "auto" and self.auto is None:
                 raise ValueError("the default is auto, which the bundle doesn't have")
             if self.default.speculation is not None:
-                self.default.speculation.resolve_exit(blocks)
+                self.default.speculation.resolve_exit(blocks, has_layer=self.draft is not None)
+        if self.draft is not None:
+            self.draft.check_fits(self.model.spec, self.cache.max_length)
         return self
 
     @model_validator(mode="after")
@@ -242,6 +294,8 @@ class Manifest(Part):
     def to_json(self) -> str:
         """The text of manifest.json."""
         fields = self.model_dump(mode="json")
+        if self.draft is None:
+            del fields["draft"]  # what reads bundles of an earlier form knows no such field
         fields[DIGEST] = manifest_digest(fields)
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 

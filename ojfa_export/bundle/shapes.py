@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ojfa_export.bundle.manifest import Manifest
+from ojfa_export.bundle.manifest import DraftEntry, Manifest
+from ojfa_export.bundle.names import DRAFT_GRAPHS
 from ojfa_export.models.spec import ModelSpec
 
 # By name: data type and shape.
@@ -16,8 +17,10 @@ TOKENS: tuple[str, str] = ("batch", "tokens")
 
 
 def expected_ports(manifest: Manifest, graph: str) -> tuple[Ports, Ports]:
-    """Inputs and outputs of a portable graph; see `graphs.block`, `embed` and `heads`."""
+    """Inputs and outputs of a portable graph; see `graphs.block`, `embed`, `heads`, `draft`."""
     spec = manifest.model.spec
+    if graph in DRAFT_GRAPHS and manifest.draft is not None:
+        return _draft_ports(manifest.draft, graph, _compute(manifest))
     if graph == "embed":
         return _embed_ports(spec)
     if graph in ("exit_head", "final_head"):
@@ -27,7 +30,11 @@ def expected_ports(manifest: Manifest, graph: str) -> tuple[Ports, Ports]:
         if graph == "exit_head" and manifest.shortcut.residual:
             inputs["blocks_run"] = ("int32", ("rows",))
         return inputs, {"logits": ("float", ("rows", spec.vocab_size))}
-    return _block_ports(spec, "float16" if manifest.precision == "fp16" else "float")
+    return _block_ports(spec, _compute(manifest))
+
+
+def _compute(manifest: Manifest) -> str:
+    return "float16" if manifest.precision == "fp16" else "float"
 
 
 def _embed_ports(spec: ModelSpec) -> tuple[Ports, Ports]:
@@ -53,6 +60,18 @@ def _block_ports(spec: ModelSpec, precision: str) -> tuple[Ports, Ports]:
     }, {"hidden_out": hidden, "key": new, "value": new}
 
 
+def _draft_ports(draft: DraftEntry, graph: str, precision: str) -> tuple[Ports, Ports]:
+    spec, rows = draft.spec, "rows"
+    hidden = ("float", (rows, spec.hidden_size))
+    if graph == "draft_memory":
+        width = len(draft.depths) * spec.hidden_size
+        return {"states": ("float", (rows, width))}, {"memory": hidden}
+    if graph == "draft_head":
+        return {"hidden": hidden}, {"logits": ("float", (rows, spec.vocab_size))}
+    inputs, outputs = _block_ports(spec, precision)
+    return {**inputs, "token_ids": ("int32", TOKENS)}, outputs
+
+
 def _rotations(spec: ModelSpec) -> Ports:
     if spec.learned_positions:
         return {}
@@ -71,6 +90,8 @@ def expected_weights(
         found: Shapes of the weights that it has.
     """
     spec = manifest.model.spec
+    if graph in DRAFT_GRAPHS and manifest.draft is not None:
+        return _draft_weights(manifest.draft, graph, spec.vocab_size)
     if graph == "embed":
         return _embed_weights(manifest)
     if graph == "final_head":
@@ -83,15 +104,33 @@ def expected_weights(
         else:  # folded with the final norm, whose rank may be one more
             rank = found["project"][-1] if found.get("project") else 0
         return _exit_weights(spec, rank, residual=manifest.shortcut.residual)
+    return _block_weights(spec, spec.hidden_size)
+
+
+def _block_weights(spec: ModelSpec, seen: int) -> WeightShapes:
+    """Of a block whose attention sees so many features."""
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     inner, hidden = spec.intermediate_size, spec.hidden_size
     return {
         **_norm(spec, "attention.norm"),
-        **_linear("attention.qkv", hidden, queries + 2 * keys),
+        **_linear("attention.qkv", seen, queries + 2 * keys),
         **_linear("attention.out", queries, hidden),
         **_norm(spec, "mlp.norm"),
         **_linear("mlp.up", hidden, 2 * inner if spec.gated else inner),
         **_linear("mlp.down", inner, hidden),
+    }
+
+
+def _draft_weights(draft: DraftEntry, graph: str, vocab_size: int) -> WeightShapes:
+    spec, hidden = draft.spec, draft.spec.hidden_size
+    if graph == "draft_memory":
+        return {"fuse.weight": ((len(draft.depths) * hidden, hidden), True)}
+    if graph == "draft_head":
+        return _final_weights(spec)
+    return {
+        "token_embedding": ((vocab_size, hidden), True),
+        **_norm(spec, "embedding.norm"),
+        **_block_weights(spec, 2 * hidden),
     }
 
 

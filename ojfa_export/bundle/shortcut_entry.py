@@ -6,7 +6,7 @@ from pydantic import model_validator
 
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.part import Part, PositiveInt
-from ojfa_export.bundle.shortcut_file import AnyShortcut
+from ojfa_export.bundle.shortcut_file import ExitShortcut
 
 
 class ShortcutEntry(Part):
@@ -49,7 +49,7 @@ class ShortcutEntry(Part):
         return self
 
     @classmethod
-    def of(cls, shortcut: AnyShortcut) -> ShortcutEntry:
+    def of(cls, shortcut: ExitShortcut) -> ShortcutEntry:
         """The entry of a shortcut."""
         kind, parameters = shortcut.kind, shortcut.parameters
         if isinstance(shortcut, MlpShortcut):

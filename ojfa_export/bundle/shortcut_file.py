@@ -12,6 +12,8 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export.bundle.block_shortcut import BIASES, WEIGHTS, BlockShortcut
+from ojfa_export.bundle.draft_shortcut import DraftShortcut
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.errors import OjfaError
@@ -20,19 +22,34 @@ from ojfa_export.system.atomic import write_atomically
 from ojfa_export.system.files import check_regular
 from ojfa_export.system.paths import check_utf8
 
-AnyShortcut = Shortcut | MlpShortcut
+# Takes an exit's hidden states to the model's head.
+ExitShortcut = Shortcut | MlpShortcut
+AnyShortcut = ExitShortcut | DraftShortcut | BlockShortcut
 
-# Version 1 is a low-rank jump, version 2 has `gates` as well, version 3 is an MLP.
-LOW_RANK, WITH_GATES, MLP = "1", "2", "3"
+# Version 1 is a low-rank jump, version 2 has `gates` as well, version 3 is an MLP, version 4 a
+# draft layer, version 5 a block, or one for each exit.
+LOW_RANK, WITH_GATES, MLP, DRAFT, BLOCK = "1", "2", "3", "4", "5"
 _TENSORS: Mapping[str, tuple[str, ...]] = {
     LOW_RANK: ("scale", "shift", "down", "up"),
     WITH_GATES: ("scale", "shift", "down", "up", "gates"),
     MLP: ("scale", "shift", "up", "down"),
+    DRAFT: (
+        *("fuse", "embedding_norm", "state_norm", "qkv", "out", "mlp_norm", "up", "down"),
+        "final_norm",
+    ),
+    BLOCK: ("scale", "shift", *WEIGHTS),
 }
+# Of a draft both or none.
+_OPTIONAL: Mapping[str, tuple[str, ...]] = {DRAFT: ("head", "tokens"), BLOCK: BIASES}
 _METADATA: Mapping[str, tuple[str, ...]] = {
     LOW_RANK: ("kind", "rank", "fitted_at", "residual", "model_sha256", "format_version"),
     WITH_GATES: ("kind", "rank", "fitted_at", "residual", "model_sha256", "format_version"),
     MLP: ("kind", "norm", "epsilon", "activation", "gate", "model_sha256", "format_version"),
+    DRAFT: (
+        *("kind", "depths", "heads", "kv_heads", "head_dim", "rope_theta", "epsilon"),
+        *("model_sha256", "format_version"),
+    ),
+    BLOCK: ("kind", "exits", "model_sha256", "format_version"),
 }
 _TRUTH = {"true": True, "false": False}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -66,19 +83,24 @@ def save(
     if training is not None:
         described["training"] = json.dumps(training)
     header: dict[str, Any] = {"__metadata__": described}
-    body = b""
-    for name in _TENSORS[version]:
-        array: NDArray[np.float32] = getattr(shortcut, name)
-        start = len(body)
-        body += array.astype("<f4").tobytes()
+    body: list[bytes] = []
+    stop = 0
+    stored = vars(shortcut) | getattr(shortcut, "weights", {})
+    for name in (*_TENSORS[version], *_OPTIONAL.get(version, ())):
+        array: NDArray[Any] | None = stored.get(name)
+        if array is None:
+            continue
+        whole = array.dtype == np.int32
+        body.append(array.astype("<i4" if whole else "<f4").tobytes())
+        start, stop = stop, stop + len(body[-1])
         header[name] = {
-            "dtype": "F32",
+            "dtype": "I32" if whole else "F32",
             "shape": list(array.shape),
-            "data_offsets": [start, len(body)],
+            "data_offsets": [start, stop],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
-    write_atomically(path, struct.pack("<Q", len(text)) + text + body)
+    write_atomically(path, b"".join([struct.pack("<Q", len(text)), text, *body]))
 
 
 def _described(shortcut: AnyShortcut) -> tuple[str, dict[str, str]]:
@@ -91,6 +113,15 @@ def _described(shortcut: AnyShortcut) -> tuple[str, dict[str, str]]:
             "activation": shortcut.activation,
             "gate": _word(shortcut.gate),
         }
+    if isinstance(shortcut, DraftShortcut):
+        numbers = ("heads", "kv_heads", "head_dim", "rope_theta", "epsilon")
+        return DRAFT, {
+            "kind": shortcut.kind,
+            "depths": ",".join(map(str, shortcut.depths)),
+            **{name: repr(getattr(shortcut, name)) for name in numbers},
+        }
+    if isinstance(shortcut, BlockShortcut):
+        return BLOCK, {"kind": shortcut.kind, "exits": ",".join(map(str, shortcut.exits))}
     return LOW_RANK if shortcut.gates is None else WITH_GATES, {
         "kind": shortcut.kind,
         "rank": str(shortcut.rank),
@@ -127,17 +158,39 @@ def load(path: Path) -> tuple[AnyShortcut, str]:
     missing += [name for name in names if name not in tensors]
     if missing:
         raise OjfaError(f"{path} is no shortcut: it lacks {', '.join(missing)}.", hint=_REBUILD)
-    unknown = sorted(tensors.keys() - set(names))
+    optional = _OPTIONAL.get(version, ())
+    unknown = sorted(tensors.keys() - {*names, *optional})
     if unknown:
         raise OjfaError(f"{path} holds unknown tensors: {', '.join(unknown)}.", hint=_REBUILD)
     try:
-        make = _mlp if version == MLP else _low_rank
-        shortcut = make({name: tensors[name] for name in names}, metadata)
+        make = {MLP: _mlp, DRAFT: _draft, BLOCK: _block}.get(version, _low_rank)
+        given: dict[str, Any] = {name: tensors[name] for name in names}
+        shortcut = make(given | {name: tensors.get(name) for name in optional}, metadata)
         if not _SHA256.fullmatch(metadata["model_sha256"]):
             raise ValueError("model_sha256 is not 64 lower-case hex digits")
     except ValueError as error:
         raise OjfaError(f"{path} is not a valid shortcut: {error}.", hint=_REBUILD) from error
     return shortcut, metadata["model_sha256"]
+
+
+def load_exit(path: Path) -> tuple[ExitShortcut, str]:
+    """Reads the file of a jump that serves exits; see `load`.
+
+    Raises:
+        OjfaError: As of `load`, or it is a draft layer, or a block.
+    """
+    shortcut, of_model = load(path)
+    if isinstance(shortcut, BlockShortcut):
+        raise OjfaError(
+            f"{path} is a jump of kind block, and nothing runs those yet",
+            hint="this release trains and measures block jumps, engines for them do not exist yet",
+        )
+    if isinstance(shortcut, DraftShortcut):
+        raise OjfaError(
+            f"{path} is a draft layer, where a jump of exits is needed.",
+            hint="Give one of kind residual or mlp.",
+        )
+    return shortcut, of_model
 
 
 def _low_rank(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> AnyShortcut:
@@ -160,6 +213,29 @@ def _mlp(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> AnyShortcut
         epsilon=float(metadata["epsilon"]),
         activation=_one_of(metadata, "activation", get_args(Activation)),
         gate=_TRUTH[_one_of(metadata, "gate", tuple(_TRUTH))],
+    )
+
+
+def _draft(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> AnyShortcut:
+    _one_of(metadata, "kind", ("draft",))
+    return DraftShortcut(
+        **tensors,
+        depths=tuple(map(int, metadata["depths"].split(","))),
+        heads=int(metadata["heads"]),
+        kv_heads=int(metadata["kv_heads"]),
+        head_dim=int(metadata["head_dim"]),
+        rope_theta=float(metadata["rope_theta"]),
+        epsilon=float(metadata["epsilon"]),
+    )
+
+
+def _block(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> AnyShortcut:
+    _one_of(metadata, "kind", ("block",))
+    return BlockShortcut(
+        exits=tuple(map(int, metadata["exits"].split(","))),
+        scale=tensors["scale"],
+        shift=tensors["shift"],
+        weights={name: tensors[name] for name in (*WEIGHTS, *BIASES) if tensors[name] is not None},
     )
 
 

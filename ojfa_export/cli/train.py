@@ -14,6 +14,16 @@ from ojfa_export.cli.errors import resumable
 from ojfa_export.cli.readable import readable_seconds
 
 
+def read_exits(value: str | None) -> tuple[int, ...] | None:
+    """Reads "5,10,15"; whether the model has such exits is seen when it is read."""
+    if value is None:
+        return None
+    parts = value.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise click.BadParameter(f"{value!r} is no list of exits, such as 5,10,15")
+    return tuple(int(part) for part in parts)
+
+
 @define("train")
 @click.argument("checkpoint")
 @click.option(
@@ -24,7 +34,9 @@ from ojfa_export.cli.readable import readable_seconds
     required=True,
     help="The shortcut to write (safetensors).",
 )
-@click.option("--jump", default="mlp", metavar="KIND", help="Kind of jump: mlp or residual.")
+@click.option(
+    "--jump", default="mlp", metavar="KIND", help="Its kind: mlp, residual, block or draft."
+)
 @click.option(
     "--width",
     type=int,
@@ -36,6 +48,18 @@ from ojfa_export.cli.readable import readable_seconds
     type=int,
     metavar="R",
     help="Of a residual jump.  [default: an eighth of the hidden size]",
+)
+@click.option(
+    "--exits",
+    callback=lambda *arguments: read_exits(arguments[-1]),
+    metavar="N,N,...",
+    help="Of a block jump: exits with a block of their own each.  [default: one block for all]",
+)
+@click.option(
+    "--vocabulary",
+    type=int,
+    metavar="N",
+    help="Of a draft: tokens of a head of its own, the most frequent.  [default: the model's head]",
 )
 @click.option(
     "--text",
@@ -79,27 +103,32 @@ def command(console: Console, checkpoint: str, output: Path, **settings: Any) ->
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:
-    """The facts, then agreement and loss by exit."""
+    """The facts, then agreement and loss of every output."""
     unlisted = ("passes", "seed", "seconds", "tokens_per_second", "held_out_tokens")
     console.facts({name: value for name, value in result.items() if name not in unlisted})
     console.print(
         f"{readable_seconds(result['seconds'])}, {result['tokens_per_second']:,} tokens/s"
     )
     if result["best_step"] == 0:
-        console.print("no state was better than no jump at all: the jump is the identity")
+        console.print("no state was better than the first: the jump is as it was before training")
     console.print()
     console.heading(
         f"Agreement with the full model, and KL in nats, on {result['held_out_tokens']:,} "
         "held-out tokens"
     )
+    rows = result["outputs"]
+    unit = next(iter(rows[0]))
+    columns = {"": "agreement", "chain, ": "chain", "KL, ": "loss"}
+    shown = {title: name for title, name in columns.items() if name in rows[0]["jump"]}
+
+    def cell(row: dict[str, Any], when: str, name: str) -> str:
+        value = row[when][name]
+        return f"{value:.3f}" if name == "loss" else f"{value:.1%}"
+
     console.table(
-        ["exit", "no jump", "with the jump", "KL, no jump", "KL, with the jump"],
+        [unit, *(title + when for title in shown for when in ("at first", "trained"))],
         [
-            [
-                str(row["exit"]),
-                *(f"{row[which]['agreement']:.1%}" for which in ("identity", "jump")),
-                *(f"{row[which]['loss']:.3f}" for which in ("identity", "jump")),
-            ]
-            for row in result["exits"]
+            [str(row[unit]), *(cell(row, w, n) for n in shown.values() for w in ("begin", "jump"))]
+            for row in rows
         ],
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from ojfa_export.bundle.names import GRAPHS, block_name
 from ojfa_export.bundle.shortcut import Shortcut
-from ojfa_export.bundle.shortcut_file import AnyShortcut
+from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.compiler import stages
 from ojfa_export.compiler.inputs import Inputs, read_shortcut
 from ojfa_export.compiler.options import BuildOptions
@@ -103,7 +103,7 @@ def _measure(
     states: HiddenStates,
     head: LanguageHead,
     fitted: Fitted,
-    others: Mapping[str, AnyShortcut],
+    others: Mapping[str, ExitShortcut],
     work: Work,
     progress: Progress,
 ) -> Comparison:
@@ -167,7 +167,7 @@ def _result(kind: Kind, fitted: Fitted, check: HeadCost, exits: list[ExitQuality
 
 
 def _given(
-    name: str, shortcut: AnyShortcut, check: HeadCost, exits: list[ExitQuality]
+    name: str, shortcut: ExitShortcut, check: HeadCost, exits: list[ExitQuality]
 ) -> KindResult:
     return KindResult(
         kind=None,

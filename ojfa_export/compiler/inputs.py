@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
-from ojfa_export.bundle.shortcut_file import AnyShortcut, load
+from ojfa_export.bundle.shortcut_file import ExitShortcut, load_exit
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.settings import BuildSettings, decide
 from ojfa_export.compiler.versions import tool_versions
@@ -69,7 +69,7 @@ class Inputs:
         self.checkpoint.check_vocabulary(max(int(ids.max(initial=0)) for ids in windows))
         self.checkpoint.check_tensors()
         self.model_sha256 = self.checkpoint.sha256()
-        self.shortcut: AnyShortcut | None = None
+        self.shortcut: ExitShortcut | None = None
         self.shortcut_sha256: str | None = None
         if isinstance(options.shortcut, Path):
             self.shortcut = read_shortcut(options.shortcut, self.checkpoint, self.model_sha256)
@@ -95,13 +95,13 @@ class Inputs:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def read_shortcut(path: Path, checkpoint: Checkpoint, model_sha256: str) -> AnyShortcut:
+def read_shortcut(path: Path, checkpoint: Checkpoint, model_sha256: str) -> ExitShortcut:
     """Reads the shortcut of a checkpoint.
 
     Raises:
         OjfaError: No shortcut, or another model's.
     """
-    shortcut, of_model = load(path)
+    shortcut, of_model = load_exit(path)
     if of_model != model_sha256:
         raise CheckpointError(
             f"{path} is a shortcut of another model than {checkpoint.directory}",

@@ -34,7 +34,7 @@ from ojfa_export.bundle.names import (
     graph_names,
 )
 from ojfa_export.bundle.shortcut_entry import ShortcutEntry
-from ojfa_export.bundle.shortcut_file import load
+from ojfa_export.bundle.shortcut_file import load_exit
 from ojfa_export.compiler.decided import Decided
 from ojfa_export.compiler.describe import describe_files, describe_graphs, describe_rotary
 from ojfa_export.compiler.golden import make_golden
@@ -150,7 +150,7 @@ def write_manifest(
 ) -> Manifest:
     """Writes the manifest over everything that is in the bundle."""
     checkpoint, settings, spec = inputs.checkpoint, inputs.settings, inputs.checkpoint.spec
-    shortcut, _ = load(bundle / SHORTCUT)
+    shortcut, _ = load_exit(bundle / SHORTCUT)
     names = graph_names(spec.blocks)
     manifest = Manifest(
         model=Model(

@@ -189,8 +189,13 @@ class GenerationOptions:
             or self.frequency_penalty != 0
         )
 
-    def check_fits(self, blocks: int, vocab_size: int) -> None:
+    def check_fits(self, blocks: int, vocab_size: int, *, has_layer: bool = False) -> None:
         """Checks what depends on the model.
+
+        Args:
+            blocks: Of the model.
+            vocab_size: Of the model.
+            has_layer: Whether it has a draft layer.
 
         Raises:
             UsageError: An exit or a token outside the model, or an exit beside speculation.
@@ -200,7 +205,7 @@ class GenerationOptions:
         elif self.exit not in (None, "auto"):
             resolve_exit(self.exit, blocks)  # type: ignore[arg-type]
         if self.speculation is not None:
-            self.speculation.resolve_exit(blocks)
+            self.speculation.resolve_exit(blocks, has_layer=has_layer)
             if self.adjusts_logits:
                 raise UsageError(
                     "penalties, logit-bias and min-p can't be combined with speculation",

@@ -36,7 +36,8 @@ class Speculation:
     """How to draft.
 
     Attributes:
-        exit: Blocks that draft; None for half of them.
+        exit: Blocks that draft; 0 for the bundle's draft layer, which runs none. None for that
+            layer where there is one, else for half of the blocks.
         draft: Tokens per draft; None adapts it to each sequence's acceptance (`DraftLength`).
         draft_cost: Time of drafting a token over that of a full step; None for the share of
             blocks that it runs.
@@ -62,7 +63,7 @@ class Speculation:
             "acceptance": real_number("an acceptance", self.acceptance, 0.0, 1.0),
         }
         if self.exit is not None:
-            read["exit"] = whole_number("the exit that drafts", self.exit)
+            read["exit"] = whole_number("the exit that drafts", self.exit, 0)
         if self.draft is not None:
             read["draft"] = whole_number("the draft length", self.draft, 1, LONGEST_DRAFT)
         if self.draft_cost is not None:
@@ -70,14 +71,26 @@ class Speculation:
         for name, value in read.items():
             object.__setattr__(self, name, value)
 
-    def resolve_exit(self, blocks: int) -> int:
-        """Blocks that draft, of a model with this many.
+    def resolve_exit(self, blocks: int, *, has_layer: bool = False) -> int:
+        """Blocks that draft; 0 for a draft layer.
+
+        Args:
+            blocks: Of the model.
+            has_layer: Whether there is a draft layer.
 
         Raises:
-            UsageError: Not before the last block.
+            UsageError: Not before the last block, or a draft layer that there is not.
         """
-        exit = max(1, blocks // 2) if self.exit is None else self.exit
-        if not 1 <= exit < blocks:
+        exit = self.exit
+        if exit is None:
+            exit = 0 if has_layer else max(1, blocks // 2)
+        if exit == 0 and not has_layer:
+            raise UsageError(
+                "exit 0 drafts with the bundle's draft layer, and it has none",
+                hint=f"draft at an exit, 1..{blocks - 1}, or build the bundle with --shortcut and "
+                "the file of a draft layer",
+            )
+        if not 0 <= exit < blocks:
             raise UsageError(
                 f"exit {exit} can't draft for this model of {blocks} blocks",
                 hint=f"drafts need an exit before the last block: 1..{blocks - 1}",

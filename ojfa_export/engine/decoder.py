@@ -40,6 +40,7 @@ class Decoder:
         blocks: Of the model.
         max_length: Tokens that the sequence may hold.
         eos: After one of these nothing is drafted.
+        has_drafts: Whether a draft layer is there.
     """
 
     def __init__(
@@ -50,9 +51,12 @@ class Decoder:
         blocks: int,
         max_length: int,
         eos: frozenset[int],
+        *,
+        has_drafts: bool = False,
     ) -> None:
         self._sequence, self._options, self._exit = sequence, options, exit
         self._blocks, self._max_length, self._eos = blocks, max_length, eos
+        self._has_drafts = has_drafts
         self._sampling = options.sampling
         self._generator = self._sampling.generator(0)
         self._processor = LogitsProcessor(options, sequence.tokens)
@@ -121,8 +125,10 @@ class Decoder:
     def _speculate(self, speculation: Speculation) -> Decoding:
         """Drafts at an exit, verified by the full model: see `decoding.speculation`."""
         blocks, sequence = self._blocks, self._sequence
-        exit = speculation.resolve_exit(blocks)
-        cost = exit / blocks if speculation.draft_cost is None else speculation.draft_cost
+        exit = speculation.resolve_exit(blocks, has_layer=self._has_drafts)
+        cost = speculation.draft_cost
+        if cost is None:
+            cost = max(1, exit) / blocks
         lengths = DraftLength(
             cost + speculation.check_cost, speculation.round_cost, speculation.acceptance
         )
@@ -130,8 +136,10 @@ class Decoder:
         left = self._options.max_new_tokens
         while True:
             before = len(sequence)
-            limit = min(left - 1, self._max_length - before, sequence.room_before_switch)
-            limit = min(limit, speculation.draft or lengths.next())
+            limit = 0
+            if exit or sequence.can_draft:
+                limit = min(left - 1, self._max_length - before, sequence.room_before_switch)
+                limit = min(limit, speculation.draft or lengths.next())
             drafts, proposals = yield from self._draft(exit, limit)
             output = yield NextStep(blocks, len(drafts) + 1, logits=logits)
             assert output is not None

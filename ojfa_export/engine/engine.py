@@ -135,8 +135,11 @@ class Engine:
         options = options.completed(self.model.manifest.generation)
         if options.exit is None:
             options = replace(options, exit="full")
+        options = self.model.resolve_speculation(options)
         assert options.exit is not None
-        options.check_fits(self.model.blocks, self.model.spec.vocab_size)
+        options.check_fits(
+            self.model.blocks, self.model.spec.vocab_size, has_layer=self.model.drafts is not None
+        )
         exit = self.model.resolve_exit(options.exit)
         ids = self.model.encode(prompt)
         if timeout is not None:
@@ -209,6 +212,7 @@ class Engine:
             self.max_sequences,
             self._max_length + 1,
             pages=self._size.pages,
+            drafts=self.model.drafts,
         )
         self._budget = PageBudget(self._size)
         self._slots = Slots(
@@ -242,6 +246,10 @@ class Engine:
             try:
                 with self._wanted:
                     self._admit()
+                drafting = [each for each in self._running if each.step.depth == 0]
+                if drafting:
+                    self._hand_out(self._launcher.draft(drafting))
+                    continue
                 work = self._scheduler.next(self._running)
                 if work is not None:
                     self._work(work)
@@ -325,7 +333,7 @@ class Engine:
                 )
                 self._end(each, None, error)
                 return
-            each.sequence.marks.lower_to(0)
+            each.sequence.lower_to(0)
             each.sequence.slot = NO_SLOT
             self._waiting.appendleft(each)
             self._counts.preemptions += 1

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
-from ojfa_export.backends.backend import Engines
 from ojfa_export.decoding.arrays import Float32, Hidden
 from ojfa_export.decoding.confidence import Measure
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest, HostHeadOutput
@@ -66,14 +66,26 @@ class Heads:
         return logits
 
 
-def run_heads(engines: Engines, hidden: Hidden, depth: int, steps: Sequence[NextStep]) -> Heads:
+class Asked(Protocol):
+    """The part of `Engines`, and of `DraftEngines`, that is asked about hidden states."""
+
+    def logits(self, hidden: Hidden, blocks_run: int) -> Float32:
+        """See `Engines.logits`."""
+        ...
+
+    def choose(self, hidden: Hidden, blocks_run: int, request: HeadRequest) -> HeadOutput:
+        """See `Engines.choose`."""
+        ...
+
+
+def run_heads(engines: Asked, hidden: Hidden, depth: int, steps: Sequence[NextStep]) -> Heads:
     """Asks the head after so many blocks what all requests want to know.
 
     A head reads all its weights, whatever the rows are: each sampling is asked about all of them.
     Those that choose the likeliest token get it from any.
 
     Args:
-        engines: The opened engines.
+        engines: The opened engines; after 0 blocks a draft layer's.
         hidden: [sum of rows, H], step by step.
         depth: Blocks run.
         steps: Of each request.
@@ -90,7 +102,7 @@ def run_heads(engines: Engines, hidden: Hidden, depth: int, steps: Sequence[Next
 
 
 def _logits(
-    engines: Engines, hidden: Hidden, depth: int, steps: Sequence[NextStep]
+    engines: Asked, hidden: Hidden, depth: int, steps: Sequence[NextStep]
 ) -> dict[int, Float32]:
     """Logits of those that need them on the host, by first row."""
     wanted: list[int] = []

@@ -89,6 +89,16 @@ class Launcher:
         self._launch(launched, work.stops)
         return [launched]
 
+    def draft(self, running: list[Running]) -> Launched:
+        """Launches the draft layer after the newest tokens of requests that wait for it."""
+        drafter = self._runner.drafter
+        assert drafter is not None
+        steps = [each.step for each in running]
+        hidden = drafter.run([each.sequence for each in running])
+        heads = run_heads(drafter.engines, hidden, 0, steps)
+        self._unmeasured = True  # the next pass waits for this too
+        return Launched(running, [*steps], 0, 0, len(running), heads=heads, ended=True)
+
     def follow(self, before: Launched) -> Launched | None:
         """Launches the pass that follows another whatever its tokens are, before they are seen.
 

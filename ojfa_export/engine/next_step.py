@@ -13,7 +13,7 @@ class NextStep(NamedTuple):
     """All tokens of the request's sequence shall run to a depth.
 
     Attributes:
-        depth: Blocks to run.
+        depth: Blocks to run; 0 for the draft layer, which has run all tokens but the newest.
         rows: About how many of the newest tokens the head is asked; no more than have not run so
             deep.
         sampling: How the next token is chosen, where that is one: `GREEDY` or `sampled_by`.

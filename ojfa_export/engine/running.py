@@ -70,9 +70,15 @@ class Running:
         """A request that has no slot yet, its exit resolved."""
         spec, prompt, options = model.spec, request.prompt_token_ids, request.options
         eos = frozenset() if options.ignore_eos else frozenset(spec.eos_token_ids)
-        sequence = Sequence(NO_SLOT, spec.blocks, spec.rotary_switch)
+        drafts, speculation, depth = model.drafts, options.speculation, None
+        if drafts is not None and speculation is not None and speculation.exit == 0:
+            depth = drafts.depths[-1]
+        sequence = Sequence(NO_SLOT, spec.blocks, spec.rotary_switch, depth)
         sequence.append(list(prompt))
-        decoder = Decoder(sequence, options, exit, spec.blocks, max_length, eos)
+        has_drafts = depth is not None
+        decoder = Decoder(
+            sequence, options, exit, spec.blocks, max_length, eos, has_drafts=has_drafts
+        )
         text = TextStream(model.tokenizer, options.stop, prompt)
         return cls(request, sequence, decoder, text, eos, max_length, deadline)
 

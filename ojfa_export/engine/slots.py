@@ -67,7 +67,7 @@ class Slots:
         if donor is not None:
             if not in_place:
                 self._runner.copy_prefix(donor.slot, slot, shared)
-            sequence.marks = donor.marks.copy_below(shared)
+            sequence.take_over(donor, shared)
         return shared
 
     def grow(self, sequence: Sequence, more: int = 0) -> bool:
@@ -87,7 +87,7 @@ class Slots:
             self._left[sequence.slot] = sequence
             return
         self._budget.release(sequence)
-        self._runner.executor.release(sequence.slot)
+        self._runner.release(sequence.slot)
         self._free.append(sequence.slot)
 
     def clear(self) -> None:
@@ -105,6 +105,8 @@ class Slots:
         for other in (*self._left.values(), *running):
             if other.long_context != sequence.long_context:
                 continue
+            if sequence.drafting is not None and other.drafting is None:
+                continue  # the states that a draft layer sees were not kept
             limit = min(most, other.marks[0])
             shared = _in_common(sequence.tokens, other.tokens, limit)
             if shared >= max(LEAST_PREFIX, best[1] + 1):
@@ -127,7 +129,7 @@ class Slots:
     def _drop_oldest(self) -> None:
         slot, sequence = self._left.popitem(last=False)
         self._budget.release(sequence)
-        self._runner.executor.release(slot)
+        self._runner.release(slot)
         self._free.append(slot)
 
     def _put_back(self, donor: Sequence | None, sequence: Sequence) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 
+from ojfa_export.bundle.draft_shortcut import DraftShortcut, rotations
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
-from ojfa_export.bundle.names import block_name
+from ojfa_export.bundle.names import DRAFT_GRAPHS, block_name
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.dialect import Portable, Weights
+from ojfa_export.graphs.draft import draft_part_graph
 from ojfa_export.graphs.embed import embed_graph
 from ojfa_export.graphs.fold import FoldedHead
 from ojfa_export.graphs.heads import final_head_graph, jump_head_graph
@@ -23,6 +26,20 @@ from ojfa_export.models.spec import Precision
 from ojfa_export.system.atomic import write_atomically
 
 ExitHead = FoldedHead | Shortcut | MlpShortcut
+
+
+class DraftTensors(NamedTuple):
+    """Tensors of a draft layer that its graphs don't refer to.
+
+    Attributes:
+        cos: Cosines [positions, head_dim/2] that the layer's `rotary_cos` are rows of.
+        sin: Sines, the same.
+        tokens: Ids [D] int32 of the tokens that it drafts, or None for all.
+    """
+
+    cos: TensorRef
+    sin: TensorRef
+    tokens: TensorRef | None
 
 
 class Exporter:
@@ -97,6 +114,48 @@ class Exporter:
             weights = jump | references(self._load("final_head"))
         model = jump_head_graph(self.checkpoint.spec, weights, self.dialect)
         self._write("exit_head", model)
+
+    def draft(self, shortcut: DraftShortcut) -> DraftTensors:
+        """Exports a draft layer; embedding and final head must have been exported.
+
+        Returns:
+            Where the tables of its rotations are, and its tokens.
+        """
+        spec = shortcut.spec_within(self.checkpoint.spec)
+        dialect = Portable(spec, self.precision)
+        with WeightFile(self.directory, "draft.bin", self.precision) as file:
+            cos, sin = rotations(shortcut.rope_theta, shortcut.head_dim, 0, self.max_length)
+            tables = file.add("rotary_cos", cos, "fp32"), file.add("rotary_sin", sin, "fp32")
+            weights = self._draft_weights(shortcut, file)
+        for name in DRAFT_GRAPHS:
+            self._write(name, draft_part_graph(name, spec, weights[name], dialect))
+        tokens = None
+        if shortcut.tokens is not None:
+            with WeightFile(self.directory, "draft_tokens.bin", self.precision) as file:
+                tokens = file.add_integers(shortcut.tokens)
+        return DraftTensors(*tables, tokens)
+
+    def _draft_weights(self, shortcut: DraftShortcut, file: WeightFile) -> dict[str, Weights]:
+        arrays = {
+            "embedding.norm.weight": shortcut.embedding_norm,
+            "attention.norm.weight": shortcut.state_norm,
+            "attention.qkv.weight": shortcut.qkv,
+            "attention.out.weight": shortcut.out,
+            "mlp.norm.weight": shortcut.mlp_norm,
+            "mlp.up.weight": shortcut.up,
+            "mlp.down.weight": shortcut.down,
+        }
+        if shortcut.head is None:
+            head = references(self._load("final_head"))["head"]
+        else:
+            head = file.add("head", shortcut.head)
+        norm = file.add("final_norm.weight", shortcut.final_norm)
+        return {
+            "draft_memory": {"fuse.weight": file.add("fuse.weight", shortcut.fuse)},
+            "draft": {"token_embedding": self._embedding_ref()}
+            | {name: file.add(name, array) for name, array in arrays.items()},
+            "draft_head": {"final_norm.weight": norm, "head": head},
+        }
 
     def _folded_head(self, folded: FoldedHead) -> dict[str, TensorRef]:
         with WeightFile(self.directory, "exit_head.bin", self.precision) as file:

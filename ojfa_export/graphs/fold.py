@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ojfa_export.bundle.shortcut import Shortcut
-from ojfa_export.bundle.shortcut_file import AnyShortcut
+from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.models.head import FinalNorm, LanguageHead, head_chunks
 
 
@@ -44,7 +44,7 @@ class FoldedHead:
         return logits
 
 
-def fold_if_narrow(shortcut: AnyShortcut, head: LanguageHead) -> FoldedHead | AnyShortcut:
+def fold_if_narrow(shortcut: ExitShortcut, head: LanguageHead) -> FoldedHead | ExitShortcut:
     """What an exit head is made of: a narrow jump folded, another jump as it is."""
     if isinstance(shortcut, Shortcut) and not shortcut.residual:
         return fold(shortcut, head.norm, head.weight, head.bias)

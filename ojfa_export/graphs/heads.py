@@ -10,15 +10,23 @@ from ojfa_export.graphs.graph import FLOAT, INT32
 from ojfa_export.models.spec import ModelSpec
 
 
-def final_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.ModelProto:
+def final_head_graph(
+    spec: ModelSpec,
+    weights: Weights,
+    dialect: Portable,
+    name: str = "final_head",
+    about: str = "The last block's output to logits: final norm and LM head",
+) -> onnx.ModelProto:
     """Final norm and LM head.
 
     Args:
         spec: The model.
         weights: `final_norm.weight` (and `.bias`), `head` [V, H].
         dialect: The operators to write it in.
+        name: Of the graph.
+        about: What it does.
     """
-    graph = dialect.graph("final_head", "The last block's output to logits: final norm and LM head")
+    graph = dialect.graph(name, about)
     hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
     normed = dialect.norm(graph, hidden, weights, "final_norm")
     logits = dialect.vocabulary(graph, normed, "head", weights["head"])

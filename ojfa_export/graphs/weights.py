@@ -107,6 +107,13 @@ class WeightFile:
         length = self._file.tell() - offset
         return TensorRef(self.name, offset, length, dtype, array.shape)
 
+    def add_integers(self, array: NDArray[np.int32]) -> TensorRef:
+        """Appends whole numbers."""
+        self._file.write(bytes(-self._file.tell() % ALIGNMENT))
+        offset = self._file.tell()
+        self._file.write(array.astype("<i4").tobytes())
+        return TensorRef(self.name, offset, 4 * array.size, onnx.TensorProto.INT32, array.shape)
+
     def _write(self, name: str, values: NDArray[Any], dtype: Any) -> None:
         with np.errstate(over="ignore"):
             converted = np.ascontiguousarray(values, dtype=dtype)

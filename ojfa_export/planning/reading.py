@@ -258,7 +258,8 @@ def _ways(
             ways[f"exit {exit}"] = resolve_exit(exit, model.blocks)
     if speculation is not None:
         length = "" if speculation.draft is None else f", {speculation.draft} drafted"
-        ways[f"speculation, exit {speculation.resolve_exit(model.blocks)}{length}"] = speculation
+        exit = speculation.resolve_exit(model.blocks, has_layer=model.drafts is not None)
+        ways[f"speculation, exit {exit}{length}"] = speculation
     return ways
 
 

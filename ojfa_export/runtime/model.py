@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from typing_extensions import Unpack
 
 from ojfa_export import backends
+from ojfa_export.backends.draft import DraftEngines, no_drafts
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.bundle.names import TOKENIZER
@@ -28,6 +29,7 @@ from ojfa_export.models import tokenizer
 from ojfa_export.models.chat_template import Message
 from ojfa_export.runtime.chat import Chat, open_chat
 from ojfa_export.runtime.disagreement import DEFAULT_FALSE_ALARMS, DisagreementMonitor
+from ojfa_export.runtime.draft_layer import draft_share, open_draft
 from ojfa_export.runtime.generation import (
     Completion,
     Generation,
@@ -79,6 +81,8 @@ class Model:
         directory = bundle.files.directory
         engines = {name: directory / file for name, file in built.files.items()}
         self.engines = opener.open_engines(self.spec, bundle.graphs, engines, rotary, bundle.files)
+        self.drafts = open_draft(bundle, opener, self.engines)
+        self._backend = opener
 
     def __repr__(self) -> str:
         model = self.manifest.model
@@ -95,7 +99,12 @@ class Model:
         return self.spec.blocks
 
     def session(
-        self, batch_size: int = 1, max_length: int | None = None, *, monitor: Monitor | None = None
+        self,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        *,
+        monitor: Monitor | None = None,
+        drafts: bool = False,
     ) -> Session:
         """Starts sequences that the caller advances by itself.
 
@@ -104,9 +113,12 @@ class Model:
             max_length: Tokens that each may hold; default: what the bundle was built for.
             monitor: Chooses tokens for shadow checks: call `Session.run_shadow_checks` when
                 there is time, and `Monitor.finish` at the end of the requests.
+            drafts: Whether the bundle's draft layer drafts for them: see `Session.propose`. States
+                that it sees are then kept of every token.
 
         Raises:
-            UsageError: More than the bundle was built for.
+            UsageError: More than the bundle was built for, or it has no draft layer.
+            BackendError: The backend does not run draft layers.
             BundleError: Somebody has written into the bundle's files since they were checked.
         """
         self.bundle.files.check_in_place()
@@ -114,10 +126,11 @@ class Model:
         length = cache.max_length if max_length is None else max_length
         batch_size = _within("batch size", batch_size, cache.max_batch_size)
         length = _within("cache length", length, cache.max_length)
+        layer = self._draft_layer() if flag("drafts", drafts) else None
         if monitor is None:
-            return Session(self.spec, self.engines, batch_size, length)
+            return Session(self.spec, self.engines, batch_size, length, drafts=layer)
         shadow = instance("the monitor", monitor, Monitor).shadow()
-        session = Session(self.spec, self.engines, batch_size, length, shadow)
+        session = Session(self.spec, self.engines, batch_size, length, shadow, layer)
         monitor.watch(session)
         return session
 
@@ -310,6 +323,34 @@ class Model:
             return exit
         return resolve_exit(exit, self.blocks)
 
+    def resolve_speculation(self, options: GenerationOptions) -> GenerationOptions:
+        """The options with speculation's own left out values: the exit, and what a draft costs.
+
+        Raises:
+            UsageError: An exit that can't draft.
+            BackendError: The backend does not run draft layers.
+        """
+        speculation = options.speculation
+        if speculation is None:
+            return options
+        if speculation.exit == 0 and self.manifest.draft is not None:
+            self._draft_layer()
+        exit = speculation.resolve_exit(self.blocks, has_layer=self.drafts is not None)
+        cost = speculation.draft_cost
+        if exit == 0 and cost is None:
+            cost = draft_share(self.manifest)
+        return replace(options, speculate=replace(speculation, exit=exit, draft_cost=cost))
+
+    def _draft_layer(self) -> DraftEngines:
+        if self.drafts is not None:
+            return self.drafts
+        if self.manifest.draft is not None:
+            raise no_drafts(self._backend)
+        raise UsageError(
+            f"{self.bundle.directory} has no draft layer",
+            hint="build it with --shortcut and the file of a draft layer",
+        )
+
     def _begin(
         self,
         prompts: Prompts,
@@ -325,8 +366,9 @@ class Model:
         return encoded, monitored(settings, monitor, domain)
 
     def _settings(self, options: GenerationOptions, prompts: int) -> Settings:
-        options = self.resolve_default(options, prompts)
-        options.check_fits(self.blocks, self.spec.vocab_size)
+        options = self.resolve_speculation(self.resolve_default(options, prompts))
+        has_layer = self.drafts is not None
+        options.check_fits(self.blocks, self.spec.vocab_size, has_layer=has_layer)
         assert options.exit is not None
         exit = self.resolve_exit(options.exit)
         if options.speculation is not None and options.needs_logits:
@@ -371,7 +413,13 @@ class Model:
             raise UsageError("no prompt was given")
         longest = max(map(len, encoded)) + settings.max_new_tokens
         length = min(longest, self.manifest.cache.max_length)
-        session = self.session(len(encoded), length, monitor=settings.monitor)
+        speculation = settings.speculation
+        session = self.session(
+            len(encoded),
+            length,
+            monitor=settings.monitor,
+            drafts=speculation is not None and speculation.exit == 0,
+        )
         return generate_tokens(session, encoded, self.tokenizer, settings)
 
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 
 from ojfa_export.backends.backend import Engines, PagedCache
+from ojfa_export.backends.draft import DraftEngines
 from ojfa_export.backends.passes import Chunk, Newest, Pass, row_ranges
 from ojfa_export.decoding.arrays import Hidden
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 from ojfa_export.models.spec import ModelSpec
+from ojfa_export.runtime.drafter import Drafter
 from ojfa_export.runtime.sequence import Sequence
 
 
@@ -96,6 +98,10 @@ class ModelRunner:
         capacity: Tokens that each may hold.
         keep_final: Whether to keep the hidden states that come out of the last block.
         pages: Of the KV cache, where it has some; None for all that all slots may need.
+        drafts: The draft layer, where sequences may draft with it.
+
+    Attributes:
+        drafter: Runs that layer; None without one.
     """
 
     def __init__(
@@ -107,6 +113,7 @@ class ModelRunner:
         *,
         keep_final: bool = False,
         pages: int | None = None,
+        drafts: DraftEngines | None = None,
     ) -> None:
         self.spec, self.engines = spec, engines
         if pages is not None and isinstance(engines, PagedCache):
@@ -117,6 +124,9 @@ class ModelRunner:
         self.pending: dict[int, Hidden] = {}
         self._keep_final = keep_final
         self._newest = Newest()
+        self.drafter: Drafter | None = None
+        if drafts is not None:
+            self.drafter = Drafter(drafts, self.executor.arrays, slots, capacity)
 
     def run(
         self,
@@ -230,6 +240,8 @@ class ModelRunner:
         Returns:
             None where it takes more than one pass, or more tokens are pending.
         """
+        if any(sequence.drafting for sequence in sequences):
+            return None  # states are kept on the way
         step = _decode_pass(sequences, depth, following)
         if step is None or (step.blocks.start and not self._newest.is_of(step)):
             return None
@@ -250,8 +262,16 @@ class ModelRunner:
         Those that stopped at an exit may be caught up in either slot, so their states come along.
         """
         self.executor.copy_prefix(source, target, count)
+        if self.drafter is not None:
+            self.drafter.executor.copy_prefix(source, target, count)
         for states in self.pending.values():
             states[target, :count] = states[source, :count]
+
+    def release(self, slot: int) -> None:
+        """Gives memory of a slot back whose sequence has ended."""
+        self.executor.release(slot)
+        if self.drafter is not None:
+            self.drafter.executor.release(slot)
 
     def run_together(self, sequences: Many[Sequence]) -> bool:
         """Whether one token of each takes one pass: LongRoPE's factors are one set for that."""
@@ -272,9 +292,7 @@ class ModelRunner:
         for step in plan_passes(sequences, depth, following, stops):
             hidden = self._load(step)
             self._newest.clear()  # an interrupted pass leaves none
-            hidden = self.executor.run(
-                step.blocks, hidden, step.chunks, long_context=step.long_context
-            )
+            hidden = self._run_blocks(step, hidden, sequences)
             states = self._states(step.blocks.stop)
             if states is not None:
                 self.executor.store(states, step.chunks, hidden)
@@ -285,6 +303,16 @@ class ModelRunner:
         ends = stops or [len(sequence) for sequence in sequences]
         for sequence, target, stop in zip(sequences, targets, ends, strict=True):
             sequence.marks.raise_to(stop, target)
+
+    def _run_blocks(self, step: Pass, hidden: Hidden, sequences: Many[Sequence]) -> Hidden:
+        """Runs a pass; states that a draft layer sees are kept on the way."""
+        drafter = self.drafter
+        parts = [step.blocks] if drafter is None else drafter.parts(step, sequences)
+        for blocks in parts:
+            hidden = self.executor.run(blocks, hidden, step.chunks, long_context=step.long_context)
+            if drafter is not None:
+                drafter.keep(blocks.stop, step, hidden, sequences)
+        return hidden
 
     def _load(self, step: Pass) -> Hidden:
         """What goes into a pass, [tokens, H]."""

@@ -8,10 +8,44 @@ from collections.abc import Sequence as Many
 from contextlib import contextmanager
 
 from ojfa_export.backends.passes import Chunk
+from ojfa_export.decoding.arrays import Hidden
 from ojfa_export.runtime.watermarks import Watermarks
 
 # In place of a token that is not known yet.
 UNKNOWN = -1
+
+
+class Drafting:
+    """What a draft layer knows of one sequence; see `runtime.drafter`.
+
+    Args:
+        depth: Blocks that a position has run when all states are there that the layer sees.
+
+    Attributes:
+        depth: As given.
+        mark: Positions that the layer has run on those states.
+        said: What it said last, as a row of an array; None since tokens were dropped.
+        said_after: How many tokens there were then.
+    """
+
+    __slots__ = ("depth", "mark", "said", "said_after")
+
+    def __init__(self, depth: int) -> None:
+        self.depth, self.mark = depth, 0
+        self.said: tuple[Hidden, int] | None = None
+        self.said_after = 0
+
+    def say(self, hidden: Hidden, row: int, length: int) -> None:
+        """Takes what the layer says after so many tokens."""
+        self.said, self.said_after = (hidden, row), length
+
+    def can_go_on(self, length: int) -> bool:
+        """Whether a chain goes on from so many tokens."""
+        return self.said is not None and self.said_after == length
+
+    def lower_to(self, length: int) -> None:
+        """Forgets what it knows beyond so many tokens: a position needs the token after it."""
+        self.mark, self.said = max(0, min(self.mark, length - 1)), None
 
 
 class Sequence:
@@ -26,21 +60,30 @@ class Sequence:
         slot: Its place in the KV cache.
         blocks: Of the model.
         rotary_switch: Tokens beyond which LongRoPE's long factors apply, if there are any.
+        draft_depth: Where a draft layer drafts for it, as of `Drafting`; else None.
 
     Attributes:
         slot: As given.
         tokens: Token ids so far.
         marks: The watermarks.
         expected: Whether the newest token runs before it is appended; see `expecting`.
+        drafting: What a draft layer knows of it; None where none drafts for it.
     """
 
-    __slots__ = ("_rotary_switch", "expected", "marks", "slot", "tokens")
+    __slots__ = ("_rotary_switch", "drafting", "expected", "marks", "slot", "tokens")
 
-    def __init__(self, slot: int, blocks: int, rotary_switch: int | None = None) -> None:
+    def __init__(
+        self,
+        slot: int,
+        blocks: int,
+        rotary_switch: int | None = None,
+        draft_depth: int | None = None,
+    ) -> None:
         self.slot = slot
         self.tokens: list[int] = []
         self.marks = Watermarks(blocks)
         self.expected = False
+        self.drafting = None if draft_depth is None else Drafting(draft_depth)
         self._rotary_switch = rotary_switch
 
     def __len__(self) -> int:
@@ -86,6 +129,30 @@ class Sequence:
         return len(self.tokens) - self.marks[depth - 1]
 
     @property
+    def can_draft(self) -> bool:
+        """Whether a draft layer can begin: it knows all tokens but the newest, and there are any.
+
+        Tokens that left at an exit, or wait, are known once they have caught up.
+        """
+        if self.drafting is None:
+            return False
+        return 0 < self.marks[self.drafting.depth - 1] == len(self.tokens) - 1
+
+    def lower_to(self, length: int) -> None:
+        """Forgets what was computed beyond so many tokens."""
+        self.marks.lower_to(length)
+        if self.drafting is not None:
+            self.drafting.lower_to(length)
+
+    def take_over(self, other: Sequence, count: int) -> None:
+        """Takes over what is known of another's first tokens, which are the same."""
+        self.marks = other.marks.copy_below(count)
+        if self.drafting is not None:
+            assert other.drafting is not None
+            self.drafting.mark = other.drafting.mark
+            self.drafting.lower_to(count)
+
+    @property
     def room_before_switch(self) -> int:
         """Tokens that may follow before all positions are rotated by LongRoPE's long factors."""
         switch = self._rotary_switch
@@ -110,9 +177,9 @@ class Sequence:
         """
         switch = self._rotary_switch
         if switch is not None and (length > switch) != self.long_context:
-            self.marks.lower_to(0)
+            self.lower_to(0)
         elif length < len(self.tokens):
-            self.marks.lower_to(length)
+            self.lower_to(length)
 
 
 @contextmanager

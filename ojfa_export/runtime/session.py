@@ -9,6 +9,7 @@ from typing import Literal, overload
 import numpy as np
 
 from ojfa_export.backends.backend import Engines
+from ojfa_export.backends.draft import DraftEngines
 from ojfa_export.decoding.arrays import Float32, Hidden, Int32
 from ojfa_export.decoding.events import Listener, ShadowCheck
 from ojfa_export.decoding.exits import Exit, resolve_exit
@@ -45,6 +46,7 @@ class Session(Exclusive):
         batch_size: Sequences.
         max_length: Tokens that a sequence may hold.
         shadow: Chooses tokens to be compared with the full model; see `run_shadow_checks`.
+        drafts: The draft layer, where `propose` shall draft with it.
 
     Attributes:
         stats: What the session has done.
@@ -60,6 +62,7 @@ class Session(Exclusive):
         batch_size: int,
         max_length: int,
         shadow: Shadow | None = None,
+        drafts: DraftEngines | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
@@ -69,14 +72,22 @@ class Session(Exclusive):
         self.shadow = shadow
         self._engines = engines
         self._runner = ModelRunner(
-            spec, engines, batch_size, max_length, keep_final=shadow is not None
+            spec, engines, batch_size, max_length, keep_final=shadow is not None, drafts=drafts
         )
+        self._drafts = drafts
+        depth = None if drafts is None else drafts.depths[-1]
         self._sequences = [
-            TokenSequence(slot, spec.blocks, spec.rotary_switch) for slot in range(batch_size)
+            TokenSequence(slot, spec.blocks, spec.rotary_switch, depth)
+            for slot in range(batch_size)
         ]
         self._steps = StepRunner(self._runner)
         self._checks = ShadowChecks(self._runner, self._sequences, self)
         self.on_event: Listener | None = None
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether a draft layer drafts for its sequences."""
+        return self._drafts is not None
 
     @property
     def lengths(self) -> list[int]:
@@ -293,6 +304,80 @@ class Session(Exclusive):
         output = self._engines.choose(states, self.spec.blocks, HeadRequest())
         best = iter(output.likeliest())
         return [list(islice(best, count)) for count in counts]
+
+    def can_propose(self, row: int = 0) -> bool:
+        """Whether `propose` can take a sequence's next token.
+
+        All tokens so far have run then, and another doesn't have LongRoPE run them again.
+
+        Raises:
+            UsageError: A row that isn't there.
+        """
+        sequence = self._sequences[self._row(row)]
+        if sequence.drafting is None or not sequence.room_before_switch:
+            return False
+        return 0 < sequence.marks[sequence.drafting.depth - 1] == len(sequence)
+
+    @exclusive
+    def propose(self, token_ids: Sequence[Sequence[int]]) -> list[int]:
+        """Appends a token to each sequence, and drafts the one after it with the draft layer.
+
+        The first token of a round of drafts is one that was chosen at full depth, the others are
+        drafts; they are pending then, to be verified by `complete_greedily`.
+
+        Args:
+            token_ids: One of each sequence; a sequence with none stays as it is.
+
+        Returns:
+            The draft layer's likeliest token of each sequence; -1 for one without new tokens.
+
+        Raises:
+            UsageError: A token outside the model, no room in the cache, or a sequence of which the
+                draft layer doesn't know the tokens before; the session is unchanged.
+        """
+        rows, hidden = self._propose(token_ids)
+        tokens = [-1] * self.batch_size
+        if rows:
+            assert self._drafts is not None
+            likeliest = self._drafts.choose(hidden, 0, HeadRequest()).likeliest()
+            for row, token in zip(rows, likeliest, strict=True):
+                tokens[row] = token
+        return tokens
+
+    @exclusive
+    def propose_logits(self, token_ids: Sequence[Sequence[int]]) -> Float32:
+        """As `propose`, with the draft layer's logits in place of its tokens.
+
+        Returns:
+            [sequences, V] float32, -inf for tokens that it never drafts; rows of sequences without
+            new tokens are zero.
+        """
+        rows, hidden = self._propose(token_ids)
+        logits = np.zeros((self.batch_size, self.spec.vocab_size), np.float32)
+        if rows:
+            assert self._drafts is not None
+            logits[rows] = self._drafts.logits(hidden, 0)
+        return logits
+
+    def _propose(self, token_ids: Sequence[Sequence[int]]) -> tuple[list[int], Hidden]:
+        """Appends tokens and runs the draft layer: rows with new ones, and hidden states there."""
+        new = check_tokens(token_ids, self._sequences, self.max_length, self.spec.vocab_size)
+        rows = [row for row, ids in enumerate(new) if ids]
+        for row in rows:
+            sequence = self._sequences[row]
+            drafting = sequence.drafting
+            goes_on = drafting is not None and drafting.can_go_on(len(sequence))
+            goes_on = goes_on and sequence.room_before_switch > 0
+            if len(new[row]) != 1 or not (goes_on or self.can_propose(row)):
+                raise UsageError(
+                    f"the draft layer can't draft after {len(new[row])} tokens of sequence {row}",
+                    hint="give it one token, after all before it have run at full depth",
+                )
+        self._append(new)
+        drafter = self._runner.drafter
+        if not rows or drafter is None:
+            return [], None
+        return rows, drafter.run([self._sequences[row] for row in rows])
 
     @overload
     def deepen(self, exit: Exit = ..., *, every_position: Literal[False] = ...) -> Float32: ...

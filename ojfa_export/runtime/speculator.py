@@ -26,7 +26,7 @@ class Speculator:
 
     Args:
         session: With a sequence for each generator.
-        speculation: How to draft.
+        speculation: How to draft; what a draft costs is named for a draft layer.
         sampling: How tokens are chosen; drafts are drawn from the exit's distribution after the
             same temperature, top-k and top-p.
         generators: Random numbers of each sequence.
@@ -42,11 +42,11 @@ class Speculator:
         eos_token_ids: Sequence[int] = (),
     ) -> None:
         self._session, self._sampling, self._generators = session, sampling, generators
-        self._exit = speculation.resolve_exit(session.spec.blocks)
+        self._exit = speculation.resolve_exit(session.spec.blocks, has_layer=session.has_drafts)
         self._fixed = speculation.draft
         draft_cost = speculation.draft_cost
         if draft_cost is None:
-            draft_cost = self._exit / session.spec.blocks
+            draft_cost = max(1, self._exit) / session.spec.blocks
         cost = draft_cost + speculation.check_cost
         self._lengths = [
             DraftLength(cost, speculation.round_cost, speculation.acceptance) for _ in generators
@@ -58,7 +58,7 @@ class Speculator:
         session, blocks = self._session, self._session.spec.blocks
         before = session.lengths
         limits = [
-            self._draft_length(row, before[row] + len(ids), wanted[row]) if ids else 0
+            self._draft_length(row, len(ids), wanted[row]) if ids else 0
             for row, ids in enumerate(pending)
         ]
         drafts, proposals = self._draft(pending, limits)
@@ -95,8 +95,14 @@ class Speculator:
             return [], self._session.complete(missing, counts)
         return self._session.complete_greedily(missing, counts), []
 
-    def _draft_length(self, row: int, length: int, wanted: int) -> int:
-        """As many as pay, are wanted, and fit behind `length` tokens."""
+    def _draft_length(self, row: int, new: int, wanted: int) -> int:
+        """As many as pay, are wanted, and fit behind so many new tokens.
+
+        A draft layer has nothing to go on before the prompt has run: the first round drafts none.
+        """
+        if self._exit == 0 and (new > 1 or not self._session.can_propose(row)):
+            return 0
+        length = self._session.lengths[row] + new
         limit = min(wanted - 1, self._session.max_length - length)
         switch = self._session.spec.rotary_switch
         if switch is not None and length <= switch:
@@ -124,9 +130,10 @@ class Speculator:
         self, new: Sequence[Sequence[int]], proposals: Sequence[list[Float64]]
     ) -> list[int]:
         """Each sequence's next draft; the distribution that it was drawn from joins the others."""
+        session, exit = self._session, self._exit
         if self._sampling.temperature == 0:
-            return self._session.choose(new, self._exit).tokens
-        logits = self._session.advance(new, self._exit)
+            return session.choose(new, exit).tokens if exit else session.propose(new)
+        logits = session.advance(new, exit) if exit else session.propose_logits(new)
         tokens = [-1] * len(new)
         for row in (row for row, ids in enumerate(new) if ids):
             proposals[row].append(self._sampling.probabilities(logits[row]))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ojfa_export.bundle.shortcut_file import AnyShortcut
+from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.models.head import LanguageHead
 from ojfa_export.shortcuts.calibrate import exit_sample, jumped
 from ojfa_export.shortcuts.hidden import HiddenStates
@@ -25,7 +25,7 @@ class Measured:
         tokens: Held-out tokens behind the figures of an exit.
     """
 
-    shortcut: AnyShortcut
+    shortcut: ExitShortcut
     quality: list[ExitQuality]
     identity: list[ExitQuality]
     tokens: int
@@ -34,7 +34,7 @@ class Measured:
 def measure(
     states: HiddenStates,
     blocks: int,
-    shortcut: AnyShortcut,
+    shortcut: ExitShortcut,
     head: LanguageHead,
     scratch: Path,
     progress: Progress,

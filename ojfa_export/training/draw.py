@@ -5,6 +5,7 @@ So that a training that was killed goes on with the very draws that it would hav
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,17 +23,23 @@ class Draw:
 
     Attributes:
         windows: [rows] indices.
-        exits: In order.
+        outputs: Of the jump, rising.
         tokens: [n, 2] row and position of those that count, in order.
     """
 
     windows: Int32
-    exits: list[int]
+    outputs: list[int]
     tokens: Int32
 
 
 def draw(
-    seed: int, step: int, sizes: Sizes, training: Int32, length: int, given: int, exits: int
+    seed: int,
+    step: int,
+    sizes: Sizes,
+    training: Int32,
+    length: int,
+    given: int,
+    outputs: Sequence[int],
 ) -> Draw:
     """Draws a step.
 
@@ -43,7 +50,7 @@ def draw(
         training: Indices of the windows to train on.
         length: Tokens of a window.
         given: First tokens of a window that don't count.
-        exits: L-1.
+        outputs: That the jump learns from.
     """
     rng = np.random.default_rng([_STEP, seed, step])
     places = rng.choice(
@@ -55,21 +62,38 @@ def draw(
     rows, positions = np.divmod(places, length - given)
     return Draw(
         _windows(seed, step, sizes.rows, training),
-        draw_exits(rng, exits, sizes.exits),
+        draw_outputs(rng, outputs, sizes.outputs),
         np.stack([rows, positions + given], axis=1).astype(np.int32),
     )
 
 
-def draw_exits(rng: np.random.Generator, exits: int, count: int) -> list[int]:
-    """One exit from each of `count` parts of the depth; the parts of early ones are no larger."""
-    parts = np.array_split(np.arange(exits, 0, -1), count)
+def draw_outputs(rng: np.random.Generator, outputs: Sequence[int], count: int) -> list[int]:
+    """One output from each of `count` parts of all; the parts of early ones are no larger."""
+    parts = np.array_split(np.array(outputs[::-1]), count)
     return sorted(int(rng.choice(part)) for part in parts)
 
 
-def held_out_positions(seed: int, windows: int, length: int, given: int, tokens: int) -> Int32:
-    """Which tokens of each held-out window are measured, `tokens` in all: [windows, p]."""
+def held_out_positions(
+    seed: int, windows: int, length: int, given: int, tokens: int, together: bool = False
+) -> Int32:
+    """Which tokens of each held-out window are measured, `tokens` in all.
+
+    Args:
+        seed: Of the training.
+        windows: How many.
+        length: Tokens of each.
+        given: First tokens of a window that don't count.
+        tokens: Wanted.
+        together: Whether those of a window must be one after the other.
+
+    Returns:
+        [windows, p], rising in each.
+    """
     rng = np.random.default_rng([_HELD_OUT, seed])
     each = max(1, min(length - given, tokens // windows))
+    if together:
+        starts = rng.integers(given, length - each, size=(windows, 1), endpoint=True)
+        return (starts + np.arange(each)).astype(np.int32)
     found = [rng.choice(length - given, each, replace=False) for _ in range(windows)]
     return (np.sort(np.stack(found), axis=1) + given).astype(np.int32)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,6 +18,10 @@ from ojfa_export.errors import CheckpointError, UsageError
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.checkpoint.quiet import quiet_transformers
 from ojfa_export.models.families.tensors import Source
+from ojfa_export.verify.reference import decoder_layers
+
+# Arguments of a block by position and by name, but for hidden states, which come first.
+Beside = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -22,19 +29,25 @@ class States:
     """What the frozen model computed of a batch of windows.
 
     Attributes:
-        ids: [B, T] int64, the tokens.
-        hidden: For exits 1..L-1, the output [B, T, H] of that many blocks, in the model's dtype.
+        embedded: [B, T, H], the tokens' embeddings, without positions, in the model's dtype.
+        hidden: The outputs [B, T, H] of 1..L blocks, before the final norm, in the model's dtype.
         last: [B, T, H], the last block's output behind the final norm.
+        beside: What the model gave its last block beside hidden states: mask, positions.
     """
 
-    ids: Tensor
+    embedded: Tensor
     hidden: tuple[Tensor, ...]
     last: Tensor
+    beside: Beside
 
-    def at(self, exit: int, tokens: Tensor) -> Tensor:
-        """Hidden states [n, H] fp32 of some tokens, counted through the batch, at an exit."""
-        hidden = self.hidden[exit - 1]
-        return hidden.reshape(-1, hidden.shape[-1])[tokens].float()
+    def at(self, blocks: int, tokens: Tensor) -> Tensor:
+        """Hidden states [n, H] fp32 of some tokens, counted through the batch, after blocks."""
+        return pick(self.hidden[blocks - 1], tokens)
+
+
+def pick(hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Rows [n, H] fp32 of [B, T, H], counted through the batch."""
+    return hidden.reshape(-1, hidden.shape[-1])[tokens].float()
 
 
 def choose_device(asked: str | None) -> torch.device:
@@ -72,25 +85,35 @@ class Frozen:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        self.spec, self.device = checkpoint.spec, device
-        self._where = checkpoint.directory
+        self.spec, self.device, self.checkpoint = checkpoint.spec, device, checkpoint
+        self.rotary = checkpoint.family.rotary(checkpoint.config)
         self.dtype = precision(device)
         self.model: Any = _load(checkpoint, self.dtype).to(device)
+        self._embedding = self.model.get_input_embeddings()
+        self.last_layer: torch.nn.Module = decoder_layers(self.model)[-1]
         ends = checkpoint.family.ends(checkpoint.config, checkpoint.spec)
 
-        def vector(source: Source | None) -> Tensor | None:
-            if source is None:
-                return None
-            return torch.tensor(checkpoint.read(source).astype(np.float32), device=device)
+        def vector(name: str) -> Tensor | None:
+            return torch.from_numpy(self._read(ends[name])).to(device) if name in ends else None
 
-        self._norm_weight = vector(ends["final_norm.weight"])
-        self._norm_bias = vector(ends.get("final_norm.bias"))
-        self._head = self.model.get_output_embeddings()
+        self._norm_weight = vector("final_norm.weight")
+        self._norm_bias = vector("final_norm.bias")
+        self.head: Any = self.model.get_output_embeddings()
 
     @property
-    def exits(self) -> int:
-        """L-1."""
-        return self.spec.blocks - 1
+    def norm_weight(self) -> Tensor:
+        """Of the final norm: [H] fp32."""
+        assert self._norm_weight is not None
+        return self._norm_weight
+
+    def last_block(self) -> dict[str, NDArray[np.float32]]:
+        """The last block's weights, as the checkpoint has them, by the names of `graphs.block`."""
+        read, index = self.checkpoint, self.spec.blocks - 1
+        sources = read.family.block(read.config, self.spec, index)
+        return {name: self._read(source) for name, source in sources.items()}
+
+    def _read(self, source: Source) -> NDArray[np.float32]:
+        return np.ascontiguousarray(self.checkpoint.read(source), np.float32)
 
     @property
     def memory_left(self) -> int | None:
@@ -104,9 +127,11 @@ class Frozen:
     @torch.no_grad()
     def states(self, ids: Tensor) -> States:
         """Runs windows [B, T] of token ids through all blocks."""
-        ids = ids.to(self.device)
-        out = self.model.base_model(input_ids=ids, output_hidden_states=True, use_cache=False)
-        return States(ids, tuple(out.hidden_states[1:-1]), out.last_hidden_state)
+        ids, seen = ids.to(self.device), _Seen()
+        with seen.watch(self.last_layer):
+            out = self.model.base_model(input_ids=ids, output_hidden_states=True, use_cache=False)
+        hidden = (*out.hidden_states[1:-1], seen.output)
+        return States(self._embedding(ids), hidden, out.last_hidden_state, seen.beside)
 
     @torch.no_grad()
     def full_log_probs(self, normed: Tensor) -> Tensor:
@@ -115,22 +140,72 @@ class Frozen:
         Raises:
             CheckpointError: They are NaN or infinite.
         """
-        logits = self._head(normed).float()
-        if not torch.isfinite(logits).all():
-            raise CheckpointError(
-                f"the model of {self._where} gives logits that are NaN or infinite on this text",
-                hint="its weights are damaged, or it overflows; run it with transformers to see",
-            )
+        logits = self.full_logits(normed).float()
+        self.check_finite(torch.isfinite(logits).all())
         return functional.log_softmax(logits, -1)
 
-    def log_probs(self, y: Tensor) -> Tensor:
-        """Log probabilities [n, V] fp32 that norm and head make of hidden states [n, H] fp32."""
+    @torch.no_grad()
+    def full_logits(self, normed: Tensor) -> Tensor:
+        """The full model's logits [n, V] in its dtype, of hidden states behind the final norm."""
+        logits: Tensor = self.head(normed)
+        return logits
+
+    def check_finite(self, finite: Tensor) -> None:
+        """Refuses a model whose logits are not finite.
+
+        Args:
+            finite: Whether they are.
+
+        Raises:
+            CheckpointError: They are NaN or infinite.
+        """
+        if not finite:
+            raise CheckpointError(
+                f"the model of {self.checkpoint.directory} gives logits that are NaN or infinite "
+                "on this text",
+                hint="its weights are damaged, or it overflows; run it with transformers to see",
+            )
+
+    def logits(self, y: Tensor) -> Tensor:
+        """Logits [n, V] that norm and head make of hidden states [n, H] fp32, in its dtype."""
         shape, eps = (y.shape[-1],), self.spec.norm_epsilon
         if self.spec.norm == "layer":
             normed = functional.layer_norm(y, shape, self._norm_weight, self._norm_bias, eps)
         else:
             normed = functional.rms_norm(y, shape, self._norm_weight, eps)
-        return functional.log_softmax(self._head(normed.to(self.dtype)).float(), -1)
+        logits: Tensor = self.head(normed.to(self.dtype))
+        return logits
+
+
+class _Seen:
+    """What goes into the last block, and out of it, as the model runs.
+
+    Attributes:
+        beside: Beside hidden states.
+        output: [B, T, H].
+    """
+
+    def __init__(self) -> None:
+        self.beside: Beside = (), {}
+        self.output: Tensor
+
+    @contextmanager
+    def watch(self, layer: torch.nn.Module) -> Iterator[None]:
+        """Looks on while the model runs."""
+        handle = layer.register_forward_hook(self._look, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _look(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        self.beside, self.output = (args[1:], kwargs), output_of(out)
+
+
+def output_of(out: Any) -> Tensor:
+    """Hidden states of what a block of transformers returns: them, or a tuple that they begin."""
+    hidden: Tensor = out[0] if isinstance(out, tuple) else out
+    return hidden
 
 
 def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
@@ -19,7 +19,7 @@ from ojfa_export.models.checkpoint.tokenizer import read_tokenizer
 from ojfa_export.training import windows
 from ojfa_export.training.frozen import choose_device
 from ojfa_export.training.kinds import KINDS
-from ojfa_export.training.options import TrainOptions
+from ojfa_export.training.options import SHAPES, TrainOptions
 from ojfa_export.training.self_text import Starts, find_starts
 from ojfa_export.training.windows import TrainingText
 
@@ -32,7 +32,7 @@ class Inputs:
 
     Attributes:
         kind: The class of the jump.
-        size: Its width or rank.
+        chosen: The value of the option that shapes it.
         length: Tokens of a window.
         text: What to train on, or None where the model is to write it.
         starts: How the model begins to write, or None.
@@ -46,7 +46,7 @@ class Inputs:
         self.device = choose_device(options.device)
         directory = resolve(options.checkpoint, options.revision)
         self.checkpoint = Checkpoint(directory, options.ignore_config_fields)
-        self.kind, self.size = self._choose_kind()
+        self.kind, self.chosen = self._choose_kind()
         spec = self.checkpoint.spec
         if spec.blocks < 2:
             raise CheckpointError(
@@ -76,28 +76,27 @@ class Inputs:
             self.model_sha256,
             self.tokenizer.to_str(),
             [[text.name, text.sha256] for text in self.texts],
-            {**options, self.kind.size_name: self.size},
+            {**options, self.kind.option: self.chosen},
             self.device.type,
             tool_versions(),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def _choose_kind(self) -> tuple[type[Jump], int]:
-        """The class of the jump, and its size."""
+    def _choose_kind(self) -> tuple[type[Jump], Any]:
+        """The class of the jump, and the value of the option that shapes it."""
         options = self.options
         if options.jump not in KINDS:
             raise UsageError(
                 f"jump '{options.jump}' is not known", hint=f"known: {', '.join(KINDS)}"
             )
         kind = KINDS[options.jump]
-        sizes = {"width": options.width, "rank": options.rank}
-        for name, value in sizes.items():
-            if value is not None and name != kind.size_name:
+        for name in SHAPES:
+            if getattr(options, name) is not None and name != kind.option:
                 raise UsageError(
                     f"{name} is nothing that a jump of kind '{options.jump}' has",
-                    hint=f"leave --{name} out; its size is its {kind.size_name}",
+                    hint=f"leave --{name} out; what it has is --{kind.option}",
                 )
-        return kind, kind.choose_size(sizes[kind.size_name], self.checkpoint.spec)
+        return kind, kind.choose(getattr(options, kind.option), self.checkpoint.spec)
 
     def _read_text(self) -> tuple[TrainingText | None, Starts | None]:
         """The text to train on, or how the model begins to write it."""

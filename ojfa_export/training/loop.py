@@ -41,9 +41,9 @@ class Trained:
     """A trained jump's figures; the jump itself holds the best state.
 
     Attributes:
-        begin: Figures of no jump at all.
+        begin: Figures of the jump before training.
         figures: Of the jump.
-        best_step: When it was as it is; 0 is the identity.
+        best_step: When it was as it is; 0 is before training.
         steps: Taken.
         history: Step and held-out loss of every check.
         seconds: In all runs.
@@ -87,7 +87,14 @@ def train_jump(
         OSError: The state can't be written.
     """
     training, _ = text.held_out()
-    sizes = choose(frozen.spec, len(training), text.windows.shape[1], passes, frozen.memory_left)
+    sizes = choose(
+        frozen.spec,
+        len(training),
+        text.windows.shape[1],
+        passes,
+        len(jump.learned),
+        frozen.memory_left,
+    )
     return _Loop(frozen, jump.to(frozen.device), text, sizes, seed, keeper).run(progress)
 
 
@@ -116,15 +123,19 @@ class _Loop:
         self._sizes, self._seed, self._keeper = sizes, seed, keeper
         self._training, self._held_out = text.held_out()
         self._length = text.windows.shape[1]
-        self._identity = self._copy()
-        count, given = len(self._held_out), text.given
-        positions = held_out_positions(seed, count, self._length, given, HELD_OUT_TOKENS)
+        self._beginning = self._copy()
+        self._given = max(text.given, jump.first)
+        count = len(self._held_out)
+        positions = held_out_positions(
+            seed, count, self._length, self._given, HELD_OUT_TOKENS, jump.chained
+        )
         self._positions = torch.from_numpy(positions.astype(np.int64))
         self._checked = slice(None, None, -(-count // CHECKED_WINDOWS))
         self._optimiser = torch.optim.AdamW(
             [{"params": [each], "base": lr} for each, lr in _rates(jump, sizes.steps)],
             betas=BETAS,
             weight_decay=WEIGHT_DECAY,
+            fused=frozen.device.type == "cuda",
         )
 
     def run(self, progress: Progress) -> Trained:
@@ -144,23 +155,24 @@ class _Loop:
                     state.seconds = before + time.monotonic() - start
                     self._save(state)
         seconds = before + time.monotonic() - start
-        self._jump.load_state_dict(state.best)
         return self._finish(state, seconds, progress)
 
     def _begin(self) -> State:
         self._jump.prepare(self._prepared())
-        loss = self._measure(None, self._checked).mean_loss
+        loss = self._measure(self._checked).mean_loss
         return State(0, {}, {}, self._copy(), 0, loss, 0, [(0, loss)], 0.0)
 
     def _finish(self, state: State, seconds: float, progress: Progress) -> Trained:
         """Measures on more windows than checks do."""
         tokens = self._positions.numel()
         with progress.task("training: measuring held-out text", 2 * tokens, "tokens") as task:
-            begin = self._measure(None, slice(None), task.advance)
-            figures = self._measure(self._jump, slice(None), task.advance)
+            self._jump.load_state_dict(self._beginning)
+            begin = self._measure(slice(None), task.advance)
+            self._jump.load_state_dict(state.best)
+            figures = self._measure(slice(None), task.advance)
         best_step = state.best_step
         if figures.mean_loss >= begin.mean_loss:  # the checks saw fewer, and may be wrong
-            self._jump.load_state_dict(self._identity)
+            self._jump.load_state_dict(self._beginning)
             best_step, figures = 0, begin
         return Trained(
             begin,
@@ -191,11 +203,17 @@ class _Loop:
         self._keeper.save(state)
 
     def _step(self, step: int, task: Task) -> None:
-        sizes, given = self._sizes, self._text.given
+        sizes = self._sizes
         for group in self._optimiser.param_groups:
             group["lr"] = group["base"] * rate(step, sizes.steps)
         drawn = draw(
-            self._seed, step, sizes, self._training, self._length, given, self._frozen.exits
+            self._seed,
+            step,
+            sizes,
+            self._training,
+            self._length,
+            self._given,
+            self._jump.learned,
         )
         loss = 0.0
         for first in range(0, sizes.rows, sizes.rows_at_once):
@@ -223,15 +241,15 @@ class _Loop:
             self._frozen,
             self._jump,
             states,
-            drawn.exits,
+            drawn.outputs,
             torch.from_numpy(places).to(self._frozen.device),
-            1 / (len(rows) * len(drawn.exits)),
+            1 / len(rows),
             self._sizes.logits_rows,
         )
 
     def _check(self, state: State) -> None:
         """Looks at the held-out text, and keeps the jump where it is the best so far."""
-        loss = self._measure(self._jump, self._checked).mean_loss
+        loss = self._measure(self._checked).mean_loss
         state.history.append((state.step, loss))
         if loss < state.best_loss:
             state.best, state.best_step, state.best_loss = self._copy(), state.step, loss
@@ -239,14 +257,12 @@ class _Loop:
         else:
             state.stale += 1
 
-    def _measure(
-        self, jump: Jump | None, which: slice, tell: Callable[[int], None] = lambda tokens: None
-    ) -> Figures:
+    def _measure(self, which: slice, tell: Callable[[int], None] = lambda tokens: None) -> Figures:
         """Figures on some of the held-out windows."""
         sizes = self._sizes
         return measure(
             self._frozen,
-            jump,
+            self._jump,
             self._ids(self._held_out[which]),
             self._positions[which],
             sizes.rows_at_once,

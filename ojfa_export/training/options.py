@@ -18,6 +18,8 @@ Device = Literal["cpu", "cuda"]
 DEFAULT_TOKENS = 8_000_000
 # Over the text, by default.
 DEFAULT_PASSES = 3
+# Options that shape a jump: each kind has one of them.
+SHAPES = ("width", "rank", "exits", "vocabulary")
 _FACTORS = {"": 1, "k": 1000, "m": 1_000_000}
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmM]?)")
 _MOST = 10**12
@@ -33,6 +35,8 @@ class TrainOptions:
         jump: Its kind, one of `kinds.KINDS`.
         width: Of an MLP; default the model's own.
         rank: Of a residual jump; default an eighth of the hidden size.
+        exits: Of a block jump, each with a block of its own; default one block for all exits.
+        vocabulary: Tokens of a draft's own head, the most frequent ones; default the model's head.
         text: Text or JSONL files; default the text that ships.
         self_text: Whether to train on what the model writes, begun by the text's words.
         tokens: How much text to take; "300k" and "8M" are understood too.
@@ -52,6 +56,8 @@ class TrainOptions:
     jump: str = "mlp"
     width: int | None = None
     rank: int | None = None
+    exits: tuple[int, ...] | None = None
+    vocabulary: int | None = None
     text: tuple[Path, ...] = ()
     self_text: bool = False
     tokens: int = DEFAULT_TOKENS
@@ -75,7 +81,9 @@ class TrainOptions:
         put(self, "tokens", count("tokens", self.tokens))
         put(self, "ignore_config_fields", names("ignore_config_fields", self.ignore_config_fields))
         text("jump", self.jump)
-        for name in ("width", "rank"):
+        if self.exits is not None:
+            put(self, "exits", tuple(listed("exits", self.exits, _exit)))
+        for name in ("width", "rank", "vocabulary"):
             if getattr(self, name) is not None:
                 put(self, name, whole_number(name, getattr(self, name), 1))
         put(self, "passes", whole_number("passes", self.passes, 1, 1000))
@@ -107,6 +115,10 @@ def count(name: str, value: Any) -> int:
     if number != int(number):
         raise wrong(name, "a whole number", value, hint)
     return whole_number(name, int(number), 1, _MOST, hint=hint)
+
+
+def _exit(value: Any) -> int:
+    return whole_number("an exit", value, 1)
 
 
 def _plain(value: Any) -> Any:

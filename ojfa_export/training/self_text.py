@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ojfa_export.decoding.arrays import Int32
 from ojfa_export.errors import CalibrationError, CheckpointError
@@ -28,8 +29,11 @@ from ojfa_export.training.windows import TrainingText, check_enough
 
 TEMPERATURE, TOP_P = 0.9, 0.95
 START_TOKENS = 24
-# Windows that are written together: on the CPU; on a GPU at most, and of its memory at most.
-CPU_ROWS, GPU_ROWS, GPU_SHARE = 32, 1024, 0.4
+# Windows that are written together: on the CPU; on a GPU at most, and of its memory at most. A
+# GPU takes little longer for many than for few.
+CPU_ROWS, GPU_ROWS, GPU_SHARE = 32, 4096, 0.5
+# Not cuDNN's, which makes a plan anew for each length of the cache.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _MARK = "the user's words begin here"
 
 
@@ -181,8 +185,8 @@ def rows_at_once(frozen: Frozen, length: int) -> int:
     if memory is None:
         return CPU_ROWS
     cache = 2 * 2 * spec.blocks * spec.kv_heads * spec.head_dim * length
-    # The cache is copied as it grows; logits are sorted in fp32, with indices of 8 bytes.
-    return max(1, min(GPU_ROWS, int(GPU_SHARE * memory / (1.5 * cache + 32 * spec.vocab_size))))
+    # Drawing takes some six arrays of the vocabulary's size in fp32.
+    return max(1, min(GPU_ROWS, int(GPU_SHARE * memory / (cache + 24 * spec.vocab_size))))
 
 
 @torch.no_grad()
@@ -198,27 +202,53 @@ def generate(
     Returns:
         [rows, length].
     """
+    from ojfa_export.training.cache import empty_cache
+
     ids = torch.from_numpy(start.astype(np.int64)).to(frozen.device)
-    newest, cache, parts = ids, None, [ids]
+    cache = empty_cache(frozen.model.config, length)
+    newest, parts = ids, [ids]
+    finite = torch.ones((), dtype=torch.bool, device=frozen.device)
     for place in range(ids.shape[1], length):
-        out = frozen.model.base_model(input_ids=newest, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        newest = sample(frozen.full_log_probs(out.last_hidden_state[:, -1]), generator)
+        with sdpa_kernel(_ATTENTION):
+            out = frozen.model.base_model(input_ids=newest, past_key_values=cache, use_cache=True)
+        newest, likely = sample(frozen.full_logits(out.last_hidden_state[:, -1]), generator)
+        finite &= likely.isfinite().all()
         parts.append(newest)
         tell(len(ids) * (1 if place > ids.shape[1] else 1 + ids.shape[1]))
+    frozen.check_finite(finite)
     return torch.cat(parts, 1).cpu().numpy().astype(np.int32)
 
 
-def sample(log_probs: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws a token [rows, 1] from log probabilities [rows, V]: temperature, then top-p.
+def sample(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draws a token of each row of logits [rows, V]: temperature, then top-p.
 
     Top-p (Holtzman et al., arXiv 1904.09751) keeps the likeliest tokens, as few as have that
-    probability together.
+    probability together, and those as likely as the last of them. A token is kept where all
+    likelier ones together have less, which is known without sorting: one that isn't kept, as one
+    in twenty at most, is drawn again.
+
+    Returns:
+        [rows, 1] int64 tokens, and [rows, 1] fp32 their probabilities before top-p: no numbers
+        where logits are none.
     """
-    probabilities = (log_probs / TEMPERATURE).softmax(-1)
-    likely, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    likely[likely.cumsum(-1) - likely >= TOP_P] = 0
-    return order.gather(-1, torch.multinomial(likely, 1, generator=generator))
+    probabilities = (logits.float() / TEMPERATURE).softmax(-1)
+    tokens, likely, dropped = _draw(probabilities, generator)
+    while (left := dropped.nonzero()[:, 0]).numel():
+        tokens[left], likely[left], dropped[left] = _draw(probabilities[left], generator)
+    return tokens, likely
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens drawn [rows, 1], their probabilities [rows, 1], and which top-p drops [rows].
+
+    As torch.multinomial does it, which checks its input at the cost of a draw: of waiting times
+    with these rates the shortest is each one's with its probability.
+    """
+    waits = torch.empty_like(probabilities).exponential_(generator=generator)
+    tokens = torch.div(probabilities, waits, out=waits).argmax(-1, keepdim=True)
+    likely = probabilities.gather(-1, tokens)
+    likelier = torch.where(probabilities > likely, probabilities, 0).sum(-1)
+    return tokens, likely, likelier >= TOP_P
 
 
 def _start(starts: Starts, rows: int, number: int, seed: int) -> Int32:

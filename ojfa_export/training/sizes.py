@@ -13,7 +13,8 @@ STEPS = 1200
 # Of a step's tokens, one in so many counts for the loss: neighbours say much the same, and the LM
 # head costs more than the jump.
 ONE_IN = 4
-EXITS_AT_ONCE = 5
+# Outputs of a jump that a step looks at, at most.
+OUTPUTS_AT_ONCE = 5
 CHECKS = 12
 # Held out: an eighth at most, and no more than these windows, of whose tokens these are measured.
 HELD_OUT_SHARE, HELD_OUT_WINDOWS, HELD_OUT_TOKENS = 8, 64, 8192
@@ -33,7 +34,7 @@ class Sizes:
         steps: Steps of the optimiser.
         rows: Windows that a step reads.
         picked: Tokens of a step that count for the loss.
-        exits: Exits that a step looks at.
+        outputs: Outputs of the jump that a step looks at.
         rows_at_once: Windows that run through the model together; a step of more takes turns.
         logits_rows: Rows of logits that are in memory together.
     """
@@ -41,7 +42,7 @@ class Sizes:
     steps: int
     rows: int
     picked: int
-    exits: int
+    outputs: int
     rows_at_once: int
     logits_rows: int
 
@@ -50,7 +51,9 @@ class Sizes:
         return step * CHECKS // self.steps > (step - 1) * CHECKS // self.steps
 
 
-def choose(spec: ModelSpec, windows: int, length: int, passes: int, memory: int | None) -> Sizes:
+def choose(
+    spec: ModelSpec, windows: int, length: int, passes: int, outputs: int, memory: int | None
+) -> Sizes:
     """Sizes for a text of so many windows of `length` tokens, read `passes` times.
 
     Args:
@@ -58,6 +61,7 @@ def choose(spec: ModelSpec, windows: int, length: int, passes: int, memory: int 
         windows: To train on.
         length: Tokens of each.
         passes: Over the text.
+        outputs: That the jump learns from.
         memory: Bytes of the GPU that the weights leave, or None on the CPU.
     """
     tokens = windows * length * passes
@@ -70,16 +74,18 @@ def choose(spec: ModelSpec, windows: int, length: int, passes: int, memory: int 
         steps,
         rows,
         max(1, rows * length // ONE_IN),
-        min(EXITS_AT_ONCE, spec.blocks - 1),
-        rows_at_once(spec, length, memory),
+        min(OUTPUTS_AT_ONCE, outputs),
+        rows_at_once(spec, length, min(OUTPUTS_AT_ONCE, outputs), memory),
         max(16, LOGITS[device] // spec.vocab_size),
     )
 
 
-def rows_at_once(spec: ModelSpec, length: int, memory: int | None) -> int:
-    """Windows of `length` tokens whose states after every block fit into memory."""
-    # Inside a block: some ten vectors of the hidden size, and four of the MLP's.
-    values = spec.hidden_size * (spec.blocks + 12) + 4 * spec.intermediate_size
+def rows_at_once(spec: ModelSpec, length: int, outputs: int, memory: int | None) -> int:
+    """Windows of `length` tokens whose states after every block, and outputs, fit into memory."""
+    # Inside a block: some ten vectors of the hidden size, and four of the MLP's; a jump may keep
+    # as many in fp32 for each of its outputs.
+    block = 12 * spec.hidden_size + 4 * spec.intermediate_size
+    values = spec.hidden_size * spec.blocks + (1 + 2 * outputs) * block
     if memory is None:  # not what is free just now: the same command does the same
         return max(1, int(CPU_STATES_BYTES / (4 * values * length)))
     return max(1, int(STATES_SHARE * memory / (2 * values * length)))

@@ -29,7 +29,7 @@ class State:
         jump: The jump's tensors.
         optimiser: Of the optimiser.
         best: The tensors of the best state so far, by held-out loss.
-        best_step: When that was; 0 is the identity.
+        best_step: When that was; 0 is before training.
         best_loss: Its held-out loss.
         stale: Checks on the held-out text since then.
         history: Step and held-out loss of every check.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ojfa_export.bundle.names import SHORTCUT
@@ -13,6 +14,7 @@ from ojfa_export.system.progress import SILENT, Progress
 from ojfa_export.training.options import TrainOptions
 
 if TYPE_CHECKING:
+    from ojfa_export.training.divergence import Figures
     from ojfa_export.training.inputs import Inputs
     from ojfa_export.training.kinds.jump import Jump
     from ojfa_export.training.loop import Trained
@@ -42,7 +44,7 @@ def train(options: TrainOptions, progress: Progress = SILENT) -> dict[str, Any]:
         jump, text, trained = _train(inputs, work, progress)
         about = {
             "jump": options.jump,
-            inputs.kind.size_name: inputs.size,
+            inputs.kind.option: inputs.chosen,
             "text": text.about,
             "passes": options.passes,
             "seed": options.seed,
@@ -59,25 +61,34 @@ def train(options: TrainOptions, progress: Progress = SILENT) -> dict[str, Any]:
         **about,
         "parameters": shortcut.parameters,
         "device": str(inputs.device),
-        **describe(trained),
+        **describe(trained, inputs.kind.unit, jump.outputs),
     }
 
 
-def describe(trained: Trained) -> dict[str, Any]:
-    """Figures of a training, for JSON."""
+def describe(trained: Trained, unit: str, outputs: Sequence[int]) -> dict[str, Any]:
+    """Figures of a training, for JSON.
 
-    def rows(index: int) -> dict[str, Any]:
-        return {
-            name: {"loss": figures.loss[index], "agreement": figures.agreement[index]}
-            for name, figures in (("identity", trained.begin), ("jump", trained.figures))
-        }
+    Args:
+        trained: What came of it.
+        unit: What an output of the jump is.
+        outputs: Their numbers.
+    """
+
+    def row(figures: Figures, index: int) -> dict[str, float]:
+        found = {"loss": figures.loss[index], "agreement": figures.agreement[index]}
+        return found if figures.chain is None else {**found, "chain": figures.chain[index]}
+
+    both = {"begin": trained.begin, "jump": trained.figures}
 
     return {
         "seconds": round(trained.seconds, 1),
         "tokens_per_second": round(trained.tokens / max(trained.seconds, 1e-9)),
         "held_out_tokens": trained.held_out_tokens,
         "history": [{"step": step, "loss": loss} for step, loss in trained.history],
-        "exits": [{"exit": index + 1, **rows(index)} for index in range(len(trained.figures.loss))],
+        "outputs": [
+            {unit: number, **{name: row(figures, index) for name, figures in both.items()}}
+            for index, number in enumerate(outputs)
+        ],
     }
 
 
@@ -117,7 +128,7 @@ def _train(inputs: Inputs, work: Work, progress: Progress) -> tuple[Jump, Traini
             work.scratch / "text",
             progress,
         )
-    jump = inputs.kind.begin(inputs.checkpoint.spec, inputs.size, options.seed)
+    jump = inputs.kind.begin(frozen, text, inputs.chosen, options.seed)
     keeper = Keeper(work.scratch / "state.pt")
     return (
         jump,

@@ -16,7 +16,7 @@ import numpy as np
 from ojfa_export.backends.backend import Backend, Engines, Tracing
 from ojfa_export.backends.frugal import frugal
 from ojfa_export.bundle.names import block_name
-from ojfa_export.bundle.shortcut_file import AnyShortcut
+from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.models.head import FinalNorm
 from ojfa_export.models.spec import ModelSpec, Precision
@@ -52,7 +52,7 @@ class Subject:
     precision: Precision
     graphs: Path
     rotary: tuple[Float32, Float32] | None
-    shortcut: AnyShortcut
+    shortcut: ExitShortcut
     engines: Engines
     trace: Trace | None = None
 
@@ -62,7 +62,7 @@ def make_subject(
     precision: Precision,
     graphs: Path,
     rotary: tuple[Float32, Float32] | None,
-    shortcut: AnyShortcut,
+    shortcut: ExitShortcut,
     engines: Engines,
     backend: Backend,
 ) -> Subject:

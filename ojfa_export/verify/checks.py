@@ -20,7 +20,7 @@ from ojfa_export.backends.onnxruntime.portable import PortableGraphs
 from ojfa_export.bundle import shortcut_file
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import SHORTCUT, block_name
-from ojfa_export.bundle.shortcut_file import AnyShortcut
+from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
@@ -59,7 +59,7 @@ class Parts:
     precision: Precision
     graphs: Path
     open_engines: Callable[[], Engines]
-    shortcut: AnyShortcut
+    shortcut: ExitShortcut
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def verify_against(
             f"{bundle.directory} was built from another model than {checkpoint}",
             hint=f"name the checkpoint of {bundle.manifest.model.name}",
         )
-    shortcut, _ = shortcut_file.load(bundle.path(SHORTCUT))
+    shortcut, _ = shortcut_file.load_exit(bundle.path(SHORTCUT))
     manifest = bundle.manifest
     engines = frugal(model.engines, model.spec)
     parts = Parts(model.spec, manifest.precision, bundle.graphs, lambda: engines, shortcut)

@@ -53,7 +53,7 @@ class TransformersReference:
             self._model = _build_without_weights(self._checkpoint, trust_remote_code)
         self._weights = _WeightFiles(self._checkpoint)
         self._keys = _checkpoint_keys(self._model, self._weights)
-        self.blocks = len(_decoder_layers(self._model))
+        self.blocks = len(decoder_layers(self._model))
 
     def forward(self, token_ids: npt.NDArray[np.integer[Any]], visit: Visitor) -> FloatArray:
         """Runs the model over whole sequences, without a cache.
@@ -74,7 +74,7 @@ class TransformersReference:
 
         # A fresh copy each time: dynamic RoPE keeps state from one call to the next.
         model = copy.deepcopy(self._model)
-        layers = _decoder_layers(model)
+        layers = decoder_layers(model)
         for module, names in _units(model, layers):
             self._load_on_demand(model, module, names)
         _visit_hidden_states(layers, visit)
@@ -224,7 +224,12 @@ def _build_without_weights(checkpoint: Path, trust_remote_code: bool) -> Any:
     return model.eval()
 
 
-def _decoder_layers(model: Any) -> torch.nn.ModuleList:
+def decoder_layers(model: Any) -> torch.nn.ModuleList:
+    """The blocks of a model of transformers.
+
+    Raises:
+        OjfaError: They were not found.
+    """
     base = model.base_model
     for attribute in ("layers", "h"):
         if hasattr(base, attribute):

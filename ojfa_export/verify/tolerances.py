@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.shortcut import Shortcut
-from ojfa_export.bundle.shortcut_file import AnyShortcut
+from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.models.head import FinalNorm
 from ojfa_export.models.spec import Precision
 from ojfa_export.verify.check import Check
@@ -72,7 +72,7 @@ TRIALS = 8
 
 
 def exit_allowance(
-    shortcut: AnyShortcut,
+    shortcut: ExitShortcut,
     norm: FinalNorm,
     hidden: NDArray[np.float64],
     logits: NDArray[np.float64],

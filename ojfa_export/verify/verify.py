@@ -90,14 +90,14 @@ def compare_blocks(
         progress: Shows blocks.
         token_ids: [B,S] within the bundle's cache; default: the texts that ship.
     """
-    from ojfa_export.bundle.shortcut_file import load
+    from ojfa_export.bundle.shortcut_file import load_exit
     from ojfa_export.verify.blocks import make_subject, verify_blocks
     from ojfa_export.verify.sample import sample_token_ids
 
     manifest, tables = bundle.manifest, bundle.manifest.rotary
     if token_ids is None:
         token_ids = sample_token_ids(model, TOKENS)[: manifest.cache.max_batch_size]
-    shortcut = load(bundle.path(SHORTCUT))[0]
+    shortcut = load_exit(bundle.path(SHORTCUT))[0]
     try:
         shortcut.check_fits(model.spec)
     except ValueError as error:

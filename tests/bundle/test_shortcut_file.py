@@ -95,7 +95,7 @@ def test_failed_save_leaves_the_old_file(saved, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"format_version": "4"}, "format version '4'"),
+        ({"format_version": "6"}, "format version '6'"),
         ({"format_version": "2"}, "lacks gates"),
         ({"format_version": None}, "lacks format_version"),
         ({"model_sha256": None, "kind": None}, "lacks kind, model_sha256"),

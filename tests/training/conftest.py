@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,11 @@ import killed_training
 import pytest
 import torch
 from tiny_models import make_checkpoint
+from trainings import Checkpoints, Options, Run
 
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.training.frozen import Frozen
 from ojfa_export.training.options import TrainOptions
-
-Options = Callable[..., TrainOptions]
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -64,7 +61,7 @@ def train_in_process() -> Run:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """Random checkpoints by the name of their variant."""
     made: dict[str, Checkpoint] = {}
 

@@ -70,8 +70,10 @@ def test_draws_have_the_probabilities_of_top_p(rng: np.random.Generator) -> None
     assert 0 < (wanted > 0).sum() < 12
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     count = 20_000
-    drawn = sample(logits.log_softmax(-1).expand(count, 12), generator).numpy()[:, 0]
-    found = np.bincount(drawn, minlength=12) / count
+    tokens, likely = sample(logits.expand(count, 12), generator)
+    plain = (logits[0] / 0.9).softmax(-1)
+    torch.testing.assert_close(likely[:, 0], plain[tokens[:, 0]], rtol=0, atol=PROBABILITY_FP32)
+    found = np.bincount(tokens.numpy()[:, 0], minlength=12) / count
     assert not found[wanted == 0].any()
     deviation = np.sqrt(wanted * (1 - wanted) / count)
     assert (np.abs(found - wanted) <= 5 * deviation + PROBABILITY_FP32).all()

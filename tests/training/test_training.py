@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from killed_training import Reports
 from safetensors import safe_open
 from tolerances import TORCH_GRADIENT_RELATIVE
+from trainings import Options, Run, random_text
 
 from ojfa_export.bundle.shortcut_file import load
 from ojfa_export.errors import CalibrationError, UsageError
@@ -23,8 +22,8 @@ from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.checkpoint.tokenizer import read_tokenizer
 from ojfa_export.training import frozen as frozen_module
 from ojfa_export.training import loop
-from ojfa_export.training.divergence import Figures, measure
-from ojfa_export.training.draw import draw, draw_exits
+from ojfa_export.training.divergence import Figures
+from ojfa_export.training.draw import draw, draw_outputs, held_out_positions
 from ojfa_export.training.frozen import Frozen
 from ojfa_export.training.kinds import KINDS
 from ojfa_export.training.kinds.residual import Residual
@@ -33,13 +32,19 @@ from ojfa_export.training.options import TrainOptions
 from ojfa_export.training.sizes import CHECKS, Sizes, choose
 from ojfa_export.training.state import Keeper
 from ojfa_export.training.train import train
-from ojfa_export.training.windows import TrainingText, cut, token_ids
+from ojfa_export.training.windows import cut, token_ids
 
-Options = Callable[..., TrainOptions]
-Run = Callable[..., subprocess.CompletedProcess[str]]
+KINDS_SMALL: list[tuple[str, dict[str, Any]]] = [
+    ("mlp", {"width": 48}),
+    ("residual", {"rank": 16}),
+    ("block", {}),
+    ("block", {"exits": (1, 3)}),
+    ("draft", {}),
+    ("draft", {"vocabulary": 64}),
+]
 
 
-@pytest.mark.parametrize(("kind", "size"), [("mlp", {"width": 48}), ("residual", {"rank": 16})])
+@pytest.mark.parametrize(("kind", "size"), KINDS_SMALL)
 def test_training_helps(
     kind: str, size: dict[str, int], options: Options, tiny_checkpoint: Path
 ) -> None:
@@ -50,10 +55,10 @@ def test_training_helps(
     assert sha == Checkpoint(tiny_checkpoint).sha256()
     assert shortcut.parameters == result["parameters"]
     losses = {
-        which: np.mean([row[which]["loss"] for row in result["exits"]])
-        for which in ("identity", "jump")
+        which: np.mean([row[which]["loss"] for row in result["outputs"]])
+        for which in ("begin", "jump")
     }
-    assert losses["jump"] < 0.97 * losses["identity"]
+    assert losses["jump"] < 0.97 * losses["begin"]
     history = {row["step"]: row["loss"] for row in result["history"]}
     assert result["best_step"] == min(history, key=lambda step: history[step])
     assert list(history) == sorted(history)
@@ -61,14 +66,9 @@ def test_training_helps(
     assert "tokens of source.txt" in result["text"]
     with safe_open(asked.output, framework="numpy") as file:
         recorded = json.loads(file.metadata()["training"])
-    assert recorded == {name: result[name] for name in recorded}
+    assert recorded == json.loads(json.dumps({name: result[name] for name in recorded}))
     assert {"jump", "text", "seed", "steps", "best_step", "passes"} < set(recorded)
     assert [path.name for path in asked.output.parent.iterdir()] == [asked.output.name]
-
-
-def _text(count: int, length: int, given: int = 0) -> TrainingText:
-    ids = np.random.default_rng(0).integers(0, 300, size=(count, length))
-    return TrainingText(ids.astype(np.int32), (count,), given, "random")
 
 
 def test_the_kept_state_is_the_best(
@@ -80,14 +80,16 @@ def test_the_kept_state_is_the_best(
 
     def check(frozen: Frozen, jump: Any, windows: torch.Tensor, *_: Any) -> Figures:
         if len(windows) == 2:  # the end's, of all held-out windows
-            return Figures((2.0 if jump else 9.0,) * 3, (0.0,) * 3)
-        states.append(jump and {name: v.clone() for name, v in jump.state_dict().items()})
+            return Figures((2.0 if jump.up.any() else 9.0,) * 3, (0.0,) * 3)
+        states.append({name: v.clone() for name, v in jump.state_dict().items()})
         return Figures((next(losses),) * 3, (0.0,) * 3)
 
     monkeypatch.setattr(loop, "measure", check)
     monkeypatch.setattr(loop, "CHECKED_WINDOWS", 1)
-    jump = Residual.begin(frozen.spec, 4, 0)
-    trained = train_jump(frozen, jump, _text(16, 16), 50, 0, Keeper(tmp_path / "s"), Reports())
+    jump = Residual.begin(frozen, random_text(16, 16), 4, 0)
+    trained = train_jump(
+        frozen, jump, random_text(16, 16), 50, 0, Keeper(tmp_path / "s"), Reports()
+    )
     assert [loss for _, loss in trained.history] == [9, 5, 4, 6, 7, 8]  # then it was stopped
     assert trained.best_step == trained.history[2][0]
     assert trained.steps == trained.history[5][0]
@@ -95,7 +97,7 @@ def test_the_kept_state_is_the_best(
         torch.testing.assert_close(value, states[2][name], rtol=0, atol=0)
 
 
-def test_no_gain_is_the_identity(
+def test_no_gain_is_the_beginning(
     frozen: Frozen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where checks were too hopeful, too: the measurement at the end decides."""
@@ -105,12 +107,12 @@ def test_no_gain_is_the_identity(
 
     def flatter(frozen: Frozen, jump: Any, windows: torch.Tensor, *rest: Any) -> Figures:
         figures = found(frozen, jump, windows, *rest)
-        hopeful = jump is not None and len(windows) == 1
+        hopeful = jump.up.any() and len(windows) == 1
         return Figures((-1.0,) * 3, figures.agreement) if hopeful else figures
 
     monkeypatch.setattr(loop, "measure", flatter)
-    jump = Residual.begin(frozen.spec, 4, 0)
-    trained = train_jump(frozen, jump, _text(16, 16), 1, 0, Keeper(tmp_path / "s"), Reports())
+    jump = Residual.begin(frozen, random_text(16, 16), 4, 0)
+    trained = train_jump(frozen, jump, random_text(16, 16), 1, 0, Keeper(tmp_path / "s"), Reports())
     assert trained.best_step == 0
     assert trained.figures == trained.begin
     assert not jump.up.any()
@@ -123,8 +125,8 @@ def test_one_window_at_a_time_is_the_same_step(
     gradients = []
     for rows in (1, 3, 100):
         monkeypatch.setattr("ojfa_export.training.sizes.rows_at_once", lambda *_, n=rows: n)
-        text = _text(16, 16, given=4)
-        jump = KINDS["mlp"].begin(frozen.spec, 16, 0)
+        text = random_text(16, 16, given=4)
+        jump = KINDS["mlp"].begin(frozen, text, 16, 0)
         monkeypatch.setattr(
             torch.optim.AdamW,
             "step",
@@ -143,7 +145,7 @@ def test_one_window_at_a_time_is_the_same_step(
             torch.testing.assert_close(b, c, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize(("kind", "size"), [("mlp", {"width": 48}), ("residual", {"rank": 16})])
+@pytest.mark.parametrize(("kind", "size"), KINDS_SMALL)
 def test_half_precision_as_on_a_gpu(
     kind: str, size: dict[str, int], options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,14 +153,17 @@ def test_half_precision_as_on_a_gpu(
     monkeypatch.setattr(frozen_module, "precision", lambda device: torch.bfloat16)
     asked = options(jump=kind, **size, passes=4, self_text=True, tokens=32 * 128)
     result = train(asked)
-    losses = np.array([[row[w]["loss"] for w in ("identity", "jump")] for row in result["exits"]])
+    losses = np.array([[row[w]["loss"] for w in ("begin", "jump")] for row in result["outputs"]])
     assert losses.mean(0)[1] < losses.mean(0)[0]
     load(asked.output)
 
 
-def test_kills_change_no_byte(options: Options, train_in_process: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_kills_change_no_byte(
+    kind: str, options: Options, train_in_process: Run, tmp_path: Path
+) -> None:
     whole, killed = (
-        options(output=tmp_path / f"{name}.safetensors") for name in ("whole", "killed")
+        options(jump=kind, output=tmp_path / f"{name}.safetensors") for name in ("whole", "killed")
     )
     all_, rest = Reports(), Reports()
     train(whole, all_)
@@ -217,9 +222,10 @@ def test_the_rate_rises_and_falls() -> None:
 
 
 def test_exits_are_drawn_over_the_whole_depth(rng: np.random.Generator) -> None:
+    assert draw_outputs(rng, (1, 2, 3), 3) == [1, 2, 3]
     for exits in (1, 3, 11, 31):
         count = min(5, exits)
-        drawn = [draw_exits(rng, exits, count) for _ in range(2000)]
+        drawn = [draw_outputs(rng, range(1, exits + 1), count) for _ in range(2000)]
         times = np.bincount(np.concatenate(drawn), minlength=exits + 1)
         assert times[0] == 0
         assert (times[1:] > 0).all()
@@ -231,7 +237,7 @@ def test_exits_are_drawn_over_the_whole_depth(rng: np.random.Generator) -> None:
 def test_steps_read_every_window_once_a_pass(frozen: Frozen) -> None:
     sizes = Sizes(12, 4, 10, 2, 4, 100)
     training = np.arange(0, 48, 2, dtype=np.int32)
-    draws = [draw(5, step, sizes, training, 16, 6, 3) for step in range(12)]
+    draws = [draw(5, step, sizes, training, 16, 6, (1, 2, 3)) for step in range(12)]
     for first in (0, 6):
         seen = np.concatenate([each.windows for each in draws[first : first + 6]])
         assert sorted(seen.tolist()) == training.tolist()
@@ -246,13 +252,14 @@ def test_steps_read_every_window_once_a_pass(frozen: Frozen) -> None:
 
 
 def test_sizes_by_text_and_memory(frozen: Frozen) -> None:
-    little, much = (choose(frozen.spec, n, 512, 3, None) for n in (500, 100_000))
+    little, much = (choose(frozen.spec, n, 512, 3, 9, None) for n in (500, 100_000))
     assert (little.rows, much.rows) == (4, 32)
     assert little.steps == 375
+    assert (little.outputs, choose(frozen.spec, 500, 512, 3, 2, None).outputs) == (5, 2)
     big = frozen.spec.model_copy(
         update={"hidden_size": 4096, "intermediate_size": 11008, "blocks": 32, "vocab_size": 32000}
     )
-    roomy, tight = (choose(big, 100_000, 512, 3, n << 30) for n in (125, 4))
+    roomy, tight = (choose(big, 100_000, 512, 3, 2, n << 30) for n in (125, 4))
     assert roomy.rows_at_once >= roomy.rows == tight.rows == 32
     assert 1 <= tight.rows_at_once < 16
 
@@ -283,11 +290,11 @@ def test_no_more_is_read_than_is_wanted(tiny_checkpoint: Path) -> None:
     np.testing.assert_array_equal(part, whole[: len(part)])
 
 
-def test_measuring_is_of_the_frozen_model(frozen: Frozen) -> None:
-    """No jump at all: the divergence of the identity, which is above 0, at every exit."""
-    windows = torch.arange(32).reshape(2, 16)
-    figures = measure(frozen, None, windows, torch.tensor([[1, 5], [2, 9]]), 8, 64)
-    assert len(figures.loss) == frozen.exits
-    assert min(figures.loss) > 0
-    assert figures.mean_loss == pytest.approx(np.mean(figures.loss))
-    assert figures.mean_agreement == pytest.approx(np.mean(figures.agreement))
+def test_measured_tokens_of_a_chain_are_neighbours() -> None:
+    found = held_out_positions(3, 50, 64, 8, 500, together=True)
+    assert found.shape == (50, 10)
+    assert (np.diff(found, axis=1) == 1).all()
+    assert found[:, 0].min() >= 8
+    assert found.max() <= 63
+    assert len(np.unique(found[:, 0])) > 10
+    assert held_out_positions(3, 2, 64, 8, 500, together=True).shape == (2, 56)

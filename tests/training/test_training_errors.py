@@ -42,23 +42,58 @@ def changed(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 CASES = {
-    "kind": (["--jump", "block"], 2, "jump 'block' is not known", "known: mlp, residual"),
+    "kind": (["--jump", "hop"], 2, "jump 'hop' is not known", "known: mlp, residual, "),
     "width of a residual jump": (
         ["--jump", "residual", "--width", 8],
         2,
         "width is nothing that a jump of kind 'residual' has",
-        "leave --width out; its size is its rank",
+        "leave --width out; what it has is --rank",
     ),
     "rank of an mlp": (
         ["--rank", 8],
         2,
         "rank is nothing that a jump of kind 'mlp' has",
-        "leave --rank out; its size is its width",
+        "leave --rank out; what it has is --width",
     ),
     "width": (["--width", 0], 2, "width must be 1 or more, not 0", None),
     "width beyond": (["--width", 104], 2, "width 104 does not suit this model", "leave --width"),
     "width that is odd": (["--width", 20], 2, "must be a multiple of 8, at most 96", "leave"),
     "rank": (["--jump", "residual", "--rank", 65], 2, "rank 65 is larger than", "1 to 64"),
+    "vocabulary of an mlp": (
+        ["--vocabulary", 8],
+        2,
+        "vocabulary is nothing that a jump of kind 'mlp' has",
+        "leave --vocabulary out; what it has is --width",
+    ),
+    "exits of an mlp": (
+        ["--exits", "1,2"],
+        2,
+        "exits is nothing that a jump of kind 'mlp' has",
+        "leave --exits out; what it has is --width",
+    ),
+    "no list": (["--jump", "block", "--exits", "1,b"], 2, "is no list of exits", "train --help"),
+    "exit 0": (["--jump", "block", "--exits", "0,1"], 2, "an exit must be 1 or more, not 0", None),
+    "exits that fall": (
+        ["--jump", "block", "--exits", "2,1"],
+        2,
+        "exits 2,1 do not suit this model: they must rise, from 1 to 3 at most",
+        "leave --exits out for one block for all exits",
+    ),
+    "exits twice": (["--jump", "block", "--exits", "2,2"], 2, "exits 2,2 do not suit", "leave"),
+    "exits beyond": (["--jump", "block", "--exits", "1,4"], 2, "from 1 to 3 at most", "leave"),
+    "no vocabulary": (["--jump", "draft", "--vocabulary", 0], 2, "must be 1 or more, not 0", None),
+    "odd vocabulary": (
+        ["--jump", "draft", "--vocabulary", 20],
+        2,
+        "vocabulary 20 does not suit this model: it must be a multiple of 8, and below 320",
+        "leave --vocabulary out for the model's own head",
+    ),
+    "large vocabulary": (
+        ["--jump", "draft", "--vocabulary", 320],
+        2,
+        "vocabulary 320 does not suit this model",
+        "leave --vocabulary out",
+    ),
     "tokens": (["--tokens", "lots"], 2, "tokens must be a number, or one with k or M", "8M"),
     "few tokens": (["--tokens", "1k"], 1, "1000 tokens are too few to train on", "--tokens 2048"),
     "hardly a token": (["--tokens", 10], 1, "10 tokens are too few to train on", "--tokens 2048"),
@@ -149,6 +184,16 @@ def test_one_block(invoke: Callable[..., Result], changed: Path) -> None:
     assert "hint: a jump needs a model of two blocks or more" in result.stderr
 
 
+def test_two_blocks_are_too_few_for_a_draft(invoke: Callable[..., Result], changed: Path) -> None:
+    config = json.loads((changed / "config.json").read_text())
+    config["num_hidden_layers"] = 2
+    (changed / "config.json").write_text(json.dumps(config))
+    result = invoke("--jump", "draft", checkpoint=changed)
+    assert result.exit_code == 1
+    assert "the model has 2 blocks; a draft sees its states at three depths" in result.stderr
+    assert "hint: train a jump of another kind: --jump mlp" in result.stderr
+
+
 def test_tokenizer_of_another_model(invoke: Callable[..., Result], changed: Path) -> None:
     tensors = load_file(changed / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -216,9 +261,15 @@ def test_what_is_said(invoke: Callable[..., Result], tmp_path: Path) -> None:
     assert "tokens of source.txt" in result.stdout
     assert "Agreement with the full model" in result.stdout
     assert [line.split()[0] for line in result.stdout.splitlines()[-3:]] == ["1", "2", "3"]
+    result = invoke("--tokens", "3k", "--passes", "1", "-q", "--overwrite", "--jump", "draft")
+    assert result.exit_code == 0, result.stderr
+    titles, *rows = (line.split() for line in result.stdout.splitlines()[-5:])
+    assert titles[:7] == ["draft", "at", "first", "trained", "chain,", "at", "first"]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4"]
+    assert [row[1].endswith("%") for row in rows] == [True] * 4
     result = invoke("--tokens", "3k", "--passes", "1", "--overwrite", "--json")
     document = json.loads(result.stdout)
-    assert [row["exit"] for row in document["exits"]] == [1, 2, 3]
+    assert [row["exit"] for row in document["outputs"]] == [1, 2, 3]
     assert document["shortcut"] == str(tmp_path / "jump.safetensors")
     assert "training: 2" in result.stderr
     assert "tokens" in result.stderr

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from ojfa_export.backends.backend import Backend
+from ojfa_export.backends.backend import Backend, Engines
+from ojfa_export.backends.draft import DraftLayer
+from ojfa_export.backends.onnxruntime.draft import OnnxRuntimeDraft
 from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.decoding.arrays import Float32
@@ -52,6 +54,10 @@ class OnnxRuntime:
     ) -> OnnxRuntimeEngines:
         """Opens built engines."""
         return OnnxRuntimeEngines(spec, weights, engines, rotary, files)
+
+    def open_draft(self, engines: Engines, layer: DraftLayer) -> OnnxRuntimeDraft:
+        """Opens a bundle's draft layer; see `backends.draft.RunsDrafts`."""
+        return OnnxRuntimeDraft(layer)
 
 
 BACKEND: Backend = OnnxRuntime()

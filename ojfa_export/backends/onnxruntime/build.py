@@ -7,7 +7,9 @@ from pathlib import Path
 import onnx
 
 from ojfa_export.backends.onnxruntime.dialect import OnnxRuntimeCpu, check_fused_attention
+from ojfa_export.bundle.names import DRAFT_GRAPHS
 from ojfa_export.graphs.block import block_graph
+from ojfa_export.graphs.draft import draft_part_graph
 from ojfa_export.graphs.embed import embed_graph
 from ojfa_export.graphs.heads import final_head_graph, jump_head_graph
 from ojfa_export.graphs.weights import references
@@ -25,14 +27,17 @@ def build_engine(spec: ModelSpec, graph: Path, engine: Path) -> None:
     Raises:
         BackendError: A shape that ONNX Runtime's fused attention doesn't take.
     """
-    check_fused_attention(spec, "this model can't be built for the onnxruntime backend")
+    name = graph.stem
+    what = "draft layer" if name in DRAFT_GRAPHS else "model"
+    check_fused_attention(spec, f"this {what} can't be built for the onnxruntime backend")
     dialect = OnnxRuntimeCpu(spec)
     weights = references(onnx.load(graph, load_external_data=False))
-    name = graph.stem
     if name == "embed":
         model = embed_graph(spec, weights, 0, rotations=False)
     elif name == "final_head":
         model = final_head_graph(spec, weights, dialect)
+    elif name in DRAFT_GRAPHS:
+        model = draft_part_graph(name, spec, weights, dialect)
     elif name == "exit_head":
         model = jump_head_graph(spec, weights, dialect)
     else:

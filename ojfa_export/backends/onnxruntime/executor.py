@@ -7,10 +7,11 @@ slot of the cache, padded to the longest chunk, in which slots without tokens co
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from onnxruntime import OrtValue
 
 from ojfa_export.backends.onnxruntime.opened import OpenedModel
@@ -26,7 +27,6 @@ from ojfa_export.backends.passes import (
     split_pass,
     store_chunks,
 )
-from ojfa_export.bundle.names import block_name
 from ojfa_export.decoding.arrays import Float32
 
 # Attention scores of a prefill are held for one piece of the prompt at a time: at most this
@@ -43,6 +43,9 @@ PADDED_SCORE_BYTES = 256 << 20
 MOST_SHAPES = 64
 
 Run = Callable[[], None]
+# What a block takes beside hidden states, by name: a row for each token.
+Beside = Mapping[str, NDArray[np.int32]]
+NOTHING: Beside = {}
 value_of = OrtValue.ortvalue_from_numpy  # no copy: it keeps the array
 
 
@@ -79,17 +82,33 @@ class OnnxRuntimeExecutor:
         return hidden.reshape(len(tokens), -1)
 
     def run(
-        self, blocks: range, hidden: Float32, chunks: Sequence[Chunk], *, long_context: bool
+        self,
+        blocks: range,
+        hidden: Float32,
+        chunks: Sequence[Chunk],
+        *,
+        long_context: bool,
+        beside: Beside = NOTHING,
     ) -> Float32:
-        """Runs consecutive blocks on new tokens; see `backends.backend.Executor`."""
+        """Runs consecutive blocks on new tokens; see `backends.backend.Executor`.
+
+        Args:
+            blocks: As there.
+            hidden: As there.
+            chunks: As there.
+            long_context: As there.
+            beside: What a draft layer takes beside hidden states.
+        """
         parts = split_pass(chunks, self._longest)
         if len(parts) == 1:
-            return self._run_part(blocks, hidden, chunks, long_context)
+            return self._run_part(blocks, hidden, chunks, long_context, beside)
         ranges, result = row_ranges(chunks), np.empty_like(hidden)
         for part in parts:
             rows = rows_of(ranges, part)
             some = [chunks[index] for index in part]
-            result[rows] = self._run_part(blocks, hidden[rows], some, long_context)
+            result[rows] = self._run_part(
+                blocks, hidden[rows], some, long_context, rows_beside(beside, rows)
+            )
         return result
 
     def new_states(self) -> Float32:
@@ -111,7 +130,7 @@ class OnnxRuntimeExecutor:
         """Closes a block's session; its keys and values stay."""
         for batch in self._batches.values():
             batch.unbind(block)
-        self.model.close(block_name(block))
+        self.model.close(self.model.graph_of(block))
 
     def release(self, slot: int) -> None:
         """Gives a slot's pages back to the operating system."""
@@ -132,23 +151,35 @@ class OnnxRuntimeExecutor:
         return keys.array, values.array
 
     def _run_part(
-        self, blocks: range, hidden: Float32, chunks: Sequence[Chunk], long_context: bool
+        self,
+        blocks: range,
+        hidden: Float32,
+        chunks: Sequence[Chunk],
+        long_context: bool,
+        beside: Beside,
     ) -> Float32:
         tokens, length = len(hidden), max(chunk.length for chunk in chunks)
         if len(chunks) == 1 and length > SHORT_CHUNK:
-            return self._prefill(blocks, hidden, chunks[0], long_context)
+            return self._prefill(blocks, hidden, chunks[0], long_context, beside)
         batch = self._batches.get((tokens, length, long_context))
         if batch is None:
-            batch = Batch(self, slice(0, self.slots), tokens, length, long_context)
+            batch = Batch(self, slice(0, self.slots), tokens, length, long_context, beside)
             if len(self._batches) >= MOST_SHAPES:
                 self._batches.popitem(last=False)
             self._batches[tokens, length, long_context] = batch
         else:
             self._batches.move_to_end((tokens, length, long_context))
         batch.place(chunks)
-        return batch.run(blocks, hidden)
+        return batch.run(blocks, hidden, beside)
 
-    def _prefill(self, blocks: range, hidden: Float32, chunk: Chunk, long_context: bool) -> Float32:
+    def _prefill(
+        self,
+        blocks: range,
+        hidden: Float32,
+        chunk: Chunk,
+        long_context: bool,
+        beside: Beside,
+    ) -> Float32:
         """Runs many tokens of one sequence, a piece at a time."""
         slot, start, count = chunk
         pieces = [
@@ -157,16 +188,18 @@ class OnnxRuntimeExecutor:
         ]
         batches = []
         for piece in pieces:
-            batch = Batch(self, slice(slot, slot + 1), piece.length, piece.length, long_context)
+            one = slice(slot, slot + 1)
+            batch = Batch(self, one, piece.length, piece.length, long_context, beside)
             batch.place([piece])
             batches.append(batch)
         if len(batches) == 1:
-            return batches[0].run(blocks, hidden)
+            return batches[0].run(blocks, hidden, beside)
         for block in blocks:
             result, at = np.empty_like(hidden), 0
             for piece, batch in zip(pieces, batches, strict=True):
                 rows = slice(at, at + piece.length)
-                result[rows] = batch.run(range(block, block + 1), hidden[rows])
+                one_block = range(block, block + 1)
+                result[rows] = batch.run(one_block, hidden[rows], rows_beside(beside, rows))
                 at += piece.length
             hidden = result
         return hidden
@@ -184,6 +217,7 @@ class Batch:
         tokens: Of all sequences together.
         length: Of the longest chunk.
         long_context: Whether LongRoPE's long factors apply.
+        beside: What blocks take beside hidden states; its names count.
     """
 
     def __init__(
@@ -193,6 +227,7 @@ class Batch:
         tokens: int,
         length: int,
         long_context: bool,
+        beside: Beside,
     ) -> None:
         count = slots.stop - slots.start
         self._executor, self._slots = executor, slots
@@ -204,6 +239,7 @@ class Batch:
             "query_lengths": np.zeros(count, np.int32),
             "unpack": np.zeros((count, length), np.int64),
             "pack": np.zeros(tokens, np.int64),
+            **{name: np.zeros(tokens, array.dtype) for name, array in beside.items()},
         }
         # The same memory as ONNX Runtime's values, made once for all blocks.
         tables = executor.model.rotary_tables(long_context=long_context)
@@ -231,9 +267,11 @@ class Batch:
             last[slot - first] = start + count - 1
         inputs["total_length"][...] = max(start + count for _, start, count in chunks)
 
-    def run(self, blocks: range, hidden: Float32) -> Float32:
+    def run(self, blocks: range, hidden: Float32, beside: Beside) -> Float32:
         """Runs consecutive blocks on hidden states [tokens, H]."""
         self._hidden[blocks.start % 2][...] = hidden
+        for name, array in beside.items():
+            self._inputs[name][...] = array
         for block in blocks:
             if block not in self._runs:
                 self._runs[block] = self._bind(block)
@@ -247,7 +285,8 @@ class Batch:
     def _bind(self, block: int) -> Run:
         """Binds a block's inputs and outputs to memory; past and present are the same memory."""
         model = self._executor.model
-        session = model.session(block_name(block))
+        name_of_graph = model.graph_of(block)
+        session = model.session(name_of_graph)
         keys, values = (value_of(part[self._slots]) for part in self._executor.cache(block))
         source, target = self._hidden_values[block % 2], self._hidden_values[1 - block % 2]
         binding = session.io_binding()
@@ -262,6 +301,11 @@ class Batch:
             try:
                 session.run_with_iobinding(binding)
             except Exception as error:  # onnxruntime's exceptions share no base class but this
-                raise failure(block_name(block), error) from error
+                raise failure(name_of_graph, error) from error
 
         return run
+
+
+def rows_beside(beside: Beside, rows: slice | list[int]) -> Beside:
+    """Some rows of what blocks take beside hidden states."""
+    return {name: array[rows] for name, array in beside.items()}

@@ -10,6 +10,7 @@ import onnxruntime as ort
 from ojfa_export.backends.onnxruntime.ports import check_ports
 from ojfa_export.backends.onnxruntime.session import open_session
 from ojfa_export.bundle.checked import UNCHECKED, Files
+from ojfa_export.bundle.names import block_name
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.models.spec import ModelSpec
 
@@ -23,7 +24,12 @@ class OpenedModel:
         engines: Engine files by graph name.
         rotary: Cosines and sines [rows, rotary_dim/2], or None.
         files: Opens the files.
+
+    Attributes:
+        depths: Of a draft layer: blocks run before each of the states that it sees.
     """
+
+    depths: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -39,12 +45,16 @@ class OpenedModel:
         self._engines = engines
         self._sessions: dict[str, ort.InferenceSession] = {}
 
+    def graph_of(self, block: int) -> str:
+        """The name of a block's graph."""
+        return block_name(block)
+
     def session(self, name: str) -> ort.InferenceSession:
         """The session of a graph, opened on first use."""
         if name not in self._sessions:
             model = self._files.read(self._engines[name])
             session = open_session(model, name, self._weights, self._files)
-            check_ports(session, self.spec, name)
+            check_ports(session, self.spec, name, len(self.depths))
             self._sessions[name] = session
         return self._sessions[name]
 

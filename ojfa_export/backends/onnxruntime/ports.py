@@ -15,19 +15,20 @@ Ports = dict[str, tuple[str, tuple[int | None, ...]]]
 FLOAT, INT32, INT64 = "tensor(float)", "tensor(int32)", "tensor(int64)"
 
 
-def check_ports(session: ort.InferenceSession, spec: ModelSpec, name: str) -> None:
+def check_ports(session: ort.InferenceSession, spec: ModelSpec, name: str, depths: int = 0) -> None:
     """Compares an engine's inputs and outputs with what will be bound to them.
 
     Args:
         session: The engine.
         spec: The model.
         name: Of the engine's graph.
+        depths: Of a draft layer: how many states it sees of each position.
 
     Raises:
         BackendError: They differ.
     """
     found = _ports(session.get_inputs()), _ports(session.get_outputs())
-    wanted = _expected(spec, name, gated="blocks_run" in found[0])
+    wanted = _expected(spec, name, depths, gated="blocks_run" in found[0])
     for what, has, needs in zip(("inputs", "outputs"), found, wanted, strict=True):
         if has != needs:
             raise BackendError(
@@ -37,13 +38,16 @@ def check_ports(session: ort.InferenceSession, spec: ModelSpec, name: str) -> No
             )
 
 
-def _expected(spec: ModelSpec, name: str, *, gated: bool) -> tuple[Ports, Ports]:
+def _expected(spec: ModelSpec, name: str, depths: int, *, gated: bool) -> tuple[Ports, Ports]:
     """Inputs and outputs of a graph's engine; see `dialect.OnnxRuntimeCpu`."""
     if name == "embed":
         embedded = (FLOAT, (None, None, spec.hidden_size))
         names = ("token_ids", "positions") if spec.learned_positions else ("token_ids",)
         return dict.fromkeys(names, (INT32, (None, None))), {"hidden": embedded}
-    if name in ("exit_head", "final_head"):
+    if name == "draft_memory":
+        memory = (FLOAT, (None, spec.hidden_size))
+        return {"states": (FLOAT, (None, depths * spec.hidden_size))}, {"memory": memory}
+    if name in ("exit_head", "final_head", "draft_head"):
         inputs: Ports = {"hidden": (FLOAT, (None, spec.hidden_size))}
         if gated and name == "exit_head":
             inputs["blocks_run"] = (INT32, (None,))
@@ -60,6 +64,8 @@ def _expected(spec: ModelSpec, name: str, *, gated: bool) -> tuple[Ports, Ports]
         "unpack": (INT64, (None, None)),
         "pack": (INT64, (None,)),
     }
+    if name == "draft":
+        inputs["token_ids"] = (INT32, (None,))
     if not spec.learned_positions:
         table = (FLOAT, (None, spec.rotary_dim // 2))
         inputs |= {"rotary_cos_table": table, "rotary_sin_table": table}

@@ -76,12 +76,9 @@ class Checkpoint:
         Raises:
             CheckpointError: Missing, of another shape, or with NaN or infinity.
         """
-        parts = [self._part(name, source.stored_shape(size)) for name, size in source.parts]
-        if source.inputs is None:
-            return parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if source.transposed:
-            parts = [part.T for part in parts]
-        return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=1)
+        return source.join(
+            [self._part(name, source.stored_shape(size)) for name, size in source.parts]
+        )
 
     def check_vocabulary(self, highest: int) -> None:
         """Refuses tokens that the model doesn't have.

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 # The LM head is outside the base model in every family: no prefix comes before its name.
 HEAD = "lm_head.weight"
@@ -30,6 +34,14 @@ class Source:
         if self.inputs is None:
             return (outputs,)
         return (outputs, self.inputs) if self.transposed else (self.inputs, outputs)
+
+    def join(self, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """The weight as it is wanted, of the parts as the checkpoint has them."""
+        if self.inputs is None:
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self.transposed:
+            parts = [part.T for part in parts]
+        return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
 def vector(name: str, size: int) -> Source:

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from typing_extensions import Self
@@ -20,7 +18,9 @@ from typing_extensions import Self
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.errors import UsageError
 from ojfa_export.models.spec import Activation, ModelSpec
-from ojfa_export.training.kinds.jump import Pointwise, parameter
+from ojfa_export.training.frozen import Frozen
+from ojfa_export.training.kinds.jump import Pointwise, array, parameter
+from ojfa_export.training.windows import TrainingText
 
 # What a GPU's matrix products want widths to be a multiple of.
 MULTIPLE = 8
@@ -41,10 +41,10 @@ class Mlp(Pointwise):
         seed: Of `up`.
     """
 
-    size_name = "width"
+    option = "width"
 
     def __init__(self, spec: ModelSpec, width: int, seed: int) -> None:
-        super().__init__()
+        super().__init__(spec.blocks - 1)
         self._spec = spec
         hidden, exits = spec.hidden_size, spec.blocks - 1
         generator = torch.Generator().manual_seed(seed)
@@ -54,7 +54,7 @@ class Mlp(Pointwise):
         self.down = torch.nn.Parameter(torch.zeros(width, hidden))
 
     @classmethod
-    def choose_size(cls, asked: int | None, spec: ModelSpec) -> int:
+    def choose(cls, asked: int | None, spec: ModelSpec) -> int:
         """The model's own width, or less."""
         most = spec.intermediate_size
         if asked is None:
@@ -68,9 +68,9 @@ class Mlp(Pointwise):
         return asked
 
     @classmethod
-    def begin(cls, spec: ModelSpec, size: int, seed: int) -> Self:
+    def begin(cls, frozen: Frozen, text: TrainingText, chosen: int, seed: int) -> Self:
         """See `Jump`."""
-        return cls(spec, size, seed)
+        return cls(frozen.spec, chosen, seed)
 
     def jump(self, h: Tensor, exit: int) -> Tensor:
         """See `Pointwise`."""
@@ -90,10 +90,6 @@ class Mlp(Pointwise):
 
     def shortcut(self) -> MlpShortcut:
         """See `Jump`."""
-
-        def array(tensor: Tensor) -> NDArray[np.float32]:
-            return tensor.detach().float().cpu().numpy().copy()
-
         return MlpShortcut(
             scale=array(self.scale),
             shift=array(self.shift),

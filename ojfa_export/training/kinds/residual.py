@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import Self
 
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.errors import UsageError
 from ojfa_export.models.spec import ModelSpec
-from ojfa_export.training.frozen import States
-from ojfa_export.training.kinds.jump import Pointwise, parameter
+from ojfa_export.training.frozen import Frozen, States
+from ojfa_export.training.kinds.jump import Pointwise, array, parameter
+from ojfa_export.training.windows import TrainingText
 
 # Of the hidden size, by default.
 SHARE = 8
@@ -35,13 +34,13 @@ class Residual(Pointwise):
         seed: Of `down`.
     """
 
-    size_name = "rank"
+    option = "rank"
     # `up` has to grow from nothing to the size of a hidden state with few features to build it
     # from, and gates from 1 to near 0 at late exits.
     faster: ClassVar[Mapping[str, float]] = {"up": 5.0, "gates": 10.0}
 
     def __init__(self, exits: int, hidden: int, rank: int, seed: int) -> None:
-        super().__init__()
+        super().__init__(exits)
         generator = torch.Generator().manual_seed(seed)
         self.scale: Tensor
         self.register_buffer("scale", torch.ones(hidden))
@@ -51,7 +50,7 @@ class Residual(Pointwise):
         self.gates = torch.nn.Parameter(torch.ones(exits))
 
     @classmethod
-    def choose_size(cls, asked: int | None, spec: ModelSpec) -> int:
+    def choose(cls, asked: int | None, spec: ModelSpec) -> int:
         """An eighth of the hidden size, or what was asked for."""
         if asked is None:
             return max(1, spec.hidden_size // SHARE)
@@ -63,9 +62,9 @@ class Residual(Pointwise):
         return asked
 
     @classmethod
-    def begin(cls, spec: ModelSpec, size: int, seed: int) -> Self:
+    def begin(cls, frozen: Frozen, text: TrainingText, chosen: int, seed: int) -> Self:
         """See `Jump`."""
-        return cls(spec.blocks - 1, spec.hidden_size, size, seed)
+        return cls(frozen.spec.blocks - 1, frozen.spec.hidden_size, chosen, seed)
 
     @classmethod
     def of(cls, shortcut: Shortcut) -> Self:
@@ -85,7 +84,7 @@ class Residual(Pointwise):
         """Sets scale and shift by mean and variance over the exits."""
         count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for each in states:
-            for hidden in each.hidden:
+            for hidden in each.hidden[:-1]:
                 h = hidden.reshape(-1, hidden.shape[-1]).double()
                 total, squares = total.to(h) + h.sum(0), squares.to(h) + h.square().sum(0)
                 count += len(h)
@@ -101,10 +100,6 @@ class Residual(Pointwise):
 
     def shortcut(self) -> Shortcut:
         """See `Jump`."""
-
-        def array(tensor: Tensor) -> NDArray[np.float32]:
-            return tensor.detach().float().cpu().numpy().copy()
-
         return Shortcut(
             scale=array(self.scale),
             shift=array(self.shift),

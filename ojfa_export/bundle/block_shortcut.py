@@ -1,0 +1,197 @@
+"""The block shortcut: a block of the model's own kind takes an exit's hidden states to the last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ojfa_export.bundle.arrays import check_array
+from ojfa_export.models.activation import activate, gated
+from ojfa_export.models.spec import ModelSpec
+
+# Of a block, by the names of `graphs.block`.
+WEIGHTS = (
+    *("attention.norm.weight", "attention.qkv.weight", "attention.out.weight"),
+    *("mlp.norm.weight", "mlp.up.weight", "mlp.down.weight"),
+)
+# Where the family has them.
+BIASES = tuple(name.replace("weight", "bias") for name in WEIGHTS)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockShortcut:
+    """The jump y = block(h * scale[k] + shift[k]) after one of the exits.
+
+    The block is of the model's own kind: norm, heads, rotation, window and activation are the
+    model's. It has keys and values of its own, and sees every token up to its own. There is one
+    block for all exits, or one for each.
+
+    Attributes:
+        exits: Blocks run, rising, each below L.
+        scale: [exits, H] fp32.
+        shift: [exits, H] fp32.
+        weights: fp32, by the names of `graphs.block`; matrices [blocks, inputs, outputs], vectors
+            [blocks, outputs], where blocks is 1, or the number of exits.
+
+    Raises:
+        ValueError: Arrays of another dtype, of shapes that do not fit together, or not finite;
+            exits that don't rise.
+    """
+
+    exits: tuple[int, ...]
+    scale: NDArray[np.float32]
+    shift: NDArray[np.float32]
+    weights: Mapping[str, NDArray[np.float32]]
+
+    kind: Literal["block"] = "block"
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in pairwise(self.exits))
+        if not self.exits or self.exits[0] < 1 or not rising:
+            raise ValueError(f"exits are {list(self.exits)}, expected rising numbers from 1 on")
+        unknown = sorted(self.weights.keys() - {*WEIGHTS, *BIASES})
+        missing = [name for name in WEIGHTS if name not in self.weights]
+        if unknown or missing:
+            raise ValueError(f"weights are {sorted(self.weights)}, expected {', '.join(WEIGHTS)}")
+        for name, array in self.weights.items():
+            axes = 3 if name.endswith("weight") and "norm" not in name else 2
+            if array.ndim != axes:
+                raise ValueError(f"{name} has shape {list(array.shape)}, expected {axes} axes")
+        if self.blocks not in (1, len(self.exits)):
+            raise ValueError(f"there are {self.blocks} blocks for {len(self.exits)} exits")
+        for name in ("scale", "shift"):
+            check_array(name, getattr(self, name), (len(self.exits), self.hidden_size))
+        for name, array in self.weights.items():
+            check_array(name, array, self._shape(name))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Of a weight, as others have it."""
+        hidden, blocks = self.hidden_size, self.blocks
+        columns = {
+            "attention.qkv": self.weights["attention.qkv.weight"].shape[-1],
+            "mlp.up": self.weights["mlp.up.weight"].shape[-1],
+        }
+        rows = {
+            "attention.out": self.weights["attention.out.weight"].shape[1],
+            "mlp.down": self.weights["mlp.down.weight"].shape[1],
+        }
+        owner = name.rpartition(".")[0]
+        outputs = columns.get(owner, hidden)
+        if name.endswith("bias") or owner.endswith("norm"):
+            return blocks, outputs
+        return blocks, rows.get(owner, hidden), outputs
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the length of a hidden state."""
+        return int(self.weights["attention.norm.weight"].shape[1])
+
+    @property
+    def blocks(self) -> int:
+        """How many there are: one for all exits, or one for each."""
+        return int(self.weights["attention.norm.weight"].shape[0])
+
+    @property
+    def parameters(self) -> int:
+        """The number of stored weights."""
+        return sum(each.size for each in (self.scale, self.shift, *self.weights.values()))
+
+    def check_fits(self, spec: ModelSpec) -> None:
+        """Refuses blocks of another kind of model.
+
+        Raises:
+            ValueError: What doesn't fit.
+        """
+        queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        width = spec.intermediate_size
+        shape = self._shape
+        for name, found, wanted in (
+            ("hidden size", self.hidden_size, spec.hidden_size),
+            ("width of attention", shape("attention.qkv.weight")[2], queries + 2 * keys),
+            ("width of its heads", shape("attention.out.weight")[1], queries),
+            ("width of the MLP", shape("mlp.down.weight")[1], width),
+            ("first matrix's width", shape("mlp.up.weight")[2], 2 * width if spec.gated else width),
+        ):
+            if found != wanted:
+                raise ValueError(f"its {name} is {found}, the model's {wanted}")
+        if self.exits[-1] >= spec.blocks:
+            raise ValueError(f"it serves exit {self.exits[-1]}, the model has {spec.blocks} blocks")
+
+    def apply(
+        self, h: NDArray[Any], blocks_run: int, spec: ModelSpec, rotary: tuple[NDArray[Any], ...]
+    ) -> NDArray[Any]:
+        """Predicts the last block's output, before the final norm, for a whole sequence.
+
+        Args:
+            h: [T, H] hidden states after some block, float32 or float64.
+            blocks_run: After which block, one of the exits.
+            spec: Of the model.
+            rotary: Cosines and sines [T, rotary_dim / 2]; none with learned positions.
+
+        Returns:
+            [T, H] in the dtype of `h`.
+
+        Raises:
+            ValueError: No exit that it serves.
+        """
+        if blocks_run not in self.exits:
+            raise ValueError(f"the jump serves exits {list(self.exits)}, not {blocks_run}")
+        index = self.exits.index(blocks_run)
+        block = index if self.blocks > 1 else 0
+        weights = {name: each[block].astype(h.dtype) for name, each in self.weights.items()}
+        h = h * self.scale[index].astype(h.dtype) + self.shift[index].astype(h.dtype)
+        qkv = _linear(_norm(h, weights, "attention.norm", spec), weights, "attention.qkv")
+        h = h + _linear(_attention(qkv, spec, rotary), weights, "attention.out")
+        inner = _linear(_norm(h, weights, "mlp.norm", spec), weights, "mlp.up")
+        inner = (gated if spec.gated else activate)(inner, spec.activation)
+        y: NDArray[Any] = h + _linear(inner, weights, "mlp.down")
+        return y
+
+
+Weights = Mapping[str, NDArray[Any]]
+
+
+def _linear(x: NDArray[Any], weights: Weights, name: str) -> NDArray[Any]:
+    y: NDArray[Any] = x @ weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0)
+    return y
+
+
+def _norm(x: NDArray[Any], weights: Weights, name: str, spec: ModelSpec) -> NDArray[Any]:
+    x = x - x.mean(axis=-1, keepdims=True) if spec.norm == "layer" else x
+    square = np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(spec.norm_epsilon)
+    y: NDArray[Any] = x / np.sqrt(square) * weights[f"{name}.weight"]
+    return y + weights.get(f"{name}.bias", 0)
+
+
+def _attention(
+    qkv: NDArray[Any], spec: ModelSpec, rotary: tuple[NDArray[Any], ...]
+) -> NDArray[Any]:
+    """Mixes values [T, heads head_dim], of queries, keys and values side by side."""
+    count = len(qkv)
+    by_head = qkv.reshape(count, -1, spec.head_dim).swapaxes(0, 1)
+    turned = _rotate(by_head[: spec.heads + spec.kv_heads], spec, rotary)
+    values = by_head[spec.heads + spec.kv_heads :]
+    group = spec.heads // spec.kv_heads
+    scores = turned[: spec.heads] @ np.repeat(turned[spec.heads :], group, 0).swapaxes(1, 2)
+    scores = scores * qkv.dtype.type(spec.attention_scales[-1])
+    behind = np.arange(count)[:, None] - np.arange(count)
+    scores[:, (behind < 0) | (behind >= (spec.window or count))] = -np.inf
+    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    shares /= shares.sum(axis=-1, keepdims=True)
+    mixed: NDArray[Any] = shares @ np.repeat(values, group, 0)
+    return mixed.swapaxes(0, 1).reshape(count, -1)
+
+
+def _rotate(x: NDArray[Any], spec: ModelSpec, rotary: tuple[NDArray[Any], ...]) -> NDArray[Any]:
+    """Rotates the leading features of [heads, T, head_dim]."""
+    if not spec.rotary_dim:
+        return x
+    cos, sin = (each.astype(x.dtype) for each in rotary)
+    first, second = np.split(x[..., : spec.rotary_dim], 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin, x[..., spec.rotary_dim :]]
+    return np.concatenate(turned, axis=-1)
