@@ -27,7 +27,7 @@ from matplotlib.ticker import PercentFormatter
 
 from bench.commit import commit
 from ojfa_export.bundle.shortcut import Shortcut
-from ojfa_export.bundle.shortcut_file import load
+from ojfa_export.bundle.shortcut_file import AnyShortcut, load, save
 from ojfa_export.cli.progress import Lines
 from ojfa_export.cli.train import read_exits
 from ojfa_export.compiler.options import BuildOptions
@@ -93,6 +93,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, action="append", default=[])
     parser.add_argument("--self-text", action="store_true")
     parser.add_argument("--text-cache", type=Path, help="keeps what the model writes")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keeps the jumps, as files")
     parser.add_argument("--tokens", default="8M")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -131,8 +132,13 @@ def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
         rows.append(calibrated(arguments, fitting, directory, judge))
     for kind in arguments.kind or KINDS:
         for asked in _shapes(arguments, kind):
-            rows.append(trained(arguments, kind, asked, frozen, text, directory, judge))
-            print(json.dumps(rows[-1]), flush=True)
+            row, shortcut = trained(arguments, kind, asked, frozen, text, directory, judge)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if arguments.keep is not None:
+                name = f"{kind}-each.safetensors" if row.get("exits") else f"{kind}.safetensors"
+                arguments.keep.mkdir(parents=True, exist_ok=True)
+                save(shortcut, arguments.keep / name, inputs.model_sha256)
     return {
         "machine": describe_machine((*PACKAGES, "torch", "transformers")),
         "device": _device(inputs.device),
@@ -239,8 +245,8 @@ def trained(
     text: TrainingText,
     directory: Path,
     judge: Judge,
-) -> dict[str, Any]:
-    """One kind: what training it took, and what it gives."""
+) -> tuple[dict[str, Any], AnyShortcut]:
+    """One kind: what training it took, and what it gives; the jump."""
     option = KINDS[kind].option
     chosen = KINDS[kind].choose(asked, frozen.spec)
     if frozen.device.type == "cuda":
@@ -248,10 +254,11 @@ def trained(
     jump = KINDS[kind].begin(frozen, text, chosen, arguments.seed)
     keeper = Keeper(directory / f"{kind}-{chosen}.pt")
     found = train_jump(frozen, jump, text, arguments.passes, arguments.seed, keeper, _lines())
-    return {
+    shortcut = jump.shortcut()
+    row = {
         "kind": kind,
         option: chosen,
-        "parameters": jump.shortcut().parameters,
+        "parameters": shortcut.parameters,
         "seconds": round(found.seconds, 1),
         "tokens_per_second": round(found.tokens / found.seconds),
         "peak_memory_bytes": _peak(frozen.device),
@@ -261,6 +268,7 @@ def trained(
         **judge.figures(jump),
         "on_its_text": _own(found),
     }
+    return row, shortcut
 
 
 def _own(found: Trained) -> dict[str, Any]:

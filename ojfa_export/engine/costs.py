@@ -18,8 +18,9 @@ ANY_SIZE = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Numbers of requests of steps that are told apart, as many to a doubling.
 TO_A_DOUBLING = 2
 # Samples that are remembered, and how many must be known of a step, of which the least is believed;
-# passes after which a size that was not used is tried again.
-SAMPLES, LEAST_SAMPLES, FORGOTTEN = 4, 2, 256
+# how often a step is asked for alone, as not every one can be measured; passes after which a size
+# that was not used is tried again.
+SAMPLES, LEAST_SAMPLES, MOST_ASKED, FORGOTTEN = 4, 2, 4, 256
 
 
 class PassCosts:
@@ -88,6 +89,7 @@ class PieceCosts:
         # By size; the first pass of a size is made ready, and is not believed.
         self._added: dict[int, deque[float]] = {}
         self._unused: dict[int, int] = {}
+        self._asked = 0  # for a step alone, in a row
 
     @property
     def most(self) -> int:
@@ -105,11 +107,13 @@ class PieceCosts:
             0 where that is to be measured first: the step should run alone.
         """
         step = self._step(others)
-        if len(step) < LEAST_SAMPLES:
+        unknown = len(step) < LEAST_SAMPLES
+        self._asked = self._asked + 1 if unknown else 0
+        if 0 < self._asked <= MOST_ASKED:
             return 0
         taken = others if self._filled else 0
         pieces = [size - taken for size in self._sizes if size - taken >= LEAST_PIECE]
-        if not any(self._added.values()):
+        if unknown or not any(self._added.values()):
             return next((each for each in pieces if each >= FIRST_PIECE), LEAST_PIECE)
         limit = share * min(step)
         fitting = (each for each in pieces if self._expect(each + taken) <= limit)

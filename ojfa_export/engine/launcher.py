@@ -97,7 +97,8 @@ class Launcher:
         hidden = drafter.run([each.sequence for each in running])
         heads = run_heads(drafter.engines, hidden, 0, steps)
         self._unmeasured = True  # the next pass waits for this too
-        return Launched(running, [*steps], 0, 0, len(running), heads=heads, ended=True)
+        count = len(running)
+        return Launched(running, [*steps], 0, 0, count, (count, 0), heads=heads, ended=True)
 
     def follow(self, before: Launched) -> Launched | None:
         """Launches the pass that follows another whatever its tokens are, before they are seen.

@@ -40,6 +40,11 @@ def test_the_largest_pass_that_adds_no_more_than_a_share(share, size):
     assert costs.choose(8, share) == size - 8
 
 
+def test_prompts_go_on_where_steps_cannot_be_measured():
+    costs = PieceCosts(SIZES)
+    assert any(costs.choose(8, 0.5) for _ in range(10))
+
+
 def test_a_slow_pass_is_tried_again_after_a_while():
     costs = PieceCosts(SIZES)
     known(costs, 8, {**ADDED, 256: 100.0})
