@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ojfa_export.backends.draft import DraftEngines
-from ojfa_export.backends.onnxruntime.portable import open_portable
+from ojfa_export.backends.onnxruntime.portable_draft import PortableDraft
 from ojfa_export.backends.passes import Chunk
 from ojfa_export.bundle.bundle import Bundle
-from ojfa_export.bundle.draft_shortcut import DraftShortcut, rotations
+from ojfa_export.bundle.draft_shortcut import DraftShortcut
 from ojfa_export.bundle.manifest import DraftEntry
 from ojfa_export.bundle.names import DRAFT
 from ojfa_export.bundle.onnx_file import read_onnx
@@ -51,7 +49,7 @@ def verify_draft(bundle: Bundle, drafts: DraftEngines | None) -> list[Check]:
     tokens = rng.integers(spec.vocab_size, size=length + DRAFTED).tolist()
     expected = _Reference(bundle, shortcut).logits(states, tokens)
     comparisons = Comparisons(bundle.manifest.precision)
-    graphs = _Graphs(bundle.graphs, shortcut).logits(states, tokens)
+    graphs = PortableDraft(bundle.graphs, shortcut).logits(states, tokens)
     comparisons.record("graph draft: logits", "draft", graphs, expected)
     if drafts is not None:
         found = engine_logits(drafts, states, tokens)
@@ -123,48 +121,6 @@ class _Reference:
 
     def _embed(self, tokens: list[int]) -> NDArray[np.float64]:
         return self._table[tokens].astype(np.float64)
-
-
-class _Graphs:
-    """The portable graphs."""
-
-    def __init__(self, directory: Path, shortcut: DraftShortcut) -> None:
-        self._shortcut = shortcut
-        self._memory, self._layer, self._head = (
-            open_portable(directory / f"{name}.onnx")
-            for name in ("draft_memory", "draft", "draft_head")
-        )
-
-    def logits(self, states: Float32, tokens: list[int]) -> Float32:
-        memory: Float32 = self._memory.run(["memory"], {"states": states})[0]
-        past = [_empty(self._layer, name) for name in ("past_key", "past_value")]
-        found, at = [], 0
-        for count in (len(states), *[1] * DRAFTED):
-            outputs, past = self._run(memory, tokens[at : at + count], at, past)
-            memory, at = outputs[:, -1], at + count
-            found.append(self._head.run(["logits"], {"hidden": memory})[0])
-        return np.concatenate(found)
-
-    def _run(self, memory: Float32, tokens: list[int], at: int, past: list[Any]) -> Any:
-        cos, sin = rotations(self._shortcut.rope_theta, self._shortcut.head_dim, at, len(tokens))
-        feeds = {
-            "hidden": memory[None],
-            "token_ids": np.array([tokens], np.int32),
-            "positions": np.arange(at, at + len(tokens), dtype=np.int32)[None],
-            "rotary_cos": cos[None].astype(np.float32),
-            "rotary_sin": sin[None].astype(np.float32),
-            "past_key": past[0],
-            "past_value": past[1],
-        }
-        outputs, *new = self._layer.run(["hidden_out", "key", "value"], feeds)
-        return outputs, [np.concatenate(both, axis=2) for both in zip(past, new, strict=True)]
-
-
-def _empty(session: ort.InferenceSession, name: str) -> NDArray[Any]:
-    port = next(each for each in session.get_inputs() if each.name == name)
-    _, heads, _, features = port.shape
-    dtype = np.float16 if port.type == "tensor(float16)" else np.float32
-    return np.zeros((1, heads, 0, features), dtype)
 
 
 def _weight(bundle: Bundle, graph: str, name: str) -> NDArray[Any]:
