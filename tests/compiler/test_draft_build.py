@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,14 +15,19 @@ from safetensors.numpy import load_file, save_file
 
 import ojfa_export
 from ojfa_export import errors
-from ojfa_export.bundle.names import DRAFT, DRAFT_GRAPHS, SHORTCUT
+from ojfa_export.bundle.manifest import manifest_digest
+from ojfa_export.bundle.names import DRAFT, DRAFT_GRAPHS, MANIFEST, SHORTCUT
 from ojfa_export.bundle.shortcut_file import load, save
 from ojfa_export.cli.app import app
+from ojfa_export.compiler.add_engines import add_engines
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build
 from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.runtime.draft_layer import draft_share
+from ojfa_export.system.digest import sha256_file
+from ojfa_export.system.progress import SILENT
+from ojfa_export.verify.verify import verify_bundle
 
 
 @pytest.fixture(scope="module")
@@ -306,9 +312,73 @@ def test_exit_0_without_a_draft_layer(tiny_bundle, model):
         ojfa_export.load(tiny_bundle).session(drafts=True)
 
 
-def test_a_backend_that_runs_none_says_so(model, monkeypatch):
-    monkeypatch.setattr(model, "drafts", None)
-    with pytest.raises(errors.BackendError, match="does not run draft layers yet") as caught:
-        model.generate([1, 2], speculate=Speculation(0))
-    assert "--backend onnxruntime" in caught.value.hint
-    assert model.generate([1, 2], speculate=True).prompts[0].token_ids
+def test_a_backend_that_runs_none_says_so(built, tmp_path, monkeypatch):
+    """TensorRT on a stand-in for its library: its engines are added, and drafts come of an exit."""
+    from stand_in import stand_in_gpu
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = shutil.copytree(built.bundle, tmp_path / "b.ojfa")
+    with stand_in_gpu():
+        add_engines(bundle, "tensorrt", SILENT)
+        model = ojfa_export.load(bundle, backend="tensorrt")
+        assert model.drafts is None
+        assert [each.backend for each in model.manifest.draft.engines] == ["onnxruntime"]
+        for ask in (
+            lambda: model.generate([1, 2], speculate=Speculation(0)),
+            lambda: model.session(drafts=True),
+        ):
+            with pytest.raises(errors.BackendError, match="does not run draft layers") as caught:
+                ask()
+            assert "--backend onnxruntime" in caught.value.hint
+        assert model.generate([1, 2], speculate=True).prompts[0].token_ids
+    again = ojfa_export.load(bundle)
+    assert again.generate([1, 2], speculate=Speculation(0)).prompts[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(depths=[1, 2, 9]), "draft.depths"),
+        (lambda d: d.update(depths=[2, 1, 4]), "draft.depths"),
+        (lambda d: d.update(depths=[1, 4]), "contradicts manifest.json"),
+        (lambda d: d["spec"].update(blocks=2, attention_scales=[1, 1]), "draft.spec"),
+        (lambda d: d["spec"].update(hidden_size=32), "draft.spec"),
+        (lambda d: d["spec"].update(heads=2), "contradicts manifest.json"),
+        (lambda d: d["spec"].update(vocab_size=10), "draft.tokens"),
+        (lambda d: d.update(tokens=None), "draft.spec.vocab_size"),
+        (lambda d: d["tokens"].update(offset=1 << 40), "beyond the file"),
+        (lambda d: d["tokens"].update(file=d["rotary"]["cos"]["file"]), "none of the model's"),
+        (lambda d: d["tokens"].update(file="elsewhere.bin"), "without its digest"),
+        (lambda d: d["rotary"]["cos"].update(shape=[2, 8]), "draft.rotary"),
+        (lambda d: d["graphs"].pop(), "names graphs other than"),
+        (lambda d: d["engines"][0]["files"].popitem(), "names onnxruntime engines other than"),
+        (lambda d: d["engines"][0]["files"].update(draft="graphs/draft.onnx"), "other inputs"),
+        (lambda d: d.update(rope_theta=7.0), "is not the draft layer that the manifest"),
+        (lambda d: d.update(more=1), "draft.more"),
+    ],
+)
+def test_a_manifest_that_lies_about_the_layer_is_refused(built, tmp_path, change, message):
+    bundle = shutil.copytree(built.bundle, tmp_path / "b.ojfa")
+    path = bundle / MANIFEST
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    change(fields["draft"])
+    fields["digest"] = manifest_digest(fields)
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    with pytest.raises(errors.OjfaError, match=message):
+        verify_bundle(bundle, None, "onnxruntime", SILENT)
+
+
+def test_engines_of_other_weights_are_found(built, tmp_path):
+    bundle = shutil.copytree(built.bundle, tmp_path / "b.ojfa")
+    weights = bundle / "graphs" / "draft.bin"
+    whole = bytearray(weights.read_bytes())
+    middle = len(whole) // 2 & ~3
+    whole[middle : middle + 4] = np.float32(3.0).tobytes()
+    weights.write_bytes(whole)
+    path = bundle / MANIFEST
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields["files"]["graphs/draft.bin"]["sha256"] = sha256_file(weights)
+    fields["digest"] = manifest_digest(fields)
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    failed = {c.name for c in verify_bundle(bundle, None, "onnxruntime", SILENT) if not c.passed}
+    assert failed == {"graph draft: logits", "float64 draft: logits"}
