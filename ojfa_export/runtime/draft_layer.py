@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from ojfa_export.backends.backend import Backend, Engines
-from ojfa_export.backends.draft import DraftEngines, DraftLayer, RunsDrafts
+from ojfa_export.backends.draft import DraftEngines, DraftLayer, RunsDrafts, no_drafts
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.bundle.names import MANIFEST
-from ojfa_export.errors import BundleError
+from ojfa_export.decoding.speculation import Speculation
+from ojfa_export.errors import BundleError, UsageError
 from ojfa_export.models.spec import ModelSpec
 
 
@@ -52,6 +55,36 @@ def open_draft(bundle: Bundle, backend: Backend, engines: Engines) -> DraftEngin
         files=bundle.files,
     )
     return backend.open_draft(engines, layer)
+
+
+def needs_draft(bundle: Bundle, backend: Backend, drafts: DraftEngines | None) -> DraftEngines:
+    """The draft layer that was asked for.
+
+    Raises:
+        BackendError: The backend doesn't run it.
+        UsageError: There is none.
+    """
+    if drafts is not None:
+        return drafts
+    if bundle.manifest.draft is not None:
+        raise no_drafts(backend)
+    raise UsageError(
+        f"{bundle.directory} has no draft layer",
+        hint="build it with --shortcut and the file of a draft layer",
+    )
+
+
+def with_exit(speculation: Speculation, manifest: Manifest, *, has_layer: bool) -> Speculation:
+    """The same with an exit, and with what a draft costs where a draft layer drafts.
+
+    Raises:
+        UsageError: An exit that can't draft.
+    """
+    exit = speculation.resolve_exit(manifest.model.spec.blocks, has_layer=has_layer)
+    cost = speculation.draft_cost
+    if exit == 0 and cost is None:
+        cost = draft_share(manifest)
+    return replace(speculation, exit=exit, draft_cost=cost)
 
 
 def draft_share(manifest: Manifest) -> float:

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 from typing_extensions import Unpack
 
 from ojfa_export import backends
-from ojfa_export.backends.draft import DraftEngines, no_drafts
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.bundle.names import TOKENIZER
@@ -29,7 +28,7 @@ from ojfa_export.models import tokenizer
 from ojfa_export.models.chat_template import Message
 from ojfa_export.runtime.chat import Chat, open_chat
 from ojfa_export.runtime.disagreement import DEFAULT_FALSE_ALARMS, DisagreementMonitor
-from ojfa_export.runtime.draft_layer import draft_share, open_draft
+from ojfa_export.runtime.draft_layer import needs_draft, open_draft, with_exit
 from ojfa_export.runtime.generation import (
     Completion,
     Generation,
@@ -126,7 +125,9 @@ class Model:
         length = cache.max_length if max_length is None else max_length
         batch_size = _within("batch size", batch_size, cache.max_batch_size)
         length = _within("cache length", length, cache.max_length)
-        layer = self._draft_layer() if flag("drafts", drafts) else None
+        layer = None
+        if flag("drafts", drafts):
+            layer = needs_draft(self.bundle, self._backend, self.drafts)
         if monitor is None:
             return Session(self.spec, self.engines, batch_size, length, drafts=layer)
         shadow = instance("the monitor", monitor, Monitor).shadow()
@@ -333,22 +334,12 @@ class Model:
         speculation = options.speculation
         if speculation is None:
             return options
-        if speculation.exit == 0 and self.manifest.draft is not None:
-            self._draft_layer()
-        exit = speculation.resolve_exit(self.blocks, has_layer=self.drafts is not None)
-        cost = speculation.draft_cost
-        if exit == 0 and cost is None:
-            cost = draft_share(self.manifest)
-        return replace(options, speculate=replace(speculation, exit=exit, draft_cost=cost))
-
-    def _draft_layer(self) -> DraftEngines:
-        if self.drafts is not None:
-            return self.drafts
-        if self.manifest.draft is not None:
-            raise no_drafts(self._backend)
-        raise UsageError(
-            f"{self.bundle.directory} has no draft layer",
-            hint="build it with --shortcut and the file of a draft layer",
+        if speculation.exit == 0:
+            needs_draft(self.bundle, self._backend, self.drafts)
+        has_layer = self.drafts is not None
+        return replace(
+            options,
+            speculate=with_exit(speculation, self.manifest, has_layer=has_layer),
         )
 
     def _begin(

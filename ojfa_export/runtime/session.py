@@ -20,6 +20,7 @@ from ojfa_export.errors import UsageError
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.batch import TokenIds, check_counts, check_tokens
 from ojfa_export.runtime.exclusive import Exclusive, exclusive
+from ojfa_export.runtime.proposals import Proposals
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
 from ojfa_export.runtime.shadow import Shadow
@@ -74,20 +75,20 @@ class Session(Exclusive):
         self._runner = ModelRunner(
             spec, engines, batch_size, max_length, keep_final=shadow is not None, drafts=drafts
         )
-        self._drafts = drafts
         depth = None if drafts is None else drafts.depths[-1]
         self._sequences = [
             TokenSequence(slot, spec.blocks, spec.rotary_switch, depth)
             for slot in range(batch_size)
         ]
         self._steps = StepRunner(self._runner)
+        self._proposals = Proposals(self._runner, self._sequences)
         self._checks = ShadowChecks(self._runner, self._sequences, self)
         self.on_event: Listener | None = None
 
     @property
     def has_drafts(self) -> bool:
         """Whether a draft layer drafts for its sequences."""
-        return self._drafts is not None
+        return self._runner.drafter is not None
 
     @property
     def lengths(self) -> list[int]:
@@ -313,10 +314,7 @@ class Session(Exclusive):
         Raises:
             UsageError: A row that isn't there.
         """
-        sequence = self._sequences[self._row(row)]
-        if sequence.drafting is None or not sequence.room_before_switch:
-            return False
-        return 0 < sequence.marks[sequence.drafting.depth - 1] == len(sequence)
+        return self._proposals.can_begin(self._sequences[self._row(row)])
 
     @exclusive
     def propose(self, token_ids: Sequence[Sequence[int]]) -> list[int]:
@@ -335,14 +333,7 @@ class Session(Exclusive):
             UsageError: A token outside the model, no room in the cache, or a sequence of which the
                 draft layer doesn't know the tokens before; the session is unchanged.
         """
-        rows, hidden = self._propose(token_ids)
-        tokens = [-1] * self.batch_size
-        if rows:
-            assert self._drafts is not None
-            likeliest = self._drafts.choose(hidden, 0, HeadRequest()).likeliest()
-            for row, token in zip(rows, likeliest, strict=True):
-                tokens[row] = token
-        return tokens
+        return self._proposals.tokens(self._append_to_propose(token_ids))
 
     @exclusive
     def propose_logits(self, token_ids: Sequence[Sequence[int]]) -> Float32:
@@ -352,32 +343,14 @@ class Session(Exclusive):
             [sequences, V] float32, -inf for tokens that it never drafts; rows of sequences without
             new tokens are zero.
         """
-        rows, hidden = self._propose(token_ids)
-        logits = np.zeros((self.batch_size, self.spec.vocab_size), np.float32)
-        if rows:
-            assert self._drafts is not None
-            logits[rows] = self._drafts.logits(hidden, 0)
-        return logits
+        return self._proposals.logits(self._append_to_propose(token_ids))
 
-    def _propose(self, token_ids: Sequence[Sequence[int]]) -> tuple[list[int], Hidden]:
-        """Appends tokens and runs the draft layer: rows with new ones, and hidden states there."""
+    def _append_to_propose(self, token_ids: Sequence[Sequence[int]]) -> list[int]:
+        """Takes new tokens where the draft layer can go on from there; whose they are."""
         new = check_tokens(token_ids, self._sequences, self.max_length, self.spec.vocab_size)
-        rows = [row for row, ids in enumerate(new) if ids]
-        for row in rows:
-            sequence = self._sequences[row]
-            drafting = sequence.drafting
-            goes_on = drafting is not None and drafting.can_go_on(len(sequence))
-            goes_on = goes_on and sequence.room_before_switch > 0
-            if len(new[row]) != 1 or not (goes_on or self.can_propose(row)):
-                raise UsageError(
-                    f"the draft layer can't draft after {len(new[row])} tokens of sequence {row}",
-                    hint="give it one token, after all before it have run at full depth",
-                )
+        rows = self._proposals.check(new)
         self._append(new)
-        drafter = self._runner.drafter
-        if not rows or drafter is None:
-            return [], None
-        return rows, drafter.run([self._sequences[row] for row in rows])
+        return rows
 
     @overload
     def deepen(self, exit: Exit = ..., *, every_position: Literal[False] = ...) -> Float32: ...

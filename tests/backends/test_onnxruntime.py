@@ -96,9 +96,9 @@ def test_prefill_in_pieces_is_prefill_at_once(chain, monkeypatch, rng, piece, be
     session, lengths = chain.session(), []
     run = Batch.run
 
-    def record(self, blocks, hidden):
+    def record(self, blocks, hidden, beside):
         lengths.extend([len(hidden)] * len(blocks))
-        return run(self, blocks, hidden)
+        return run(self, blocks, hidden, beside)
 
     session.advance(ids[:before])
     monkeypatch.setattr(Batch, "run", record)
