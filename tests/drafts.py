@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -76,20 +77,27 @@ def draft_for(spec: ModelSpec, seed: int = 0, *, own_head: bool = True) -> Draft
 
 def open_draft(chain: Chain, draft: DraftShortcut, directory: Path) -> OnnxRuntimeDraft:
     """Exports a draft layer beside a chain's graphs, and opens its engines."""
+    return open_beside(chain.graphs, chain.spec, chain.max_length, draft, directory)
+
+
+def open_beside(
+    graphs: Path, model: ModelSpec, max_length: int, draft: DraftShortcut, directory: Path
+) -> OnnxRuntimeDraft:
+    """Exports a draft layer beside a model's fp32 graphs, and opens its engines."""
     directory.mkdir(parents=True, exist_ok=True)
-    exporter = Exporter(chain.checkpoint, chain.graphs, chain.precision, chain.max_length)
-    exporter.draft(draft)
-    spec = draft.spec_within(chain.spec)
+    checkpoint: Any = SimpleNamespace(spec=model)
+    Exporter(checkpoint, graphs, "fp32", max_length).draft(draft)
+    spec = draft.spec_within(model)
     files = {name: directory / f"{name}.onnx" for name in DRAFT_GRAPHS}
     for name, file in files.items():
-        build_engine(spec, chain.graphs / f"{name}.onnx", file)
-    cos, sin = rotations(draft.rope_theta, draft.head_dim, 0, chain.max_length)
+        build_engine(spec, graphs / f"{name}.onnx", file)
+    cos, sin = rotations(draft.rope_theta, draft.head_dim, 0, max_length)
     layer = DraftLayer(
         depths=draft.depths,
         spec=spec,
-        vocab_size=chain.spec.vocab_size,
+        vocab_size=model.vocab_size,
         tokens=draft.tokens,
-        weights=chain.graphs,
+        weights=graphs,
         engines=files,
         rotary=(cos.astype(np.float32), sin.astype(np.float32)),
     )

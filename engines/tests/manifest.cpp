@@ -69,6 +69,13 @@ TEST(Manifest, EveryMemberIsNeededAndKnown) {
     EXPECT_EQ(refusal(signed_text(more)), "B/manifest.json is damaged: colour: it is not known");
 }
 
+TEST(Manifest, ALayerThatDraftsIsLeftToPython) {
+    Json with = stored();
+    with["draft"] = {{"depths", {1, 2, 4}}, {"graphs", Json::array()}};
+    const Manifest manifest = parse_manifest(signed_text(with), "manifest.json");
+    EXPECT_EQ(manifest.graphs.size(), stored()["graphs"].size());
+}
+
 TEST(Manifest, EveryLeafIsChecked) {
     // Each number, text and truth value of it in turn becomes a list: refused, but for the free parts.
     const Json flat = stored().flatten();

@@ -121,7 +121,9 @@ kind_option: Decorator[Any] = click.option(
 
 shortcut_option: Decorator[Any] = click.option(
     "--shortcut",
-    metavar="ojfa|residual|FILE",
-    help="Kind of shortcut, or one that 'train' or 'calibrate' wrote.  "
+    multiple=True,
+    metavar="ojfa|residual|FILE|DIR",
+    help="Kind of shortcut, or one that 'train' or 'calibrate' wrote; repeatable for a draft layer "
+    "beside it, of a file or an EAGLE-3 directory.  "
     "[default: the better one of this rank, as measured]",
 )

@@ -24,15 +24,18 @@ from ojfa_export.cli.console import Console
 )
 @click.option(
     "--shortcut",
+    "shortcuts",
     type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Shortcut to make the exit head of; without it there is none.",
+    multiple=True,
+    metavar="FILE|DIR",
+    help="Shortcut to make the exit head of, without which there is none; or a draft layer, of a "
+    "file or an EAGLE-3 directory. Once for each.",
 )
 @graph_options
 @checkpoint_options
 @overwrite_option
 def command(
-    console: Console, checkpoint: str, output: Path, shortcut: Path | None, **settings: Any
+    console: Console, checkpoint: str, output: Path, shortcuts: tuple[Path, ...], **settings: Any
 ) -> None:
     """Write the portable ONNX graphs of CHECKPOINT.
 
@@ -42,7 +45,7 @@ def command(
     from ojfa_export.compiler.parts import export_only
 
     options = BuildOptions(checkpoint=checkpoint, output=output, **settings)
-    result = export_only(options, shortcut, console.progress())
+    result = export_only(options, shortcuts, console.progress())
     if console.json:
         console.emit(result)
     else:

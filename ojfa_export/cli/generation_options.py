@@ -39,7 +39,11 @@ _OPTIONS = (
         help="Draft at an exit and check with the other blocks: the tokens of full depth.",
     ),
     click.option(
-        "--draft-exit", type=click.IntRange(min=1), metavar="N", help="Blocks that draft [half]."
+        "--draft-exit",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Blocks that draft, 0 for the bundle's draft layer [that layer if it has one, else "
+        "half].",
     ),
     click.option(
         "--draft-length",

@@ -16,7 +16,7 @@ from ojfa_export.cli.readable import readable_bytes
 
 if TYPE_CHECKING:
     from ojfa_export.bundle.bundle import Bundle
-    from ojfa_export.bundle.manifest import GraphEntry, Manifest, Port
+    from ojfa_export.bundle.manifest import DraftEntry, GraphEntry, Manifest, Port
     from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 
 
@@ -51,10 +51,14 @@ def measure_sizes(bundle: Bundle) -> dict[str, int]:
     from ojfa_export.bundle.names import ENGINES, MANIFEST, REPORT
 
     manifest = bundle.manifest
-    weights = {name for graph in manifest.graphs for name in graph.weights}
+    draft = manifest.draft
+    entries = manifest.graphs + (draft.graphs if draft else ())
+    weights = {name for graph in entries for name in graph.weights}
+    if draft is not None and draft.tokens is not None:
+        weights.add(draft.tokens.file)
     if manifest.rotary is not None:
         weights |= {manifest.rotary.cos.file, manifest.rotary.sin.file}
-    graphs = {graph.file for graph in manifest.graphs}
+    graphs = {graph.file for graph in entries}
     sizes = {"weights": 0, "graphs": 0, "engines": 0, "report": 0, "other": 0}
     for name, entry in manifest.files.items():
         if name in weights:
@@ -104,6 +108,7 @@ def _show_model(console: Console, manifest: Manifest) -> None:
             "cache": f"{cache.max_length} tokens, {cache.max_batch_size} sequences, "
             f"axes {', '.join(cache.axes)}",
             "shortcut": _describe(shortcut),
+            "draft layer": "" if manifest.draft is None else _describe_draft(manifest.draft),
             "gates": ", ".join(f"{gate:.2f}" for gate in shortcut.gates or ()),
         }
     )
@@ -118,12 +123,21 @@ def _describe(shortcut: ShortcutEntry) -> str:
     return f"{shortcut.kind}, rank {shortcut.rank}, {fitted}{size}{added}"
 
 
+def _describe_draft(draft: DraftEntry) -> str:
+    spec, seen = draft.spec, ", ".join(map(str, draft.depths))
+    tokens = "all tokens" if draft.tokens is None else f"{spec.vocab_size} tokens"
+    backends = ", ".join(each.backend for each in draft.engines) or "no backend"
+    return (
+        f"drafts {tokens} as exit 0, {spec.heads} heads, {spec.intermediate_size} features, "
+        f"sees states after {seen} blocks, {draft.parameters:,} parameters, runs on {backends}"
+    )
+
+
 def _show_graphs(console: Console, manifest: Manifest) -> None:
     console.print()
     console.heading(f"Graphs, opset {manifest.opset}")
-    for graphs in (
-        _alike(manifest.graphs) if console.verbosity < 1 else [[g] for g in manifest.graphs]
-    ):
+    entries = manifest.graphs + (manifest.draft.graphs if manifest.draft else ())
+    for graphs in _alike(entries) if console.verbosity < 1 else [[g] for g in entries]:
         first, last = graphs[0], graphs[-1]
         several = f" to {last.name} ({len(graphs)} alike)" if len(graphs) > 1 else ""
         about = f": {first.description}" if first.description and not several else ""

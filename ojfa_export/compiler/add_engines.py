@@ -15,6 +15,7 @@ from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest, read_manifest
 from ojfa_export.bundle.names import ENGINES, MANIFEST, graph_names
 from ojfa_export.compiler.describe import describe_files
+from ojfa_export.compiler.draft_stage import build_draft_engines, described
 from ojfa_export.compiler.stages import build_engines, engine_set
 from ojfa_export.compiler.versions import tool_versions
 from ojfa_export.compiler.work import Work
@@ -55,11 +56,14 @@ def add_engines(
         with work.stage("engines") as needed:
             if needed:
                 build_engines(work.bundle, names, manifest.model.spec, backend, progress)
+                if manifest.draft is not None:
+                    build_draft_engines(manifest.draft, work.bundle, backend, progress)
         others = [each for each in manifest.engines if each.backend != backend.name]
         engines = (*others, engine_set(work.bundle, backend, names))
         (work.bundle / MANIFEST).unlink(missing_ok=True)
         files = describe_files(work.bundle)
-        changed = manifest.model_copy(update={"engines": engines, "files": files})
+        draft = manifest.draft and described(manifest.draft, work.bundle, backend)
+        changed = manifest.model_copy(update={"engines": engines, "files": files, "draft": draft})
         (work.bundle / MANIFEST).write_text(changed.to_json(), encoding="utf-8")
         if not skip_verification:
             fresh = Bundle(work.bundle)

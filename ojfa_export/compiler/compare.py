@@ -13,7 +13,8 @@ from ojfa_export.bundle.names import GRAPHS, block_name
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.compiler import stages
-from ojfa_export.compiler.inputs import Inputs, read_shortcut
+from ojfa_export.compiler.given import read_exit_shortcut
+from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.shortcut_stage import hidden_states
 from ojfa_export.compiler.work import Work, check_output
@@ -58,7 +59,7 @@ def compare_shortcuts(
         )
     inputs = Inputs(options)
     others = {
-        f"given: {path.name}": read_shortcut(path, inputs.checkpoint, inputs.model_sha256)
+        f"given: {path.name}": read_exit_shortcut(path, inputs.checkpoint, inputs.model_sha256)
         for path in given
     }
     if len(others) < len(given):

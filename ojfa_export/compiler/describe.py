@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
@@ -19,8 +20,13 @@ from ojfa_export.system.digest import sha256_file
 
 
 def describe_graphs(bundle: Path, blocks: int) -> tuple[GraphEntry, ...]:
-    """Describes the portable graphs, in the order of the computation."""
-    return tuple(_describe_graph(bundle, name) for name in graph_names(blocks))
+    """Describes the model's portable graphs, in the order of the computation."""
+    return describe_some(bundle, graph_names(blocks))
+
+
+def describe_some(bundle: Path, names: Iterable[str]) -> tuple[GraphEntry, ...]:
+    """Describes portable graphs."""
+    return tuple(_describe_graph(bundle, name) for name in names)
 
 
 def _describe_graph(bundle: Path, name: str) -> GraphEntry:
@@ -49,10 +55,12 @@ def describe_rotary(bundle: Path) -> RotaryTables | None:
     refs = references(onnx.load(bundle / GRAPHS / "embed.onnx", load_external_data=False))
     if "rotary_cos_table" not in refs:
         return None
-    return RotaryTables(cos=_slice(refs["rotary_cos_table"]), sin=_slice(refs["rotary_sin_table"]))
+    cos, sin = (describe_slice(refs[f"rotary_{name}_table"]) for name in ("cos", "sin"))
+    return RotaryTables(cos=cos, sin=sin)
 
 
-def _slice(ref: TensorRef) -> TensorSlice:
+def describe_slice(ref: TensorRef) -> TensorSlice:
+    """Where a tensor is."""
     return TensorSlice(file=f"{GRAPHS}/{ref.location}", offset=ref.offset, shape=ref.dims)
 
 

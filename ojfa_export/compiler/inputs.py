@@ -10,11 +10,11 @@ from tokenizers import Tokenizer
 
 from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
-from ojfa_export.bundle.shortcut_file import ExitShortcut, load_exit
+from ojfa_export.compiler.given import Given, read_given
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.settings import BuildSettings, decide
 from ojfa_export.compiler.versions import tool_versions
-from ojfa_export.errors import CheckpointError
+from ojfa_export.errors import UsageError
 from ojfa_export.models.calibration_text import (
     CalibrationText,
     Windows,
@@ -29,7 +29,6 @@ from ojfa_export.models.checkpoint.hub import resolve
 from ojfa_export.models.checkpoint.tokenizer import read_tokenizer
 from ojfa_export.promises.windows import PromiseWindows, planning_windows, promise_windows
 from ojfa_export.shortcuts.fit import rows_needed
-from ojfa_export.system.digest import sha256_file
 
 
 class Inputs:
@@ -69,11 +68,13 @@ class Inputs:
         self.checkpoint.check_vocabulary(max(int(ids.max(initial=0)) for ids in windows))
         self.checkpoint.check_tensors()
         self.model_sha256 = self.checkpoint.sha256()
-        self.shortcut: ExitShortcut | None = None
-        self.shortcut_sha256: str | None = None
-        if isinstance(options.shortcut, Path):
-            self.shortcut = read_shortcut(options.shortcut, self.checkpoint, self.model_sha256)
-            self.shortcut_sha256 = sha256_file(options.shortcut)
+        self.given: Given = read_given(options.shortcuts, self.checkpoint, self.model_sha256)
+        if self.given.exits is not None and options.rank is not None:
+            raise UsageError(
+                f"rank {options.rank} is given, and a shortcut that exists: "
+                f"{self.given.exits_path}",
+                hint="leave --rank out",
+            )
 
     def fingerprint(self) -> str:
         """Digest of everything that decides the result."""
@@ -89,29 +90,7 @@ class Inputs:
             [settings.precision, settings.rank, settings.max_cache_length],
             [settings.max_batch_size, settings.calibration_tokens, settings.window],
             limits and limits.model_dump(),
-            self.shortcut_sha256 or self.options.shortcut,
+            [self.given.kind, *self.given.digests],
             tool_versions(),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def read_shortcut(path: Path, checkpoint: Checkpoint, model_sha256: str) -> ExitShortcut:
-    """Reads the shortcut of a checkpoint.
-
-    Raises:
-        OjfaError: No shortcut, or another model's.
-    """
-    shortcut, of_model = load_exit(path)
-    if of_model != model_sha256:
-        raise CheckpointError(
-            f"{path} is a shortcut of another model than {checkpoint.directory}",
-            hint="make one with 'ojfa-export train' or 'ojfa-export calibrate'",
-        )
-    try:
-        shortcut.check_fits(checkpoint.spec)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} doesn't fit {checkpoint.directory}: {error}",
-            hint="make one with 'ojfa-export train' or 'ojfa-export calibrate'",
-        ) from error
-    return shortcut

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -32,7 +32,8 @@ class BuildOptions:
         precision: "fp32" or "fp16".
         rank: Of the shortcut; default the paper's, floor(H/100).
         shortcut: "ojfa", "residual", or the file of a shortcut that exists; default the better one
-            of this rank, as measured.
+            of this rank, as measured. Also, or beside it in a list, the file of a draft layer or
+            the directory of an EAGLE-3 drafter.
         max_cache_length: Tokens of a sequence at most.
         max_batch_size: Sequences of a session at most.
         calibration_data: Text or JSONL files, FILE or DOMAIN=FILE; default the text that ships.
@@ -57,7 +58,7 @@ class BuildOptions:
     backend: str = "onnxruntime"
     precision: Precision | None = None
     rank: int | None = None
-    shortcut: Shipped | Path | None = None
+    shortcut: Shipped | Path | Sequence[Shipped | Path] | None = None
     max_cache_length: int | None = None
     max_batch_size: int | None = None
     calibration_data: tuple[Path, ...] = ()
@@ -77,11 +78,12 @@ class BuildOptions:
             if value is not None or name in _REQUIRED:
                 object.__setattr__(self, name, reader(name.replace("_", "-"), value))
         _ = self.limits  # what can never be promised is refused here
-        if isinstance(self.shortcut, Path) and self.rank is not None:
-            raise UsageError(
-                f"rank {self.rank} is given, and a shortcut that exists: {self.shortcut}",
-                hint="leave --rank out",
-            )
+
+    @property
+    def shortcuts(self) -> tuple[Shipped | Path, ...]:
+        """What is given as a shortcut, one each."""
+        assert self.shortcut is None or isinstance(self.shortcut, tuple)
+        return self.shortcut or ()
 
     @property
     def limits(self) -> Limits | None:
@@ -130,15 +132,24 @@ def _precision(name: str, value: Any) -> Precision:
     raise UsageError(f"{name} '{value}' is not known", hint="known: fp32, fp16")
 
 
+def _shortcuts(name: str, value: Any) -> tuple[Shipped | Path, ...]:
+    if isinstance(value, str | os.PathLike):
+        value = [value]
+    wanted = "a kind, a path, or a list of these"
+    return tuple(listed(name, value, lambda each: _shortcut(name, each), wanted))
+
+
 def _shortcut(name: str, value: Any) -> Shipped | Path:
     for kind in SHIPPED:
         if value == kind:
             return kind
-    if isinstance(value, os.PathLike) or str(value).endswith(SHORTCUT_SUFFIX):
+    is_path = isinstance(value, os.PathLike) or str(value).endswith(SHORTCUT_SUFFIX)
+    if is_path or (isinstance(value, str) and Path(value).is_dir()):
         return _path(name, value)
     raise UsageError(
         f"{name} '{value}' can't be built into a bundle",
-        hint=f"known: {', '.join(SHIPPED)}, or a file whose name ends in {SHORTCUT_SUFFIX}",
+        hint=f"known: {', '.join(SHIPPED)}, a file whose name ends in {SHORTCUT_SUFFIX}, or the "
+        "directory of an EAGLE-3 drafter",
     )
 
 
@@ -164,7 +175,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "backend": text,
     "precision": _precision,
     "rank": whole_number,
-    "shortcut": _shortcut,
+    "shortcut": _shortcuts,
     "max_cache_length": _positive,
     "max_batch_size": _positive,
     "calibration_data": _paths,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ojfa_export.bundle.names import GRAPHS, SHORTCUT, block_name, graph_names
+from ojfa_export.bundle.names import DRAFT_GRAPHS, GRAPHS, SHORTCUT, block_name, graph_names
 from ojfa_export.compiler import stages
-from ojfa_export.compiler.inputs import Inputs, read_shortcut
+from ojfa_export.compiler.given import read_given
+from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.report.write import write_report
 from ojfa_export.compiler.shortcut_stage import report_calibrated, run_calibration
@@ -34,10 +36,11 @@ def calibrate_only(
         OjfaError: Bad input.
     """
     check_output(options.output, options.overwrite, holds=None)
-    if isinstance(options.shortcut, Path):
-        raise UsageError(
-            f"{options.shortcut} is a shortcut already", hint="build with it: 'build --shortcut'"
-        )
+    for each in options.shortcuts:
+        if isinstance(each, Path):
+            raise UsageError(
+                f"{each} is a shortcut already", hint="build with it: 'build --shortcut'"
+            )
     inputs = Inputs(options)
     with Work(options.output, f"calibrate {inputs.fingerprint()}").open() as work:
         exporter = _exporter(inputs, work.bundle / GRAPHS)
@@ -59,12 +62,14 @@ def calibrate_only(
     return {"shortcut": str(options.output), **result.model_dump(mode="json")}
 
 
-def export_only(options: BuildOptions, shortcut: Path | None, progress: Progress) -> dict[str, Any]:
+def export_only(
+    options: BuildOptions, shortcuts: Sequence[Path], progress: Progress
+) -> dict[str, Any]:
     """Writes a checkpoint's graphs.
 
     Args:
         options: `output` is the directory to write.
-        shortcut: A shortcut file, for the exit head; None leaves the exit head out.
+        shortcuts: Of exits, without which the exit head is left out; and a draft layer.
         progress: Shows graphs.
 
     Raises:
@@ -72,9 +77,7 @@ def export_only(options: BuildOptions, shortcut: Path | None, progress: Progress
     """
     check_output(options.output, options.overwrite, holds="embed.onnx")
     inputs = Inputs(options)
-    jump = None
-    if shortcut is not None:
-        jump = read_shortcut(shortcut, inputs.checkpoint, inputs.model_sha256)
+    given = read_given(shortcuts, inputs.checkpoint, inputs.model_sha256)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=options.output.absolute().parent, prefix=f"{options.output.name}."
@@ -84,10 +87,13 @@ def export_only(options: BuildOptions, shortcut: Path | None, progress: Progress
         exporter = _exporter(inputs, directory)
         stages.export(exporter, progress)
         names = [name for name in graph_names(inputs.checkpoint.spec.blocks) if name != "exit_head"]
-        if jump is not None:
+        if given.exits is not None:
             head = stages.language_head(inputs.checkpoint, exporter.directory)
-            exporter.exit_head(fold_if_narrow(jump, head))
+            exporter.exit_head(fold_if_narrow(given.exits, head))
             names.append("exit_head")
+        if given.draft is not None:
+            exporter.draft(given.draft)
+            names += DRAFT_GRAPHS
         check_output(options.output, options.overwrite, holds="embed.onnx")
         publish(directory, options.output)
     return {"directory": str(options.output), "graphs": names}

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from ojfa_export.bundle.bundle import Bundle
-from ojfa_export.bundle.names import GRAPHS, MANIFEST, REPORT, graph_names
+from ojfa_export.bundle.names import DRAFT_GRAPHS, GRAPHS, MANIFEST, REPORT, graph_names
 from ojfa_export.bundle.promise import Promise
 from ojfa_export.compiler import exits, stages
 from ojfa_export.compiler.decided import Decided, load_decided
+from ojfa_export.compiler.draft_stage import kept_draft, make_draft
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.report.model import CalibrationReport
@@ -122,6 +123,10 @@ def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
             stages.save_report(report, work.scratch / "report.json")
             for path in work.scratch.glob("*.f32"):
                 path.unlink()
+    if inputs.given.draft is not None:
+        with work.stage("draft") as needed:
+            if needed:
+                make_draft(inputs, work, exporter, progress)
     if inputs.statistics_windows is not None:
         with work.stage("statistics") as needed:
             if needed:
@@ -138,13 +143,14 @@ def _verify(inputs: Inputs, work: Work, progress: Progress) -> tuple[Calibration
     with work.stage("verify"):
         golden = stages.find_golden(inputs, work)
         report, decided = stages.load_report(kept, []), load_decided(work)
+        draft = kept_draft(work)
         if not inputs.options.skip_verification:
-            stages.write_manifest(work.bundle, inputs, report, golden, decided)
+            stages.write_manifest(work.bundle, inputs, report, golden, decided, draft)
             checks = _compare(inputs, work.bundle, progress)
             report = stages.load_report(kept, checks)
         write_report(report, work.bundle / REPORT)
         (work.bundle / MANIFEST).unlink(missing_ok=True)
-        stages.write_manifest(work.bundle, inputs, report, golden, decided)
+        stages.write_manifest(work.bundle, inputs, report, golden, decided, draft)
     return report, decided
 
 
@@ -179,6 +185,7 @@ def plan(options: BuildOptions) -> dict[str, Any]:
     spec, settings = inputs.checkpoint.spec, inputs.settings
     tokens = inputs.windows.fit.size + inputs.windows.held_out.size
     deciding = [] if inputs.statistics_windows is None else ["statistics", "exits"]
+    drafting = [] if inputs.given.draft is None else ["draft"]
     stored = sum(path.stat().st_size for path in inputs.checkpoint.weight_files)
     return {
         "checkpoint": inputs.name,
@@ -186,12 +193,12 @@ def plan(options: BuildOptions) -> dict[str, Any]:
         "spec": spec.model_dump(mode="json"),
         "settings": {
             **settings.model_dump(),
-            "shortcut": options.shortcut and str(options.shortcut),
+            "shortcut": ", ".join(map(str, options.shortcuts)) or None,
             "limits": options.limits and options.limits.model_dump(),
             "calibration_data": [str(path) for path in inputs.calibration_data],
         },
-        "stages": ["export", "engines", "calibrate", *deciding, "verify"],
-        "graphs": graph_names(spec.blocks),
+        "stages": ["export", "engines", "calibrate", *drafting, *deciding, "verify"],
+        "graphs": graph_names(spec.blocks) + (list(DRAFT_GRAPHS) if drafting else []),
         "checkpoint_bytes": stored,
         "calibration_tokens": tokens,
         "scratch_bytes": 4 * tokens * spec.hidden_size * (spec.blocks + 1),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -16,14 +14,12 @@ from ojfa_export.compiler.report.model import CalibrationReport, ExitReport
 from ojfa_export.compiler.stages import engine_files, language_head, rotary_tables
 from ojfa_export.compiler.work import Work
 from ojfa_export.decoding.arrays import Int32
-from ojfa_export.errors import OjfaError
 from ojfa_export.graphs.export import ExitHead
 from ojfa_export.graphs.fold import fold_if_narrow
 from ojfa_export.shortcuts.calibrate import Calibrated, calibrate
 from ojfa_export.shortcuts.hidden import HiddenStates, collect_hidden_states
 from ojfa_export.shortcuts.measure import Measured, measure
 from ojfa_export.shortcuts.metrics import ExitQuality
-from ojfa_export.system.digest import sha256_file
 from ojfa_export.system.progress import Progress
 
 
@@ -35,26 +31,16 @@ def make_shortcut(
     Returns:
         What the exit head is made of, and the report.
     """
-    if inputs.shortcut is None:
+    given = inputs.given
+    if given.exits is None or given.exits_path is None:
         calibrated = run_calibration(inputs, work, progress)
         return calibrated.head, report_calibrated(inputs, calibrated)
     states = hidden_states(inputs, work, inputs.windows.held_out, progress)
     head = language_head(inputs.checkpoint, work.bundle / GRAPHS)
     blocks = inputs.checkpoint.spec.blocks
-    measured = measure(states, blocks, inputs.shortcut, head, work.scratch, progress)
-    _copy_shortcut(inputs, work.bundle / SHORTCUT)
-    return fold_if_narrow(inputs.shortcut, head), report_measured(inputs, measured)
-
-
-def _copy_shortcut(inputs: Inputs, target: Path) -> None:
-    """Copies the file that was given, with what it says of its training."""
-    assert isinstance(inputs.options.shortcut, Path)
-    shutil.copyfile(inputs.options.shortcut, target)
-    if sha256_file(target) != inputs.shortcut_sha256:
-        raise OjfaError(
-            f"{inputs.options.shortcut} was changed while the build read it",
-            hint="build again, once nothing writes it",
-        )
+    measured = measure(states, blocks, given.exits, head, work.scratch, progress)
+    given.copy(given.exits_path, work.bundle / SHORTCUT, inputs.model_sha256)
+    return fold_if_narrow(given.exits, head), report_measured(inputs, measured)
 
 
 def run_calibration(inputs: Inputs, work: Work, progress: Progress) -> Calibrated:
@@ -62,14 +48,13 @@ def run_calibration(inputs: Inputs, work: Work, progress: Progress) -> Calibrate
     windows = inputs.windows
     rows = np.concatenate([windows.fit, windows.held_out])
     states = hidden_states(inputs, work, rows, progress)
-    kind = inputs.options.shortcut
     calibrated = calibrate(
         states,
         inputs.checkpoint.spec.blocks,
         windows.fit.size,
         language_head(inputs.checkpoint, work.bundle / GRAPHS),
         inputs.settings.rank,
-        kind if isinstance(kind, str) else None,
+        inputs.given.kind,
         work.scratch,
         progress,
     )
@@ -135,7 +120,7 @@ def report_measured(inputs: Inputs, measured: Measured) -> CalibrationReport:
         rank=None if isinstance(shortcut, MlpShortcut) else shortcut.rank,
         width=shortcut.width if isinstance(shortcut, MlpShortcut) else None,
         fitted_at=None if isinstance(shortcut, MlpShortcut) else shortcut.fitted_at,
-        reason=f"The shortcut was given: {inputs.options.shortcut}. "
+        reason=f"The shortcut was given: {inputs.given.exits_path}. "
         f"Measured on {measured.tokens:,} held-out tokens.",
         parameters=shortcut.parameters,
         calibration_sources=[text.name for text in inputs.texts],

@@ -19,6 +19,7 @@ from ojfa_export.bundle.manifest import (
     CacheLayout,
     Calibration,
     CalibrationSource,
+    DraftEntry,
     EngineSet,
     Golden,
     Manifest,
@@ -147,6 +148,7 @@ def write_manifest(
     report: CalibrationReport,
     golden: tuple[Golden, ...],
     decided: Decided,
+    draft: DraftEntry | None,
 ) -> Manifest:
     """Writes the manifest over everything that is in the bundle."""
     checkpoint, settings, spec = inputs.checkpoint, inputs.settings, inputs.checkpoint.spec
@@ -183,6 +185,7 @@ def write_manifest(
         promise=decided.promise,
         default=decided.default,
         generation=checkpoint.generation,
+        draft=draft,
         files=describe_files(bundle),
         built=Built(
             time=datetime.now(timezone.utc), host=platform.node(), versions=tool_versions()

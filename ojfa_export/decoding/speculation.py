@@ -86,7 +86,7 @@ class Speculation:
             exit = 0 if has_layer else max(1, blocks // 2)
         if exit == 0 and not has_layer:
             raise UsageError(
-                "exit 0 drafts with the bundle's draft layer, and it has none",
+                "exit 0 can't draft: the bundle has no draft layer",
                 hint=f"draft at an exit, 1..{blocks - 1}, or build the bundle with --shortcut and "
                 "the file of a draft layer",
             )

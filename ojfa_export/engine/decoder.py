@@ -133,11 +133,11 @@ class Decoder:
             cost + speculation.check_cost, speculation.round_cost, speculation.acceptance
         )
         logits = self._on_host or self._sampling.temperature > 0
-        left = self._options.max_new_tokens
+        left, prompt = self._options.max_new_tokens, len(sequence)
         while True:
-            before = len(sequence)
-            limit = 0
-            if exit or sequence.can_draft:
+            before, limit = len(sequence), 0
+            # A draft layer begins after the prompt's round, whatever was cached of the prompt.
+            if exit or (before > prompt and sequence.can_draft):
                 limit = min(left - 1, self._max_length - before, sequence.room_before_switch)
                 limit = min(limit, speculation.draft or lengths.next())
             drafts, proposals = yield from self._draft(exit, limit)

@@ -92,6 +92,7 @@ def compare_blocks(
     """
     from ojfa_export.bundle.shortcut_file import load_exit
     from ojfa_export.verify.blocks import make_subject, verify_blocks
+    from ojfa_export.verify.draft import verify_draft
     from ojfa_export.verify.sample import sample_token_ids
 
     manifest, tables = bundle.manifest, bundle.manifest.rotary
@@ -115,4 +116,5 @@ def compare_blocks(
         backends.load(backend),
     )
     with np.errstate(invalid="ignore", over="ignore"):  # a check that fails says it
-        return verify_blocks(subject, token_ids, progress)
+        checks = verify_blocks(subject, token_ids, progress)
+        return checks + verify_draft(bundle, model.drafts)

@@ -66,6 +66,7 @@ DERIVED = "follows from the other counts"
 CALLER = "the caller gave it"
 OWN = "C++ takes a caller's values alone, and none of the bundle's own"
 
+LAYER = "C++ runs no draft layers yet; it drafts at an exit of such a bundle"
 CHATS = "the C++ runtime has no templates: give it token ids of `Model.chats`"
 PYTHON_ONLY: dict[str, str] = {
     "Model.encode": TEXT,
@@ -97,6 +98,9 @@ PYTHON_ONLY: dict[str, str] = {
     "Model.stream(options)": "the same options in one object",
     "Model.resolve_exit": PARTS,
     "Model.resolve_default": PARTS,
+    "Model.resolve_speculation": PARTS,
+    "Model.session(drafts)": LAYER,
+    "Model.drafts": LAYER,
     "Token.logprobs": LOGITS,
     "Engine": "in C++ a session for each request; an engine of its own comes later",
     "Model.monitor": PROMISE,
@@ -112,6 +116,10 @@ PYTHON_ONLY: dict[str, str] = {
     "Session.follow": STEPS,
     "Session.finish": STEPS,
     "Session.deepen(every_position)": "no one has asked for it",
+    "Session.has_drafts": LAYER,
+    "Session.can_propose": LAYER,
+    "Session.propose": LAYER,
+    "Session.propose_logits": LAYER,
     "Session.complete_greedily": "speculation does it by itself",
     "Session.spec": "the model has it",
     "Session.max_length": CALLER,

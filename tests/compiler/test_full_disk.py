@@ -66,7 +66,7 @@ def test_export_that_fails_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(weights.WeightFile, "_write", no_space)
     with pytest.raises(OSError, match="No space left"):
-        export_only(options(), None, SILENT)
+        export_only(options(), (), SILENT)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -224,8 +224,8 @@ def test_export_alone_gives_the_bundles_graphs(
 ) -> None:
     shortcut = tiny_bundle / "shortcut.safetensors"
     for jump, names in (
-        (None, [name for name in graph_names(4) if name != "exit_head"]),
-        (shortcut, graph_names(4)),
+        ((), [name for name in graph_names(4) if name != "exit_head"]),
+        ((shortcut,), graph_names(4)),
     ):
         output = tmp_path / f"graphs{len(names)}"
         result = export_only(options(output=output), jump, SILENT)
@@ -244,16 +244,16 @@ def test_export_refuses_another_models_shortcut(
 
     save(jump, tmp_path / "other", "0" * 64)
     with pytest.raises(CheckpointError, match="a shortcut of another model") as caught:
-        export_only(options(), tmp_path / "other", SILENT)
+        export_only(options(), [tmp_path / "other"], SILENT)
     assert "calibrate" in str(caught.value.hint)
     with pytest.raises(OjfaError, match="can't be read as a shortcut"):
-        export_only(options(), tmp_path / "none", SILENT)
+        export_only(options(), [tmp_path / "none"], SILENT)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 def test_interrupted_export_leaves_nothing(options: Options, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        export_only(options(), None, interrupt_at(2))
+        export_only(options(), (), interrupt_at(2))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -138,7 +138,7 @@ def test_a_given_low_rank_shortcut_is_the_one_that_was_calibrated(residual, opti
 
 def test_a_shortcut_that_cannot_be_used_is_refused(given, options, tmp_path):
     with pytest.raises(UsageError, match="rank 8 is given, and a shortcut that exists"):
-        options(shortcut=given, rank=8)
+        build(options(shortcut=given, rank=8))
     with pytest.raises(UsageError, match="is a shortcut already"):
         parts.calibrate_only(options(shortcut=given, rank=None, output=tmp_path / "s"), SILENT)
     with pytest.raises(OjfaError, match="can't be read as a shortcut"):
@@ -177,6 +177,6 @@ def test_exit_head_of_a_residual_shortcut_file(residual, options, tmp_path):
     exported = BuildOptions(checkpoint=plain.checkpoint, output=tmp_path / "graphs",
                             calibration_data=plain.calibration_data, calibration_tokens=1024,
                             max_cache_length=64)  # fmt: skip
-    parts.export_only(exported, bundle / SHORTCUT, ojfa_export.system.progress.SILENT)
+    parts.export_only(exported, [bundle / SHORTCUT], ojfa_export.system.progress.SILENT)
     for name in ("exit_head.bin", "exit_head.onnx"):
         assert (tmp_path / "graphs" / name).read_bytes() == (bundle / "graphs" / name).read_bytes()

@@ -51,30 +51,39 @@ on_host = st.sampled_from(
     ]
 )
 speculations = st.sampled_from([True, Speculation(2, 3)])
+# Of a model with a draft layer.
+layer_speculations = st.sampled_from([True, Speculation(0, 3), Speculation(0), Speculation(2, 3)])
 
 
 @st.composite
-def option_sets(draw: Any) -> dict[str, Any]:
+def option_sets(draw: Any, speculations: Any = speculations, rarely: int = 5) -> dict[str, Any]:
     options = {"max_new_tokens": draw(st.integers(1, 24)), **draw(samplings), **draw(endings)}
-    if draw(st.integers(0, 5)) == 0:
+    if draw(st.integers(0, rarely)) == 0:
         return {**options, "exit": "full", "speculate": draw(speculations)}
     return {**options, "exit": draw(exits), **draw(on_host)}
 
 
 # Passes after which something happens.
 moments = st.integers(0, 20)
-requests = st.lists(
-    st.fixed_dictionaries(
-        {
-            "prompt": st.tuples(beginnings, st.lists(tokens, min_size=1, max_size=25)),
-            "options": option_sets(),
-            "comes": st.one_of(st.just(0), moments),
-            "cancelled_after": st.one_of(st.none(), st.none(), st.none(), moments),
-        }
-    ),
-    min_size=1,
-    max_size=12,
-)
+
+
+def _requests(options: Any) -> Any:
+    return st.lists(
+        st.fixed_dictionaries(
+            {
+                "prompt": st.tuples(beginnings, st.lists(tokens, min_size=1, max_size=25)),
+                "options": options,
+                "comes": st.one_of(st.just(0), moments),
+                "cancelled_after": st.one_of(st.none(), st.none(), st.none(), moments),
+            }
+        ),
+        min_size=1,
+        max_size=12,
+    )
+
+
+requests = _requests(option_sets())
+layer_requests = _requests(option_sets(layer_speculations, 1))
 
 
 class Agenda:

@@ -70,6 +70,7 @@ Manifest read_fields(const Json& raw) {
         manifest.planned = read_default(Fields(*planned, "default"));
     if (fields.json().contains("generation"))
         check_generation(fields.object("generation"), manifest.spec.vocab_size);
+    fields.maybe("draft");  // a layer that Python alone runs; its files are held like all others
     Fields files = fields.object("files");
     for (const auto& member : files.json().items())
         manifest.files[member.key()] = read_file_entry(files.object(member.key()));

@@ -110,11 +110,16 @@ class PortableGraphs:
     def _session(self, name: str) -> ort.InferenceSession:
         if self._open is None or self._open[0] != name:
             self.close()  # its memory goes before the next one's is taken
-            self._open = name, _open(self._directory / f"{name}.onnx")
+            self._open = name, open_portable(self._directory / f"{name}.onnx")
         return self._open[1]
 
 
-def _open(path: Path) -> ort.InferenceSession:
+def open_portable(path: Path) -> ort.InferenceSession:
+    """Opens a portable graph.
+
+    Raises:
+        BackendError: ONNX Runtime refuses it.
+    """
     share_thread_pool()  # with it, ONNX Runtime takes no session with threads of its own
     options = ort.SessionOptions()
     options.use_per_session_threads = False

@@ -117,6 +117,25 @@ def read_tensor(path: Path, name: str) -> Array:
         return tensor
 
 
+def read_integers(path: Path, name: str) -> Array:
+    """A tensor of whole numbers, int64.
+
+    Raises:
+        CheckpointError: It can't be read, or holds something else.
+    """
+    if path.suffix == ".bin":
+        array = read_torch_file(path)[name]
+    else:
+        with _opened(path) as file:
+            array = file.get_tensor(name)
+    if array.dtype.kind != "i":
+        raise CheckpointError(
+            f"tensor '{name}' in {path} has dtype {array.dtype}, expected whole numbers",
+            hint="download the checkpoint again",
+        )
+    return array.astype(np.int64)
+
+
 def check_dtype(name: str, path: Path, dtype: str) -> None:
     """Refuses what is no float.
 

@@ -1,0 +1,70 @@
+"""The stage that gives a build its draft layer: graphs, engines, and the manifest's entry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ojfa_export.backends.backend import Backend
+from ojfa_export.backends.draft import RunsDrafts
+from ojfa_export.bundle.draft_shortcut import DraftShortcut
+from ojfa_export.bundle.manifest import DraftEntry, RotaryTables
+from ojfa_export.bundle.names import DRAFT, DRAFT_GRAPHS
+from ojfa_export.compiler.describe import describe_slice, describe_some
+from ojfa_export.compiler.inputs import Inputs
+from ojfa_export.compiler.stages import build_engines, engine_set
+from ojfa_export.compiler.work import Work
+from ojfa_export.graphs.export import DraftTensors, Exporter
+from ojfa_export.system.progress import Progress
+
+KEPT = "draft.json"
+
+
+def make_draft(inputs: Inputs, work: Work, exporter: Exporter, progress: Progress) -> None:
+    """Writes draft.safetensors, graphs and engines, and keeps what the manifest says of them."""
+    given, bundle = inputs.given, work.bundle
+    assert given.draft is not None
+    assert given.draft_path is not None
+    given.copy(given.draft_path, bundle / DRAFT, inputs.model_sha256)
+    entry = _describe(bundle, given.draft, exporter.draft(given.draft), exporter)
+    build_draft_engines(entry, bundle, inputs.backend, progress)
+    entry = described(entry, bundle, inputs.backend)
+    (work.scratch / KEPT).write_text(entry.model_dump_json(), encoding="utf-8")
+
+
+def kept_draft(work: Work) -> DraftEntry | None:
+    """What `make_draft` kept; None where there is no draft layer."""
+    path = work.scratch / KEPT
+    if not path.is_file():
+        return None
+    return DraftEntry.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def build_draft_engines(
+    entry: DraftEntry, bundle: Path, backend: Backend, progress: Progress
+) -> None:
+    """Builds a backend's engines of a draft layer, where it runs them."""
+    if isinstance(backend, RunsDrafts):
+        build_engines(bundle, list(DRAFT_GRAPHS), entry.spec, backend, progress)
+
+
+def described(entry: DraftEntry, bundle: Path, backend: Backend) -> DraftEntry:
+    """The entry with the engines that a backend has built."""
+    if not isinstance(backend, RunsDrafts):
+        return entry
+    others = [each for each in entry.engines if each.backend != backend.name]
+    engines = (*others, engine_set(bundle, backend, list(DRAFT_GRAPHS)))
+    return entry.model_copy(update={"engines": engines})
+
+
+def _describe(
+    bundle: Path, draft: DraftShortcut, tensors: DraftTensors, exporter: Exporter
+) -> DraftEntry:
+    return DraftEntry(
+        depths=draft.depths,
+        spec=draft.spec_within(exporter.checkpoint.spec),
+        rope_theta=draft.rope_theta,
+        parameters=draft.parameters,
+        rotary=RotaryTables(cos=describe_slice(tensors.cos), sin=describe_slice(tensors.sin)),
+        tokens=None if tensors.tokens is None else describe_slice(tensors.tokens),
+        graphs=describe_some(bundle, DRAFT_GRAPHS),
+    )

@@ -1,0 +1,314 @@
+"""A bundle with a draft layer: built of a file and of an EAGLE-3 directory, verified, and run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from drafts import draft_for
+from safetensors.numpy import load_file, save_file
+
+import ojfa_export
+from ojfa_export import errors
+from ojfa_export.bundle.names import DRAFT, DRAFT_GRAPHS, SHORTCUT
+from ojfa_export.bundle.shortcut_file import load, save
+from ojfa_export.cli.app import app
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.pipeline import build
+from ojfa_export.decoding.speculation import Speculation
+from ojfa_export.models.checkpoint.checkpoint import Checkpoint
+from ojfa_export.runtime.draft_layer import draft_share
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint) -> Checkpoint:
+    return Checkpoint(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def draft(checkpoint):
+    return draft_for(checkpoint.spec, seed=3)
+
+
+@pytest.fixture(scope="module")
+def draft_file(checkpoint, draft, tmp_path_factory):
+    path = tmp_path_factory.mktemp("draft") / "d.safetensors"
+    save(draft, path, checkpoint.sha256(), {"text": "made up"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def options(tiny_checkpoint, calibration_text, tmp_path_factory):
+    def make(**changes) -> BuildOptions:
+        return BuildOptions(
+            str(tiny_checkpoint),
+            changes.pop("output", tmp_path_factory.mktemp("built") / "out.ojfa"),
+            **{
+                "calibration_data": (calibration_text,),
+                "calibration_tokens": 1024,
+                "max_cache_length": 64,
+                **changes,
+            },
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def built(options, draft_file):
+    """With a jump that is calibrated, and verified."""
+    return build(options(shortcut=["ojfa", draft_file], rank=8))
+
+
+@pytest.fixture(scope="module")
+def model(built):
+    return ojfa_export.load(built.bundle)
+
+
+def write_eagle3(directory, draft, spec, *, own_head=True, weights="model.safetensors", **config):
+    """The public layout of a draft layer, its head's rows in another order."""
+    directory.mkdir()
+    hidden, size = draft.hidden_size, draft.head_dim
+    q, k, v = np.split(
+        draft.qkv, [draft.heads * size, (draft.heads + draft.kv_heads) * size], axis=1
+    )
+    gate, up = np.split(draft.up, 2, axis=1)
+    tensors = {
+        "fc.weight": draft.fuse.T,
+        "midlayer.input_layernorm.weight": draft.embedding_norm,
+        "midlayer.hidden_norm.weight": draft.state_norm,
+        "midlayer.self_attn.q_proj.weight": q.T,
+        "midlayer.self_attn.k_proj.weight": k.T,
+        "midlayer.self_attn.v_proj.weight": v.T,
+        "midlayer.self_attn.o_proj.weight": draft.out.T,
+        "midlayer.post_attention_layernorm.weight": draft.mlp_norm,
+        "midlayer.mlp.gate_proj.weight": gate.T,
+        "midlayer.mlp.up_proj.weight": up.T,
+        "midlayer.mlp.down_proj.weight": draft.down.T,
+        "norm.weight": draft.final_norm,
+    }
+    if own_head:
+        order = np.argsort(draft.tokens)[::-1]
+        ids = draft.tokens[order].astype(np.int64)
+        tensors["lm_head.weight"] = draft.head[order]
+        tensors["d2t"] = ids - np.arange(len(ids))
+        tensors["t2d"] = np.isin(np.arange(spec.vocab_size), ids)
+    arrays = {name: np.ascontiguousarray(each) for name, each in tensors.items()}
+    if weights.endswith(".bin"):
+        torch.save({n: torch.from_numpy(each) for n, each in arrays.items()}, directory / weights)
+    else:
+        save_file(arrays, directory / weights)
+    fields = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "hidden_size": hidden,
+        "num_attention_heads": draft.heads,
+        "num_key_value_heads": draft.kv_heads,
+        "head_dim": size,
+        "intermediate_size": draft.width,
+        "rope_theta": draft.rope_theta,
+        "rms_norm_eps": draft.epsilon,
+        "vocab_size": spec.vocab_size,
+        "draft_vocab_size": spec.vocab_size if draft.head is None else len(draft.head),
+        "eagle_aux_hidden_state_layer_ids": list(draft.depths),
+        **config,
+    }
+    fields = {name: value for name, value in fields.items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    return directory
+
+
+def equal(one, other) -> bool:
+    names = ("fuse", "qkv", "out", "up", "down", "head", "tokens", "final_norm", "embedding_norm")
+    numbers = ("depths", "heads", "kv_heads", "head_dim", "rope_theta", "epsilon")
+    return all(np.array_equal(getattr(one, n), getattr(other, n)) for n in names) and all(
+        getattr(one, n) == getattr(other, n) for n in numbers
+    )
+
+
+def test_the_bundle_is_verified_described_and_shown(built, model, draft, draft_file):
+    names = [check.name for check in built.report.checks]
+    assert {"graph draft: logits", "float64 draft: logits"} <= set(names)
+    assert all(check.passed for check in built.report.checks)
+    entry = model.manifest.draft
+    assert [graph.name for graph in entry.graphs] == list(DRAFT_GRAPHS)
+    assert (entry.depths, entry.parameters) == (draft.depths, draft.parameters)
+    assert entry.engines[0].backend == "onnxruntime"
+    assert (built.bundle / DRAFT).read_bytes() == draft_file.read_bytes()
+    shown = CliRunner().invoke(app, ["inspect", str(built.bundle)])
+    assert "exit 0" in shown.stdout
+    assert f"{draft.parameters:,} parameters" in shown.stdout
+    assert "draft_memory" in shown.stdout
+    assert built.report.kind == "ojfa"
+    verified = CliRunner().invoke(app, ["verify", str(built.bundle)])
+    assert verified.exit_code == 0
+    assert "float64 draft: logits" in verified.stdout
+
+
+def test_it_drafts_by_default_and_tokens_are_those_of_full_depth(model):
+    prompts = [[5, 6, 7], [8] * 20, [3]]
+    for each in (prompts[:1], prompts):
+        plain = model.generate(each, exit="full", max_new_tokens=20)
+        for speculate in (True, Speculation(0, 3)):
+            drafted = model.generate(each, speculate=speculate, max_new_tokens=20)
+            for one, other in zip(plain.prompts, drafted.prompts, strict=True):
+                assert one.token_ids == other.token_ids
+    share = draft_share(model.manifest)
+    resolved = model.resolve_speculation(ojfa_export.GenerationOptions(speculate=True))
+    assert (resolved.speculation.exit, resolved.speculation.draft_cost) == (0, share)
+    assert 0 < share < 1
+
+
+def test_a_draft_costs_the_share_of_the_weights_that_it_reads(model, draft):
+    spec, graphs = model.spec, model.bundle.graphs
+    own = draft.qkv.size + draft.out.size + draft.up.size + draft.down.size + draft.head.size
+    head = spec.vocab_size * spec.hidden_size
+    norms = 2 * spec.hidden_size
+    blocks = sum((graphs / f"block_{i:02}.bin").stat().st_size for i in range(spec.blocks)) // 4
+    full = blocks - spec.blocks * norms + head
+    assert draft_share(model.manifest) == pytest.approx(own / full, rel=0.02)
+
+
+def test_an_engine_drafts_with_it(model):
+    with ojfa_export.Engine(model, max_sequences=3) as engine:
+        asked = [
+            ([5, 6, 7], {"speculate": True, "exit": "full"}),
+            ([8] * 20, {"speculate": Speculation(0, 3), "exit": "full"}),
+            ([9] * 5, {"exit": 2}),
+            ([5, 6, 7, 8], {"speculate": Speculation(2), "exit": "full"}),
+        ]
+        requests = [engine.submit(ids, max_new_tokens=16, **how) for ids, how in asked]
+        for request, (ids, how) in zip(requests, asked, strict=True):
+            alone = model.generate([ids], max_new_tokens=16, **how).prompts[0]
+            assert request.result(60).token_ids == alone.token_ids
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_an_eagle_3_directory_is_the_same_layer(options, built, draft, tmp_path, weights, model):
+    directory = write_eagle3(tmp_path / "eagle", draft, model.spec, weights=weights)
+    result = build(options(shortcut=[built.bundle / SHORTCUT, directory], skip_verification=True))
+    found, of_model = load(result.bundle / DRAFT)
+    assert equal(found, draft)
+    assert of_model == model.manifest.model.sha256
+    for name in ("draft.bin", "draft_tokens.bin", "draft.onnx", "draft_head.onnx"):
+        one, other = (each.bundle / "graphs" / name for each in (result, built))
+        assert one.read_bytes() == other.read_bytes()
+    again = ojfa_export.load(result.bundle)
+    assert again.generate([5, 6], speculate=Speculation(0)).prompts[0].token_ids
+
+
+def test_without_a_head_of_its_own_the_models_is_used(options, checkpoint, built, tmp_path):
+    spec = checkpoint.spec
+    draft = draft_for(spec, seed=4, own_head=False)
+    directory = write_eagle3(tmp_path / "eagle", draft, spec, own_head=False)
+    result = build(options(shortcut=[built.bundle / SHORTCUT, directory]))
+    assert all(check.passed for check in result.report.checks)
+    model = ojfa_export.load(result.bundle)
+    assert model.manifest.draft.tokens is None
+    assert model.manifest.draft.spec.vocab_size == spec.vocab_size
+
+
+def test_depths_of_a_published_drafter(checkpoint, tmp_path):
+    from ojfa_export.compiler.eagle3 import read_eagle3
+
+    spec = checkpoint.spec.model_copy(update={"blocks": 32})
+    draft = replace(draft_for(spec), depths=(2, 16, 29))
+    name = "eagle_aux_hidden_state_layer_ids"
+    for index, (config, depths) in enumerate(
+        [
+            ({name: None}, (2, 16, 29)),
+            ({name: [4, 8, 32]}, (4, 8, 32)),
+            ({name: None, "eagle_config": {name: [1, 15, 28]}}, (2, 16, 29)),
+            ({name: None, "eagle_config": {"use_aux_hidden_state": True}}, (2, 16, 29)),
+        ]
+    ):
+        directory = write_eagle3(tmp_path / f"eagle{index}", draft, spec, **config)
+        assert read_eagle3(directory, spec).depths == depths
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hidden_size": 128}, "its hidden_size is 128, the model's"),
+        ({"vocab_size": 7}, "its vocab_size is 7, the model's"),
+        ({"architectures": ["MixtralForCausalLM"]}, "its architecture is"),
+        ({"attention_bias": True}, "its attention_bias is True, and only False"),
+        ({"hidden_act": "gelu"}, "its hidden_act is gelu"),
+        ({"norm_before_residual": True}, "its norm_before_residual is True"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "its positions are rotated as 'llama3'"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 2, 9]}, "it sees states after 9 of 4 blocks"),
+        ({"eagle_aux_hidden_state_layer_ids": [2, 1, 3]}, "the states that it sees are those"),
+        ({"eagle_aux_hidden_state_layer_ids": None}, "the states that it sees are those"),
+        ({"num_key_value_heads": 3}, "has shape"),
+        ({"draft_vocab_size": 5}, r"tensor 'lm_head.weight' has shape"),
+        ({"intermediate_size": "wide"}, "its intermediate_size is wide"),
+    ],
+)
+def test_another_drafter_is_refused_in_one_line(
+    checkpoint, draft, tiny_checkpoint, tmp_path, config, message
+):
+    directory = write_eagle3(tmp_path / "eagle", draft, checkpoint.spec, **config)
+    arguments = ["build", str(tiny_checkpoint), "-o", str(tmp_path / "o"), "--dry-run"]
+    result = CliRunner().invoke(app, [*arguments, "--shortcut", str(directory)])
+    assert result.exit_code == 1
+    lines = result.stderr.strip().splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["error", "hint"]
+    assert message in lines[0].replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("fc.weight"), "lacks tensor 'fc.weight'"),
+        (lambda t: t.update({"midlayer.self_attn.q_proj.bias": t["norm.weight"]}), "can't be run"),
+        (lambda t: t.update({"layers.1.norm.weight": t["norm.weight"]}), "can't be run"),
+        (lambda t: t.update({"d2t": t["d2t"] * 0 + 900}), "d2t names tokens"),
+        (lambda t: t.update({"d2t": t["d2t"][:-1]}), "d2t has shape"),
+        (lambda t: t.update({"d2t": t["d2t"].astype(np.float32)}), "expected whole numbers"),
+        (lambda t: t.pop("lm_head.weight"), "lacks tensor 'lm_head.weight'"),
+        (lambda t: t.update({"norm.weight": t["norm.weight"] * np.nan}), "NaN"),
+    ],
+)
+def test_damaged_weights_are_refused(checkpoint, draft, tmp_path, change, message):
+    from ojfa_export.compiler.eagle3 import read_eagle3
+
+    directory = write_eagle3(tmp_path / "eagle", draft, checkpoint.spec)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    with pytest.raises(errors.CheckpointError, match=message):
+        read_eagle3(directory, checkpoint.spec)
+
+
+def test_a_layer_that_does_not_belong_there_is_refused(options, draft, draft_file, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save(draft, other, "0" * 64)
+    with pytest.raises(errors.CheckpointError, match="a shortcut of another model"):
+        build(options(shortcut=other))
+    with pytest.raises(errors.UsageError, match="two shortcuts that draft"):
+        build(options(shortcut=[draft_file, draft_file]))
+    with pytest.raises(errors.UsageError, match="two shortcuts of exits"):
+        build(options(shortcut=["ojfa", "residual", draft_file]))
+
+
+def test_exit_0_without_a_draft_layer(tiny_bundle, model):
+    result = CliRunner().invoke(
+        app, ["run", str(tiny_bundle), "--prompt", "a", "--speculate", "--draft-exit", "0"]
+    )
+    assert result.exit_code != 0
+    lines = result.stderr.strip().splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["error", "hint"]
+    assert "no draft layer" in lines[0]
+    with pytest.raises(errors.UsageError, match="no draft layer"):
+        ojfa_export.load(tiny_bundle).session(drafts=True)
+
+
+def test_a_backend_that_runs_none_says_so(model, monkeypatch):
+    monkeypatch.setattr(model, "drafts", None)
+    with pytest.raises(errors.BackendError, match="does not run draft layers yet") as caught:
+        model.generate([1, 2], speculate=Speculation(0))
+    assert "--backend onnxruntime" in caught.value.hint
+    assert model.generate([1, 2], speculate=True).prompts[0].token_ids
