@@ -54,6 +54,7 @@ class Draft(Jump):
     option = "vocabulary"
     unit = "draft"
     chained = True
+    learning_rate = 2e-3
 
     def __init__(self, frozen: Frozen, tokens: Tensor | None, seed: int) -> None:
         super().__init__()
