@@ -1,7 +1,7 @@
 """Trains kinds of jump on a checkpoint, and draws how often they agree with the full model.
 
-python -m bench.quality.trained calibration/demo/checkpoint --tokens 300k --rank 96 --calibrate \
-    --out bench/results/trained-demo.json
+python -m bench.quality.trained calibration/demo/checkpoint --tokens 300k --kind mlp \
+    --kind residual --rank 96 --calibrate --out bench/results/trained-demo.json
 
 The last eighth of each text is held out from training and from calibration alike; all are measured
 there. With --self-text they train on what the model writes, and are measured on that too. Drafts

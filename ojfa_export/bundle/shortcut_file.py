@@ -24,7 +24,9 @@ from ojfa_export.system.paths import check_utf8
 
 # Takes an exit's hidden states to the model's head.
 ExitShortcut = Shortcut | MlpShortcut
-AnyShortcut = ExitShortcut | DraftShortcut | BlockShortcut
+# What something runs.
+Runnable = ExitShortcut | DraftShortcut
+AnyShortcut = Runnable | BlockShortcut
 
 # Version 1 is a low-rank jump, version 2 has `gates` as well, version 3 is an MLP, version 4 a
 # draft layer, version 5 a block, or one for each exit.
@@ -177,18 +179,28 @@ def load_exit(path: Path) -> tuple[ExitShortcut, str]:
     """Reads the file of a jump that serves exits; see `load`.
 
     Raises:
-        OjfaError: As of `load`, or it is a draft layer, or a block.
+        OjfaError: As of `load_runnable`, or it is a draft layer.
+    """
+    shortcut, of_model = load_runnable(path)
+    if isinstance(shortcut, DraftShortcut):
+        raise OjfaError(
+            f"{path} is a draft layer, where a jump of exits is needed.",
+            hint="Give one of kind residual or mlp.",
+        )
+    return shortcut, of_model
+
+
+def load_runnable(path: Path) -> tuple[Runnable, str]:
+    """Reads the file of a shortcut that something runs; see `load`.
+
+    Raises:
+        OjfaError: As of `load`, or it is a block.
     """
     shortcut, of_model = load(path)
     if isinstance(shortcut, BlockShortcut):
         raise OjfaError(
             f"{path} is a jump of kind block, and nothing runs those yet",
             hint="this release trains and measures block jumps, engines for them do not exist yet",
-        )
-    if isinstance(shortcut, DraftShortcut):
-        raise OjfaError(
-            f"{path} is a draft layer, where a jump of exits is needed.",
-            hint="Give one of kind residual or mlp.",
         )
     return shortcut, of_model
 

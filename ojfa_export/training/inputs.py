@@ -46,13 +46,13 @@ class Inputs:
         self.device = choose_device(options.device)
         directory = resolve(options.checkpoint, options.revision)
         self.checkpoint = Checkpoint(directory, options.ignore_config_fields)
-        self.kind, self.chosen = self._choose_kind()
         spec = self.checkpoint.spec
         if spec.blocks < 2:
             raise CheckpointError(
                 f"the model of {self.checkpoint.directory} has one block, and so no exit",
                 hint="a jump needs a model of two blocks or more",
             )
+        self.kind, self.chosen = self._choose_kind()
         self.tokenizer: Tokenizer = read_tokenizer(self.checkpoint.directory)
         self.length = min(DEFAULT_WINDOW, spec.max_positions, spec.rotary_switch or DEFAULT_WINDOW)
         paths = options.text or tuple(shipped_text())

@@ -54,12 +54,16 @@ class Draft(Jump):
     option = "vocabulary"
     unit = "draft"
     chained = True
+    learning_rate = 2e-3
 
     def __init__(self, frozen: Frozen, tokens: Tensor | None, seed: int) -> None:
         super().__init__()
         spec, rotary = frozen.spec, frozen.rotary
         self._spec, self.depths = spec, depths(spec.blocks)
         self._theta = THETA if rotary is None else rotary.theta
+        # Cosines and sines are computed once for all windows of a length, not for each on a GPU.
+        self._tables: list[Tensor] = []
+        self._tables_of: tuple[Any, ...] = ()
         hidden, width = spec.hidden_size, spec.intermediate_size
         queries = spec.heads * spec.head_dim
         columns = queries + 2 * spec.kv_heads * spec.head_dim
@@ -194,8 +198,12 @@ class Draft(Jump):
 
     def _rotate(self, x: Tensor, start: int) -> Tensor:
         """Rotates [B, heads, T, D] by positions from `start` on."""
-        tables = rotations(self._theta, self._spec.head_dim, start, x.shape[2])
-        cos, sin = (torch.from_numpy(each).to(x) for each in tables)
+        count, wanted = x.shape[2], (x.shape[2], x.dtype, x.device)
+        if wanted != self._tables_of:
+            tables = rotations(self._theta, self._spec.head_dim, 0, count + MEASURED)
+            self._tables = [torch.from_numpy(each).to(x) for each in tables]
+            self._tables_of = wanted
+        cos, sin = (each[start : start + count] for each in self._tables)
         first, second = x.chunk(2, -1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
