@@ -52,6 +52,7 @@ from ojfa_export.training.state import Keeper
 from ojfa_export.training.windows import TrainingText, token_ids
 
 HELD_OUT_SHARE = 8
+SELF_WRITTEN = "that the model wrote"  # what `Starts.about` says
 COLOURS = {
     "identity": "#666666",
     "calibrated": "#E69F00",
@@ -296,26 +297,32 @@ def _lines() -> Lines:
 
 
 def draw(document: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
-    """Agreement by exit, a line for each kind: a PNG file's bytes."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for row in rows:
-        kind = row["kind"]
-        each = " for each exit" if row.get("exits") else ""
-        title = TITLES.get(kind, f"{kind}{each}, trained")
-        size = f" ({row['parameters'] / 1000:,.0f}k)" if row["parameters"] else ""
-        style = "--" if kind == "identity" else "o:" if each else "-"
-        axes.plot(
-            row["outputs"],
-            row["agreement"],
-            style,
-            color=COLOURS.get(kind),
-            label=title + size,
-        )
-    axes.set_title(f"{document['model']}: agreement with the full model on held-out text")
-    axes.set_xlabel("blocks run")
-    axes.set_ylabel("same token as the full model")
-    return _finish(figure, axes, len(rows[0]["outputs"]))
+    """Agreement by exit on each of the texts, a line for each kind: a PNG file's bytes."""
+    given = [(row, row["agreement"]) for row in rows]
+    panels = {"on given text": given}
+    own = [(row, row["on_its_text"]["jump"]["agreement"]) for row in rows if "on_its_text" in row]
+    if SELF_WRITTEN in document["text"]:
+        begun = next(row["on_its_text"]["begin"] for row, _ in given if row["kind"] == "mlp")
+        panels["on what the model writes"] = [(rows[0], begun["agreement"]), *own]
+    figure = Figure(figsize=(6.5 * len(panels), 4), layout="constrained")
+    figure.suptitle(f"{document['model']}: agreement with the full model, held out")
+    several = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, lines) in zip(several, panels.items(), strict=True):
+        for row, agreement in lines:
+            _line(axes, row, agreement)
+        axes.set_title(title)
+        axes.set_xlabel("blocks run")
+        _finish(axes, len(rows[0]["outputs"]))
+    several[0].set_ylabel("same token as the full model")
+    return png(figure)
+
+
+def _line(axes: Axes, row: dict[str, Any], agreement: Sequence[float]) -> None:
+    kind, each = row["kind"], " for each exit" if row.get("exits") else ""
+    title = TITLES.get(kind, f"{kind}{each}, trained")
+    size = f" ({row['parameters'] / 1000:,.0f}k)" if row["parameters"] else ""
+    style = "--" if kind == "identity" else "o:" if each else "-"
+    axes.plot(row["outputs"], agreement, style, color=COLOURS.get(kind), label=title + size)
 
 
 def draw_drafts(document: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bytes:
@@ -330,17 +337,17 @@ def draw_drafts(document: dict[str, Any], rows: Sequence[dict[str, Any]]) -> byt
     axes.set_title(f"{document['model']}: chains of drafts")
     axes.set_xlabel("drafts")
     axes.set_ylabel("all are the full model's tokens")
-    return _finish(figure, axes, len(rows[0]["outputs"]))
+    _finish(axes, len(rows[0]["outputs"]))
+    return png(figure)
 
 
-def _finish(figure: Figure, axes: Axes, outputs: int) -> bytes:
+def _finish(axes: Axes, outputs: int) -> None:
     axes.set_ylim(0, 1)
     whole_ticks(axes, outputs)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
-    return png(figure)
 
 
 if __name__ == "__main__":
