@@ -22,7 +22,7 @@ from pydantic import (
 
 from ojfa_export.bundle.names import MANIFEST
 from ojfa_export.bundle.part import NonNegativeInt, Part, PositiveInt, Sha256
-from ojfa_export.bundle.promise import Promise
+from ojfa_export.bundle.promise import Promise, Share
 from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 from ojfa_export.decoding.default import Default
 from ojfa_export.decoding.generation_defaults import NO_DEFAULTS, GenerationDefaults
@@ -134,6 +134,8 @@ class DraftEntry(Part):
         tokens: Of a layer with a head of its own: ids [D] int32 that its logits are of, rising.
         graphs: Those of `names.DRAFT_GRAPHS`.
         engines: Of the backends that run draft layers.
+        acceptance: Shares of rounds of the build whose first 1, 2, ... drafts were all taken,
+            greedily going on from held-out text; none where its backend runs no draft layers.
     """
 
     depths: tuple[PositiveInt, ...] = Field(min_length=1)
@@ -144,6 +146,7 @@ class DraftEntry(Part):
     tokens: TensorSlice | None
     graphs: tuple[GraphEntry, ...]
     engines: tuple[EngineSet, ...] = ()
+    acceptance: tuple[Share, ...] = ()
 
     def check_fits(self, model: ModelSpec, max_length: int) -> None:
         """Refuses a layer of another model.

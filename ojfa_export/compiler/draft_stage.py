@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ojfa_export.backends.backend import Backend
-from ojfa_export.backends.draft import RunsDrafts
-from ojfa_export.bundle.draft_shortcut import DraftShortcut
+import numpy as np
+
+from ojfa_export.backends.backend import Backend, Engines
+from ojfa_export.backends.draft import DraftEngines, DraftLayer, RunsDrafts
+from ojfa_export.bundle.draft_shortcut import DraftShortcut, rotations
 from ojfa_export.bundle.manifest import DraftEntry, RotaryTables
-from ojfa_export.bundle.names import DRAFT, DRAFT_GRAPHS
+from ojfa_export.bundle.names import DRAFT, DRAFT_GRAPHS, GRAPHS
 from ojfa_export.compiler.describe import describe_slice, describe_some
 from ojfa_export.compiler.inputs import Inputs
-from ojfa_export.compiler.stages import build_engines, engine_set
+from ojfa_export.compiler.stages import build_engines, engine_files, engine_set, open_engines
 from ojfa_export.compiler.work import Work
 from ojfa_export.graphs.export import DraftTensors, Exporter
+from ojfa_export.planning.drafting import PROMPT_TOKENS, PROMPTS, measure_acceptance
+from ojfa_export.system.heap import trim_heap
 from ojfa_export.system.progress import Progress
 
 KEPT = "draft.json"
@@ -28,6 +32,7 @@ def make_draft(inputs: Inputs, work: Work, exporter: Exporter, progress: Progres
     entry = _describe(bundle, given.draft, exporter.draft(given.draft), exporter)
     build_draft_engines(entry, bundle, inputs.backend, progress)
     entry = described(entry, bundle, inputs.backend)
+    entry = entry.model_copy(update={"acceptance": _count_accepted(inputs, work, progress)})
     (work.scratch / KEPT).write_text(entry.model_dump_json(), encoding="utf-8")
 
 
@@ -37,6 +42,39 @@ def kept_draft(work: Work) -> DraftEntry | None:
     if not path.is_file():
         return None
     return DraftEntry.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def open_layer(inputs: Inputs, work: Work, engines: Engines) -> DraftEngines | None:
+    """Opens the draft layer that was built; None where there is none, or the backend runs none."""
+    draft, backend, bundle = inputs.given.draft, inputs.backend, work.bundle
+    if draft is None or not isinstance(backend, RunsDrafts):
+        return None
+    spec = inputs.checkpoint.spec
+    cos, sin = rotations(draft.rope_theta, draft.head_dim, 0, inputs.settings.max_cache_length)
+    layer = DraftLayer(
+        depths=draft.depths,
+        spec=draft.spec_within(spec),
+        vocab_size=spec.vocab_size,
+        tokens=draft.tokens,
+        weights=bundle / GRAPHS,
+        engines=engine_files(bundle, backend, list(DRAFT_GRAPHS)),
+        rotary=(cos.astype(np.float32), sin.astype(np.float32)),
+    )
+    return backend.open_draft(engines, layer)
+
+
+def _count_accepted(inputs: Inputs, work: Work, progress: Progress) -> tuple[float, ...]:
+    """How many drafts the model takes where it goes on from held-out text."""
+    engines = open_engines(inputs, work)
+    layer = open_layer(inputs, work, engines)
+    if layer is None:
+        return ()
+    prompts = inputs.windows.held_out[:PROMPTS, :PROMPT_TOKENS].tolist()
+    spec, length = inputs.checkpoint.spec, inputs.settings.max_cache_length
+    accepted = measure_acceptance(spec, engines, layer, prompts, length, progress)
+    del layer, engines
+    trim_heap()
+    return accepted
 
 
 def build_draft_engines(

@@ -6,15 +6,18 @@ import gc
 
 import numpy as np
 
+from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.frugal import LARGE_BYTES, is_large
 from ojfa_export.bundle.names import STATISTICS
 from ojfa_export.compiler.decided import Decided
+from ojfa_export.compiler.draft_stage import kept_draft, open_layer
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.stages import open_engines
 from ojfa_export.compiler.work import Work
+from ojfa_export.planning.drafting import measure_layer
 from ojfa_export.planning.plan import plan_default
 from ojfa_export.planning.rehearse import ROOM
-from ojfa_export.planning.step_costs import measure_costs
+from ojfa_export.planning.step_costs import StepCosts, measure_costs
 from ojfa_export.planning.turns import Turns
 from ojfa_export.promises.certify import certify
 from ojfa_export.promises.collect import collect_statistics
@@ -74,6 +77,7 @@ def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
         progress=progress,
         most_bytes=TIMED_BYTES if large else LARGE_BYTES,
     )
+    costs = _with_drafting(costs, inputs, work, engines, progress)
     splits = load_statistics(work.bundle / STATISTICS)
     promise = None
     if limits is not None:
@@ -87,3 +91,26 @@ def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
     trim_heap()
     decided = Decided(promise=promise, default=default)
     (work.scratch / "exits.json").write_text(decided.model_dump_json(), encoding="utf-8")
+
+
+def _with_drafting(
+    costs: StepCosts, inputs: Inputs, work: Work, engines: Engines, progress: Progress
+) -> StepCosts:
+    """The costs, with those of the draft layer where one was built and counted."""
+    kept = kept_draft(work)
+    if kept is None or not kept.acceptance:
+        return costs
+    layer = open_layer(inputs, work, engines)
+    if layer is None:
+        return costs
+    drafting = measure_layer(
+        inputs.checkpoint.spec,
+        engines,
+        layer,
+        kept.acceptance,
+        inputs.settings.max_cache_length,
+        ROUNDS,
+        SECONDS,
+        progress,
+    )
+    return costs.model_copy(update={"drafting": drafting})

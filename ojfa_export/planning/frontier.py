@@ -34,7 +34,7 @@ class Point:
         agreement: Share of tokens that are the full model's choice, given those before them.
         worst_agreement: In the domain where that is least.
         blocks: Run for a token, on average; of speculation, blocks of drafts and checks per token.
-        exit: Of a fixed exit, or the one that drafts.
+        exit: Of a fixed exit, or the one that drafts; 0 for the draft layer.
         draft: Tokens per draft.
         policy: Of exits per token.
         limit: Share of tokens that may differ, for which the policy was chosen.
@@ -59,8 +59,13 @@ class Point:
             asked = "this bundle's" if self.limit is None else f"{self.limit:.3g} may differ"
             return f"auto, {asked}"
         if self.kind == "speculation":
-            return f"speculation, {self.draft} from exit {self.exit}"
+            return f"speculation, {self.draft} from {self.drafts_from}"
         return "full" if self.kind == "full" else f"exit {self.exit}"
+
+    @property
+    def drafts_from(self) -> str:
+        """Where drafts come from."""
+        return f"exit {self.exit}" if self.exit else "the draft layer"
 
 
 def fixed_exits(statistics: ExitStatistics, costs: StepCosts) -> list[Point]:
@@ -153,6 +158,18 @@ def speculation(statistics: ExitStatistics, costs: StepCosts) -> list[Point]:
     return points
 
 
+def layer_speculation(blocks: int, costs: StepCosts) -> list[Point]:
+    """The draft layer with every length up to MAX_DRAFT; none where there is none."""
+    drafting, points = costs.drafting, []
+    if drafting is None or not drafting.acceptance:
+        return []
+    for draft in range(1, MAX_DRAFT + 1):
+        tokens = drafting.tokens(draft)
+        ms, run = (drafting.round + draft * drafting.each) / tokens, (draft + 1) * blocks / tokens
+        points.append(Point("speculation", ms, 1.0, 1.0, run, exit=0, draft=draft))
+    return points
+
+
 def round_ms(costs: StepCosts, exit: int, draft: int) -> float:
     """A round of speculation: K steps at the exit, and the pass that checks K + 1 tokens."""
     catching_up = costs.catching_up(len(costs.exits) - exit, draft)
@@ -186,6 +203,8 @@ def agreement_runs(statistics: ExitStatistics, column: int, longest: int) -> NDA
 
 def as_speculation(point: Point, statistics: ExitStatistics, costs: StepCosts) -> Speculation:
     """How to draft at a point's exit: the length adapts, from what is expected on."""
+    if point.exit == 0:
+        return _as_layer_speculation(costs)
     assert point.exit is not None
     deep, full = statistics.blocks - point.exit, costs.full
     return Speculation(
@@ -194,6 +213,18 @@ def as_speculation(point: Point, statistics: ExitStatistics, costs: StepCosts) -
         check_cost=(deep * costs.waiting + costs.final_row) / full,
         round_cost=costs.catching_up(deep, 0) / full,
         acceptance=float(statistics.agrees[..., statistics.exits.index(point.exit)].mean()),
+    )
+
+
+def _as_layer_speculation(costs: StepCosts) -> Speculation:
+    drafting = costs.drafting
+    assert drafting is not None
+    return Speculation(
+        exit=0,
+        draft_cost=drafting.each / costs.full,
+        check_cost=0.0,  # a draft was timed with its check
+        round_cost=max(0.0, drafting.round / costs.full - 1),
+        acceptance=drafting.acceptance[0],
     )
 
 

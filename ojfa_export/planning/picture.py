@@ -50,7 +50,7 @@ def frontier(points: Sequence[Point], own: Point | None = None) -> bytes:
         if drafting:
             best = min(drafting, key=lambda point: point.ms)
             axes.plot([best.ms], [1.0], "D", color="#CC79A7", markersize=7,
-                      label=f"speculation, {best.draft} drafted at exit {best.exit}")  # fmt: skip
+                      label=best.name)  # fmt: skip
         axes.set_xlim(left=0)
         axes.set_ylim(0, 1.09)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -12,7 +12,15 @@ from ojfa_export.bundle.names import STATISTICS
 from ojfa_export.bundle.promise import DEFAULT_CONFIDENCE
 from ojfa_export.decoding.default import Default
 from ojfa_export.decoding.policy import ExitPolicy
-from ojfa_export.planning.frontier import Point, fixed_exits, policies, policy_point, speculation
+from ojfa_export.planning.drafting import measure_layer
+from ojfa_export.planning.frontier import (
+    Point,
+    fixed_exits,
+    layer_speculation,
+    policies,
+    policy_point,
+    speculation,
+)
 from ojfa_export.planning.machine import describe_machine
 from ojfa_export.planning.recommend import advice, choose_default
 from ojfa_export.planning.rehearse import ROOM, rehearse
@@ -93,6 +101,12 @@ def plan_bundle(
     costs = measure_costs(
         model.spec, model.engines, length, rounds=ROUNDS, seconds=SECONDS, progress=progress
     )
+    if model.drafts is not None and manifest.draft is not None and manifest.draft.acceptance:
+        drafting = measure_layer(
+            model.spec, model.engines, model.drafts, manifest.draft.acceptance, length,
+            ROUNDS, SECONDS, progress,
+        )  # fmt: skip
+        costs = costs.model_copy(update={"drafting": drafting})
     policy = manifest.auto if manifest.promise is not None else None
     turns = Turns(model.spec, model.engines, length, ROOM)
     machine = describe_machine(backend=backends.load(backend))
@@ -138,7 +152,8 @@ def make_plan(
 def basic_points(splits: Mapping[str, ExitStatistics], costs: StepCosts) -> list[Point]:
     """Fixed exits, full depth and speculation, which no split chose."""
     certification = splits["certification"]
-    return fixed_exits(certification, costs) + speculation(certification, costs)
+    drafting = speculation(certification, costs) + layer_speculation(certification.blocks, costs)
+    return fixed_exits(certification, costs) + drafting
 
 
 def own_point(

@@ -78,7 +78,7 @@ def advice(points: Sequence[Point], own: Point | None) -> list[str]:
 def _about_drafting(drafting: Point, full: Point) -> str:
     pays = "pays" if _saves(drafting, full) else "doesn't pay"
     return (
-        f"Speculation {pays}: {drafting.draft} tokens drafted at exit {drafting.exit} would take "
+        f"Speculation {pays}: {drafting.draft} tokens drafted by {drafting.drafts_from} would take "
         f"{_change(drafting, full)}, for the very tokens of full depth."
     )
 

@@ -60,7 +60,7 @@ def rehearse(
     )  # fmt: skip
     ratios = [found[point].ms / point.ms for point in drafts]
     correction = float(np.median(ratios)) if ratios else 1.0
-    others = [p for p in points if p.kind == "speculation" and p not in drafts]
+    others = [p for p in _at_exits(points) if p not in drafts]
     found |= {point: replace(point, ms=point.ms * correction) for point in others}
     return [found.get(point, point) for point in points]
 
@@ -98,9 +98,14 @@ def time_points(
 
 def _best_drafts(points: Sequence[Point]) -> list[Point]:
     fastest: dict[int | None, Point] = {}
-    for point in sorted((p for p in points if p.kind == "speculation"), key=lambda p: p.ms):
+    for point in sorted(_at_exits(points), key=lambda p: p.ms):
         fastest.setdefault(point.exit, point)
     return list(fastest.values())[:DRAFTING_EXITS]
+
+
+def _at_exits(points: Sequence[Point]) -> list[Point]:
+    """Drafts at exits; those of the draft layer were timed as they run already."""
+    return [point for point in points if point.kind == "speculation" and point.exit]
 
 
 def _sample(statistics: ExitStatistics, tokens: int) -> ExitStatistics:

@@ -14,6 +14,7 @@ from ojfa_export.decoding.confidence import Measure
 from ojfa_export.decoding.head_output import HeadRequest
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.models.spec import ModelSpec
+from ojfa_export.planning.drafting import LayerDrafting
 from ojfa_export.planning.traffic import block_bytes
 from ojfa_export.planning.turns import Clock, Step, Turns
 from ojfa_export.promises.measures import MEASURES
@@ -50,6 +51,7 @@ class StepCosts(BaseModel):
         waiting: What each of them adds to that.
         late_pass: What a pass costs more than those two say, timed at half depth, where tokens
             waited before the last block alone.
+        drafting: Of the draft layer, if there is one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,6 +65,7 @@ class StepCosts(BaseModel):
     catch_up: float
     waiting: float
     late_pass: float = 0.0
+    drafting: LayerDrafting | None = None
 
     @property
     def full(self) -> float:

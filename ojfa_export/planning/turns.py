@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Engines
+from ojfa_export.backends.draft import DraftEngines
 from ojfa_export.decoding.exits import Exit
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.models.spec import ModelSpec
@@ -45,6 +46,7 @@ class Turns:
         room: Tokens that a step adds at most.
         depth: Blocks that any step runs at most; all of them, if not given.
         clock: Seconds; another than the wall's where the machine is shared.
+        drafts: The draft layer, where steps draft with it.
 
     Attributes:
         session: The sequence.
@@ -58,13 +60,15 @@ class Turns:
         room: int,
         depth: int | None = None,
         clock: Clock = time.perf_counter,
+        drafts: DraftEngines | None = None,
     ) -> None:
         max_length = min(max_length, spec.rotary_switch or max_length)
         self._at_once = min(FOLLOWING, max_length) if engines.follows else 1
         room = max(room, self._at_once)
         self._past = min(PAST, max(0, max_length - room - _GROWTH))
         self._room, self._clock = room, clock
-        self.session = Session(spec, engines, 1, min(max_length, self._past + room + _GROWTH))
+        length = min(max_length, self._past + room + _GROWTH)
+        self.session = Session(spec, engines, 1, length, drafts=drafts)
         ids = np.random.default_rng(0).integers(spec.vocab_size, size=1009)
         self._ids = itertools.cycle(ids.tolist())
         if self._past:

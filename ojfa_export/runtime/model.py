@@ -303,11 +303,14 @@ class Model:
 
         Returns:
             What the build planned; None, which is full depth, where it planned nothing, for a
-            batch, and for sampling.
+            batch, for sampling, and where it planned to draft with a draft layer, which this
+            backend doesn't run.
         """
         prompts = whole_number("prompts", prompts, 0)
         temperature = real_number("temperature", temperature, 0.0)
         planned = self.manifest.default
+        if planned is not None and planned.speculation is not None and self.drafts is None:
+            planned = planned if planned.speculation.exit else None
         return planned if prompts == 1 and temperature == 0 else None
 
     def resolve_exit(self, exit: ExitChoice) -> int | ExitPolicy:
