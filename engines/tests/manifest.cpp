@@ -74,6 +74,18 @@ TEST(Manifest, ALayerThatDraftsIsLeftToPython) {
     with["draft"] = {{"depths", {1, 2, 4}}, {"graphs", Json::array()}};
     const Manifest manifest = parse_manifest(signed_text(with), "manifest.json");
     EXPECT_EQ(manifest.graphs.size(), stored()["graphs"].size());
+    // Where it was planned to draft with the layer, nothing is planned here; without a layer that can't be.
+    const Json speculation = {{"exit", 0}, {"draft", nullptr}, {"draft_cost", 0.1}};
+    const Json planned = {{"exit", "full"},
+                          {"speculation", speculation},
+                          {"reason", "drafts"},
+                          {"ms_per_token", 1.0},
+                          {"full_ms_per_token", 2.0}};
+    with["default"] = planned;
+    EXPECT_FALSE(parse_manifest(signed_text(with), "manifest.json").planned);
+    Json without = stored();
+    without["default"] = planned;
+    EXPECT_NE(refusal(signed_text(without)), "nothing was refused");
 }
 
 TEST(Manifest, EveryLeafIsChecked) {

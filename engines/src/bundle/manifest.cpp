@@ -70,7 +70,12 @@ Manifest read_fields(const Json& raw) {
         manifest.planned = read_default(Fields(*planned, "default"));
     if (fields.json().contains("generation"))
         check_generation(fields.object("generation"), manifest.spec.vocab_size);
-    fields.maybe("draft");  // a layer that Python alone runs; its files are held like all others
+    // A layer that Python alone runs; its files are held like all others. Where it was planned to draft with
+    // it, nothing is planned here.
+    const bool drafts = fields.maybe("draft") != nullptr;
+    if (drafts && manifest.planned && manifest.planned->speculation &&
+        manifest.planned->speculation->exit == 0)
+        manifest.planned.reset();
     Fields files = fields.object("files");
     for (const auto& member : files.json().items())
         manifest.files[member.key()] = read_file_entry(files.object(member.key()));

@@ -91,7 +91,7 @@ void check_ports(Fields& fields, const std::string& name) {
 
 Speculation read_speculation(Fields fields) {
     Speculation speculation;
-    if (fields.maybe("exit")) speculation.exit = static_cast<int>(fields.integer("exit", 1));
+    if (fields.maybe("exit")) speculation.exit = static_cast<int>(fields.integer("exit", 0));
     if (fields.maybe("draft")) speculation.draft = static_cast<int>(fields.integer("draft", 1));
     if (fields.maybe("draft_cost")) speculation.draft_cost = fields.number("draft_cost");
     if (fields.maybe("check_cost")) speculation.check_cost = fields.number("check_cost");
