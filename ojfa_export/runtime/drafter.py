@@ -40,6 +40,10 @@ class Drafter:
         """Whether drafts need not be on the host before they are drafted from; see `chain`."""
         return self._chains is not None
 
+    def room(self, sequences: Many[Sequence]) -> int:
+        """How many drafts of each there is room for."""
+        return min(min(self._capacity - len(each), each.room_before_switch) for each in sequences)
+
     def chain(self, sequences: Many[Sequence], most: int) -> Drafts | None:
         """Drafts what the layer thinks likeliest after each sequence's newest token.
 
@@ -51,9 +55,8 @@ class Drafter:
             None of too many sequences.
         """
         assert self._chains is not None
-        rooms = [min(self._capacity - len(each), each.room_before_switch) for each in sequences]
         tokens, chunks = _new_positions(sequences)
-        drafts = self._chains.chain(tokens, chunks, min(most, *rooms))
+        drafts = self._chains.chain(tokens, chunks, min(most, self.room(sequences)))
         if drafts is not None:
             _know(sequences)
         return drafts

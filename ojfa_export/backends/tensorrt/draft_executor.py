@@ -24,6 +24,7 @@ from ojfa_export.backends.tensorrt.heads import KEEP_THREADS
 from ojfa_export.backends.tensorrt.pages import Copy
 from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS
 from ojfa_export.backends.tensorrt.workspace import Buffers, Workspace
+from ojfa_export.decoding.arrays import Float32
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 
 # More positions than find room in kernels for few are filled up to one of these numbers.
@@ -58,9 +59,12 @@ class TensorRtDraftExecutor:
         self._said = layer.arrays.lasting((ROWS, layer.spec.hidden_size), np.float32)
         self._key = object()
 
-    def keep(self, index: int, chunks: Sequence[Chunk], hidden: DeviceArray) -> None:
+    def keep(self, index: int, chunks: Sequence[Chunk], hidden: Float32 | DeviceArray) -> None:
         """See `backends.draft.DraftExecutor`."""
+        if not self._recorder.pending:  # else this thread has just run blocks
+            self._device.make_current()
         _, kept = self._parts()
+        hidden = self._layer.arrays.asarray(hidden)
         count, width = hidden.shape
         target = kept.pointer + index * (kept.nbytes // kept.shape[0])
         placed = self._engines.in_flight.placed(hidden, chunks)
