@@ -181,7 +181,9 @@ class TensorRtDraftExecutor:
     def copy_prefix(self, source: int, target: int, count: int) -> None:
         """See `backends.draft.DraftExecutor`; whole pages are shared."""
         self._device.make_current()
-        self._copy_pages(self._cache.pages.share(source, target, count))
+        pages = self._cache.pages
+        # The layer may have run fewer positions than have states.
+        self._copy_pages(pages.share(source, target, min(count, pages.room(source))))
         if self._made is None:
             return
         kept = self._made[1]
