@@ -17,7 +17,7 @@ from ojfa_export.bundle.draft_shortcut import DraftShortcut, rotations
 from ojfa_export.bundle.names import DRAFT_GRAPHS
 from ojfa_export.decoding.head_output import HeadRequest, HostHeadOutput
 from ojfa_export.graphs.export import Exporter
-from ojfa_export.models.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec, Precision
 
 
 def random_draft(
@@ -77,31 +77,52 @@ def draft_for(spec: ModelSpec, seed: int = 0, *, own_head: bool = True) -> Draft
 
 def open_draft(chain: Chain, draft: DraftShortcut, directory: Path) -> OnnxRuntimeDraft:
     """Exports a draft layer beside a chain's graphs, and opens its engines."""
-    return open_beside(chain.graphs, chain.spec, chain.max_length, draft, directory)
+    return open_beside(
+        chain.graphs, chain.spec, chain.max_length, draft, directory, chain.precision
+    )
+
+
+def draft_layer(chain: Chain, draft: DraftShortcut, engines: dict[str, Path]) -> DraftLayer:
+    """A draft layer that was exported beside a chain's graphs, to be opened."""
+    return _layer(chain.graphs, chain.spec, chain.max_length, draft, engines)
 
 
 def open_beside(
-    graphs: Path, model: ModelSpec, max_length: int, draft: DraftShortcut, directory: Path
+    graphs: Path,
+    model: ModelSpec,
+    max_length: int,
+    draft: DraftShortcut,
+    directory: Path,
+    precision: Precision = "fp32",
 ) -> OnnxRuntimeDraft:
-    """Exports a draft layer beside a model's fp32 graphs, and opens its engines."""
+    """Exports a draft layer beside a model's graphs, and opens its engines."""
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint: Any = SimpleNamespace(spec=model)
-    Exporter(checkpoint, graphs, "fp32", max_length).draft(draft)
+    Exporter(checkpoint, graphs, precision, max_length).draft(draft)
     spec = draft.spec_within(model)
     files = {name: directory / f"{name}.onnx" for name in DRAFT_GRAPHS}
     for name, file in files.items():
         build_engine(spec, graphs / f"{name}.onnx", file)
+    return OnnxRuntimeDraft(_layer(graphs, model, max_length, draft, files))
+
+
+def _layer(
+    graphs: Path,
+    model: ModelSpec,
+    max_length: int,
+    draft: DraftShortcut,
+    engines: dict[str, Path],
+) -> DraftLayer:
     cos, sin = rotations(draft.rope_theta, draft.head_dim, 0, max_length)
-    layer = DraftLayer(
+    return DraftLayer(
         depths=draft.depths,
-        spec=spec,
+        spec=draft.spec_within(model),
         vocab_size=model.vocab_size,
         tokens=draft.tokens,
         weights=graphs,
-        engines=files,
+        engines=engines,
         rotary=(cos.astype(np.float32), sin.astype(np.float32)),
     )
-    return OnnxRuntimeDraft(layer)
 
 
 class GoodDrafts:

@@ -9,14 +9,19 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export.backends.draft import DraftLayer
+from ojfa_export.bundle.draft_shortcut import DraftShortcut, rotations
 from ojfa_export.bundle.names import block_name
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.dialect import Portable
 from ojfa_export.graphs.embed import embed_graph
+from ojfa_export.graphs.export import Exporter
 from ojfa_export.graphs.heads import exit_head_graph, final_head_graph
 from ojfa_export.graphs.weights import TensorRef, WeightFile
 from ojfa_export.models.families.rotary import Rotary
@@ -52,7 +57,14 @@ def _spec(family: str, blocks: int, hidden: int, heads: int, inner: int, vocab: 
     )
 
 
+def _smollm2() -> ModelSpec:
+    """SmolLM2-135M: three heads share keys and values, and the embedding is the head."""
+    spec = _spec("llama", 30, 576, 9, 1536, 49152)
+    return spec.model_copy(update={"kv_heads": 3, "tied_head": True, "max_positions": 8192})
+
+
 SHAPES = {
+    "smollm2-135m": _smollm2(),
     "llama2-7b": _spec("llama", 32, 4096, 32, 11008, 32000),
     "phi3-mini": _spec("phi3", 32, 3072, 32, 8192, 32064),
     "gpt2-xl": _spec("gpt2", 48, 1600, 25, 6400, 50257),
@@ -92,7 +104,8 @@ class RandomGraphs:
         spec = self.spec
         with WeightFile(self.directory, "embed.bin", PRECISION) as file:
             table = self._values(spec.vocab_size, spec.hidden_size)
-            weights = {"token_embedding": file.add("token_embedding", table)}
+            self._table = file.add("token_embedding", table)
+            weights = {"token_embedding": self._table}
             if spec.learned_positions:
                 rows = self._values(self.max_length, spec.hidden_size, scale=0.1)
                 weights["position_embedding"] = file.add("position_embedding", rows)
@@ -145,13 +158,13 @@ class RandomGraphs:
         k = max(1, spec.hidden_size // 100) + 1
         layer = spec.norm == "layer"
         with WeightFile(self.directory, "final_head.bin", PRECISION) as file:
-            weights = {
-                "final_norm.weight": file.add("norm", self._values(spec.hidden_size, mean=1.0)),
-                "head": file.add(
-                    "head",
-                    self._values(spec.vocab_size, spec.hidden_size, scale=spec.hidden_size**-0.5),
-                ),
-            }
+            norm = file.add("norm", self._values(spec.hidden_size, mean=1.0))
+            head = self._table
+            if not spec.tied_head:
+                scale = spec.hidden_size**-0.5
+                shape = spec.vocab_size, spec.hidden_size
+                head = file.add("head", self._values(*shape, scale=scale))
+            weights = {"final_norm.weight": norm, "head": head}
             if layer:
                 weights["final_norm.bias"] = file.add("bias", self._values(spec.hidden_size))
         graph = final_head_graph(spec, weights, self._dialect)
@@ -168,3 +181,54 @@ class RandomGraphs:
                 weights["vocabulary.bias"] = file.add("bias", self._values(spec.vocab_size))
         graph = exit_head_graph(spec, weights, self._dialect)
         (self.directory / "exit_head.onnx").write_bytes(graph.SerializeToString())
+
+    def draft(self, tokens: int = 0) -> DraftShortcut:
+        """Writes the graphs of a draft layer like one of the blocks; the others must be there.
+
+        Args:
+            tokens: Of a head of its own; 0 for the model's.
+        """
+        spec, hidden = self.spec, self.spec.hidden_size
+        width = spec.heads * spec.head_dim
+
+        def matrix(rows: int, columns: int) -> NDArray[np.float32]:
+            return self._values(rows, columns, scale=0.3 * rows**-0.5)
+
+        def norm() -> NDArray[np.float32]:
+            return self._values(hidden, scale=0.1, mean=1.0)
+
+        layer = DraftShortcut(
+            depths=(1, spec.blocks // 2, spec.blocks),
+            fuse=matrix(3 * hidden, hidden),
+            embedding_norm=norm(),
+            state_norm=norm(),
+            qkv=matrix(2 * hidden, width + 2 * spec.kv_heads * spec.head_dim),
+            out=matrix(width, hidden),
+            mlp_norm=norm(),
+            up=matrix(hidden, 2 * spec.intermediate_size),
+            down=matrix(spec.intermediate_size, hidden),
+            final_norm=norm(),
+            head=matrix(tokens, hidden) if tokens else None,
+            tokens=np.arange(tokens, dtype=np.int32) if tokens else None,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            rope_theta=1e4,
+            epsilon=spec.norm_epsilon,
+        )
+        checkpoint: Any = SimpleNamespace(spec=spec)
+        Exporter(checkpoint, self.directory, PRECISION, self.max_length).draft(layer)
+        return layer
+
+    def opened_draft(self, shortcut: DraftShortcut, engines: dict[str, Path]) -> DraftLayer:
+        """The layer that was written, with its engines."""
+        cos, sin = rotations(shortcut.rope_theta, shortcut.head_dim, 0, self.max_length)
+        return DraftLayer(
+            depths=shortcut.depths,
+            spec=shortcut.spec_within(self.spec),
+            vocab_size=self.spec.vocab_size,
+            tokens=shortcut.tokens,
+            weights=self.directory,
+            engines=engines,
+            rotary=(cos.astype(np.float32), sin.astype(np.float32)),
+        )

@@ -19,8 +19,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.backends.backend import Backend, Engines
-from ojfa_export.backends.passes import Chunk
+from ojfa_export.backends.backend import Backend, Engines, Executor
+from ojfa_export.backends.passes import Chunk, Pass
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.decoding.arrays import Float32, Hidden
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
@@ -101,6 +101,57 @@ class DraftExecutor(Protocol):
 
     def copy_prefix(self, source: int, target: int, count: int) -> None:
         """Copies what is known of a slot's first positions to another: states, keys and values."""
+        ...
+
+
+class Drafts(Protocol):
+    """Drafts of some rows, the same number of each. On a device they may be on their way.
+
+    Attributes:
+        count: Of each row.
+    """
+
+    @property
+    def count(self) -> int:
+        """As above."""
+        ...
+
+    def drafts(self) -> list[list[int]]:
+        """Each row's drafts; waits for them."""
+        ...
+
+    def tokens(self) -> list[int]:
+        """The same with the token before each row's first, row by row, as a pass takes them."""
+        ...
+
+
+@runtime_checkable
+class Chains(Protocol):
+    """A `DraftExecutor` whose drafts need not be on the host before they are drafted from."""
+
+    def chain(self, tokens: Sequence[int], chunks: Sequence[Chunk], count: int) -> Drafts | None:
+        """Drafts what is likeliest: `begin`, then `go_on` from each draft but the last.
+
+        Args:
+            tokens: As of `begin`.
+            chunks: As of `begin`; there is room for the drafts.
+            count: Drafts of each at most, 1 or more.
+
+        Returns:
+            None of more rows than drafts can be made for at once.
+        """
+        ...
+
+    def check(self, executor: Executor, step: Pass) -> HeadOutput | None:
+        """Runs a pass through all blocks, keeps the states, and asks the final head.
+
+        Args:
+            executor: Of the model.
+            step: All of sequences that draft; `Pass.tokens` may be what `chain` gave.
+
+        Returns:
+            What is likeliest after each token; None where the pass must be run by its parts.
+        """
         ...
 
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ojfa_export.decoding.arrays import Hidden
-from ojfa_export.decoding.head_output import HeadOutput
+
+
+class GivesTokens(Protocol):
+    """Tokens that may be on their way: of a `HeadOutput`, or drafts (`backends.draft.Drafts`)."""
+
+    def tokens(self) -> list[int]:
+        """The tokens, row by row; waits for them."""
+        ...
 
 
 class Chunk(NamedTuple):
@@ -36,13 +43,13 @@ class Pass:
         chunks: Whose tokens, in the order of the rows of hidden states; each slot at most once.
         long_context: Whether LongRoPE's long factors apply.
         tokens: Where the first block is block 0: the token ids, in the order of the rows, or the
-            choices that they will be (see `Engines.follows`); else None.
+            choices or drafts that they will be (see `Engines.follows`); else None.
     """
 
     blocks: range
     chunks: tuple[Chunk, ...]
     long_context: bool
-    tokens: list[int] | HeadOutput | None = None
+    tokens: list[int] | GivesTokens | None = None
 
     @property
     def is_decode(self) -> bool:

@@ -159,15 +159,27 @@ class Decoder:
         drafts: list[int] = []
         proposals: list[Float64] = []
         while len(drafts) < limit and not (drafts and drafts[-1] in self._eos):
-            output = yield NextStep(exit, logits=bool(self._sampling.temperature))
             if self._sampling.temperature:
+                output = yield NextStep(exit, logits=True)
+                assert output is not None
                 proposals.append(self._sampling.probabilities(output.logits[0]))
-                token = draw(proposals[-1], self._generator)
+                new, ended = [draw(proposals[-1], self._generator)], False
             else:
-                token = output.likeliest[0]
-            drafts.append(token)
-            self._sequence.append([token])
+                wanted = limit - len(drafts)
+                output = yield NextStep(exit, drafts=wanted if exit == 0 else 1)
+                assert output is not None
+                given = output.drafts if exit == 0 else output.likeliest
+                new, ended = self._counting(given[:wanted]), len(given) > 1
+            drafts += new
+            self._sequence.append(new)
+            if ended:
+                break
         return drafts, proposals
+
+    def _counting(self, drafts: list[int]) -> list[int]:
+        """Drafts up to an end of text."""
+        ends = (index for index, token in enumerate(drafts) if token in self._eos)
+        return drafts[: next(ends, len(drafts)) + 1]
 
     def _verify(self, drafts: list[int], proposals: list[Float64], output: StepOutput) -> list[int]:
         if self._sampling.temperature:

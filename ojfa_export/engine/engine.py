@@ -248,7 +248,8 @@ class Engine:
                     self._admit()
                 drafting = [each for each in self._running if each.step.depth == 0]
                 if drafting:
-                    self._hand_out(self._launcher.draft(drafting))
+                    for launched in self._launcher.draft(drafting):
+                        self._hand_out(launched)
                     continue
                 work = self._scheduler.next(self._running)
                 if work is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from ojfa_export.backends.draft import Drafts
 from ojfa_export.decoding.arrays import Float32, Hidden
 from ojfa_export.decoding.confidence import Measure
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest, HostHeadOutput
@@ -58,12 +59,35 @@ class Heads:
             tokens = self._tokens[sampling] = self._outputs[sampling].tokens()
         return tokens[row]
 
+    def drafts(self, row: int) -> list[int]:
+        """The one token that a draft layer's head drafts."""
+        return self.likeliest()[row : row + 1]
+
     def logits(self, row: int, rows: int) -> Float32:
         """Logits [rows, V] of a request that asked for them, from its first row on."""
         if self._on_host is None:
             return self._logits[row]
         logits: Float32 = self._on_host[row : row + rows]
         return logits
+
+
+class ChainHeads(Heads):
+    """What a draft layer said of several requests, draft after draft.
+
+    Args:
+        chain: Its drafts.
+    """
+
+    def __init__(self, chain: Drafts) -> None:
+        self._chain = chain
+
+    def wait(self) -> None:
+        """Waits until all are there."""
+        self._chain.drafts()
+
+    def drafts(self, row: int) -> list[int]:
+        """All drafts of a request."""
+        return self._chain.drafts()[row]
 
 
 class Asked(Protocol):

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ojfa_export.backends.backend import AsksExitsTogether
+from ojfa_export.backends.draft import Drafts
 from ojfa_export.decoding.arrays import Hidden
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest, HostHeadOutput
 from ojfa_export.decoding.sampling import GREEDY
 from ojfa_export.engine.costs import PassCosts
-from ojfa_export.engine.heads import Heads, head_request, one_sampling, run_heads
+from ojfa_export.engine.heads import ChainHeads, Heads, head_request, one_sampling, run_heads
 from ojfa_export.engine.next_step import NextStep
 from ojfa_export.engine.running import Running
 from ojfa_export.engine.scheduler import Work
@@ -89,15 +90,33 @@ class Launcher:
         self._launch(launched, work.stops)
         return [launched]
 
-    def draft(self, running: list[Running]) -> Launched:
-        """Launches the draft layer after the newest tokens of requests that wait for it."""
+    def draft(self, running: list[Running]) -> list[Launched]:
+        """Launches the draft layer after the newest tokens of requests that wait for it.
+
+        Where a device makes them one after the other, all drafts of those that begin.
+        """
         drafter = self._runner.drafter
         assert drafter is not None
-        steps = [each.step for each in running]
-        hidden = drafter.run([each.sequence for each in running])
-        heads = run_heads(drafter.engines, hidden, 0, steps)
+        chained: list[Running] = []
+        chain: Drafts | None = None
+        if drafter.chains:
+            chained = [each for each in running if each.step.drafts > 1]
+            sequences = [each.sequence for each in chained]
+            if chained and drafter.room(sequences) > 1:
+                chain = drafter.chain(sequences, max(each.step.drafts for each in chained))
+        launched = []
+        if chain is not None:
+            launched.append(self._drafted(chained, ChainHeads(chain)))
+            running = [each for each in running if each not in chained]
+        if running:
+            hidden = drafter.run([each.sequence for each in running])
+            heads = run_heads(drafter.engines, hidden, 0, [each.step for each in running])
+            launched.append(self._drafted(running, heads))
+        return launched
+
+    def _drafted(self, running: list[Running], heads: Heads) -> Launched:
         self._unmeasured = True  # the next pass waits for this too
-        count = len(running)
+        steps, count = [each.step for each in running], len(running)
         return Launched(running, [*steps], 0, 0, count, (count, 0), heads=heads, ended=True)
 
     def follow(self, before: Launched) -> Launched | None:
@@ -166,6 +185,10 @@ class Launcher:
             launched.heads = Heads({sampling: output})
             launched.chosen = output if runner.run_together(sequences) else None
             return
+        if len(steps) == len(sequences) and _check(steps, depth == runner.spec.blocks):
+            output = runner.check(sequences, [step.rows for step in steps])
+            launched.heads = Heads({GREEDY: output})
+            return
         counts = [0 if step is None else step.rows for step in launched.steps]
         hidden = runner.run(sequences, depth, counts, following, stops)
         if steps:
@@ -231,6 +254,11 @@ class Launcher:
         self._counts.pass_tokens += tokens
         self._counts.catch_up_tokens += late
         return block_tokens / work.blocks
+
+
+def _check(steps: Sequence[NextStep], full: bool) -> bool:
+    """Whether all ask what is likeliest at full depth, as where drafts are checked."""
+    return full and all(step.sampling is GREEDY and not step.logits for step in steps)
 
 
 def _going_on(before: Launched) -> list[tuple[int, NextStep]]:

@@ -21,6 +21,8 @@ class NextStep(NamedTuple):
         logits: Whether the output must have logits: tokens and confidence are always there, and on
             a device they are all that comes to the host.
         may_go_on: Whether the output decides if the same tokens run deeper.
+        drafts: At depth 0, how many are wanted, the likeliest one after the other; others than one
+            are given where there is a short way for them.
     """
 
     depth: int
@@ -29,6 +31,7 @@ class NextStep(NamedTuple):
     draw: float = 0.0
     logits: bool = False
     may_go_on: bool = False
+    drafts: int = 1
 
 
 class Heads(Protocol):
@@ -48,6 +51,10 @@ class Heads(Protocol):
 
     def logits(self, row: int, rows: int) -> Float32:
         """Logits [rows, V] of a request that asked for them, from its first row on."""
+        ...
+
+    def drafts(self, row: int) -> list[int]:
+        """What a draft layer drafts for a request: one token, or several that are its last."""
         ...
 
 
@@ -73,6 +80,11 @@ class StepOutput(NamedTuple):
     def likeliest(self) -> list[int]:
         """The tokens of the largest logits, [rows]."""
         return self.heads.likeliest()[self.row : self.row + self.step.rows]
+
+    @property
+    def drafts(self) -> list[int]:
+        """Drafts of the request: one, or several after which none follow."""
+        return self.heads.drafts(self.row)
 
     def confidence(self, measure: Measure) -> float:
         """How confident the head is of the first."""

@@ -6,9 +6,11 @@ from collections.abc import Sequence as Many
 from itertools import pairwise
 from typing import Any
 
-from ojfa_export.backends.draft import DraftEngines
+from ojfa_export.backends.backend import Executor
+from ojfa_export.backends.draft import Chains, DraftEngines, Drafts
 from ojfa_export.backends.passes import Chunk, Pass, row_ranges, rows_of
 from ojfa_export.decoding.arrays import Hidden
+from ojfa_export.decoding.head_output import HeadOutput
 from ojfa_export.runtime.sequence import Sequence
 
 
@@ -30,6 +32,44 @@ class Drafter:
     def __init__(self, engines: DraftEngines, arrays: Any, slots: int, capacity: int) -> None:
         self.engines, self._arrays = engines, arrays
         self.executor = engines.executor(slots, capacity)
+        self._capacity = capacity
+        self._chains = self.executor if isinstance(self.executor, Chains) else None
+
+    @property
+    def chains(self) -> bool:
+        """Whether drafts need not be on the host before they are drafted from; see `chain`."""
+        return self._chains is not None
+
+    def room(self, sequences: Many[Sequence]) -> int:
+        """How many drafts of each there is room for."""
+        return min(min(self._capacity - len(each), each.room_before_switch) for each in sequences)
+
+    def chain(self, sequences: Many[Sequence], most: int) -> Drafts | None:
+        """Drafts what the layer thinks likeliest after each sequence's newest token.
+
+        Args:
+            sequences: Each `can_draft`, with room for one draft or more.
+            most: Drafts of each; as many as all have room for.
+
+        Returns:
+            None of too many sequences.
+        """
+        assert self._chains is not None
+        tokens, chunks = _new_positions(sequences)
+        drafts = self._chains.chain(tokens, chunks, min(most, self.room(sequences)))
+        if drafts is not None:
+            _know(sequences)
+        return drafts
+
+    def check(self, executor: Executor, step: Pass, sequences: Many[Sequence]) -> HeadOutput | None:
+        """Runs a whole pass through all blocks at once and asks the final head.
+
+        Returns:
+            What is likeliest after each token; None where it must be run by its parts.
+        """
+        if self._chains is None or not all(sequence.drafting for sequence in sequences):
+            return None
+        return self._chains.check(executor, step)
 
     def parts(self, step: Pass, sequences: Many[Sequence]) -> list[range]:
         """A pass's blocks, cut where states are kept; whole where no sequence drafts."""
@@ -78,17 +118,8 @@ class Drafter:
         return self._arrays.concatenate([hidden[row : row + 1] for row in order])
 
     def _begin(self, sequences: Many[Sequence]) -> Hidden:
-        tokens: list[int] = []
-        chunks: list[Chunk] = []
-        for sequence in sequences:
-            assert sequence.drafting is not None
-            start, stop = sequence.drafting.mark, len(sequence) - 1
-            chunks.append(Chunk(sequence.slot, start, stop - start))
-            tokens += sequence.tokens[start + 1 : stop + 1]
-        hidden = self.executor.begin(tokens, chunks)
-        for sequence in sequences:
-            assert sequence.drafting is not None
-            sequence.drafting.mark = len(sequence) - 1
+        hidden = self.executor.begin(*_new_positions(sequences))
+        _know(sequences)
         return hidden
 
     def _go_on(self, sequences: Many[Sequence]) -> Hidden:
@@ -103,3 +134,22 @@ class Drafter:
             hidden = self._arrays.concatenate([each[row : row + 1] for each, row in said])
         chunks = [Chunk(sequence.slot, len(sequence) - 2, 1) for sequence in sequences]
         return self.executor.go_on(hidden, [each.tokens[-1] for each in sequences], chunks)
+
+
+def _new_positions(sequences: Many[Sequence]) -> tuple[list[int], list[Chunk]]:
+    """Positions that are new to the layer, and each one's next token."""
+    tokens: list[int] = []
+    chunks: list[Chunk] = []
+    for sequence in sequences:
+        assert sequence.drafting is not None
+        start, stop = sequence.drafting.mark, len(sequence) - 1
+        chunks.append(Chunk(sequence.slot, start, stop - start))
+        tokens += sequence.tokens[start + 1 : stop + 1]
+    return tokens, chunks
+
+
+def _know(sequences: Many[Sequence]) -> None:
+    """The layer has run all new positions; what it said is no longer known."""
+    for sequence in sequences:
+        assert sequence.drafting is not None
+        sequence.drafting.mark, sequence.drafting.said = len(sequence) - 1, None

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from itertools import islice
 
 import numpy as np
 
+from ojfa_export.backends.draft import Drafts
 from ojfa_export.decoding.arrays import Float32
-from ojfa_export.decoding.head_output import HeadRequest
+from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.runner import ModelRunner
-from ojfa_export.runtime.sequence import Sequence
+from ojfa_export.runtime.sequence import UNKNOWN, Sequence
+
+Lists = list[list[int]]
 
 
 class Proposals:
@@ -58,6 +62,58 @@ class Proposals:
             for row, token in zip(rows, likeliest, strict=True):
                 tokens[row] = token
         return tokens
+
+    def at_once(self, rows: Many[int], limits: Many[int]) -> tuple[Lists, Lists]:
+        """Drafts after the newest tokens of rows, and completes them.
+
+        Args:
+            rows: With tokens that have not run.
+            limits: Of each row of the batch, drafts at most; 0 where none can be made.
+
+        Returns:
+            Of each row of the batch its drafts, and the full model's tokens after the newest token
+            and after each draft, or after more.
+        """
+        sequences, drafter = [self._sequences[row] for row in rows], self._runner.drafter
+        drafting = [self._sequences[row] for row in rows if limits[row]]
+        lengths = [len(each) for each in drafting]
+        drafts = None
+        if drafting and drafter is not None:
+            drafts = drafter.chain(drafting, max(limits))
+        try:
+            output, counts = self._complete(sequences, drafting, drafts)
+            likeliest = iter(output.likeliest())
+        except BaseException:
+            for each, length in zip(drafting, lengths, strict=True):
+                each.truncate(length)
+            raise
+        found: Lists = [[] for _ in self._sequences]
+        best: Lists = [[] for _ in self._sequences]
+        for row, each, count in zip(rows, sequences, counts, strict=True):
+            best[row] = list(islice(likeliest, count))
+            found[row] = each.tokens[len(each) - count + 1 :][: limits[row]]
+        return found, best
+
+    def _complete(
+        self, sequences: Many[Sequence], drafting: Many[Sequence], drafts: Drafts | None
+    ) -> tuple[HeadOutput, list[int]]:
+        """What the full model says after the newest tokens, and how many of each that are.
+
+        Where all draft, the pass begins before the drafts are on the host.
+        """
+        if drafts is None:
+            counts = [1] * len(sequences)
+            return self._runner.check(sequences, counts), counts
+        ahead = len(drafting) == len(sequences)
+        unknown = [[UNKNOWN] * drafts.count for _ in drafting]
+        for each, ids in zip(drafting, unknown if ahead else drafts.drafts(), strict=True):
+            each.append(ids)
+        slots = {each.slot for each in drafting}
+        counts = [1 + drafts.count * (each.slot in slots) for each in sequences]
+        output = self._runner.check(sequences, counts, drafts if ahead else None)
+        for each, ids in zip(drafting, drafts.drafts(), strict=True):
+            each.tokens[-len(ids) :] = ids
+        return output, counts
 
     def logits(self, rows: Many[int]) -> Float32:
         """The same as logits [sequences, V]; zero for the other rows."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 
 from ojfa_export.backends.backend import Engines, PagedCache
-from ojfa_export.backends.draft import DraftEngines
+from ojfa_export.backends.draft import DraftEngines, Drafts
 from ojfa_export.backends.passes import Chunk, Newest, Pass, row_ranges
 from ojfa_export.decoding.arrays import Hidden
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
@@ -80,6 +80,25 @@ def _decode_pass(
     step = Pass(range(entry, depth), tuple(chunks), long_context)
     if not entry:
         step.tokens = following or [sequence.tokens[-1] for sequence in sequences]
+    return step
+
+
+def _whole_pass(
+    sequences: Many[Sequence], counts: Many[int], drafts: Drafts | None, blocks: int
+) -> Pass | None:
+    """The one pass through all blocks that runs so many tokens of each sequence.
+
+    None where more tokens are pending, or some of them have begun to run.
+    """
+    chunks, long_context = [], sequences[0].long_context
+    for sequence, count in zip(sequences, counts, strict=True):
+        start = len(sequence) - count
+        done = sequence.marks.end(0, start) == blocks
+        if not done or sequence.long_context != long_context:
+            return None
+        chunks.append(Chunk(sequence.slot, start, count))
+    step = Pass(range(blocks), tuple(chunks), long_context)
+    step.tokens = drafts or _token_ids(step.chunks, sequences)
     return step
 
 
@@ -219,8 +238,37 @@ class ModelRunner:
         prepared = self.prepare(sequences, depth, request, following)
         if prepared is not None:
             return prepared()
+        if following is None and depth == self.spec.blocks and request == HeadRequest():
+            return self.check(sequences, [1] * len(sequences))
         hidden = self.run(sequences, depth, None, following)
         return self.engines.choose(hidden, depth, request)
+
+    def check(
+        self, sequences: Many[Sequence], counts: Many[int], drafts: Drafts | None = None
+    ) -> HeadOutput:
+        """Brings sequences to full depth, and asks the head there about their newest tokens.
+
+        Args:
+            sequences: With tokens that are pending before the last block.
+            counts: How many of each sequence's newest tokens the head is asked about.
+            drafts: Where the newest are drafts that are not known yet, of each sequence.
+
+        Returns:
+            What is likeliest after each of those tokens, sequence by sequence.
+        """
+        depth, output = self.spec.blocks, None
+        step = None if self.drafter is None else _whole_pass(sequences, counts, drafts, depth)
+        if self.drafter is not None and step is not None and self._states(depth) is None:
+            self._newest.clear()
+            output = self.drafter.check(self.executor, step, sequences)
+        if output is None:
+            for sequence, ids in zip(sequences, drafts.drafts() if drafts else (), strict=False):
+                sequence.tokens[-len(ids) :] = ids
+            hidden = self.run(sequences, depth, counts)
+            return self.engines.choose(hidden, depth, HeadRequest())
+        for sequence in sequences:
+            sequence.marks.raise_to(len(sequence), depth)
+        return output
 
     def prepare(
         self,

@@ -13,7 +13,7 @@ from ojfa_export.backends.draft import DraftEngines
 from ojfa_export.decoding.arrays import Float32, Hidden, Int32
 from ojfa_export.decoding.events import Listener, ShadowCheck
 from ojfa_export.decoding.exits import Exit, resolve_exit
-from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
+from ojfa_export.decoding.head_output import HeadOutput
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.decoding.sampling import GREEDY, Sampling, check_draws
 from ojfa_export.errors import UsageError
@@ -298,11 +298,12 @@ class Session(Exclusive):
     ) -> list[list[int]]:
         """As `complete`, with the token of the largest logit in place of each row of logits."""
         counts = self._append_before_completing(token_ids, counts)
-        states = self._states(counts, self.spec.blocks)
-        if states is None:
+        wanted = [row for row, count in enumerate(counts) if count > 0]
+        if not wanted:
             return [[] for _ in counts]
-        self.stats.count_head(len(states), final=True)
-        output = self._engines.choose(states, self.spec.blocks, HeadRequest())
+        self.stats.count_head(sum(counts), final=True)
+        sequences = [self._sequences[row] for row in wanted]
+        output = self._runner.check(sequences, [counts[row] for row in wanted])
         best = iter(output.likeliest())
         return [list(islice(best, count)) for count in counts]
 
@@ -344,6 +345,42 @@ class Session(Exclusive):
             new tokens are zero.
         """
         return self._proposals.logits(self._append_to_propose(token_ids))
+
+    @property
+    def proposes_at_once(self) -> bool:
+        """Whether there is a short way for `propose_and_complete`: on a device."""
+        drafter = self._runner.drafter
+        return drafter is not None and drafter.chains
+
+    @exclusive
+    def propose_and_complete(
+        self, token_ids: Sequence[Sequence[int]], limits: Sequence[int]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Does `propose` draft after draft, and then `complete_greedily`, at once.
+
+        Drafts are in the session then, up to the largest of the limits: `rewind` drops them.
+
+        Args:
+            token_ids: New tokens of each sequence; a sequence with none stays as it is.
+            limits: How many drafts of each count, 1 or more where there is one token after which
+                the draft layer can draft (`can_propose`); 0 for none.
+
+        Returns:
+            The drafts of each sequence, and the full model's likeliest tokens: after the newest of
+            the new tokens, after each draft, and maybe after more that don't count.
+
+        Raises:
+            UsageError: As of `propose`, or no short way; the session is unchanged.
+        """
+        new = check_tokens(token_ids, self._sequences, self.max_length, self.spec.vocab_size)
+        if not self.proposes_at_once:
+            raise UsageError("this session can't propose and complete at once")
+        self._proposals.check([ids if limits[row] else [] for row, ids in enumerate(new)])
+        self._append(new)
+        rows = [row for row, ids in enumerate(new) if ids]
+        drafts, best = self._proposals.at_once(rows, limits)
+        self.stats.count_head(sum(map(len, best)), final=True)
+        return drafts, best
 
     def _append_to_propose(self, token_ids: Sequence[Sequence[int]]) -> list[int]:
         """Takes new tokens where the draft layer can go on from there; whose they are."""

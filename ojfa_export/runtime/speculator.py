@@ -52,6 +52,8 @@ class Speculator:
             DraftLength(cost, speculation.round_cost, speculation.acceptance) for _ in generators
         ]
         self._eos = frozenset(eos_token_ids)
+        greedy = sampling.temperature == 0
+        self._at_once = greedy and self._exit == 0 and session.proposes_at_once
 
     def step(self, pending: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[list[Chosen]]:
         """See `decoding.Decoder`: each sequence's accepted drafts, and one token of its own."""
@@ -61,10 +63,17 @@ class Speculator:
             self._draft_length(row, len(ids), wanted[row]) if ids else 0
             for row, ids in enumerate(pending)
         ]
-        drafts, proposals = self._draft(pending, limits)
-        missing = [draft[-1:] or list(ids) for draft, ids in zip(drafts, pending, strict=True)]
-        counts = [len(draft) + 1 if ids else 0 for draft, ids in zip(drafts, pending, strict=True)]
-        best, logits = self._complete(missing, counts)
+        proposals: list[list[Float64]] = []
+        logits: list[Float32] = []
+        if self._at_once:
+            found, best = session.propose_and_complete(pending, limits)
+            drafts = [self._to_eos(draft) for draft in found]
+        else:
+            drafts, proposals = self._draft(pending, limits)
+            missing = [draft[-1:] or list(ids) for draft, ids in zip(drafts, pending, strict=True)]
+            both = zip(drafts, pending, strict=True)
+            counts = [len(draft) + 1 if ids else 0 for draft, ids in both]
+            best, logits = self._complete(missing, counts)
         result: list[list[Chosen]] = [[] for _ in pending]
         for row, draft in ((row, drafts[row]) for row, ids in enumerate(pending) if ids):
             if self._sampling.temperature:
@@ -94,6 +103,11 @@ class Speculator:
         if self._sampling.temperature:
             return [], self._session.complete(missing, counts)
         return self._session.complete_greedily(missing, counts), []
+
+    def _to_eos(self, draft: list[int]) -> list[int]:
+        """Drafts up to an end of text, after which none counts."""
+        ends = (index for index, token in enumerate(draft) if token in self._eos)
+        return draft[: next(ends, len(draft)) + 1]
 
     def _draft_length(self, row: int, new: int, wanted: int) -> int:
         """As many as pay, are wanted, and fit behind so many new tokens.

@@ -43,7 +43,9 @@ class StandInKernels:
         self.element = np.float16 if self.m.HALF else np.float32
         self.called_off = False
 
-    def run(self, name: str, grid: tuple[int, int, int], values: tuple[Any, ...]) -> None:
+    def run(
+        self, name: str, grid: tuple[int, int, int], values: tuple[Any, ...], threads: int
+    ) -> None:
         kind, _, tokens = name.rpartition("_")
         if not tokens.isdigit():
             kind, tokens = name, "0"
@@ -51,7 +53,9 @@ class StandInKernels:
         if self.called_off and kind in ("norm_linear", "norm_up", "linear", "attention"):
             return
         with np.errstate(over="ignore", invalid="ignore"):  # as on a GPU
-            getattr(self, kind)(types.SimpleNamespace(**named, grid=grid, count=int(tokens)))
+            getattr(self, kind)(
+                types.SimpleNamespace(**named, grid=grid, threads=threads, count=int(tokens))
+            )
 
     def _floats(self, pointer: int, *shape: int) -> np.ndarray:
         return view(pointer, np.float32, *shape)
@@ -314,3 +318,40 @@ class StandInKernels:
         self._answer(a, logits, mailbox)
 
     exit_check_beside = exit_check
+
+    def side_by_side(self, a: Any) -> None:
+        tokens, depths = a.grid[:2]
+        positions, sequences = (
+            view(each, np.int32, tokens).copy() for each in (a.positions, a.sequences)
+        )
+        view(a.positions_out, np.int32, tokens)[...] = positions
+        kept = self._floats(a.kept, depths, a.slots, a.capacity, a.features)
+        x = self._elements(a.x, tokens, depths, a.features)
+        x[...] = kept[:, sequences, positions].swapaxes(0, 1)
+        x[sequences < 0] = 0
+
+    def see(self, a: Any) -> None:
+        tokens, width = a.grid[0], a.features
+        memory = self._floats(a.memory, tokens, width).copy()
+        self._floats(a.hidden, tokens, width)[...] = memory
+        positions = view(a.positions, np.int32, tokens) + a.steps
+        view(a.positions_out, np.int32, tokens)[...] = positions
+        seen = self._elements(a.seen, tokens, 2, width)
+        for token, id_ in enumerate(view(a.ids, np.int32, tokens).tolist()):
+            id_ = self._named(a, id_)
+            if a.named:
+                view(a.named + 4 * token * a.stride, np.int32, 1)[0] = id_
+            row = self._elements(a.table + self.element().itemsize * width * id_, width)
+            for place, (x, norm) in enumerate(
+                ((row, a.embedding_norm), (memory[token], a.state_norm))
+            ):
+                x = x.astype(np.float64)
+                scale = 1 / np.sqrt((x**2).mean() + a.epsilon)
+                seen[token, place] = x * scale * self._floats(norm, width)
+
+    def _named(self, a: Any, id_: int) -> int:
+        return int(view(a.names + 4 * id_, np.int32, 1)[0]) if a.names else id_
+
+    def name_tokens(self, a: Any) -> None:
+        for row, id_ in enumerate(view(a.ids, np.int32, a.threads).tolist()):
+            view(a.named + 4 * row * a.stride, np.int32, 1)[0] = self._named(a, id_)

@@ -219,5 +219,6 @@ class StandInDriver(types.ModuleType):
         module, name = function
         grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
         self.launched.append(name)
-        self.put(lambda: module.run(name, grid, arguments[0]), config.hStream)
+        threads = config.blockDimX
+        self.put(lambda: module.run(name, grid, arguments[0], threads), config.hStream)
         return (SUCCESS,)

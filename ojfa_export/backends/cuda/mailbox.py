@@ -101,11 +101,17 @@ class Mailbox:
         sampled = integer(int(asked.temperature > 0))
         return *self.arguments(), integer(asked.measure), wide_number(asked.threshold), sampled
 
-    def leave(self, draws: Sequence[float]) -> None:
-        """Makes room for the answer that is launched next, and leaves its random numbers."""
-        before = self._places[self._turn % SLOTS]()
-        if before is not None:
-            before.answers()  # another takes its place
+    def leave(self, draws: Sequence[float], answers: int = 1) -> None:
+        """Makes room for what is launched next, and leaves random numbers for the first answer.
+
+        Args:
+            draws: A number from [0, 1) for each row, where tokens are sampled.
+            answers: That are launched together.
+        """
+        for turn in range(self._turn, self._turn + answers):
+            before = self._places[turn % SLOTS]()
+            if before is not None:
+                before.answers()  # another takes its place
         if draws:
             self._draws[self._turn % SLOTS, : len(draws)] = draws
 

@@ -23,6 +23,7 @@ SOURCES = (
     "choose.cu",
     "sample.cu",
     "exit_check.cu",
+    "draft.cu",
 )
 HEADERS = ("common.cuh", "instructions.cuh", "activation.cuh", "tiles.cuh", "choose.cuh")
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}

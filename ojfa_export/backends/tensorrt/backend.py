@@ -10,7 +10,9 @@ from ojfa_export.backends.cuda.arrays import DTYPES
 from ojfa_export.backends.cuda.bandwidth import copy_bandwidth
 from ojfa_export.backends.cuda.cublas import cublas_version
 from ojfa_export.backends.cuda.device import the_device
+from ojfa_export.backends.draft import DraftLayer
 from ojfa_export.backends.tensorrt import api
+from ojfa_export.backends.tensorrt.draft import TensorRtDraft
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for, read_plan
 from ojfa_export.backends.tensorrt.probe import trace_block
@@ -59,6 +61,11 @@ class TensorRt:
     ) -> TensorRtEngines:
         """Opens built engines."""
         return TensorRtEngines(the_device(), spec, weights, engines, rotary, files)
+
+    def open_draft(self, engines: Engines, layer: DraftLayer) -> TensorRtDraft:
+        """Opens a bundle's draft layer, which shares weights with its model."""
+        assert isinstance(engines, TensorRtEngines)
+        return TensorRtDraft(engines, layer)
 
     def engine_names(self, spec: ModelSpec, graph: Path) -> list[str]:
         """Engines that a graph needs, equal ones of several graphs by the same name."""

@@ -25,12 +25,14 @@ from ojfa_export.backends.tensorrt import algorithms, api
 from ojfa_export.backends.tensorrt.graphs import parts, transposed
 from ojfa_export.backends.tensorrt.plan import INTERFACE, PROFILES, GraphPlan, Weight
 from ojfa_export.backends.tensorrt.tiled import matrix_shapes
+from ojfa_export.bundle.names import DRAFT_GRAPHS
 from ojfa_export.errors import BackendError
 from ojfa_export.graphs.weights import TensorRef, references
 from ojfa_export.models.spec import ModelSpec, Precision
 from ojfa_export.system.atomic import write_atomically
 
 KERNELS = "kernels"
+_, DRAFT_LAYER, _ = DRAFT_GRAPHS
 
 
 def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
@@ -40,7 +42,7 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
     rename, so that one that is there is whole.
 
     Args:
-        spec: The model.
+        spec: The model; of a draft layer's graphs, the layer.
         graph: The portable graph.
         plan: The plan to write; engines are beside it.
 
@@ -53,10 +55,16 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
         name.split(".")[-1]: _build(name, model, plan.parent, precision)
         for name, model in parts(graph.stem, spec, refs, precision).items()
     }
+    kinds: tuple[Precision, ...] = ()
+    if graph.stem == DRAFT_LAYER:
+        kinds = (precision,)
+    elif graph.stem == "embed":
+        # The exit head's projection is fp32 in an fp16 bundle as well.
+        kinds = ("fp16", "fp32") if precision == "fp16" else ("fp32",)
     described = GraphPlan(
         precision=precision,
         engines=engines,
-        kernels=_kernels(spec, plan.parent, precision) if graph.stem == "embed" else {},
+        kernels={kind: _kernels(spec, plan.parent, kind) for kind in kinds},
         interface=INTERFACE,
         products=_products(spec, plan.parent, precision) if graph.stem == "embed" else None,
         weights={
@@ -80,6 +88,8 @@ def engine_names(spec: ModelSpec, graph: Path) -> list[str]:
     """What `build_engine` builds for a graph: names of engines, which equal blocks share."""
     if graph.stem == "embed":
         return [KERNELS]
+    if graph.stem == DRAFT_LAYER:
+        return [f"{KERNELS}.draft"]
     refs, precision = _references(graph)
     return list(parts(graph.stem, spec, refs, precision))
 
@@ -155,18 +165,14 @@ def _range(
     return least, best, most
 
 
-def _kernels(spec: ModelSpec, directory: Path, precision: Precision) -> dict[Precision, str]:
-    """Compiles the kernels; the exit head's projection is fp32 in an fp16 bundle as well."""
-    files: dict[Precision, str] = {}
-    kinds: tuple[Precision, ...] = ("fp16", "fp32") if precision == "fp16" else ("fp32",)
-    for kind in kinds:
-        macros = definitions(spec, half=kind == "fp16")
-        digest = _digest(sources_digest().encode(), {"macros": macros})
-        path = directory / f"{KERNELS}.{kind}-{digest}.cubin"
-        if not path.exists():
-            write_atomically(path, compile_kernels(macros, the_device().compute_capability))
-        files[kind] = path.name
-    return files
+def _kernels(spec: ModelSpec, directory: Path, precision: Precision) -> str:
+    """Compiles the kernels for matrices of a precision; the name of their file."""
+    macros = definitions(spec, half=precision == "fp16")
+    digest = _digest(sources_digest().encode(), {"macros": macros})
+    path = directory / f"{KERNELS}.{precision}-{digest}.cubin"
+    if not path.exists():
+        write_atomically(path, compile_kernels(macros, the_device().compute_capability))
+    return path.name
 
 
 def _products(spec: ModelSpec, directory: Path, precision: Precision) -> str | None:

@@ -45,6 +45,7 @@ class TensorRtEngines(OpenedModel):
         page_tokens: See `backends.backend.PagedCache`.
         cache_element_bytes: See there.
         pass_sizes: See there.
+        in_flight: What is on the device of the newest pass.
     """
 
     follows = True
@@ -62,8 +63,8 @@ class TensorRtEngines(OpenedModel):
         super().__init__(device, spec, weights, engines, rotary, files)
         self.cache_element_bytes = DTYPES[self.precision].itemsize
         self.pass_sizes = tuple(size for size in SIZES if size <= self.most_pass_tokens())
-        self._in_flight = InFlight(self)
-        self._replays = Replays(self, self, self._in_flight)
+        self.in_flight = InFlight(self)
+        self._replays = Replays(self, self, self.in_flight)
         self._heads: dict[int, Head] = {}  # by blocks run
         self._states = self.arrays.lasting((HEAD_ROWS, spec.hidden_size), np.float32)
         self._logits = self.arrays.lasting((HEAD_ROWS, spec.vocab_size), np.float32)
@@ -83,15 +84,15 @@ class TensorRtEngines(OpenedModel):
 
     def executor(self, slots: int, capacity: int, pages: int | None = None) -> TensorRtExecutor:
         """Makes a KV cache; a block's part of it takes memory when it is first used."""
-        return TensorRtExecutor(self, self._in_flight, slots, capacity, pages)
+        return TensorRtExecutor(self, self.in_flight, slots, capacity, pages)
 
     def logits(self, hidden: Float32 | DeviceArray, blocks_run: int) -> Float32:
         """Applies the head after so many blocks: [rows, H] to [rows, V]."""
         self.device.make_current()
         states = self.arrays.asarray(hidden)
         head = self._head(blocks_run)
-        if self._in_flight.may_be_off:
-            self._in_flight.call_off()
+        if self.in_flight.may_be_off:
+            self.in_flight.call_off()
         result = np.empty((len(states), self.spec.vocab_size), np.float32)
         for at in range(0, len(states), HEAD_ROWS):
             part = states if len(states) <= HEAD_ROWS else states[at : at + HEAD_ROWS]
@@ -117,8 +118,8 @@ class TensorRtEngines(OpenedModel):
         if not self.device.recorder.pending:  # else this thread has just run blocks
             self.device.make_current()
         states = self.arrays.asarray(hidden)
-        if self._in_flight.may_be_off:
-            self._in_flight.call_off()
+        if self.in_flight.may_be_off:
+            self.in_flight.call_off()
         return choose_in_parts(partial(self._choose, blocks_run), states, request)
 
     def prepare(
@@ -139,13 +140,13 @@ class TensorRtEngines(OpenedModel):
     ) -> DeviceHeadOutput:
         head, count = self._head(blocks_run), states.shape[0]
         states = self._in_place(states)
-        last, check, sampling = self._in_flight.last_pass, request.check, request.sampling
+        last, check, sampling = self.in_flight.last_pass, request.check, request.sampling
         if last is None or not last.executor.can_begin(last):
             check = None
-        recorder, (key, keeping) = self.device.recorder, self._in_flight.keeping
+        recorder, (key, keeping) = self.device.recorder, self.in_flight.keeping
         if keeping is not None and not (keeping.keeps(states) and recorder.take_back(key)):
             key, keeping = (), None
-        self._in_flight.keeping = (), None
+        self.in_flight.keeping = (), None
 
         def work() -> None:
             asked = HeadArguments.of(HeadRequest(sampling, (), check), self.spec.vocab_size)
@@ -165,10 +166,12 @@ class TensorRtEngines(OpenedModel):
 
     def _in_place(self, states: DeviceArray) -> DeviceArray:
         """Hidden states where they always lie, as recordings refer to them."""
-        last = self._in_flight.last_pass
+        last = self.in_flight.last_pass
         if last is not None and last.holds(states):
             return states
-        self._in_flight.last_pass = None
+        self.in_flight.last_pass = None
+        if states.lasts:
+            return states
         target = self._states[: len(states)]
         self.device.copy(states.pointer, target.pointer, states.nbytes)
         return target

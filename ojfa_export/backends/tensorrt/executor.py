@@ -15,6 +15,7 @@ from ojfa_export.backends.passes import Chunk, Newest, Pass, cut_pass, positions
 from ojfa_export.backends.tensorrt.attention import PAGE, STEP_QUERIES
 from ojfa_export.backends.tensorrt.blocks import Block
 from ojfa_export.backends.tensorrt.cache import KvCache
+from ojfa_export.backends.tensorrt.drafted import DeviceDrafts
 from ojfa_export.backends.tensorrt.heads import KEEP_THREADS, Keeping
 from ojfa_export.backends.tensorrt.in_flight import InFlight, NewestDecode
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
@@ -79,19 +80,36 @@ class TensorRtExecutor:
         self._device.make_current()  # the caller's thread may be another each time
         self.make_ready(chunks)  # here already: it may have to copy, and nothing is pending yet
         positions = positions_of(chunks)
+        is_few = self.is_few(chunks)
+        if isinstance(tokens, DeviceDrafts) and is_few:
+            return self._embed_few([0] * len(positions), positions, tokens.pointer)
         if not isinstance(tokens, list):
             if self._follows(tokens, positions):
                 return self._embed_following(positions)
             tokens = tokens.tokens()  # type: ignore[union-attr]
+        if is_few:
+            return self._embed_few(tokens, positions)
         self._in_flight.call_off()
-        if len(chunks) == len(positions) <= RECORDED_TOKENS:
-            workspace = self.workspace(len(positions))
-            workspace.name(tokens, positions)
-            workspace.moved_to(positions)
-            key = ("embed", self.key, len(positions))
-            self._recorder.add(key, lambda: self._embed(workspace))
-            return workspace.hidden[0]
         return self._embed_many(tokens, positions)
+
+    def is_few(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether a pass has few tokens of each sequence, and is recorded as it is."""
+        count = sum(length for _, _, length in chunks)
+        return count <= RECORDED_TOKENS and all(each <= STEP_QUERIES for _, _, each in chunks)
+
+    def _embed_few(
+        self, tokens: Sequence[int], positions: list[int], ids: int | None = None
+    ) -> DeviceArray:
+        """Embeds tokens as part of a recording; of those that the device has, at their address."""
+        self._in_flight.call_off()
+        workspace = self.workspace(len(positions))
+        workspace.name(tokens, positions)
+        workspace.moved_to(positions)
+        host_ids, at = workspace.named_at
+        named = (host_ids if ids is None else pointer(ids)), at
+        key = ("embed", self.key, len(positions), ids)
+        self._recorder.add(key, lambda: self._embed(workspace, named))
+        return workspace.hidden[0]
 
     def _embed_many(self, tokens: Sequence[int], positions: Sequence[int]) -> DeviceArray:
         model, count = self._model, len(positions)
@@ -151,11 +169,12 @@ class TensorRtExecutor:
         count = len(states)
         self._open(blocks, count)
         self.make_ready(chunks)
-        if count <= RECORDED_TOKENS:
-            if len(chunks) == count:
-                return self._decode(blocks, states, chunks, long_context)
-            if all(length <= STEP_QUERIES for _, _, length in chunks):
-                return self._run_few(blocks, states, chunks, long_context)
+        if self.is_few(chunks):
+            result = self.run_on(blocks, states, chunks, long_context)
+            if len(chunks) < count:
+                # A session counts on what it was given: it is no longer pending.
+                self._recorder.flush()
+            return result
         self._in_flight.call_off()
         pieces = cut_pass(chunks, self._model.most_pass_tokens())
         if len(pieces) == 1:
@@ -166,6 +185,15 @@ class TensorRtExecutor:
             result[rows] = self._run_many(blocks, states[rows], piece, long_context)
             at = rows.stop
         return result
+
+    def run_on(
+        self, blocks: range, hidden: DeviceArray, chunks: Sequence[Chunk], long_context: bool
+    ) -> DeviceArray:
+        """Runs blocks on few tokens as `run` does, as part of what is launched next."""
+        self._open(blocks, len(hidden))
+        if len(chunks) == len(hidden):
+            return self._decode(blocks, hidden, chunks, long_context)
+        return self._add_few(blocks, hidden, chunks, long_context)
 
     def make_ready(self, chunks: Sequence[Chunk]) -> None:
         """Gives the slots the pages that new tokens are written to."""
@@ -279,6 +307,7 @@ class TensorRtExecutor:
         if rest := blocks[begun:]:
             self._recorder.add(*self._pass(rest, count, long_context), self._before(rest, count))
         self._in_flight.ahead, self._in_flight.last_pass = None, this
+        self._in_flight.ran(result, this.chunks, workspace)
         return result
 
     def _begun(
@@ -341,10 +370,10 @@ class TensorRtExecutor:
             return None
         return lambda: self._blocks[blocks.start].settle(count)
 
-    def _run_few(
+    def _add_few(
         self, blocks: range, hidden: DeviceArray, chunks: Sequence[Chunk], long_context: bool
     ) -> DeviceArray:
-        """Runs some tokens of each sequence: drafts that are verified, or tokens that catch up."""
+        """Adds some tokens of each sequence: drafts that are verified, or tokens that catch up."""
         count = hidden.shape[0]
         self._in_flight.call_off()
         workspace = self.workspace(count)
@@ -357,8 +386,9 @@ class TensorRtExecutor:
 
         key = (self.key, "few", blocks, count, workspace.launches, long_context)
         self._recorder.add(key, work, self._before(blocks, count))
-        self._recorder.flush()  # a session counts on what it was given: it is no longer pending
-        return workspace.hidden[blocks.stop % 2]
+        result = workspace.hidden[blocks.stop % 2]
+        self._in_flight.ran(result, chunks, workspace)
+        return result
 
     def _run_many(
         self, blocks: range, hidden: DeviceArray, chunks: Sequence[Chunk], long_context: bool
@@ -377,4 +407,6 @@ class TensorRtExecutor:
         key = (self.key, "many", blocks, tokens, workspace.launches, long_context)
         self._recorder.add(key, work, self._before(blocks, tokens))
         self._recorder.flush()
-        return workspace.hidden[blocks.stop % 2][:count]
+        result = workspace.hidden[blocks.stop % 2][:count]
+        self._in_flight.ran(result, chunks, workspace)
+        return result

@@ -25,6 +25,7 @@ class GemmProducts:
         arrays: Makes arrays.
         kernels: Compiled for the matrices' precision.
         dtype: Of the matrices.
+        most: Tokens of a pass at most.
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class GemmProducts:
         arrays: DeviceArrays,
         kernels: Kernels,
         dtype: np.dtype[Any],
+        most: int = PASS_TOKENS,
     ) -> None:
         self._cublas, self._arrays, self._kernels, self._dtype = cublas, arrays, kernels, dtype
+        self._most = most
         self._kept: dict[int, DeviceArray] = {}  # by width
 
     def norm_linear(
@@ -99,5 +102,5 @@ class GemmProducts:
     def _room(self, tokens: int, width: int) -> DeviceArray:
         """An array [tokens, width] that nothing else is in, for as many tokens as a pass has."""
         if width not in self._kept:
-            self._kept[width] = self._arrays.lasting((PASS_TOKENS, width), self._dtype)
+            self._kept[width] = self._arrays.lasting((self._most, width), self._dtype)
         return self._kept[width][:tokens]

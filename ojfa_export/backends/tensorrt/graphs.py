@@ -17,7 +17,7 @@ from dataclasses import replace
 import onnx
 
 from ojfa_export.backends.tensorrt.plan import MLP, QKV
-from ojfa_export.bundle.names import OF_EXITS
+from ojfa_export.bundle.names import DRAFT_GRAPHS, OF_EXITS
 from ojfa_export.graphs.block import after_attention
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.graph import FLOAT, Graph, WeightInputs
@@ -46,8 +46,8 @@ class TensorRtDialect(Portable):
 
 def transposed(name: str) -> bool:
     """Whether a weight lies in device memory as [outputs, inputs], unlike in its file."""
-    return name.startswith(("attention.", "mlp.")) and name.endswith(
-        ("qkv.weight", "out.weight", "up.weight", "down.weight")
+    return name.startswith(("attention.", "mlp.", "fuse.")) and name.endswith(
+        ("qkv.weight", "out.weight", "up.weight", "down.weight", "fuse.weight")
     )
 
 
@@ -57,14 +57,16 @@ def parts(
     """The graphs that a portable graph becomes, by file name without suffix.
 
     Args:
-        name: Of the portable graph. The embedding and a jump that isn't folded are kernels and
-            give none.
+        name: Of the portable graph. The embedding, a jump that isn't folded and a draft layer are
+            kernels and give none.
         spec: The model.
         weights: What the portable graph refers to.
         precision: Of matrix products.
     """
     dialect = TensorRtDialect(spec, precision)
-    if name == "embed" or not weights.keys().isdisjoint(OF_EXITS):  # kernels, and the final head's
+    if name == "embed" or name in DRAFT_GRAPHS:
+        return {}
+    if not weights.keys().isdisjoint(OF_EXITS):  # kernels, and the final head's
         return {}
     if name == "exit_head":
         return {name: exit_head_graph(spec, weights, dialect)}

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import ref
 
 from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.passes import Chunk
 from ojfa_export.backends.tensorrt.heads import Keeping
 from ojfa_export.backends.tensorrt.opened import OpenedModel
+from ojfa_export.backends.tensorrt.workspace import Workspace
 
 
 class BeginsAhead(Protocol):
@@ -67,11 +69,25 @@ class InFlight:
         self.last_pass: NewestDecode | None = None
         self.ahead: range | None = None
         self.keeping: tuple[tuple[Hashable, ...], Keeping | None] = (), None
+        # Where the newest pass left its result, of which tokens, and what it works in.
+        self._newest: tuple[int, int, tuple[Chunk, ...], ref[Workspace]] | None = None
 
     @property
     def may_be_off(self) -> bool:
         """Whether kernels on the device may find themselves called off."""
         return self.ahead is not None or self._recorder.failed
+
+    def ran(self, hidden: DeviceArray, chunks: Sequence[Chunk], workspace: Workspace) -> None:
+        """Takes what the newest pass gives, [tokens, H], and what it works in."""
+        self._newest = hidden.pointer, hidden.shape[0], tuple(chunks), ref(workspace)
+
+    def placed(self, hidden: DeviceArray, chunks: Sequence[Chunk]) -> Workspace | None:
+        """What knows where these tokens are, if the newest pass gave these hidden states."""
+        if self._newest is None:
+            return None
+        at, count, of, workspace = self._newest
+        same = (at, count) == (hidden.pointer, hidden.shape[0]) and of == tuple(chunks)
+        return workspace() if same else None
 
     def call_off(self) -> None:
         """Before anything but the blocks that were begun ahead: they are not wanted."""

@@ -39,11 +39,16 @@ class OpenedModel:
         engines: Plans by graph name.
         rotary: Cosines and sines [rows, rotary_dim/2], or None.
         files: Opens the files.
+        beside: Another opened model that this one shares weights, answers' places and cuBLASLt
+            with: a draft layer's model.
 
     Attributes:
         decode_kernels: Whether steps of a few tokens run in CUDA kernels of ours rather than in
             TensorRT's engines (OJFA_DECODE=engines).
+        pass_tokens: Of a pass that our kernels and cuBLASLt run at once; more run in pieces.
     """
+
+    pass_tokens = PASS_TOKENS
 
     def __init__(
         self,
@@ -53,6 +58,7 @@ class OpenedModel:
         engines: Mapping[str, Path],
         rotary: tuple[Float32, Float32] | None,
         files: Files = UNCHECKED,
+        beside: OpenedModel | None = None,
     ) -> None:
         device.make_current()
         self.device, self.spec = device, spec
@@ -67,13 +73,15 @@ class OpenedModel:
             kind: Kernels(device, files.read(self._directory / file))
             for kind, file in embed.kernels.items()
         }
-        self.store = WeightStore(device, weights, self.kernels, files)
+        self.store: WeightStore = (
+            beside.store if beside else WeightStore(device, weights, self.kernels, files)
+        )
         self._room = Room(spec, DTYPES[self.precision].itemsize, self._plans)
         self.rotary = tuple(map(self.arrays.upload, rotary)) if rotary else None
         self.rotary_rows = len(rotary[0]) if rotary else 0
         self._engines: EngineSet | None = None
         self._weights: dict[str, dict[str, DeviceArray]] = {}
-        self.mailbox = Mailbox(device)
+        self.mailbox: Mailbox = beside.mailbox if beside else Mailbox(device)
         chosen = self.kernels[self.precision]
         self.chooser = Chooser(chosen, self.mailbox, spec.vocab_size)
         self._tiled, self._most_tiled = None, 0
@@ -81,7 +89,7 @@ class OpenedModel:
             self._tiled = TiledKernels(device, self.arrays, chosen, spec.hidden_size)
             room = device.multiprocessors, device.shared_bytes
             self._most_tiled = most_tokens(matrix_shapes(spec), *room)
-        self._cublas = _cublas(device)
+        self._cublas: Cublas | None = beside._cublas if beside else _cublas(device)
         if self._cublas is not None and embed.products is not None:
             self._choose_algorithms(self._cublas, self._directory / embed.products)
         self._gemm = self.gemm(self.precision)
@@ -134,11 +142,12 @@ class OpenedModel:
         if self._cublas is None:
             return None
         dtype = DTYPES[precision]
-        return GemmProducts(self._cublas, self.arrays, self.kernels[precision], dtype)
+        kernels, tokens = self.kernels[precision], self.pass_tokens
+        return GemmProducts(self._cublas, self.arrays, kernels, dtype, tokens)
 
     def most_pass_tokens(self) -> int:
         """Tokens of a pass that run at once; more run in pieces."""
-        return PASS_TOKENS if self.products(PREFILL_TOKENS[-1]) else PREFILL_TOKENS[-1]
+        return self.pass_tokens if self.products(PREFILL_TOKENS[-1]) else PREFILL_TOKENS[-1]
 
     def close(self, name: str) -> None:
         """Lets go of a graph's weights."""

@@ -57,6 +57,10 @@ class PageTable:
         """Pages that nobody has."""
         return len(self._free)
 
+    def room(self, slot: int) -> int:
+        """Positions that a slot has pages for."""
+        return len(self._held[slot]) * PAGE
+
     def make_ready(self, chunks: Sequence[Chunk]) -> list[Copy]:
         """Gives slots the pages that new tokens are written to.
 

@@ -106,11 +106,17 @@ class Workspace:
         Args:
             chunks: Of all tokens, or of the first ones: then the others only fill the pass up.
         """
-        positions, slots = positions_of(chunks), slots_of(chunks)
+        positions = positions_of(chunks)
         rest = self.tokens - len(positions)
         if (wanted := positions + [0] * rest) != self._positions:
             self._upload(wanted, self.positions)
             self._positions = wanted
+        self.place_slots(chunks)
+
+    def place_slots(self, chunks: Sequence[Chunk]) -> None:
+        """Says whose the tokens are as `place` does, but for their positions."""
+        slots = slots_of(chunks)
+        rest = self.tokens - len(slots)
         if (wanted := slots + [NO_SEQUENCE] * rest) != self._sequences:
             self._upload(wanted, self.sequences)
             self._sequences = wanted

@@ -1,0 +1,150 @@
+"""Draft layers of the TensorRT backend on a stand-in for the GPU, against the CPU runtime's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from chain import Chain, build_chain
+from drafts import draft_for, draft_layer, open_draft
+from stand_in.late_driver import StandInDriver
+from tiny_models import VOCAB_SIZE, make_checkpoint
+from tolerances import DRAFT_FP32_RELATIVE
+
+from ojfa_export.bundle.names import DRAFT_GRAPHS, graph_names
+from ojfa_export.decoding.sampling import Sampling
+from ojfa_export.decoding.speculation import Speculation
+from ojfa_export.runtime.session import Session
+from ojfa_export.runtime.speculator import Speculator
+
+MAX_LENGTH = 70  # more than a page of the cache
+CASES = ["llama-gqa", "gpt2", "llama-gqa-fp16"]
+
+
+@dataclass
+class Case:
+    """A model and a draft layer, opened by both backends."""
+
+    chain: Chain
+    driver: StandInDriver
+    engines: Any
+    drafts: Any
+    cpu_drafts: Any
+
+    def session(self, batch: int = 1, drafts: Any = None) -> Session:
+        return Session(
+            self.chain.spec, self.engines, batch, MAX_LENGTH, drafts=drafts or self.drafts
+        )
+
+    def reference(self, batch: int = 1) -> Session:
+        return Session(
+            self.chain.spec, self.chain.engines, batch, MAX_LENGTH, drafts=self.cpu_drafts
+        )
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, driver, tmp_path_factory):
+    from ojfa_export.backends.tensorrt.backend import BACKEND
+
+    directory = tmp_path_factory.mktemp(request.param)
+    half = request.param.endswith("-fp16")
+    chain = build_chain(
+        make_checkpoint(request.param.removesuffix("-fp16"), directory / "checkpoint", seed=5),
+        directory,
+        precision="fp16" if half else "fp32",
+        max_length=MAX_LENGTH,
+    )
+    draft = draft_for(chain.spec, seed=5, own_head=request.param != "gpt2")
+    cpu_drafts = open_draft(chain, draft, directory / "draft")
+    plans = {}
+    (directory / "built").mkdir()
+    for name in (*graph_names(chain.spec.blocks), *DRAFT_GRAPHS):
+        plans[name] = directory / "built" / f"{name}.json"
+        spec = draft.spec_within(chain.spec) if name in DRAFT_GRAPHS else chain.spec
+        BACKEND.build_engine(spec, chain.graphs / f"{name}.onnx", plans[name])
+    layer = draft_layer(chain, draft, {name: plans.pop(name) for name in DRAFT_GRAPHS})
+    rotary = chain.checkpoint.family.rotary(chain.checkpoint.config)
+    tables = rotary.tables(chain.max_length) if rotary else None
+    engines = BACKEND.open_engines(chain.spec, chain.graphs, plans, tables)
+    return Case(chain, driver, engines, BACKEND.open_draft(engines, layer), cpu_drafts)
+
+
+def assert_close(case: Case, found: np.ndarray, expected: np.ndarray) -> None:
+    known = np.isfinite(expected)
+    assert (np.isfinite(found) == known).all()
+    relative = 0.05 if case.chain.precision == "fp16" else DRAFT_FP32_RELATIVE
+    largest = np.abs(expected[known]).max()
+    assert np.abs(found[known] - expected[known]).max() < relative * largest
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_chains_step_by_step(case, rng, batch):
+    sessions = case.session(batch), case.reference(batch)
+    for each in sessions:
+        each.advance([list(range(1, 12 + row)) for row in range(batch)])
+    for accepted in (0, 2, 3, 1):
+        new = rng.integers(VOCAB_SIZE, size=(4, batch)).tolist()
+        before = sessions[0].lengths
+        for step in range(3):
+            found, expected = (
+                each.propose_logits([[token] for token in new[step]]) for each in sessions
+            )
+            assert_close(case, found, expected)
+        for each in sessions:
+            each.complete([[token] for token in new[3]], [4] * batch)
+            for row in range(batch):
+                each.rewind(before[row] + 1 + accepted, row)
+
+
+def greedy(case: Case, session: Session, prompts, new: int, draft: int | None, drafted=None):
+    """Tokens of each prompt, by rounds of drafts."""
+    generators = [np.random.default_rng(0)] * len(prompts)
+    speculation = Speculation(0, draft, draft_cost=0.1)
+    speculator = Speculator(session, speculation, Sampling(), generators)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    pending = [list(prompt) for prompt in prompts]
+    while any(pending):
+        chosen = speculator.step(pending, [new - len(ids) for ids in tokens])
+        for row, given in enumerate(chosen):
+            tokens[row] += [token.id for token in given]
+            assert session.tokens(row) == (prompts[row] + tokens[row])[:-1]
+            pending[row] = tokens[row][-1:] if len(tokens[row]) < new and given else []
+    return tokens
+
+
+@pytest.mark.parametrize("draft", [1, 3, 8, None])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_are_those_of_full_depth(case, rng, batch, draft):
+    if case.chain.precision == "fp16":
+        pytest.skip("tokens of fp16 are not those of fp32")
+    prompts = [rng.integers(VOCAB_SIZE, size=5 + 9 * row).tolist() for row in range(batch)]
+    session, reference = case.session(batch), case.reference(batch)
+    assert session.proposes_at_once
+    assert not reference.proposes_at_once
+    found = greedy(case, session, prompts, 30, draft)
+    assert found == greedy(case, reference, prompts, 30, draft)
+    for row, prompt in enumerate(prompts):
+        plain = Session(case.chain.spec, case.chain.engines, 1, MAX_LENGTH)
+        token = int(plain.advance(prompt)[0].argmax())
+        for given in found[row]:
+            assert given == token
+            token = int(plain.advance([token])[0].argmax())
+    if batch == 1:
+        assert session.stats.drafted == reference.stats.drafted
+        assert session.stats.accepted == reference.stats.accepted
+
+
+def test_a_round_is_two_launches(case, rng):
+    """Once it has been recorded, whatever it drafts and wherever the sequence is."""
+    session = case.session()
+    session.advance(rng.integers(VOCAB_SIZE, size=6).tolist())
+    session.propose_and_complete([[1]], [3])
+    for round in range(6):
+        session.rewind(session.lengths[0] - 1)
+        case.driver.launched.clear()
+        drafts, best = session.propose_and_complete([[2 + round]], [3])
+        assert [len(drafts[0]), len(best[0])] == [3, 4]
+        if round > 1:
+            assert case.driver.launched == ["graph", "graph"]
