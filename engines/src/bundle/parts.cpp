@@ -241,6 +241,8 @@ void check_promise(Fields fields) {
         check_positive(domain, "depth");
         domain.at("p_value");
         if (domain.maybe("p_value")) check_share(domain, "p_value");
+        for (const char* name : {"made_on", "text"})
+            if (domain.maybe(name)) domain.text(name);
         domain.done();
     }
     check_positive(fields, "relative_cost");
