@@ -241,8 +241,8 @@ void check_promise(Fields fields) {
         check_positive(domain, "depth");
         domain.at("p_value");
         if (domain.maybe("p_value")) check_share(domain, "p_value");
-        for (const char* name : {"made_on", "text"})
-            if (domain.maybe(name)) domain.text(name);
+        if (domain.maybe("made_on")) domain.one_of("made_on", {"files", "self-text"});
+        if (domain.maybe("text")) domain.text("text");
         domain.done();
     }
     check_positive(fields, "relative_cost");
