@@ -38,7 +38,6 @@ from ojfa_export.system.pictures import png, whole_ticks
 from ojfa_export.system.progress import SILENT
 from ojfa_export.training import divergence
 from ojfa_export.training.draw import held_out_positions
-from ojfa_export.training.frozen import Frozen
 from ojfa_export.training.inputs import Inputs
 from ojfa_export.training.kinds import KINDS
 from ojfa_export.training.kinds.jump import Jump
@@ -46,10 +45,11 @@ from ojfa_export.training.kinds.mlp import MULTIPLE, Mlp
 from ojfa_export.training.kinds.residual import Residual
 from ojfa_export.training.loop import Trained, train_jump
 from ojfa_export.training.options import TrainOptions
-from ojfa_export.training.self_text import write
 from ojfa_export.training.sizes import HELD_OUT_TOKENS, HELD_OUT_WINDOWS, choose
 from ojfa_export.training.state import Keeper
 from ojfa_export.training.windows import TrainingText, token_ids
+from ojfa_export.writing.frozen import Frozen
+from ojfa_export.writing.self_text import write
 
 HELD_OUT_SHARE = 8
 SELF_WRITTEN = "that the model wrote"  # what `Starts.about` says
@@ -124,7 +124,8 @@ def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
         length, tokens, seed = inputs.length, options.tokens, options.seed
         kept = (arguments.text_cache or directory) / inputs.fingerprint()[:16]
         kept.parent.mkdir(parents=True, exist_ok=True)
-        text = write(frozen, inputs.starts, length, tokens, seed, kept, progress)
+        written = write(frozen, inputs.starts, length, tokens, seed, kept, progress)
+        text = TrainingText.of(written)
         writing = time.perf_counter() - start
     judge = Judge(frozen, inputs, held_out)
     identity = Mlp.begin(frozen, text, MULTIPLE, 0).to(frozen.device)

@@ -88,6 +88,29 @@ TEST(Manifest, ALayerThatDraftsIsLeftToPython) {
     EXPECT_NE(refusal(signed_text(without)), "nothing was refused");
 }
 
+TEST(Manifest, APromiseSaysWhatItWasMadeOn) {
+    Json with = stored();
+    const Json domain = {{"name", "code"},          {"windows", 65}, {"tokens", 4160}, {"disagreement", 0.01},
+                         {"extra_surprisal", 0.02}, {"depth", 3.5},  {"p_value", 0.03}};
+    const Json limits = {{"max_disagreement", 0.05},
+                         {"confidence", 0.95},
+                         {"max_extra_surprisal", nullptr},
+                         {"surprisal_clip", 10.0}};
+    with["promise"] = {{"limits", limits},     {"policy", nullptr}, {"domains", {domain, domain}},
+                       {"relative_cost", 1.0}, {"candidates", 0},   {"reason", "full depth"}};
+    const auto parse = [&] { parse_manifest(signed_text(with), "manifest.json"); };
+    EXPECT_NO_THROW(parse());  // as bundles said it before there was another text than files
+    with["promise"]["domains"][0]["made_on"] = "files";
+    with["promise"]["domains"][1]["made_on"] = "self-text";
+    with["promise"]["domains"][1]["text"] = "what the model wrote";
+    EXPECT_NO_THROW(parse());
+    with["promise"]["domains"][1]["text"] = 7;
+    EXPECT_NE(refusal(signed_text(with)).find("text"), std::string::npos);
+    with["promise"]["domains"][1]["text"] = "";
+    with["promise"]["domains"][1]["made_on"] = "hearsay";
+    EXPECT_NE(refusal(signed_text(with)).find("hearsay"), std::string::npos);
+}
+
 TEST(Manifest, EveryLeafIsChecked) {
     // Each number, text and truth value of it in turn becomes a list: refused, but for the free parts.
     const Json flat = stored().flatten();

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -11,6 +11,7 @@ from ojfa_export.errors import UsageError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Inside = Annotated[float, Field(gt=0, lt=1)]
+MadeOn = Literal["files", "self-text"]
 
 DEFAULT_CONFIDENCE = 0.95
 # Extra surprisal is bounded for a distribution-free statement: a token that the full model holds
@@ -84,6 +85,8 @@ class DomainEvidence(_Part):
         extra_surprisal: Its mean in nats, clipped.
         depth: Blocks run for a token, on average.
         p_value: Of "a limit is broken here"; None at full depth, where no test is needed.
+        made_on: Windows of files, or what the model wrote itself.
+        text: What the text is, for people.
     """
 
     name: str
@@ -93,6 +96,8 @@ class DomainEvidence(_Part):
     extra_surprisal: NonNegativeFloat
     depth: PositiveFloat
     p_value: Share | None
+    made_on: MadeOn = "files"
+    text: str = ""
 
 
 class Promise(_Part):

@@ -67,6 +67,18 @@ def promise_options(function: Decorated) -> Decorated:
     """What is to be promised of exits that are chosen per token."""
     for decorate in (
         click.option(
+            "--self-text-windows",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Windows that it writes.  [default: four times what the promise needs]",
+        ),
+        click.option(
+            "--self-text",
+            type=click.Choice(["alone", "beside"]),
+            help="Make the promise on text that the model writes: on that alone, or beside the "
+            "calibration data.",
+        ),
+        click.option(
             "--max-extra-surprisal",
             type=float,
             metavar="NATS",

@@ -178,6 +178,7 @@ def _show_origin(console: Console, manifest: Manifest) -> None:
             "tokens": (f"{calibration.tokens_fit:,} to fit on, " if calibration.tokens_fit else "")
             + f"{calibration.tokens_held_out:,} held out",
             "exit auto": manifest.promise.reason if manifest.promise else "",
+            **_evidence(manifest),
             "default": manifest.default.reason if manifest.default else "full depth: not planned",
         },
     )
@@ -202,6 +203,16 @@ def _show_origin(console: Console, manifest: Manifest) -> None:
             ),
         },
     )
+
+
+def _evidence(manifest: Manifest) -> dict[str, object]:
+    """What the promise was made on, by domain."""
+    domains = () if manifest.promise is None else manifest.promise.domains
+    return {
+        f"promise on {each.name}": f"{each.disagreement:.1%} of {each.tokens:,} tokens differ, "
+        f"from {each.windows} windows of {each.text or each.made_on}"
+        for each in domains
+    }
 
 
 def _show_layers(console: Console, bundle: Bundle) -> None:

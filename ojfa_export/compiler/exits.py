@@ -9,9 +9,11 @@ import numpy as np
 from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.frugal import LARGE_BYTES, is_large
 from ojfa_export.bundle.names import STATISTICS
+from ojfa_export.bundle.promise import DomainEvidence, Promise
 from ojfa_export.compiler.decided import Decided
 from ojfa_export.compiler.draft_stage import kept_draft, open_layer
 from ojfa_export.compiler.inputs import Inputs
+from ojfa_export.compiler.self_text import read_self_text
 from ojfa_export.compiler.stages import open_engines
 from ojfa_export.compiler.work import Work
 from ojfa_export.planning.drafting import measure_layer
@@ -20,8 +22,10 @@ from ojfa_export.planning.rehearse import ROOM
 from ojfa_export.planning.step_costs import StepCosts, measure_costs
 from ojfa_export.planning.turns import Turns
 from ojfa_export.promises.certify import certify
-from ojfa_export.promises.collect import collect_statistics
-from ojfa_export.promises.statistics import ExitStatistics, load_statistics, save_statistics
+from ojfa_export.promises.collect import RUN, TOKENS_PER_WINDOW, collect_statistics
+from ojfa_export.promises.self_text import DOMAIN
+from ojfa_export.promises.statistics import ExitStatistics, join, load_statistics, save_statistics
+from ojfa_export.promises.windows import PromiseWindows
 from ojfa_export.system.heap import trim_heap
 from ojfa_export.system.progress import Progress
 
@@ -35,8 +39,23 @@ TIMED_BYTES = LARGE_BYTES // 2
 
 def collect(inputs: Inputs, work: Work, progress: Progress) -> None:
     """Notes what every exit says, and writes statistics.npz."""
-    windows = inputs.statistics_windows
-    assert windows is not None
+    found = [] if inputs.statistics_windows is None else [inputs.statistics_windows]
+    if inputs.self_text is not None:
+        found.append(read_self_text(inputs.self_text, work))
+    most = TOKENS_PER_WINDOW
+    if len(found) > 1:  # as many of each window, whatever its length
+        most = min(most, *(each.counted // RUN * RUN for each in found))
+    both = [_collect(inputs, work, windows, most, progress) for windows in found]
+    names = ("tuning", "certification")
+    splits = {name: join(parts) for name, parts in zip(names, zip(*both, strict=True), strict=True)}
+    save_statistics(work.bundle / STATISTICS, splits)
+    trim_heap()
+
+
+def _collect(
+    inputs: Inputs, work: Work, windows: PromiseWindows, most: int, progress: Progress
+) -> tuple[ExitStatistics, ExitStatistics]:
+    """What every exit says on windows: tuning, and certification."""
     pairs = list(zip(windows.tuning, windows.certification, strict=True))
     statistics = collect_statistics(
         inputs.checkpoint.spec,
@@ -46,14 +65,11 @@ def collect(inputs: Inputs, work: Work, progress: Progress) -> None:
         work.scratch,
         progress,
         np.random.default_rng(SAMPLING_SEED),
+        given=windows.given,
+        most=most,
     )
     tuned = np.concatenate([np.arange(sum(map(len, pair))) < len(pair[0]) for pair in pairs])
-    splits: dict[str, ExitStatistics] = {
-        "tuning": statistics.select(np.flatnonzero(tuned)),
-        "certification": statistics.select(np.flatnonzero(~tuned)),
-    }
-    save_statistics(work.bundle / STATISTICS, splits)
-    trim_heap()
+    return statistics.select(np.flatnonzero(tuned)), statistics.select(np.flatnonzero(~tuned))
 
 
 def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
@@ -83,6 +99,7 @@ def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
     if limits is not None:
         of_policies = costs.of_policies()
         promise = certify(splits["tuning"], splits["certification"], limits, of_policies)
+        promise = _with_texts(promise, inputs)
     turns = None if large else Turns(spec, engines, length, ROOM)
     policy = promise.policy if promise else None
     default = plan_default(splits, costs, policy, turns, SECONDS, progress)
@@ -114,3 +131,16 @@ def _with_drafting(
         progress,
     )
     return costs.model_copy(update={"drafting": drafting})
+
+
+def _with_texts(promise: Promise, inputs: Inputs) -> Promise:
+    """The promise, its evidence with the text that it was made on."""
+
+    def with_text(each: DomainEvidence) -> DomainEvidence:
+        plan = inputs.self_text
+        if plan is not None and each.name == DOMAIN:
+            return each.model_copy(update={"made_on": "self-text", "text": plan.about})
+        names = ", ".join(text.name for text in inputs.texts if text.domain == each.name)
+        return each.model_copy(update={"text": names})
+
+    return promise.model_copy(update={"domains": tuple(map(with_text, promise.domains))})

@@ -12,6 +12,7 @@ from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
 from ojfa_export.compiler.given import Given, read_given
 from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.self_text import SelfText, plan_self_text
 from ojfa_export.compiler.settings import BuildSettings, decide
 from ojfa_export.compiler.versions import tool_versions
 from ojfa_export.errors import UsageError
@@ -58,14 +59,17 @@ class Inputs:
             self.settings.calibration_tokens,
             rows_needed(self.checkpoint.spec.hidden_size),
         )
-        limits, rest = options.limits, self.windows.rest
-        self.statistics_windows: PromiseWindows | None = (
-            planning_windows(self.texts, rest)
-            if limits is None
-            else promise_windows(self.texts, rest, limits)
-        )
+        self.statistics_windows: PromiseWindows | None = self._statistics_windows()
         windows = (self.windows.fit, self.windows.held_out, *self.windows.rest)
         self.checkpoint.check_vocabulary(max(int(ids.max(initial=0)) for ids in windows))
+        self.self_text: SelfText | None = plan_self_text(
+            options,
+            self.checkpoint,
+            self.tokenizer,
+            self.texts,
+            self.windows.rest,
+            self.settings.window,
+        )
         self.checkpoint.check_tensors()
         self.model_sha256 = self.checkpoint.sha256()
         self.given: Given = read_given(options.shortcuts, self.checkpoint, self.model_sha256)
@@ -75,6 +79,20 @@ class Inputs:
                 f"{self.given.exits_path}",
                 hint="leave --rank out",
             )
+
+    @property
+    def decides_exits(self) -> bool:
+        """Whether there is text to look at exits on."""
+        return self.statistics_windows is not None or self.self_text is not None
+
+    def _statistics_windows(self) -> PromiseWindows | None:
+        """Windows of the files to look at exits on."""
+        limits, rest = self.options.limits, self.windows.rest
+        if self.options.self_text == "alone":
+            return None
+        if limits is None:
+            return planning_windows(self.texts, rest)
+        return promise_windows(self.texts, rest, limits)
 
     def fingerprint(self) -> str:
         """Digest of everything that decides the result."""
@@ -90,6 +108,7 @@ class Inputs:
             [settings.precision, settings.rank, settings.max_cache_length],
             [settings.max_batch_size, settings.calibration_tokens, settings.window],
             limits and limits.model_dump(),
+            [self.options.self_text, self.self_text and self.self_text.fingerprint()],
             [self.given.kind, *self.given.digests],
             tool_versions(),
         ]

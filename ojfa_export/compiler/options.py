@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from ojfa_export.bundle.promise import DEFAULT_CONFIDENCE, Limits, check_limits
 from ojfa_export.errors import UsageError
@@ -15,6 +15,8 @@ from ojfa_export.shortcuts.kinds import SHIPPED, Shipped
 from ojfa_export.system.arguments import flag, listed, real_number, text, whole_number, wrong
 
 SHORTCUT_SUFFIX = ".safetensors"
+# A promise on what the model writes, instead of one on files, or together with it.
+SelfTextUse = Literal["alone", "beside"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class BuildOptions:
             full model's choice; None promises nothing.
         confidence: Of the promise; default 0.95.
         max_extra_surprisal: To be promised too: nats, on average.
+        self_text: "alone" makes the promise on what the model writes itself, "beside" on that and
+            on the files; None on the files.
+        self_text_windows: So many windows of 256 tokens, or of as many as the cache holds; default
+            four times what the promise needs at the least, and 64 or more.
         recipe: Name of one that ships, or a TOML file.
         overwrite: Whether to replace an existing bundle.
         skip_verification: Whether to leave out the comparison with transformers.
@@ -66,6 +72,8 @@ class BuildOptions:
     max_disagreement: float | None = None
     confidence: float | None = None
     max_extra_surprisal: float | None = None
+    self_text: SelfTextUse | None = None
+    self_text_windows: int | None = None
     recipe: str | None = None
     overwrite: bool = False
     skip_verification: bool = False
@@ -78,6 +86,11 @@ class BuildOptions:
             if value is not None or name in _REQUIRED:
                 object.__setattr__(self, name, reader(name.replace("_", "-"), value))
         _ = self.limits  # what can never be promised is refused here
+        if self.self_text_windows is not None and self.self_text is None:
+            raise UsageError(
+                "self-text-windows is given, but nothing is promised on self-text",
+                hint="add --self-text alone or --self-text beside",
+            )
 
     @property
     def shortcuts(self) -> tuple[Shipped | Path, ...]:
@@ -89,7 +102,7 @@ class BuildOptions:
     def limits(self) -> Limits | None:
         """What is to be promised, if anything."""
         if self.max_disagreement is None:
-            for name in ("confidence", "max_extra_surprisal"):
+            for name in ("confidence", "max_extra_surprisal", "self_text"):
                 if getattr(self, name) is not None:
                     raise UsageError(
                         f"{name.replace('_', '-')} is part of a promise, but none is asked for",
@@ -130,6 +143,13 @@ def _precision(name: str, value: Any) -> Precision:
         if value == precision:
             return precision  # type: ignore[no-any-return]
     raise UsageError(f"{name} '{value}' is not known", hint="known: fp32, fp16")
+
+
+def _self_text(name: str, value: Any) -> SelfTextUse:
+    for use in get_args(SelfTextUse):
+        if value == use:
+            return use  # type: ignore[no-any-return]
+    raise UsageError(f"{name} '{value}' is not known", hint="known: alone, beside")
 
 
 def _shortcuts(name: str, value: Any) -> tuple[Shipped | Path, ...]:
@@ -183,6 +203,8 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "max_disagreement": real_number,
     "confidence": real_number,
     "max_extra_surprisal": real_number,
+    "self_text": _self_text,
+    "self_text_windows": _positive,
     "recipe": _name_or_path,
     "overwrite": flag,
     "skip_verification": flag,

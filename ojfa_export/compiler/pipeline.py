@@ -19,6 +19,7 @@ from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.report.model import CalibrationReport
 from ojfa_export.compiler.report.write import write_report
+from ojfa_export.compiler.self_text import write_self_text
 from ojfa_export.compiler.shortcut_stage import make_shortcut
 from ojfa_export.compiler.work import StageRecord, Work, check_output
 from ojfa_export.graphs.export import Exporter
@@ -127,13 +128,21 @@ def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
         with work.stage("draft") as needed:
             if needed:
                 make_draft(inputs, work, exporter, progress)
-    if inputs.statistics_windows is not None:
-        with work.stage("statistics") as needed:
+    if inputs.decides_exits:
+        _decide_exits(inputs, work, progress)
+
+
+def _decide_exits(inputs: Inputs, work: Work, progress: Progress) -> None:
+    if inputs.self_text is not None:
+        with work.stage("self-text") as needed:
             if needed:
-                exits.collect(inputs, work, progress)
-        with work.stage("exits") as needed:
-            if needed:
-                exits.decide(inputs, work, progress)
+                write_self_text(inputs.checkpoint, inputs.self_text, work, progress)
+    with work.stage("statistics") as needed:
+        if needed:
+            exits.collect(inputs, work, progress)
+    with work.stage("exits") as needed:
+        if needed:
+            exits.decide(inputs, work, progress)
 
 
 def _verify(inputs: Inputs, work: Work, progress: Progress) -> tuple[CalibrationReport, Decided]:
@@ -142,12 +151,13 @@ def _verify(inputs: Inputs, work: Work, progress: Progress) -> tuple[Calibration
     checks: list[Check] = []
     with work.stage("verify"):
         golden = stages.find_golden(inputs, work)
-        report, decided = stages.load_report(kept, []), load_decided(work)
+        decided = load_decided(work)
+        report = stages.load_report(kept, [], decided.promise)
         draft = kept_draft(work)
         if not inputs.options.skip_verification:
             stages.write_manifest(work.bundle, inputs, report, golden, decided, draft)
             checks = _compare(inputs, work.bundle, progress)
-            report = stages.load_report(kept, checks)
+            report = stages.load_report(kept, checks, decided.promise)
         write_report(report, work.bundle / REPORT)
         (work.bundle / MANIFEST).unlink(missing_ok=True)
         stages.write_manifest(work.bundle, inputs, report, golden, decided, draft)
@@ -184,7 +194,8 @@ def plan(options: BuildOptions) -> dict[str, Any]:
     inputs = Inputs(options)
     spec, settings = inputs.checkpoint.spec, inputs.settings
     tokens = inputs.windows.fit.size + inputs.windows.held_out.size
-    deciding = [] if inputs.statistics_windows is None else ["statistics", "exits"]
+    writing = [] if inputs.self_text is None else ["self-text"]
+    deciding = [*writing, "statistics", "exits"] if inputs.decides_exits else []
     drafting = [] if inputs.given.draft is None else ["draft"]
     stored = sum(path.stat().st_size for path in inputs.checkpoint.weight_files)
     return {
@@ -195,6 +206,7 @@ def plan(options: BuildOptions) -> dict[str, Any]:
             **settings.model_dump(),
             "shortcut": ", ".join(map(str, options.shortcuts)) or None,
             "limits": options.limits and options.limits.model_dump(),
+            "self_text": inputs.self_text and inputs.self_text.about,
             "calibration_data": [str(path) for path in inputs.calibration_data],
         },
         "stages": ["export", "engines", "calibrate", *drafting, *deciding, "verify"],

@@ -34,6 +34,7 @@ from ojfa_export.bundle.names import (
     TOKENIZER,
     graph_names,
 )
+from ojfa_export.bundle.promise import Promise
 from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 from ojfa_export.bundle.shortcut_file import load_exit
 from ojfa_export.compiler.decided import Decided
@@ -221,9 +222,11 @@ def save_report(report: CalibrationReport, path: Path) -> None:
     path.write_text(report.model_dump_json(), encoding="utf-8")
 
 
-def load_report(path: Path, checks: list[Check]) -> CalibrationReport:
-    """Reads a kept report and adds the verification's checks."""
+def load_report(path: Path, checks: list[Check], promise: Promise | None) -> CalibrationReport:
+    """Reads a kept report, and adds the verification's checks and the promise."""
     raw = json.loads(path.read_text(encoding="utf-8"))
-    return CalibrationReport.model_validate(
-        {**raw, "checks": [check.model_dump() for check in checks]}
-    )
+    added = {
+        "checks": [check.model_dump() for check in checks],
+        "promise": promise and promise.model_dump(),
+    }
+    return CalibrationReport.model_validate({**raw, **added})

@@ -33,6 +33,9 @@ def collect_statistics(
     scratch: Path,
     progress: Progress,
     rng: np.random.Generator,
+    *,
+    given: int = 0,
+    most: int = TOKENS_PER_WINDOW,
 ) -> ExitStatistics:
     """Statistics of every exit on sampled tokens of the windows.
 
@@ -47,6 +50,8 @@ def collect_statistics(
         scratch: Folder for the hidden states, 4 n length H bytes.
         progress: Shows blocks.
         rng: Samples the tokens.
+        given: First tokens of each window that don't count.
+        most: Tokens sampled from a window at most, a multiple of RUN.
 
     Raises:
         CalibrationError: Logits that are not finite.
@@ -54,7 +59,8 @@ def collect_statistics(
     """
     text = np.concatenate(windows)
     count, length = text.shape
-    places, run = sample_places(rng, count, length)
+    places, run = sample_places(rng, count, length - given, most)
+    places += given
     sampled, levels = places.shape[1], spec.blocks - 1
     confidence = np.empty((len(MEASURES), count, sampled, levels), np.float16)
     tokens = np.empty((count, sampled, levels), np.int64)
@@ -95,7 +101,7 @@ def collect_statistics(
 
 
 def sample_places(
-    rng: np.random.Generator, count: int, length: int
+    rng: np.random.Generator, count: int, length: int, most: int = TOKENS_PER_WINDOW
 ) -> tuple[NDArray[np.int64], int]:
     """Positions to look at in each window, every position as likely as any other.
 
@@ -103,15 +109,16 @@ def sample_places(
         rng: Random numbers.
         count: Windows.
         length: Tokens of a window.
+        most: Of them that are sampled at most, a multiple of RUN.
 
     Returns:
         [count, sampled] positions in runs of neighbours, and the length of a run. A window's
         runs begin at a random position and go round its end.
     """
-    if length <= TOKENS_PER_WINDOW:
+    if length <= most:
         return np.tile(np.arange(length), (count, 1)), length
     runs = np.tile(np.arange(length // RUN), (count, 1))
-    chosen = np.sort(rng.permuted(runs, axis=1)[:, : TOKENS_PER_WINDOW // RUN])
+    chosen = np.sort(rng.permuted(runs, axis=1)[:, : most // RUN])
     first = RUN * chosen + rng.integers(length, size=(count, 1))
     places = (first[:, :, None] + np.arange(RUN)) % length
     return places.reshape(count, -1), RUN

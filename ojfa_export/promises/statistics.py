@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,26 @@ class ExitStatistics:
     def members(self) -> list[NDArray[np.intp]]:
         """The windows of each domain."""
         return [np.flatnonzero(self.domain == index) for index in range(len(self.domains))]
+
+
+def join(parts: Sequence[ExitStatistics]) -> ExitStatistics:
+    """The windows of several domains together.
+
+    Args:
+        parts: Of the same exits and of as many tokens from each window; no domain is in two.
+    """
+    first, offsets = parts[0], np.cumsum([0, *(len(each.domains) for each in parts)])
+    domain = [each.domain + offset for each, offset in zip(parts, offsets, strict=False)]
+    return ExitStatistics(
+        first.blocks,
+        first.exits,
+        tuple(name for each in parts for name in each.domains),
+        np.concatenate(domain).astype(np.int16),
+        np.concatenate([each.confidence for each in parts], axis=1),
+        np.concatenate([each.agrees for each in parts]),
+        np.concatenate([each.extra_surprisal for each in parts]),
+        math.gcd(*(each.run for each in parts)),
+    )
 
 
 def save_statistics(path: Path, splits: Mapping[str, ExitStatistics]) -> None:

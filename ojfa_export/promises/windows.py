@@ -32,11 +32,18 @@ class PromiseWindows:
         domains: Names, in the order of their first source.
         tuning: For each domain, [n, length] int32.
         certification: For each domain, [n, length] int32, from other parts of the text.
+        given: First tokens of each window that don't count.
     """
 
     domains: tuple[str, ...]
     tuning: tuple[Int32, ...]
     certification: tuple[Int32, ...]
+    given: int = 0
+
+    @property
+    def counted(self) -> int:
+        """Tokens of a window that count."""
+        return int(self.tuning[0].shape[1]) - self.given
 
 
 def promise_windows(
@@ -56,11 +63,16 @@ def promise_windows(
     Raises:
         CalibrationError: A domain has fewer windows than the promise needs at the least.
     """
-    needed = max(windows_needed(limit, limits.confidence) for limit in limits.shares())
+    needed = most_needed(limits)
     for domain, sources in _by_domain(texts, rest).items():
         if sum(len(windows) - _tuning(windows) for windows in sources) < needed:
             raise _too_little(domain, texts, sources, needed, limits)
     return _divide(_by_domain(texts, rest), TUNING_WINDOWS, CERTIFICATION_WINDOWS)
+
+
+def most_needed(limits: Limits) -> int:
+    """Windows of a domain that certification needs at the least."""
+    return max(windows_needed(limit, limits.confidence) for limit in limits.shares())
 
 
 def planning_windows(

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ojfa_export.training.frozen import Frozen, States
 from ojfa_export.training.kinds.jump import Jump
+from ojfa_export.writing.frozen import Frozen, States
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.checkpoint.hub import resolve
 from ojfa_export.models.checkpoint.tokenizer import read_tokenizer
 from ojfa_export.training import windows
-from ojfa_export.training.frozen import choose_device
 from ojfa_export.training.kinds import KINDS
 from ojfa_export.training.options import SHAPES, TrainOptions
-from ojfa_export.training.self_text import Starts, find_starts
 from ojfa_export.training.windows import TrainingText
+from ojfa_export.writing.frozen import choose_device
+from ojfa_export.writing.self_text import Starts, find_starts
 
 if TYPE_CHECKING:
     from ojfa_export.training.kinds.jump import Jump
@@ -104,7 +104,7 @@ class Inputs:
         if not options.self_text:
             return windows.cut(names, self.sources, self.length, options.tokens), None
         directory = self.checkpoint.directory
-        starts = find_starts(directory, self.tokenizer, names, self.sources, self.length)
+        starts = find_starts(directory, self.tokenizer, names, self.sources, self.length, "--text")
         self.checkpoint.check_vocabulary(max(starts.chat, default=0))
         windows.check_enough(-(-options.tokens // self.length), self.length, options.tokens)
         return None, starts

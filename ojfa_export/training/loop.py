@@ -15,11 +15,11 @@ from ojfa_export.errors import CalibrationError
 from ojfa_export.system.progress import Progress, Task
 from ojfa_export.training.divergence import Figures, learn, measure
 from ojfa_export.training.draw import Draw, draw, held_out_positions
-from ojfa_export.training.frozen import Frozen, States
 from ojfa_export.training.kinds.jump import Jump
 from ojfa_export.training.sizes import CHECKED_WINDOWS, HELD_OUT_TOKENS, STEPS, Sizes, choose
 from ojfa_export.training.state import Keeper, State
 from ojfa_export.training.windows import TrainingText
+from ojfa_export.writing.frozen import Frozen, States
 
 # AdamW (Loshchilov and Hutter, arXiv 1711.05101), a cosine rate after a short rise.
 BETAS = 0.9, 0.98

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ojfa_export.bundle.names import SHORTCUT
 from ojfa_export.bundle.shortcut_file import save
 from ojfa_export.compiler.work import Work, check_output
-from ojfa_export.errors import OjfaError
 from ojfa_export.system.progress import SILENT, Progress
 from ojfa_export.training.options import TrainOptions
+from ojfa_export.training.windows import TrainingText
+from ojfa_export.writing.packages import require_packages
 
 if TYPE_CHECKING:
     from ojfa_export.training.divergence import Figures
     from ojfa_export.training.inputs import Inputs
     from ojfa_export.training.kinds.jump import Jump
     from ojfa_export.training.loop import Trained
-    from ojfa_export.training.windows import TrainingText
 
 
 def train(options: TrainOptions, progress: Progress = SILENT) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def train(options: TrainOptions, progress: Progress = SILENT) -> dict[str, Any]:
         OSError: The disk is full, or can't be written.
     """
     check_output(options.output, options.overwrite, holds=None)
-    require_packages()
+    require_packages("training")
     from ojfa_export.training.inputs import Inputs
 
     inputs = Inputs(options)
@@ -92,34 +91,18 @@ def describe(trained: Trained, unit: str, outputs: Sequence[int]) -> dict[str, A
     }
 
 
-def require_packages() -> None:
-    """Refuses to begin without torch and transformers.
-
-    Raises:
-        OjfaError: One is not installed.
-    """
-    for package in ("torch", "transformers"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise OjfaError(
-                f"training needs the package {package}, which is not installed",
-                hint="pip install 'ojfa-export[build,verify]'",
-            ) from error
-
-
 def _train(inputs: Inputs, work: Work, progress: Progress) -> tuple[Jump, TrainingText, Trained]:
     """Loads the model, lets it write where that is asked for, and trains."""
-    from ojfa_export.training.frozen import Frozen
     from ojfa_export.training.loop import train_jump
-    from ojfa_export.training.self_text import write
     from ojfa_export.training.state import Keeper
+    from ojfa_export.writing.frozen import Frozen
+    from ojfa_export.writing.self_text import write
 
     frozen, options = Frozen(inputs.checkpoint, inputs.device), inputs.options
     text = inputs.text
     if text is None:
         assert inputs.starts is not None
-        text = write(
+        written = write(
             frozen,
             inputs.starts,
             inputs.length,
@@ -128,6 +111,7 @@ def _train(inputs: Inputs, work: Work, progress: Progress) -> tuple[Jump, Traini
             work.scratch / "text",
             progress,
         )
+        text = TrainingText.of(written)
     jump = inputs.kind.begin(frozen, text, inputs.chosen, options.seed)
     keeper = Keeper(work.scratch / "state.pt")
     return (

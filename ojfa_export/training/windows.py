@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -13,6 +14,9 @@ from ojfa_export.errors import CalibrationError
 from ojfa_export.models.calibration_text import CalibrationText
 from ojfa_export.models.tokenizer import encode_all
 from ojfa_export.training.sizes import HELD_OUT_SHARE, HELD_OUT_WINDOWS
+
+if TYPE_CHECKING:
+    from ojfa_export.writing.self_text import Written
 
 # Fewer than these say nothing of how a jump does on text that it was not trained on.
 LEAST_WINDOWS = 2 * HELD_OUT_SHARE
@@ -35,6 +39,11 @@ class TrainingText:
     parts: tuple[int, ...]
     given: int
     about: str
+
+    @classmethod
+    def of(cls, written: Written) -> TrainingText:
+        """Text that the model wrote."""
+        return cls(written.windows, written.parts, written.given, written.about)
 
     def held_out(self) -> tuple[Int32, Int32]:
         """Which windows to train on, and which to measure on: some from the end of each source.

@@ -17,8 +17,8 @@ from tiny_models import make_checkpoint
 from trainings import Checkpoints, Options, Run
 
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
-from ojfa_export.training.frozen import Frozen
 from ojfa_export.training.options import TrainOptions
+from ojfa_export.writing.frozen import Frozen
 
 
 @pytest.fixture

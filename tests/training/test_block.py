@@ -12,9 +12,9 @@ from tolerances import BLOCK_RELATIVE
 from trainings import Checkpoints, Options, random_text, scatter
 
 from ojfa_export.cli.app import app
-from ojfa_export.training.frozen import Frozen, States
 from ojfa_export.training.kinds.block import Block
 from ojfa_export.training.train import train
+from ojfa_export.writing.frozen import Frozen, States
 
 TEXT = random_text(16, 20)
 VARIANTS = (

@@ -9,8 +9,8 @@ from tolerances import KL_FP32, TORCH_FLOAT64_RELATIVE
 from trainings import Checkpoints, random_text, scatter
 
 from ojfa_export.training.divergence import measure
-from ojfa_export.training.frozen import Frozen, States
 from ojfa_export.training.kinds.draft import MEASURED, Draft, depths, frequent, is_llamas
+from ojfa_export.writing.frozen import Frozen, States
 
 TEXT = random_text(16, 20)
 

@@ -23,10 +23,10 @@ from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.models.head import FinalNorm, LanguageHead
 from ojfa_export.training.divergence import learn, measure
-from ojfa_export.training.frozen import Frozen
 from ojfa_export.training.kinds import KINDS
 from ojfa_export.training.kinds.jump import Pointwise
 from ojfa_export.training.kinds.residual import Residual
+from ojfa_export.writing.frozen import Frozen
 
 # Gated with RMSNorm and SiLU; not gated with LayerNorm: GELU's two forms, and ReLU.
 POINTWISE = ("mlp", "residual")

@@ -18,10 +18,11 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from ojfa_export.errors import CalibrationError, CheckpointError
 from ojfa_export.models.checkpoint.tokenizer import read_tokenizer
-from ojfa_export.training import self_text
-from ojfa_export.training.frozen import Frozen
 from ojfa_export.training.options import TrainOptions
-from ojfa_export.training.self_text import (
+from ojfa_export.training.train import train
+from ojfa_export.writing import self_text
+from ojfa_export.writing.frozen import Frozen
+from ojfa_export.writing.self_text import (
     START_TOKENS,
     Starts,
     chat_start,
@@ -30,7 +31,6 @@ from ojfa_export.training.self_text import (
     sample,
     write,
 )
-from ojfa_export.training.train import train
 
 Options = Callable[..., TrainOptions]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -131,7 +131,7 @@ def test_kept_batches_are_not_written_again(
     assert kept == ["000000.npy"]
     progress = Reports()
     again = write(frozen, starts, 60, 18 * 60, 0, tmp_path / "text", progress)
-    assert progress.tasks == [("training: writing text", 15 * 60)]
+    assert progress.tasks == [("writing text", 15 * 60)]
     np.testing.assert_array_equal(again.windows, whole.windows)
     other = write(frozen, starts, 60, 18 * 60, 1, tmp_path / "other", Reports())
     assert (other.windows != whole.windows).any()
@@ -165,7 +165,7 @@ def test_the_template_up_to_the_users_words(chatty: Path, tiny_checkpoint: Path)
     assert chat_start(tiny_checkpoint) == ""
     tokenizer = read_tokenizer(chatty)
     ids = np.arange(100, dtype=np.int32)
-    starts = find_starts(chatty, tokenizer, ["a"], [ids], 128)
+    starts = find_starts(chatty, tokenizer, ["a"], [ids], 128, "--text")
     assert tokenizer.decode(list(starts.chat)) == "[be kind]<user>"
     assert starts.given == START_TOKENS
 
@@ -183,12 +183,12 @@ def test_templates_that_do_not_help(template: str, said: str, chatty: Path) -> N
     (chatty / "chat_template.jinja").write_text(template)
     ids = [np.arange(100, dtype=np.int32)]
     with pytest.raises(CheckpointError, match=said) as caught:
-        find_starts(chatty, read_tokenizer(chatty), ["a"], ids, 128)
+        find_starts(chatty, read_tokenizer(chatty), ["a"], ids, 128, "--text")
     assert "--self-text" in str(caught.value.hint)
 
 
 def test_too_little_to_begin_from(chatty: Path) -> None:
     ids: list[Any] = [np.arange(START_TOKENS, dtype=np.int32)]
     with pytest.raises(CalibrationError, match="the text has 24 tokens") as caught:
-        find_starts(chatty, read_tokenizer(chatty), ["a"], ids, 128)
+        find_starts(chatty, read_tokenizer(chatty), ["a"], ids, 128, "--text")
     assert "--text" in str(caught.value.hint)

@@ -20,11 +20,9 @@ from ojfa_export.errors import CalibrationError, UsageError
 from ojfa_export.models.calibration_text import CalibrationText
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.checkpoint.tokenizer import read_tokenizer
-from ojfa_export.training import frozen as frozen_module
 from ojfa_export.training import loop
 from ojfa_export.training.divergence import Figures
 from ojfa_export.training.draw import draw, draw_outputs, held_out_positions
-from ojfa_export.training.frozen import Frozen
 from ojfa_export.training.kinds import KINDS
 from ojfa_export.training.kinds.residual import Residual
 from ojfa_export.training.loop import rate, train_jump
@@ -33,6 +31,8 @@ from ojfa_export.training.sizes import CHECKS, Sizes, choose
 from ojfa_export.training.state import Keeper
 from ojfa_export.training.train import train
 from ojfa_export.training.windows import cut, token_ids
+from ojfa_export.writing import frozen as frozen_module
+from ojfa_export.writing.frozen import Frozen
 
 KINDS_SMALL: list[tuple[str, dict[str, Any]]] = [
     ("mlp", {"width": 48}),

@@ -241,6 +241,8 @@ void check_promise(Fields fields) {
         check_positive(domain, "depth");
         domain.at("p_value");
         if (domain.maybe("p_value")) check_share(domain, "p_value");
+        if (domain.maybe("made_on")) domain.one_of("made_on", {"files", "self-text"});
+        if (domain.maybe("text")) domain.text("text");
         domain.done();
     }
     check_positive(fields, "relative_cost");

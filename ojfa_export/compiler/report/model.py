@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ojfa_export.bundle.promise import Promise
 from ojfa_export.shortcuts.metrics import ExitQuality
 from ojfa_export.verify.check import Check
 
@@ -69,6 +70,7 @@ class CalibrationReport(_Strict):
         surprisal: The same for the mean surprisal, in nats.
         checks: The verification's, once it has run.
         latency: The benchmark's, once it has run.
+        promise: What was asked and shown of `--exit auto`, if anything.
 
     Raises:
         ValidationError: Unknown fields, or a number of exits or a matrix that does not fit L.
@@ -92,6 +94,7 @@ class CalibrationReport(_Strict):
     surprisal: list[list[Nats]] = []
     checks: list[Check] = []
     latency: list[LatencyRow] = []
+    promise: Promise | None = None
 
     @property
     def measured(self) -> list[str]:

@@ -17,9 +17,9 @@ from typing_extensions import Self
 from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.errors import UsageError
 from ojfa_export.models.spec import ModelSpec
-from ojfa_export.training.frozen import Frozen, States, output_of, pick
 from ojfa_export.training.kinds.jump import Jump, array
 from ojfa_export.training.windows import TrainingText
+from ojfa_export.writing.frozen import Frozen, States, output_of, pick
 
 
 class Block(Jump):

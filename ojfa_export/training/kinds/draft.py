@@ -18,10 +18,10 @@ from typing_extensions import Self
 from ojfa_export.bundle.draft_shortcut import DraftShortcut, rotations
 from ojfa_export.errors import CheckpointError, UsageError
 from ojfa_export.models.spec import ModelSpec
-from ojfa_export.training.frozen import Frozen, States, pick
 from ojfa_export.training.kinds.jump import Jump, array, parameter
 from ojfa_export.training.kinds.mlp import MULTIPLE
 from ojfa_export.training.windows import TrainingText
+from ojfa_export.writing.frozen import Frozen, States, pick
 
 # How much each step of a chain counts in training; later ones build on earlier ones.
 WEIGHTS = 1.0, 0.8, 0.6

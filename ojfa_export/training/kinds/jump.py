@@ -14,8 +14,8 @@ from typing_extensions import Self
 
 from ojfa_export.bundle.shortcut_file import AnyShortcut
 from ojfa_export.models.spec import ModelSpec
-from ojfa_export.training.frozen import Frozen, States
 from ojfa_export.training.windows import TrainingText
+from ojfa_export.writing.frozen import Frozen, States
 
 
 class Jump(torch.nn.Module, ABC):

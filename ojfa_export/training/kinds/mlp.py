@@ -18,9 +18,9 @@ from typing_extensions import Self
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.errors import UsageError
 from ojfa_export.models.spec import Activation, ModelSpec
-from ojfa_export.training.frozen import Frozen
 from ojfa_export.training.kinds.jump import Pointwise, array, parameter
 from ojfa_export.training.windows import TrainingText
+from ojfa_export.writing.frozen import Frozen
 
 # What a GPU's matrix products want widths to be a multiple of.
 MULTIPLE = 8

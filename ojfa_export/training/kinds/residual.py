@@ -12,9 +12,9 @@ from typing_extensions import Self
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.errors import UsageError
 from ojfa_export.models.spec import ModelSpec
-from ojfa_export.training.frozen import Frozen, States
 from ojfa_export.training.kinds.jump import Pointwise, array, parameter
 from ojfa_export.training.windows import TrainingText
+from ojfa_export.writing.frozen import Frozen, States
 
 # Of the hidden size, by default.
 SHARE = 8

@@ -24,8 +24,8 @@ from ojfa_export.errors import CalibrationError, CheckpointError
 from ojfa_export.models.checkpoint.quiet import quiet_transformers
 from ojfa_export.system.atomic import write_atomically
 from ojfa_export.system.progress import Progress
-from ojfa_export.training.frozen import Frozen
-from ojfa_export.training.windows import TrainingText, check_enough
+from ojfa_export.writing.cache import empty_cache
+from ojfa_export.writing.frozen import Frozen
 
 TEMPERATURE, TOP_P = 0.9, 0.95
 START_TOKENS = 24
@@ -66,12 +66,30 @@ class Starts:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Written:
+    """Text that the model wrote.
+
+    Attributes:
+        windows: [n, T] int32 token ids.
+        parts: How many of them are of each batch, in order; n in all.
+        given: First tokens of each window that it didn't write, at most.
+        about: What the text is, for people.
+    """
+
+    windows: Int32
+    parts: tuple[int, ...]
+    given: int
+    about: str
+
+
 def find_starts(
     directory: Path,
     tokenizer: Tokenizer,
     names: Sequence[str],
     sources: Sequence[Int32],
     length: int,
+    option: str,
 ) -> Starts:
     """How windows of this model begin.
 
@@ -81,6 +99,7 @@ def find_starts(
         names: Of the text's sources.
         sources: Their token ids.
         length: Tokens of a window.
+        option: That gives more text.
 
     Raises:
         CalibrationError: Less text than one start needs, or windows that a start would fill.
@@ -91,7 +110,7 @@ def find_starts(
         raise CalibrationError(
             f"the text has {ids.size} tokens and windows have {length}; what the model writes "
             f"begins with {START_TOKENS}",
-            hint="give more --text to begin from",
+            hint=f"give more {option} to begin from",
         )
     chat = chat_start(directory)
     chat_ids = tuple(tokenizer.encode(chat, add_special_tokens=False).ids) if chat else ()
@@ -99,7 +118,7 @@ def find_starts(
         raise CheckpointError(
             f"the chat template of {directory} begins with {len(chat_ids)} tokens, more than half "
             f"of a window of {length}",
-            hint="train on --text without --self-text",
+            hint="leave --self-text out",
         )
     return Starts(chat_ids, ids, tuple(names))
 
@@ -112,7 +131,7 @@ def chat_start(directory: Path) -> str:
     """
     from transformers import AutoTokenizer
 
-    hint = "repair it, or train on --text without --self-text"
+    hint = "repair it, or leave --self-text out"
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(os.fspath(directory), local_files_only=True)
@@ -139,7 +158,7 @@ def write(
     seed: int,
     directory: Path,
     progress: Progress,
-) -> TrainingText:
+) -> Written:
     """Lets the model write, batch by batch; those that are in the directory are not written again.
 
     Args:
@@ -152,18 +171,16 @@ def write(
         progress: Shows tokens.
 
     Raises:
-        CalibrationError: Too few tokens are wanted to train on.
         CheckpointError: The model's logits are NaN or infinite.
         OSError: A batch can't be written.
     """
     windows = -(-tokens // length)
-    check_enough(windows, length, tokens)
     directory.mkdir(exist_ok=True)
     batches = [np.load(path) for path in _kept(directory)]
     done = sum(map(len, batches))
     turns = -(-windows // (2 * rows_at_once(frozen, length)))
     rows = -(-windows // (2 * turns))  # chat and text have as many turns, of as many windows
-    with progress.task("training: writing text", max(0, windows - done) * length, "tokens") as task:
+    with progress.task("writing text", max(0, windows - done) * length, "tokens") as task:
         while done < windows:
             number = len(batches)
             start = _start(starts, min(rows, windows - done), number, seed)
@@ -176,7 +193,7 @@ def write(
             done += len(written)
     ids = np.concatenate(batches)
     parts = tuple(map(len, batches))
-    return TrainingText(ids, parts, starts.given, starts.about(ids.size))
+    return Written(ids, parts, starts.given, starts.about(ids.size))
 
 
 def rows_at_once(frozen: Frozen, length: int) -> int:
@@ -202,8 +219,6 @@ def generate(
     Returns:
         [rows, length].
     """
-    from ojfa_export.training.cache import empty_cache
-
     ids = torch.from_numpy(start.astype(np.int64)).to(frozen.device)
     cache = empty_cache(frozen.model.config, length)
     newest, parts = ids, [ids]

@@ -1,0 +1,1 @@
+"""The model in torch, frozen, and text that it writes itself."""
