@@ -38,9 +38,42 @@ _LLAMA = {
     "tie_word_embeddings": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
+# Granite 3's own factors, but for attention's, which goes with the features of a head, and for the
+# logits', whose differences would be small.
+_GRANITE = {
+    **_LLAMA,
+    "num_key_value_heads": 2,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.15625,
+    "logits_scaling": 2.0,
+}
 _PHI3 = {**_LLAMA, "original_max_position_embeddings": POSITIONS}
 _SHORT_FACTOR = [1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8]
 _LONG_FACTOR = [1.1, 1.5, 2.0, 2.6, 3.2, 4.0, 5.0, 6.0]
+# What Phi-4-mini's config says beside numbers: three quarters of a head rotate, by LongRoPE, and a
+# window longer than any text. Nothing reads the last five fields.
+_PHI4_MINI = {
+    "hidden_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+    "sliding_window": 262144,
+    "original_max_position_embeddings": 32,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": sorted(3 * _SHORT_FACTOR),
+        "long_factor": sorted(3 * _LONG_FACTOR),
+        "original_max_position_embeddings": 32,
+    },
+    "attention_bias": False,
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "mlp_bias": False,
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +96,7 @@ class Variant:
     hub_keys: bool = False
 
     def build_config(self) -> transformers.PreTrainedConfig:
-        plain = {"gpt2": _GPT2, "phi3": _PHI3}.get(self.family, _LLAMA)
+        plain = {"gpt2": _GPT2, "granite": _GRANITE, "phi3": _PHI3}.get(self.family, _LLAMA)
         fields = json.loads(json.dumps({**_COMMON, **plain, **self.config}))
         return transformers.AutoConfig.for_model(self.family, **fields)
 
@@ -89,6 +122,20 @@ VARIANTS: dict[str, Variant] = {
     "gpt2-relu": _gpt2(activation_function="relu"),
     "gpt2-gelu": _gpt2(activation_function="gelu"),
     "gpt2-inner": _gpt2(n_inner=96),
+    "granite": Variant("granite"),
+    "granite-tied": Variant("granite", {"tie_word_embeddings": True}, "granite"),
+    "granite-biases": Variant("granite", {"attention_bias": True, "mlp_bias": True}, "granite"),
+    "granite-other-factors": Variant(
+        "granite",
+        {
+            "embedding_multiplier": 0.7,
+            "residual_multiplier": 1.3,
+            "attention_multiplier": 1,
+            "logits_scaling": 1,
+            "tie_word_embeddings": True,
+        },
+        "granite-tied",
+    ),
     "llama": _llama(),
     "llama-gqa": _llama(num_key_value_heads=2),
     "llama-mqa": _llama(num_key_value_heads=1),
@@ -147,6 +194,12 @@ VARIANTS: dict[str, Variant] = {
         },
         "phi3-two-heads",
     ),
+    "phi4": Variant(
+        "phi3",
+        {"num_key_value_heads": 2, "rope_parameters": _rope("default", 250_000)},
+        "phi3-gqa",
+    ),
+    "phi4-mini": Variant("phi3", _PHI4_MINI),
 }
 
 

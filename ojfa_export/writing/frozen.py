@@ -31,7 +31,7 @@ class States:
     Attributes:
         embedded: [B, T, H], the tokens' embeddings, without positions, in the model's dtype.
         hidden: The outputs [B, T, H] of 1..L blocks, before the final norm, in the model's dtype.
-        last: [B, T, H], the last block's output behind the final norm.
+        last: [B, T, H], the last block's output behind transformers' final norm.
         beside: What the model gave its last block beside hidden states: mask, positions.
     """
 
@@ -77,7 +77,8 @@ class Frozen:
     twice.
 
     Args:
-        checkpoint: Of a family without quirks of its own: final norm, LM head, nothing else.
+        checkpoint: Of any family that ends with final norm and LM head. Factors that its graphs
+            have in their weights (`Source.scale`) are in the embeddings and logits here too.
         device: Where it runs.
 
     Raises:
@@ -89,16 +90,18 @@ class Frozen:
         self.rotary = checkpoint.family.rotary(checkpoint.config)
         self.dtype = precision(device)
         self.model: Any = _load(checkpoint, self.dtype).to(device)
-        self._embedding = self.model.get_input_embeddings()
         self.last_layer: torch.nn.Module = decoder_layers(self.model)[-1]
         ends = checkpoint.family.ends(checkpoint.config, checkpoint.spec)
+        head = ends.get("head", ends["token_embedding"])
+        self._embedding = _scaled(self.model.get_input_embeddings(), ends["token_embedding"].scale)
+        self.head: Any = _scaled(self.model.get_output_embeddings(), head.scale)
+        self._norm_scale = ends["final_norm.weight"].scale
 
         def vector(name: str) -> Tensor | None:
             return torch.from_numpy(self._read(ends[name])).to(device) if name in ends else None
 
         self._norm_weight = vector("final_norm.weight")
         self._norm_bias = vector("final_norm.bias")
-        self.head: Any = self.model.get_output_embeddings()
 
     @property
     def norm_weight(self) -> Tensor:
@@ -135,7 +138,7 @@ class Frozen:
 
     @torch.no_grad()
     def full_log_probs(self, normed: Tensor) -> Tensor:
-        """The full model's log probabilities [n, V] fp32, of hidden states behind the final norm.
+        """The full model's log probabilities [n, V] fp32, of `States.last`.
 
         Raises:
             CheckpointError: They are NaN or infinite.
@@ -146,9 +149,9 @@ class Frozen:
 
     @torch.no_grad()
     def full_logits(self, normed: Tensor) -> Tensor:
-        """The full model's logits [n, V] in its dtype, of hidden states behind the final norm."""
+        """The full model's logits [n, V] in its dtype, of `States.last`."""
         logits: Tensor = self.head(normed)
-        return logits
+        return logits if self._norm_scale == 1 else logits * self._norm_scale
 
     def check_finite(self, finite: Tensor) -> None:
         """Refuses a model whose logits are not finite.
@@ -175,6 +178,26 @@ class Frozen:
             normed = functional.rms_norm(y, shape, self._norm_weight, eps)
         logits: Tensor = self.head(normed.to(self.dtype))
         return logits
+
+
+class _Scaled:
+    """An embedding or head of the model, whose weight a bundle has times a factor."""
+
+    def __init__(self, module: Any, scale: float) -> None:
+        self._module, self._scale = module, scale
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self._module.weight * self._scale
+        return weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self._module(x) * self._scale
+        return y
+
+
+def _scaled(module: Any, scale: float) -> Any:
+    return module if scale == 1 else _Scaled(module, scale)
 
 
 class _Seen:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from ojfa_export.runtime.generation import Settings, generate_tokens
 
 LENGTH = 44  # beyond every original length (32) and every window (8)
 SWITCH = 32  # LongRoPE's
+LONGROPE = ("phi3-longrope", "phi4-mini")
 # Those that go on beyond the trained length; dynamic scaling has a test of its own.
 UNBOUNDED = [name for name in VARIANTS if name != "llama-rope-dynamic"]
 
@@ -39,6 +42,18 @@ def test_token_by_token(name, chain_of, model_of, token_ids):
     session = chain_of(name).session()
     logits = np.concatenate([session.advance([token]) for token in token_ids])
     assert_close(logits, decode_reference(name, model_of(name), token_ids))
+
+
+@pytest.mark.parametrize("name", UNBOUNDED)
+def test_a_prompt_in_chunks(name, chain_of, model_of, token_ids, rng):
+    ids = token_ids[:SWITCH] if name in LONGROPE else token_ids
+    cuts = [0, *sorted(rng.choice(np.arange(1, len(ids)), 3, replace=False).tolist()), len(ids)]
+    session = chain_of(name).session()
+    logits = [
+        session.advance(ids[start:stop], every_position=True)[0]
+        for start, stop in itertools.pairwise(cuts)
+    ]
+    assert_close(np.concatenate(logits), full_forward(model_of(name), ids))
 
 
 def test_dynamic_scaling_up_to_the_trained_length(chain_of, model_of, rng):
@@ -145,7 +160,7 @@ def test_every_position_of_a_batch(chain_of, model_of, rng):
 
 def decode_reference(name, model, token_ids: list[int]) -> np.ndarray:
     """Logits of a decode, for the rotation that depends on a sequence's length too."""
-    if name == "phi3-longrope":
+    if name in LONGROPE:
         return longrope_decode(model, token_ids, SWITCH)
     return full_forward(model, token_ids)
 

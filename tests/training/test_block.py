@@ -20,6 +20,7 @@ TEXT = random_text(16, 20)
 VARIANTS = (
     *("llama-gqa", "llama-attention-bias", "llama-mlp-bias", "llama-rope-llama3", "qwen2"),
     *("mistral-sliding-window", "phi3-gqa", "phi3-longrope", "phi3-partial-rotary"),
+    *("granite", "granite-biases"),
     *("gpt2", "gpt2-relu", "gpt2-inverse-layer-scale"),
 )
 
@@ -56,7 +57,7 @@ def test_module_is_the_shortcut(
             np.testing.assert_allclose(single, wanted, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "gpt2"])
+@pytest.mark.parametrize("variant", ["llama-gqa", "granite-biases", "gpt2"])
 def test_it_begins_as_the_last_block(variant: str, checkpoints: Checkpoints) -> None:
     """At the last exit it is the model itself."""
     frozen = Frozen(checkpoints(variant), torch.device("cpu"))

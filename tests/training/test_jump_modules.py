@@ -31,6 +31,7 @@ from ojfa_export.writing.frozen import Frozen
 # Gated with RMSNorm and SiLU; not gated with LayerNorm: GELU's two forms, and ReLU.
 POINTWISE = ("mlp", "residual")
 TEXT = random_text(16, 20)
+FROZEN = ("llama-gqa", "llama-tied", "phi3", "gpt2", "gpt2-untied", "granite", "granite-tied")
 VARIANTS = ("llama-gqa", "phi3", "gpt2", "gpt2-gelu", "gpt2-relu")
 
 
@@ -90,7 +91,7 @@ def test_residual_of_a_fitted_shortcut(random_shortcut: Callable[..., Shortcut])
         np.testing.assert_array_equal(getattr(again, name), getattr(fitted, name))
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "llama-tied", "phi3", "gpt2", "gpt2-untied"])
+@pytest.mark.parametrize("variant", FROZEN)
 def test_frozen_model_is_transformers(variant: str, checkpoints: Checkpoints) -> None:
     checkpoint = checkpoints(variant)
     frozen = Frozen(checkpoint, torch.device("cpu"))
@@ -102,12 +103,15 @@ def test_frozen_model_is_transformers(variant: str, checkpoints: Checkpoints) ->
     found = frozen.full_log_probs(states.last)
     torch.testing.assert_close(found, wanted, rtol=0, atol=LOGITS_FP32)
     assert len(states.hidden) == frozen.spec.blocks
+    ends = checkpoint.family.ends(checkpoint.config, checkpoint.spec)
+    table = torch.from_numpy(checkpoint.read(ends["token_embedding"]))
+    torch.testing.assert_close(states.embedded, table[ids], rtol=0, atol=0)
     with torch.no_grad():  # the last one is what the final norm sees
         again = frozen.logits(states.hidden[-1]).log_softmax(-1)
     torch.testing.assert_close(again, wanted, rtol=0, atol=LOGITS_FP32)
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "gpt2"])
+@pytest.mark.parametrize("variant", ["llama-gqa", "gpt2", "granite", "granite-tied"])
 def test_exits_logits_are_the_heads(
     variant: str, checkpoints: Checkpoints, rng: np.random.Generator
 ) -> None:
@@ -121,7 +125,7 @@ def test_exits_logits_are_the_heads(
         None if bias is None else checkpoint.read(bias),
         spec.norm_epsilon,
     )
-    weight = frozen.model.get_output_embeddings().weight.numpy()
+    weight = checkpoint.read(ends.get("head", ends["token_embedding"]))
     y = rng.normal(size=(9, spec.hidden_size))
     logits = LanguageHead(norm, weight, None).logits(y)
     largest = logits.max(-1, keepdims=True)

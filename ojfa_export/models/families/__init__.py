@@ -8,13 +8,14 @@ from ojfa_export.errors import CheckpointError
 from ojfa_export.models.families.config import COMPLETE, Config
 from ojfa_export.models.families.family import Family
 from ojfa_export.models.families.gpt2 import GPT2
+from ojfa_export.models.families.granite import GRANITE
 from ojfa_export.models.families.llama import LLAMA
 from ojfa_export.models.families.mistral import MISTRAL
 from ojfa_export.models.families.phi3 import PHI3
 from ojfa_export.models.families.qwen2 import QWEN2
 from ojfa_export.models.spec import ModelSpec
 
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, PHI3, QWEN2)}
+FAMILIES = {family.model_type: family for family in (GPT2, GRANITE, LLAMA, MISTRAL, PHI3, QWEN2)}
 
 
 def read_spec(config: Config) -> tuple[Family, ModelSpec]:

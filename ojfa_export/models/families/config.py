@@ -11,7 +11,8 @@ from ojfa_export.errors import CheckpointError
 # Fields that describe training, files or the caller, and never change what the model computes, by
 # what they hold. Anything else in them is refused as transformers refuses it.
 _IRRELEVANT: Mapping[tuple[type, ...], str] = {
-    (int, float): "attention_dropout attn_pdrop embd_pdrop resid_pdrop summary_first_dropout",
+    (int, float): "attention_dropout attn_pdrop embd_pdrop hidden_dropout resid_pdrop "
+    "summary_first_dropout",
     (int,): "_num_labels bos_token_id chunk_size_feed_forward decoder_start_token_id n_ctx "
     "pad_token_id sep_token_id unk_token_id",
     (bool,): "_attn_implementation_autoset gradient_checkpointing is_llama_config "
@@ -53,6 +54,8 @@ _KINDS: Mapping[type, str] = {
 MOST_BLOCKS = 65_536
 # Features of one head; its angles are computed to be checked.
 MOST_FEATURES = 65_536
+# Beyond it, or below its inverse, a factor would leave nothing of what it multiplies in fp16.
+LARGEST_FACTOR = 1e4
 # Of what the checkpoint was saved in; the tensors say their own.
 STORED_DTYPES = ("float32", "float16", "bfloat16", "float64")
 # transformers makes a name for each, though a language model has none.
@@ -120,6 +123,18 @@ class Config:
         if not isinstance(value, float) or not 0 <= value <= 1:
             raise self.wrong(name, "a real number from 0 to 1", value)
         return value
+
+    def factor(self, name: str, default: float = 1.0) -> float:
+        """A positive number that something is multiplied with, within what any model has.
+
+        Raises:
+            CheckpointError: It is anything else.
+        """
+        value = self.get(name, default)
+        if type(value) not in (int, float) or not 1 / LARGEST_FACTOR <= value <= LARGEST_FACTOR:
+            what = f"a number from {1 / LARGEST_FACTOR:g} to {LARGEST_FACTOR:g}"
+            raise self.wrong(name, what, value)
+        return float(value)
 
     def require(self, name: str, *allowed: Any) -> None:
         """Refuses the checkpoint unless the field is absent, null or one of the values."""

@@ -27,6 +27,7 @@ def llama_spec(
     max_positions: int,
     kv_heads: int | None = None,
     window: int | None = None,
+    attention_scale: float | None = None,
 ) -> ModelSpec:
     """The architecture of a family whose blocks are Llama's.
 
@@ -36,6 +37,7 @@ def llama_spec(
         max_positions: Where the config names none.
         kv_heads: The same; None for as many as there are heads.
         window: Keys that a query sees at most; None for all.
+        attention_scale: Factor on q.k; None for one over the root of a head's features.
     """
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     blocks, vocabulary = (
@@ -53,7 +55,7 @@ def llama_spec(
         kv_heads=config.integer("num_key_value_heads", kv_heads or heads),
         head_dim=head_dim,
         intermediate_size=config.integer("intermediate_size"),
-        attention_scales=(head_dim**-0.5,) * blocks,
+        attention_scales=(attention_scale or head_dim**-0.5,) * blocks,
         window=window,
         rotary_dim=rotary(config).dim,
         rotary_switch=None,

@@ -1,4 +1,4 @@
-"""Phi-3 mini and medium: Llama's block with fused projections, a sliding window and LongRoPE."""
+"""Phi-3 and Phi-4: Llama's block with fused projections, a sliding window and LongRoPE."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def block(config: Config, spec: ModelSpec, index: int) -> Mapping[str, Source]:
 
 PHI3 = Family(
     "phi3",
-    "Phi-3 and Phi-3.5 mini and medium; Phi-4",
+    "Phi-3 and Phi-3.5 mini and medium; Phi-4 and Phi-4-mini",
     spec,
     rotary,
     block,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,17 @@ class Source:
         parts: Checkpoint tensors with the outputs of each; concatenated along the outputs.
         inputs: Rows of the wanted matrix; None for a vector.
         transposed: Whether the checkpoint stores [outputs, inputs] (torch.nn.Linear).
+        scale: What the weight is times the tensors, where the family multiplies activations.
     """
 
     parts: tuple[tuple[str, int], ...]
     inputs: int | None = None
     transposed: bool = True
+    scale: float = 1.0
+
+    def times(self, scale: float) -> Source:
+        """The same tensors, multiplied once more."""
+        return replace(self, scale=self.scale * scale)
 
     def stored_shape(self, outputs: int) -> tuple[int, ...]:
         """The shape that one part must have in the checkpoint."""
@@ -36,7 +42,12 @@ class Source:
         return (outputs, self.inputs) if self.transposed else (self.inputs, outputs)
 
     def join(self, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-        """The weight as it is wanted, of the parts as the checkpoint has them."""
+        """The weight as it is wanted, of the parts as the checkpoint has them.
+
+        It has their dtype, or float32 where they are scaled.
+        """
+        if self.scale != 1:
+            parts = [part.astype(np.float32) * np.float32(self.scale) for part in parts]
         if self.inputs is None:
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
         if self.transposed:

@@ -21,6 +21,7 @@ from ojfa_export.verify.verify import verify_bundle
 
 EMBEDDINGS = {
     "llama-tied": "model.embed_tokens.weight",
+    "granite-tied": "model.embed_tokens.weight",
     "phi3-tied": "model.embed_tokens.weight",
     "gpt2": "transformer.wte.weight",
     "gpt2-hub-keys": "wte.weight",
@@ -60,10 +61,15 @@ def test_head_beside_a_tied_embedding(
     checkpoint = Checkpoint(directory)
     checkpoint.check_tensors()
     sources = checkpoint.family.ends(checkpoint.config, checkpoint.spec)
-    embedding = checkpoint.read(sources["token_embedding"])
-    head = embedding if checkpoint.spec.tied_head else checkpoint.read(sources["head"])
-    np.testing.assert_array_equal(embedding, model.get_input_embeddings().weight.detach().numpy())
-    np.testing.assert_array_equal(head, model.get_output_embeddings().weight.detach().numpy())
+    modules = {
+        "token_embedding": model.get_input_embeddings(),
+        "head": model.get_output_embeddings(),
+    }
+    for end, module in modules.items():
+        source = sources[end if end in sources else "token_embedding"]
+        wanted = module.weight.detach().numpy() * np.float32(source.scale)
+        np.testing.assert_array_equal(checkpoint.read(source), wanted)
+    assert ("head" in sources) != checkpoint.spec.tied_head
     assert checkpoint.spec.tied_head == (edit is not other)
 
 

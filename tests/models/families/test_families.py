@@ -67,6 +67,7 @@ PLAIN = {
         "tied_head": True,
         "max_positions": POSITIONS,
     },
+    "granite": {"kv_heads": 2, "attention_scales": (0.15625,) * 4, "norm_epsilon": 1e-6},
     "llama": {
         "intermediate_size": 96,
         "activation": "silu",
@@ -96,6 +97,9 @@ def test_spec_of_plain_variants(name: str) -> None:
         ("gpt2-relu", {"activation": "relu"}),
         ("gpt2-gelu", {"activation": "gelu"}),
         ("gpt2-inner", {"intermediate_size": 96}),
+        ("granite-tied", {"tied_head": True}),
+        ("granite-biases", {}),
+        ("granite-other-factors", {"tied_head": True, "attention_scales": (1.0,) * 4}),
         ("llama-gqa", {"kv_heads": 2}),
         ("llama-mqa", {"kv_heads": 1}),
         ("llama-tied", {"tied_head": True}),
@@ -121,6 +125,21 @@ def test_spec_of_plain_variants(name: str) -> None:
                 "head_dim": 32,
                 "rotary_dim": 16,
                 "attention_scales": (32**-0.5,) * 4,
+            },
+        ),
+        ("phi4", {"kv_heads": 2}),
+        (
+            "phi4-mini",
+            {
+                "hidden_size": 128,
+                "heads": 2,
+                "kv_heads": 1,
+                "head_dim": 64,
+                "rotary_dim": 48,
+                "rotary_switch": 32,
+                "window": 262_144,
+                "tied_head": True,
+                "attention_scales": (64**-0.5,) * 4,
             },
         ),
     ],
@@ -271,6 +290,12 @@ def test_su_is_an_old_name_of_longrope() -> None:
             "'long_factor' must be a list of 8 numbers",
         ),
         ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "'longrope' is not supported"),
+        ("granite", {"embedding_multiplier": 0}, "'embedding_multiplier' must be a number from"),
+        ("granite", {"residual_multiplier": -0.2}, "'residual_multiplier' must be a number from"),
+        ("granite", {"attention_multiplier": True}, "'attention_multiplier' must be a number"),
+        ("granite", {"logits_scaling": 1e5}, "'logits_scaling' must be a number from"),
+        ("granite", {"logits_scaling": float("nan")}, "'logits_scaling' must be a number from"),
+        ("llama", {"logits_scaling": 8.0}, "not understood for family 'llama': logits_scaling"),
         ("llama", {"quantization_config": {}}, "'quantization_config' is {}"),
     ],
 )
@@ -315,5 +340,6 @@ def test_every_tensor_of_the_model_is_used_once(name: str) -> None:
 def test_sources() -> None:
     assert linear(3, ("a", 5), ("b", 7)).stored_shape(7) == (7, 3)
     assert table("t", 5, 3).stored_shape(3) == (5, 3)
+    assert linear(3, ("a", 5)).times(2).times(3).scale == 6
     assert names_of([vector("v", 2), linear(3, ("a", 5), ("b", 7))]) == ["v", "a", "b"]
-    assert sorted(FAMILIES) == ["gpt2", "llama", "mistral", "phi3", "qwen2"]
+    assert sorted(FAMILIES) == ["gpt2", "granite", "llama", "mistral", "phi3", "qwen2"]

@@ -1,0 +1,34 @@
+"""Whole builds of families whose factors or fields are their own, with every check of a build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import make_checkpoint
+
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.pipeline import build
+from ojfa_export.system.progress import SILENT
+from ojfa_export.verify.verify import verify_bundle
+
+BUILDS = [
+    ("granite-tied", {"precision": "fp16", "shortcut": "ojfa", "rank": 8}),
+    ("granite-biases", {"shortcut": "residual", "rank": 8}),
+    ("phi4-mini", {"shortcut": "ojfa", "rank": 8}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), BUILDS, ids=lambda each: str(each))
+def test_build_and_verify(
+    tmp_path: Path, calibration_text: Path, name: str, options: dict[str, Any]
+) -> None:
+    directory = make_checkpoint(name, tmp_path / "checkpoint", seed=7, config_style="v4")
+    asked = BuildOptions(
+        str(directory), tmp_path / "out.ojfa", calibration_data=(calibration_text,),
+        calibration_tokens=1024, max_cache_length=64, **options,
+    )  # fmt: skip
+    bundle = build(asked).bundle
+    checks = verify_bundle(bundle, str(directory), "onnxruntime", SILENT)
+    assert [check.name for check in checks if not check.passed] == []
