@@ -143,9 +143,9 @@ VARIANTS: dict[str, Variant] = {
         "granite",
         {
             "embedding_multiplier": 0.7,
-            "residual_multiplier": 1.3,
+            "residual_multiplier": 0.5,
             "attention_multiplier": 1,
-            "logits_scaling": 1,
+            "logits_scaling": 4,
             "tie_word_embeddings": True,
         },
         "granite-tied",
