@@ -48,6 +48,19 @@ _GRANITE = {
     "attention_multiplier": 0.15625,
     "logits_scaling": 2.0,
 }
+# As many features of a head, and rotating ones, as StableLM 2 1.6B has.
+_STABLELM = {
+    **_LLAMA,
+    "hidden_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "use_qkv_bias": True,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+    },
+}
 _PHI3 = {**_LLAMA, "original_max_position_embeddings": POSITIONS}
 _SHORT_FACTOR = [1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8]
 _LONG_FACTOR = [1.1, 1.5, 2.0, 2.6, 3.2, 4.0, 5.0, 6.0]
@@ -74,6 +87,7 @@ _PHI4_MINI = {
     "lm_head_bias": False,
     "mlp_bias": False,
 }
+PLAIN = {"gpt2": _GPT2, "granite": _GRANITE, "phi3": _PHI3, "stablelm": _STABLELM}
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,7 @@ class Variant:
     hub_keys: bool = False
 
     def build_config(self) -> transformers.PreTrainedConfig:
-        plain = {"gpt2": _GPT2, "granite": _GRANITE, "phi3": _PHI3}.get(self.family, _LLAMA)
+        plain = PLAIN.get(self.family, _LLAMA)
         fields = json.loads(json.dumps({**_COMMON, **plain, **self.config}))
         return transformers.AutoConfig.for_model(self.family, **fields)
 
@@ -129,9 +143,9 @@ VARIANTS: dict[str, Variant] = {
         "granite",
         {
             "embedding_multiplier": 0.7,
-            "residual_multiplier": 1.3,
+            "residual_multiplier": 0.5,
             "attention_multiplier": 1,
-            "logits_scaling": 1,
+            "logits_scaling": 4,
             "tie_word_embeddings": True,
         },
         "granite-tied",
@@ -200,6 +214,13 @@ VARIANTS: dict[str, Variant] = {
         "phi3-gqa",
     ),
     "phi4-mini": Variant("phi3", _PHI4_MINI),
+    "stablelm": Variant("stablelm"),
+    "stablelm-gqa": Variant("stablelm", {"num_key_value_heads": 1}, "stablelm"),
+    "stablelm-tied": Variant("stablelm", {"tie_word_embeddings": True}, "stablelm"),
+    "stablelm-no-bias": Variant("stablelm", {"use_qkv_bias": False}, "stablelm"),
+    "stablelm-half-rotary": Variant(
+        "stablelm", {"rope_parameters": _rope("default", partial_rotary_factor=0.5)}, "stablelm"
+    ),
 }
 
 

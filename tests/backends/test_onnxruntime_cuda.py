@@ -38,7 +38,7 @@ from ojfa_export.system.progress import SILENT
 
 NAME = "onnxruntime-cuda"
 LENGTH, EXIT = 44, 2
-FP16 = ["llama-gqa", "gpt2", "phi3-sliding-window", "phi3-partial-rotary"]
+FP16 = ["llama-gqa", "gpt2", "phi3-sliding-window", "phi3-partial-rotary", "stablelm"]
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from ojfa_export.graphs.weights import references
 HERE = {"tensorrt": "8.6.0", "gpu": "NVIDIA H200", "compute capability": "9.0", "driver": "x"}
 
 
-@pytest.fixture(scope="module", params=["llama-gqa", "llama-attention-bias", "gpt2"])
+@pytest.fixture(scope="module", params=["llama-gqa", "llama-attention-bias", "gpt2", "stablelm"])
 def chain(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     return build_chain(make_checkpoint(request.param, directory / "c", seed=5), directory)
@@ -163,6 +163,7 @@ def test_kernels_compile(chain, tmp_path):
         "llama-gqa": ("sm_90", True),
         "llama-attention-bias": ("sm_80", False),
         "gpt2": ("sm_89", True),
+        "stablelm": ("sm_90", True),
     }[chain.graphs.parent.name[:-1]]
     macros = [f"-D{name}={value}" for name, value in definitions(chain.spec, half=half).items()]
     for source in SOURCES:

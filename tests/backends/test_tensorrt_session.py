@@ -37,7 +37,10 @@ class Case:
         return Session(self.chain.spec, self.chain.engines, batch, MAX_LENGTH, shadow)
 
 
-@pytest.fixture(scope="module", params=["llama-gqa-mlp", "gpt2-residual", "gpt2-fp16"])
+CASES = ["llama-gqa-mlp", "gpt2-residual", "gpt2-fp16", "stablelm-mlp", "granite-tied-fp16"]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request, driver, tmp_path_factory):
     from ojfa_export.backends.tensorrt.backend import BACKEND
 

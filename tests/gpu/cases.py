@@ -30,6 +30,9 @@ CASES = {
     # Grouped heads with a scale of their own; with LongRoPE of three quarters of a head.
     "granite-tied-fp16": "fp16",
     "phi4-mini-fp16": "fp16",
+    # LayerNorm with a gated MLP.
+    "stablelm": "fp32",
+    "stablelm-mlp-fp16": "fp16",
     # ONNX Runtime's fused attention is there in fp16 only.
     "llama-mqa-fp16": "fp16",
     "phi3-sliding-window-fp16": "fp16",

@@ -29,7 +29,7 @@ def _states(rng: np.random.Generator, batch: int, tokens: int, hidden: int, bloc
     return States(random(), tuple(random() for _ in range(blocks)), random(), ((), {}))
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "llama-head-dim", "qwen2", "gpt2"])
+@pytest.mark.parametrize("variant", ["llama-gqa", "llama-head-dim", "qwen2", "stablelm", "gpt2"])
 def test_chains_are_those_of_the_shortcut(
     variant: str, checkpoints: Checkpoints, rng: np.random.Generator
 ) -> None:

@@ -31,8 +31,17 @@ from ojfa_export.writing.frozen import Frozen
 # Gated with RMSNorm and SiLU; not gated with LayerNorm: GELU's two forms, and ReLU.
 POINTWISE = ("mlp", "residual")
 TEXT = random_text(16, 20)
-FROZEN = ("llama-gqa", "llama-tied", "phi3", "gpt2", "gpt2-untied", "granite", "granite-tied")
-VARIANTS = ("llama-gqa", "phi3", "gpt2", "gpt2-gelu", "gpt2-relu")
+FROZEN = (
+    "llama-gqa",
+    "llama-tied",
+    "phi3",
+    "gpt2",
+    "gpt2-untied",
+    "granite",
+    "granite-tied",
+    "stablelm",
+)
+VARIANTS = ("llama-gqa", "phi3", "stablelm", "gpt2", "gpt2-gelu", "gpt2-relu")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -111,7 +120,7 @@ def test_frozen_model_is_transformers(variant: str, checkpoints: Checkpoints) ->
     torch.testing.assert_close(again, wanted, rtol=0, atol=LOGITS_FP32)
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "gpt2", "granite", "granite-tied"])
+@pytest.mark.parametrize("variant", ["llama-gqa", "gpt2", "granite", "granite-tied", "stablelm"])
 def test_exits_logits_are_the_heads(
     variant: str, checkpoints: Checkpoints, rng: np.random.Generator
 ) -> None:

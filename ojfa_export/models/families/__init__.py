@@ -13,9 +13,12 @@ from ojfa_export.models.families.llama import LLAMA
 from ojfa_export.models.families.mistral import MISTRAL
 from ojfa_export.models.families.phi3 import PHI3
 from ojfa_export.models.families.qwen2 import QWEN2
+from ojfa_export.models.families.stablelm import STABLELM
 from ojfa_export.models.spec import ModelSpec
 
-FAMILIES = {family.model_type: family for family in (GPT2, GRANITE, LLAMA, MISTRAL, PHI3, QWEN2)}
+FAMILIES = {
+    family.model_type: family for family in (GPT2, GRANITE, LLAMA, MISTRAL, PHI3, QWEN2, STABLELM)
+}
 
 
 def read_spec(config: Config) -> tuple[Family, ModelSpec]:

@@ -125,13 +125,16 @@ NEEDED = {
 }
 
 
-def read_rotary(config: Config, head_dim: int, kinds: tuple[str, ...]) -> Rotary:
+def read_rotary(
+    config: Config, head_dim: int, kinds: tuple[str, ...], *, partial: float = 1.0
+) -> Rotary:
     """Reads a config's rotary embedding, in transformers 4's or 5's spelling.
 
     Args:
         config: The config.
         head_dim: Features of one head.
         kinds: Scalings that the family's own implementation has.
+        partial: The share of a head that rotates, where the config names none.
 
     Raises:
         CheckpointError: For another scaling, or one whose parameters are incomplete.
@@ -150,7 +153,7 @@ def read_rotary(config: Config, head_dim: int, kinds: tuple[str, ...]) -> Rotary
     kind = str(parameters.pop("rope_type", parameters.pop("type", "default")))
     parameters.pop("type", None)
     theta = parameters.pop("rope_theta", config.get("rope_theta", 10_000.0))
-    partial = parameters.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    partial = parameters.pop("partial_rotary_factor", config.get("partial_rotary_factor", partial))
     trained = config.integer("max_position_embeddings", 2048)
     original = config.get("original_max_position_embeddings")
     if original is not None:  # transformers lets it override the one among the parameters

@@ -16,6 +16,8 @@ from ojfa_export.verify.verify import verify_bundle
 BUILDS = [
     ("granite-tied", {"precision": "fp16", "shortcut": "ojfa", "rank": 8}),
     ("granite-biases", {"shortcut": "residual", "rank": 8}),
+    ("stablelm", {"shortcut": "ojfa", "rank": 8}),
+    ("stablelm-gqa", {"precision": "fp16", "shortcut": "residual", "rank": 8}),
     ("phi4-mini", {"shortcut": "ojfa", "rank": 8}),
 ]
 

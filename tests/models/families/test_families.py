@@ -13,6 +13,7 @@ from tiny_models import POSITIONS, VARIANTS, VOCAB_SIZE
 from tolerances import ROTARY_FP32
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+from transformers.models.stablelm.modeling_stablelm import StableLmRotaryEmbedding
 
 from ojfa_export.errors import CheckpointError
 from ojfa_export.models.families import FAMILIES, read_spec
@@ -54,7 +55,8 @@ def test_spec_is_the_configs(name: str) -> None:
     assert spec.tied_head == config.tie_word_embeddings
     assert spec.eos_token_ids == (0,)
     assert len(spec.attention_scales) == spec.blocks
-    assert spec.gated == (spec.norm == "rms") == (spec.family != "gpt2")
+    assert spec.gated == (spec.family != "gpt2")
+    assert (spec.norm == "layer") == (spec.family in ("gpt2", "stablelm"))
     assert spec.learned_positions == (spec.family == "gpt2")
 
 
@@ -76,6 +78,14 @@ PLAIN = {
         "rotary_switch": None,
         "window": None,
         "norm_epsilon": 1e-6,
+        "tied_head": False,
+    },
+    "stablelm": {
+        "intermediate_size": 96,
+        "activation": "silu",
+        "rotary_dim": 16,
+        "window": None,
+        "norm_epsilon": 1e-5,
         "tied_head": False,
     },
     "phi3": {"intermediate_size": 96, "rotary_dim": 16, "window": None, "norm_epsilon": 1e-5},
@@ -127,6 +137,10 @@ def test_spec_of_plain_variants(name: str) -> None:
                 "attention_scales": (32**-0.5,) * 4,
             },
         ),
+        ("stablelm-gqa", {"kv_heads": 1}),
+        ("stablelm-tied", {"tied_head": True}),
+        ("stablelm-no-bias", {}),
+        ("stablelm-half-rotary", {"rotary_dim": 32}),
         ("phi4", {"kv_heads": 2}),
         (
             "phi4-mini",
@@ -154,7 +168,8 @@ def test_variation_changes_only_what_it_says(name: str, changes: Fields) -> None
 
 def transformers_tables(config: Any, positions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines [positions, rotary_dim/2] of transformers' own module."""
-    kind = Phi3RotaryEmbedding if config.model_type == "phi3" else LlamaRotaryEmbedding
+    kinds = {"phi3": Phi3RotaryEmbedding, "stablelm": StableLmRotaryEmbedding}
+    kind = kinds.get(config.model_type, LlamaRotaryEmbedding)
     cos, sin = kind(config)(torch.zeros(1, dtype=torch.float32), positions[None])
     half = cos.shape[-1] // 2
     return cos[0, :, :half].numpy(), sin[0, :, :half].numpy()
@@ -212,6 +227,9 @@ def assert_tables(rotary: Rotary, config: Any, length: int) -> None:
         ("phi3", {}, {"rope_type": "longrope", "factor": 8.0}),
         ("phi3", {}, {"rope_type": "longrope", "partial_rotary_factor": 0.75}),
         ("phi3", {}, {"rope_type": "default", "partial_rotary_factor": 0.25}),
+        ("stablelm", {}, {"rope_type": "default"}),
+        ("stablelm", {"partial_rotary_factor": 0.5}, {"rope_type": "linear", "factor": 2.5}),
+        ("stablelm", {"max_position_embeddings": 50}, {"rope_type": "dynamic", "factor": 2.0}),
     ],
     ids=str,
 )
@@ -295,6 +313,11 @@ def test_su_is_an_old_name_of_longrope() -> None:
         ("granite", {"attention_multiplier": True}, "'attention_multiplier' must be a number"),
         ("granite", {"logits_scaling": 1e5}, "'logits_scaling' must be a number from"),
         ("granite", {"logits_scaling": float("nan")}, "'logits_scaling' must be a number from"),
+        ("stablelm", {"use_parallel_residual": True}, "'use_parallel_residual' is True"),
+        ("stablelm", {"qk_layernorm": True}, "'qk_layernorm' is True"),
+        ("stablelm", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
+        ("stablelm", {"head_dim": 32}, "'head_dim' is 32"),
+        ("stablelm", {"rms_norm_eps": 1e-6}, "not understood for family 'stablelm': rms_norm_eps"),
         ("llama", {"logits_scaling": 8.0}, "not understood for family 'llama': logits_scaling"),
         ("llama", {"quantization_config": {}}, "'quantization_config' is {}"),
     ],
@@ -342,4 +365,4 @@ def test_sources() -> None:
     assert table("t", 5, 3).stored_shape(3) == (5, 3)
     assert linear(3, ("a", 5)).times(2).times(3).scale == 6
     assert names_of([vector("v", 2), linear(3, ("a", 5), ("b", 7))]) == ["v", "a", "b"]
-    assert sorted(FAMILIES) == ["gpt2", "granite", "llama", "mistral", "phi3", "qwen2"]
+    assert sorted(FAMILIES) == ["gpt2", "granite", "llama", "mistral", "phi3", "qwen2", "stablelm"]

@@ -1,0 +1,90 @@
+"""Configs as they are published: read without a word, and run by every backend's attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ojfa_export.backends.onnxruntime.dialect import check_fused_attention
+from ojfa_export.errors import BackendError
+from ojfa_export.models.families import read_spec
+from ojfa_export.models.families.config import Config
+from ojfa_export.models.spec import ModelSpec
+
+Fields = dict[str, Any]
+COMMON: Fields = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.0",
+    "use_cache": True,
+}
+GRANITE_2B: Fields = {
+    **COMMON, "model_type": "granite", "architectures": ["GraniteForCausalLM"],
+    "attention_bias": False, "attention_dropout": 0.1, "attention_multiplier": 0.015625,
+    "embedding_multiplier": 12.0, "eos_token_id": 0, "hidden_size": 2048,
+    "intermediate_size": 8192, "logits_scaling": 8.0, "max_position_embeddings": 131072,
+    "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 40,
+    "num_key_value_heads": 8, "pad_token_id": 0, "residual_multiplier": 0.22,
+    "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 10000000.0,
+    "tie_word_embeddings": True, "vocab_size": 49155,
+}  # fmt: skip
+PHI4: Fields = {
+    **COMMON, "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "attention_bias": False,
+    "auto_map": {}, "embd_pdrop": 0.0, "eos_token_id": 100265, "hidden_size": 5120,
+    "intermediate_size": 17920, "max_position_embeddings": 16384, "num_attention_heads": 40,
+    "num_hidden_layers": 40, "num_key_value_heads": 10, "original_max_position_embeddings": 16384,
+    "pad_token_id": 100349, "resid_pdrop": 0.0, "rms_norm_eps": 1e-5, "rope_scaling": None,
+    "rope_theta": 250000, "sliding_window": None, "tie_word_embeddings": False,
+    "vocab_size": 100352,
+}  # fmt: skip
+PHI4_MINI: Fields = {
+    **PHI4, "eos_token_id": 199999, "full_attn_mod": 1, "hidden_size": 3072,
+    "intermediate_size": 8192, "interpolate_factor": 1, "lm_head_bias": False,
+    "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 24,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "original_max_position_embeddings": 4096,
+    "pad_token_id": 199999, "partial_rotary_factor": 0.75, "rope_theta": 10000.0,
+    "rope_scaling": {
+        "type": "longrope", "long_factor": [1] + [2.5] * 47, "short_factor": [1.0] * 48,
+    },
+    "sliding_window": 262144, "tie_word_embeddings": True, "vocab_size": 200064,
+}  # fmt: skip
+STABLELM_1_6B: Fields = {
+    **COMMON, "model_type": "stablelm", "architectures": ["StableLmForCausalLM"],
+    "eos_token_id": 100257, "hidden_dropout": 0.0, "hidden_size": 2048, "intermediate_size": 5632,
+    "layer_norm_eps": 1e-5, "max_position_embeddings": 4096, "num_attention_heads": 32,
+    "num_hidden_layers": 24, "num_key_value_heads": 32, "partial_rotary_factor": 0.25,
+    "qk_layernorm": False, "rope_theta": 10000, "tie_word_embeddings": False,
+    "use_parallel_residual": False, "use_qkv_bias": True, "vocab_size": 100352,
+}  # fmt: skip
+
+
+def spec_of(fields: Fields) -> ModelSpec:
+    return read_spec(Config(fields, "config.json"))[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        (GRANITE_2B, {"head_dim": 64, "rotary_dim": 64, "attention_scales": (1 / 64,) * 40}),
+        (PHI4, {"head_dim": 128, "rotary_dim": 128, "rotary_switch": None, "kv_heads": 10}),
+        (PHI4_MINI, {"head_dim": 128, "rotary_dim": 96, "rotary_switch": 4096, "tied_head": True}),
+        (STABLELM_1_6B, {"head_dim": 64, "rotary_dim": 16, "norm": "layer", "gated": True}),
+    ],
+    ids=["granite-2b", "phi-4", "phi-4-mini", "stablelm-1.6b"],
+)
+def test_published_configs(fields: Fields, wanted: Fields) -> None:
+    spec = spec_of(fields)
+    check_fused_attention(spec, "")
+    assert wanted.items() <= spec.model_dump().items()
+
+
+def test_stablelm_3b_is_refused_by_onnx_runtime() -> None:
+    """20 of the 80 features of a head rotate."""
+    spec = spec_of({**STABLELM_1_6B, "hidden_size": 2560, "use_qkv_bias": False})
+    assert (spec.head_dim, spec.rotary_dim) == (80, 20)
+    with pytest.raises(BackendError, match="head size 80 with 20 rotated features"):
+        check_fused_attention(spec, "")
