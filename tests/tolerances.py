@@ -96,3 +96,6 @@ DRAFT_ROTATIONS = 1e-5
 # Logits of a draft layer's engines against float64 on the model's fp32 states, relative to the
 # largest: those states are off by a few hundred roundings (LOGITS_FP32), and a layer follows.
 DRAFT_FP32_RELATIVE = 1e-4
+# The same in fp16: states, weights and activations rounded to 11 bits (5e-4), through the model's
+# blocks (LOGITS_FP16_RELATIVE) and then the layer.
+DRAFT_FP16_RELATIVE = 5e-2

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -73,10 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--past", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=60, help="timed rounds of a setting")
     parser.add_argument("--head", type=int, default=0, help="tokens of a head of its own")
+    parser.add_argument("--linear", type=int, help="tokens at most of matrix-vector kernels")
     parser.add_argument("--chain", type=float, nargs="+", action="append", help="rates")
     parser.add_argument("--bundle", type=Path, help="with a draft layer and TensorRT engines")
     parser.add_argument("--prompts", type=Path, help="a text file, a prompt in each line")
     parser.add_argument("--new", type=int, default=200, help="tokens of each prompt")
+    names = ("DRAFT", "CHECK", "ROUND")
+    parser.add_argument("--costs", type=float, nargs=3, metavar=names, help="as of Speculation")
     parser.add_argument("--drafts", type=int, nargs="*", default=[], help="fixed numbers as well")
     return parser
 
@@ -92,6 +96,8 @@ def of_shape(name: str, directory: Path, options: argparse.Namespace) -> dict[st
     length = options.past + (MOST_DRAFTS + 1) * (WARMUP + options.rounds) + 16
     graphs = RandomGraphs(spec, directory / "graphs", length)
     engines, drafts = opened(graphs, directory, options.head)
+    if options.linear is not None:
+        engines.most_linear_tokens = drafts.most_linear_tokens = options.linear
     plain = Session(spec, engines, 1, length)
     session = Session(spec, engines, 1, length, drafts=drafts)
     prompt = np.random.default_rng(1).integers(0, spec.vocab_size, options.past).tolist()
@@ -115,6 +121,7 @@ def of_shape(name: str, directory: Path, options: argparse.Namespace) -> dict[st
     return {
         "shape": name,
         "head": options.head or spec.vocab_size,
+        "most_linear_tokens": engines.most_linear_tokens,
         "full_ms_median": both,
         "full_ms": [*full, *again],
         "parts_us": parts,
@@ -266,16 +273,15 @@ def of_bundle(options: argparse.Namespace) -> dict[str, Any]:
     """Generates from a bundle, each prompt with drafts and without, in turns."""
     model = load(options.bundle, backend="tensorrt")
     prompts = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line]
+    adapted = Speculation(0)
+    if options.costs is not None:
+        draft, check, once = options.costs
+        adapted = Speculation(0, draft_cost=draft, check_cost=check, round_cost=once)
+    asked: dict[str, dict[str, Any]] = {"full": {"exit": "full"}, "adapted": {"speculate": adapted}}
+    asked |= {str(count): {"speculate": Speculation(0, count)} for count in options.drafts}
     ways: dict[str, Callable[[str], dict[str, Any]]] = {
-        "full": lambda prompt: generated(model, prompt, options.new, {"exit": "full"}),
-        "adapted": lambda prompt: generated(
-            model, prompt, options.new, {"speculate": Speculation(0)}
-        ),
+        name: partial(generated, model, options.new, how) for name, how in asked.items()
     }
-    for count in options.drafts:
-        ways[str(count)] = lambda prompt, count=count: generated(  # type: ignore[misc]
-            model, prompt, options.new, {"speculate": Speculation(0, count)}
-        )
     for run in ways.values():
         run(prompts[0])  # recordings are made
     rows = [{name: run(prompt) for name, run in ways.items()} for prompt in prompts]
@@ -285,7 +291,7 @@ def of_bundle(options: argparse.Namespace) -> dict[str, Any]:
     return {"bundle": str(options.bundle), "summary": told, "prompts": rows}
 
 
-def generated(model: Model, prompt: str, new: int, how: dict[str, Any]) -> dict[str, Any]:
+def generated(model: Model, new: int, how: dict[str, Any], prompt: str) -> dict[str, Any]:
     """One prompt's tokens and their time, the first token's left out."""
     result = model.generate([prompt], max_new_tokens=new, ignore_eos=True, **how)
     completion = result.prompts[0]

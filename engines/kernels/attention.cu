@@ -20,6 +20,7 @@ constexpr int PARTIAL = HEAD_DIM + 2;  // largest, total, weighted values
 extern "C" __global__ void append(const float* qkv, Element* keys, Element* values, const float* cosines,
                                   const float* sines, const int* positions, const int* sequences, const int* table,
                                   int most_pages) {
+    wait_for_previous();
     const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};
     const int i = blockIdx.y * blockDim.x + threadIdx.x;
     if (i >= KV_HEADS * VECTORS || sequences[blockIdx.x] < 0) return;

@@ -3,6 +3,7 @@
 // several rows, the tokens' inputs lie in shared memory.
 #include "activation.cuh"
 #include "common.cuh"
+#include "instructions.cuh"
 
 constexpr int LINEAR_THREADS = 512;
 constexpr int LINEAR_WARPS = LINEAR_THREADS / LANES;
@@ -11,7 +12,8 @@ constexpr int LINEAR_WARPS = LINEAR_THREADS / LANES;
 constexpr int LOADS = 16;
 constexpr int ROWS = HEADS * HEAD_DIM > LANES * WIDE * LOADS / 2 ? 1 : 2;
 
-extern __shared__ __align__(16) unsigned char shared_memory[];
+// Features that several tokens may have to be normalised together: more than two are, in small models.
+constexpr int MOST_TOGETHER = 2 * LINEAR_THREADS;
 
 // Weights of a warp's rows that are on their way together: LOADS loads of a thread.
 template <int COUNT>
@@ -41,6 +43,8 @@ struct Sums {
         for (int i = 0; i < Step<COUNT>::CHUNKS; ++i)
 #pragma unroll
             for (int token = 0; token < TOKENS; ++token) {
+                // Of several tokens, what is beyond the row is worth leaving out.
+                if (TOKENS > 2 && chunk - static_cast<int>(threadIdx.x) % LANES + LANES * i > last) continue;
                 const Chunk input = load(inputs + token * columns + min(chunk + LANES * i, last) * WIDE);
 #pragma unroll
                 for (int row = 0; row < COUNT; ++row)
@@ -128,6 +132,83 @@ __device__ void stage_normed(const float* hidden, const float* weight, const flo
     __syncthreads();
 }
 
+// Sums of several numbers over a thread block; every thread gets them.
+template <int COUNT>
+__device__ void block_sums(float (&values)[COUNT]) {
+    __shared__ float sums[COUNT][LINEAR_WARPS];
+    const int lane = threadIdx.x % LANES;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) values[i] = lanes_sum(values[i]);
+    __syncthreads();  // the sums of a call before may still be read
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        if (lane == 0) sums[i][threadIdx.x / LANES] = values[i];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) values[i] = lanes_sum(lane < LINEAR_WARPS ? sums[i][lane] : 0.0f);
+}
+
+// As `stage_normed` for several tokens of few features: all are loaded at once, and their sums meet at the
+// same barriers.
+template <int TOKENS>
+__device__ void stage_normed_together(const float* hidden, const float* weight, const float* bias, float epsilon,
+                                      int width, int columns) {
+    constexpr int EACH = MOST_TOGETHER / LINEAR_THREADS;  // features of a thread
+    Element* inputs = reinterpret_cast<Element*>(shared_memory);
+    const float* kept = norm_memory<TOKENS>(columns) + columns;
+    float values[TOKENS][EACH], means[TOKENS] = {}, squares[TOKENS] = {};
+#pragma unroll
+    for (int token = 0; token < TOKENS; ++token)
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int at = threadIdx.x + i * LINEAR_THREADS;
+            const float x = at < width ? fresh(hidden + token * width + at) : 0.0f;
+            values[token][i] = x;
+            means[token] += x;
+            squares[token] += x * x;
+        }
+#if NORM_LAYER
+    if (weight) {
+        block_sums(means);
+#pragma unroll
+        for (int token = 0; token < TOKENS; ++token) {
+            means[token] /= width;
+            squares[token] = 0.0f;
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                if (threadIdx.x + i * LINEAR_THREADS < width) values[token][i] -= means[token];
+                squares[token] += values[token][i] * values[token][i];
+            }
+        }
+    }
+#endif
+    block_sums(squares);
+#pragma unroll
+    for (int token = 0; token < TOKENS; ++token) {
+        const float scale = 1.0f / sqrtf(squares[token] / width + epsilon);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int at = threadIdx.x + i * LINEAR_THREADS;
+            if (at >= columns) continue;
+            float y = at < width ? values[token][i] * scale : 0.0f;
+            if (weight) y *= at < width ? kept[at] : 0.0f;
+            if (bias && at < width) y += bias[at];
+            store(inputs + token * columns + at, y);
+        }
+    }
+    __syncthreads();
+}
+
+// Normalised inputs of one token after the other, or of several together.
+template <int TOKENS>
+__device__ void stage_inputs(const float* hidden, const float* weight, const float* bias, float epsilon, int width,
+                             int columns) {
+    if constexpr (TOKENS > 2)
+        stage_normed_together<TOKENS>(hidden, weight, bias, epsilon, width, columns);
+    else
+        stage_normed<TOKENS>(hidden, weight, bias, epsilon, width, columns);
+}
+
 template <int TOKENS>
 __device__ void stage(const Element* x, int columns) {
     Chunk* inputs = reinterpret_cast<Chunk*>(shared_memory);
@@ -177,7 +258,7 @@ __device__ void norm_linear(float* out, const float* hidden, const float* norm_w
         matrix, columns, (outputs + COUNT - 1) / COUNT,
         [=](int task, int i) { return min(task * COUNT + i, outputs - 1); },
         [=] { stage_norm_weight<TOKENS>(norm_weight, width, columns); },
-        [=] { stage_normed<TOKENS>(hidden, norm_weight, norm_bias, epsilon, width, columns); },
+        [=] { stage_inputs<TOKENS>(hidden, norm_weight, norm_bias, epsilon, width, columns); },
         [=](int task, const Sums<TOKENS, COUNT>& sums) {
 #pragma unroll
             for (int i = 0; i < COUNT; ++i)
@@ -203,7 +284,7 @@ __device__ void norm_up(Element* inner, const float* hidden, const float* norm_w
             return i < FEATURES ? feature : width_out + feature;
         },
         [=] { stage_norm_weight<TOKENS>(norm_weight, columns, columns); },
-        [=] { stage_normed<TOKENS>(hidden, norm_weight, norm_bias, epsilon, columns, columns); },
+        [=] { stage_inputs<TOKENS>(hidden, norm_weight, norm_bias, epsilon, columns, columns); },
         [=](int task, const Sums<TOKENS, COUNT>& sums) {
 #pragma unroll
             for (int i = 0; i < FEATURES; ++i)
@@ -260,3 +341,9 @@ __device__ void linear(float* out, const float* residual, const Element* x, cons
 
 FOR_TOKENS(1)
 FOR_TOKENS(2)
+FOR_TOKENS(3)
+FOR_TOKENS(4)
+FOR_TOKENS(5)
+FOR_TOKENS(6)
+FOR_TOKENS(7)
+FOR_TOKENS(8)

@@ -201,5 +201,6 @@ def no_drafts(backend: Backend) -> BackendError:
     """What to tell of a backend that doesn't run draft layers."""
     return BackendError(
         f"the backend {backend.name} does not run draft layers yet",
-        hint="leave --speculate out, draft at an exit from 1 on, or use --backend onnxruntime",
+        hint="leave --speculate out, draft at an exit from 1 on, or use --backend onnxruntime or "
+        "tensorrt",
     )

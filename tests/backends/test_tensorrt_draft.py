@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from chain import Chain, build_chain
-from drafts import draft_for, draft_layer, open_draft
+from drafts import GoodChains, draft_for, draft_layer, open_draft
 from stand_in.late_driver import StandInDriver
 from tiny_models import VOCAB_SIZE, make_checkpoint
-from tolerances import DRAFT_FP32_RELATIVE
+from tolerances import DRAFT_FP16_RELATIVE, DRAFT_FP32_RELATIVE
 
 from ojfa_export.bundle.names import DRAFT_GRAPHS, graph_names
 from ojfa_export.decoding.sampling import Sampling
@@ -74,7 +74,8 @@ def case(request, driver, tmp_path_factory):
 def assert_close(case: Case, found: np.ndarray, expected: np.ndarray) -> None:
     known = np.isfinite(expected)
     assert (np.isfinite(found) == known).all()
-    relative = 0.05 if case.chain.precision == "fp16" else DRAFT_FP32_RELATIVE
+    half = case.chain.precision == "fp16"
+    relative = DRAFT_FP16_RELATIVE if half else DRAFT_FP32_RELATIVE
     largest = np.abs(expected[known]).max()
     assert np.abs(found[known] - expected[known]).max() < relative * largest
 
@@ -148,3 +149,23 @@ def test_a_round_is_two_launches(case, rng):
         assert [len(drafts[0]), len(best[0])] == [3, 4]
         if round > 1:
             assert case.driver.launched == ["graph", "graph"]
+
+
+@pytest.mark.parametrize("draft", [2, 5, None])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_good_drafts_are_accepted(case, rng, batch, draft):
+    """They are checked where the device has them: in any precision the tokens of full depth."""
+    prompts = [rng.integers(VOCAB_SIZE, size=4 + 7 * row).tolist() for row in range(batch)]
+    wanted = []
+    for prompt in prompts:
+        plain = Session(case.chain.spec, case.engines, 1, MAX_LENGTH)
+        tokens, pending = [], prompt
+        for _ in range(40):
+            pending = plain.choose([pending]).tokens
+            tokens += pending
+        wanted.append(tokens)
+    texts = [prompt + tokens for prompt, tokens in zip(prompts, wanted, strict=True)]
+    session = case.session(batch, GoodChains(case.drafts, texts))
+    found = greedy(case, session, prompts, 40, draft)
+    assert [each[:40] for each in found] == wanted
+    assert session.stats.accepted > session.stats.rounds // 2

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import sys
+
 import numpy as np
 import pytest
 from drafts import draft_for
@@ -97,3 +101,22 @@ def test_where_engines_alone_run_it_says_so(bundle, monkeypatch):
     assert model.generate([[5, 6]], max_new_tokens=2).prompts[0].token_ids
     with pytest.raises(BackendError, match="OJFA_DECODE=engines"):
         model.generate([[5, 6]], speculate=True, max_new_tokens=2)
+
+
+def test_the_benchmark_generates_from_it(bundle, models, tmp_path):
+    names = [name for name in sys.modules if name.startswith("bench.gpu")]
+    before = {name: sys.modules.pop(name) for name in names}
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "drafts.json"
+    prompts.write_text("def main(\nimport os\n", encoding="utf-8")
+    try:
+        drafts = importlib.import_module("bench.gpu.drafts")
+        arguments = ["--out", str(out), "--bundle", str(bundle), "--prompts", str(prompts)]
+        costs = ["--costs", "0.1", "0.05", "0.1"]
+        drafts.main([*arguments, "--new", "12", "--drafts", "2", *costs])
+    finally:
+        for name in [name for name in sys.modules if name.startswith("bench.gpu")]:
+            del sys.modules[name]
+        sys.modules.update(before)
+    told = json.loads(out.read_text())["bundle"]["summary"]
+    assert set(told) == {"full", "adapted", "2"}
+    assert all(each["equal"] == each["prompts"] == 2 for each in told.values())

@@ -40,3 +40,7 @@ CASES = {
     "phi3-partial-rotary-fp16": "fp16",
     "gpt2-inverse-layer-scale-fp16": "fp16",
 }
+# Those that also have a draft layer: with a head of its own, and with the model's.
+DRAFTS = {"llama-gqa": True, "llama-gqa-fp16": True, "gpt2-fp16": False, "qwen2-fp16": False}
+# Of a draft layer's prompt, and of the chain after it.
+DRAFT_PROMPT, DRAFTED = 20, 5

@@ -18,11 +18,25 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from chain import Chain, build_chain, split_kind
-from gpu.cases import BUNDLES, CASES, EXIT, LENGTH, RANK, SEED, SEQUENCES
+from drafts import draft_for, open_draft
+from gpu.cases import (
+    BUNDLES,
+    CASES,
+    DRAFT_PROMPT,
+    DRAFTED,
+    DRAFTS,
+    EXIT,
+    LENGTH,
+    RANK,
+    SEED,
+    SEQUENCES,
+)
 from tiny_models import make_checkpoint
 
+from ojfa_export.bundle.draft_shortcut import rotations
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build
+from ojfa_export.runtime.session import Session
 
 
 def main() -> None:
@@ -43,6 +57,8 @@ def main() -> None:
                 kind=kind,
             )
             describe(chain, directory / name)
+            if name in DRAFTS:
+                with_draft(chain, directory / name, own_head=DRAFTS[name])
         print(name, flush=True)
 
 
@@ -87,6 +103,28 @@ def describe(chain: Chain, directory: Path) -> None:
     np.savez(directory / "expected.npz", **arrays)
     described = {"spec": spec.model_dump(mode="json"), "precision": chain.precision}
     (directory / "case.json").write_text(json.dumps(described))
+
+
+def with_draft(chain: Chain, directory: Path, *, own_head: bool) -> None:
+    """Exports a draft layer, and writes what it says after a prompt and along a chain."""
+    draft = draft_for(chain.spec, SEED, own_head=own_head)
+    with tempfile.TemporaryDirectory() as folder:
+        layer = open_draft(chain, draft, Path(folder))
+        session = Session(chain.spec, chain.engines, 1, LENGTH, drafts=layer)
+        ids = np.random.default_rng(SEED).integers(0, chain.spec.vocab_size, LENGTH).tolist()
+        session.advance(ids[:DRAFT_PROMPT])
+        stop = DRAFT_PROMPT + DRAFTED
+        logits = [session.propose_logits([[token]])[0] for token in ids[DRAFT_PROMPT:stop]]
+    cos, sin = rotations(draft.rope_theta, draft.head_dim, 0, chain.max_length)
+    arrays = {"token_ids": np.array(ids, np.int32), "logits": np.stack(logits)}
+    if draft.tokens is not None:
+        arrays["tokens"] = draft.tokens
+    np.savez(
+        directory / "draft.npz", cos=cos.astype(np.float32), sin=sin.astype(np.float32), **arrays
+    )
+    spec = draft.spec_within(chain.spec).model_dump(mode="json")
+    described = {"spec": spec, "depths": list(draft.depths)}
+    (directory / "draft.json").write_text(json.dumps(described))
 
 
 if __name__ == "__main__":

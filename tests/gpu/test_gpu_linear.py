@@ -86,10 +86,20 @@ def compiled(request):
 @pytest.mark.parametrize(("columns", "outputs"), SIZES)
 def test_products(compiled, rng, tokens, columns, outputs):
     """With and without norm, bias and residual."""
+    check_products(compiled, rng, compiled.products(tokens, columns), tokens, columns, outputs)
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize(("columns", "outputs"), [(32, 1), (576, 1537), (1024, 513)])
+def test_products_of_a_small_model(compiled, rng, tokens, columns, outputs):
+    """In the matrix-vector kernels."""
+    check_products(compiled, rng, compiled.linear, tokens, columns, outputs)
+
+
+def check_products(compiled, rng, products, tokens, columns, outputs):
     from ojfa_export.backends.tensorrt.linear import Norm
 
     arrays, exact = compiled.arrays, np.float64
-    products = compiled.products(tokens, columns)
     matrix = (rng.standard_normal((outputs, columns)) / math.sqrt(columns)).astype(compiled.element)
     x = rng.standard_normal((tokens, columns)).astype(compiled.element)
     residual, bias, hidden, weight, shift = (
@@ -112,10 +122,19 @@ def test_products(compiled, rng, tokens, columns, outputs):
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize(("columns", "width"), SIZES)
 def test_activated_products(compiled, rng, tokens, columns, width):
+    check_activated(compiled, rng, compiled.products(tokens, columns), tokens, columns, width)
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize(("columns", "width"), [(32, 1), (576, 1537), (1024, 513)])
+def test_activated_products_of_a_small_model(compiled, rng, tokens, columns, width):
+    check_activated(compiled, rng, compiled.linear, tokens, columns, width)
+
+
+def check_activated(compiled, rng, products, tokens, columns, width):
     from ojfa_export.backends.tensorrt.linear import Norm
 
     arrays, exact = compiled.arrays, np.float64
-    products = compiled.products(tokens, columns)
     outputs = width * (2 if compiled.gated else 1)
     matrix = (rng.standard_normal((outputs, columns)) / math.sqrt(columns)).astype(compiled.element)
     hidden, weight, bias, shift = (

@@ -264,7 +264,7 @@ class Attention:
         geometry = self._geometry
         each = math.ceil(geometry.kv_heads * geometry.head_dim / geometry.vector / APPEND_THREADS)
         launch = Launch("append", (tokens, each, 1), APPEND_THREADS, 0)
-        self._launch(launch, operands.cache, overlapping=False)
+        self._launch(launch, operands.cache, overlapping=True)
 
     def _launch(
         self, launch: Launch, arguments: tuple[Argument, ...], *, overlapping: bool

@@ -15,7 +15,12 @@ from ojfa_export.backends.cuda.mailbox import Mailbox
 from ojfa_export.backends.tensorrt.algorithms import Choices, ChosenAlgorithms
 from ojfa_export.backends.tensorrt.engine import Engine, EngineSet
 from ojfa_export.backends.tensorrt.gemm import GemmProducts
-from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels
+from ojfa_export.backends.tensorrt.linear import (
+    MOST_SMALL_TOKENS,
+    MOST_TOKENS,
+    SMALL_WIDTH,
+    LinearKernels,
+)
 from ojfa_export.backends.tensorrt.memory import Request, Room
 from ojfa_export.backends.tensorrt.plan import PASS_TOKENS, PREFILL_TOKENS, GraphPlan, read_plan
 from ojfa_export.backends.tensorrt.products import Products
@@ -45,6 +50,7 @@ class OpenedModel:
     Attributes:
         decode_kernels: Whether steps of a few tokens run in CUDA kernels of ours rather than in
             TensorRT's engines (OJFA_DECODE=engines).
+        most_linear_tokens: Of a step that runs in matrix-vector kernels.
         pass_tokens: Of a pass that our kernels and cuBLASLt run at once; more run in pieces.
     """
 
@@ -84,6 +90,9 @@ class OpenedModel:
         self.mailbox: Mailbox = beside.mailbox if beside else Mailbox(device)
         chosen = self.kernels[self.precision]
         self.chooser = Chooser(chosen, self.mailbox, spec.vocab_size)
+        self.most_linear_tokens = MOST_TOKENS
+        if self.precision == "fp16" and spec.hidden_size <= SMALL_WIDTH:
+            self.most_linear_tokens = MOST_SMALL_TOKENS
         self._tiled, self._most_tiled = None, 0
         if self.precision == "fp16":
             self._tiled = TiledKernels(device, self.arrays, chosen, spec.hidden_size)
@@ -116,7 +125,7 @@ class OpenedModel:
         """The kernels that run so many tokens of a step; None where TensorRT's engines do."""
         if not self.decode_kernels:
             return None
-        if tokens <= MOST_TOKENS:
+        if tokens <= self.most_linear_tokens:
             return self.linear(self.precision)
         return self._tiled if tokens <= self._most_tiled else self._gemm
 

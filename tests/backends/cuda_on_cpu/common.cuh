@@ -199,6 +199,7 @@ inline unsigned __ballot_sync(unsigned, bool x) {
     for (int lane = 0; lane < LANES; ++lane) bits |= static_cast<unsigned>(__shfl_sync(ALL, x, lane)) << lane;
     return bits;
 }
+inline bool __any_sync(unsigned, bool x) { return __ballot_sync(ALL, x) != 0; }
 inline int __ffs(unsigned bits) { return __builtin_ffs(bits); }
 template <class T>
 T atomicAdd(T* at, T x) {
