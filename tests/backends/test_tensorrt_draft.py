@@ -11,7 +11,7 @@ from chain import Chain, build_chain
 from drafts import GoodChains, draft_for, draft_layer, open_draft
 from stand_in.late_driver import StandInDriver
 from tiny_models import VOCAB_SIZE, make_checkpoint
-from tolerances import DRAFT_FP16_RELATIVE, DRAFT_FP32_RELATIVE
+from tolerances import DRAFT_FP16_RELATIVE, DRAFT_FP32_RELATIVE, LOGITS_FP16_RELATIVE
 
 from ojfa_export.bundle.names import DRAFT_GRAPHS, graph_names
 from ojfa_export.decoding.sampling import Sampling
@@ -154,7 +154,7 @@ def test_a_round_is_two_launches(case, rng):
 @pytest.mark.parametrize("draft", [2, 5, None])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_good_drafts_are_accepted(case, rng, batch, draft):
-    """They are checked where the device has them: in any precision the tokens of full depth."""
+    """They are checked where the device has them; in fp16 a near tie may go either way."""
     prompts = [rng.integers(VOCAB_SIZE, size=4 + 7 * row).tolist() for row in range(batch)]
     wanted = []
     for prompt in prompts:
@@ -167,5 +167,11 @@ def test_good_drafts_are_accepted(case, rng, batch, draft):
     texts = [prompt + tokens for prompt, tokens in zip(prompts, wanted, strict=True)]
     session = case.session(batch, GoodChains(case.drafts, texts))
     found = greedy(case, session, prompts, 40, draft)
-    assert [each[:40] for each in found] == wanted
+    if case.chain.precision == "fp32":
+        assert [each[:40] for each in found] == wanted
+    for prompt, given in zip(prompts, found, strict=True):
+        plain = Session(case.chain.spec, case.engines, 1, MAX_LENGTH)
+        [logits] = plain.advance([[*prompt, *given[:40]]], every_position=True)
+        for row, token in zip(logits[len(prompt) - 1 :], given[:40], strict=False):
+            assert row.max() - row[token] <= LOGITS_FP16_RELATIVE * np.abs(row).max()
     assert session.stats.accepted > session.stats.rounds // 2

@@ -97,6 +97,15 @@ class TensorRtExecutor:
         count = sum(length for _, _, length in chunks)
         return count <= RECORDED_TOKENS and all(each <= STEP_QUERIES for _, _, each in chunks)
 
+    def name_few(self, tokens: Sequence[int], chunks: Sequence[Chunk]) -> None:
+        """Leaves few tokens where a recording of theirs finds them, which is launched next."""
+        self.make_ready(chunks)
+        positions = positions_of(chunks)
+        workspace = self.workspace(len(positions))
+        workspace.place_slots(chunks)
+        workspace.name(tokens, positions)
+        workspace.moved_to(positions)
+
     def _embed_few(
         self, tokens: Sequence[int], positions: list[int], ids: int | None = None
     ) -> DeviceArray:
