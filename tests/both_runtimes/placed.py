@@ -120,6 +120,8 @@ PYTHON_ONLY: dict[str, str] = {
     "Session.can_propose": LAYER,
     "Session.propose": LAYER,
     "Session.propose_logits": LAYER,
+    "Session.propose_and_complete": LAYER,
+    "Session.proposes_at_once": LAYER,
     "Session.complete_greedily": "speculation does it by itself",
     "Session.spec": "the model has it",
     "Session.max_length": CALLER,
