@@ -172,13 +172,17 @@ def device_times(engines: TensorRtEngines, session: Session, past: int) -> dict[
 def launches(engines: TensorRtEngines) -> Iterator[list[Any]]:
     """The recordings that are launched meanwhile."""
     recorder, found = engines.device.recorder, []
-    launch = recorder._launch
 
-    def noted(*arguments: Any) -> None:
-        launch(*arguments)
-        found.append(recorder.newest)
+    def noting(launch: Callable[..., None]) -> Callable[..., None]:
+        def noted(*arguments: Any) -> None:
+            launch(*arguments)
+            found.append(recorder.newest)
 
-    with patch.object(recorder, "_launch", noted):
+        return noted
+
+    names = ("_launch", "replay")
+    ways: dict[str, Any] = {name: noting(getattr(recorder, name)) for name in names}
+    with patch.multiple(recorder, **ways):
         yield found
 
 
@@ -195,19 +199,11 @@ def round_times(session: Session, options: argparse.Namespace, count: int) -> di
             if turn >= WARMUP:
                 samples.append((time.perf_counter() - start) * 1e3)
         session.rewind(options.past)
-        settle(session)
         row[f"{name}_taken_ms_median"] = float(np.median(samples))
         row[f"{name}_taken_ms"] = [round(sample, 4) for sample in samples]
     shown = {key: round(row[key], 3) for key in row if key.endswith("median")}
     print(f"  round of {count}: {shown}", flush=True)
     return row
-
-
-def settle(session: Session) -> None:
-    """Runs a round, so that the layer knows all tokens again after many were dropped."""
-    length = session.lengths[0]
-    session.propose_and_complete([[1]], [0])
-    session.rewind(length)
 
 
 def costs_of(full: float, parts: dict[str, float], rounds: list[dict[str, Any]]) -> Costs:
@@ -244,7 +240,6 @@ def replayed(
                 pending = [[chosen[0][-1].id]]
             seconds = time.perf_counter() - start
         session.rewind(options.past)
-        settle(session)
         texts.append(
             {
                 "rates": rates,
