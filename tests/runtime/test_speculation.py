@@ -355,7 +355,7 @@ def test_generate_speculates(model, exit):
     [
         ({"exit": 2, "speculate": True}, "an exit was asked for"),
         ({"speculate": Speculation(exit=4)}, "exit 4 can't draft for this model of 4 blocks"),
-        ({"speculate": Speculation(exit=0)}, "exit 0 can't draft"),
+        ({"speculate": Speculation(exit=0)}, "has no draft layer"),
     ],
 )
 def test_arguments_out_of_range(model, arguments, message):
