@@ -29,7 +29,6 @@ from bench.commit import commit
 from ojfa_export.bundle.names import STATISTICS
 from ojfa_export.bundle.promise import Limits, Promise
 from ojfa_export.cli.progress import Lines
-from ojfa_export.cli.train import read_exits
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.self_text import SelfText
@@ -49,6 +48,8 @@ from ojfa_export.writing.frozen import Frozen
 from ojfa_export.writing.self_text import TEMPERATURE, TOP_P, write
 
 LIMITS = (0.05, 0.1)
+# In blocks: a check of an exit, and the model's own head.
+CHECK, HEAD = 0.1, 0.5
 FILE_TOKENS = 512
 # Of what the model writes to check on: no build's, and no training's.
 FRESH_SEED = 0x66726573 << 32
@@ -71,9 +72,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--calibration-tokens", type=int, help="if the build was given them")
     parser.add_argument("--text", type=Path, action="append", required=True)
-    parser.add_argument("--exits", type=read_exits, help="that may be chosen; default all")
-    parser.add_argument("--check", type=float, default=0.1, help="what asking an exit costs")
-    parser.add_argument("--head", type=float, default=0.5, help="what the model's own head costs")
     parser.add_argument("--windows", type=int, default=128, help="of each text to check on")
     parser.add_argument("--written", type=int, default=64, help="windows that each policy writes")
     parser.add_argument("--out", type=Path, required=True)
@@ -85,8 +83,7 @@ def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     model, inputs = load(arguments.bundle), inputs_of(arguments, directory)
     plan = inputs.self_text
     assert plan is not None
-    costs = Costs.even(model.blocks, 1.0, arguments.check, arguments.head)
-    bench = Bench(model, plan, costs, arguments.exits, directory)
+    bench = Bench(model, plan, directory)
     files = [windows_of(model, path, arguments.windows) for path in arguments.text]
     fresh = bench.fresh(inputs.checkpoint, arguments.windows)
     given = plan.starts.given
@@ -112,8 +109,7 @@ def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     return {
         "machine": describe_machine((*PACKAGES, "torch", "transformers")),
         "model": Path(arguments.checkpoint).resolve().parent.name,
-        "exits": arguments.exits,
-        "costs_in_blocks": {"check": arguments.check, "head": arguments.head},
+        "costs_in_blocks": {"check": CHECK, "head": HEAD},
         "self_text": plan.about,
         "promises": rows,
     }
@@ -147,35 +143,13 @@ def of_domains(statistics: ExitStatistics, names: Sequence[str]) -> ExitStatisti
     return replace(some, domains=tuple(names), domain=domain)
 
 
-def of_exits(statistics: ExitStatistics, exits: tuple[int, ...] | None) -> ExitStatistics:
-    """What some exits say; None for all."""
-    if exits is None:
-        return statistics
-    columns = [statistics.exits.index(exit) for exit in exits]
-    return replace(
-        statistics,
-        exits=exits,
-        confidence=statistics.confidence[..., columns],
-        agrees=statistics.agrees[..., columns],
-        extra_surprisal=statistics.extra_surprisal[..., columns],
-    )
-
-
 class Bench:
     """A bundle, and what its exits say on texts."""
 
-    def __init__(
-        self,
-        model: Model,
-        plan: SelfText,
-        costs: Costs,
-        exits: tuple[int, ...] | None,
-        directory: Path,
-    ) -> None:
-        self._model, self._plan, self._costs = model, plan, costs
-        self._directory = directory
-        splits = load_statistics(model.bundle.path(STATISTICS))
-        self._splits = {name: of_exits(each, exits) for name, each in splits.items()}
+    def __init__(self, model: Model, plan: SelfText, directory: Path) -> None:
+        self._model, self._plan, self._directory = model, plan, directory
+        self._costs = Costs.even(model.blocks, 1.0, CHECK, HEAD)
+        self._splits = load_statistics(model.bundle.path(STATISTICS))
         self._progress = Lines(sys.stderr)
 
     def promises(self, limit: float) -> dict[str, Promise]:

@@ -130,6 +130,8 @@ def write_self_text(checkpoint: Checkpoint, plan: SelfText, work: Work, progress
     del frozen
     gc.collect()
     trim_heap()
+    if plan.device == "cuda":
+        torch.cuda.empty_cache()  # engines are next
 
 
 def read_self_text(plan: SelfText, work: Work) -> PromiseWindows:
