@@ -14,7 +14,7 @@ from drafts import draft_for
 from safetensors.numpy import load_file, save_file
 
 import ojfa_export
-from ojfa_export import errors
+from ojfa_export import backends, errors
 from ojfa_export.bundle.manifest import manifest_digest
 from ojfa_export.bundle.names import DRAFT, DRAFT_GRAPHS, MANIFEST, SHORTCUT
 from ojfa_export.bundle.shortcut_file import load, save
@@ -313,12 +313,13 @@ def test_exit_0_without_a_draft_layer(tiny_bundle, model):
 
 
 def test_a_backend_that_runs_none_says_so(built, tmp_path, monkeypatch):
-    """TensorRT on a stand-in for its library: its engines are added, and drafts come of an exit."""
+    """Its engines are added, and drafts come of an exit: TensorRT on a stand-in, without layers."""
     from stand_in import stand_in_gpu
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bundle = shutil.copytree(built.bundle, tmp_path / "b.ojfa")
     with stand_in_gpu():
+        monkeypatch.delattr(type(backends.load("tensorrt")), "open_draft")
         add_engines(bundle, "tensorrt", SILENT)
         model = ojfa_export.load(bundle, backend="tensorrt")
         assert model.drafts is None
