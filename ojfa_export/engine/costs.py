@@ -77,7 +77,7 @@ class PieceCosts:
 
     Times of a device rise in stairs, not along a line, and a pass that is filled up takes as long
     as a full one; so each size is believed by itself. What it adds hardly depends on how many
-    decode beside it (H200, Llama-2-7B's shape: 2.5 to 3.3 ms for a pass of 256, for 1 to 63).
+    decode beside it (H200, Llama-2-7B's shape: 2.5 to 3.1 ms for a pass of 256, for 1 to 63).
 
     Args:
         sizes: Tokens of the passes that there are, rising; None where a pass takes any number.

@@ -79,7 +79,7 @@ def measure_layer(
         clock: As of `measure_costs`.
     """
     turns = Turns(spec, engines, max_length, MAX_DRAFT + 2, clock=clock, drafts=drafts)
-    kinds = {count: [_round(turns, count)] * STEPS for count in TIMED}
+    kinds = {count: [round_of(turns, 0, count)] * STEPS for count in TIMED}
     times = turns.time(kinds, rounds, seconds, "timing drafts", progress)
     each, start = np.polyfit(TIMED, [float(times[count].mean()) for count in TIMED], 1)
     return LayerDrafting(
@@ -87,8 +87,9 @@ def measure_layer(
     )
 
 
-def _round(turns: Turns, drafts: int) -> Step:
-    speculation = Speculation(exit=0, draft=drafts)
+def round_of(turns: Turns, exit: int, drafts: int) -> Step:
+    """A round of so many drafts at an exit, 0 for the draft layer, and the pass that checks."""
+    speculation = Speculation(exit=exit, draft=drafts)
     speculator = Speculator(turns.session, speculation, Sampling(), [np.random.default_rng(0)])
     return lambda: speculator.step([[turns.token()]], [MAX_DRAFT + 1])
 

@@ -13,14 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.decoding.policy import ExitPolicy
-from ojfa_export.decoding.sampling import Sampling
-from ojfa_export.decoding.speculation import MAX_DRAFT, Speculation
+from ojfa_export.decoding.speculation import MAX_DRAFT
+from ojfa_export.planning.drafting import round_of
 from ojfa_export.planning.frontier import Point
 from ojfa_export.planning.step_costs import StepCosts
 from ojfa_export.planning.turns import FEWEST_ROUNDS, Step, Turns
 from ojfa_export.promises.outcomes import apply, depths_of
 from ojfa_export.promises.statistics import ExitStatistics
-from ojfa_export.runtime.speculator import Speculator
 from ojfa_export.system.progress import Progress
 
 # Tokens that a turn may add to the cache at once: drafts and the one after them.
@@ -125,7 +124,9 @@ def _sample(statistics: ExitStatistics, tokens: int) -> ExitStatistics:
 def _script(point: Point, sample: ExitStatistics, turns: Turns) -> list[Step]:
     if point.policy is not None:
         return _deciding(point.policy, depths_of(sample, point.policy), turns)
-    return [_drafting(point, turns)] * DRAFTS
+    assert point.exit is not None
+    assert point.draft is not None
+    return [round_of(turns, point.exit, point.draft)] * DRAFTS
 
 
 def _deciding(policy: ExitPolicy, depths: NDArray[np.int32], turns: Turns) -> list[Step]:
@@ -137,10 +138,3 @@ def _deciding(policy: ExitPolicy, depths: NDArray[np.int32], turns: Turns) -> li
 
     forced = {depth: stopping(depth) for depth in np.unique(depths).tolist()}
     return turns.steps([forced[depth] for depth in depths.ravel().tolist()])
-
-
-def _drafting(point: Point, turns: Turns) -> Step:
-    speculation = Speculation(exit=point.exit, draft=point.draft)
-    generator = np.random.default_rng(0)
-    speculator = Speculator(turns.session, speculation, Sampling(), [generator])
-    return lambda: speculator.step([[turns.token()]], [MAX_DRAFT + 1])
