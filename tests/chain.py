@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
+from shortcut_kinds import Kind
 
 from ojfa_export.backends.onnxruntime.build import build_engine
 from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
@@ -20,8 +20,6 @@ from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.spec import ModelSpec, Precision
 from ojfa_export.runtime.session import Session
 from ojfa_export.verify.checks import Parts, language_head
-
-Kind = Literal["narrow", "residual", "mlp"]
 
 
 @dataclass(frozen=True)
@@ -105,14 +103,6 @@ def of_kind(kind: Kind, spec: ModelSpec, rank: int, seed: int) -> ExitShortcut:
         return shortcut
     gates = np.random.default_rng(seed).normal(size=spec.blocks - 1).astype(np.float32)
     return replace(shortcut, kind="residual", residual=True, gates=gates)
-
-
-def split_kind(name: str) -> tuple[str, Kind]:
-    """Of the name of a case: the variant of a tiny model, and the kind of its shortcut."""
-    for kind in get_args(Kind):
-        if name.endswith(f"-{kind}"):
-            return name.removesuffix(f"-{kind}"), kind
-    return name, "narrow"
 
 
 def build_chain(

@@ -5,7 +5,8 @@ python -m bench.quality.trained calibration/demo/checkpoint --tokens 300k --kind
 
 The last eighth of each text is held out from training and from calibration alike; all are measured
 there. With --self-text they train on what the model writes, and are measured on that too. Drafts
-have a picture of their own, FILE-drafts.png.
+have a picture of their own, FILE-drafts.png. `--kind block:2` takes two passes over the text where
+others take `--passes`.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint")
-    parser.add_argument("--kind", action="append", choices=list(KINDS), default=[])
+    parser.add_argument(
+        "--kind", action="append", type=read_kind, default=[], metavar="KIND[:PASSES]"
+    )
     parser.add_argument("--calibrate", action="store_true", help="the residual jump of `calibrate`")
     parser.add_argument("--width", type=int)
     parser.add_argument("--rank", type=int)
@@ -101,6 +104,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
+
+
+def read_kind(asked: str) -> tuple[str, int | None]:
+    """A kind, and the passes it asks for."""
+    kind, _, passes = asked.partition(":")
+    if kind not in KINDS or (passes and not passes.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{asked} isn't one of {', '.join(KINDS)}")
+    return kind, int(passes) if passes else None
 
 
 def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
@@ -132,9 +143,10 @@ def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     rows = [{"kind": "identity", "parameters": 0, **judge.figures(identity)}]
     if arguments.calibrate:
         rows.append(calibrated(arguments, fitting, directory, judge))
-    for kind in arguments.kind or KINDS:
+    for kind, several in arguments.kind or [(kind, None) for kind in KINDS]:
+        passes = several or arguments.passes
         for asked in _shapes(arguments, kind):
-            row, shortcut = trained(arguments, kind, asked, frozen, text, directory, judge)
+            row, shortcut = trained(arguments, kind, asked, passes, frozen, text, directory, judge)
             rows.append(row)
             print(json.dumps(row), flush=True)
             if arguments.keep is not None:
@@ -148,7 +160,6 @@ def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "text": text.about,
         "writing_seconds": round(writing, 1),  # of what wasn't kept
         "held_out_tokens": judge.tokens,
-        "passes": arguments.passes,
         "seed": arguments.seed,
         "kinds": rows,
     }
@@ -243,6 +254,7 @@ def trained(
     arguments: argparse.Namespace,
     kind: str,
     asked: Any,
+    passes: int,
     frozen: Frozen,
     text: TrainingText,
     directory: Path,
@@ -255,11 +267,12 @@ def trained(
         torch.cuda.reset_peak_memory_stats()
     jump = KINDS[kind].begin(frozen, text, chosen, arguments.seed)
     keeper = Keeper(directory / f"{kind}-{chosen}.pt")
-    found = train_jump(frozen, jump, text, arguments.passes, arguments.seed, keeper, _lines())
+    found = train_jump(frozen, jump, text, passes, arguments.seed, keeper, _lines())
     shortcut = jump.shortcut()
     row = {
         "kind": kind,
         option: chosen,
+        "passes": passes,
         "parameters": shortcut.parameters,
         "seconds": round(found.seconds, 1),
         "tokens_per_second": round(found.tokens / found.seconds),

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from chain import Chain, build_chain, split_kind
+from chain import Chain, build_chain
+from shortcut_kinds import split_kind
 from stand_in.late_driver import StandInDriver
 from tiny_models import VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_FP32

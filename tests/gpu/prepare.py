@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from chain import Chain, build_chain, split_kind
+from chain import Chain, build_chain
 from drafts import draft_for, open_draft
 from gpu.cases import (
     BUNDLES,
@@ -31,6 +31,7 @@ from gpu.cases import (
     SEED,
     SEQUENCES,
 )
+from shortcut_kinds import split_kind
 from tiny_models import make_checkpoint
 
 from ojfa_export.bundle.draft_shortcut import rotations

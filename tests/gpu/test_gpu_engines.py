@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from chain import split_kind
+from shortcut_kinds import split_kind
 from tolerances import BLOCK_FP16_RELATIVE, BLOCK_FP32_RELATIVE
 
 from ojfa_export.verify.exact import HIDDEN, ExactModel
