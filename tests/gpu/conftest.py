@@ -3,6 +3,7 @@
 python -m tests.gpu.prepare DIRECTORY            # anywhere with torch
 OJFA_GPU_CASES=DIRECTORY pytest -m gpu tests/gpu  # on the machine with the GPU
 OJFA_GPU_BACKEND=onnxruntime-cuda OJFA_GPU_CASES=… # the same for that backend
+With pytest-xdist and `--dist loadgroup` each case's engines are built by one process.
 """
 
 from __future__ import annotations
@@ -89,6 +90,16 @@ def case_names() -> list[str]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case_name" in metafunc.fixturenames:
         metafunc.parametrize("case_name", case_names(), scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A case's tests stay together, as its engines are built once in each process."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        name = getattr(item, "callspec", None) and item.callspec.params.get("case_name")
+        if name:
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")
