@@ -31,10 +31,11 @@ from bench.gpu.machine import nvidia_smi
 from bench.gpu.shapes import SHAPES, RandomGraphs
 from bench.gpu.tensorrt import build
 from ojfa_export.backends.tensorrt.backend import BACKEND
-from ojfa_export.decoding.options import GenerationOptions
+from ojfa_export.decoding.options import NO_DEFAULTS, GenerationOptions
 from ojfa_export.engine.engine import Engine
 from ojfa_export.engine.request import Request, RequestToken
 from ojfa_export.models.spec import ModelSpec
+from ojfa_export.runtime.prompts import PromptEncoder
 from ojfa_export.runtime.model import Model
 
 PAST, LENGTH, SEQUENCES = 512, 1408, 64
@@ -51,12 +52,13 @@ class ShapeModel(Model):
     """
 
     def __init__(self, spec: ModelSpec, engines: Any, length: int) -> None:
-        self.spec, self.engines = spec, engines
+        self.spec, self.engines, self.drafts = spec, engines, None
         words = {f"w{index} ": index for index in range(spec.vocab_size)}
         self.tokenizer = Tokenizer(WordLevel(words, unk_token="w0 "))
-        model = SimpleNamespace(name="random weights")
+        self._prompts = PromptEncoder(self.tokenizer, spec.vocab_size, length)
+        model = SimpleNamespace(name="random weights", spec=spec)
         self._described: Any = SimpleNamespace(
-            cache=SimpleNamespace(max_length=length), model=model
+            cache=SimpleNamespace(max_length=length), model=model, generation=NO_DEFAULTS
         )
 
     @property
