@@ -19,6 +19,7 @@ class Variant:
     rotary_dim: int
     window: int
     half: bool
+    unrotated: bool = False  # a block that rotates nothing, of a model that rotates
 
     @property
     def dtype(self) -> type:
@@ -41,6 +42,7 @@ class Variant:
             "HEADS": self.heads,
             "KV_HEADS": self.kv_heads,
             "ROTARY_DIM": self.rotary_dim,
+            "UNROTATED": int(self.unrotated),
             "WINDOW": self.window,
             "NORM_LAYER": 0,
             "ACTIVATION": 0,
@@ -56,6 +58,7 @@ VARIANTS = {
     "wide-group": Variant(20, 1, 16, 16, 0, half=True),
     "window": Variant(4, 2, 96, 96, 40, half=True),
     "learned-positions": Variant(3, 3, 80, 0, 0, half=True),
+    "unrotated": Variant(4, 2, 64, 64, 0, half=True, unrotated=True),
     "small-head": Variant(4, 2, 8, 8, 0, half=True),
     "head-of-100": Variant(2, 1, 100, 100, 0, half=True),
     "wide-head": Variant(2, 2, 256, 128, 0, half=True),
@@ -118,6 +121,8 @@ class Example:
         return {**others, "keys": self.in_pages(self.keys), "values": self.in_pages(self.values)}
 
     def operands(self, addresses: dict[str, int]) -> Operands:
+        if self.variant.unrotated:
+            addresses = {**addresses, "cosines": 0, "sines": 0}
         return Operands(**addresses, most_pages=self.most_pages, scale=self.scale)
 
     def chunk_list(self, which: list[int]) -> np.ndarray:
@@ -163,6 +168,8 @@ class Example:
         return out.reshape(len(heads), -1), keys, values
 
     def rotated(self, heads: np.ndarray, position: int) -> np.ndarray:
+        if self.variant.unrotated:
+            return heads
         half = self.variant.rotary_dim // 2
         first, second, rest = np.split(heads, (half, 2 * half), axis=-1)
         cosine, sine = self.cosines[position], self.sines[position]

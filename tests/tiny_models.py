@@ -87,7 +87,22 @@ _PHI4_MINI = {
     "lm_head_bias": False,
     "mlp_bias": False,
 }
-PLAIN = {"gpt2": _GPT2, "granite": _GRANITE, "phi3": _PHI3, "stablelm": _STABLELM}
+_QWEN3 = {**_LLAMA, "num_key_value_heads": 2, "head_dim": 32}
+# Every second block rotates nothing.
+_SMOLLM3 = {
+    **_LLAMA,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "no_rope_layers": [1, 0, 1, 0],
+}
+PLAIN = {
+    "gpt2": _GPT2,
+    "granite": _GRANITE,
+    "phi3": _PHI3,
+    "qwen3": _QWEN3,
+    "smollm3": _SMOLLM3,
+    "stablelm": _STABLELM,
+}
 
 
 @dataclass(frozen=True)
@@ -180,6 +195,22 @@ VARIANTS: dict[str, Variant] = {
         "mistral", {"sliding_window": 8}, "mistral", differs_beyond=8
     ),
     "qwen2": Variant("qwen2", {"num_key_value_heads": 2}),
+    "qwen3": Variant("qwen3"),
+    # From the third layer on there is a window.
+    "qwen3-sliding-window": Variant(
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+        "qwen3",
+        differs_beyond=8,
+    ),
+    "smollm3": Variant("smollm3"),
+    "smollm3-sliding-window": Variant(
+        "smollm3",
+        {"use_sliding_window": True, "sliding_window": 8},
+        "smollm3",
+        differs_beyond=8,
+    ),
+    "olmo2": Variant("olmo2", {"num_key_value_heads": 2}),
     "phi3": Variant("phi3"),
     "phi3-gqa": Variant("phi3", {"num_key_value_heads": 2}, "phi3"),
     "phi3-tied": Variant("phi3", {"tie_word_embeddings": True}, "phi3"),

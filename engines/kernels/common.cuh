@@ -3,6 +3,7 @@
 // A program is compiled for one model (NVRTC for Python, nvcc for C++) with
 //   HALF           1 where matrices and the cache are fp16, 0 for fp32
 //   HEAD_DIM, HEADS, KV_HEADS, ROTARY_DIM, WINDOW (0: all keys)
+//   UNROTATED      1 where some blocks rotate nothing: their attention is given no cosines
 //   NORM_LAYER     1 LayerNorm, 0 RMSNorm
 //   ACTIVATION     0 SiLU, 1 GELU, 2 GELU by tanh, 3 ReLU;  GATED 1 for act(gate) * up
 // No header of the CUDA toolkit is needed.

@@ -73,6 +73,9 @@ struct Inputs {
     }
     // Features of a head of queries or, from HEADS on, keys, rotated for a position.
     __device__ Features turned(int token, int head, int feature, int position) const {
+#if UNROTATED
+        if (!cosines) return features_at(row(token, head) + feature);
+#endif
         return rotated(row(token, head), feature, cosines + position * HALF_ROTARY, sines + position * HALF_ROTARY);
     }
     __device__ Features value(int token, int kv_head, int feature) const {

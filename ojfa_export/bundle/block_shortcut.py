@@ -21,15 +21,16 @@ WEIGHTS = (
 )
 # Where the family has them.
 BIASES = tuple(name.replace("weight", "bias") for name in WEIGHTS)
+QUERY_NORM, KEY_NORM = "attention.q_norm.weight", "attention.k_norm.weight"
 
 
 @dataclass(frozen=True, eq=False)
 class BlockShortcut:
     """The jump y = block(h * scale[k] + shift[k]) after one of the exits.
 
-    The block is of the model's own kind: norm, heads, rotation, window and activation are the
-    model's. It has keys and values of its own, and sees every token up to its own. There is one
-    block for all exits, or one for each.
+    The block is of the model's own kind: norms, heads, rotation, window and activation are those
+    of the model's last block. It has keys and values of its own, and sees every token up to its
+    own. There is one block for all exits, or one for each.
 
     Attributes:
         exits: Blocks run, rising, each below L.
@@ -54,7 +55,7 @@ class BlockShortcut:
         rising = all(a < b for a, b in pairwise(self.exits))
         if not self.exits or self.exits[0] < 1 or not rising:
             raise ValueError(f"exits are {list(self.exits)}, expected rising numbers from 1 on")
-        unknown = sorted(self.weights.keys() - {*WEIGHTS, *BIASES})
+        unknown = sorted(self.weights.keys() - {*WEIGHTS, *BIASES, QUERY_NORM, KEY_NORM})
         missing = [name for name in WEIGHTS if name not in self.weights]
         if unknown or missing:
             raise ValueError(f"weights are {sorted(self.weights)}, expected {', '.join(WEIGHTS)}")
@@ -72,6 +73,8 @@ class BlockShortcut:
     def _shape(self, name: str) -> tuple[int, ...]:
         """Of a weight, as others have it."""
         hidden, blocks = self.hidden_size, self.blocks
+        if name in (QUERY_NORM, KEY_NORM):  # alone to say how wide it is
+            return blocks, self.weights[name].shape[1]
         columns = {
             "attention.qkv": self.weights["attention.qkv.weight"].shape[-1],
             "mlp.up": self.weights["mlp.up.weight"].shape[-1],
@@ -85,6 +88,10 @@ class BlockShortcut:
         if name.endswith("bias") or owner.endswith("norm"):
             return blocks, outputs
         return blocks, rows.get(owner, hidden), outputs
+
+    def _width(self, norm: str) -> int:
+        """Features of a norm; 0 without one."""
+        return int(self.weights[norm].shape[1]) if norm in self.weights else 0
 
     @property
     def hidden_size(self) -> int:
@@ -115,6 +122,8 @@ class BlockShortcut:
             ("width of attention", shape("attention.qkv.weight")[2], queries + 2 * keys),
             ("width of its heads", shape("attention.out.weight")[1], queries),
             ("width of the MLP", shape("mlp.down.weight")[1], width),
+            ("norm of queries", self._width(QUERY_NORM), spec.qk_norm_features[0]),
+            ("norm of keys", self._width(KEY_NORM), spec.qk_norm_features[1]),
             ("first matrix's width", shape("mlp.up.weight")[2], 2 * width if spec.gated else width),
         ):
             if found != wanted:
@@ -145,11 +154,19 @@ class BlockShortcut:
         block = index if self.blocks > 1 else 0
         weights = {name: each[block].astype(h.dtype) for name, each in self.weights.items()}
         h = h * self.scale[index].astype(h.dtype) + self.shift[index].astype(h.dtype)
-        qkv = _linear(_norm(h, weights, "attention.norm", spec), weights, "attention.qkv")
-        h = h + _linear(_attention(qkv, spec, rotary), weights, "attention.out")
-        inner = _linear(_norm(h, weights, "mlp.norm", spec), weights, "mlp.up")
+        after = spec.norms == "after"
+
+        def normed(x: NDArray[Any], name: str, here: bool) -> NDArray[Any]:
+            return _norm(x, weights, name, spec) if here else x
+
+        qkv = _linear(normed(h, "attention.norm", not after), weights, "attention.qkv")
+        qkv = _norm_queries_and_keys(qkv, weights, spec)
+        mixed = _linear(_attention(qkv, spec, rotary), weights, "attention.out")
+        h = h + normed(mixed, "attention.norm", after)
+        inner = _linear(normed(h, "mlp.norm", not after), weights, "mlp.up")
         inner = (gated if spec.gated else activate)(inner, spec.activation)
-        y: NDArray[Any] = h + _linear(inner, weights, "mlp.down")
+        down = _linear(inner, weights, "mlp.down")
+        y: NDArray[Any] = h + normed(down, "mlp.norm", after)
         return y
 
 
@@ -163,9 +180,26 @@ def _linear(x: NDArray[Any], weights: Weights, name: str) -> NDArray[Any]:
 
 def _norm(x: NDArray[Any], weights: Weights, name: str, spec: ModelSpec) -> NDArray[Any]:
     x = x - x.mean(axis=-1, keepdims=True) if spec.norm == "layer" else x
-    square = np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(spec.norm_epsilon)
-    y: NDArray[Any] = x / np.sqrt(square) * weights[f"{name}.weight"]
+    y: NDArray[Any] = _of_unit_size(x, spec) * weights[f"{name}.weight"]
     return y + weights.get(f"{name}.bias", 0)
+
+
+def _of_unit_size(x: NDArray[Any], spec: ModelSpec) -> NDArray[Any]:
+    square = np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(spec.norm_epsilon)
+    y: NDArray[Any] = x / np.sqrt(square)
+    return y
+
+
+def _norm_queries_and_keys(qkv: NDArray[Any], weights: Weights, spec: ModelSpec) -> NDArray[Any]:
+    """Of [T, (heads + 2 kv_heads) head_dim], where the model has norms of them."""
+    at, parts = 0, []
+    for name, heads in ((QUERY_NORM, spec.heads), (KEY_NORM, spec.kv_heads)):
+        part = qkv[:, at : (at := at + heads * spec.head_dim)]
+        if name in weights:
+            rows = _of_unit_size(part.reshape(len(qkv), -1, len(weights[name])), spec)
+            part = (rows * weights[name]).reshape(part.shape)
+        parts.append(part)
+    return np.concatenate([*parts, qkv[:, at:]], axis=-1)
 
 
 def _attention(
@@ -180,7 +214,8 @@ def _attention(
     scores = turned[: spec.heads] @ np.repeat(turned[spec.heads :], group, 0).swapaxes(1, 2)
     scores = scores * qkv.dtype.type(spec.attention_scales[-1])
     behind = np.arange(count)[:, None] - np.arange(count)
-    scores[:, (behind < 0) | (behind >= (spec.window or count))] = -np.inf
+    window = spec.window_of(spec.blocks - 1) or count
+    scores[:, (behind < 0) | (behind >= window)] = -np.inf
     shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
     shares /= shares.sum(axis=-1, keepdims=True)
     mixed: NDArray[Any] = shares @ np.repeat(values, group, 0)
@@ -189,7 +224,7 @@ def _attention(
 
 def _rotate(x: NDArray[Any], spec: ModelSpec, rotary: tuple[NDArray[Any], ...]) -> NDArray[Any]:
     """Rotates the leading features of [heads, T, head_dim]."""
-    if not spec.rotary_dim:
+    if not spec.rotary_dim_of(spec.blocks - 1):
         return x
     cos, sin = (each.astype(x.dtype) for each in rotary)
     first, second = np.split(x[..., : spec.rotary_dim], 2, axis=-1)

@@ -382,6 +382,9 @@ def check_spec(spec: ModelSpec) -> None:
         raise ValueError("model.spec.kv_heads: they must divide the heads")
     if spec.rotary_dim % 2 or not 0 <= spec.rotary_dim <= spec.head_dim:
         raise ValueError("model.spec.rotary_dim: it must be even and at most head_dim")
+    for name in ("rotated", "windowed"):
+        if len(getattr(spec, name)) not in (0, spec.blocks):
+            raise ValueError(f"model.spec.{name}: there must be one for each block, or none")
 
 
 def parse_json(text: bytes) -> Any:

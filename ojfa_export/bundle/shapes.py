@@ -114,6 +114,11 @@ def _block_weights(spec: ModelSpec, seen: int) -> WeightShapes:
     return {
         **_norm(spec, "attention.norm"),
         **_linear("attention.qkv", seen, queries + 2 * keys),
+        **{
+            f"attention.{name}.weight": ((features,), True)
+            for name, features in zip(("q_norm", "k_norm"), spec.qk_norm_features, strict=True)
+            if features
+        },
         **_linear("attention.out", queries, hidden),
         **_norm(spec, "mlp.norm"),
         **_linear("mlp.up", hidden, 2 * inner if spec.gated else inner),

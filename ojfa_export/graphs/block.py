@@ -3,8 +3,14 @@
     hidden ─ norm ─ qkv ─ attention ─ out ─(+)─ norm ─ up ─ activation ─ down ─(+)─ hidden
        └─────────────────────────────────┘ └────────────────────────────────┘
 
+Or with the norms after attention and MLP, before what those give is added (`ModelSpec.norms`):
+
+    hidden ─ qkv ─ attention ─ out ─ norm ─(+)─ up ─ activation ─ down ─ norm ─(+)─ hidden
+       └────────────────────────────────────┘ └─────────────────────────────────┘
+
 Weights: attention.norm, attention.qkv, attention.out, mlp.norm, mlp.up (gate and up side by side
-where gated), mlp.down; each `.weight` and, where the family has it, `.bias`.
+where gated), mlp.down; each `.weight` and, where the family has it, `.bias`. Where queries and keys
+have norms attention.q_norm and attention.k_norm.
 """
 
 from __future__ import annotations
@@ -33,8 +39,12 @@ def block_graph(
     )
     hidden = graph.input("hidden", FLOAT, *dialect.token_axes, spec.hidden_size)
     dialect.attention_inputs(graph)
-    normed = dialect.norm(graph, hidden, weights, "attention.norm")
-    mixed = dialect.attention(graph, dialect.linear(graph, normed, weights, "attention.qkv"), index)
+    if spec.norms == "before":
+        seen = dialect.norm(graph, hidden, weights, "attention.norm")
+    else:
+        seen = dialect.to_compute(graph, hidden)
+    qkv = dialect.linear(graph, seen, weights, "attention.qkv")
+    mixed = dialect.attention(graph, qkv, index, weights)
     result = after_attention(graph, hidden, mixed, weights, dialect)
     graph.output(result, "hidden_out", FLOAT, *dialect.token_axes, spec.hidden_size)
     return graph.model()
@@ -43,7 +53,7 @@ def block_graph(
 def after_attention(
     graph: Graph, hidden: str, mixed: str, weights: Weights, dialect: Portable
 ) -> str:
-    """Output projection, residual, norm, MLP, residual.
+    """Output projection, residual, norm, MLP, residual; or each norm before the residual.
 
     Args:
         graph: The block's graph.
@@ -56,6 +66,14 @@ def after_attention(
         The block's output, fp32.
     """
     out = dialect.linear(graph, mixed, weights, "attention.out")
-    attended, normed = dialect.add_and_norm(graph, hidden, out, weights, "mlp.norm")
-    inner = dialect.inner(graph, dialect.linear(graph, normed, weights, "mlp.up"))
-    return dialect.residual(graph, attended, dialect.linear(graph, inner, weights, "mlp.down"))
+    after = dialect.spec.norms == "after"
+    if after:
+        attended = dialect.add_normed(graph, hidden, out, weights, "attention.norm")
+        seen = dialect.to_compute(graph, attended)
+    else:
+        attended, seen = dialect.add_and_norm(graph, hidden, out, weights, "mlp.norm")
+    inner = dialect.inner(graph, dialect.linear(graph, seen, weights, "mlp.up"))
+    down = dialect.linear(graph, inner, weights, "mlp.down")
+    if after:
+        return dialect.add_normed(graph, attended, down, weights, "mlp.norm")
+    return dialect.residual(graph, attended, down)

@@ -66,10 +66,19 @@ class Portable:
         biased: str = graph.op("Add", y, graph.weight(f"{name}.bias", weights[f"{name}.bias"]))
         return biased
 
+    def widened(self, graph: Graph, y: str) -> str:
+        """What `linear` gave, in fp32."""
+        return y
+
     def residual(self, graph: Graph, x: str, y: str) -> str:
-        """The sum of hidden states x, fp32, and y, which `linear` gave."""
-        total: str = graph.op("Add", x, y)
+        """The sum of hidden states x, fp32, and y, which `linear` gave; in fp32."""
+        total: str = graph.op("Add", x, self.widened(graph, y))
         return total
+
+    def add_normed(self, graph: Graph, x: str, y: str, weights: Weights, name: str) -> str:
+        """The sum of hidden states x, fp32, and the norm of y, which `linear` gave; in fp32."""
+        normed = self.float_norm(graph, self.widened(graph, y), weights, name)
+        return str(graph.op("Add", x, normed))
 
     def vocabulary(self, graph: Graph, x: str, name: str, ref: TensorRef) -> str:
         """The product x @ W^T, W [V, features]: x in compute precision, the result fp32."""
@@ -82,15 +91,24 @@ class Portable:
         Returns:
             The result in compute precision.
         """
-        weight = graph.weight(f"{name}.weight", weights[f"{name}.weight"])
+        return self.to_compute(graph, self.float_norm(graph, x, weights, name))
+
+    def float_norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
+        """What `norm` gives before it is rounded, in fp32."""
         if self.spec.norm == "layer":
+            weight = graph.weight(f"{name}.weight", weights[f"{name}.weight"])
             bias = graph.weight(f"{name}.bias", weights[f"{name}.bias"])
             normed: str = graph.op(
                 "LayerNormalization", x, weight, bias, axis=-1, epsilon=self.spec.norm_epsilon
             )
         else:
-            normed = graph.op("Mul", self._root_mean_square(graph, x), weight)
-        return self.to_compute(graph, normed)
+            normed = self.root_norm(graph, x, weights, name)
+        return normed
+
+    def root_norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
+        """RMSNorm over the last axis, in the precision of what `linear` gave."""
+        weight = graph.weight(f"{name}.weight", weights[f"{name}.weight"])
+        return str(graph.op("Mul", self._root_mean_square(graph, x), weight))
 
     def add_and_norm(
         self, graph: Graph, x: str, y: str, weights: Weights, name: str
@@ -169,19 +187,20 @@ class Portable:
         graph.input("past_key", self.compute, *cache)
         graph.input("past_value", self.compute, *cache)
 
-    def attention(self, graph: Graph, qkv: str, block: int) -> str:
+    def attention(self, graph: Graph, qkv: str, block: int, weights: Weights) -> str:
         """Attention over the cache and the new tokens; declares the new rows as outputs.
 
         Args:
             graph: The block's graph.
             qkv: [batch, tokens, (heads + 2 kv_heads) head_dim], what `linear` gave.
             block: Which block this is.
+            weights: The block's, of which the norms of queries and keys are part.
 
         Returns:
             [batch, tokens, heads * head_dim] in compute precision.
         """
         spec = self.spec
-        q, new_key, new_value = self._heads(graph, qkv)
+        q, new_key, new_value = self._heads(graph, qkv, block, weights)
         rows: tuple[Dim, ...] = ("batch", spec.kv_heads, "tokens", spec.head_dim)
         new_key = graph.output(new_key, "key", self.compute, *rows)
         new_value = graph.output(new_value, "value", self.compute, *rows)
@@ -194,21 +213,54 @@ class Portable:
         axis = graph.constant([2], np.int64)
         key_transposed = graph.op("Transpose", key, perm=[0, 1, 3, 2])
         scores = graph.op("MatMul", q, graph.op("Unsqueeze", key_transposed, axis))
-        scores = graph.op("Add", self.to_float(graph, scores), self._mask(graph))
-        weights = self.to_compute(graph, graph.op("Softmax", scores, axis=-1))
-        mixed = graph.op("MatMul", weights, graph.op("Unsqueeze", value, axis))
+        scores = graph.op("Add", self.to_float(graph, scores), self._mask(graph, block))
+        shares = self.to_compute(graph, graph.op("Softmax", scores, axis=-1))
+        mixed = graph.op("MatMul", shares, graph.op("Unsqueeze", value, axis))
         mixed = graph.reshape(mixed, 0, spec.heads, -1, spec.head_dim)
         mixed = graph.op("Transpose", mixed, perm=[0, 2, 1, 3])
         return graph.reshape(mixed, 0, 0, spec.heads * spec.head_dim)
 
-    def _heads(self, graph: Graph, qkv: str) -> tuple[str, str, str]:
+    def normed_parts(self, graph: Graph, qkv: str, weights: Weights) -> tuple[str, str, str]:
+        """Queries and keys, normed, and values, each [batch, tokens, features]."""
+        spec = self.spec
+        axis, at, parts = graph.constant([2], np.int64), 0, []
+        for heads in (spec.heads, spec.kv_heads, spec.kv_heads):
+            ends = (at, at + heads * spec.head_dim)
+            bounds = (graph.constant([each], np.int64) for each in ends)
+            parts.append(str(graph.op("Slice", qkv, *bounds, axis)))
+            at = ends[1]
+        q, k, v = parts
+        q = self.normed_part(graph, q, spec.heads, weights, "attention.q_norm")
+        k = self.normed_part(graph, k, spec.kv_heads, weights, "attention.k_norm")
+        return q, k, v
+
+    def normed_part(self, graph: Graph, x: str, heads: int, weights: Weights, name: str) -> str:
+        """Queries or keys [batch, tokens, features], normed as the model's are, if they are."""
+        if self.spec.qk_norm == "none":
+            return x
+        if self.spec.qk_norm == "projection":
+            return self.root_norm(graph, x, weights, name)
+        by_head = graph.reshape(x, 0, 0, heads, self.spec.head_dim)
+        normed = self.root_norm(graph, by_head, weights, name)
+        return graph.reshape(normed, 0, 0, heads * self.spec.head_dim)
+
+    def _heads(self, graph: Graph, qkv: str, block: int, weights: Weights) -> tuple[str, str, str]:
         """Splits into rotated q (fp32), rotated k and v (compute precision), heads first."""
         spec = self.spec
-        sizes = graph.constant([spec.heads, spec.kv_heads, spec.kv_heads], np.int64)
-        heads = graph.reshape(qkv, 0, 0, spec.heads + 2 * spec.kv_heads, spec.head_dim)
-        heads = graph.op("Transpose", heads, perm=[0, 2, 1, 3])
-        q, k, v = graph.op("Split", heads, sizes, axis=1, outputs=3)
-        if spec.rotary_dim:
+        if spec.qk_norm != "none":
+            parts = self.normed_parts(graph, qkv, weights)
+            q, k, v = (
+                graph.op(
+                    "Transpose", graph.reshape(part, 0, 0, -1, spec.head_dim), perm=[0, 2, 1, 3]
+                )
+                for part in parts
+            )
+        else:
+            sizes = graph.constant([spec.heads, spec.kv_heads, spec.kv_heads], np.int64)
+            heads = graph.reshape(qkv, 0, 0, spec.heads + 2 * spec.kv_heads, spec.head_dim)
+            heads = graph.op("Transpose", heads, perm=[0, 2, 1, 3])
+            q, k, v = graph.op("Split", heads, sizes, axis=1, outputs=3)
+        if spec.rotary_dim_of(block):
             axis = graph.constant([1], np.int64)
             cos = graph.op("Unsqueeze", "rotary_cos", axis)
             sin = graph.op("Unsqueeze", "rotary_sin", axis)
@@ -225,7 +277,7 @@ class Portable:
         right = graph.op("Add", graph.op("Mul", second, cos), graph.op("Mul", first, sin))
         return str(graph.op("Concat", left, right, *unrotated, axis=-1))
 
-    def _mask(self, graph: Graph) -> str:
+    def _mask(self, graph: Graph, block: int) -> str:
         """[batch, 1, 1, tokens, past + tokens]: 0 where a query sees a key, else MASKED.
 
         Cache row j is position j; rows at or after a sequence's first new position are not its
@@ -247,8 +299,8 @@ class Portable:
         keys = graph.op("Unsqueeze", graph.op("Concat", in_cache, "positions", axis=1), one)
         queries = graph.op("Unsqueeze", "positions", graph.constant([2], np.int64))
         visible = graph.op("LessOrEqual", keys, queries)
-        if self.spec.window is not None:
-            oldest = graph.op("Sub", queries, graph.constant(self.spec.window, np.int32))
+        if (window := self.spec.window_of(block)) is not None:
+            oldest = graph.op("Sub", queries, graph.constant(window, np.int32))
             visible = graph.op("And", visible, graph.op("Greater", keys, oldest))
         mask = graph.op(
             "Where", visible, graph.constant(0, np.float32), graph.constant(MASKED, np.float32)

@@ -78,7 +78,8 @@ def draft_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.Mo
         dialect.norm(graph, hidden, weights, "attention.norm"),
     ]
     seen = graph.op("Concat", *both, axis=-1)
-    mixed = dialect.attention(graph, dialect.linear(graph, seen, weights, "attention.qkv"), 0)
+    qkv = dialect.linear(graph, seen, weights, "attention.qkv")
+    mixed = dialect.attention(graph, qkv, 0, weights)
     result = after_attention(graph, hidden, mixed, weights, dialect)
     graph.output(result, "hidden_out", FLOAT, *dialect.token_axes, spec.hidden_size)
     return graph.model()

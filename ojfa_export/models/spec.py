@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 NormKind = Literal["rms", "layer"]
+NormPlace = Literal["before", "after"]
+QkNorm = Literal["none", "head", "projection"]
 Precision = Literal["fp32", "fp16"]
 
 
 class ModelSpec(BaseModel):
     """The architecture of one decoder-only model.
 
-    All families are the same pre-norm block (norm, attention, residual, norm, MLP, residual)
-    with different parts; this names the parts.
+    All families are the same block (norm, attention, residual, norm, MLP, residual) with different
+    parts; this names the parts.
 
     Attributes:
         attention_scales: Factor on q.k for each block, length `blocks`.
@@ -27,6 +36,12 @@ class ModelSpec(BaseModel):
         max_positions: Positions that the model was made for; a hard limit where positions
             are learned.
         tied_head: Whether the LM head is the token embedding.
+        norms: Whether attention and MLP have their norm before them, or after them, of what they
+            give before it is added.
+        qk_norm: RMSNorm of queries and of keys before they rotate, if any: of each head's
+            features, or of all heads' together.
+        rotated: For each block whether it rotates; empty where all do as `rotary_dim` says.
+        windowed: For each block whether it has the window; empty where all have.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,8 +65,48 @@ class ModelSpec(BaseModel):
     max_positions: PositiveInt
     tied_head: bool
     eos_token_ids: tuple[int, ...]
+    norms: NormPlace = "before"
+    qk_norm: QkNorm = "none"
+    rotated: tuple[bool, ...] = ()
+    windowed: tuple[bool, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Fields that came later are left out where they say nothing.
+
+        Bundles of other models stay as they were, and what reads those knows no such fields.
+        """
+        fields: dict[str, Any] = handler(self)
+        for name in ("norms", "qk_norm", "rotated", "windowed"):
+            if getattr(self, name) == type(self).model_fields[name].default:
+                del fields[name]
+        return fields
 
     @property
     def learned_positions(self) -> bool:
         """Whether positions are an embedding rather than a rotation."""
         return self.rotary_dim == 0
+
+    def rotary_dim_of(self, block: int) -> int:
+        """Leading features of each head that rotate in a block."""
+        return self.rotary_dim if not self.rotated or self.rotated[block] else 0
+
+    def window_of(self, block: int) -> int | None:
+        """Keys that a query sees at most in a block, itself included; None for all."""
+        return self.window if not self.windowed or self.windowed[block] else None
+
+    def like(self, block: int) -> int:
+        """The first block that differs from this one in its weights alone."""
+        parts = [
+            (self.attention_scales[each], self.rotary_dim_of(each), self.window_of(each))
+            for each in range(block + 1)
+        ]
+        return parts.index(parts[block])
+
+    @property
+    def qk_norm_features(self) -> tuple[int, int]:
+        """Features that the norms of queries and of keys take together; zeros where none are."""
+        if self.qk_norm == "none":
+            return 0, 0
+        heads = (1, 1) if self.qk_norm == "head" else (self.heads, self.kv_heads)
+        return heads[0] * self.head_dim, heads[1] * self.head_dim

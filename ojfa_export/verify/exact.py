@@ -28,6 +28,8 @@ Tensors = dict[str, Float64]
 # The last tensor of a block: what it hands on.
 HIDDEN = "hidden"
 MLP_DOWN = "mlp.down"
+# Queries, keys and values; and with the norms of queries and keys.
+QKV, QKV_NORMED = "attention.qkv", "attention.qkv normed"
 # Elements of a weight matrix that are widened at a time.
 CHUNK = 1 << 22
 
@@ -62,21 +64,29 @@ class ExactModel:
             hidden: [B,S,H].
 
         Returns:
-            Every tensor that goes into or comes out of a matrix product, in their order, and the
-            block's output as `HIDDEN`: [B,S,features] each.
+            Every tensor that goes into or comes out of a matrix product, in their order, queries
+            and keys behind their norms where they have some, and the block's output as `HIDDEN`:
+            [B,S,features] each.
         """
         spec, weights = self._spec, self._weights(block_name(index))
         found: Tensors = {}
-        normed = found["attention.norm"] = self._norm(hidden, weights, "attention.norm")
-        qkv = found["attention.qkv"] = _linear(normed, weights, "attention.qkv")
-        mixed = found["attention.mixed"] = self._attend(qkv, spec.attention_scales[index])
+        before = spec.norms == "before"
+
+        def normed(x: Float64, name: str, here: bool) -> Float64:
+            return self._norm(x, weights, name) if here else x
+
+        seen = found["attention.norm"] = normed(hidden, "attention.norm", before)
+        qkv = found[QKV] = _linear(seen, weights, QKV)
+        if spec.qk_norm != "none":
+            qkv = found[QKV_NORMED] = self._norm_queries_and_keys(qkv, weights)
+        mixed = found["attention.mixed"] = self._attend(qkv, index)
         out = found["attention.out"] = _linear(mixed, weights, "attention.out")
-        attended = hidden + out
-        normed = found["mlp.norm"] = self._norm(attended, weights, "mlp.norm")
-        up = found["mlp.up"] = _linear(normed, weights, "mlp.up")
+        attended = hidden + normed(out, "attention.norm", not before)
+        seen = found["mlp.norm"] = normed(attended, "mlp.norm", before)
+        up = found["mlp.up"] = _linear(seen, weights, "mlp.up")
         inner = found["mlp.inner"] = self._activate(up)
         down = found[MLP_DOWN] = _linear(inner, weights, "mlp.down")
-        found[HIDDEN] = attended + down
+        found[HIDDEN] = attended + normed(down, "mlp.norm", not before)
         return found
 
     def logits(self, hidden: Float64, blocks_run: int) -> Float64:
@@ -133,23 +143,34 @@ class ExactModel:
         scaled: Float64 = normed * weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0)
         return scaled
 
+    def _norm_queries_and_keys(self, qkv: Float64, weights: Mapping[str, NDArray[Any]]) -> Float64:
+        """[B,S,(heads + 2 kv_heads) D], of which the values stay as they are."""
+        spec, at, parts = self._spec, 0, []
+        kinds = ("q_norm", spec.heads), ("k_norm", spec.kv_heads)
+        for (name, heads), width in zip(kinds, spec.qk_norm_features, strict=True):
+            part = qkv[..., at : (at := at + heads * spec.head_dim)]
+            rows = part.reshape(*part.shape[:-1], -1, width)
+            rows = rows / _root_mean_square(rows, spec.norm_epsilon)
+            parts.append((rows * weights[f"attention.{name}.weight"]).reshape(part.shape))
+        return np.concatenate([*parts, qkv[..., at:]], axis=-1)
+
     def _activate(self, up: Float64) -> Float64:
         """The MLP's activation, gated where the model's is."""
         return (gated if self._spec.gated else activate)(up, self._spec.activation)
 
-    def _attend(self, qkv: Float64, scale: float) -> Float64:
+    def _attend(self, qkv: Float64, block: int) -> Float64:
         """Causal attention of whole sequences: [B,S,(heads + 2 kv_heads) D] to [B,S,heads D]."""
         spec = self._spec
         batch, length, _ = qkv.shape
         heads = qkv.reshape(batch, length, -1, spec.head_dim).transpose(0, 2, 1, 3)
         q, k, v = np.split(heads, [spec.heads, spec.heads + spec.kv_heads], axis=1)
-        if spec.rotary_dim:
+        if spec.rotary_dim_of(block):
             q, k = self._rotate(q), self._rotate(k)
         group = spec.heads // spec.kv_heads
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-        scores = scale * (q @ k.transpose(0, 1, 3, 2))
+        scores = spec.attention_scales[block] * (q @ k.transpose(0, 1, 3, 2))
         distance = np.arange(length)[:, None] - np.arange(length)
-        visible = (distance >= 0) & (distance < (spec.window or length))
+        visible = (distance >= 0) & (distance < (spec.window_of(block) or length))
         scores = np.where(visible, scores, -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         mixed: Float64 = (weights / weights.sum(axis=-1, keepdims=True)) @ v

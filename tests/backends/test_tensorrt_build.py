@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from chain import build_chain
-from tiny_models import make_checkpoint
+from tiny_models import VARIANTS, make_checkpoint
 from tolerances import BLOCK_FP32_RELATIVE
 
 from ojfa_export.backends.cuda.sources import SOURCES, definitions, source_directory
@@ -26,11 +27,13 @@ from ojfa_export.backends.tensorrt.plan import (
 )
 from ojfa_export.errors import BackendError, BundleError
 from ojfa_export.graphs.weights import references
+from ojfa_export.models.families import read_spec
+from ojfa_export.models.families.config import Config
 
 HERE = {"tensorrt": "8.6.0", "gpu": "NVIDIA H200", "compute capability": "9.0", "driver": "x"}
 
 
-@pytest.fixture(scope="module", params=["llama-gqa", "llama-attention-bias", "gpt2", "stablelm"])
+@pytest.fixture(scope="module", params=["qwen3", "llama-attention-bias", "gpt2", "stablelm"])
 def chain(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
     return build_chain(make_checkpoint(request.param, directory / "c", seed=5), directory)
@@ -133,6 +136,23 @@ def test_engines_of_another_gpu_are_refused_by_name():
         check_built_for({}, HERE)
 
 
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("olmo2", "norms after attention and MLP"),
+        ("smollm3-sliding-window", "sliding windows in some blocks only"),
+    ],
+)
+def test_parts_without_kernels_are_refused_by_name(name, part):
+    from ojfa_export.backends.tensorrt.parts import check_parts
+
+    fields = json.loads(VARIANTS[name].build_config().to_json_string())
+    spec = read_spec(Config(fields, "config.json"))[1]
+    with pytest.raises(BackendError, match=f"this model has {part}") as error:
+        check_parts(spec)
+    assert "--backend onnxruntime" in error.value.hint
+
+
 def test_a_plan_names_files_beside_it_only(tmp_path):
     path = tmp_path / "block_00.json"
     plan = GraphPlan(
@@ -160,7 +180,7 @@ def test_a_plan_names_files_beside_it_only(tmp_path):
 def test_kernels_compile(chain, tmp_path):
     """For another chip and precision with each model: a compilation takes seconds."""
     architecture, half = {
-        "llama-gqa": ("sm_90", True),
+        "qwen3": ("sm_90", True),
         "llama-attention-bias": ("sm_80", False),
         "gpt2": ("sm_89", True),
         "stablelm": ("sm_90", True),

@@ -20,7 +20,7 @@ from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.speculator import Speculator
 
 MAX_LENGTH = 70  # more than a page of the cache
-CASES = ["llama-gqa", "gpt2", "llama-gqa-fp16"]
+CASES = ["qwen3", "gpt2", "llama-gqa-fp16"]
 
 
 @dataclass

@@ -38,7 +38,7 @@ class Case:
         return Session(self.chain.spec, self.chain.engines, batch, MAX_LENGTH, shadow)
 
 
-CASES = ["llama-gqa-mlp", "gpt2-residual", "gpt2-fp16", "stablelm-mlp", "granite-tied-fp16"]
+CASES = ["llama-gqa-mlp", "gpt2-residual", "gpt2-fp16", "stablelm-mlp", "qwen3", "smollm3-fp16"]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -262,6 +262,15 @@ def test_steps_are_timed_as_text_is_generated(case):
         if at % FOLLOWING:
             assert [token] == chosen
         chosen = reference.choose([token], exit).tokens
+
+
+def test_logits_in_engines(case, rng, monkeypatch):
+    """What is between TensorRT's engines runs in kernels all the same."""
+    session, reference = case.session(2), case.reference(2)
+    monkeypatch.setattr(case.engines, "decode_kernels", False)
+    for length in (30, 1, 1):
+        new = rng.integers(VOCAB_SIZE, size=(2, length)).tolist()
+        assert_close(case, session.advance(new), reference.advance(new))
 
 
 def test_texts_that_take_turns(case):

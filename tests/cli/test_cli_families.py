@@ -21,7 +21,7 @@ def test_families_are_listed(invoke) -> None:
 def test_an_unknown_family_names_the_nearest(invoke, checkpoint: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
     fields = json.loads((copy / "config.json").read_text())
-    for name, nearest in (("qwen", "; the nearest is 'qwen2'"), ("rwkv", "qwen2, stablelm\n")):
+    for name, nearest in (("qwen", "; the nearest is 'qwen3'"), ("rwkv", "smollm3, stablelm\n")):
         (copy / "config.json").write_text(json.dumps({**fields, "model_type": name}))
         result = invoke("build", copy, "-o", tmp_path / "out.ojfa")
         assert result.exit_code == 1

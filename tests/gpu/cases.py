@@ -30,6 +30,10 @@ CASES = {
     # Grouped heads with a scale of their own; with LongRoPE of three quarters of a head.
     "granite-tied-fp16": "fp16",
     "phi4-mini-fp16": "fp16",
+    # Norms of queries and keys; blocks that rotate nothing.
+    "qwen3-fp16": "fp16",
+    "qwen3": "fp32",
+    "smollm3-fp16": "fp16",
     # LayerNorm with a gated MLP.
     "stablelm": "fp32",
     "stablelm-mlp-fp16": "fp16",
@@ -41,6 +45,6 @@ CASES = {
     "gpt2-inverse-layer-scale-fp16": "fp16",
 }
 # Those that also have a draft layer: with a head of its own, and with the model's.
-DRAFTS = {"llama-gqa": True, "llama-gqa-fp16": True, "gpt2-fp16": False, "qwen2-fp16": False}
+DRAFTS = {"llama-gqa": True, "llama-gqa-fp16": True, "gpt2-fp16": False, "qwen3-fp16": False}
 # Of a draft layer's prompt, and of the chain after it.
 DRAFT_PROMPT, DRAFTED = 20, 5

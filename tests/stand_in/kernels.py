@@ -153,9 +153,19 @@ class StandInKernels:
             y = y + self._floats(a.residual, a.count, a.outputs)
         self._floats(a.out, a.count, a.outputs)[...] = y
 
+    def norm_queries_and_keys(self, a: Any) -> None:
+        m, tokens = self.m, a.grid[0]
+        qkv = self._floats(a.qkv, tokens, m.HEADS + 2 * m.KV_HEADS, m.HEAD_DIM)
+        for weight, heads in (
+            (a.query_weight, qkv[:, : m.HEADS]),
+            (a.key_weight, qkv[:, m.HEADS : m.HEADS + m.KV_HEADS]),
+        ):
+            square = (heads.astype(np.float64) ** 2).mean(axis=-1, keepdims=True)
+            heads[...] = heads / np.sqrt(square + a.epsilon) * self._floats(weight, m.HEAD_DIM)
+
     def _rotated(self, heads: np.ndarray, a: Any, position: int) -> np.ndarray:
         half = self.m.ROTARY_DIM // 2
-        if not half:
+        if not half or (self.m.UNROTATED and not a.cosines):
             return heads
         cosines = self._floats(a.cosines + 4 * position * half, half)
         sines = self._floats(a.sines + 4 * position * half, half)

@@ -20,7 +20,7 @@ TEXT = random_text(16, 20)
 VARIANTS = (
     *("llama-gqa", "llama-attention-bias", "llama-mlp-bias", "llama-rope-llama3", "qwen2"),
     *("mistral-sliding-window", "phi3-gqa", "phi3-longrope", "phi3-partial-rotary"),
-    *("granite", "granite-biases", "stablelm"),
+    *("granite-biases", "stablelm", "qwen3", "smollm3-sliding-window", "olmo2"),
     *("gpt2", "gpt2-relu", "gpt2-inverse-layer-scale"),
 )
 
@@ -57,7 +57,7 @@ def test_module_is_the_shortcut(
             np.testing.assert_allclose(single, wanted, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "granite-biases", "gpt2"])
+@pytest.mark.parametrize("variant", ["olmo2", "granite-biases", "gpt2"])
 def test_it_begins_as_the_last_block(variant: str, checkpoints: Checkpoints) -> None:
     """At the last exit it is the model itself."""
     frozen = Frozen(checkpoints(variant), torch.device("cpu"))
@@ -75,6 +75,7 @@ def test_a_block_of_another_model_does_not_fit(checkpoints: Checkpoints) -> None
     for changes, message in (
         ({"hidden_size": 32}, "its hidden size is 64, the model's 32"),
         ({"kv_heads": 4}, "its width of attention is 128, the model's 192"),
+        ({"qk_norm": "head"}, "its norm of queries is 0, the model's 16"),
         ({"intermediate_size": 64}, "its width of the MLP is 96, the model's 64"),
         ({"gated": False}, "its first matrix's width is 192, the model's 96"),
         ({"blocks": 3}, "it serves exit 3, the model has 3 blocks"),

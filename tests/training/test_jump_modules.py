@@ -40,6 +40,7 @@ FROZEN = (
     "granite",
     "granite-tied",
     "stablelm",
+    "olmo2",
 )
 VARIANTS = ("llama-gqa", "phi3", "stablelm", "gpt2", "gpt2-gelu", "gpt2-relu")
 

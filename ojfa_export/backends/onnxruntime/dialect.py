@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ojfa_export.errors import BackendError
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, INT64, MICROSOFT, Graph
 from ojfa_export.graphs.weights import TensorRef
-from ojfa_export.models.spec import Activation, ModelSpec
+from ojfa_export.models.spec import Activation, ModelSpec, NormKind
 
 WIDENED_AT_ONCE = 64_000_000  # bytes
 # Which input of GroupQueryAttention `query_seqlens` is (ONNX Runtime 1.32 and later).
 QUERY_LENGTHS = 16
+Parameter = Callable[[Graph, str, TensorRef], str]
 SKIP_RMS_NORM = "SkipSimplifiedLayerNormalization"
 
 
@@ -38,12 +41,29 @@ class OnnxRuntimeDialect(Portable):
 
     def norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
         """RMSNorm or LayerNorm as one node."""
-        kind = "SimplifiedLayerNormalization"
-        names = [f"{name}.weight"]
-        if self.spec.norm == "layer":
-            kind = "LayerNormalization"
-            names.append(f"{name}.bias")
-        parameters = [self.vector(graph, each, weights[each]) for each in names]
+        return self._norm(graph, x, weights, name, self.spec.norm, self.vector)
+
+    def float_norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
+        """The same in fp32."""
+        return self._norm(graph, x, weights, name, self.spec.norm, _as_stored)
+
+    def root_norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
+        """RMSNorm as one node."""
+        return self._norm(graph, x, weights, name, "rms", self.vector)
+
+    def _norm(
+        self,
+        graph: Graph,
+        x: str,
+        weights: Weights,
+        name: str,
+        norm: NormKind,
+        parameter: Parameter,
+    ) -> str:
+        layer = norm == "layer"
+        names = [f"{name}.weight", f"{name}.bias"] if layer else [f"{name}.weight"]
+        parameters = [parameter(graph, each, weights[each]) for each in names]
+        kind = "LayerNormalization" if layer else "SimplifiedLayerNormalization"
         epsilon = self.spec.norm_epsilon
         return str(graph.op(kind, x, *parameters, axis=-1, epsilon=epsilon, stash_type=1))
 
@@ -95,18 +115,20 @@ class OnnxRuntimeDialect(Portable):
         for name in ("past_key", "past_value"):
             graph.input(name, self.compute, "batch", spec.kv_heads, "capacity", spec.head_dim)
 
-    def attention(self, graph: Graph, qkv: str, block: int) -> str:
+    def attention(self, graph: Graph, qkv: str, block: int, weights: Weights) -> str:
         """GroupQueryAttention: rotates, appends to the cache, attends."""
-        spec = self.spec
-        tables = ("rotary_cos_table", "rotary_sin_table") if spec.rotary_dim else ()
+        spec, rotates = self.spec, self.spec.rotary_dim_of(block) > 0
+        parts = (qkv, "", "")
+        if spec.qk_norm != "none":
+            parts = self.normed_parts(graph, qkv, weights)
+        window = spec.window_of(block)
+        tables = ("rotary_cos_table", "rotary_sin_table") if rotates else ()
         lengths = self.ragged_inputs()
         if lengths:  # the last of the operator's inputs
             lengths = ("",) * (QUERY_LENGTHS - 7 - len(tables)) + lengths
         mixed, key, value = graph.op(
             "GroupQueryAttention",
-            qkv,
-            "",
-            "",
+            *parts,
             "past_key",
             "past_value",
             "last_positions",
@@ -118,8 +140,8 @@ class OnnxRuntimeDialect(Portable):
             num_heads=spec.heads,
             kv_num_heads=spec.kv_heads,
             scale=spec.attention_scales[block],
-            do_rotary=int(bool(spec.rotary_dim)),
-            local_window_size=-1 if spec.window is None else spec.window,
+            do_rotary=int(rotates),
+            local_window_size=-1 if window is None else window,
         )
         self.cache_outputs(graph, key, value)
         return str(mixed)
@@ -157,10 +179,10 @@ class OnnxRuntimeCpu(OnnxRuntimeDialect):
         graph.input("unpack", INT64, "batch", "chunk")
         graph.input("pack", INT64, "tokens")
 
-    def attention(self, graph: Graph, qkv: str, block: int) -> str:
+    def attention(self, graph: Graph, qkv: str, block: int, weights: Weights) -> str:
         """Attention of a ragged pass: tokens go to their slots' rows, padded, and back."""
         rows = graph.op("Gather", qkv, "unpack", axis=0)
-        mixed = super().attention(graph, rows, block)
+        mixed = super().attention(graph, rows, block, weights)
         flat = graph.reshape(mixed, -1, self.spec.heads * self.spec.head_dim)
         return str(graph.op("Gather", flat, "pack", axis=0))
 
@@ -190,3 +212,7 @@ class OnnxRuntimeCpu(OnnxRuntimeDialect):
             for start in range(0, rows, step)
         ]
         return str(graph.op("Concat", *parts, axis=1))
+
+
+def _as_stored(graph: Graph, name: str, ref: TensorRef) -> str:
+    return graph.weight(name, ref)

@@ -74,7 +74,5 @@ def _model(
         return name, final_head_graph(spec, weights, dialect)
     if name == "exit_head":
         return name, jump_head_graph(spec, weights, dialect)
-    # Blocks differ in their scale of attention at most.
-    index = int(name.removeprefix("block_"))
-    first = spec.attention_scales.index(spec.attention_scales[index])
+    first = spec.like(int(name.removeprefix("block_")))
     return block_name(first), block_graph(spec, first, weights, dialect)

@@ -60,9 +60,9 @@ class OnnxRuntimeCuda(OnnxRuntimeDialect):
             y = graph.op("Add", y, self.vector(graph, bias, weights[bias]))
         return y
 
-    def residual(self, graph: Graph, x: str, y: str) -> str:
-        """The sum of hidden states and of what `linear` gave, in fp32."""
-        return super().residual(graph, x, self.to_float(graph, y))
+    def widened(self, graph: Graph, y: str) -> str:
+        """What `linear` gave, in fp32."""
+        return self.to_float(graph, y)
 
     def norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
         """RMSNorm or LayerNorm as one node."""
@@ -110,7 +110,7 @@ class OnnxRuntimeCuda(OnnxRuntimeDialect):
         for name in ("past_key", "past_value"):
             graph.input(name, FLOAT, "batch", spec.kv_heads, "capacity", spec.head_dim)
 
-    def attention(self, graph: Graph, qkv: str, block: int) -> str:
+    def attention(self, graph: Graph, qkv: str, block: int, weights: Weights) -> str:
         """Attention in place: see the module.
 
         The operators are those that need nothing of the host: some others (uneven Split and
@@ -118,9 +118,9 @@ class OnnxRuntimeCuda(OnnxRuntimeDialect):
         free them by a callback, which a recorded graph would do again at every replay.
         """
         if self._half:
-            return super().attention(graph, qkv, block)
+            return super().attention(graph, qkv, block, weights)
         spec = self.spec
-        q, new_key, new_value = self._heads(graph, qkv)
+        q, new_key, new_value = self._heads(graph, qkv, block, weights)
         shape = (spec.kv_heads, 1, spec.head_dim)
         slots = graph.op("Unsqueeze", "positions", graph.constant([1, 3], np.int64))
         slots = graph.op("Add", slots, graph.constant(np.zeros(shape), np.int32))
@@ -132,29 +132,25 @@ class OnnxRuntimeCuda(OnnxRuntimeDialect):
         q = graph.reshape(q, 0, spec.kv_heads, -1, spec.head_dim)
         scale = spec.attention_scales[block]
         scores = graph.op("FusedMatMul", q, key, domain=MICROSOFT, transB=1, alpha=scale)
-        weights = graph.op("Softmax", graph.op("Add", scores, self._whole_mask(graph)), axis=-1)
-        mixed = graph.op("MatMul", weights, value)
+        masked = graph.op("Add", scores, self._whole_mask(graph, block))
+        mixed = graph.op("MatMul", graph.op("Softmax", masked, axis=-1), value)
         self.cache_outputs(graph, key, value)
         mixed = graph.reshape(mixed, 0, spec.heads, -1, spec.head_dim)
         mixed = graph.op("Transpose", mixed, perm=[0, 2, 1, 3])
         return graph.reshape(mixed, 0, 0, spec.heads * spec.head_dim)
 
-    def _heads(self, graph: Graph, qkv: str) -> tuple[str, str, str]:
+    def _heads(self, graph: Graph, qkv: str, block: int, weights: Weights) -> tuple[str, str, str]:
         """Rotated q and k, and v: [batch, heads, tokens, head_dim]."""
         spec = self.spec
-        axis, at, parts = graph.constant([2], np.int64), 0, []
-        rotated = (True, True, False) if spec.rotary_dim else (False,) * 3
-        for heads, rotate in zip((spec.heads, spec.kv_heads, spec.kv_heads), rotated, strict=True):
-            stop = at + heads * spec.head_dim
-            ends = (graph.constant([each], np.int64) for each in (at, stop))
-            part = graph.op("Slice", qkv, *ends, axis)
-            if rotate:
-                part = self._rotated(graph, part, heads)
-            part = graph.reshape(part, 0, 0, heads, spec.head_dim)
-            parts.append(graph.op("Transpose", part, perm=[0, 2, 1, 3]))
-            at = stop
-        q, k, v = parts
-        return q, k, v
+        q, k, v = self.normed_parts(graph, qkv, weights)
+        if spec.rotary_dim_of(block):
+            q = self._rotated(graph, q, spec.heads)
+            k = self._rotated(graph, k, spec.kv_heads)
+        heads = [
+            graph.op("Transpose", graph.reshape(part, 0, 0, -1, spec.head_dim), perm=[0, 2, 1, 3])
+            for part in (q, k, v)
+        ]
+        return heads[0], heads[1], heads[2]
 
     def _rotated(self, graph: Graph, x: str, heads: int) -> str:
         result: str = graph.op(
@@ -169,12 +165,12 @@ class OnnxRuntimeCuda(OnnxRuntimeDialect):
         )
         return result
 
-    def _whole_mask(self, graph: Graph) -> str:
+    def _whole_mask(self, graph: Graph, block: int) -> str:
         """[batch, 1, heads of a key * tokens, capacity]: 0 where a query sees a row, or MASKED."""
         queries = graph.op("Unsqueeze", "positions", graph.constant([2], np.int64))
         visible = graph.op("LessOrEqual", "key_positions", queries)
-        if self.spec.window is not None:
-            oldest = graph.op("Sub", queries, graph.constant(self.spec.window, np.int32))
+        if (window := self.spec.window_of(block)) is not None:
+            oldest = graph.op("Sub", queries, graph.constant(window, np.int32))
             visible = graph.op("And", visible, graph.op("Greater", "key_positions", oldest))
         mask = graph.op(
             "Where", visible, graph.constant(0, np.float32), graph.constant(MASKED, np.float32)

@@ -9,6 +9,7 @@ from ojfa_export.backends.tensorrt.linear import Norm
 from ojfa_export.backends.tensorrt.opened import OpenedModel
 from ojfa_export.backends.tensorrt.plan import MLP, QKV
 from ojfa_export.backends.tensorrt.products import Products
+from ojfa_export.backends.tensorrt.qk_norm import norm_queries_and_keys
 from ojfa_export.backends.tensorrt.workspace import Workspace
 from ojfa_export.bundle.names import block_name
 
@@ -52,6 +53,8 @@ class Block:
             self._qkv_by_kernels(workspace, products)
         else:
             self._qkv_by_engine(workspace)
+        if self._model.spec.qk_norm != "none":
+            self._norm_queries_and_keys(workspace)
         self._attend(workspace, long_context)
         if products:
             self._mlp_by_kernels(workspace, products)
@@ -105,6 +108,18 @@ class Block:
                 "qkv": workspace.qkv,
             },
             ("attention.norm", "attention.qkv"),
+        )
+
+    def _norm_queries_and_keys(self, workspace: Workspace) -> None:
+        model = self._model
+        weights = model.weights(self._name)
+        norm_queries_and_keys(
+            model.kernels[model.precision],
+            model.spec,
+            workspace.tokens,
+            workspace.qkv.pointer,
+            weights["attention.q_norm.weight"].pointer,
+            weights["attention.k_norm.weight"].pointer,
         )
 
     def _mlp_by_engine(self, workspace: Workspace) -> None:
@@ -161,7 +176,7 @@ class Block:
 
     def _rotations(self, long_context: bool) -> tuple[int, int]:
         tables = self._model.rotary
-        if tables is None:
+        if tables is None or not self._model.spec.rotary_dim_of(self._index):
             return 0, 0
         cosines, sines = tables
         long = long_context and self._model.spec.rotary_switch is not None

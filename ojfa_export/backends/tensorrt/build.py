@@ -23,6 +23,7 @@ from ojfa_export.backends.cuda.kernels import compile_kernels
 from ojfa_export.backends.cuda.sources import definitions, sources_digest
 from ojfa_export.backends.tensorrt import algorithms, api
 from ojfa_export.backends.tensorrt.graphs import parts, transposed
+from ojfa_export.backends.tensorrt.parts import check_parts
 from ojfa_export.backends.tensorrt.plan import INTERFACE, PROFILES, GraphPlan, Weight
 from ojfa_export.backends.tensorrt.tiled import matrix_shapes
 from ojfa_export.bundle.names import DRAFT_GRAPHS
@@ -47,8 +48,9 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
         plan: The plan to write; engines are beside it.
 
     Raises:
-        BackendError: TensorRT can't build it.
+        BackendError: TensorRT can't build it, or the model has parts that there are no kernels of.
     """
+    check_parts(spec)
     refs, precision = _references(graph)
     # By part: a name without what comes before it, "qkv" and "mlp" of a block.
     engines = {

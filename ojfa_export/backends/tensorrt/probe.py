@@ -24,8 +24,9 @@ def trace_block(engines: TensorRtEngines, index: int, hidden: Float32) -> dict[s
     workspace.place(whole)
     workspace.take(engines.arrays.asarray(hidden), index)
     block.run(workspace, False)
+    normed = engines.spec.qk_norm != "none"
     found = {
-        "attention.qkv": workspace.qkv,
+        "attention.qkv normed" if normed else "attention.qkv": workspace.qkv,
         "attention.mixed": workspace.mixed,
         "hidden": workspace.hidden[1 - index % 2],
     }

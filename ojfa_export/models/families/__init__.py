@@ -11,13 +11,28 @@ from ojfa_export.models.families.gpt2 import GPT2
 from ojfa_export.models.families.granite import GRANITE
 from ojfa_export.models.families.llama import LLAMA
 from ojfa_export.models.families.mistral import MISTRAL
+from ojfa_export.models.families.olmo2 import OLMO2
 from ojfa_export.models.families.phi3 import PHI3
 from ojfa_export.models.families.qwen2 import QWEN2
+from ojfa_export.models.families.qwen3 import QWEN3
+from ojfa_export.models.families.smollm3 import SMOLLM3
 from ojfa_export.models.families.stablelm import STABLELM
 from ojfa_export.models.spec import ModelSpec
 
 FAMILIES = {
-    family.model_type: family for family in (GPT2, GRANITE, LLAMA, MISTRAL, PHI3, QWEN2, STABLELM)
+    family.model_type: family
+    for family in (
+        GPT2,
+        GRANITE,
+        LLAMA,
+        MISTRAL,
+        OLMO2,
+        PHI3,
+        QWEN2,
+        QWEN3,
+        SMOLLM3,
+        STABLELM,
+    )
 }
 
 

@@ -93,14 +93,18 @@ class Config:
             f"{self.source}: field '{name}' must be {what}, not {value!r:.60}", hint=COMPLETE
         )
 
-    def integer(self, name: str, default: int | None = None, most: int = 2**31 - 1) -> int:
-        """A positive integer field.
+    def integer(
+        self, name: str, default: int | None = None, most: int = 2**31 - 1, least: int = 1
+    ) -> int:
+        """An integer field, positive where nothing else is said.
 
         Raises:
-            CheckpointError: Where it is absent without a default, or not in 1 .. most.
+            CheckpointError: Where it is absent without a default, or not in least .. most.
         """
         value = self.get(name, default)
-        if type(value) is not int or value < 1:
+        if type(value) is int and value < least == 0:
+            raise self.wrong(name, "an integer from 0 on", value)
+        if type(value) is not int or value < least:
             raise self.wrong(name, "a positive integer", value)
         if value > most:
             raise self.wrong(name, f"a positive integer up to {most}", value)

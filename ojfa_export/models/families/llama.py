@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ojfa_export.errors import CheckpointError
 from ojfa_export.models.families.config import COMPLETE, MOST_BLOCKS, MOST_FEATURES, Config
 from ojfa_export.models.families.family import Family, eos_token_ids
-from ojfa_export.models.families.rotary import Rotary, read_rotary
+from ojfa_export.models.families.rotary import THETA, Rotary, read_rotary
 from ojfa_export.models.families.tensors import HEAD, Source, linear, table, vector, vectors
 from ojfa_export.models.spec import ModelSpec
 
@@ -28,6 +28,10 @@ def llama_spec(
     kv_heads: int | None = None,
     window: int | None = None,
     attention_scale: float | None = None,
+    head_dim: int | None = None,
+    theta: float = THETA,
+    epsilon: float = 1e-6,
+    tied_head: bool = False,
 ) -> ModelSpec:
     """The architecture of a family whose blocks are Llama's.
 
@@ -38,13 +42,18 @@ def llama_spec(
         kv_heads: The same; None for as many as there are heads.
         window: Keys that a query sees at most; None for all.
         attention_scale: Factor on q.k; None for one over the root of a head's features.
+        head_dim: Features of one head, where the config names none; None for the hidden ones'
+            share.
+        theta: Base of the rotation's frequencies, where the config names none.
+        epsilon: Of the norms, the same.
+        tied_head: The same.
     """
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     blocks, vocabulary = (
         config.integer("num_hidden_layers", most=MOST_BLOCKS),
         config.integer("vocab_size"),
     )
-    head_dim = read_head_dim(config)
+    features = read_head_dim(config, head_dim)
     config.require("hidden_act", "silu", "swish")
     return ModelSpec(
         family=family,
@@ -53,24 +62,28 @@ def llama_spec(
         vocab_size=vocabulary,
         heads=heads,
         kv_heads=config.integer("num_key_value_heads", kv_heads or heads),
-        head_dim=head_dim,
+        head_dim=features,
         intermediate_size=config.integer("intermediate_size"),
-        attention_scales=(attention_scale or head_dim**-0.5,) * blocks,
+        attention_scales=(attention_scale or features**-0.5,) * blocks,
         window=window,
-        rotary_dim=rotary(config).dim,
+        rotary_dim=rotary(config, head_dim, theta).dim,
         rotary_switch=None,
         activation="silu",
         gated=True,
         norm="rms",
-        norm_epsilon=config.fraction("rms_norm_eps", 1e-6),
+        norm_epsilon=config.fraction("rms_norm_eps", epsilon),
         max_positions=config.integer("max_position_embeddings", max_positions),
-        tied_head=config.flag("tie_word_embeddings", False),
+        tied_head=config.flag("tie_word_embeddings", tied_head),
         eos_token_ids=eos_token_ids(config, vocabulary),
     )
 
 
-def read_head_dim(config: Config) -> int:
+def read_head_dim(config: Config, default: int | None = None) -> int:
     """Features of one head.
+
+    Args:
+        config: The config.
+        default: Where it names none; None for the hidden ones' share.
 
     Raises:
         CheckpointError: The heads don't share the hidden features evenly.
@@ -81,14 +94,15 @@ def read_head_dim(config: Config) -> int:
             f"{config.source}: hidden_size {hidden} is no multiple of num_attention_heads {heads}",
             hint=COMPLETE,
         )
-    return config.integer("head_dim", hidden // heads, MOST_FEATURES)
+    return config.integer("head_dim", default or hidden // heads, MOST_FEATURES)
 
 
-def rotary(config: Config) -> Rotary:
-    """Reads the rotary embedding of a config like Llama's."""
-    head_dim = read_head_dim(config)
-    result = read_rotary(config, head_dim, ("default", "linear", "dynamic", "llama3"))
-    if result.dim != head_dim:
+def rotary(config: Config, head_dim: int | None = None, theta: float = THETA) -> Rotary:
+    """Reads the rotary embedding of a config like Llama's; see `llama_spec`."""
+    features = read_head_dim(config, head_dim)
+    kinds = ("default", "linear", "dynamic", "llama3")
+    result = read_rotary(config, features, kinds, theta=theta)
+    if result.dim != features:
         raise CheckpointError(
             f"{config.source}: field 'partial_rotary_factor' is not supported for this family",
             hint="supported: heads that rotate whole",

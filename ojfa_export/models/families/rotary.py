@@ -110,6 +110,8 @@ class Rotary:
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 # No cache holds more positions.
 LAST_POSITION = 2**31 - 1
+# Where a config names none, as in most families of transformers.
+THETA = 10_000.0
 FACTOR_LISTS = ("short_factor", "long_factor")
 NEEDED = {
     "default": (),
@@ -126,7 +128,12 @@ NEEDED = {
 
 
 def read_rotary(
-    config: Config, head_dim: int, kinds: tuple[str, ...], *, partial: float = 1.0
+    config: Config,
+    head_dim: int,
+    kinds: tuple[str, ...],
+    *,
+    partial: float = 1.0,
+    theta: float = THETA,
 ) -> Rotary:
     """Reads a config's rotary embedding, in transformers 4's or 5's spelling.
 
@@ -135,6 +142,7 @@ def read_rotary(
         head_dim: Features of one head.
         kinds: Scalings that the family's own implementation has.
         partial: The share of a head that rotates, where the config names none.
+        theta: Base of the frequencies, the same.
 
     Raises:
         CheckpointError: For another scaling, or one whose parameters are incomplete.
@@ -152,7 +160,7 @@ def read_rotary(
         parameters |= {key: value for key, value in given.items() if value is not None}
     kind = str(parameters.pop("rope_type", parameters.pop("type", "default")))
     parameters.pop("type", None)
-    theta = parameters.pop("rope_theta", config.get("rope_theta", 10_000.0))
+    base = parameters.pop("rope_theta", config.get("rope_theta", theta))
     partial = parameters.pop("partial_rotary_factor", config.get("partial_rotary_factor", partial))
     trained = config.integer("max_position_embeddings", 2048)
     original = config.get("original_max_position_embeddings")
@@ -166,7 +174,7 @@ def read_rotary(
             f"{config.source}: rotary scaling {kind!r:.60} is not supported for this family",
             hint=f"supported: {', '.join(kinds)}",
         )
-    _check_numbers(config, {"rope_theta": theta, "partial_rotary_factor": partial, **parameters})
+    _check_numbers(config, {"rope_theta": base, "partial_rotary_factor": partial, **parameters})
     dim = int(head_dim * partial)
     if dim % 2 or not 2 <= dim <= head_dim:
         raise CheckpointError(
@@ -175,7 +183,7 @@ def read_rotary(
         )
     _check_parameters(config, kind, parameters, dim)
     switch = parameters["original_max_position_embeddings"] if kind == "longrope" else None
-    rotary = Rotary(dim, kind, float(theta), trained, parameters, switch)
+    rotary = Rotary(dim, kind, float(base), trained, parameters, switch)
     _check_angles(config, rotary)
     return rotary
 

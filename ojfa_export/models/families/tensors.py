@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export.models.spec import ModelSpec
+
 # The LM head is outside the base model in every family: no prefix comes before its name.
 HEAD = "lm_head.weight"
 
@@ -78,6 +80,19 @@ def table(name: str, rows: int, columns: int) -> Source:
 def vectors(*parts: tuple[str, int]) -> Source:
     """Several vectors, one after the other."""
     return Source(tuple(parts))
+
+
+def qk_norms(attention: str, spec: ModelSpec) -> dict[str, Source]:
+    """Weights of the norms of queries and of keys, of a model that has them.
+
+    Args:
+        attention: What comes before their usual names.
+        spec: The model.
+    """
+    return {
+        f"attention.{name}.weight": vector(f"{attention}{name}.weight", features)
+        for name, features in zip(("q_norm", "k_norm"), spec.qk_norm_features, strict=True)
+    }
 
 
 def names_of(sources: Sequence[Source]) -> list[str]:

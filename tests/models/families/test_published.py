@@ -60,6 +60,32 @@ STABLELM_1_6B: Fields = {
     "qk_layernorm": False, "rope_theta": 10000, "tie_word_embeddings": False,
     "use_parallel_residual": False, "use_qkv_bias": True, "vocab_size": 100352,
 }  # fmt: skip
+QWEN3_0_6B: Fields = {
+    **COMMON, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": False,
+    "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_size": 1024,
+    "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+    "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+    "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+SMOLLM3_3B: Fields = {
+    **COMMON, "model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"],
+    "attention_bias": False, "bos_token_id": None, "eos_token_id": 128012, "hidden_size": 2048,
+    "intermediate_size": 11008, "layer_types": ["full_attention"] * 36,
+    "max_position_embeddings": 65536, "max_window_layers": 28, "mlp_bias": False,
+    "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9, "num_attention_heads": 16,
+    "num_hidden_layers": 36, "num_key_value_heads": 4, "pad_token_id": 128004, "pretraining_tp": 2,
+    "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None,
+    "use_sliding_window": False, "vocab_size": 128256,
+}  # fmt: skip
+OLMO2_1B: Fields = {
+    **COMMON, "model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"],
+    "attention_bias": False, "eos_token_id": 100257, "hidden_size": 2048,
+    "intermediate_size": 8192, "max_position_embeddings": 4096, "num_attention_heads": 16,
+    "num_hidden_layers": 16, "num_key_value_heads": 16, "pad_token_id": 100277,
+    "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": False,
+    "vocab_size": 100352,
+}  # fmt: skip
 
 
 def spec_of(fields: Fields) -> ModelSpec:
@@ -72,9 +98,20 @@ def spec_of(fields: Fields) -> ModelSpec:
         (GRANITE_2B, {"head_dim": 64, "rotary_dim": 64, "attention_scales": (1 / 64,) * 40}),
         (PHI4, {"head_dim": 128, "rotary_dim": 128, "rotary_switch": None, "kv_heads": 10}),
         (PHI4_MINI, {"head_dim": 128, "rotary_dim": 96, "rotary_switch": 4096, "tied_head": True}),
+        (QWEN3_0_6B, {"head_dim": 128, "qk_norm": "head", "window": None, "tied_head": True}),
+        (SMOLLM3_3B, {"head_dim": 128, "rotated": (True, True, True, False) * 9, "window": None}),
+        (OLMO2_1B, {"head_dim": 128, "norms": "after", "qk_norm": "projection"}),
         (STABLELM_1_6B, {"head_dim": 64, "rotary_dim": 16, "norm": "layer", "gated": True}),
     ],
-    ids=["granite-2b", "phi-4", "phi-4-mini", "stablelm-1.6b"],
+    ids=[
+        "granite-2b",
+        "phi-4",
+        "phi-4-mini",
+        "qwen3-0.6b",
+        "smollm3-3b",
+        "olmo2-1b",
+        "stablelm-1.6b",
+    ],
 )
 def test_published_configs(fields: Fields, wanted: Fields) -> None:
     spec = spec_of(fields)
