@@ -200,6 +200,14 @@ TEST(Lies, OfTheManifestAreSeenInTheGraphs) {
         {"llama.ojfa", {{"/golden/0/token_ids", Json::array()}}, "golden.0.token_ids: there is none"},
         {"llama.ojfa", {{"/model/spec/heads", 2147483647}, {"/model/spec/kv_heads", 1}}, "so many features"},
         {"llama.ojfa", {{"/model/spec/activation", "relu"}}, "gives other tokens"},
+        {"llama.ojfa", {{"/model/spec/norms", "after"}}, "gives other tokens"},
+        {"llama.ojfa", {{"/model/spec/norms", "between"}}, "spec.norms: 'between' is not known"},
+        {"llama.ojfa", {{"/model/spec/qk_norm", "head"}}, "it has no weight 'attention.k_norm.weight'"},
+        {"llama.ojfa", {{"/model/spec/rotated", {false, false, false, false}}}, "gives other tokens"},
+        {"llama.ojfa",
+         {{"/model/spec/rotated", {true, false}}},
+         "spec.rotated: there must be one for each block"},
+        {"llama.ojfa", {{"/model/spec/windowed", {1, 0, 1, 0}}}, "spec.windowed: one of it is neither"},
         {"llama.ojfa", {{"/model/spec/attention_scales", {4.0, 4.0, 4.0, 4.0}}}, "gives other tokens"},
     };
     for (const Lie& lie : lies) {

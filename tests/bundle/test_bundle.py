@@ -98,6 +98,7 @@ def test_number_that_no_file_digest_protects(copy: BundleCopy, path: str) -> Non
         ("model/spec/blocks", 2**31, "model.spec.blocks: 2147483648 is above 65536"),
         ("model/spec/hidden_size", 2**31, "model.spec.hidden_size: above"),
         ("model/spec/rotary_dim", 15, "rotary_dim: it must be even"),
+        ("model/spec/rotated", [True], "spec.rotated: there must be one for each block, or none"),
         ("model/spec/kv_heads", 3, "kv_heads: they must divide"),
         ("cache/max_length", 2**31, "cache.max_length"),
         ("golden", [], "golden: Tuple should have at least 1 item"),

@@ -92,6 +92,7 @@ SIZES = {
     "intermediate_size": 64,
     "gated": False,
     "norm": "layer",
+    "qk_norm": "head",
 }
 
 
@@ -112,7 +113,9 @@ def test_size_that_contradicts_the_graphs(field: str, copied: Callable[[str], Bu
         ("activation", "relu"),
         ("window", None),
         ("window", 23),
-        ("rotary_switch", 33),
+        ("windowed", [True, False, True, True]),
+        ("rotated", [True, False, True, True]),
+        ("norms", "after"),
         ("norm_epsilon", 1e-3),
         ("attention_scales", [0.25, 0.25, 0.25, 0.125]),
         ("max_positions", 4096),

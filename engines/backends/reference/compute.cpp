@@ -52,6 +52,16 @@ Row norm(const ModelSpec& spec, const Row& x, const Weights& weights, const std:
     return out;
 }
 
+void norm_parts(const ModelSpec& spec, Row& x, std::size_t first, std::size_t count, const Tensor& weight) {
+    const std::size_t width = weight.rows();
+    for (std::size_t at = first; at < first + count; at += width) {
+        const auto begin = x.begin() + static_cast<std::ptrdiff_t>(at);
+        const Row part =
+            root_mean_square({begin, begin + static_cast<std::ptrdiff_t>(width)}, spec.norm_epsilon);
+        for (std::size_t i = 0; i < width; ++i) x[at + i] = part[i] * weight.values[i];
+    }
+}
+
 double activate(double x, Activation kind) {
     switch (kind) {
         case Activation::silu:

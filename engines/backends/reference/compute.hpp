@@ -23,6 +23,9 @@ Row root_mean_square(const Row& x, double epsilon);
 // RMSNorm or LayerNorm with the weights `name`.weight and `name`.bias.
 Row norm(const ModelSpec& spec, const Row& x, const Weights& weights, const std::string& name);
 
+// RMSNorm with a weight of each so many values from `first` on, in place.
+void norm_parts(const ModelSpec& spec, Row& x, std::size_t first, std::size_t count, const Tensor& weight);
+
 double activate(double x, Activation kind);
 
 // Rotates a head's leading features in place by a position's cosines and sines [rotary_dim / 2], each with

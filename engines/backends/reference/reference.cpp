@@ -92,8 +92,9 @@ class ReferenceCache : public Cache {
  private:
     Address buffer(std::size_t rows);
     void run_block(int block, float* hidden, int sequence, int position, bool long_context);
+    void norm_queries_and_keys(const Weights& weights, Row& qkv) const;
     Row attend(int block, Row& qkv, int sequence, int position, bool long_context);
-    Row mix(const double* query, const float* keys, const float* values, int position, double scale) const;
+    Row mix(int block, const double* query, const float* keys, const float* values, int position) const;
     Row logits_of(const float* hidden, int blocks_run) const;
     KeysAndValues& cached(int block);
 
@@ -171,24 +172,38 @@ void ReferenceCache::run_block(int block, float* hidden, int sequence, int posit
         return linear(x, weights.at(std::string(name) + ".weight", {inputs, outputs}),
                       weights.maybe(std::string(name) + ".bias", {outputs}));
     };
+    const auto normed = [&](const Row& x, const char* name, NormPlace place) {
+        return spec_.norms == place ? norm(spec_, x, weights, name) : x;
+    };
     Row states(hidden, hidden + width);
-    Row qkv = product(norm(spec_, states, weights, "attention.norm"), "attention.qkv", width, qkv_width);
+    Row qkv = product(normed(states, "attention.norm", NormPlace::before), "attention.qkv", width, qkv_width);
+    norm_queries_and_keys(weights, qkv);
     const Row mixed = attend(block, qkv, sequence, position, long_context);
-    const Row out = product(mixed, "attention.out", attended, width);
+    const Row out =
+        normed(product(mixed, "attention.out", attended, width), "attention.norm", NormPlace::after);
     for (std::size_t i = 0; i < states.size(); ++i) states[i] += out[i];
-    const Row up = product(norm(spec_, states, weights, "mlp.norm"), "mlp.up", width, up_width);
+    const Row up = product(normed(states, "mlp.norm", NormPlace::before), "mlp.up", width, up_width);
     Row inner(at(spec_.intermediate_size));
     for (std::size_t i = 0; i < inner.size(); ++i)
         inner[i] = activate(up[i], spec_.activation) * (spec_.gated ? up[i + inner.size()] : 1.0);
-    const Row down = product(inner, "mlp.down", inner_width, width);
+    const Row down = normed(product(inner, "mlp.down", inner_width, width), "mlp.norm", NormPlace::after);
     for (std::size_t i = 0; i < states.size(); ++i) hidden[i] = static_cast<float>(states[i] + down[i]);
+}
+
+void ReferenceCache::norm_queries_and_keys(const Weights& weights, Row& qkv) const {
+    if (spec_.qk_norm == QkNorm::none) return;
+    const std::size_t dim = at(spec_.head_dim), queries = at(spec_.heads) * dim;
+    norm_parts(spec_, qkv, 0, queries,
+               weights.at("attention.q_norm.weight", {spec_.qk_norm_features(spec_.heads)}));
+    norm_parts(spec_, qkv, queries, at(spec_.kv_heads) * dim,
+               weights.at("attention.k_norm.weight", {spec_.qk_norm_features(spec_.kv_heads)}));
 }
 
 // Rotates, appends to the cache, attends: queries, keys and values of one token to what its heads mix.
 Row ReferenceCache::attend(int block, Row& qkv, int sequence, int position, bool long_context) {
     KeysAndValues& kept = cached(block);
     const std::size_t dim = at(spec_.head_dim), capacity = at(capacity_);
-    const std::size_t half = at(spec_.rotary_dim / 2);
+    const std::size_t half = at(spec_.rotary_dim_of(block) / 2);
     if (half) {
         const bool second = long_context && spec_.rotary_switch;
         const std::size_t from = at(position) * half + (second ? engines_.cosines.size() / 2 : 0);
@@ -212,18 +227,19 @@ Row ReferenceCache::attend(int block, Row& qkv, int sequence, int position, bool
     Row mixed;
     for (int head = 0; head < spec_.heads; ++head) {
         const std::size_t from = plane(head / (spec_.heads / spec_.kv_heads));
-        const Row part = mix(qkv.data() + at(head) * dim, keys + from, values + from, position,
-                             spec_.attention_scales[at(block)]);
+        const Row part = mix(block, qkv.data() + at(head) * dim, keys + from, values + from, position);
         mixed.insert(mixed.end(), part.begin(), part.end());
     }
     return mixed;
 }
 
 // One head's values [capacity, head_dim], weighted by the softmax of its scores.
-Row ReferenceCache::mix(const double* query, const float* keys, const float* values, int position,
-                        double scale) const {
+Row ReferenceCache::mix(int block, const double* query, const float* keys, const float* values,
+                        int position) const {
     const std::size_t dim = at(spec_.head_dim);
-    const int oldest = spec_.window ? std::max(0, position + 1 - *spec_.window) : 0;
+    const double scale = spec_.attention_scales[at(block)];
+    const std::optional<int> window = spec_.window_of(block);
+    const int oldest = window ? std::max(0, position + 1 - *window) : 0;
     Row scores;
     for (int key = oldest; key <= position; ++key) {
         double dot = 0;

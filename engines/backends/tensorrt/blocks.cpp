@@ -5,6 +5,8 @@
 namespace ojfa::tensorrt {
 namespace {
 
+constexpr unsigned LANES = 32, QK_NORM_WARPS = 8;  // as in the kernel
+
 std::size_t at(int index) {
     return static_cast<std::size_t>(index);
 }
@@ -30,6 +32,7 @@ void Blocks::open(int index) {
 
 void Blocks::run(int index, const Workspace& workspace, int tokens, bool long_context, bool together) {
     before_attention(index, workspace, tokens);
+    if (engines_.spec.qk_norm != core::QkNorm::none) norm_queries_and_keys(index, workspace, tokens);
     attend(index, workspace, tokens, long_context, together);
     after_attention(index, workspace, tokens);
 }
@@ -76,8 +79,25 @@ void Blocks::before_attention(int index, const Workspace& workspace, int tokens)
         fixed(weights, "attention.norm", "attention.qkv"));
 }
 
+// See kernels/qk_norm.cu.
+void Blocks::norm_queries_and_keys(int index, const Workspace& workspace, int tokens) {
+    const Arrays& weights = blocks_.at(index)->weights;
+    const auto heads = static_cast<unsigned>(engines_.spec.heads + engines_.spec.kv_heads);
+    const unsigned groups = (heads + QK_NORM_WARPS - 1) / QK_NORM_WARPS;
+    const Launch launch = {"norm_queries_and_keys",
+                           {static_cast<unsigned>(tokens), groups, 1},
+                           {QK_NORM_WARPS * LANES, 1},
+                           0,
+                           true};
+    lent_.kernels->launch(
+        stream_.handle(), launch, workspace.qkv.address(), weights.at("attention.q_norm.weight").address(),
+        weights.at("attention.k_norm.weight").address(), static_cast<float>(engines_.spec.norm_epsilon));
+}
+
 void Blocks::attend(int index, const Workspace& workspace, int tokens, bool long_context, bool together) {
-    const auto [cosines, sines] = engines_.rotations(long_context);
+    const bool rotates = engines_.spec.rotary_dim_of(index) > 0;
+    const auto [cosines, sines] =
+        rotates ? engines_.rotations(long_context) : std::pair<CUdeviceptr, CUdeviceptr>();
     const Block& cached = *blocks_.at(index);
     const Operands operands = {workspace.mixed.address(),
                                workspace.qkv.address(),

@@ -30,6 +30,7 @@ class Blocks {
     };
 
     void before_attention(int index, const Workspace& workspace, int tokens);
+    void norm_queries_and_keys(int index, const Workspace& workspace, int tokens);
     void attend(int index, const Workspace& workspace, int tokens, bool long_context, bool together);
     void after_attention(int index, const Workspace& workspace, int tokens);
     Norm norm(const Arrays& weights, const std::string& name) const;

@@ -40,10 +40,24 @@ const Weight& weight_in(const Plan& plan, const std::string& name) {
     return found->second;
 }
 
+// Refuses models with parts that this backend doesn't run.
+const core::ModelSpec& checked(const core::ModelSpec& spec) {
+    const std::pair<const char*, bool> parts[] = {
+        {"norms after attention and MLP", spec.norms == core::NormPlace::after},
+        {"norms over all heads of queries and of keys", spec.qk_norm == core::QkNorm::projection},
+        {"sliding windows in some blocks only", !spec.windowed.empty()}};
+    for (const auto& [part, there] : parts)
+        if (there)
+            throw core::backend_failure(
+                std::string("this model has ") + part + ", which the TensorRT backend doesn't run",
+                "open it with the backend 'reference', or run it in Python");
+    return spec;
+}
+
 }  // namespace
 
 TensorRtEngines::TensorRtEngines(const core::Bundle& bundle, const core::OpenOptions& options)
-    : spec(bundle.manifest().spec),
+    : spec(checked(bundle.manifest().spec)),
       device(options.device, options.memory_limit),
       bundle_(bundle),
       checked_(device) {

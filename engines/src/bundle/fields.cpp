@@ -107,6 +107,15 @@ std::vector<std::int32_t> Fields::integers(const std::string& name) {
     return result;
 }
 
+std::vector<bool> Fields::truths(const std::string& name) {
+    std::vector<bool> result;
+    for (const Json& value : array(name)) {
+        if (!value.is_boolean()) fail(name, "one of it is neither true nor false");
+        result.push_back(value.get<bool>());
+    }
+    return result;
+}
+
 std::vector<double> Fields::numbers(const std::string& name) {
     std::vector<double> result;
     for (const Json& each : array(name)) {

@@ -35,6 +35,7 @@ class Fields {
     std::vector<std::string> texts(const std::string& name);
     std::vector<std::int32_t> integers(const std::string& name);
     std::vector<double> numbers(const std::string& name);
+    std::vector<bool> truths(const std::string& name);
 
     // To be called when all members were asked for: refuses those that weren't.
     void done() const;

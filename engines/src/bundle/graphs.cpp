@@ -64,6 +64,10 @@ std::vector<Expected> of_block(const ModelSpec& spec) {
     };
     add_norm(result, spec, "attention.norm");
     product("attention.qkv", width, qkv);
+    if (spec.qk_norm != QkNorm::none) {
+        result.push_back({"attention.q_norm.weight", {spec.qk_norm_features(spec.heads)}});
+        result.push_back({"attention.k_norm.weight", {spec.qk_norm_features(spec.kv_heads)}});
+    }
     product("attention.out", attended, width);
     add_norm(result, spec, "mlp.norm");
     product("mlp.up", width, up);

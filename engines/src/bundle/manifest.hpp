@@ -16,6 +16,9 @@ namespace ojfa::core {
 enum class Activation { silu, gelu, gelu_tanh, relu };
 enum class NormKind { rms, layer };
 
+enum class NormPlace { before, after };
+enum class QkNorm { none, head, projection };
+
 // The architecture of a model; see ojfa_export/models/spec.py.
 struct ModelSpec {
     std::string family;
@@ -31,6 +34,14 @@ struct ModelSpec {
     int max_positions;
     bool tied_head;
     std::vector<std::int32_t> eos_token_ids;
+    NormPlace norms = NormPlace::before;  // of attention and MLP, or after them, of what they give
+    QkNorm qk_norm = QkNorm::none;        // of each head's queries and keys, or of all heads' together
+    std::vector<bool> rotated, windowed;  // of each block; empty where all are
+
+    int rotary_dim_of(int block) const;
+    std::optional<int> window_of(int block) const;
+    // Of a norm of so many heads of queries or keys; 0 without one.
+    int qk_norm_features(int of_heads) const;
 };
 
 // A little-endian float32 tensor in a file of the bundle.

@@ -27,6 +27,25 @@ std::map<std::string, std::string> texts_by_name(Fields fields) {
     return result;
 }
 
+// What later models have, and manifests of others leave out.
+void read_later_parts(Fields& fields, ModelSpec& spec) {
+    const auto is_there = [&](const char* name) { return fields.json().contains(name); };
+    if (is_there("norms") && fields.one_of("norms", {"before", "after"}) == "after")
+        spec.norms = NormPlace::after;
+    if (is_there("qk_norm")) {
+        const std::string kind = fields.one_of("qk_norm", {"none", "head", "projection"});
+        spec.qk_norm = kind == "head"         ? QkNorm::head
+                       : kind == "projection" ? QkNorm::projection
+                                              : QkNorm::none;
+    }
+    for (auto [name, of_blocks] : {std::pair{"rotated", &spec.rotated}, {"windowed", &spec.windowed}}) {
+        if (!is_there(name)) continue;
+        *of_blocks = fields.truths(name);
+        if (!of_blocks->empty() && of_blocks->size() != static_cast<std::size_t>(spec.blocks))
+            fields.fail(name, "there must be one for each block, or none");
+    }
+}
+
 ModelSpec read_spec(Fields fields) {
     ModelSpec spec;
     const auto positive = [&](const char* name) { return static_cast<int>(fields.integer(name, 1)); };
@@ -52,6 +71,7 @@ ModelSpec read_spec(Fields fields) {
     spec.max_positions = positive("max_positions");
     spec.tied_head = fields.truth("tied_head");
     spec.eos_token_ids = fields.integers("eos_token_ids");
+    read_later_parts(fields, spec);
     fields.done();
     // What Python's runtime takes from the model's family, and this one must not trust.
     if (spec.attention_scales.size() != static_cast<std::size_t>(spec.blocks))
@@ -112,6 +132,19 @@ void check_positive(Fields& fields, const std::string& name) {
 }
 
 }  // namespace
+
+int ModelSpec::rotary_dim_of(int block) const {
+    return rotated.empty() || rotated[static_cast<std::size_t>(block)] ? rotary_dim : 0;
+}
+
+std::optional<int> ModelSpec::window_of(int block) const {
+    return windowed.empty() || windowed[static_cast<std::size_t>(block)] ? window : std::nullopt;
+}
+
+int ModelSpec::qk_norm_features(int of_heads) const {
+    if (qk_norm == QkNorm::none) return 0;
+    return head_dim * (qk_norm == QkNorm::head ? 1 : of_heads);
+}
 
 ModelSpec read_model(Fields fields) {
     fields.text("name");

@@ -48,7 +48,7 @@ struct Attended {
         const int heads = program.at("HEADS"), kv_heads = program.at("KV_HEADS");
         const float* const from = qkv + at(token) * at((heads + 2 * kv_heads) * dim()) + index * dim();
         std::vector<double> out(from, from + dim());
-        const int half = index < heads + kv_heads ? program.at("ROTARY_DIM") / 2 : 0;
+        const int half = cosines && index < heads + kv_heads ? program.at("ROTARY_DIM") / 2 : 0;
         for (int i = 0; i < half; ++i) {
             const size_t angle = at(positions[token]) * at(half) + at(i);
             const double one = out[at(i)], other = out[at(i + half)];
@@ -185,6 +185,21 @@ void embed(Program& program, const Launch& launch, float* hidden, const void* ta
     }
 }
 
+void norm_queries_and_keys(Program& program, const Launch& launch, float* qkv, const float* queries,
+                           const float* keys, float epsilon) {
+    const int heads = program.at("HEADS"), kv_heads = program.at("KV_HEADS"), dim = program.at("HEAD_DIM");
+    for (int token = 0; token < launch.x; ++token) {
+        for (int head = 0; head < heads + kv_heads; ++head) {
+            float* const from = qkv + at(token * (heads + 2 * kv_heads) + head) * at(dim);
+            double squares = 0;
+            for (int i = 0; i < dim; ++i) squares += double{from[i]} * double{from[i]};
+            const double scale = 1 / std::sqrt(squares / dim + epsilon);
+            for (int i = 0; i < dim; ++i)
+                from[i] = static_cast<float>(from[i] * scale * (head < heads ? queries : keys)[i]);
+        }
+    }
+}
+
 void keep(Program&, const Launch& launch, float* kept, const float* hidden, const int* positions,
           const int* sequences, int capacity, int features) {
     for (int token = 0; token < launch.x; ++token)
@@ -262,6 +277,7 @@ const std::map<std::string, Kernel>& kernels() {
                                 sines,   positions, sequences, table,  most_pages};
              for (int token = 0; token < launch.x; ++token) all.append(token);
          })},
+        {"norm_queries_and_keys", kernel(norm_queries_and_keys)},
         {"attention", kernel(+[](Program& program, const Launch& launch, void* out, const float* qkv,
                                  void* keys, void* values, const float* cosines, const float* sines,
                                  const int* positions, const int* sequences, const int* table, int most_pages,

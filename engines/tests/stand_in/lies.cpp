@@ -27,11 +27,11 @@ void sign(const fs::path& bundle, Json manifest) {
 }
 
 template <class Call>
-std::string refusal(Call call) {
+std::string refusal(Call call, ojfa_status status = OJFA_ERROR_BUNDLE) {
     try {
         call();
     } catch (const ojfa::Error& error) {
-        EXPECT_EQ(error.status(), OJFA_ERROR_BUNDLE);
+        EXPECT_EQ(error.status(), status);
         EXPECT_FALSE(error.hint().empty());
         return error.what();
     }
@@ -66,6 +66,22 @@ TEST(PlansOfEngines, AreComparedWithTheGraphs) {
         fixtures::write(plan, changed.dump());
         sign(copy.bundle, fixtures::read_json(copy.bundle / "manifest.json"));
         expect_says(refusal([&] { ojfa::Model::load(copy.bundle); }), "block_02.json can't be read: ");
+    }
+}
+
+TEST(PartsOfModels, WithoutKernelsAreRefusedByName) {
+    const std::pair<const char*, Json> models[] = {
+        {"/model/spec/norms", "after"},
+        {"/model/spec/windowed", {true, false, true, false}},
+    };
+    const char* const parts[] = {"norms after attention and MLP", "sliding windows in some blocks only"};
+    for (int model = 0; model < 2; ++model) {
+        const CopyWithEngines copy;
+        Json manifest = fixtures::read_json(copy.bundle / "manifest.json");
+        manifest[Json::json_pointer(models[model].first)] = models[model].second;
+        sign(copy.bundle, manifest);
+        const std::string said = refusal([&] { ojfa::Model::load(copy.bundle); }, OJFA_ERROR_BACKEND);
+        expect_says(said, std::string("this model has ") + parts[model]);
     }
 }
 
