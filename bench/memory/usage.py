@@ -147,7 +147,8 @@ def bytes_needed(spec: ModelSpec, blocks: int, tokens: int, shortcut: ShortcutEn
     """
     rows = 4 * spec.hidden_size * tokens * (2 if spec.learned_positions else 1)
     head = head_bytes(spec) if blocks == spec.blocks else exit_head_bytes(spec, shortcut)
-    return rows + head + blocks * (block_bytes(spec) + cache_bytes(spec, tokens))
+    cache = sum(cache_bytes(spec, block, tokens) for block in range(blocks))
+    return rows + head + blocks * block_bytes(spec) + cache
 
 
 def first_token(bundle: Path, repeats: int) -> dict[str, Any]:

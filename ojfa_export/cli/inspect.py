@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ojfa_export.bundle.bundle import Bundle
     from ojfa_export.bundle.manifest import DraftEntry, GraphEntry, Manifest, Port
     from ojfa_export.bundle.shortcut_entry import ShortcutEntry
+    from ojfa_export.models.spec import ModelSpec
 
 
 @define("inspect")
@@ -86,7 +87,6 @@ def _show_model(console: Console, manifest: Manifest) -> None:
         manifest.shortcut,
         manifest.cache,
     )
-    window = f", window {spec.window}" if spec.window else ""
     console.heading(f"{model.name}: {spec.family}, {spec.blocks} blocks, {manifest.precision}")
     console.facts(
         {
@@ -96,13 +96,11 @@ def _show_model(console: Console, manifest: Manifest) -> None:
             "exits": f"1 to {spec.blocks - 1} by the shortcut, {spec.blocks} by the full head",
             "hidden size": spec.hidden_size,
             "attention": f"{spec.heads} heads, {spec.kv_heads} of keys and values, "
-            f"{spec.head_dim} features each{window}",
-            "positions": "learned"
-            if spec.learned_positions
-            else f"{spec.rotary_dim} rotated features",
+            f"{spec.head_dim} features each{_describe_window(spec)}",
+            "positions": _describe_positions(spec),
             "MLP": f"{spec.intermediate_size} features, {spec.activation}"
             + (", gated" if spec.gated else ""),
-            "norm": f"{spec.norm}, epsilon {spec.norm_epsilon:g}",
+            "norm": _describe_norms(spec),
             "vocabulary": f"{spec.vocab_size}" + (", tied to the head" if spec.tied_head else ""),
             "chat": "by the checkpoint's template (run --chat)" if CHAT in manifest.files else "",
             "cache": f"{cache.max_length} tokens, {cache.max_batch_size} sequences, "
@@ -112,6 +110,27 @@ def _show_model(console: Console, manifest: Manifest) -> None:
             "gates": ", ".join(f"{gate:.2f}" for gate in shortcut.gates or ()),
         }
     )
+
+
+def _describe_window(spec: ModelSpec) -> str:
+    if spec.window is None:
+        return ""
+    some = f" in {sum(spec.windowed)} blocks" if spec.windowed else ""
+    return f", window {spec.window}{some}"
+
+
+def _describe_positions(spec: ModelSpec) -> str:
+    if spec.learned_positions:
+        return "learned"
+    some = f" in {sum(spec.rotated)} blocks" if spec.rotated else ""
+    return f"{spec.rotary_dim} rotated features{some}"
+
+
+def _describe_norms(spec: ModelSpec) -> str:
+    place = "" if spec.norms == "before" else ", after attention and MLP"
+    of_heads = {"none": "", "head": "each head", "projection": "all heads"}[spec.qk_norm]
+    more = f", also of {of_heads} of queries and of keys" if of_heads else ""
+    return f"{spec.norm}, epsilon {spec.norm_epsilon:g}{place}{more}"
 
 
 def _describe(shortcut: ShortcutEntry) -> str:

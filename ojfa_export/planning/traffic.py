@@ -15,7 +15,8 @@ def block_bytes(spec: ModelSpec) -> int:
     attended = spec.heads * spec.head_dim
     qkv = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
     mlp = (3 if spec.gated else 2) * hidden * inner
-    return FLOAT_BYTES * (hidden * (qkv + attended) + mlp + 2 * hidden)
+    norms = 2 * hidden + sum(spec.qk_norm_features)
+    return FLOAT_BYTES * (hidden * (qkv + attended) + mlp + norms)
 
 
 def head_bytes(spec: ModelSpec) -> int:
@@ -39,9 +40,9 @@ def exit_head_bytes(spec: ModelSpec, shortcut: ShortcutEntry) -> int:
     return folded_head_bytes(spec, shortcut.low_rank)
 
 
-def cache_bytes(spec: ModelSpec, length: int) -> int:
-    """Keys and values that one block reads when its newest token is the `length`-th."""
-    seen = length if spec.window is None else min(length, spec.window)
+def cache_bytes(spec: ModelSpec, block: int, length: int) -> int:
+    """Keys and values that a block reads when its newest token is the `length`-th."""
+    seen = min(length, spec.window_of(block) or length)
     return FLOAT_BYTES * 2 * spec.kv_heads * spec.head_dim * seen
 
 
@@ -64,5 +65,6 @@ def decode_bytes(
     """
     rows = (2 if spec.learned_positions else 1) * FLOAT_BYTES * spec.hidden_size
     head = head_bytes(spec) if blocks == spec.blocks else exit_head
-    total = rows + blocks * (block_bytes(spec) + cache_bytes(spec, length)) + head
+    cache = sum(cache_bytes(spec, block, length) for block in range(blocks))
+    total = rows + blocks * block_bytes(spec) + cache + head
     return total // FLOAT_BYTES * element_bytes

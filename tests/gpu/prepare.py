@@ -37,6 +37,7 @@ from tiny_models import make_checkpoint
 from ojfa_export.bundle.draft_shortcut import rotations
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build
+from ojfa_export.models.spec import Precision
 from ojfa_export.runtime.session import Session
 
 
@@ -64,13 +65,15 @@ def main() -> None:
 
 
 def make_bundles(directory: Path) -> None:
-    """Tiny bundles for a GPU to add its engines to, and the checkpoint and text they are of."""
-    checkpoint = make_checkpoint("llama-gqa", directory / "checkpoint", seed=SEED)
+    """Tiny bundles for a GPU to add its engines to; checkpoint of the fp16 one, and text."""
+    make_checkpoint("llama-gqa", directory / "checkpoint", seed=SEED)
+    make_checkpoint("qwen3", directory / "qwen3", seed=SEED)
     text = directory / "text.txt"
     text.write_text(inspect.getsource(argparse)[:30_000], encoding="utf-8")
-    for precision in ("fp32", "fp16"):
+    made: tuple[tuple[Precision, str], ...] = ("fp32", "qwen3"), ("fp16", "checkpoint")
+    for precision, checkpoint in made:
         options = BuildOptions(
-            str(checkpoint),
+            str(directory / checkpoint),
             directory / f"{precision}.ojfa",
             precision=precision,
             rank=RANK,

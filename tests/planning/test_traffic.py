@@ -23,7 +23,7 @@ from ojfa_export.planning.traffic import (
 PADDING = 64 * 12
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "llama-head-dim", "phi3"])
+@pytest.mark.parametrize("variant", ["llama-gqa", "qwen3", "phi3"])
 def test_bytes_are_those_of_the_weight_files(variant: str, tmp_path: Path):
     make_checkpoint(variant, tmp_path / "checkpoint", seed=1)
     compiled = compile_checkpoint(tmp_path / "checkpoint", tmp_path, 32)
@@ -38,16 +38,17 @@ def test_bytes_are_those_of_the_weight_files(variant: str, tmp_path: Path):
 
 
 def test_a_step_is_blocks_with_their_caches_and_one_head(tmp_path: Path):
-    make_checkpoint("phi3-sliding-window", tmp_path / "checkpoint", seed=1)
+    make_checkpoint("smollm3-sliding-window", tmp_path / "checkpoint", seed=1)
     spec = compile_checkpoint(tmp_path / "checkpoint", tmp_path, 32).spec
     exit_head = folded_head_bytes(spec, 3)
     per_block = decode_bytes(spec, 2, 5, exit_head) - decode_bytes(spec, 1, 5, exit_head)
-    assert per_block == block_bytes(spec) + cache_bytes(spec, 5)
+    assert per_block == block_bytes(spec) + cache_bytes(spec, 1, 5)
     full, before = (decode_bytes(spec, spec.blocks - n, 5, exit_head) for n in (0, 1))
     assert full - before == per_block + head_bytes(spec) - exit_head
     assert spec.window == 8
-    assert cache_bytes(spec, 100) == cache_bytes(spec, 8) == 8 * cache_bytes(spec, 1)
-    assert cache_bytes(spec, 1) == 4 * 2 * spec.kv_heads * spec.head_dim
+    assert cache_bytes(spec, 3, 100) == cache_bytes(spec, 3, 8) == 8 * cache_bytes(spec, 3, 1)
+    assert cache_bytes(spec, 2, 100) == 100 * cache_bytes(spec, 3, 1)
+    assert cache_bytes(spec, 3, 1) == 4 * 2 * spec.kv_heads * spec.head_dim
 
 
 def test_machine_and_bandwidth_are_described():

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from tiny_models import make_checkpoint
 
+from ojfa_export.cli.app import app
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build
 from ojfa_export.system.progress import SILENT
@@ -21,6 +23,12 @@ BUILDS = [
     ("smollm3", {"shortcut": "ojfa", "rank": 8}),
     ("olmo2", {"shortcut": "residual", "rank": 8}),
 ]
+# What `inspect` says of the parts that few families have.
+SHOWN = {
+    "qwen3-sliding-window": "window 8 in 2 blocks",
+    "smollm3": "16 rotated features in 2 blocks",
+    "olmo2": "after attention and MLP, also of all heads of queries and of keys",
+}
 
 
 @pytest.mark.parametrize(("name", "options"), BUILDS, ids=lambda each: str(each))
@@ -36,5 +44,7 @@ def test_build_and_verify(
         calibration_tokens=1024, max_cache_length=64, **options,
     )  # fmt: skip
     bundle = build(asked).bundle
+    shown = CliRunner().invoke(app, ["inspect", str(bundle)]).stdout
+    assert SHOWN.get(name, "") in " ".join(shown.split())
     checks = verify_bundle(bundle, str(directory), "onnxruntime", SILENT)
     assert [check.name for check in checks if not check.passed] == []
