@@ -2,8 +2,8 @@
 
 Four tiny bundles (a Llama with grouped heads and a narrow shortcut, a GPT-2 in fp16 with a
 residual one, a Phi-3 with a window and LongRoPE, a Qwen3), and for each what the Python runtime
-does in every way of decoding. What would come out otherwise on another processor, for a near tie, is
-refused: every case must give the same with noise in its logits.
+does in every way of decoding. What would come out otherwise on another processor, for a near tie,
+is refused: every case must give the same with noise in its logits.
 """
 
 from __future__ import annotations
