@@ -95,8 +95,18 @@ _SMOLLM3 = {
     "tie_word_embeddings": True,
     "no_rope_layers": [1, 0, 1, 0],
 }
+# As many features of a head, and rotating ones, as most Pythia models have.
+_GPT_NEOX = {
+    "hidden_size": 128,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "max_position_embeddings": POSITIONS,
+    "rope_parameters": _STABLELM["rope_parameters"],
+}
 PLAIN = {
     "gpt2": _GPT2,
+    "gpt_neox": _GPT_NEOX,
     "granite": _GRANITE,
     "phi3": _PHI3,
     "qwen3": _QWEN3,
@@ -151,6 +161,8 @@ VARIANTS: dict[str, Variant] = {
     "gpt2-relu": _gpt2(activation_function="relu"),
     "gpt2-gelu": _gpt2(activation_function="gelu"),
     "gpt2-inner": _gpt2(n_inner=96),
+    "gpt_neox": Variant("gpt_neox"),
+    "gpt_neox-sequential": Variant("gpt_neox", {"use_parallel_residual": False}, "gpt_neox"),
     "granite": Variant("granite"),
     "granite-tied": Variant("granite", {"tie_word_embeddings": True}, "granite"),
     "granite-biases": Variant("granite", {"attention_bias": True, "mlp_bias": True}, "granite"),
@@ -273,7 +285,7 @@ def _random_parameter(key: str, shape: torch.Size, seed: int) -> torch.Tensor:
     owner, kind = key.rsplit(".", 2)[-2:]
     if kind == "weight" and ("norm" in owner or owner.startswith("ln_")):
         return 1.0 + 0.3 * values
-    if owner in ("wte", "wpe", "embed_tokens"):
+    if owner in ("wte", "wpe", "embed_tokens", "embed_in"):
         return 0.3 * values
     if kind == "bias":
         return 0.2 * values

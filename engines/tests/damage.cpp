@@ -201,6 +201,7 @@ TEST(Lies, OfTheManifestAreSeenInTheGraphs) {
         {"llama.ojfa", {{"/model/spec/heads", 2147483647}, {"/model/spec/kv_heads", 1}}, "so many features"},
         {"llama.ojfa", {{"/model/spec/activation", "relu"}}, "gives other tokens"},
         {"llama.ojfa", {{"/model/spec/norms", "after"}}, "gives other tokens"},
+        {"llama.ojfa", {{"/model/spec/parallel", true}}, "gives other tokens"},
         {"llama.ojfa", {{"/model/spec/norms", "between"}}, "spec.norms: 'between' is not known"},
         {"llama.ojfa", {{"/model/spec/qk_norm", "head"}}, "it has no weight 'attention.k_norm.weight'"},
         {"llama.ojfa", {{"/model/spec/rotated", {false, false, false, false}}}, "gives other tokens"},

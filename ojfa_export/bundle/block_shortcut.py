@@ -162,11 +162,12 @@ class BlockShortcut:
         qkv = _linear(normed(h, "attention.norm", not after), weights, "attention.qkv")
         qkv = _norm_queries_and_keys(qkv, weights, spec)
         mixed = _linear(_attention(qkv, spec, rotary), weights, "attention.out")
-        h = h + normed(mixed, "attention.norm", after)
-        inner = _linear(normed(h, "mlp.norm", not after), weights, "mlp.up")
+        attended = h + normed(mixed, "attention.norm", after)
+        seen = normed(h if spec.parallel else attended, "mlp.norm", not after)
+        inner = _linear(seen, weights, "mlp.up")
         inner = (gated if spec.gated else activate)(inner, spec.activation)
         down = _linear(inner, weights, "mlp.down")
-        y: NDArray[Any] = h + normed(down, "mlp.norm", after)
+        y: NDArray[Any] = attended + normed(down, "mlp.norm", after)
         return y
 
 

@@ -382,6 +382,8 @@ def check_spec(spec: ModelSpec) -> None:
         raise ValueError("model.spec.kv_heads: they must divide the heads")
     if spec.rotary_dim % 2 or not 0 <= spec.rotary_dim <= spec.head_dim:
         raise ValueError("model.spec.rotary_dim: it must be even and at most head_dim")
+    if spec.parallel and spec.norms == "after":
+        raise ValueError("model.spec.parallel: the norms must be before")
     for name in ("rotated", "windowed"):
         if len(getattr(spec, name)) not in (0, spec.blocks):
             raise ValueError(f"model.spec.{name}: there must be one for each block, or none")

@@ -99,7 +99,8 @@ def _show_model(console: Console, manifest: Manifest) -> None:
             f"{spec.head_dim} features each{_describe_window(spec)}",
             "positions": _describe_positions(spec),
             "MLP": f"{spec.intermediate_size} features, {spec.activation}"
-            + (", gated" if spec.gated else ""),
+            + (", gated" if spec.gated else "")
+            + (", beside attention" if spec.parallel else ""),
             "norm": _describe_norms(spec),
             "vocabulary": f"{spec.vocab_size}" + (", tied to the head" if spec.tied_head else ""),
             "chat": "by the checkpoint's template (run --chat)" if CHAT in manifest.files else "",

@@ -8,6 +8,8 @@ Or with the norms after attention and MLP, before what those give is added (`Mod
     hidden ─ qkv ─ attention ─ out ─ norm ─(+)─ up ─ activation ─ down ─ norm ─(+)─ hidden
        └────────────────────────────────────┘ └─────────────────────────────────┘
 
+Or side by side, both of the block's input (`ModelSpec.parallel`).
+
 Weights: attention.norm, attention.qkv, attention.out, mlp.norm, mlp.up (gate and up side by side
 where gated), mlp.down; each `.weight` and, where the family has it, `.bias`. Where queries and keys
 have norms attention.q_norm and attention.k_norm.
@@ -53,7 +55,7 @@ def block_graph(
 def after_attention(
     graph: Graph, hidden: str, mixed: str, weights: Weights, dialect: Portable
 ) -> str:
-    """Output projection, residual, norm, MLP, residual; or each norm before the residual.
+    """Output projection, residual, norm, MLP, residual; or as the module has it.
 
     Args:
         graph: The block's graph.
@@ -66,8 +68,11 @@ def after_attention(
         The block's output, fp32.
     """
     out = dialect.linear(graph, mixed, weights, "attention.out")
-    after = dialect.spec.norms == "after"
-    if after:
+    after, parallel = dialect.spec.norms == "after", dialect.spec.parallel
+    if parallel:
+        attended = dialect.residual(graph, hidden, out)
+        seen = dialect.norm(graph, hidden, weights, "mlp.norm")
+    elif after:
         attended = dialect.add_normed(graph, hidden, out, weights, "attention.norm")
         seen = dialect.to_compute(graph, attended)
     else:

@@ -38,6 +38,8 @@ class ModelSpec(BaseModel):
         tied_head: Whether the LM head is the token embedding.
         norms: Whether attention and MLP have their norm before them, or after them, of what they
             give before it is added.
+        parallel: Whether the MLP sees what attention sees, the block's input, rather than what
+            attention has been added to.
         qk_norm: RMSNorm of queries and of keys before they rotate, if any: of each head's
             features, or of all heads' together.
         rotated: For each block whether it rotates; empty where all do as `rotary_dim` says.
@@ -66,6 +68,7 @@ class ModelSpec(BaseModel):
     tied_head: bool
     eos_token_ids: tuple[int, ...]
     norms: NormPlace = "before"
+    parallel: bool = False
     qk_norm: QkNorm = "none"
     rotated: tuple[bool, ...] = ()
     windowed: tuple[bool, ...] = ()
@@ -77,7 +80,7 @@ class ModelSpec(BaseModel):
         Bundles of other models stay as they were, and what reads those knows no such fields.
         """
         fields: dict[str, Any] = handler(self)
-        for name in ("norms", "qk_norm", "rotated", "windowed"):
+        for name in ("norms", "parallel", "qk_norm", "rotated", "windowed"):
             if getattr(self, name) == type(self).model_fields[name].default:
                 del fields[name]
         return fields

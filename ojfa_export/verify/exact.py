@@ -82,7 +82,7 @@ class ExactModel:
         mixed = found["attention.mixed"] = self._attend(qkv, index)
         out = found["attention.out"] = _linear(mixed, weights, "attention.out")
         attended = hidden + normed(out, "attention.norm", not before)
-        seen = found["mlp.norm"] = normed(attended, "mlp.norm", before)
+        seen = found["mlp.norm"] = normed(hidden if spec.parallel else attended, "mlp.norm", before)
         up = found["mlp.up"] = _linear(seen, weights, "mlp.up")
         inner = found["mlp.inner"] = self._activate(up)
         down = found[MLP_DOWN] = _linear(inner, weights, "mlp.down")

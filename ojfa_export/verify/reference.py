@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from ojfa_export.errors import CheckpointError, OjfaError
 from ojfa_export.models.checkpoint.quiet import quiet_transformers
+from ojfa_export.models.families.tensors import HEAD, HEAD_NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -270,7 +271,9 @@ def _checkpoint_keys(model: Any, weights: _WeightFiles) -> dict[str, str]:
     keys = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
         for candidate in filter(None, (name, tied.get(name))):
-            stored = (candidate, candidate.removeprefix(prefix))
+            stored = [candidate, candidate.removeprefix(prefix)]
+            if candidate == HEAD:
+                stored += HEAD_NAMES
             found = next((key for key in stored if key in weights), None)
             if found is not None:
                 keys[name] = found

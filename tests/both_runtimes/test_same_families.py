@@ -16,8 +16,9 @@ GREEDY = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "seed": 0}
 POLICY = {"exits": [1, 2], "measure": "top", "thresholds": [0.02, 0.02]}
 
 
-# Norms of queries and keys, windows in some blocks; blocks that rotate nothing; norms after.
-@pytest.mark.parametrize("name", ["qwen3-sliding-window", "smollm3", "olmo2"])
+# Norms of queries and keys, windows in some blocks; blocks that rotate nothing; norms after;
+# attention and MLP side by side.
+@pytest.mark.parametrize("name", ["qwen3-sliding-window", "smollm3", "olmo2", "gpt_neox"])
 def test_a_session(name: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     import tiny_models

@@ -116,6 +116,7 @@ def test_size_that_contradicts_the_graphs(field: str, copied: Callable[[str], Bu
         ("windowed", [True, False, True, True]),
         ("rotated", [True, False, True, True]),
         ("norms", "after"),
+        ("parallel", True),
         ("norm_epsilon", 1e-3),
         ("attention_scales", [0.25, 0.25, 0.25, 0.125]),
         ("max_positions", 4096),

@@ -20,7 +20,7 @@ TEXT = random_text(16, 20)
 VARIANTS = (
     *("llama-gqa", "llama-attention-bias", "llama-mlp-bias", "llama-rope-llama3", "qwen2"),
     *("mistral-sliding-window", "phi3-gqa", "phi3-longrope", "phi3-partial-rotary"),
-    *("granite-biases", "stablelm", "qwen3", "smollm3-sliding-window", "olmo2"),
+    *("granite-biases", "gpt_neox", "qwen3", "smollm3-sliding-window", "olmo2"),
     *("gpt2", "gpt2-relu", "gpt2-inverse-layer-scale"),
 )
 

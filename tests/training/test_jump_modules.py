@@ -41,6 +41,7 @@ FROZEN = (
     "granite-tied",
     "stablelm",
     "olmo2",
+    "gpt_neox",
 )
 VARIANTS = ("llama-gqa", "phi3", "stablelm", "gpt2", "gpt2-gelu", "gpt2-relu")
 

@@ -16,6 +16,8 @@ from tolerances import REFERENCE_FP32
 from ojfa_export.errors import CheckpointError, OjfaError
 from ojfa_export.verify.reference import TransformersReference
 
+NORMS = ("norm", "ln_f", "final_layer_norm")  # what families call the final one
+
 
 @pytest.fixture
 def seed(rng):
@@ -40,7 +42,8 @@ def expected(checkpoint, token_ids):
         checkpoint, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     ).eval()
     output = model(torch.from_numpy(token_ids), use_cache=False, output_hidden_states=True)
-    norm = model.base_model.norm if hasattr(model.base_model, "norm") else model.base_model.ln_f
+    base = model.base_model
+    norm = next(getattr(base, name) for name in NORMS if hasattr(base, name))
     return output.logits.numpy(), [h.numpy() for h in output.hidden_states], norm
 
 

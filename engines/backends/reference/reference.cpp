@@ -181,8 +181,10 @@ void ReferenceCache::run_block(int block, float* hidden, int sequence, int posit
     const Row mixed = attend(block, qkv, sequence, position, long_context);
     const Row out =
         normed(product(mixed, "attention.out", attended, width), "attention.norm", NormPlace::after);
+    const Row given = states;
     for (std::size_t i = 0; i < states.size(); ++i) states[i] += out[i];
-    const Row up = product(normed(states, "mlp.norm", NormPlace::before), "mlp.up", width, up_width);
+    const Row up = product(normed(spec_.parallel ? given : states, "mlp.norm", NormPlace::before), "mlp.up",
+                           width, up_width);
     Row inner(at(spec_.intermediate_size));
     for (std::size_t i = 0; i < inner.size(); ++i)
         inner[i] = activate(up[i], spec_.activation) * (spec_.gated ? up[i + inner.size()] : 1.0);

@@ -44,6 +44,7 @@ const Weight& weight_in(const Plan& plan, const std::string& name) {
 const core::ModelSpec& checked(const core::ModelSpec& spec) {
     const std::pair<const char*, bool> parts[] = {
         {"norms after attention and MLP", spec.norms == core::NormPlace::after},
+        {"attention and MLP side by side", spec.parallel},
         {"norms over all heads of queries and of keys", spec.qk_norm == core::QkNorm::projection},
         {"sliding windows in some blocks only", !spec.windowed.empty()}};
     for (const auto& [part, there] : parts)

@@ -35,6 +35,7 @@ struct ModelSpec {
     bool tied_head;
     std::vector<std::int32_t> eos_token_ids;
     NormPlace norms = NormPlace::before;  // of attention and MLP, or after them, of what they give
+    bool parallel = false;                // whether the MLP sees the block's input, as attention does
     QkNorm qk_norm = QkNorm::none;        // of each head's queries and keys, or of all heads' together
     std::vector<bool> rotated, windowed;  // of each block; empty where all are
 

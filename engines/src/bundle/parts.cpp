@@ -32,6 +32,8 @@ void read_later_parts(Fields& fields, ModelSpec& spec) {
     const auto is_there = [&](const char* name) { return fields.json().contains(name); };
     if (is_there("norms") && fields.one_of("norms", {"before", "after"}) == "after")
         spec.norms = NormPlace::after;
+    if (is_there("parallel")) spec.parallel = fields.truth("parallel");
+    if (spec.parallel && spec.norms == NormPlace::after) fields.fail("parallel", "the norms must be before");
     if (is_there("qk_norm")) {
         const std::string kind = fields.one_of("qk_norm", {"none", "head", "projection"});
         spec.qk_norm = kind == "head"         ? QkNorm::head

@@ -14,6 +14,7 @@ def check_parts(spec: ModelSpec) -> None:
     """
     parts = {
         "norms after attention and MLP": spec.norms == "after",
+        "attention and MLP side by side": spec.parallel,
         "norms over all heads of queries and of keys": spec.qk_norm == "projection",
         "sliding windows in some blocks only": bool(spec.windowed),
     }

@@ -20,7 +20,7 @@ from ojfa_export.models.checkpoint.weight_files import (
 )
 from ojfa_export.models.families import read_spec
 from ojfa_export.models.families.config import Config
-from ojfa_export.models.families.tensors import HEAD, Source
+from ojfa_export.models.families.tensors import HEAD, HEAD_NAMES, Source
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.system.digest import sha256_file
 from ojfa_export.system.paths import check_utf8
@@ -126,7 +126,7 @@ class Checkpoint:
         """
         source = self.family.ends(self.config, spec)["token_embedding"]
         (embedding, size) = source.parts[0]
-        if HEAD not in self._files:
+        if not any(name in self._files for name in HEAD_NAMES):
             return True
         if not any(name in self._files for name in self._stored_names(embedding)):
             self._same[embedding] = HEAD
@@ -169,4 +169,6 @@ class Checkpoint:
 
     def _stored_names(self, name: str) -> list[str]:
         """The names that a tensor may have in the files."""
-        return [name] if name == HEAD else [prefix + name for prefix in self.family.prefixes]
+        if name == HEAD:
+            return list(HEAD_NAMES)
+        return [prefix + name for prefix in self.family.prefixes]

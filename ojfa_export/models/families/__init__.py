@@ -8,6 +8,7 @@ from ojfa_export.errors import CheckpointError
 from ojfa_export.models.families.config import COMPLETE, Config
 from ojfa_export.models.families.family import Family
 from ojfa_export.models.families.gpt2 import GPT2
+from ojfa_export.models.families.gpt_neox import GPT_NEOX
 from ojfa_export.models.families.granite import GRANITE
 from ojfa_export.models.families.llama import LLAMA
 from ojfa_export.models.families.mistral import MISTRAL
@@ -23,6 +24,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         GPT2,
+        GPT_NEOX,
         GRANITE,
         LLAMA,
         MISTRAL,

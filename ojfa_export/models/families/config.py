@@ -11,7 +11,10 @@ from ojfa_export.errors import CheckpointError
 # Fields that describe training, files or the caller, and never change what the model computes, by
 # what they hold. Anything else in them is refused as transformers refuses it.
 _IRRELEVANT: Mapping[tuple[type, ...], str] = {
-    (int, float): "attention_dropout attn_pdrop embd_pdrop hidden_dropout resid_pdrop "
+    (
+        int,
+        float,
+    ): "attention_dropout attn_pdrop classifier_dropout embd_pdrop hidden_dropout resid_pdrop "
     "summary_first_dropout",
     (int,): "_num_labels bos_token_id chunk_size_feed_forward decoder_start_token_id n_ctx "
     "pad_token_id sep_token_id unk_token_id",

@@ -13,6 +13,8 @@ from ojfa_export.models.spec import ModelSpec
 
 # The LM head is outside the base model in every family: no prefix comes before its name.
 HEAD = "lm_head.weight"
+# GPT-NeoX's files have another name for it.
+HEAD_NAMES = (HEAD, "embed_out.weight")
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,24 @@ class Source:
         parts: Checkpoint tensors with the outputs of each; concatenated along the outputs.
         inputs: Rows of the wanted matrix; None for a vector.
         transposed: Whether the checkpoint stores [outputs, inputs] (torch.nn.Linear).
+        heads: How many, where queries, keys and values of one are stored before those of the next,
+            and are wanted one kind after the other; 0 where they are stored so.
         scale: What the weight is times the tensors, where the family multiplies activations.
     """
 
     parts: tuple[tuple[str, int], ...]
     inputs: int | None = None
     transposed: bool = True
+    heads: int = 0
     scale: float = 1.0
 
     def times(self, scale: float) -> Source:
         """The same tensors, multiplied once more."""
         return replace(self, scale=self.scale * scale)
+
+    def by_head(self, heads: int) -> Source:
+        """The same tensors, stored head by head."""
+        return replace(self, heads=heads)
 
     def stored_shape(self, outputs: int) -> tuple[int, ...]:
         """The shape that one part must have in the checkpoint."""
@@ -48,6 +57,8 @@ class Source:
 
         It has their dtype, or float32 where they are scaled.
         """
+        if self.heads:
+            parts = [_by_kind(part, self.heads) for part in parts]
         if self.scale != 1:
             parts = [part.astype(np.float32) * np.float32(self.scale) for part in parts]
         if self.inputs is None:
@@ -55,6 +66,12 @@ class Source:
         if self.transposed:
             parts = [part.T for part in parts]
         return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def _by_kind(part: NDArray[Any], heads: int) -> NDArray[Any]:
+    """[heads * 3 * features, ...] as [3 * heads * features, ...]."""
+    apart = part.reshape(heads, 3, -1, *part.shape[1:])
+    return apart.swapaxes(0, 1).reshape(part.shape)
 
 
 def vector(name: str, size: int) -> Source:

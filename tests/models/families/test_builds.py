@@ -21,12 +21,14 @@ BUILDS = [
     ("phi4-mini", {"shortcut": "ojfa", "rank": 8}),
     ("qwen3-sliding-window", {"precision": "fp16", "shortcut": "ojfa", "rank": 8}),
     ("smollm3", {"shortcut": "ojfa", "rank": 8}),
+    ("gpt_neox", {"precision": "fp16", "shortcut": "ojfa", "rank": 8}),
     ("olmo2", {"shortcut": "residual", "rank": 8}),
 ]
 # What `inspect` says of the parts that few families have.
 SHOWN = {
     "qwen3-sliding-window": "window 8 in 2 blocks",
     "smollm3": "16 rotated features in 2 blocks",
+    "gpt_neox": "160 features, gelu, beside attention",
     "olmo2": "after attention and MLP, also of all heads of queries and of keys",
 }
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from tiny_models import POSITIONS, VARIANTS, VOCAB_SIZE
 from tolerances import ROTARY_FP32
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from transformers.models.stablelm.modeling_stablelm import StableLmRotaryEmbedding
@@ -55,8 +56,8 @@ def test_spec_is_the_configs(name: str) -> None:
     assert spec.tied_head == config.tie_word_embeddings
     assert spec.eos_token_ids == (0,)
     assert len(spec.attention_scales) == spec.blocks
-    assert spec.gated == (spec.family != "gpt2")
-    assert (spec.norm == "layer") == (spec.family in ("gpt2", "stablelm"))
+    assert spec.gated == (spec.family not in ("gpt2", "gpt_neox"))
+    assert (spec.norm == "layer") == (spec.family in ("gpt2", "gpt_neox", "stablelm"))
     assert spec.learned_positions == (spec.family == "gpt2")
 
 
@@ -69,6 +70,7 @@ PLAIN = {
         "tied_head": True,
         "max_positions": POSITIONS,
     },
+    "gpt_neox": {"parallel": True, "activation": "gelu", "rotary_dim": 16, "kv_heads": 2},
     "granite": {"kv_heads": 2, "attention_scales": (0.15625,) * 4, "norm_epsilon": 1e-6},
     "llama": {
         "intermediate_size": 96,
@@ -173,7 +175,11 @@ def test_variation_changes_only_what_it_says(name: str, changes: Fields) -> None
 
 def transformers_tables(config: Any, positions: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines [positions, rotary_dim/2] of transformers' own module."""
-    kinds = {"phi3": Phi3RotaryEmbedding, "stablelm": StableLmRotaryEmbedding}
+    kinds = {
+        "gpt_neox": GPTNeoXRotaryEmbedding,
+        "phi3": Phi3RotaryEmbedding,
+        "stablelm": StableLmRotaryEmbedding,
+    }
     kind = kinds.get(config.model_type, LlamaRotaryEmbedding)
     cos, sin = kind(config)(torch.zeros(1, dtype=torch.float32), positions[None])
     half = cos.shape[-1] // 2
@@ -293,9 +299,9 @@ def test_what_layers_have(name: str, changes: Fields, wanted: Fields) -> None:
 
 
 def test_later_fields_are_left_out_where_they_say_nothing() -> None:
-    later = {"norms", "qk_norm", "rotated", "windowed"}
+    later = {"norms", "parallel", "qk_norm", "rotated", "windowed"}
     assert not later & spec_of("llama").model_dump().keys()
-    for name in ("qwen3-sliding-window", "smollm3", "olmo2"):
+    for name in ("gpt_neox", "qwen3-sliding-window", "smollm3", "olmo2"):
         spec = spec_of(name)
         assert later & spec.model_dump().keys()
         assert ModelSpec.model_validate_json(spec.model_dump_json()) == spec
@@ -308,6 +314,14 @@ def test_spelling_of_transformers_4(style: str) -> None:
     del fields["rope_parameters"]
     old = {**fields, "rope_theta": 10_000.0, "rope_scaling": {style: "linear", "factor": 4.0}}
     assert read(old) == expected
+
+
+def test_gpt_neox_has_old_names_of_its_own() -> None:
+    fields = fields_of(VARIANTS["gpt_neox"].build_config())
+    del fields["rope_parameters"]
+    rotary = read({**fields, "rotary_pct": 0.5, "rotary_emb_base": 500})[1]
+    assert rotary is not None
+    assert (rotary.dim, rotary.theta) == (32, 500.0)
 
 
 def test_su_is_an_old_name_of_longrope() -> None:
@@ -363,6 +377,8 @@ def test_su_is_an_old_name_of_longrope() -> None:
         ("qwen3", {"max_window_layers": -1}, "'max_window_layers' must be an integer from 0 on"),
         ("smollm3", {"no_rope_layers": [1, 0, 1]}, "'no_rope_layers' must be a list of 4"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 2]}, "'no_rope_layers' is"),
+        ("gpt_neox", {"hidden_act": "gelu_fast"}, "activation 'gelu_fast' is not supported"),
+        ("gpt_neox", {"head_dim": 32}, "'head_dim' is 32"),
         ("olmo2", {"clip_qkv": 8.0}, "not understood for family 'olmo2': clip_qkv"),
         ("llama", {"logits_scaling": 8.0}, "not understood for family 'llama': logits_scaling"),
         ("llama", {"quantization_config": {}}, "'quantization_config' is {}"),
@@ -409,6 +425,9 @@ def test_every_tensor_of_the_model_is_used_once(name: str) -> None:
 def test_sources() -> None:
     assert linear(3, ("a", 5), ("b", 7)).stored_shape(7) == (7, 3)
     assert table("t", 5, 3).stored_shape(3) == (5, 3)
+    by_head = np.arange(12)  # two heads of two features: queries, keys and values of each
+    wanted = [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
+    assert vector("b", 12).by_head(2).join([by_head]).tolist() == wanted
     assert linear(3, ("a", 5)).times(2).times(3).scale == 6
     assert names_of([vector("v", 2), linear(3, ("a", 5), ("b", 7))]) == ["v", "a", "b"]
     assert list(FAMILIES) == sorted(FAMILIES)

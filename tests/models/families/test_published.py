@@ -60,6 +60,14 @@ STABLELM_1_6B: Fields = {
     "qk_layernorm": False, "rope_theta": 10000, "tie_word_embeddings": False,
     "use_parallel_residual": False, "use_qkv_bias": True, "vocab_size": 100352,
 }  # fmt: skip
+PYTHIA_410M: Fields = {
+    **COMMON, "model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0,
+    "eos_token_id": 0, "hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096,
+    "layer_norm_eps": 1e-5, "max_position_embeddings": 2048, "num_attention_heads": 16,
+    "num_hidden_layers": 24, "rotary_emb_base": 10000, "rotary_pct": 0.25,
+    "tie_word_embeddings": False, "torch_dtype": "float16", "use_parallel_residual": True,
+    "vocab_size": 50304,
+}  # fmt: skip
 QWEN3_0_6B: Fields = {
     **COMMON, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": False,
     "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_size": 1024,
@@ -98,6 +106,7 @@ def spec_of(fields: Fields) -> ModelSpec:
         (GRANITE_2B, {"head_dim": 64, "rotary_dim": 64, "attention_scales": (1 / 64,) * 40}),
         (PHI4, {"head_dim": 128, "rotary_dim": 128, "rotary_switch": None, "kv_heads": 10}),
         (PHI4_MINI, {"head_dim": 128, "rotary_dim": 96, "rotary_switch": 4096, "tied_head": True}),
+        (PYTHIA_410M, {"head_dim": 64, "rotary_dim": 16, "parallel": True, "norm": "layer"}),
         (QWEN3_0_6B, {"head_dim": 128, "qk_norm": "head", "window": None, "tied_head": True}),
         (SMOLLM3_3B, {"head_dim": 128, "rotated": (True, True, True, False) * 9, "window": None}),
         (OLMO2_1B, {"head_dim": 128, "norms": "after", "qk_norm": "projection"}),
@@ -107,6 +116,7 @@ def spec_of(fields: Fields) -> ModelSpec:
         "granite-2b",
         "phi-4",
         "phi-4-mini",
+        "pythia-410m",
         "qwen3-0.6b",
         "smollm3-3b",
         "olmo2-1b",
