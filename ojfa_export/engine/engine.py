@@ -22,7 +22,7 @@ from ojfa_export.engine.running import NO_SLOT, Running
 from ojfa_export.engine.scheduler import Scheduler, Work
 from ojfa_export.engine.slots import Slots
 from ojfa_export.engine.stats import Counts, EngineStats
-from ojfa_export.engine.warm_up import WarmUp
+from ojfa_export.engine.warm_up import WarmUp, record_kinds
 from ojfa_export.errors import BackendError, OjfaError, OverloadedError, UsageError
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.runner import ModelRunner
@@ -91,6 +91,7 @@ class Engine:
         self._cancelled = False
         self._first_deadline = math.inf  # or before it
         self._may_admit = False
+        self._recorded: threading.Event | None = None  # set when passes of all kinds have run
         self._wanted = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="ojfa-engine", daemon=True)
         self._thread.start()
@@ -185,12 +186,17 @@ class Engine:
             )  # fmt: skip
 
     def warm_up(self) -> None:
-        """Runs requests of its own, of all numbers and lengths, before others come.
+        """Runs passes of all kinds and requests of its own before others come.
 
-        On a device what is done once for each of them takes seconds, which no request should wait
-        for; see `engine.warm_up`. They are not counted.
+        On a device what is done once for each kind takes seconds, which no request should wait
+        for; see `engine.warm_up`. They are not counted. What sampled requests, and those at exits,
+        need beside that is made with the first of them.
         """
-        spec = self.model.spec
+        spec, recorded = self.model.spec, threading.Event()
+        with self._wanted:
+            self._recorded = recorded
+            self._wanted.notify()
+        recorded.wait()
         WarmUp(self.submit, self.max_sequences, self._max_length, spec.vocab_size).run()
         self._counts.clear()
 
@@ -238,8 +244,12 @@ class Engine:
         """The engine's thread."""
         while True:
             with self._wanted:
-                self._wanted.wait_for(lambda: self._closed or self._waiting or self._running)
+                self._wanted.wait_for(
+                    lambda: self._closed or self._waiting or self._running or self._recorded
+                )
                 self._end_what_is_over()
+                if self._recorded is not None and not self._running:
+                    self._record_kinds(self._recorded)
                 if self._closed:
                     self._slots.clear()
                     return
@@ -256,6 +266,19 @@ class Engine:
                     self._work(work)
             except Exception as error:  # nobody waits for ever, whatever it is
                 self._fail_all(error)
+
+    def _record_kinds(self, recorded: threading.Event) -> None:
+        """Runs passes of all kinds, while nothing else runs."""
+        engines, self._recorded = self.model.engines, None
+        try:
+            if isinstance(engines, PagedCache) and not self._closed:
+                self._slots.clear()
+                kinds = engines.pass_kinds(self.max_sequences, self._max_length)
+                record_kinds(self._runner, kinds, self._size)
+        except Exception as error:
+            self._fail_all(error)
+        finally:
+            recorded.set()
 
     def _work(self, work: Work) -> None:
         """Runs what was chosen, and what certainly follows; nothing is on its way afterwards."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from engine.random_requests import (
     TIMEOUT,
@@ -147,3 +149,36 @@ def test_a_launch_that_fails(llama_on_device, monkeypatch):
                 each.result(TIMEOUT)
         again = [engine.submit([1, 2], **plain) for _ in range(2)]
         assert [each.result(TIMEOUT).token_ids for each in again] == [expected, expected]
+
+
+def test_nothing_is_recorded_after_warming_up(llama_on_device, rng, monkeypatch):
+    """Whatever requests come together, at full depth and greedily."""
+    model, reference = llama_on_device.model, llama_on_device.reference
+    device = model.engines.device
+    captured = []
+
+    def capture(work):
+        captured.append(work)
+        return type(device).capture(device, work)
+
+    monkeypatch.setattr(device, "capture", capture)
+    with WatchedEngine(model, max_sequences=3, prefix_cache=False) as engine:
+        engine.warm_up()
+        before, slots = len(captured), engine.max_sequences
+        assert before > 2 * slots
+        asked = [
+            (
+                rng.integers(3, model.spec.vocab_size, int(rng.integers(1, 30))).tolist(),
+                {"max_new_tokens": int(rng.integers(1, 12)), "ignore_eos": True},
+            )
+            for _ in range(30)
+        ]
+        engine.on_pass = lambda _: time.sleep(0.002 * (rng.random() < 0.2))
+        running = []
+        for prompt, options in asked:
+            running.append(engine.submit(prompt, **options))
+            time.sleep(0.004 * rng.random())
+        results = [each.result(TIMEOUT) for each in running]
+    assert len(captured) == before
+    for (prompt, options), result in zip(asked[:8], results[:8], strict=True):
+        assert result.token_ids == alone(reference, prompt, options).token_ids
