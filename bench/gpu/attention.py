@@ -36,7 +36,7 @@ from ojfa_export.backends.tensorrt.attention import (
     Scratch,
 )
 from ojfa_export.backends.tensorrt.gemm import GemmProducts
-from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
+from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, SMALL_WIDTH, LinearKernels, Norm
 from ojfa_export.backends.tensorrt.products import Products
 from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS, TiledKernels
 from ojfa_export.models.families.rotary import Rotary
@@ -268,7 +268,7 @@ class Bench:
 
     def products(self, tokens: int) -> Products:
         """The kernels that a step of so many tokens is made of."""
-        if tokens <= MOST_TOKENS:
+        if tokens <= MOST_TOKENS and self.spec.hidden_size > SMALL_WIDTH:
             return LinearKernels(self.device, self.kernels, 2)
         if tokens > MOST_TILED_TOKENS:
             dtype = np.dtype(np.float16)

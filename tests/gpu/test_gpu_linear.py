@@ -52,7 +52,7 @@ class Compiled:
         from ojfa_export.backends.cuda.cublas import Cublas
         from ojfa_export.backends.tensorrt.gemm import GemmProducts
         from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
-        from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS, TiledKernels
+        from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS
 
         if tokens <= MOST_TOKENS:
             return self.linear
@@ -60,6 +60,14 @@ class Compiled:
             return GemmProducts(
                 Cublas(self.device), self.arrays, self.kernels, np.dtype(self.element)
             )
+        return self.tiled(columns)
+
+    def tiled(self, columns):
+        """The kernels on tensor cores, of which there are none in fp32."""
+        from ojfa_export.backends.tensorrt.tiled import TiledKernels
+
+        if not self.half:
+            pytest.skip("fp16 alone")
         return TiledKernels(self.device, self.arrays, self.kernels, columns)
 
     def normed(self, hidden, weight, bias):
@@ -76,7 +84,7 @@ class Compiled:
         )
 
 
-@pytest.fixture(scope="module", params=["fp16-rms-gated", "fp32-layer"])
+@pytest.fixture(scope="module", params=["fp16-rms-gated", "fp16-layer", "fp32-layer"])
 def compiled(request):
     half, layer = request.param.startswith("fp16"), "layer" in request.param
     return Compiled(half=half, layer=layer, gated="gated" in request.param)
@@ -89,11 +97,21 @@ def test_products(compiled, rng, tokens, columns, outputs):
     check_products(compiled, rng, compiled.products(tokens, columns), tokens, columns, outputs)
 
 
+SMALL = [(32, 1), (64, 100), (576, 1537), (1000, 70), (1024, 513), (576, 49_152)]
+
+
 @pytest.mark.parametrize("tokens", [3, 4, 5, 6, 7, 8])
-@pytest.mark.parametrize(("columns", "outputs"), [(32, 1), (576, 1537), (1024, 513)])
+@pytest.mark.parametrize(("columns", "outputs"), SMALL)
 def test_products_of_a_small_model(compiled, rng, tokens, columns, outputs):
-    """In the matrix-vector kernels."""
+    """In the matrix-vector kernels, which a benchmark may ask for."""
     check_products(compiled, rng, compiled.linear, tokens, columns, outputs)
+
+
+@pytest.mark.parametrize("tokens", range(1, 17))
+@pytest.mark.parametrize(("columns", "outputs"), SMALL)
+def test_tiled_products_of_a_small_model(compiled, rng, tokens, columns, outputs):
+    """With the norm in the kernels."""
+    check_products(compiled, rng, compiled.tiled(columns), tokens, columns, outputs)
 
 
 def check_products(compiled, rng, products, tokens, columns, outputs):
@@ -123,6 +141,38 @@ def check_products(compiled, rng, products, tokens, columns, outputs):
 @pytest.mark.parametrize(("columns", "width"), SIZES)
 def test_activated_products(compiled, rng, tokens, columns, width):
     check_activated(compiled, rng, compiled.products(tokens, columns), tokens, columns, width)
+
+
+@pytest.mark.parametrize("tokens", range(1, 17))
+@pytest.mark.parametrize(("columns", "width"), SMALL[:-1])
+def test_activated_tiled_products_of_a_small_model(compiled, rng, tokens, columns, width):
+    check_activated(compiled, rng, compiled.tiled(columns), tokens, columns, width)
+
+
+@pytest.mark.parametrize(("columns", "outputs"), [(576, 960), (1000, 333), (1536, 576)])
+def test_tokens_get_the_same_however_many_there_are(compiled, rng, columns, outputs):
+    """Bit by bit, in the kernels on tensor cores."""
+    from ojfa_export.backends.tensorrt.linear import Norm
+
+    products, arrays, most = compiled.tiled(columns), compiled.arrays, 16
+    matrix = (rng.standard_normal((outputs, columns)) / math.sqrt(columns)).astype(np.float16)
+    x = rng.standard_normal((most, columns)).astype(np.float16)
+    hidden, weight = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((most, columns), columns)
+    )
+    matrix, x, hidden, weight = map(arrays.asarray, (matrix, x, hidden, weight))
+    norm, width = Norm(weight, None, EPSILON), outputs // (2 if compiled.gated else 1)
+    found = []
+    for tokens in range(1, most + 1):
+        out, plain = (arrays.empty((tokens, outputs), np.float32) for _ in range(2))
+        inner = arrays.empty((tokens, width), np.float16)
+        products.linear(plain, None, x[:tokens], matrix, None)
+        products.norm_linear(out, hidden[:tokens], norm, matrix, None)
+        products.norm_up(inner, hidden[:tokens], norm, matrix, None)
+        found.append([np.asarray(each) for each in (out, plain, inner)])
+    for some in found:
+        for one, every in zip(some, found[-1], strict=True):
+            np.testing.assert_array_equal(one, every[: len(one)])
 
 
 @pytest.mark.parametrize("tokens", [3, 4, 5, 6, 7, 8])

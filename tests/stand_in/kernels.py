@@ -32,6 +32,9 @@ for _source in SOURCES:
         _text,
     ):
         PARAMETERS[_found[1]] = re.findall(r"(\w+)\s*(?:,|$)", _found[2].strip())
+# Kernels that return where they are called off.
+CALLED_OFF = {f"{norm}{kind}" for norm in ("", "norm_") for kind in ("linear", "tiled_linear")}
+CALLED_OFF |= {"norm_up", "norm_tiled_up", "tiled_up", "attention"}
 PARAMETERS["exit_check_beside"] = PARAMETERS["exit_check"]
 
 
@@ -50,7 +53,7 @@ class StandInKernels:
         if not tokens.isdigit():
             kind, tokens = name, "0"
         named = dict(zip(PARAMETERS[kind], values, strict=True))
-        if self.called_off and kind in ("norm_linear", "norm_up", "linear", "attention"):
+        if self.called_off and kind in CALLED_OFF:
             return
         with np.errstate(over="ignore", invalid="ignore"):  # as on a GPU
             getattr(self, kind)(
@@ -145,6 +148,14 @@ class StandInKernels:
     def tiled_linear(self, a: Any) -> None:
         a.count = a.tokens
         self.linear(a)
+
+    def norm_tiled_linear(self, a: Any) -> None:
+        a.count = a.tokens
+        self.norm_linear(a)
+
+    def norm_tiled_up(self, a: Any) -> None:
+        a.count = a.tokens
+        self._up(a, self._normed(a, a.width, a.columns))
 
     def linear(self, a: Any) -> None:
         x = self._elements(a.x, a.count, a.columns).astype(np.float32)

@@ -15,12 +15,7 @@ from ojfa_export.backends.cuda.mailbox import Mailbox
 from ojfa_export.backends.tensorrt.algorithms import Choices, ChosenAlgorithms
 from ojfa_export.backends.tensorrt.engine import Engine, EngineSet
 from ojfa_export.backends.tensorrt.gemm import GemmProducts
-from ojfa_export.backends.tensorrt.linear import (
-    MOST_SMALL_TOKENS,
-    MOST_TOKENS,
-    SMALL_WIDTH,
-    LinearKernels,
-)
+from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, SMALL_WIDTH, LinearKernels
 from ojfa_export.backends.tensorrt.memory import Request, Room
 from ojfa_export.backends.tensorrt.plan import PASS_TOKENS, PREFILL_TOKENS, GraphPlan, read_plan
 from ojfa_export.backends.tensorrt.products import Products
@@ -50,7 +45,8 @@ class OpenedModel:
     Attributes:
         decode_kernels: Whether steps of a few tokens run in CUDA kernels of ours rather than in
             TensorRT's engines (OJFA_DECODE=engines).
-        most_linear_tokens: Of a step that runs in matrix-vector kernels.
+        most_linear_tokens: Of a step that runs in matrix-vector kernels: none in a small model of
+            fp16, if tensor cores find room for it.
         pass_tokens: Of a pass that our kernels and cuBLASLt run at once; more run in pieces.
     """
 
@@ -92,7 +88,7 @@ class OpenedModel:
         self.chooser = Chooser(chosen, self.mailbox, spec.vocab_size)
         self.most_linear_tokens = MOST_TOKENS
         if self.precision == "fp16" and spec.hidden_size <= SMALL_WIDTH:
-            self.most_linear_tokens = MOST_SMALL_TOKENS
+            self.most_linear_tokens = 0
         self._tiled, self._most_tiled = None, 0
         if self.precision == "fp16":
             self._tiled = TiledKernels(device, self.arrays, chosen, spec.hidden_size)
@@ -127,7 +123,9 @@ class OpenedModel:
             return None
         if tokens <= self.most_linear_tokens:
             return self.linear(self.precision)
-        return self._tiled if tokens <= self._most_tiled else self._gemm
+        if tokens <= self._most_tiled:
+            return self._tiled
+        return self.linear(self.precision) if tokens <= MOST_TOKENS else self._gemm
 
     def linear(self, precision: Precision) -> LinearKernels:
         """The matrix-vector kernels for matrices of a precision."""

@@ -10,6 +10,10 @@ extern "C" int run_kernel(const char* name, const unsigned* grid, unsigned threa
     else if (is("tiled_linear_16")) launch(tiled_linear_16, grid, threads, arguments, shared_bytes);
     else if (is("tiled_up_8")) launch(tiled_up_8, grid, threads, arguments, shared_bytes);
     else if (is("tiled_up_16")) launch(tiled_up_16, grid, threads, arguments, shared_bytes);
+    else if (is("norm_tiled_linear_8")) launch(norm_tiled_linear_8, grid, threads, arguments, shared_bytes);
+    else if (is("norm_tiled_linear_16")) launch(norm_tiled_linear_16, grid, threads, arguments, shared_bytes);
+    else if (is("norm_tiled_up_8")) launch(norm_tiled_up_8, grid, threads, arguments, shared_bytes);
+    else if (is("norm_tiled_up_16")) launch(norm_tiled_up_16, grid, threads, arguments, shared_bytes);
     else if (is("activate_products")) launch(activate_products, grid, threads, arguments, shared_bytes);
     else return 1;
     return overrun(shared_bytes) ? 2 : 0;
