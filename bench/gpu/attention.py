@@ -29,6 +29,7 @@ from ojfa_export.backends.cuda.sources import definitions
 from ojfa_export.backends.passes import Chunk, positions_of, slots_of
 from ojfa_export.backends.tensorrt.attention import (
     PAGE,
+    STEP_QUERIES,
     Attention,
     Chunks,
     Geometry,
@@ -101,7 +102,8 @@ class Bench:
         macros = definitions(spec, half=True)
         self.kernels = Kernels(device, compile_kernels(macros, device.compute_capability))
         self._geometry = Geometry.of(spec, 2)
-        self._attention = Attention(self.kernels, self._geometry, device.multiprocessors)
+        most_new = STEP_QUERIES if spec.hidden_size <= SMALL_WIDTH else 1
+        self._attention = Attention(self.kernels, self._geometry, device.multiprocessors, most_new)
         numbers = np.random.default_rng(0).standard_normal(POOL, np.float32)
         self._pool = self.arrays.lasting((POOL,), np.float16)
         device.upload((0.02 * numbers).astype(np.float16), self._pool.pointer)

@@ -215,7 +215,7 @@ class StandInKernels:
     def attention(self, a: Any) -> None:
         for tokens in self._chunks(a, a.grid[2]):
             assert len(tokens) <= a.tokens
-            if len(tokens) == 1:
+            if len(tokens) <= a.most_new:
                 self._append(a, tokens)
             self._attend(a, tokens)
 

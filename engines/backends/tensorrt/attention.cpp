@@ -13,6 +13,8 @@ constexpr unsigned STEP_QUERIES = 8, MOST_WARPS = 4, STEP_KEYS = 16, STEP_STAGES
 constexpr unsigned APPEND_THREADS = 256, MOST_SPLITS = 64, RESIDENT = 2;
 // What the kernels may be given beside: a table of pages, and a list of chunks of different lengths.
 constexpr CUdeviceptr NO_TABLE = 0, ALL_ALIKE = 0;
+// Tokens of a sequence that the step's kernel appends itself; it could more.
+constexpr int MOST_NEW = 1;
 
 unsigned ceiling(unsigned value, unsigned by) {
     return (value + by - 1) / by;
@@ -61,12 +63,12 @@ void Attention::run(CUstream stream, const Operands& operands, const Scratch& sc
 
 void Attention::step(CUstream stream, const Operands& operands, const Scratch& scratch, int sequences,
                      int tokens) const {
-    if (tokens > 1) append(stream, operands, sequences * tokens);
+    if (tokens > MOST_NEW) append(stream, operands, sequences * tokens);
     Launch launch = step_launch(sequences, tokens);
-    launch.overlapping = tokens == 1;
+    launch.overlapping = tokens <= MOST_NEW;
     kernels_.launch(stream, launch, operands.out, operands.qkv, operands.keys, operands.values,
                     operands.cosines, operands.sines, operands.positions, operands.sequences, NO_TABLE,
-                    operands.most_pages, operands.scale, tokens, ALL_ALIKE, scratch.parts.address(),
+                    operands.most_pages, operands.scale, tokens, MOST_NEW, ALL_ALIKE, scratch.parts.address(),
                     scratch.finished.address());
 }
 
@@ -84,8 +86,8 @@ Launch Attention::step_launch(int sequences, int tokens) const {
     const unsigned wanted = RESIDENT * multiprocessors_ / (rows * static_cast<unsigned>(sequences));
     const unsigned splits = std::max(1u, std::min(MOST_SPLITS, wanted));
     const unsigned warps = std::max(1u, std::min(MOST_WARPS, 1024 / row_bytes));
-    // The queries, the new key and value, and each warp's stages of keys and values.
-    const unsigned held = STEP_QUERIES + 2 + warps * STEP_STAGES * 2 * STEP_KEYS;
+    // The queries, new keys and values, and each warp's stages of keys and values.
+    const unsigned held = STEP_QUERIES + 2 * MOST_NEW + warps * STEP_STAGES * 2 * STEP_KEYS;
     return {"attention",
             {splits, rows, static_cast<unsigned>(sequences)},
             {warps * LANES, 1},
