@@ -38,8 +38,9 @@ from ojfa_export.backends.tensorrt.attention import (
 )
 from ojfa_export.backends.tensorrt.gemm import GemmProducts
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, SMALL_WIDTH, LinearKernels, Norm
+from ojfa_export.backends.tensorrt.narrow import on_tensor_cores
 from ojfa_export.backends.tensorrt.products import Products
-from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS, TiledKernels
+from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS
 from ojfa_export.models.families.rotary import Rotary
 from ojfa_export.models.spec import ModelSpec
 
@@ -275,7 +276,7 @@ class Bench:
         if tokens > MOST_TILED_TOKENS:
             dtype = np.dtype(np.float16)
             return GemmProducts(Cublas(self.device), self.arrays, self.kernels, dtype)
-        return TiledKernels(self.device, self.arrays, self.kernels, self.spec.hidden_size)
+        return on_tensor_cores(self.device, self.arrays, self.kernels, self.spec.hidden_size)
 
     def _rotary(self, rows: int) -> tuple[np.ndarray[Any, Any], ...]:
         if not self.spec.rotary_dim:

@@ -9,23 +9,15 @@
 // span, odd places the second half, of the same row. A product is done twice, with the inputs of either half
 // and the weights of its places, the others zero. Within a half the columns are permuted, for weights and
 // inputs alike.
-//
-// In small models the norm before a product is part of it (Normed): what another kernel takes to begin and
-// end is more than what each thread block takes to normalise a few tokens of few features.
 #include "activation.cuh"
-#include "instructions.cuh"
+#include "staging.cuh"
 
 #if HALF
-constexpr int TILED_THREADS = 512;
-constexpr int TILED_WARPS = TILED_THREADS / LANES;
 constexpr int TILED_ROWS = 16;  // of a tile: two products, of eight places for two rows each
-constexpr int SPAN = 64;        // columns: 8 halves of a lane, eight lanes
 constexpr int LANE_ROWS = 4;    // of a tile that a lane has weights of
 // Spans that are on their way together, of a warp: as many as registers are left for.
 template <int GROUPS>
 constexpr int SPANS = GROUPS == 1 ? 4 : 2;
-// Inputs of a token lie so far apart, beyond whole spans, that those of two are in different banks.
-constexpr int INPUTS_SHIFT = 32;
 // Sums of a token, the rows of a tile, lie so far apart that eight lanes' are in different banks.
 constexpr int SUMS_APART = TILED_ROWS + 4;
 
@@ -33,12 +25,6 @@ constexpr int SUMS_APART = TILED_ROWS + 4;
 template <int GROUPS>
 struct Weights {
     Chunk rows[SPANS<GROUPS>][LANE_ROWS];
-};
-
-// The work of a thread block: every tile over all columns, or, where the inputs don't fit in shared memory
-// together, every tile over a part of the columns after the other.
-struct Pass {
-    int first_span, stop_span;  // of the matrix
 };
 
 // What a warp does with a tile, for up to GROUPS * 8 tokens.
@@ -128,100 +114,6 @@ struct Tile {
     }
 };
 
-// Inputs that are there as the products take them: [tokens, columns].
-struct Given {
-    const Element* x;
-
-    __device__ __forceinline__ void before(float*) const {}
-
-    // Inputs of this warp's spans of a pass into shared memory, zeros beyond the columns. No other warp looks
-    // at them.
-    __device__ __forceinline__ void stage(Element* inputs, int apart, int columns, int tokens,
-                                          const Pass& pass, float*) const {
-        constexpr int CHUNKS = SPAN / WIDE;  // of a span
-        const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-        __syncwarp();  // the inputs before are no longer read
-        for (int span = pass.first_span + warp; span < pass.stop_span; span += TILED_WARPS) {
-            const int column = span * SPAN + lane % CHUNKS * WIDE;
-            const Element* from = x + (column < columns ? column : 0);
-            Element* to = inputs + (span - pass.first_span) * SPAN + lane % CHUNKS * WIDE;
-            for (int token = lane / CHUNKS; token < tokens; token += LANES / CHUNKS)
-                copy_async<16>(to + token * apart, from + static_cast<long long>(token) * columns,
-                               column < columns);
-        }
-        copies_end();
-        copies_wait<0>();
-        __syncwarp();
-    }
-};
-
-struct alignas(4 * sizeof(Element)) Four {
-    Element values[4];
-};
-
-// Hidden states [tokens, width] that are normalised on the way, rounded, with zeros beyond the width, a
-// multiple of 4; without a weight x / rms. There is one pass.
-struct Normed {
-    const float *hidden, *weight, *bias;
-    float epsilon;
-    int width;
-
-    // The norm's weight and bias into shared memory: they don't depend on the kernel before.
-    __device__ __forceinline__ void before(float* room) const {
-        for (int i = threadIdx.x * 4; i < width; i += TILED_THREADS * 4) {
-            if (weight) copy_async<16>(room + i, weight + i, true);
-            if (bias) copy_async<16>(room + width + i, bias + i, true);
-        }
-    }
-
-    // Each warp normalises a token. Hidden states lie in shared memory meanwhile: registers hold weights.
-    __device__ __forceinline__ void stage(Element* inputs, int apart, int, int tokens, const Pass& pass,
-                                          float* room) const {
-        static_assert(TILED_WARPS >= 16, "there is a warp for each token");
-        const int warp = threadIdx.x / LANES, first = threadIdx.x % LANES * 4;
-        float* raw = room + (2 + warp) * width;
-        if (warp < tokens)
-            for (int i = first; i < width; i += LANES * 4)
-                copy_async<16>(raw + i, hidden + warp * width + i, true);
-        copies_end();
-        copies_wait<0>();
-        __syncthreads();  // weight and bias are there, which others have brought
-        if (warp < tokens) normalize(inputs + warp * apart, pass.stop_span * SPAN, raw, room, first);
-        __syncthreads();
-    }
-
-    __device__ __forceinline__ void normalize(Element* to, int stop, const float* raw, const float* room,
-                                              int first) const {
-        float mean = 0.0f, square = 0.0f;
-        for (int i = first; i < width; i += LANES * 4) {
-            const float4 x = *reinterpret_cast<const float4*>(raw + i);
-            mean += x.x + x.y + (x.z + x.w);
-            square += x.x * x.x + x.y * x.y + (x.z * x.z + x.w * x.w);
-        }
-#if NORM_LAYER
-        mean = weight ? lanes_sum(mean) / width : 0.0f;
-        if (weight) square = 0.0f;
-        for (int i = first; weight && i < width; i += LANES * 4)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) square += (raw[i + j] - mean) * (raw[i + j] - mean);
-#else
-        mean = 0.0f;
-#endif
-        const float scale = 1.0f / sqrtf(lanes_sum(square) / width + epsilon);
-        for (int i = first; i < stop; i += LANES * 4) {
-            Four normed;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                float y = i < width ? (raw[i + j] - mean) * scale : 0.0f;
-                if (weight && i < width) y *= room[i + j];
-                if (bias && i < width) y += room[width + i + j];
-                store(&normed.values[j], y);
-            }
-            *reinterpret_cast<Four*>(to + i) = normed;
-        }
-    }
-};
-
 template <int GROUPS>
 constexpr int WARP_SUMS = GROUPS * 8 * SUMS_APART;  // elements of a warp's sums
 
@@ -241,9 +133,8 @@ struct RowSum {
 // Calls use(tile, row of the tile, token, sum of a row and token) by a thread for each of USED rows of a tile
 // and token. Shared memory: inputs of a pass, then sums of all warps [buffers, TILED_WARPS, tokens of the
 // groups, SUMS_APART]; more than two buffers where there are several passes, one for each tile of a block.
-// Where the sums come later, a norm has room before: [2 + tokens, width].
-template <int GROUPS, int USED, class From, class RowOf, class Use>
-__device__ __forceinline__ void each_tile(const From& from, const Element* matrix, int columns, int tiles,
+template <int GROUPS, int USED, class RowOf, class Use>
+__device__ __forceinline__ void each_tile(const Element* x, const Element* matrix, int columns, int tiles,
                                           int tokens, int pass_spans, RowOf row_of, Use use) {
     constexpr int BUFFER = TILED_WARPS * WARP_SUMS<GROUPS>;
     const int spans = (columns + SPAN - 1) / SPAN, warp = threadIdx.x / LANES;
@@ -257,13 +148,13 @@ __device__ __forceinline__ void each_tile(const From& from, const Element* matri
         work.go_to(tile, row_of);
         work.load(weights, first_span + warp, min(first_span + pass_spans, spans));
     };
-    from.before(buffers);
     begin(blockIdx.x, 0);
     wait_for_previous();
     let_next_start();
     const bool not_wanted = is_called_off();  // comes while the inputs do
     for (Pass pass{0, min(pass_spans, spans)}; pass.first_span < spans;) {
-        from.stage(inputs, apart, columns, tokens, pass, buffers);
+        __syncwarp();  // the inputs before are no longer read
+        stage_inputs(inputs, apart, x, columns, tokens, pass);
         const bool last = pass.stop_span == spans;
         int turn = 0;
         for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++turn) {
@@ -282,7 +173,10 @@ __device__ __forceinline__ void each_tile(const From& from, const Element* matri
             float* buffer = buffers + (pass_spans < spans ? turn : turn % 2) * BUFFER;
             work.keep(buffer + warp * WARP_SUMS<GROUPS>, pass.first_span);
             if (!last) continue;
-            if (__syncthreads_or(not_wanted)) return;
+            if (turn > 0)
+                __syncthreads();
+            else if (__syncthreads_or(not_wanted))
+                return;
             for (int i = threadIdx.x; i < USED * tokens; i += TILED_THREADS) {
                 const int row = i % USED, token = i / USED;
                 use(tile, row, token, RowSum<GROUPS>{buffer + token * SUMS_APART});
@@ -292,13 +186,12 @@ __device__ __forceinline__ void each_tile(const From& from, const Element* matri
     }
 }
 
-// out [tokens, outputs] fp32 = residual + inputs matrix^T + bias; out may be the residual itself
-template <int GROUPS, class From>
-__device__ __forceinline__ void tiled_linear(float* out, const float* residual, const From& from,
-                                             const Element* matrix, const float* bias, int columns,
-                                             int outputs, int tokens, int pass_spans) {
+// out [tokens, outputs] fp32 = residual + x matrix^T + bias; out may be the residual itself
+template <int GROUPS>
+__device__ void tiled_linear(float* out, const float* residual, const Element* x, const Element* matrix,
+                             const float* bias, int columns, int outputs, int tokens, int pass_spans) {
     each_tile<GROUPS, TILED_ROWS>(
-        from, matrix, columns, (outputs + TILED_ROWS - 1) / TILED_ROWS, tokens, pass_spans,
+        x, matrix, columns, (outputs + TILED_ROWS - 1) / TILED_ROWS, tokens, pass_spans,
         [=](int tile, int i) { return min(tile * TILED_ROWS + i, outputs - 1); },
         [=](int tile, int i, int token, const RowSum<GROUPS>& sum) {
             const int row = tile * TILED_ROWS + i, at = token * outputs + row;
@@ -307,15 +200,13 @@ __device__ __forceinline__ void tiled_linear(float* out, const float* residual, 
         });
 }
 
-// inner [tokens, width_out] = act(inputs gate^T) * (inputs up^T), gate's rows before up's; without a gate
-// act(inputs up^T)
-template <int GROUPS, class From>
-__device__ __forceinline__ void tiled_up(Element* inner, const From& from, const Element* matrix,
-                                         const float* bias, int columns, int width_out, int tokens,
-                                         int pass_spans) {
+// inner [tokens, width_out] = act(x gate^T) * (x up^T), gate's rows before up's; without a gate act(x up^T)
+template <int GROUPS>
+__device__ void tiled_up(Element* inner, const Element* x, const Element* matrix, const float* bias,
+                         int columns, int width_out, int tokens, int pass_spans) {
     constexpr int FEATURES = GATED ? TILED_ROWS / 2 : TILED_ROWS;  // of a tile: gates before ups
     each_tile<GROUPS, FEATURES>(
-        from, matrix, columns, (width_out + FEATURES - 1) / FEATURES, tokens, pass_spans,
+        x, matrix, columns, (width_out + FEATURES - 1) / FEATURES, tokens, pass_spans,
         [=](int tile, int i) {
             const int feature = min(tile * FEATURES + i % FEATURES, width_out - 1);
             return i < FEATURES ? feature : width_out + feature;
@@ -333,28 +224,15 @@ __device__ __forceinline__ void tiled_up(Element* inner, const From& from, const
     extern "C" __global__ void __launch_bounds__(TILED_THREADS, 1)                                        \
         tiled_linear_##TOKENS(float* out, const float* residual, const Element* x, const Element* matrix, \
                               const float* bias, int columns, int outputs, int tokens, int pass_spans) {  \
-        tiled_linear<TOKENS / 8>(out, residual, Given{x}, matrix, bias, columns, outputs, tokens,         \
-                                 pass_spans);                                                             \
+        tiled_linear<TOKENS / 8>(out, residual, x, matrix, bias, columns, outputs, tokens, pass_spans);   \
     }                                                                                                     \
     extern "C" __global__ void __launch_bounds__(TILED_THREADS, 1)                                        \
         tiled_up_##TOKENS(Element* inner, const Element* x, const Element* matrix, const float* bias,     \
                           int columns, int width_out, int tokens, int pass_spans) {                       \
-        tiled_up<TOKENS / 8>(inner, Given{x}, matrix, bias, columns, width_out, tokens, pass_spans);      \
-    }                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(TILED_THREADS, 1) norm_tiled_linear_##TOKENS(            \
-        float* out, const float* hidden, const float* norm_weight, const float* norm_bias, float epsilon, \
-        int width, const Element* matrix, const float* bias, int columns, int outputs, int tokens) {      \
-        const Normed from{hidden, norm_weight, norm_bias, epsilon, width};                                \
-        tiled_linear<TOKENS / 8>(out, nullptr, from, matrix, bias, columns, outputs, tokens, columns);    \
-    }                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(TILED_THREADS, 1)                                        \
-        norm_tiled_up_##TOKENS(Element* inner, const float* hidden, const float* norm_weight,             \
-                               const float* norm_bias, float epsilon, int width, const Element* matrix,   \
-                               const float* bias, int columns, int width_out, int tokens) {               \
-        const Normed from{hidden, norm_weight, norm_bias, epsilon, width};                                \
-        tiled_up<TOKENS / 8>(inner, from, matrix, bias, columns, width_out, tokens, columns);             \
+        tiled_up<TOKENS / 8>(inner, x, matrix, bias, columns, width_out, tokens, pass_spans);             \
     }
 
 FOR_TOKENS_UP_TO(8)
 FOR_TOKENS_UP_TO(16)
+#undef FOR_TOKENS_UP_TO
 #endif

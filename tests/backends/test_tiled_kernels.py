@@ -11,7 +11,10 @@ import pytest
 from kernels_on_cpu import CpuKernels
 from tolerances import BLOCK_FP16_RELATIVE
 
-SOURCES = ("activation.cuh", "around_products.cu", "tiled_linear.cu")
+SOURCES = (
+    *("activation.cuh", "staging.cuh"),
+    *("around_products.cu", "narrow_linear.cu", "tiled_linear.cu"),
+)
 EPSILON = 1e-5
 MULTIPROCESSORS = 3
 SHARED_BYTES = 227 << 10
@@ -90,6 +93,12 @@ def check(actual, expected):
     np.testing.assert_allclose(actual, expected, atol=BLOCK_FP16_RELATIVE * scale, rtol=0)
 
 
+def products_of(kernels, hidden_size):
+    from ojfa_export.backends.tensorrt.narrow import on_tensor_cores
+
+    return on_tensor_cores(Cpu(), Cpu(), kernels, hidden_size)
+
+
 def launched(kernels, monkeypatch):
     """Names of the kernels that are launched from now on."""
     names, launch = [], kernels.launch
@@ -103,20 +112,20 @@ def launched(kernels, monkeypatch):
 
 
 # A part of a span, several rounds of the warps; fewer rows than a tile, tiles of several turns;
-# inputs that don't find room at once. Up to 1024 columns the norm is in the product.
+# inputs that don't find room at once. Up to 1024 columns the kernels are a small model's: of one
+# and two tokens, of tiles for less than all that may be on their way and for several rounds.
 @pytest.mark.parametrize(
     ("tokens", "columns", "outputs"),
     [
         *[(3, 24, 7), (8, 1048, 40), (9, 40, 16), (16, 4200, 50), (16, 11_008, 36)],
-        *[(1, 576, 150), (2, 64, 100), (16, 1000, 20), (9, 1024, 33), (1, 1024, 16)],
+        *[(1, 576, 330), (2, 64, 100), (16, 1000, 20), (9, 1024, 33), (1, 1024, 16)],
     ],
 )
 def test_products(compiled, rng, tokens, columns, outputs):
     from ojfa_export.backends.tensorrt.linear import Norm
-    from ojfa_export.backends.tensorrt.tiled import TiledKernels
 
     kind, kernels = compiled
-    tiled = TiledKernels(Cpu(), Cpu(), kernels, columns)
+    tiled = products_of(kernels, columns)
     matrix = halves(rng, 1 / math.sqrt(columns), outputs, columns)
     x = halves(rng, 1.0, tokens, columns)
     hidden, residual, bias, weight, shift = arrays(
@@ -146,11 +155,11 @@ def test_activated_products(compiled, rng, tokens, columns, width):
     """By the kernels for a few tokens, and by those around a library's products."""
     from ojfa_export.backends.tensorrt.gemm import GemmProducts
     from ojfa_export.backends.tensorrt.linear import Norm
-    from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS, TiledKernels
+    from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS
 
     kind, kernels = compiled
     if tokens <= MOST_TILED_TOKENS:
-        products = TiledKernels(Cpu(), Cpu(), kernels, columns)
+        products = products_of(kernels, columns)
     else:
         products = GemmProducts(Cpu(), Cpu(), kernels, np.dtype(np.float16))
     outputs = width * (2 if kind.gated else 1)
@@ -164,39 +173,71 @@ def test_activated_products(compiled, rng, tokens, columns, width):
     check(inner.array, expected * y[:, width:] if kind.gated else expected)
 
 
-@pytest.mark.parametrize("columns", [72, 1048])
-def test_a_small_model_needs_no_kernel_for_norms(compiled, rng, monkeypatch, columns):
-    """Where that finds room; and what it gives is what the norm by itself and the product give."""
+# More spans than warps, in one and in several rounds; tiles for one thread block or two.
+@pytest.mark.parametrize(
+    ("tokens", "columns", "outputs"), [(1, 1536, 20), (5, 1536, 120), (16, 4200, 40), (11, 2048, 9)]
+)
+def test_a_small_model_s_products_of_many_columns(
+    compiled, rng, monkeypatch, tokens, columns, outputs
+):
+    _, kernels = compiled
+    names = launched(kernels, monkeypatch)
+    matrix = halves(rng, 1 / math.sqrt(columns), outputs, columns)
+    x = halves(rng, 1.0, tokens, columns)
+    residual, bias = arrays(rng, (tokens, outputs), (outputs,))
+    expected = x.array.astype(np.float64) @ matrix.array.astype(np.float64).T
+    expected += residual.array + bias.array
+    products_of(kernels, 576).linear(residual, residual, x, matrix, bias)
+    check(residual.array, expected)
+    assert names == [f"narrow_linear_{8 if tokens <= 8 else 16}"]
+
+
+@pytest.mark.parametrize("room", [SHARED_BYTES, 30 << 10])
+@pytest.mark.parametrize("columns", [72, 1000, 1048])
+def test_a_small_model_needs_no_kernel_for_norms(compiled, rng, monkeypatch, columns, room):
+    """Where that finds room; what it gives is what the norm by itself and the product give."""
     from ojfa_export.backends.tensorrt.linear import Norm
     from ojfa_export.backends.tensorrt.tiled import TiledKernels
 
+    monkeypatch.setattr(Cpu, "shared_bytes", room)
     kernels = compiled[1]
     names = launched(kernels, monkeypatch)
     matrix = halves(rng, 1 / math.sqrt(columns), 20, columns)
     hidden, weight = arrays(rng, (5, columns), (columns,))
     outs = [CpuArray(np.full((5, 20), np.nan, np.float32)) for _ in range(2)]
-    TiledKernels(Cpu(), Cpu(), kernels, columns).norm_linear(
-        outs[0], hidden, Norm(weight, None, EPSILON), matrix, None
-    )
-    small = columns <= 1024
-    assert names == (["norm_tiled_linear_8"] if small else ["normalize", "tiled_linear_8"])
-    if not small:
-        return
-    monkeypatch.setattr("ojfa_export.backends.tensorrt.tiled.SMALL_WIDTH", 0)
-    TiledKernels(Cpu(), Cpu(), kernels, columns).norm_linear(
-        outs[1], hidden, Norm(weight, None, EPSILON), matrix, None
-    )
-    assert names[1:] == ["normalize", "tiled_linear_8"]
+    norm = Norm(weight, None, EPSILON)
+    products_of(kernels, columns).norm_linear(outs[0], hidden, norm, matrix, None)
+    if columns > 1024:
+        assert names == ["normalize", "tiled_linear_8"]
+    elif columns == 1000 and room < SHARED_BYTES:
+        assert names == ["normalize", "narrow_linear_8"]
+    else:
+        assert names == ["norm_narrow_linear_8"]
+    monkeypatch.setattr(Cpu, "shared_bytes", SHARED_BYTES)
+    TiledKernels(Cpu(), Cpu(), kernels, columns).norm_linear(outs[1], hidden, norm, matrix, None)
+    assert names[-2:] == ["normalize", "tiled_linear_8"]
     check(outs[0].array, outs[1].array)
 
 
-def test_tokens_get_the_same_however_many_there_are(compiled, rng):
+def test_a_norm_without_a_weight(compiled, rng):
+    """x / rms(x), whatever the model's norms are."""
     from ojfa_export.backends.tensorrt.linear import Norm
-    from ojfa_export.backends.tensorrt.tiled import TiledKernels
+
+    matrix, out = halves(rng, 0.1, 20, 64), CpuArray(np.full((2, 20), np.nan, np.float32))
+    [hidden] = arrays(rng, (2, 64))
+    products_of(compiled[1], 64).norm_linear(out, hidden, Norm(None, None, EPSILON), matrix, None)
+    x = Kind(layer=False, gated=False).normed(hidden.array, 1.0, 0.0)
+    check(out.array, x @ matrix.array.astype(np.float64).T)
+
+
+@pytest.mark.parametrize(("columns", "hidden_size"), [(1000, 1000), (1536, 576), (1536, 4096)])
+def test_tokens_get_the_same_however_many_there_are(compiled, rng, columns, hidden_size):
+    """Bit by bit, where the inputs find room at once."""
+    from ojfa_export.backends.tensorrt.linear import Norm
 
     kind, kernels = compiled
-    columns, width, most = 1000, 18, 16
-    tiled = TiledKernels(Cpu(), Cpu(), kernels, columns)
+    width, most = 18, 16
+    products = products_of(kernels, hidden_size)
     matrix = halves(rng, 1 / math.sqrt(columns), width * 2, columns)
     x = halves(rng, 1.0, most, columns)
     hidden, weight = arrays(rng, (most, columns), (columns,))
@@ -205,30 +246,32 @@ def test_tokens_get_the_same_however_many_there_are(compiled, rng):
     for tokens in (most, 1, 4, 8):
         out, plain = (CpuArray(np.full((tokens, 2 * width), np.nan, np.float32)) for _ in range(2))
         inner = CpuArray(np.full((tokens, width if kind.gated else 2 * width), np.nan, np.float16))
-        tiled.norm_linear(out, hidden[:tokens], norm, matrix, None)
-        tiled.linear(plain, None, x[:tokens], matrix, None)
-        tiled.norm_up(inner, hidden[:tokens], norm, matrix, None)
+        products.linear(plain, None, x[:tokens], matrix, None)
+        if columns == hidden_size:
+            products.norm_linear(out, hidden[:tokens], norm, matrix, None)
+            products.norm_up(inner, hidden[:tokens], norm, matrix, None)
         found.append([each.array for each in (out, plain, inner)])
     for some in found[1:]:
         for one, every in zip(some, found[0], strict=True):
             np.testing.assert_array_equal(one, every[: len(one)])
 
 
-def test_products_that_are_called_off(compiled, rng):
+@pytest.mark.parametrize("hidden_size", [64, 2048])
+def test_products_that_are_called_off(compiled, rng, hidden_size):
     """They write nothing."""
     from ojfa_export.backends.tensorrt.linear import Norm
-    from ojfa_export.backends.tensorrt.tiled import TiledKernels
 
     _, kernels = compiled
-    tiled = TiledKernels(Cpu(), Cpu(), kernels, 64)
+    products = products_of(kernels, hidden_size)
     matrix = halves(rng, 0.1, 20, 64)
     hidden, weight, out = arrays(rng, (2, 64), (64,), (2, 20))
     before = out.array.copy()
     called_off = ctypes.c_int.in_dll(kernels.library, "called_off")
     called_off.value = 1
     try:
-        tiled.norm_linear(out, hidden, Norm(weight, None, EPSILON), matrix, None)
-        tiled.linear(out, None, halves(rng, 1.0, 2, 64), matrix, None)
+        if hidden_size == 64:
+            products.norm_linear(out, hidden, Norm(weight, None, EPSILON), matrix, None)
+        products.linear(out, None, halves(rng, 1.0, 2, 64), matrix, None)
     finally:
         called_off.value = 0
     np.testing.assert_array_equal(out.array, before)

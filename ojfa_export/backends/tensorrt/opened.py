@@ -17,9 +17,10 @@ from ojfa_export.backends.tensorrt.engine import Engine, EngineSet
 from ojfa_export.backends.tensorrt.gemm import GemmProducts
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, SMALL_WIDTH, LinearKernels
 from ojfa_export.backends.tensorrt.memory import Request, Room
+from ojfa_export.backends.tensorrt.narrow import on_tensor_cores
 from ojfa_export.backends.tensorrt.plan import PASS_TOKENS, PREFILL_TOKENS, GraphPlan, read_plan
 from ojfa_export.backends.tensorrt.products import Products
-from ojfa_export.backends.tensorrt.tiled import TiledKernels, matrix_shapes, most_tokens
+from ojfa_export.backends.tensorrt.tiled import matrix_shapes, most_tokens
 from ojfa_export.backends.tensorrt.weights import WeightStore
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.decoding.arrays import Float32
@@ -91,7 +92,7 @@ class OpenedModel:
             self.most_linear_tokens = 0
         self._tiled, self._most_tiled = None, 0
         if self.precision == "fp16":
-            self._tiled = TiledKernels(device, self.arrays, chosen, spec.hidden_size)
+            self._tiled = on_tensor_cores(device, self.arrays, chosen, spec.hidden_size)
             room = device.multiprocessors, device.shared_bytes
             self._most_tiled = most_tokens(matrix_shapes(spec), *room)
         self._cublas: Cublas | None = beside._cublas if beside else _cublas(device)

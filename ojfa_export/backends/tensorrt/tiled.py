@@ -10,7 +10,7 @@ import numpy as np
 from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.kernels import Argument, Kernels, integer, pointer
-from ojfa_export.backends.tensorrt.linear import SMALL_WIDTH, Norm, address
+from ojfa_export.backends.tensorrt.linear import Norm, address
 from ojfa_export.models.spec import ModelSpec
 
 MOST_TILED_TOKENS = 16
@@ -49,10 +49,7 @@ class TiledKernels:
         bias: DeviceArray | None,
     ) -> None:
         """out [tokens, outputs] = norm(hidden) matrix^T + bias."""
-        if not self._norms_itself(hidden, matrix):
-            self.linear(out, None, self._norm(hidden, norm), matrix, bias)
-            return
-        self._launch_normed("norm_tiled_linear", out, hidden, norm, matrix, bias)
+        self.linear(out, None, self._norm(hidden, norm), matrix, bias)
 
     def norm_up(
         self,
@@ -63,9 +60,6 @@ class TiledKernels:
         bias: DeviceArray | None,
     ) -> None:
         """inner [tokens, width] = the MLP's activated (and gated) products with norm(hidden)."""
-        if self._norms_itself(hidden, matrix):
-            self._launch_normed("norm_tiled_up", inner, hidden, norm, matrix, bias)
-            return
         arguments = (
             pointer(inner.pointer),
             pointer(self._norm(hidden, norm).pointer),
@@ -107,43 +101,6 @@ class TiledKernels:
         )
         return result
 
-    def _norms_itself(self, hidden: DeviceArray, matrix: DeviceArray) -> bool:
-        """Whether the kernels normalise: few features, which find room beside the inputs."""
-        tokens, width = hidden.shape
-        outputs, columns = matrix.shape
-        if width > SMALL_WIDTH or width % 4:
-            return False
-        device = self._device
-        return (
-            _normed_bytes(tokens, outputs, columns, device.multiprocessors, width)
-            <= device.shared_bytes
-        )
-
-    def _launch_normed(
-        self,
-        kind: str,
-        out: DeviceArray,
-        hidden: DeviceArray,
-        norm: Norm,
-        matrix: DeviceArray,
-        bias: DeviceArray | None,
-    ) -> None:
-        tokens, width = hidden.shape
-        outputs, columns = matrix.shape
-        blocks = self._device.multiprocessors
-        self._kernels.launch(
-            f"{kind}_{_groups(tokens) * 8}",
-            (min(math.ceil(outputs / TILE), blocks), 1, 1),
-            (THREADS, 1, 1),
-            (
-                *(pointer(out.pointer), *norm.arguments(hidden), integer(width)),
-                *(pointer(matrix.pointer), pointer(address(bias))),
-                *map(integer, (columns, out.shape[-1], tokens)),
-            ),
-            shared_bytes=_normed_bytes(tokens, outputs, columns, blocks, width),
-            overlapping=True,
-        )
-
     def _launch(
         self, kind: str, tokens: int, matrix: DeviceArray, arguments: tuple[Argument, ...]
     ) -> None:
@@ -153,7 +110,7 @@ class TiledKernels:
         pass_spans = spans_of_a_pass(tokens, outputs, columns, blocks, shared)
         assert pass_spans is not None
         self._kernels.launch(
-            f"{kind}_{_groups(tokens) * 8}",
+            f"{kind}_{groups_of(tokens) * 8}",
             (min(math.ceil(outputs / TILE), blocks), 1, 1),
             (THREADS, 1, 1),
             (*arguments, integer(tokens), integer(pass_spans)),
@@ -219,16 +176,9 @@ def _shared_bytes(tokens: int, outputs: int, columns: int, blocks: int, pass_spa
     inputs = 2 * SPAN * min(pass_spans, spans) + SHIFT
     tiles = math.ceil(outputs / TILE)
     buffers = 2 if pass_spans >= spans else math.ceil(tiles / blocks)
-    return tokens * inputs + buffers * WARPS * _groups(tokens) * 8 * SUMS_BYTES
+    return tokens * inputs + buffers * WARPS * groups_of(tokens) * 8 * SUMS_BYTES
 
 
-def _normed_bytes(tokens: int, outputs: int, columns: int, blocks: int, width: int) -> int:
-    """The same of kernels that normalise: all inputs, and a norm's where sums come later."""
-    spans = math.ceil(columns / SPAN)
-    whole = _shared_bytes(tokens, outputs, columns, blocks, spans)
-    return max(whole, tokens * (2 * SPAN * spans + SHIFT) + 4 * width * (2 + tokens))
-
-
-def _groups(tokens: int) -> int:
+def groups_of(tokens: int) -> int:
     """Groups of eight tokens, of a product."""
     return math.ceil(tokens / 8)
