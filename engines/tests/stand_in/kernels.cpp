@@ -262,10 +262,11 @@ const std::map<std::string, Kernel>& kernels() {
                                 sines,   positions, sequences, table,  most_pages};
              for (int token = 0; token < launch.x; ++token) all.append(token);
          })},
-        {"attention", kernel(+[](Program& program, const Launch& launch, void* out, const float* qkv,
-                                 void* keys, void* values, const float* cosines, const float* sines,
-                                 const int* positions, const int* sequences, const int* table, int most_pages,
-                                 float scale, int tokens, int most_new, const int* chunks, float*, unsigned*) {
+        {"attention",
+         kernel(+[](Program& program, const Launch& launch, void* out, const float* qkv, void* keys,
+                    void* values, const float* cosines, const float* sines, const int* positions,
+                    const int* sequences, const int* table, int most_pages, float scale, int tokens,
+                    int most_new, const int* chunks, float*, unsigned*) {
              if (program.called_off) return;
              if (chunks) throw std::logic_error("no runtime in C++ lists chunks");
              const Attended all{program, qkv,       keys,      values, cosines,
