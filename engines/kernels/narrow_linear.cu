@@ -30,22 +30,32 @@ struct Given {
     const Element* x;
     int columns;
 
+    __device__ __forceinline__ int needed(int) const { return 0; }
     __device__ __forceinline__ void before(float*) const {}
     __device__ __forceinline__ void stage(Element* inputs, int apart, int tokens, int spans, float*) const {
         stage_inputs(inputs, apart, x, columns, tokens, {0, spans});
     }
 };
 
-struct alignas(4 * sizeof(Element)) Four {
-    Element values[4];
+template <class Number>
+struct alignas(2 * sizeof(Number)) Two {
+    Number values[2];
 };
 
+__device__ __forceinline__ Two<float> two_at(const float* at) {
+    return *reinterpret_cast<const Two<float>*>(at);
+}
+
 // Hidden states [tokens, width] that are normalised on the way, rounded, with zeros beyond the width, a
-// multiple of 4; without a weight x / rms.
+// multiple of 4; without a weight x / rms. `room` holds [2 + tokens, width]: weight, bias, the hidden states
+// (registers hold weights of the product), then mean and scale of each token.
 struct Normed {
     const float *hidden, *weight, *bias;
     float epsilon;
     int width;
+
+    // Numbers that find room.
+    __device__ __forceinline__ int needed(int tokens) const { return (2 + tokens) * width + 2 * tokens; }
 
     // The norm's weight and bias into shared memory: they don't depend on the kernel before.
     __device__ __forceinline__ void before(float* room) const {
@@ -55,27 +65,46 @@ struct Normed {
         }
     }
 
-    // Each warp normalises a token. Hidden states lie in shared memory meanwhile: registers hold weights.
+    // A warp finds mean and scale of a token, and then normalises the columns that it takes itself, of all.
     __device__ __forceinline__ void stage(Element* inputs, int apart, int tokens, int spans,
                                           float* room) const {
         static_assert(TILED_WARPS >= 16, "there is a warp for each token");
-        const int warp = threadIdx.x / LANES, first = threadIdx.x % LANES * 4;
-        float* raw = room + (2 + warp) * width;
+        const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+        float *const states = room + 2 * width, *const found = states + tokens * width;
         if (warp < tokens)
-            for (int i = first; i < width; i += LANES * 4)
-                copy_async<16>(raw + i, hidden + warp * width + i, true);
+            for (int i = lane * 4; i < width; i += LANES * 4)
+                copy_async<16>(states + warp * width + i, hidden + warp * width + i, true);
         copies_end();
         copies_wait<0>();
-        __syncthreads();  // weight and bias are there, which others have brought
-        if (warp < tokens) normalize(inputs + warp * apart, spans * SPAN, raw, room, first);
-        __syncthreads();
+        if (warp < tokens) find(found + 2 * warp, states + warp * width);
+        __syncthreads();  // what other warps have brought and found is there
+        for (int column = warp * SPAN + lane * 2; column < spans * SPAN; column += TILED_WARPS * SPAN) {
+            const bool valid = column < width;
+            const int at = valid ? column : 0;
+            const Two<float> factors = weight ? two_at(room + at) : Two<float>{1.0f, 1.0f};
+            const Two<float> shifts = bias ? two_at(room + width + at) : Two<float>{};
+            for (int token = 0; token < tokens; ++token) {
+                const Two<float> state = two_at(states + token * width + at), of = two_at(found + 2 * token);
+                Two<Element> normed;
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const float y = (state.values[i] - of.values[0]) * of.values[1] * factors.values[i] +
+                                    shifts.values[i];
+                    store(&normed.values[i], valid ? y : 0.0f);
+                }
+                *reinterpret_cast<Two<Element>*>(inputs + token * apart + column) = normed;
+            }
+        }
+        __syncwarp();
     }
 
-    __device__ __forceinline__ void normalize(Element* to, int stop, const float* raw, const float* room,
-                                              int first) const {
+    // Mean (0 for x / rms) and scale of a token, of which each lane has copied what it reads.
+    __device__ __forceinline__ void find(float* found, const float* state) const {
+        const int first = threadIdx.x % LANES * 4;
         float mean = 0.0f, square = 0.0f;
+#pragma unroll 4
         for (int i = first; i < width; i += LANES * 4) {
-            const float4 x = *reinterpret_cast<const float4*>(raw + i);
+            const float4 x = *reinterpret_cast<const float4*>(state + i);
             mean += x.x + x.y + (x.z + x.w);
             square += x.x * x.x + x.y * x.y + (x.z * x.z + x.w * x.w);
         }
@@ -84,22 +113,12 @@ struct Normed {
         if (weight) square = 0.0f;
         for (int i = first; weight && i < width; i += LANES * 4)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) square += (raw[i + j] - mean) * (raw[i + j] - mean);
+            for (int j = 0; j < 4; ++j) square += (state[i + j] - mean) * (state[i + j] - mean);
 #else
         mean = 0.0f;
 #endif
         const float scale = 1.0f / sqrtf(lanes_sum(square) / width + epsilon);
-        for (int i = first; i < stop; i += LANES * 4) {
-            Four normed;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                float y = i < width ? (raw[i + j] - mean) * scale : 0.0f;
-                if (weight && i < width) y *= room[i + j];
-                if (bias && i < width) y += room[width + i + j];
-                store(&normed.values[j], y);
-            }
-            *reinterpret_cast<Four*>(to + i) = normed;
-        }
+        if (first == 0) found[0] = mean, found[1] = scale;
     }
 };
 
@@ -189,9 +208,8 @@ struct Weighing {
 };
 
 // Calls use(tile, row of the tile, token, sum of a row and token, added) by a thread for each of USED rows of
-// a tile and token, where added(tile, row, token) was asked before. Shared memory: inputs, then sums of all
-// warps [2, TILED_WARPS, tokens of the groups, NARROW_SUMS]; before those come, a norm's [2 + tokens, width]
-// lie there.
+// a tile and token, where added(tile, row, token) was asked before. Shared memory: inputs, what a norm needs,
+// sums of all warps [2, TILED_WARPS, tokens of the groups, NARROW_SUMS].
 template <int GROUPS, int USED, class From, class RowOf, class Adding, class Use>
 __device__ __forceinline__ void each_narrow_tile(const From& from, const Element* matrix, int columns,
                                                  int tiles, int tokens, RowOf row_of, Adding added, Use use) {
@@ -200,11 +218,12 @@ __device__ __forceinline__ void each_narrow_tile(const From& from, const Element
     const int spans = (columns + SPAN - 1) / SPAN, turns = (spans + TILED_WARPS - 1) / TILED_WARPS;
     const int warp = threadIdx.x / LANES, apart = spans * SPAN + INPUTS_SHIFT;
     Element* const inputs = reinterpret_cast<Element*>(shared_memory);
-    float* const buffers = reinterpret_cast<float*>(inputs + tokens * apart);
+    float* const room = reinterpret_cast<float*>(inputs + tokens * apart);
+    float* const buffers = room + from.needed(tokens);
     Weighing<RowOf> weighing{matrix, columns, tiles, turns, row_of};
     constexpr int AHEAD = NARROW_AHEAD<GROUPS>;
     NarrowWeights weights[AHEAD];
-    from.before(buffers);
+    from.before(room);
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) weighing.load(weights[i]);
     wait_for_previous();
@@ -213,7 +232,7 @@ __device__ __forceinline__ void each_narrow_tile(const From& from, const Element
     // The last warps, which may have no columns, add up what the others leave.
     const int own = TILED_THREADS - 1 - threadIdx.x, row = own % USED, token = own / USED;
     Added add = token < tokens ? added(blockIdx.x, row, token) : Added{};
-    from.stage(inputs, apart, tokens, spans, buffers);
+    from.stage(inputs, apart, tokens, spans, room);
 
     NarrowSums<GROUPS> sums;
     int tile = blockIdx.x, turn = 0, buffer_at = 0;

@@ -65,8 +65,8 @@ unsigned NarrowKernels::room(int tokens, const Array& matrix, int width) const {
     if (std::int64_t{matrix.rows()} * matrix.columns() > MOST_ELEMENTS) return 0;
     const int staged = tokens * (2 * SPAN * divided_up(matrix.columns(), SPAN) + SHIFT);
     const int sums = 2 * WARPS * groups(tokens) * 8 * SUMS_BYTES;
-    // The norm's weight and bias, and hidden states, lie where sums come later.
-    const int norms = 4 * width * (2 + tokens), shared = staged + std::max(sums, norms);
+    // The norm's weight and bias, hidden states, and mean and scale of each.
+    const int norms = width > 0 ? 4 * ((2 + tokens) * width + 2 * tokens) : 0, shared = staged + norms + sums;
     return shared <= device_.shared_bytes ? static_cast<unsigned>(shared) : 0;
 }
 

@@ -92,9 +92,9 @@ class NarrowKernels(TiledKernels):
         spans = math.ceil(columns / SPAN)
         staged = tokens * (2 * SPAN * spans + SHIFT)
         sums = 2 * WARPS * groups_of(tokens) * 8 * 4 * SUMS
-        # The norm's weight and bias, and hidden states, lie where sums come later.
-        norms = 4 * width * (2 + tokens) if normed else 0
-        shared = staged + max(sums, norms)
+        # The norm's weight and bias, hidden states, and mean and scale of each.
+        norms = 4 * ((2 + tokens) * width + 2 * tokens) if normed else 0
+        shared = staged + norms + sums
         return shared if shared <= self._device.shared_bytes else None
 
     def _normed_arguments(
