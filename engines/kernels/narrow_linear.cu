@@ -224,8 +224,12 @@ __device__ __forceinline__ void each_narrow_tile(const From& from, const Element
     constexpr int AHEAD = NARROW_AHEAD<GROUPS>;
     NarrowWeights weights[AHEAD];
     from.before(room);
+    const bool has_columns = warp < spans;
+    // A branch, beyond which the compiler does not put the loads: they are to come before the wait.
+    if (has_columns) {
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) weighing.load(weights[i]);
+        for (int i = 0; i < AHEAD; ++i) weighing.load(weights[i]);
+    }
     wait_for_previous();
     let_next_start();
     const bool not_wanted = is_called_off();  // comes while the inputs do
@@ -239,12 +243,12 @@ __device__ __forceinline__ void each_narrow_tile(const From& from, const Element
     const auto is_last = [&](NarrowWeights& ready) INLINE {
         const int span = turn * TILED_WARPS + warp;
         if (span < spans) sums.add(ready, inputs + span * SPAN, apart, tokens);
-        weighing.load(ready);
+        if (has_columns) weighing.load(ready);
         if (++turn < turns) return false;
         turn = 0;
         float* const buffer = buffers + buffer_at;
         buffer_at = TILED_WARPS * WARP_SUMS - buffer_at;
-        if (warp < spans) sums.keep(buffer + warp * WARP_SUMS);
+        if (has_columns) sums.keep(buffer + warp * WARP_SUMS);
         const bool first = tile == static_cast<int>(blockIdx.x);
         if (first && __syncthreads_or(not_wanted)) return true;
         if (!first) __syncthreads();

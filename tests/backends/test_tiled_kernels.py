@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
+import shutil
+import subprocess
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from kernels_on_cpu import CpuKernels
 from tolerances import BLOCK_FP16_RELATIVE
+
+from ojfa_export.backends.cuda.sources import source_directory
 
 SOURCES = (
     *("activation.cuh", "staging.cuh"),
@@ -275,6 +280,25 @@ def test_products_that_are_called_off(compiled, rng, hidden_size):
     finally:
         called_off.value = 0
     np.testing.assert_array_equal(out.array, before)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_two_thread_blocks_of_a_small_model_find_room(kind, architecture, tmp_path):
+    """Their weights are in registers: in memory the smallest of them would take 96 bytes."""
+    macros = {**KINDS[kind].macros(), "HEADS": 9, "HEAD_DIM": 64}
+    defined = [f"-D{name}={int(value)}" for name, value in macros.items()]
+    command = ["nvcc", "-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", *defined]
+    source = source_directory() / "narrow_linear.cu"
+    command += ["-o", str(tmp_path / "out.cubin"), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    registers = [int(each) for each in re.findall(r"Used (\d+) registers", result.stderr)]
+    frames = [int(each) for each in re.findall(r"(\d+) bytes stack frame", result.stderr)]
+    assert len(registers) == len(frames) == 6
+    assert max(registers) <= (64 << 10) // (2 * 512)
+    assert max(frames) <= 32, result.stderr
 
 
 def test_what_finds_room(driver):
