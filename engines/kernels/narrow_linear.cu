@@ -223,13 +223,13 @@ __device__ __forceinline__ void each_narrow_tile(const From& from, const Element
     Weighing<RowOf> weighing{matrix, columns, tiles, turns, row_of};
     constexpr int AHEAD = NARROW_AHEAD<GROUPS>;
     NarrowWeights weights[AHEAD];
-    from.before(room);
     const bool has_columns = warp < spans;
     // A branch, beyond which the compiler does not put the loads: they are to come before the wait.
     if (has_columns) {
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) weighing.load(weights[i]);
     }
+    from.before(room);
     wait_for_previous();
     let_next_start();
     const bool not_wanted = is_called_off();  // comes while the inputs do
