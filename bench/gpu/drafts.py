@@ -4,8 +4,7 @@ Of shapes with random weights: a full step, a round by the number of its drafts 
 text with drafts whose acceptance is replayed: with `--chain .51 .24`, 51% of the first drafts are
 taken, and 24% of the first two. All against full depth in the same run.
 
-    python -m bench.gpu.drafts --out drafts.json --bundle BUNDLE --chat \\
-        --prompts bench/gpu/questions.txt
+    python -m bench.gpu.drafts --out FILE --bundle BUNDLE --chat --prompts bench/gpu/questions.txt
 
 generates greedily from a bundle instead, for each line of a file, with drafts and without: whether
 tokens are equal, what a token takes, and how many a check gives. With `--chat` a line is a user's
