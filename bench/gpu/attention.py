@@ -29,6 +29,7 @@ from ojfa_export.backends.cuda.sources import definitions
 from ojfa_export.backends.passes import Chunk, positions_of, slots_of
 from ojfa_export.backends.tensorrt.attention import (
     PAGE,
+    STEP_QUERIES,
     Attention,
     Chunks,
     Geometry,
@@ -36,9 +37,10 @@ from ojfa_export.backends.tensorrt.attention import (
     Scratch,
 )
 from ojfa_export.backends.tensorrt.gemm import GemmProducts
-from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
+from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, SMALL_WIDTH, LinearKernels, Norm
+from ojfa_export.backends.tensorrt.narrow import on_tensor_cores
 from ojfa_export.backends.tensorrt.products import Products
-from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS, TiledKernels
+from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS
 from ojfa_export.models.families.rotary import Rotary
 from ojfa_export.models.spec import ModelSpec
 
@@ -101,7 +103,8 @@ class Bench:
         macros = definitions(spec, half=True)
         self.kernels = Kernels(device, compile_kernels(macros, device.compute_capability))
         self._geometry = Geometry.of(spec, 2)
-        self._attention = Attention(self.kernels, self._geometry, device.multiprocessors)
+        most_new = STEP_QUERIES if spec.hidden_size <= SMALL_WIDTH else 1
+        self._attention = Attention(self.kernels, self._geometry, device.multiprocessors, most_new)
         numbers = np.random.default_rng(0).standard_normal(POOL, np.float32)
         self._pool = self.arrays.lasting((POOL,), np.float16)
         device.upload((0.02 * numbers).astype(np.float16), self._pool.pointer)
@@ -268,12 +271,12 @@ class Bench:
 
     def products(self, tokens: int) -> Products:
         """The kernels that a step of so many tokens is made of."""
-        if tokens <= MOST_TOKENS:
+        if tokens <= MOST_TOKENS and self.spec.hidden_size > SMALL_WIDTH:
             return LinearKernels(self.device, self.kernels, 2)
         if tokens > MOST_TILED_TOKENS:
             dtype = np.dtype(np.float16)
             return GemmProducts(Cublas(self.device), self.arrays, self.kernels, dtype)
-        return TiledKernels(self.device, self.arrays, self.kernels, self.spec.hidden_size)
+        return on_tensor_cores(self.device, self.arrays, self.kernels, self.spec.hidden_size)
 
     def _rotary(self, rows: int) -> tuple[np.ndarray[Any, Any], ...]:
         if not self.spec.rotary_dim:

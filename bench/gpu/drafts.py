@@ -4,11 +4,11 @@ Of shapes with random weights: a full step, a round by the number of its drafts 
 text with drafts whose acceptance is replayed: with `--chain .51 .24`, 51% of the first drafts are
 taken, and 24% of the first two. All against full depth in the same run.
 
-    python -m bench.gpu.drafts --out drafts.json --bundle BUNDLE --chat bench/gpu/questions.txt
+    python -m bench.gpu.drafts --out FILE --bundle BUNDLE --chat --prompts bench/gpu/questions.txt
 
-generates greedily from a bundle instead, an answer to each line of a file, with drafts and without:
-whether tokens are equal, what a token takes, and how many a check gives. With `--batch 8` eight
-answers at once.
+generates greedily from a bundle instead, for each line of a file, with drafts and without: whether
+tokens are equal, what a token takes, and how many a check gives. With `--chat` a line is a user's
+message, with `--batch 8` eight run at once.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--linear", type=int, help="tokens at most of matrix-vector kernels")
     parser.add_argument("--chain", type=float, nargs="+", action="append", help="rates")
     parser.add_argument("--bundle", type=Path, help="with a draft layer and TensorRT engines")
-    parser.add_argument("--chat", type=Path, help="a text file, a user's message in each line")
+    parser.add_argument("--prompts", type=Path, help="a text file, a prompt in each line")
+    parser.add_argument("--chat", action="store_true", help="a line is a user's message")
     parser.add_argument("--batch", type=int, default=1, help="prompts at once")
     parser.add_argument("--new", type=int, default=200, help="tokens of each prompt")
     names = ("DRAFT", "CHECK", "ROUND")
@@ -269,8 +270,9 @@ def taken_at(rates: list[float]) -> Iterator[None]:
 def of_bundle(options: argparse.Namespace) -> dict[str, Any]:
     """Generates from a bundle, each batch of prompts with drafts and without, in turns."""
     model, at_once = load(options.bundle, backend="tensorrt"), options.batch
-    lines = options.chat.read_text(encoding="utf-8").splitlines()
-    prompts = [model.render([{"role": "user", "content": line}]) for line in lines if line]
+    prompts = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line]
+    if options.chat:
+        prompts = [model.render([{"role": "user", "content": line}]) for line in prompts]
     adapted = Speculation(0)
     if options.costs is not None:
         draft, check, once = options.costs

@@ -31,12 +31,13 @@ from bench.gpu.machine import nvidia_smi
 from bench.gpu.shapes import SHAPES, RandomGraphs
 from bench.gpu.tensorrt import build
 from ojfa_export.backends.tensorrt.backend import BACKEND
-from ojfa_export.decoding.options import NO_DEFAULTS, GenerationOptions
+from ojfa_export.decoding.generation_defaults import NO_DEFAULTS
+from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.engine.engine import Engine
 from ojfa_export.engine.request import Request, RequestToken
 from ojfa_export.models.spec import ModelSpec
-from ojfa_export.runtime.prompts import PromptEncoder
 from ojfa_export.runtime.model import Model
+from ojfa_export.runtime.prompts import PromptEncoder
 
 PAST, LENGTH, SEQUENCES = 512, 1408, 64
 SHARE = 0.7  # of the rate at which all at once are served

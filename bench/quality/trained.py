@@ -344,10 +344,10 @@ def draw_drafts(document: dict[str, Any], rows: Sequence[dict[str, Any]]) -> byt
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.subplots()
     for row in rows:
-        size = f"{row['kind']} ({row['parameters'] / 1e6:,.1f}M)"
-        axes.plot(row["outputs"], row["chain"], "o-", color="#0072B2", label=f"{size}, held out")
+        size, given = f"{row['kind']} ({row['parameters'] / 1e6:,.1f}M)", row["chain"]
+        axes.plot(row["outputs"], given, "o-", color="#0072B2", label=f"{size}, on given text")
         own = row["on_its_text"]["jump"]["chain"]
-        axes.plot(row["outputs"], own, "s--", color="#CC79A7", label=f"{size}, as trained on")
+        axes.plot(row["outputs"], own, "s--", color="#CC79A7", label=f"{size}, on what it writes")
     axes.set_title(f"{document['model']}: chains of drafts")
     axes.set_xlabel("drafts")
     axes.set_ylabel("all are the full model's tokens")

@@ -15,16 +15,17 @@ constexpr int STEP_RESIDENT = HALF && ROW_BYTES <= 256 ? 5 : 1;
 constexpr int SPLIT_KEYS = 192;
 constexpr int PARTIAL = HEAD_DIM + 2;  // largest, total, weighted values
 
-// Keys and values of a pass's tokens, before any of them attends; not of those without a sequence, which only
-// fill a pass up. Grid (tokens, what it takes).
+// Keys and values of a pass's tokens, where any chunk is longer than those that `attention` appends; not of
+// those without a sequence, which only fill a pass up. Grid (tokens, what it takes).
 extern "C" __global__ void append(const float* qkv, Element* keys, Element* values, const float* cosines,
-                                  const float* sines, const int* positions, const int* sequences, const int* table,
-                                  int most_pages) {
+                                  const float* sines, const int* positions, const int* sequences,
+                                  const int* table, int most_pages) {
     wait_for_previous();
     const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};
     const int i = blockIdx.y * blockDim.x + threadIdx.x;
     if (i >= KV_HEADS * VECTORS || sequences[blockIdx.x] < 0) return;
-    const int token = blockIdx.x, kv_head = i / VECTORS, feature = i % VECTORS * VECTOR, position = positions[token];
+    const int token = blockIdx.x, kv_head = i / VECTORS, feature = i % VECTORS * VECTOR,
+              position = positions[token];
     const long long at = in.place(sequences[token], kv_head, position) + feature;
     store_features(keys + at, in.turned(token, HEADS + kv_head, feature, position));
     store_features(values + at, in.value(token, kv_head, feature));
@@ -56,12 +57,16 @@ struct ColumnQueries {
 #pragma unroll
         for (int step = 0; step < DIM / DEPTH; ++step) steps[step] = load_right(rows + step * DEPTH);
     }
-    __device__ __forceinline__ Right at(int step) const { return steps[step]; }
+    __device__ __forceinline__ Right at(int step) const {
+        return steps[step];
+    }
 #else
     const Element* rows;
 
     __device__ __forceinline__ explicit ColumnQueries(const Element* rows) : rows(rows) {}
-    __device__ __forceinline__ Right at(int step) const { return load_right(rows + step * DEPTH); }
+    __device__ __forceinline__ Right at(int step) const {
+        return load_right(rows + step * DEPTH);
+    }
 #endif
 };
 
@@ -80,13 +85,15 @@ struct SeenByColumns {
 #pragma unroll
         for (int step = 0; step < DIM / DEPTH; step += 2) {
             multiply(score, load_left(keys + step * DEPTH), queries.at(step));
-            if (step + 1 < DIM / DEPTH) multiply(other, load_left(keys + (step + 1) * DEPTH), queries.at(step + 1));
+            if (step + 1 < DIM / DEPTH)
+                multiply(other, load_left(keys + (step + 1) * DEPTH), queries.at(step + 1));
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             score[i] += other[i];
             const int key = first + threadIdx.x % LANES / 4 + i / 2 * 8, at = position[i % 2];
-            if (partly && (key > at || (WINDOW && key + WINDOW <= at))) score[i] = -__int_as_float(0x7f800000);
+            if (partly && (key > at || (WINDOW && key + WINDOW <= at)))
+                score[i] = -__int_as_float(0x7f800000);
         }
         weigh(score);
 #pragma unroll
@@ -94,7 +101,8 @@ struct SeenByColumns {
             const Right weights = as_right(score, step);
 #pragma unroll
             for (int tile = 0; tile < DIM / 16; ++tile)
-                multiply(mixed[tile], load_left_transposed(values + step * DEPTH * STRIDE + tile * 16), weights);
+                multiply(mixed[tile], load_left_transposed(values + step * DEPTH * STRIDE + tile * 16),
+                         weights);
         }
     }
 
@@ -104,7 +112,8 @@ struct SeenByColumns {
         for (int column = 0; column < 2; ++column) {
             float most = fmaxf(largest[column], fmaxf(score[column], score[column + 2]));
 #pragma unroll
-            for (int offset = 4; offset < LANES; offset *= 2) most = fmaxf(most, __shfl_xor_sync(ALL, most, offset));
+            for (int offset = 4; offset < LANES; offset *= 2)
+                most = fmaxf(most, __shfl_xor_sync(ALL, most, offset));
             const float kept = power_of_2(largest[column] - most);
             largest[column] = most;
             score[column] = power_of_2(score[column] - most);
@@ -142,20 +151,24 @@ struct SeenByColumns {
 // out [tokens of the pass, HEADS * HEAD_DIM] from qkv and the cache.
 // Grid (splits, KV_HEADS * ceil(tokens * GROUP / STEP_QUERIES), chunks): each split takes a part of the keys,
 // the last to finish combines.
-//   tokens    of a chunk at most; one alone is appended here, several by `append` before
+//   tokens    of a chunk at most
+//   most_new  of chunks that are appended here, at most 8; longer ones are by `append` before. Where it is
+//             more than one, a token gets the same with others beside it, as far as SPLIT_KEYS reach
 //   chunks    see Chunks
 //   parts     [chunks * tokens, HEADS, splits, PARTIAL] where splits > 1
 //   finished  [gridDim.z, gridDim.y] zero before and after
 extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     attention(Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,
-              const float* sines, const int* positions, const int* sequences, const int* table, int most_pages,
-              float scale, int tokens, const int* chunks, float* parts, unsigned* finished) {
-    constexpr int THREADS = STEP_WARPS * LANES, STAGE = 2 * STEP_KEYS * STRIDE;
+              const float* sines, const int* positions, const int* sequences, const int* table,
+              int most_pages, float scale, int tokens, int most_new, const int* chunks, float* parts,
+              unsigned* finished) {
+    constexpr int THREADS = STEP_WARPS * LANES, STAGE = 2 * STEP_KEYS * STRIDE, CHUNKS = DIM / WIDE;
     const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     Element* const queries = reinterpret_cast<Element*>(shared_memory);
-    Element* const fresh = queries + STEP_QUERIES * STRIDE;  // the new key and value
-    Element* const ring = fresh + 2 * STRIDE + warp * STEP_STAGES * STAGE;
+    Element* const fresh = queries + STEP_QUERIES * STRIDE;  // each new key and its value
+    Element* const rings = fresh + 2 * most_new * STRIDE;
+    Element* const ring = rings + warp * STEP_STAGES * STAGE;
 
     const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y % KV_HEADS;
     const int first_query = blockIdx.y / KV_HEADS * STEP_QUERIES;
@@ -169,48 +182,57 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     // Consecutive tokens have consecutive positions.
     const int start = positions[first_token], sequence = sequences[first_token];
     const int lowest = start + first_query / GROUP, highest = start + (first_query + count - 1) / GROUP;
-    const int oldest = WINDOW ? max(0, lowest + 1 - WINDOW) / STEP_KEYS * STEP_KEYS : 0;
+    const int whole = most_new > 1 ? SPLIT_KEYS : STEP_KEYS;
+    const int oldest = WINDOW ? max(0, lowest + 1 - WINDOW) / whole * whole : 0;
     const int seen_keys = highest + 1 - oldest;
-    // Whole steps, so that no split sees keys of another.
+    // Whole steps, so that no split sees keys of another; of a model whose tokens get the same with others
+    // beside them, splits end where they do for every token.
     int active = min(splits, (seen_keys + SPLIT_KEYS - 1) / SPLIT_KEYS);
-    const int each = (seen_keys + active * STEP_KEYS - 1) / (active * STEP_KEYS) * STEP_KEYS;
+    const int each = (seen_keys + active * whole - 1) / (active * whole) * whole;
     active = (seen_keys + each - 1) / each;
     if (split >= active) {  // not before the one before has ended: who waits for this one counts on that
         wait_for_previous();
         return;
     }
     const int first = oldest + split * each, stop = min(first + each, highest + 1);
-    const bool appending = new_tokens == 1 && split == active - 1;
+    // Of the keys that this thread block sees, those from here on are new ones, which it appends: all thread
+    // blocks that see one write the same.
+    const int newest = new_tokens <= most_new ? min(max(first, start), stop) : stop;
 
     const auto copy_step = [=](int step) {
         const int key = first + (step * STEP_WARPS + warp) * STEP_KEYS;
         Element* stage = ring + step % STEP_STAGES * STAGE;
         if (key < stop)
-            copy_rows<STEP_KEYS>(stage, stage + STEP_KEYS * STRIDE, in, sequence, kv_head, key, stop, lane, LANES);
+            copy_rows<STEP_KEYS>(stage, stage + STEP_KEYS * STRIDE, in, sequence, kv_head, key, stop, lane,
+                                 LANES);
         copies_end();
     };
     // Older keys and values don't depend on the kernel before.
 #pragma unroll
     for (int step = 0; step < STEP_STAGES; ++step) copy_step(step);
     clear_padding(ring, STEP_STAGES * 2 * STEP_KEYS, lane, LANES);
+    clear_padding(fresh, 2 * most_new, threadIdx.x, THREADS);
     for (int i = threadIdx.x; i < STEP_QUERIES * STRIDE; i += THREADS) store(queries + i, 0.0f);
     __syncthreads();
     wait_for_previous();
     let_next_start();
     const bool not_wanted = is_called_off();  // comes while the queries do
-    // Rows of the queries, then of the new key and value.
-    for (int i = threadIdx.x; i < (count + (appending ? 2 : 0)) * VECTORS; i += THREADS) {
-        const int row = i / VECTORS, feature = i % VECTORS * VECTOR;
-        const int query = min(first_query + row, first_query + count - 1), token = query / GROUP;
-        const int head = row < count ? kv_head * GROUP + query % GROUP : HEADS + kv_head;
-        const Features loaded = row > count ? in.value(first_token, kv_head, feature)
-                                            : in.turned(first_token + token, head, feature, start + token);
-        if (row < count) {
+    // Rows of the queries, then of each new key and its value.
+    for (int i = threadIdx.x; i < (count + 2 * (stop - newest)) * VECTORS; i += THREADS) {
+        const int row = i / VECTORS, feature = i % VECTORS * VECTOR, later = row - count;
+        const int query = first_query + row,
+                  position = later < 0 ? start + query / GROUP : newest + later / 2;
+        const int token = first_token + position - start;
+        const int head = later < 0 ? kv_head * GROUP + query % GROUP : HEADS + kv_head;
+        const bool is_value = later >= 0 && later % 2;
+        const Features loaded =
+            is_value ? in.value(token, kv_head, feature) : in.turned(token, head, feature, position);
+        if (later < 0) {
             store_features(queries + row * STRIDE + feature, loaded, scale * LOG2_E);
         } else {
-            const long long place = in.place(sequence, kv_head, highest) + feature;
-            store_features(fresh + (row - count) * STRIDE + feature, loaded);
-            store_features((row == count ? keys : values) + place, loaded);
+            store_features(fresh + later * STRIDE + feature, loaded);
+            store_features((is_value ? values : keys) + in.place(sequence, kv_head, position) + feature,
+                           loaded);
         }
     }
     unsigned* const counter = finished + blockIdx.z * gridDim.y + blockIdx.y;
@@ -232,10 +254,13 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
         Element* stage = ring + step % STEP_STAGES * STAGE;
         copies_wait<STEP_STAGES - 1>();
         __syncwarp();
-        if (appending && highest < key + STEP_KEYS) {
-            for (int i = lane; i < HEAD_DIM; i += LANES) {
-                stage[(highest - key) * STRIDE + i] = fresh[i];
-                stage[(STEP_KEYS + highest - key) * STRIDE + i] = fresh[STRIDE + i];
+        if (newest < min(key + STEP_KEYS, stop)) {
+            const int begin = max(key, newest), rows = 2 * (min(key + STEP_KEYS, stop) - begin);
+            for (int i = lane; i < rows * CHUNKS; i += LANES) {
+                const int row = i / CHUNKS, feature = i % CHUNKS * WIDE;
+                Element* to = stage + (row % 2 * STEP_KEYS + begin - key + row / 2) * STRIDE + feature;
+                const Element* from = fresh + (2 * (begin - newest) + row) * STRIDE + feature;
+                *reinterpret_cast<Chunk*>(to) = load(from);
             }
             __syncwarp();
         }
@@ -247,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     copies_wait<0>();
     __syncthreads();  // the stages' memory is used again
 
-    float* const by_warp = reinterpret_cast<float*>(fresh + 2 * STRIDE);  // [STEP_WARPS, STEP_QUERIES, PARTIAL]
+    float* const by_warp = reinterpret_cast<float*>(rings);  // [STEP_WARPS, STEP_QUERIES, PARTIAL]
     seen.write(by_warp + warp * STEP_QUERIES * PARTIAL, count);
     __syncthreads();
     // A query of this thread block among all, its chunk's first token being the `first`th.

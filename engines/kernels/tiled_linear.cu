@@ -10,19 +10,14 @@
 // and the weights of its places, the others zero. Within a half the columns are permuted, for weights and
 // inputs alike.
 #include "activation.cuh"
-#include "instructions.cuh"
+#include "staging.cuh"
 
 #if HALF
-constexpr int TILED_THREADS = 512;
-constexpr int TILED_WARPS = TILED_THREADS / LANES;
 constexpr int TILED_ROWS = 16;  // of a tile: two products, of eight places for two rows each
-constexpr int SPAN = 64;        // columns: 8 halves of a lane, eight lanes
 constexpr int LANE_ROWS = 4;    // of a tile that a lane has weights of
 // Spans that are on their way together, of a warp: as many as registers are left for.
 template <int GROUPS>
 constexpr int SPANS = GROUPS == 1 ? 4 : 2;
-// Inputs of a token lie so far apart, beyond whole spans, that those of two are in different banks.
-constexpr int INPUTS_SHIFT = 32;
 // Sums of a token, the rows of a tile, lie so far apart that eight lanes' are in different banks.
 constexpr int SUMS_APART = TILED_ROWS + 4;
 
@@ -30,12 +25,6 @@ constexpr int SUMS_APART = TILED_ROWS + 4;
 template <int GROUPS>
 struct Weights {
     Chunk rows[SPANS<GROUPS>][LANE_ROWS];
-};
-
-// The work of a thread block: every tile over all columns, or, where the inputs don't fit in shared memory
-// together, every tile over a part of the columns after the other.
-struct Pass {
-    int first_span, stop_span;  // of the matrix
 };
 
 // What a warp does with a tile, for up to GROUPS * 8 tokens.
@@ -125,25 +114,6 @@ struct Tile {
     }
 };
 
-// Inputs of this warp's spans of a pass into shared memory, zeros beyond the columns. No other warp looks at
-// them.
-__device__ __forceinline__ void stage_inputs(Element* inputs, int apart, const Element* x, int columns,
-                                             int tokens, const Pass& pass) {
-    constexpr int CHUNKS = SPAN / WIDE;  // of a span
-    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    for (int span = pass.first_span + warp; span < pass.stop_span; span += TILED_WARPS) {
-        const int column = span * SPAN + lane % CHUNKS * WIDE;
-        const Element* from = x + (column < columns ? column : 0);
-        Element* to = inputs + (span - pass.first_span) * SPAN + lane % CHUNKS * WIDE;
-        for (int token = lane / CHUNKS; token < tokens; token += LANES / CHUNKS)
-            copy_async<16>(to + token * apart, from + static_cast<long long>(token) * columns,
-                           column < columns);
-    }
-    copies_end();
-    copies_wait<0>();
-    __syncwarp();
-}
-
 template <int GROUPS>
 constexpr int WARP_SUMS = GROUPS * 8 * SUMS_APART;  // elements of a warp's sums
 
@@ -181,6 +151,7 @@ __device__ __forceinline__ void each_tile(const Element* x, const Element* matri
     begin(blockIdx.x, 0);
     wait_for_previous();
     let_next_start();
+    const bool not_wanted = is_called_off();  // comes while the inputs do
     for (Pass pass{0, min(pass_spans, spans)}; pass.first_span < spans;) {
         __syncwarp();  // the inputs before are no longer read
         stage_inputs(inputs, apart, x, columns, tokens, pass);
@@ -202,7 +173,10 @@ __device__ __forceinline__ void each_tile(const Element* x, const Element* matri
             float* buffer = buffers + (pass_spans < spans ? turn : turn % 2) * BUFFER;
             work.keep(buffer + warp * WARP_SUMS<GROUPS>, pass.first_span);
             if (!last) continue;
-            __syncthreads();
+            if (turn > 0)
+                __syncthreads();
+            else if (__syncthreads_or(not_wanted))
+                return;
             for (int i = threadIdx.x; i < USED * tokens; i += TILED_THREADS) {
                 const int row = i % USED, token = i / USED;
                 use(tile, row, token, RowSum<GROUPS>{buffer + token * SUMS_APART});
@@ -260,4 +234,5 @@ __device__ void tiled_up(Element* inner, const Element* x, const Element* matrix
 
 FOR_TOKENS_UP_TO(8)
 FOR_TOKENS_UP_TO(16)
+#undef FOR_TOKENS_UP_TO
 #endif

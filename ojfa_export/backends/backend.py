@@ -6,7 +6,7 @@ exports a `Backend` as BACKEND (see `backends.load`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -176,6 +176,15 @@ class PagedCache(Protocol):
 
     def executor(self, slots: int, capacity: int, pages: int | None = None) -> Executor:
         """As `Engines.executor`, with so many pages for all slots together."""
+        ...
+
+    def pass_kinds(self, sequences: int, length: int) -> Iterable[list[int]]:
+        """Passes that each run faster when one like them has run twice: lengths of their chunks.
+
+        Args:
+            sequences: That may run together.
+            length: Tokens of a sequence at most.
+        """
         ...
 
 

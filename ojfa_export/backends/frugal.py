@@ -19,12 +19,17 @@ from ojfa_export.system.heap import trim_heap
 LARGE_BYTES = 500_000_000
 
 
-def is_large(spec: ModelSpec) -> bool:
-    """Whether a model's blocks and head take more than LARGE_BYTES in fp32."""
+def weight_bytes(spec: ModelSpec) -> int:
+    """What a model's blocks and head take in fp32."""
     attention = spec.hidden_size * spec.head_dim * 2 * (spec.heads + spec.kv_heads)
     mlp = spec.hidden_size * spec.intermediate_size * (3 if spec.gated else 2)
     head = spec.hidden_size * spec.vocab_size
-    return 4 * (spec.blocks * (attention + mlp) + head) > LARGE_BYTES
+    return 4 * (spec.blocks * (attention + mlp) + head)
+
+
+def is_large(spec: ModelSpec) -> bool:
+    """Whether a model's blocks and head take more than LARGE_BYTES in fp32."""
+    return weight_bytes(spec) > LARGE_BYTES
 
 
 def frugal(engines: Engines, spec: ModelSpec) -> Engines:

@@ -7,7 +7,7 @@ import gc
 import numpy as np
 
 from ojfa_export.backends.backend import Engines
-from ojfa_export.backends.frugal import LARGE_BYTES, is_large
+from ojfa_export.backends.frugal import weight_bytes
 from ojfa_export.bundle.names import STATISTICS
 from ojfa_export.bundle.promise import DomainEvidence, Promise
 from ojfa_export.compiler.decided import Decided
@@ -33,8 +33,11 @@ from ojfa_export.system.progress import Progress
 SAMPLING_SEED = 0
 # Turns of timing, and when to stop beginning them.
 ROUNDS, SECONDS = 6, 10.0
-# Of a large model's blocks that are timed: many times what caches hold, a few blocks of memory.
-TIMED_BYTES = LARGE_BYTES // 2
+# Of a model that is timed whole, in fp32. One of these loads in seconds, and building it has taken
+# about as much memory already.
+WHOLE_BYTES = 1_000_000_000
+# Of a larger model's blocks that are timed: many times what caches hold, a few blocks of memory.
+TIMED_BYTES = 250_000_000
 
 
 def collect(inputs: Inputs, work: Work, progress: Progress) -> None:
@@ -80,7 +83,7 @@ def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
     where a promise needs it. Such a model's default is full depth; `plan` tells more.
     """
     spec, limits = inputs.checkpoint.spec, inputs.options.limits
-    large = is_large(spec)
+    large = weight_bytes(spec) > WHOLE_BYTES
     if large and limits is None:
         return
     engines, length = open_engines(inputs, work), inputs.settings.max_cache_length
@@ -91,7 +94,7 @@ def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
         rounds=ROUNDS,
         seconds=SECONDS,
         progress=progress,
-        most_bytes=TIMED_BYTES if large else LARGE_BYTES,
+        most_bytes=TIMED_BYTES if large else WHOLE_BYTES,
     )
     costs = _with_drafting(costs, inputs, work, engines, progress)
     splits = load_statistics(work.bundle / STATISTICS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ojfa_export.backends.backend import Engines, PagedCache
@@ -52,6 +53,10 @@ class CacheSize:
     def tokens(self) -> int:
         """That it holds."""
         return self.pages * self.page_tokens
+
+    def needed(self, lengths: Iterable[int]) -> int:
+        """Pages of sequences of some lengths that share none."""
+        return sum(-(-length // self.page_tokens) for length in lengths)
 
     @classmethod
     def of(

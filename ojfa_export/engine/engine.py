@@ -17,12 +17,12 @@ from ojfa_export.engine.budget import CacheSize, PageBudget
 from ojfa_export.engine.costs import PassCosts
 from ojfa_export.engine.launcher import Launched, Launcher
 from ojfa_export.engine.next_step import StepOutput
-from ojfa_export.engine.request import FinishReason, Request
+from ojfa_export.engine.request import Request
 from ojfa_export.engine.running import NO_SLOT, Running
 from ojfa_export.engine.scheduler import Scheduler, Work
 from ojfa_export.engine.slots import Slots
 from ojfa_export.engine.stats import Counts, EngineStats
-from ojfa_export.engine.warm_up import WarmUp
+from ojfa_export.engine.warm_up import WarmUp, record_kinds
 from ojfa_export.errors import BackendError, OjfaError, OverloadedError, UsageError
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.runner import ModelRunner
@@ -91,6 +91,7 @@ class Engine:
         self._cancelled = False
         self._first_deadline = math.inf  # or before it
         self._may_admit = False
+        self._recorded: threading.Event | None = None  # set when passes of all kinds have run
         self._wanted = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="ojfa-engine", daemon=True)
         self._thread.start()
@@ -185,12 +186,17 @@ class Engine:
             )  # fmt: skip
 
     def warm_up(self) -> None:
-        """Runs requests of its own, of all numbers and lengths, before others come.
+        """Runs passes of all kinds and requests of its own before others come.
 
-        On a device what is done once for each of them takes seconds, which no request should wait
-        for; see `engine.warm_up`. They are not counted.
+        On a device what is done once for each kind takes seconds, which no request should wait
+        for; see `engine.warm_up`. They are not counted. What sampled requests, and those at exits,
+        need beside that is made with the first of them.
         """
-        spec = self.model.spec
+        spec, recorded = self.model.spec, threading.Event()
+        with self._wanted:
+            self._recorded = recorded
+            self._wanted.notify()
+        recorded.wait()
         WarmUp(self.submit, self.max_sequences, self._max_length, spec.vocab_size).run()
         self._counts.clear()
 
@@ -206,6 +212,7 @@ class Engine:
         """Makes an empty cache."""
         spec = self.model.spec
         self._running: list[Running] = []
+        self._untold: list[Running] = []  # whose newest tokens their requests don't know yet
         self._runner = ModelRunner(
             spec,
             self.model.engines,
@@ -237,9 +244,15 @@ class Engine:
     def _run(self) -> None:
         """The engine's thread."""
         while True:
+            if not self._running:
+                self._tell()
             with self._wanted:
-                self._wanted.wait_for(lambda: self._closed or self._waiting or self._running)
+                self._wanted.wait_for(
+                    lambda: self._closed or self._waiting or self._running or self._recorded
+                )
                 self._end_what_is_over()
+                if self._recorded is not None and not self._running:
+                    self._record_kinds(self._recorded)
                 if self._closed:
                     self._slots.clear()
                     return
@@ -248,7 +261,9 @@ class Engine:
                     self._admit()
                 drafting = [each for each in self._running if each.step.depth == 0]
                 if drafting:
-                    for launched in self._launcher.draft(drafting):
+                    drafts = self._launcher.draft(drafting)
+                    self._tell()
+                    for launched in drafts:
                         self._hand_out(launched)
                     continue
                 work = self._scheduler.next(self._running)
@@ -257,12 +272,26 @@ class Engine:
             except Exception as error:  # nobody waits for ever, whatever it is
                 self._fail_all(error)
 
+    def _record_kinds(self, recorded: threading.Event) -> None:
+        """Runs passes of all kinds, while nothing else runs."""
+        engines, self._recorded = self.model.engines, None
+        try:
+            if isinstance(engines, PagedCache) and not self._closed:
+                self._slots.clear()
+                kinds = engines.pass_kinds(self.max_sequences, self._max_length)
+                record_kinds(self._runner, kinds, self._size)
+        except Exception as error:
+            self._fail_all(error)
+        finally:
+            recorded.set()
+
     def _work(self, work: Work) -> None:
         """Runs what was chosen, and what certainly follows; nothing is on its way afterwards."""
         self._give_pages(work)
         if not work.running:
             return
         first, *others = self._launcher.launch(work)
+        self._tell()  # of the pass before
         if others:  # of other depths: what follows depends on all of them
             for each in (first, *others):
                 self._hand_out(each)
@@ -271,6 +300,8 @@ class Engine:
         while launched is not None:
             following = self._follow(launched)
             self._hand_out(launched)
+            if following is not None:
+                self._tell()
             launched = following
 
     def _follow(self, before: Launched) -> Launched | None:
@@ -292,22 +323,40 @@ class Engine:
         for each, step in zip(launched.running, launched.steps, strict=True):
             if step is None:
                 continue
-            if not each.request.done:
+            if not each.over:
                 self._hand_on(each, StepOutput(heads, row, step))
             row += step.rows
+        if not self._launcher.goes_ahead:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Tells requests of their new tokens: with a device to drive, while it is busy."""
+        untold, self._untold = self._untold, []
+        for each in untold:
+            try:
+                each.tell()
+            except OjfaError as error:  # the request's own
+                self._fail(each, error)
+
+    def _fail(self, each: Running, error: OjfaError) -> None:
+        each.fail(error)
+        if each in self._running:
+            with self._wanted:
+                self._leave(each)
 
     def _hand_on(self, each: Running, output: StepOutput) -> None:
         try:
             emitted = each.advance(output)
         except OjfaError as error:  # the request's own
-            each.request.end(None, error)
-            emitted = []
+            self._fail(each, error)
+            return
+        self._untold.append(each)
         counts = self._counts
         counts.new_tokens += len(emitted)
         for token in emitted:
             counts.blocks_run[token.blocks_run] += 1
             counts.drafted += token.drafted
-        if each.request.done:
+        if each.over:
             with self._wanted:
                 self._leave(each)
 
@@ -332,7 +381,7 @@ class Engine:
                     f"the request needs more than the {self._size.tokens} tokens of the KV cache",
                     hint="give the engine more kv-cache-bytes, or step for fewer tokens",
                 )
-                self._end(each, None, error)
+                self._end(each, error)
                 return
             each.sequence.lower_to(0)
             each.sequence.slot = NO_SLOT
@@ -382,7 +431,7 @@ class Engine:
             else:
                 self._waiting.remove(each)
                 self._may_admit = True
-                self._counts.finished[each.request.finish_reason or "error"] += 1
+                self._counts.finished[each.reason or "error"] += 1
         self._cancelled = False
         left = [each.deadline for each in (*self._running, *self._waiting)]
         self._first_deadline = min((each for each in left if each is not None), default=math.inf)
@@ -392,12 +441,11 @@ class Engine:
         self._running.remove(each)
         self._slots.give_back(each.sequence, keep=True)
         self._may_admit = True
-        self._counts.finished[each.request.finish_reason or "error"] += 1
+        self._counts.finished[each.reason or "error"] += 1
 
-    def _end(self, each: Running, reason: FinishReason | None, error: OjfaError | None) -> None:
-        each.request.end(reason, error)
-        each.close()
-        self._counts.finished[reason or "error"] += 1
+    def _end(self, each: Running, error: OjfaError) -> None:
+        each.fail(error)
+        self._counts.finished["error"] += 1
 
     def _fail_all(self, error: Exception) -> None:
         """The model could not run: every request that had a slot fails, and the engine goes on."""
@@ -409,5 +457,5 @@ class Engine:
         with self._wanted:
             failed, self._running = self._running, []
             for each in failed:
-                self._end(each, None, failure)
+                self._end(each, failure)
             self._begin()

@@ -265,7 +265,7 @@ def _going_on(before: Launched) -> list[tuple[int, NextStep]]:
     """Rows of a pass that go on whatever its tokens are, and with what; none where that depends."""
     going = []
     for row, (each, done) in enumerate(zip(before.running, before.steps, strict=True)):
-        if each.request.done:
+        if each.over:
             continue
         step = each.foresee()
         if step is None or step.depth != before.depth or done is None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.engine.decoder import Decoder, Decoding
 from ojfa_export.engine.next_step import NextStep, StepOutput
 from ojfa_export.engine.request import FinishReason, Request, RequestToken
+from ojfa_export.errors import OjfaError
 from ojfa_export.runtime.decoding import Chosen
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.sequence import Sequence
@@ -31,6 +34,8 @@ class Running:
         waits: Passes of others since it could have run.
         cancelled: Whether it shall end.
         cached_tokens: Of the prompt, found in the prefix cache.
+        over: Whether it has had its last token, or failed; its request may not know yet.
+        reason: Why it is over; None where it failed.
     """
 
     def __init__(
@@ -47,6 +52,10 @@ class Running:
         self.waits = 0
         self.cancelled = False
         self.cached_tokens = 0
+        self.over = False
+        self.reason: FinishReason | None = None
+        # Tokens that the request hasn't been told of, and whether each ends it.
+        self._untold: list[tuple[Chosen, FinishReason | None]] = []
         self._text, self._eos = text, eos
         self._stop_tokens = frozenset(request.options.stop_token_ids)
         self._ends = eos | self._stop_tokens
@@ -109,6 +118,9 @@ class Running:
     def advance(self, output: StepOutput) -> list[Chosen]:
         """Goes on from a step's output to the next step.
 
+        The request is told of its tokens by `tell`: making text of them may wait until the device
+        has something to do.
+
         Returns:
             The tokens that it gave; after the request's last one nothing more is needed.
         """
@@ -117,7 +129,7 @@ class Running:
         while isinstance(item, Chosen):
             emitted.append(item)
             self._put(item)
-            if self.request.done:
+            if self.over:
                 self.close()
                 return emitted
             item = next(self._decoding)
@@ -126,6 +138,8 @@ class Running:
 
     def finish(self, reason: FinishReason) -> None:
         """Ends the request early; text that was held back is given."""
+        self.tell()
+        self.over, self.reason = True, reason
         trailing = self._text.finish()
         self.request.end(reason, cached_tokens=self.cached_tokens, trailing_text=trailing)
         self.close()
@@ -139,10 +153,41 @@ class Running:
         assert isinstance(item, NextStep)
         return item
 
+    def tell(self) -> None:
+        """Tells the request of its new tokens, with their text.
+
+        Raises:
+            OjfaError: The tokenizer can't make text of them.
+        """
+        while self._untold:
+            token, reason = self._untold.pop(0)
+            self._give(token, self._text_of(token.id), reason)
+
+    def fail(self, error: OjfaError) -> None:
+        """Ends the request with an error, after the tokens that it had."""
+        self.over = True
+        with suppress(OjfaError):
+            self.tell()
+        self._untold.clear()
+        self.request.end(None, error)
+        self.close()
+
     def _put(self, token: Chosen) -> None:
         self._count += 1
-        text = "" if token.id in self._ends else self._text.push(token.id)
-        reason = self._reason(token.id)
+        if not self.request.options.stop:
+            reason = self._reason(token.id)
+            self._untold.append((token, reason))
+        else:  # whether it goes on is seen by its text
+            text = self._text_of(token.id)
+            reason = self._reason(token.id)
+            self._give(token, text, reason)
+        if reason is not None:
+            self.over, self.reason = True, reason
+
+    def _text_of(self, token: int) -> str:
+        return "" if token in self._ends else self._text.push(token)
+
+    def _give(self, token: Chosen, text: str, reason: FinishReason | None) -> None:
         if reason is not None:
             text += self._text.finish()
         self.request.put(

@@ -1,8 +1,9 @@
 """Running what an engine will run often, so that no request waits for what is done but once.
 
-On a device passes are recorded: the first of a kind run piece by piece, and making the recording
+On a device passes are recorded: the first of a kind runs piece by piece, and making the recording
 takes longer than running it. There is one kind for every number of requests that decode together,
-and some for prompts, alone and beside them.
+and some for prompts, alone and beside them: `record_kinds` runs each. `WarmUp` then runs requests,
+from which the engine learns what passes take.
 """
 
 from __future__ import annotations
@@ -10,15 +11,59 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ojfa_export.decoding.options import GenerationOptions
-from ojfa_export.engine.request import Request
+import numpy as np
 
-# Steps with each number of requests: one whose tokens are named, and those that follow. Twice, as
-# the second of a kind is recorded.
-STEPS, ROUNDS = 4, 2
+from ojfa_export.decoding.head_output import HeadRequest
+from ojfa_export.decoding.options import GenerationOptions
+from ojfa_export.engine.budget import CacheSize
+from ojfa_export.engine.request import Request
+from ojfa_export.runtime.runner import ModelRunner
+from ojfa_export.runtime.sequence import Sequence, expecting
+
+# Steps with each number of requests: one whose tokens are named, and those that follow.
+STEPS = 4
+# Of a kind: one runs piece by piece, the next is recorded.
+ROUNDS = 2
 # Prompts that run alone; and requests that decode beside some, and how many of those together.
 PROMPTS = (60, 120, 190, 250, 380, 510, 760, 1020, 1530, 2040)
 DECODING, BESIDE = (1, 4, 16, 64, 256), (1, 1, 1, 4, 4, 12)
+
+
+def record_kinds(runner: ModelRunner, kinds: Iterable[list[int]], pages: CacheSize) -> None:
+    """Runs a pass to full depth of every kind, and asks the head about its newest tokens.
+
+    Args:
+        runner: With nothing in its slots.
+        kinds: As of `PagedCache.pass_kinds`.
+        pages: Of the cache; a kind that needs more is left out.
+    """
+    most = 0
+    for lengths in kinds:
+        if pages.needed(lengths) > pages.pages:
+            continue
+        most = max(most, len(lengths))
+        for _ in range(ROUNDS):
+            _record(runner, lengths)
+    for rows in range(1, most + 1):
+        hidden = np.zeros((rows, runner.spec.hidden_size), np.float32)
+        for _ in range(ROUNDS):
+            runner.engines.choose(hidden, runner.spec.blocks, HeadRequest()).tokens()
+
+
+def _record(runner: ModelRunner, lengths: list[int]) -> None:
+    spec, request = runner.spec, HeadRequest()
+    sequences = [Sequence(slot, spec.blocks, spec.rotary_switch) for slot in range(len(lengths))]
+    try:
+        for sequence, length in zip(sequences, lengths, strict=True):
+            sequence.append([0] * length)
+        output = runner.choose(sequences, spec.blocks, request)
+        if max(lengths) == 1:  # and steps whose tokens only the device knows
+            with expecting(sequences):
+                output = runner.choose(sequences, spec.blocks, request, output)
+        output.tokens()
+    finally:
+        for slot in range(len(lengths)):
+            runner.release(slot)
 
 
 @dataclass(frozen=True)
@@ -40,11 +85,10 @@ class WarmUp:
     def run(self) -> None:
         """Submits them, and waits for them."""
         lengths = [length for length in PROMPTS if length < self.max_length]
-        for _ in range(ROUNDS):
-            # As many as run at once, which end one after the other.
-            _finish([self._one(1, STEPS * count) for count in range(self.sequences, 0, -1)])
-            for length in lengths:
-                _finish([self._one(length, 1)])
+        # As many as run at once, which end one after the other.
+        _finish([self._one(1, STEPS * count) for count in range(self.sequences, 0, -1)])
+        for length in lengths:
+            _finish([self._one(length, 1)])
         # A place is left for a prompt.
         for count in sorted({min(count, self.sequences - 1) for count in DECODING} - {0}):
             if lengths:

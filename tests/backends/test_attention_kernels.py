@@ -14,7 +14,13 @@ from kernels_on_cpu import CpuKernels
 from tolerances import ATTENTION_FP16_RELATIVE, ATTENTION_FP32_RELATIVE
 
 from ojfa_export.backends.cuda.sources import source_directory
-from ojfa_export.backends.tensorrt.attention import Attention, Chunks, Scratch, step_launch
+from ojfa_export.backends.tensorrt.attention import (
+    STEP_QUERIES,
+    Attention,
+    Chunks,
+    Scratch,
+    step_launch,
+)
 
 SOURCES = ("tiles.cuh", "attention.cu", "prompt.cu")
 MULTIPROCESSORS = 7
@@ -55,17 +61,19 @@ def compiled(request, tmp_path_factory):
     return variant, CpuKernels("attention.cpp", SOURCES, variant.definitions(), directory)
 
 
-def run(compiled, example, launches, *, as_prompt=()):
-    """Runs sequences of an example in some launches, and compares."""
+def run(compiled, example, launches, *, as_prompt=(), most_new=1, multiprocessors=MULTIPROCESSORS):
+    """Runs sequences of an example in some launches, and compares; returns what they attended."""
     variant, kernels = compiled
-    attention = Attention(kernels, variant.geometry, MULTIPROCESSORS)
+    attention = Attention(kernels, variant.geometry, multiprocessors, most_new)
     arrays = {name: array.copy() for name, array in example.arrays().items()}
     operands = example.operands({name: array.ctypes.data for name, array in arrays.items()})
-    scratch = Scratch(Cpu(), Cpu(), variant.geometry, len(example.qkv))
+    cpu = Cpu()
+    cpu.multiprocessors = multiprocessors
+    scratch = Scratch(cpu, cpu, variant.geometry, len(example.qkv))
     called_off = ctypes.c_int.in_dll(kernels.library, "called_off")
     for off in (0, HALF_CALLED_OFF, 0):  # each finds what the one before has left
         called_off.value = off
-        if max(example.chunks) > 1:
+        if max(example.chunks) > most_new:
             attention.append(operands, len(example.qkv))
         for index, which in enumerate(launches):
             listed = example.chunk_list(which)
@@ -79,6 +87,7 @@ def run(compiled, example, launches, *, as_prompt=()):
     assert not scratch.finished.array.any()
     tolerance = ATTENTION_FP16_RELATIVE if variant.half else ATTENTION_FP32_RELATIVE
     example.check(arrays["out"], arrays["keys"], arrays["values"], tolerance)
+    return arrays["out"]
 
 
 @pytest.mark.parametrize("pasts", [[0], [15], [300], [5, 130, 64]])
@@ -97,6 +106,45 @@ def test_a_few_tokens_of_one_sequence(compiled, rng, past, tokens):
 def test_a_prompt(compiled, rng, past, tokens):
     example = Example(compiled[0], rng, [past], tokens, capacity=100)
     run(compiled, example, [[0]], as_prompt=[0])
+
+
+# Nothing before them; over the end of a page and of a thread block's keys, in a tile and between
+# tiles of queries; more than a window.
+@pytest.mark.parametrize(("past", "tokens"), [(0, 5), (0, 8), (188, 8), (189, 4), (60, 7)])
+def test_tokens_that_attention_appends(compiled, rng, past, tokens):
+    example = Example(compiled[0], rng, [past], tokens, capacity=200)
+    run(compiled, example, [[0]], most_new=STEP_QUERIES, multiprocessors=40)
+
+
+def test_chunks_that_attention_appends(compiled, rng):
+    pasts, chunks = [190, 0, 62, 17], [4, 8, 1, 3]
+    example = Example(compiled[0], rng, pasts, 0, capacity=200, chunks=chunks)
+    run(compiled, example, [range(4)], most_new=STEP_QUERIES, multiprocessors=90)
+
+
+def test_tokens_get_the_same_however_many_are_beside_them(compiled, rng):
+    """Bit by bit, as long as no thread block takes more keys than the splits are made for."""
+    variant, kernels = compiled
+    past, tokens = 379, 8
+    example = Example(variant, rng, [past], tokens, capacity=400)
+    attention = Attention(kernels, variant.geometry, 200, STEP_QUERIES)
+    cpu = Cpu()
+    cpu.multiprocessors = 200
+    outs = []
+    for each in (tokens, 1, 3):
+        arrays = {name: array.copy() for name, array in example.arrays().items()}
+        for first in range(0, tokens, each):
+            count = min(each, tokens - first)
+            part = dict(arrays)
+            for name in ("out", "qkv", "positions", "sequences"):
+                part[name] = arrays[name][first : first + count]
+            operands = example.operands({name: array.ctypes.data for name, array in part.items()})
+            scratch = Scratch(cpu, cpu, variant.geometry, count)
+            attention.run(operands, scratch, count, (Chunks(1, count),))
+        outs.append([arrays[name].view(np.uint8) for name in ("out", "keys", "values")])
+    for some in outs[1:]:
+        for one, other in zip(some, outs[0], strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_chunks_of_any_length_in_one_pass(compiled, rng):

@@ -86,6 +86,22 @@ def test_logits_token_by_token_at_any_exit(case, rng):
     np.testing.assert_array_equal(session.watermarks, reference.watermarks)
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 8])
+def test_a_small_model_s_block_is_five_kernels(case, tokens):
+    """In fp16, whether one token runs or several of a sequence; when they first do."""
+    if case.chain.precision == "fp32":
+        pytest.skip("fp16 alone runs on tensor cores")
+    session = case.session()
+    session.advance([[1, 2, 3]])
+    case.driver.launched.clear()
+    session.advance([list(range(tokens))])
+    block = ["norm_narrow_linear_8", "attention", "narrow_linear_8"]
+    block += ["norm_narrow_up_8", "narrow_linear_8"]
+    *launched, head = case.driver.launched
+    assert launched == ["embed", *block * case.chain.spec.blocks]
+    assert head in ("norm_narrow_linear_8", "graph")  # which it is from the second time on
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 20, 0.9, seed=2)])
 def test_choices_are_those_of_the_host(case, rng, batch, sampling):

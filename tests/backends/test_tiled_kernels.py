@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import re
+import shutil
+import subprocess
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +14,12 @@ import pytest
 from kernels_on_cpu import CpuKernels
 from tolerances import BLOCK_FP16_RELATIVE
 
-SOURCES = ("activation.cuh", "around_products.cu", "tiled_linear.cu")
+from ojfa_export.backends.cuda.sources import source_directory
+
+SOURCES = (
+    *("activation.cuh", "staging.cuh"),
+    *("around_products.cu", "narrow_linear.cu", "tiled_linear.cu"),
+)
 EPSILON = 1e-5
 MULTIPROCESSORS = 3
 SHARED_BYTES = 227 << 10
@@ -89,18 +98,39 @@ def check(actual, expected):
     np.testing.assert_allclose(actual, expected, atol=BLOCK_FP16_RELATIVE * scale, rtol=0)
 
 
+def products_of(kernels, hidden_size):
+    from ojfa_export.backends.tensorrt.narrow import on_tensor_cores
+
+    return on_tensor_cores(Cpu(), Cpu(), kernels, hidden_size)
+
+
+def launched(kernels, monkeypatch):
+    """Names of the kernels that are launched from now on."""
+    names, launch = [], kernels.launch
+
+    def noting(name, *arguments, **options):
+        names.append(name)
+        launch(name, *arguments, **options)
+
+    monkeypatch.setattr(kernels, "launch", noting)
+    return names
+
+
 # A part of a span, several rounds of the warps; fewer rows than a tile, tiles of several turns;
-# inputs that don't find room at once.
+# inputs that don't find room at once. Up to 1024 columns the kernels are a small model's: of one
+# and two tokens, of tiles for less than all that may be on their way and for several rounds.
 @pytest.mark.parametrize(
     ("tokens", "columns", "outputs"),
-    [(3, 24, 7), (8, 1048, 40), (9, 40, 16), (16, 4200, 50), (16, 11_008, 36)],
+    [
+        *[(3, 24, 7), (8, 1048, 40), (9, 40, 16), (16, 4200, 50), (16, 11_008, 36)],
+        *[(1, 576, 330), (2, 64, 100), (16, 1000, 20), (9, 1024, 33), (1, 1024, 16)],
+    ],
 )
 def test_products(compiled, rng, tokens, columns, outputs):
     from ojfa_export.backends.tensorrt.linear import Norm
-    from ojfa_export.backends.tensorrt.tiled import TiledKernels
 
     kind, kernels = compiled
-    tiled = TiledKernels(Cpu(), Cpu(), kernels, columns)
+    tiled = products_of(kernels, columns)
     matrix = halves(rng, 1 / math.sqrt(columns), outputs, columns)
     x = halves(rng, 1.0, tokens, columns)
     hidden, residual, bias, weight, shift = arrays(
@@ -110,6 +140,8 @@ def test_products(compiled, rng, tokens, columns, outputs):
     out = CpuArray(np.full((tokens, outputs), np.nan, np.float32))
     tiled.norm_linear(out, hidden, Norm(weight, shift, EPSILON), matrix, None)
     check(out.array, kind.normed(hidden.array, weight.array, shift.array) @ exact)
+    tiled.norm_linear(out, hidden, Norm(weight, None, EPSILON), matrix, bias)
+    check(out.array, kind.normed(hidden.array, weight.array, 0.0) @ exact + bias.array)
     expected = residual.array + x.array.astype(np.float64) @ exact
     tiled.linear(out, residual, x, matrix, bias)
     check(out.array, expected + bias.array)
@@ -118,17 +150,21 @@ def test_products(compiled, rng, tokens, columns, outputs):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "columns", "width"), [(4, 72, 5), (13, 520, 70), (20, 72, 5), (300, 40, 2056)]
+    ("tokens", "columns", "width"),
+    [
+        *[(4, 72, 5), (13, 520, 70), (20, 72, 5), (300, 40, 2056), (2, 1048, 9)],
+        *[(1, 576, 75), (7, 1000, 17), (16, 64, 10), (10, 1024, 30)],
+    ],
 )
 def test_activated_products(compiled, rng, tokens, columns, width):
     """By the kernels for a few tokens, and by those around a library's products."""
     from ojfa_export.backends.tensorrt.gemm import GemmProducts
     from ojfa_export.backends.tensorrt.linear import Norm
-    from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS, TiledKernels
+    from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS
 
     kind, kernels = compiled
     if tokens <= MOST_TILED_TOKENS:
-        products = TiledKernels(Cpu(), Cpu(), kernels, columns)
+        products = products_of(kernels, columns)
     else:
         products = GemmProducts(Cpu(), Cpu(), kernels, np.dtype(np.float16))
     outputs = width * (2 if kind.gated else 1)
@@ -140,6 +176,129 @@ def test_activated_products(compiled, rng, tokens, columns, width):
     y = y + bias.array
     expected = y[:, :width] / (1 + np.exp(-y[:, :width]))
     check(inner.array, expected * y[:, width:] if kind.gated else expected)
+
+
+# More spans than warps, in one and in several rounds; tiles for one thread block or two.
+@pytest.mark.parametrize(
+    ("tokens", "columns", "outputs"), [(1, 1536, 20), (5, 1536, 120), (16, 4200, 40), (11, 2048, 9)]
+)
+def test_a_small_model_s_products_of_many_columns(
+    compiled, rng, monkeypatch, tokens, columns, outputs
+):
+    _, kernels = compiled
+    names = launched(kernels, monkeypatch)
+    matrix = halves(rng, 1 / math.sqrt(columns), outputs, columns)
+    x = halves(rng, 1.0, tokens, columns)
+    residual, bias = arrays(rng, (tokens, outputs), (outputs,))
+    expected = x.array.astype(np.float64) @ matrix.array.astype(np.float64).T
+    expected += residual.array + bias.array
+    products_of(kernels, 576).linear(residual, residual, x, matrix, bias)
+    check(residual.array, expected)
+    assert names == [f"narrow_linear_{8 if tokens <= 8 else 16}"]
+
+
+@pytest.mark.parametrize("room", [SHARED_BYTES, 30 << 10])
+@pytest.mark.parametrize("columns", [72, 1000, 1048])
+def test_a_small_model_needs_no_kernel_for_norms(compiled, rng, monkeypatch, columns, room):
+    """Where that finds room; what it gives is what the norm by itself and the product give."""
+    from ojfa_export.backends.tensorrt.linear import Norm
+    from ojfa_export.backends.tensorrt.tiled import TiledKernels
+
+    monkeypatch.setattr(Cpu, "shared_bytes", room)
+    kernels = compiled[1]
+    names = launched(kernels, monkeypatch)
+    matrix = halves(rng, 1 / math.sqrt(columns), 20, columns)
+    hidden, weight = arrays(rng, (5, columns), (columns,))
+    outs = [CpuArray(np.full((5, 20), np.nan, np.float32)) for _ in range(2)]
+    norm = Norm(weight, None, EPSILON)
+    products_of(kernels, columns).norm_linear(outs[0], hidden, norm, matrix, None)
+    if columns > 1024:
+        assert names == ["normalize", "tiled_linear_8"]
+    elif columns == 1000 and room < SHARED_BYTES:
+        assert names == ["normalize", "narrow_linear_8"]
+    else:
+        assert names == ["norm_narrow_linear_8"]
+    monkeypatch.setattr(Cpu, "shared_bytes", SHARED_BYTES)
+    TiledKernels(Cpu(), Cpu(), kernels, columns).norm_linear(outs[1], hidden, norm, matrix, None)
+    assert names[-2:] == ["normalize", "tiled_linear_8"]
+    check(outs[0].array, outs[1].array)
+
+
+def test_a_norm_without_a_weight(compiled, rng):
+    """x / rms(x), whatever the model's norms are."""
+    from ojfa_export.backends.tensorrt.linear import Norm
+
+    matrix, out = halves(rng, 0.1, 20, 64), CpuArray(np.full((2, 20), np.nan, np.float32))
+    [hidden] = arrays(rng, (2, 64))
+    products_of(compiled[1], 64).norm_linear(out, hidden, Norm(None, None, EPSILON), matrix, None)
+    x = Kind(layer=False, gated=False).normed(hidden.array, 1.0, 0.0)
+    check(out.array, x @ matrix.array.astype(np.float64).T)
+
+
+@pytest.mark.parametrize(("columns", "hidden_size"), [(1000, 1000), (1536, 576), (1536, 4096)])
+def test_tokens_get_the_same_however_many_there_are(compiled, rng, columns, hidden_size):
+    """Bit by bit, where the inputs find room at once."""
+    from ojfa_export.backends.tensorrt.linear import Norm
+
+    kind, kernels = compiled
+    width, most = 18, 16
+    products = products_of(kernels, hidden_size)
+    matrix = halves(rng, 1 / math.sqrt(columns), width * 2, columns)
+    x = halves(rng, 1.0, most, columns)
+    hidden, weight = arrays(rng, (most, columns), (columns,))
+    norm = Norm(weight, None, EPSILON)
+    found = []
+    for tokens in (most, 1, 4, 8):
+        out, plain = (CpuArray(np.full((tokens, 2 * width), np.nan, np.float32)) for _ in range(2))
+        inner = CpuArray(np.full((tokens, width if kind.gated else 2 * width), np.nan, np.float16))
+        products.linear(plain, None, x[:tokens], matrix, None)
+        if columns == hidden_size:
+            products.norm_linear(out, hidden[:tokens], norm, matrix, None)
+            products.norm_up(inner, hidden[:tokens], norm, matrix, None)
+        found.append([each.array for each in (out, plain, inner)])
+    for some in found[1:]:
+        for one, every in zip(some, found[0], strict=True):
+            np.testing.assert_array_equal(one, every[: len(one)])
+
+
+@pytest.mark.parametrize("hidden_size", [64, 2048])
+def test_products_that_are_called_off(compiled, rng, hidden_size):
+    """They write nothing."""
+    from ojfa_export.backends.tensorrt.linear import Norm
+
+    _, kernels = compiled
+    products = products_of(kernels, hidden_size)
+    matrix = halves(rng, 0.1, 20, 64)
+    hidden, weight, out = arrays(rng, (2, 64), (64,), (2, 20))
+    before = out.array.copy()
+    called_off = ctypes.c_int.in_dll(kernels.library, "called_off")
+    called_off.value = 1
+    try:
+        if hidden_size == 64:
+            products.norm_linear(out, hidden, Norm(weight, None, EPSILON), matrix, None)
+        products.linear(out, None, halves(rng, 1.0, 2, 64), matrix, None)
+    finally:
+        called_off.value = 0
+    np.testing.assert_array_equal(out.array, before)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_two_thread_blocks_of_a_small_model_find_room(kind, architecture, tmp_path):
+    """Their weights are in registers: in memory the smallest of them would take 96 bytes."""
+    macros = {**KINDS[kind].macros(), "HEADS": 9, "HEAD_DIM": 64}
+    defined = [f"-D{name}={int(value)}" for name, value in macros.items()]
+    command = ["nvcc", "-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", *defined]
+    source = source_directory() / "narrow_linear.cu"
+    command += ["-o", str(tmp_path / "out.cubin"), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    registers = [int(each) for each in re.findall(r"Used (\d+) registers", result.stderr)]
+    frames = [int(each) for each in re.findall(r"(\d+) bytes stack frame", result.stderr)]
+    assert len(registers) == len(frames) == 6
+    assert max(registers) <= (64 << 10) // (2 * 512)
+    assert max(frames) <= 32, result.stderr
 
 
 def test_what_finds_room(driver):

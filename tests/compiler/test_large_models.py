@@ -19,7 +19,7 @@ def test_steps_of_a_large_model_are_not_timed_without_a_promise(
     def not_now(*_: object, **__: object) -> None:
         raise AssertionError("timing loads both heads and some blocks at once")
 
-    monkeypatch.setattr(exits, "is_large", lambda spec: True)
+    monkeypatch.setattr(exits, "WHOLE_BYTES", 0)
     monkeypatch.setattr(exits, "measure_costs", not_now)
     bundle = build(options()).bundle
     manifest = json.loads((bundle / "manifest.json").read_text())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from engine.random_requests import (
     TIMEOUT,
@@ -147,3 +149,78 @@ def test_a_launch_that_fails(llama_on_device, monkeypatch):
                 each.result(TIMEOUT)
         again = [engine.submit([1, 2], **plain) for _ in range(2)]
         assert [each.result(TIMEOUT).token_ids for each in again] == [expected, expected]
+
+
+def test_nothing_is_recorded_after_warming_up(llama_on_device, rng, monkeypatch):
+    """Whatever requests come together, at full depth and greedily."""
+    model, reference = llama_on_device.model, llama_on_device.reference
+    device = model.engines.device
+    captured = []
+
+    def capture(work):
+        captured.append(work)
+        return type(device).capture(device, work)
+
+    monkeypatch.setattr(device, "capture", capture)
+    with WatchedEngine(model, max_sequences=3, prefix_cache=False) as engine:
+        engine.warm_up()
+        before, slots = len(captured), engine.max_sequences
+        assert before > 2 * slots
+        asked = [
+            (
+                rng.integers(3, model.spec.vocab_size, int(rng.integers(1, 30))).tolist(),
+                {"max_new_tokens": int(rng.integers(1, 12)), "ignore_eos": True},
+            )
+            for _ in range(30)
+        ]
+        engine.on_pass = lambda _: time.sleep(0.002 * (rng.random() < 0.2))
+        running = []
+        for prompt, options in asked:
+            running.append(engine.submit(prompt, **options))
+            time.sleep(0.004 * rng.random())
+        results = [each.result(TIMEOUT) for each in running]
+    assert len(captured) == before
+    for (prompt, options), result in zip(asked[:8], results[:8], strict=True):
+        assert result.token_ids == alone(reference, prompt, options).token_ids
+
+
+def test_text_is_made_while_the_device_has_something_to_do(llama_on_device, monkeypatch):
+    """Beside prompts too, where the next pass depends on the tokens before."""
+    model, in_flight = llama_on_device.model, []
+
+    class Counting(WatchedEngine):
+        launched = handed_out = 0
+
+        def _begin(self):
+            super()._begin()
+            for name in ("launch", "follow"):
+                monkeypatch.setattr(self._launcher, name, self._counting(name))
+
+        def _counting(self, name):
+            real = getattr(self._launcher, name)
+
+            def counted(*given):
+                result = real(*given)
+                self.launched += bool(result)
+                return result
+
+            return counted
+
+        def _hand_out(self, launched):
+            super()._hand_out(launched)
+            self.handed_out += 1
+
+        def _tell(self):
+            in_flight.extend([self.launched > self.handed_out] * len(self._untold))
+            super()._tell()
+
+    with Counting(model, max_sequences=3, prefill_tokens=4) as engine:
+        with engine._wanted:
+            running = [
+                engine.submit([1, 2, 3] * each, max_new_tokens=12, ignore_eos=True)
+                for each in (1, 4, 8)
+            ]
+        results = [each.result(TIMEOUT) for each in running]
+    assert [len(each.token_ids) for each in results] == [12, 12, 12]
+    assert len(in_flight) == 36
+    assert in_flight.count(False) <= 3  # when nothing is left to run

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ojfa_export.engine.budget import pages_of
 from ojfa_export.engine.engine import Engine
+from ojfa_export.engine.running import Running
 from ojfa_export.runtime.sequence import UNKNOWN, Sequence
 
 
@@ -23,7 +24,7 @@ class WatchedEngine(Engine):
     def __init__(self, *args, **options) -> None:
         self.on_pass: Callable[[int], None] = lambda passes: None
         self.passes = self.ahead = self.unseen = 0
-        self._owners: dict[Sequence, object] = {}
+        self._owners: dict[Sequence, Running] = {}
         super().__init__(*args, **options)
 
     def _work(self, work) -> None:
@@ -64,14 +65,16 @@ class WatchedEngine(Engine):
         self.check_tokens(left)
 
     def check_tokens(self, left: list[Sequence]) -> None:
-        """What is in the cache, and may serve others, is what requests were given."""
-        self._owners |= {each.sequence: each.request for each in self._running}
+        """What is in the cache, and may serve others, is what requests were or will be given."""
+        self._owners |= {each.sequence: each for each in self._running}
         assert not any(each.expected for each in left)
         for sequence in (*left, *(each.sequence for each in self._running)):
-            request = self._owners[sequence]
+            owner = self._owners[sequence]
+            request = owner.request
             if request.options.speculate:
                 continue  # its drafts are there too
-            given = [*request.prompt_token_ids, *(token.id for token in request._tokens)]
+            new = [*request._tokens, *(token for token, _ in owner._untold)]
+            given = [*request.prompt_token_ids, *(token.id for token in new)]
             known = len(sequence) - sequence.expected
             assert sequence.tokens[:known] == given[:known]
 

@@ -9,7 +9,7 @@ import pytest
 from attention_cases import VARIANTS, Example, Variant
 from tolerances import ATTENTION_FP16_RELATIVE, ATTENTION_FP32_RELATIVE
 
-from ojfa_export.backends.tensorrt.attention import Chunks
+from ojfa_export.backends.tensorrt.attention import STEP_QUERIES, Chunks, step_launch
 
 pytestmark = pytest.mark.gpu
 
@@ -49,8 +49,10 @@ class Compiled:
         self.device.make_current()
         self.arrays = DeviceArrays(self.device)
         geometry = variant.geometry
-        self.attention = Attention(
-            Kernels(self.device, code), geometry, self.device.multiprocessors
+        kernels = Kernels(self.device, code)
+        self.attention, self.appending = (
+            Attention(kernels, geometry, self.device.multiprocessors, most_new)
+            for most_new in (1, STEP_QUERIES)
         )
         self.scratch = lambda tokens: Scratch(self.device, self.arrays, geometry, tokens)
 
@@ -90,6 +92,70 @@ def test_consecutive_tokens_by_split_keys(compiled, rng, past, tokens):
     compiled.run(
         example, lambda operands: compiled.attention.run(operands, scratch, tokens, launches)
     )
+
+
+@pytest.mark.parametrize("past", [0, 63, 150, 188, 189, 575, 700])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8])
+def test_tokens_that_attention_appends(compiled, rng, past, tokens):
+    example = Example(compiled.variant, rng, [past], tokens, capacity=800)
+    scratch = compiled.scratch(tokens)
+
+    def work(operands):
+        for _ in range(3):
+            compiled.appending.run(operands, scratch, tokens, (Chunks(1, tokens),))
+
+    compiled.run(example, work)
+
+
+@pytest.mark.parametrize("lengths", [[4, 8, 1, 3], [1, 137, 3, 90, 1, 8]])
+def test_chunks_that_attention_appends(compiled, rng, lengths):
+    """Also where others are too long for that: all are appended before."""
+    pasts, tokens = [190, 0, 62, 511, 64, 17][: len(lengths)], sum(lengths)
+    example = Example(compiled.variant, rng, pasts, 0, capacity=520, chunks=lengths)
+    scratch = compiled.scratch(tokens)
+    few, many = (
+        [i for i, each in enumerate(lengths) if (each <= STEP_QUERIES) == wanted]
+        for wanted in (True, False)
+    )
+    # One more without tokens, as numbers of chunks are rounded up.
+    listed = np.concatenate([example.chunk_list(few), [[0, 0]]]).astype(np.int32)
+    lists = compiled.arrays.asarray(listed), compiled.arrays.asarray(example.chunk_list(many))
+    launches = [Chunks(len(listed), STEP_QUERIES, lists[0].pointer)]
+    if many:
+        launches.append(Chunks(len(many), max(lengths), lists[1].pointer))
+
+    def work(operands):
+        for _ in range(3):
+            compiled.appending.run(operands, scratch, tokens, tuple(launches))
+
+    compiled.run(example, work)
+
+
+def test_tokens_get_the_same_however_many_are_beside_them(compiled, rng):
+    """Bit by bit, as long as no thread block takes more keys than the splits are made for."""
+    past, tokens = 379, 8
+    example = Example(compiled.variant, rng, [past], tokens, capacity=400)
+    if step_launch(compiled.variant.geometry, Chunks(1, tokens), 132).grid[0] < 3:
+        pytest.skip("too many heads for that")
+    width = compiled.variant.width
+    outs = []
+    for each in (tokens, 1, 3):
+        held = {name: compiled.arrays.asarray(one) for name, one in example.arrays().items()}
+        for first in range(0, tokens, each):
+            count = min(each, tokens - first)
+            at = {name: array.pointer for name, array in held.items()}
+            at["out"] += first * held["out"].nbytes // tokens
+            at["qkv"] += first * width * 4
+            at["positions"] += first * 4
+            at["sequences"] += first * 4
+            scratch = compiled.scratch(count)
+            launches = (Chunks(1, count),)
+            compiled.appending.run(example.operands(at), scratch, count, launches)
+            compiled.device.synchronize()
+        outs.append([np.asarray(held[name]) for name in ("out", "keys", "values")])
+    for some in outs[1:]:
+        for one, other in zip(some, outs[0], strict=True):
+            np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
 
 
 @pytest.mark.parametrize(("past", "tokens"), [(0, 1), (0, 70), (37, 33), (130, 300)])

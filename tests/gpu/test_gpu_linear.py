@@ -52,7 +52,7 @@ class Compiled:
         from ojfa_export.backends.cuda.cublas import Cublas
         from ojfa_export.backends.tensorrt.gemm import GemmProducts
         from ojfa_export.backends.tensorrt.linear import MOST_TOKENS
-        from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS, TiledKernels
+        from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS
 
         if tokens <= MOST_TOKENS:
             return self.linear
@@ -60,7 +60,15 @@ class Compiled:
             return GemmProducts(
                 Cublas(self.device), self.arrays, self.kernels, np.dtype(self.element)
             )
-        return TiledKernels(self.device, self.arrays, self.kernels, columns)
+        return self.tiled(columns)
+
+    def tiled(self, hidden_size):
+        """The kernels on tensor cores, of which there are none in fp32."""
+        from ojfa_export.backends.tensorrt.narrow import on_tensor_cores
+
+        if not self.half:
+            pytest.skip("fp16 alone")
+        return on_tensor_cores(self.device, self.arrays, self.kernels, hidden_size)
 
     def normed(self, hidden, weight, bias):
         """The norm in float64."""
@@ -76,7 +84,7 @@ class Compiled:
         )
 
 
-@pytest.fixture(scope="module", params=["fp16-rms-gated", "fp32-layer"])
+@pytest.fixture(scope="module", params=["fp16-rms-gated", "fp16-layer", "fp32-layer"])
 def compiled(request):
     half, layer = request.param.startswith("fp16"), "layer" in request.param
     return Compiled(half=half, layer=layer, gated="gated" in request.param)
@@ -89,11 +97,27 @@ def test_products(compiled, rng, tokens, columns, outputs):
     check_products(compiled, rng, compiled.products(tokens, columns), tokens, columns, outputs)
 
 
+SMALL = [(32, 1), (64, 100), (576, 1537), (1000, 70), (1024, 513)]
+
+
 @pytest.mark.parametrize("tokens", [3, 4, 5, 6, 7, 8])
-@pytest.mark.parametrize(("columns", "outputs"), [(32, 1), (576, 1537), (1024, 513)])
+@pytest.mark.parametrize(("columns", "outputs"), SMALL)
 def test_products_of_a_small_model(compiled, rng, tokens, columns, outputs):
-    """In the matrix-vector kernels."""
+    """In the matrix-vector kernels, which a benchmark may ask for."""
     check_products(compiled, rng, compiled.linear, tokens, columns, outputs)
+
+
+@pytest.mark.parametrize("tokens", range(1, 17))
+@pytest.mark.parametrize(("columns", "outputs"), SMALL)
+def test_tiled_products_of_a_small_model(compiled, rng, tokens, columns, outputs):
+    """With the norm in the kernels."""
+    check_products(compiled, rng, compiled.tiled(columns), tokens, columns, outputs)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_the_head_of_a_small_model(compiled, rng, tokens):
+    """More tiles than are on their way at once, with two thread blocks on a multiprocessor."""
+    check_products(compiled, rng, compiled.tiled(576), tokens, 576, 49_152)
 
 
 def check_products(compiled, rng, products, tokens, columns, outputs):
@@ -123,6 +147,57 @@ def check_products(compiled, rng, products, tokens, columns, outputs):
 @pytest.mark.parametrize(("columns", "width"), SIZES)
 def test_activated_products(compiled, rng, tokens, columns, width):
     check_activated(compiled, rng, compiled.products(tokens, columns), tokens, columns, width)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 8, 9, 16])
+@pytest.mark.parametrize(("columns", "outputs"), [(1536, 576), (4096, 1000)])
+def test_a_small_model_s_products_of_many_columns(compiled, rng, tokens, columns, outputs):
+    """What comes of an MLP, whose inputs need no norm."""
+    products, arrays = compiled.tiled(576), compiled.arrays
+    matrix = (rng.standard_normal((outputs, columns)) / math.sqrt(columns)).astype(np.float16)
+    x = rng.standard_normal((tokens, columns)).astype(np.float16)
+    residual, bias = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((tokens, outputs), outputs)
+    )
+    held = [arrays.asarray(each) for each in (matrix, x, residual, bias)]
+    products.linear(held[2], held[2], held[1], held[0], held[3])
+    expected = x.astype(np.float64) @ matrix.astype(np.float64).T
+    compiled.check(held[2], expected + residual + bias)
+
+
+@pytest.mark.parametrize("tokens", range(1, 17))
+@pytest.mark.parametrize(("columns", "width"), SMALL)
+def test_activated_tiled_products_of_a_small_model(compiled, rng, tokens, columns, width):
+    check_activated(compiled, rng, compiled.tiled(columns), tokens, columns, width)
+
+
+@pytest.mark.parametrize(("columns", "outputs"), [(576, 960), (1000, 332), (1536, 576)])
+def test_tokens_get_the_same_however_many_there_are(compiled, rng, columns, outputs):
+    """Bit by bit, in a small model's kernels on tensor cores."""
+    from ojfa_export.backends.tensorrt.linear import Norm
+
+    products, arrays, most = compiled.tiled(576), compiled.arrays, 16
+    matrix = (rng.standard_normal((outputs, columns)) / math.sqrt(columns)).astype(np.float16)
+    x = rng.standard_normal((most, columns)).astype(np.float16)
+    hidden, weight = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((most, columns), columns)
+    )
+    matrix, x, hidden, weight = map(arrays.asarray, (matrix, x, hidden, weight))
+    norm, width = Norm(weight, None, EPSILON), outputs // (2 if compiled.gated else 1)
+    found = []
+    for tokens in range(1, most + 1):
+        out = arrays.empty((tokens, outputs), np.float32)
+        inner = arrays.empty((tokens, width), np.float16)
+        products.linear(out, None, x[:tokens], matrix, None)
+        results = [np.asarray(out)]
+        if columns <= 1024:
+            products.norm_linear(out, hidden[:tokens], norm, matrix, None)
+            products.norm_up(inner, hidden[:tokens], norm, matrix, None)
+            results += [np.asarray(out), np.asarray(inner)]
+        found.append(results)
+    for some in found:
+        for one, every in zip(some, found[-1], strict=True):
+            np.testing.assert_array_equal(one, every[: len(one)])
 
 
 @pytest.mark.parametrize("tokens", [3, 4, 5, 6, 7, 8])

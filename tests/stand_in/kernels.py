@@ -32,6 +32,9 @@ for _source in SOURCES:
         _text,
     ):
         PARAMETERS[_found[1]] = re.findall(r"(\w+)\s*(?:,|$)", _found[2].strip())
+# Kernels that return where they are called off.
+CALLED_OFF = {"norm_linear", "norm_up", "linear", "tiled_linear", "tiled_up", "attention"}
+CALLED_OFF |= {"narrow_linear", "norm_narrow_linear", "norm_narrow_up"}
 PARAMETERS["exit_check_beside"] = PARAMETERS["exit_check"]
 
 
@@ -50,7 +53,7 @@ class StandInKernels:
         if not tokens.isdigit():
             kind, tokens = name, "0"
         named = dict(zip(PARAMETERS[kind], values, strict=True))
-        if self.called_off and kind in ("norm_linear", "norm_up", "linear", "attention"):
+        if self.called_off and kind in CALLED_OFF:
             return
         with np.errstate(over="ignore", invalid="ignore"):  # as on a GPU
             getattr(self, kind)(
@@ -146,6 +149,16 @@ class StandInKernels:
         a.count = a.tokens
         self.linear(a)
 
+    narrow_linear = tiled_linear
+
+    def norm_narrow_linear(self, a: Any) -> None:
+        a.count = a.tokens
+        self.norm_linear(a)
+
+    def norm_narrow_up(self, a: Any) -> None:
+        a.count = a.tokens
+        self._up(a, self._normed(a, a.width, a.columns))
+
     def linear(self, a: Any) -> None:
         x = self._elements(a.x, a.count, a.columns).astype(np.float32)
         y = self._product(x, a, a.outputs)
@@ -214,7 +227,7 @@ class StandInKernels:
     def attention(self, a: Any) -> None:
         for tokens in self._chunks(a, a.grid[2]):
             assert len(tokens) <= a.tokens
-            if len(tokens) == 1:
+            if len(tokens) <= a.most_new:
                 self._append(a, tokens)
             self._attend(a, tokens)
 

@@ -61,6 +61,7 @@ class StandInDriver(types.ModuleType):
         self.pinned: set[int] = set()
         self.stream: list[Callable[[], None]] = []
         self.running = False
+        self.ran = 0  # of what was on the stream
         self.lock = threading.RLock()
         self.recording: list[Callable[[], None]] | None = None
         self.beside: list[Callable[[], None]] = []  # on the second stream
@@ -89,6 +90,7 @@ class StandInDriver(types.ModuleType):
             self.running = True
             try:
                 for _ in range(count):
+                    self.ran += 1
                     self.stream.pop(0)()
             finally:
                 self.running = False
@@ -134,6 +136,19 @@ class StandInDriver(types.ModuleType):
 
     def cuStreamSynchronize(self, _: Any) -> Any:
         self.progress()
+        return (SUCCESS,)
+
+    def cuEventRecord(self, event: list[int], stream: Any) -> Any:
+        if self.recording is None:
+            event[0] = len(self.stream) + self.ran
+        return (SUCCESS,)
+
+    def cuEventCreate(self, _: Any) -> Any:
+        return SUCCESS, [0]
+
+    def cuEventSynchronize(self, event: list[int]) -> Any:
+        """Runs what was on the stream before the event, and no more."""
+        self.progress(max(0, event[0] - self.ran))
         return (SUCCESS,)
 
     def cuStreamQuery(self, _: Any) -> Any:
@@ -194,7 +209,9 @@ class StandInDriver(types.ModuleType):
         # A copy, as garbage that is collected meanwhile frees memory; tuple() would iterate first.
         for start in self.pinned.copy():
             _, held = self.memory.get(start, (None, 0))
-            assert not start <= source < start + held
+            if start <= source < start + held:  # read as late as it may be
+                self.put(lambda: ctypes.memmove(target, source, size))
+                return (SUCCESS,)
         data = ctypes.string_at(source, size)  # pageable memory is taken at once
         self.put(lambda: ctypes.memmove(target, data, size))
         return (SUCCESS,)

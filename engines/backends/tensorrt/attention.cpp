@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "narrow.hpp"
+
 namespace ojfa::tensorrt {
 namespace {
 
@@ -28,7 +30,8 @@ Attention::Attention(const core::ModelSpec& spec, Kernels& kernels, std::size_t 
       head_dim_(static_cast<unsigned>(spec.head_dim)),
       vector_(std::gcd(std::gcd(head_dim_, static_cast<unsigned>(spec.rotary_dim / 2)), 4u)),
       element_bytes_(static_cast<unsigned>(element_bytes)),
-      multiprocessors_(static_cast<unsigned>(multiprocessors)) {}
+      multiprocessors_(static_cast<unsigned>(multiprocessors)),
+      most_new_(spec.hidden_size <= SMALL_WIDTH ? static_cast<int>(STEP_QUERIES) : 1) {}
 
 std::size_t Attention::parts_bytes(int tokens) const {
     const unsigned splits = std::max(step_launch(tokens, 1).grid[0], step_launch(1, tokens).grid[0]);
@@ -48,8 +51,9 @@ void Attention::run(CUstream stream, const Operands& operands, const Scratch& sc
         return;
     }
     const Launch prompt = prompt_launch(tokens);
-    // With fewer thread blocks than half of the multiprocessors, splitting keys is worth more.
-    if (2 * prompt.grid[0] * prompt.grid[1] < multiprocessors_) {
+    // With fewer thread blocks than half of the multiprocessors, splitting keys is worth more; of few tokens
+    // it also is a kernel less.
+    if (tokens <= most_new_ || 2 * prompt.grid[0] * prompt.grid[1] < multiprocessors_) {
         step(stream, operands, scratch, 1, tokens);
         return;
     }
@@ -61,13 +65,13 @@ void Attention::run(CUstream stream, const Operands& operands, const Scratch& sc
 
 void Attention::step(CUstream stream, const Operands& operands, const Scratch& scratch, int sequences,
                      int tokens) const {
-    if (tokens > 1) append(stream, operands, sequences * tokens);
+    if (tokens > most_new_) append(stream, operands, sequences * tokens);
     Launch launch = step_launch(sequences, tokens);
-    launch.overlapping = tokens == 1;
+    launch.overlapping = tokens <= most_new_;
     kernels_.launch(stream, launch, operands.out, operands.qkv, operands.keys, operands.values,
                     operands.cosines, operands.sines, operands.positions, operands.sequences, NO_TABLE,
-                    operands.most_pages, operands.scale, tokens, ALL_ALIKE, scratch.parts.address(),
-                    scratch.finished.address());
+                    operands.most_pages, operands.scale, tokens, most_new_, ALL_ALIKE,
+                    scratch.parts.address(), scratch.finished.address());
 }
 
 void Attention::append(CUstream stream, const Operands& operands, int tokens) const {
@@ -84,8 +88,9 @@ Launch Attention::step_launch(int sequences, int tokens) const {
     const unsigned wanted = RESIDENT * multiprocessors_ / (rows * static_cast<unsigned>(sequences));
     const unsigned splits = std::max(1u, std::min(MOST_SPLITS, wanted));
     const unsigned warps = std::max(1u, std::min(MOST_WARPS, 1024 / row_bytes));
-    // The queries, the new key and value, and each warp's stages of keys and values.
-    const unsigned held = STEP_QUERIES + 2 + warps * STEP_STAGES * 2 * STEP_KEYS;
+    // The queries, new keys and values, and each warp's stages of keys and values.
+    const unsigned held =
+        STEP_QUERIES + 2 * static_cast<unsigned>(most_new_) + warps * STEP_STAGES * 2 * STEP_KEYS;
     return {"attention",
             {splits, rows, static_cast<unsigned>(sequences)},
             {warps * LANES, 1},

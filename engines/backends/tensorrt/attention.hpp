@@ -28,6 +28,7 @@ struct Scratch {
 
 class Attention {
  public:
+    // Of a small model a step appends several tokens of a sequence itself, as it attends; else one alone.
     Attention(const core::ModelSpec& spec, Kernels& kernels, std::size_t element_bytes, int multiprocessors);
 
     // Bytes of a scratch's buffers for steps of this many tokens.
@@ -48,6 +49,7 @@ class Attention {
 
     Kernels& kernels_;
     unsigned heads_, kv_heads_, head_dim_, vector_, element_bytes_, multiprocessors_;
+    int most_new_;  // tokens of a sequence that a step appends
 };
 
 }  // namespace ojfa::tensorrt

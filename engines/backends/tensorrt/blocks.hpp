@@ -37,11 +37,7 @@ class Blocks {
     // Calls use(kernels) with those for so many tokens.
     template <class Use>
     void with_products(const Workspace& workspace, int tokens, Use use) const {
-        if (tokens <= MOST_TOKENS) {
-            use(engines_.linear(engines_.precision, *lent_.kernels));
-        } else {
-            use(TiledKernels(engines_.device, *lent_.kernels, workspace.normed.address()));
-        }
+        engines_.with_products(tokens, *lent_.kernels, workspace.normed.address(), use);
     }
 
     TensorRtEngines& engines_;

@@ -13,8 +13,8 @@
 #include "backend/backend.hpp"
 #include "engine.hpp"
 #include "linear.hpp"
+#include "narrow.hpp"
 #include "plan.hpp"
-#include "tiled.hpp"
 #include "weights.hpp"
 
 namespace ojfa::tensorrt {
@@ -83,6 +83,17 @@ class TensorRtEngines : public core::Engines {
         return LinearKernels(device, kind == precision ? own : *kernels.at(kind), kind == "fp16" ? 2 : 4);
     }
 
+    // Calls use(kernels) with those that run so many tokens; `normed` is as of TiledKernels.
+    template <class Use>
+    void with_products(int tokens, Kernels& own, CUdeviceptr normed, Use use) {
+        if (spec.hidden_size <= SMALL_WIDTH && tokens <= most_tiled_)
+            use(NarrowKernels(device, own, normed));
+        else if (tokens <= MOST_TOKENS)
+            use(linear(precision, own));
+        else
+            use(TiledKernels(device, own, normed));
+    }
+
     // Addresses of the cosines and sines [rows, rotary_dim / 2], of LongRoPE's second set where
     // `long_context`.
     std::pair<CUdeviceptr, CUdeviceptr> rotations(bool long_context) const;
@@ -102,7 +113,7 @@ class TensorRtEngines : public core::Engines {
 
     const core::Bundle& bundle_;
     std::string folder_;  // of the plans
-    int most_tiled_ = 0;  // tokens of a step, beyond MOST_TOKENS
+    int most_tiled_ = 0;  // tokens of a step on tensor cores
     std::map<std::string, Plan> plans_;
     std::unique_ptr<WeightStore> store_;
     std::vector<Array> rotary_;   // cosines, sines

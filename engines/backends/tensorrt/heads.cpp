@@ -108,15 +108,10 @@ void Heads::keep(const Keeping& keeping) {
 void Heads::run_final(CUdeviceptr hidden, int count) {
     if (!engines_.in_kernels(count)) return run_engine("final_head", hidden, count);
     const FinalHead& head = engines_.final_head();
-    const auto run = [&](const auto& kernels) {
+    engines_.with_products(count, *lent_.kernels, normed_.address(), [&](const auto& kernels) {
         kernels.norm_linear(stream_.handle(), logits_.address(), hidden, count, engines_.spec.hidden_size,
                             head.norm, head.matrix, 0);
-    };
-    if (count <= MOST_TOKENS) {
-        run(linear(engines_.precision));
-    } else {
-        run(TiledKernels(engines_.device, *lent_.kernels, normed_.address()));
-    }
+    });
 }
 
 void Heads::run_folded(CUdeviceptr hidden, int count) {

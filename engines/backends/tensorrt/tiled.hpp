@@ -27,9 +27,12 @@ class TiledKernels {
     void linear(CUstream stream, CUdeviceptr out, CUdeviceptr residual, CUdeviceptr x, int tokens,
                 const Array& matrix, CUdeviceptr bias) const;
 
- private:
+    // Leaves normed hidden states in `normed`.
     void normalize(CUstream stream, CUdeviceptr hidden, int tokens, int width, const Norm& norm,
                    int columns) const;
+    CUdeviceptr normed() const { return normed_; }
+
+ private:
     Launch launch(const char* kind, int tokens, const Array& matrix, int pass_spans) const;
     int pass_spans(int tokens, const Array& matrix) const;
 

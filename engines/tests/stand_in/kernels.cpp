@@ -278,16 +278,17 @@ const std::map<std::string, Kernel>& kernels() {
              for (int token = 0; token < launch.x; ++token) all.append(token);
          })},
         {"norm_queries_and_keys", kernel(norm_queries_and_keys)},
-        {"attention", kernel(+[](Program& program, const Launch& launch, void* out, const float* qkv,
-                                 void* keys, void* values, const float* cosines, const float* sines,
-                                 const int* positions, const int* sequences, const int* table, int most_pages,
-                                 float scale, int tokens, const int* chunks, float*, unsigned*) {
+        {"attention",
+         kernel(+[](Program& program, const Launch& launch, void* out, const float* qkv, void* keys,
+                    void* values, const float* cosines, const float* sines, const int* positions,
+                    const int* sequences, const int* table, int most_pages, float scale, int tokens,
+                    int most_new, const int* chunks, float*, unsigned*) {
              if (program.called_off) return;
              if (chunks) throw std::logic_error("no runtime in C++ lists chunks");
              const Attended all{program, qkv,       keys,      values, cosines,
                                 sines,   positions, sequences, table,  most_pages};
              for (int token = 0; token < launch.z * tokens; ++token) {
-                 if (tokens == 1) all.append(token);
+                 if (tokens <= most_new) all.append(token);
                  for (int head = 0; head < program.at("HEADS"); ++head) all.attend(out, scale, token, head);
              }
          })},

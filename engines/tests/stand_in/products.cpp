@@ -115,6 +115,28 @@ std::map<std::string, Kernel> with_products(std::map<std::string, Kernel> kernel
               if (!program.called_off)
                   linear(program, out, residual, x, launch.tokens, matrix, add, columns, outputs);
           })},
+         {"norm_narrow_linear",
+          kernel(+[](Program& program, const Launch&, float* out, const float* hidden, const float* weight,
+                     const float* bias, float epsilon, int width, const void* matrix, const float* add,
+                     int columns, int outputs, int tokens) {
+              if (!program.called_off)
+                  norm_linear(program, out, hidden, tokens, weight, bias, epsilon, width, matrix, add,
+                              columns, outputs);
+          })},
+         {"norm_narrow_up",
+          kernel(+[](Program& program, const Launch&, void* inner, const float* hidden, const float* weight,
+                     const float* bias, float epsilon, int, const void* matrix, const float* add, int columns,
+                     int width_out, int tokens) {
+              if (!program.called_off)
+                  norm_up(program, inner, hidden, tokens, weight, bias, epsilon, matrix, add, columns,
+                          width_out);
+          })},
+         {"narrow_linear",
+          kernel(+[](Program& program, const Launch&, float* out, const float* residual, const void* x,
+                     const void* matrix, const float* add, int columns, int outputs, int tokens) {
+              if (!program.called_off)
+                  linear(program, out, residual, x, tokens, matrix, add, columns, outputs);
+          })},
          {"normalize",
           kernel(+[](Program& program, const Launch& launch, void* x, const float* hidden,
                      const float* weight, const float* bias, float epsilon, int width, int columns) {
@@ -128,13 +150,15 @@ std::map<std::string, Kernel> with_products(std::map<std::string, Kernel> kernel
          {"tiled_up",
           kernel(+[](Program& program, const Launch&, void* inner, const void* x, const void* matrix,
                      const float* add, int columns, int width, int tokens, int) {
-              for (int token = 0; token < tokens; ++token)
+              for (int token = 0; token < tokens && !program.called_off; ++token)
                   up(program, inner, token, row_of(program, x, token, columns), matrix, add, columns, width);
           })},
          {"tiled_linear",
           kernel(+[](Program& program, const Launch&, float* out, const float* residual, const void* x,
-                     const void* matrix, const float* add, int columns, int outputs, int tokens,
-                     int) { linear(program, out, residual, x, tokens, matrix, add, columns, outputs); })}});
+                     const void* matrix, const float* add, int columns, int outputs, int tokens, int) {
+              if (!program.called_off)
+                  linear(program, out, residual, x, tokens, matrix, add, columns, outputs);
+          })}});
     return kernels;
 }
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ojfa_export.backends.cuda.failures import failure
 from ojfa_export.backends.cuda.recorder import Recorder, Work
 from ojfa_export.backends.cuda.sizes import GIB, readable
+from ojfa_export.backends.cuda.staging import SEGMENT_BYTES, SEGMENTS, Staging
 from ojfa_export.errors import BackendError
 
 SUCCESS = driver.CUresult.CUDA_SUCCESS
@@ -139,6 +140,8 @@ class Device:
             for _ in range(2)
         )
         self.recorder = Recorder(self)
+        ring = PinnedArray((SEGMENTS * SEGMENT_BYTES,), np.uint8)
+        self._staging = Staging(ring, lambda: Mark(self))
         # Memory of one step is kept for the next.
         self._pool = pool = check(driver.cuDeviceGetDefaultMemPool(handle))
         threshold = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
@@ -171,9 +174,14 @@ class Device:
         check(driver.cuMemPoolTrimTo(self._pool, 0))
 
     def upload(self, array: NDArray[Any], pointer: int) -> None:
-        """Copies host memory to the device; the host memory may be reused at once."""
+        """Copies host memory to the device; the host memory may be reused at once.
+
+        What is small doesn't wait for what is on the stream.
+        """
         self.recorder.flush()
-        check(driver.cuMemcpyHtoDAsync(pointer, array.ctypes.data, array.nbytes, self.stream))
+        source = array.ctypes.data
+        staged = self._staging.put(source, array.nbytes) or source
+        check(driver.cuMemcpyHtoDAsync(pointer, staged, array.nbytes, self.stream))
 
     def download(self, pointer: int, host: int, size: int) -> None:
         """Copies to pinned host memory; there after `synchronize`."""
@@ -246,6 +254,27 @@ class Device:
             if collecting:
                 gc.enable()
         return Graph(self, check(ended))
+
+
+class Mark:
+    """A place on a device's stream; see `cuda.staging.Mark`.
+
+    Args:
+        device: Whose stream.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        flags = int(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        self._event = check(driver.cuEventCreate(flags))
+
+    def set(self) -> None:
+        """Moves it behind all that is on the stream."""
+        check(driver.cuEventRecord(self._event, self._device.stream))
+
+    def wait(self) -> None:
+        """Waits until the device has passed it; at once if it was never set."""
+        check(driver.cuEventSynchronize(self._event))
 
 
 class Graph:

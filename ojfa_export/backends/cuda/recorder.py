@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Set
 from typing import Any, Protocol
 
 Work = Callable[[], None]
@@ -39,7 +39,8 @@ class Recorder:
 
     Args:
         device: Where it runs; flushes before everything else that it puts on its stream.
-        most: Recordings that are kept; when there are more, all begin anew.
+        most: Recordings that are kept; when there are more, a quarter of them is forgotten, those
+            that were launched longest ago.
 
     Attributes:
         launches: How often work was launched.
@@ -49,13 +50,14 @@ class Recorder:
             been done; whoever has seen to that may set it back.
     """
 
-    def __init__(self, device: Records, most: int = 512) -> None:
+    def __init__(self, device: Records, most: int = 1024) -> None:
         self._device, self._most = device, most
         self._graphs: dict[Key, Recording | None] = {}
         self.launches = self.done = 0
         self.failed = False
         self.newest: Recording | None = None
         self._named: dict[Hashable, tuple[Recording, Any]] = {}
+        self._last_use: dict[int, int] = {}  # the launch, by a recording's id
         self._launched: Recording | None = None  # with the last launch, if it was a recording
         self._keys: list[tuple[Hashable, ...]] = []
         self._work: list[Work] = []
@@ -111,13 +113,17 @@ class Recorder:
         if graph is None:
             if key not in self._graphs:
                 if len(self._graphs) >= self._most:
-                    self.clear()
+                    self._forget_the_oldest()
                 self._graphs[key] = None
                 _run(work)
                 return
             _run(before)
             graph = self._graphs[key] = self._device.capture(lambda: _run(work))
+        self._replay(graph)
+
+    def _replay(self, graph: Recording) -> None:
         self.newest = self._launched = graph
+        self._last_use[id(graph)] = self.launches
         graph.launch()
 
     def name(self, key: Hashable, note: Any) -> None:
@@ -133,8 +139,7 @@ class Recorder:
         """Launches a recording that was found, where nothing is pending."""
         self.failed = True
         self.launches += 1
-        self.newest = self._launched = graph
-        graph.launch()
+        self._replay(graph)
         self.failed = False
 
     def forget(self, owner: object) -> None:
@@ -147,16 +152,25 @@ class Recorder:
     def _forget_those_gone(self) -> None:
         while self._owners_gone:
             owner = self._owners_gone.popleft()
-            for key in [key for key in self._graphs if any(owner in piece for piece in key)]:
-                del self._graphs[key]
-        kept = set(map(id, self._graphs.values()))
+            self._keep({key for key in self._graphs if not any(owner in piece for piece in key)})
+
+    def _forget_the_oldest(self) -> None:
+        """Makes room, and forgets what has run only once as well."""
+        self._device.synchronize()  # none of them may be on its way
+        uses = {key: self._last_use[id(each)] for key, each in self._graphs.items() if each}
+        oldest = sorted(uses, key=uses.__getitem__)[: self._most // 4]
+        self._keep(uses.keys() - set(oldest))
+
+    def _keep(self, keys: Set[Key]) -> None:
+        self._graphs = {key: each for key, each in self._graphs.items() if key in keys}
+        kept = {id(each) for each in self._graphs.values() if each is not None}
         self._named = {key: known for key, known in self._named.items() if id(known[0]) in kept}
+        self._last_use = {each: use for each, use in self._last_use.items() if each in kept}
 
     def clear(self) -> None:
         """Forgets all recordings: they refer to memory that may be given back now."""
         self._device.synchronize()
-        self._graphs.clear()
-        self._named.clear()
+        self._keep(set())
         self.newest = None
 
 

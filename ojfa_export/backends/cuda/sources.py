@@ -16,6 +16,7 @@ PLACES = (
 SOURCES = (
     "linear.cu",
     "tiled_linear.cu",
+    "narrow_linear.cu",
     "around_products.cu",
     "qk_norm.cu",
     "attention.cu",
@@ -26,7 +27,14 @@ SOURCES = (
     "exit_check.cu",
     "draft.cu",
 )
-HEADERS = ("common.cuh", "instructions.cuh", "activation.cuh", "tiles.cuh", "choose.cuh")
+HEADERS = (
+    "common.cuh",
+    "instructions.cuh",
+    "activation.cuh",
+    "staging.cuh",
+    "tiles.cuh",
+    "choose.cuh",
+)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 

@@ -99,20 +99,23 @@ class Chunks:
     list: int = 0
 
 
-def step_launch(geometry: Geometry, chunks: Chunks, multiprocessors: int) -> Launch:
+def step_launch(
+    geometry: Geometry, chunks: Chunks, multiprocessors: int, most_new: int = 1
+) -> Launch:
     """Attention with the keys split over thread blocks.
 
     Args:
         geometry: Of the model.
         chunks: Which tokens.
         multiprocessors: Of the GPU.
+        most_new: Tokens of a chunk that the kernel appends itself.
     """
     tiles = math.ceil(chunks.longest * geometry.group / STEP_QUERIES)
     rows = geometry.kv_heads * tiles
     splits = max(1, min(MOST_SPLITS, RESIDENT * multiprocessors // (rows * chunks.count)))
     warps = max(1, min(MOST_WARPS, 1024 // geometry.row_bytes))
-    # The queries, the new key and value, and each warp's stages of keys and values.
-    held = STEP_QUERIES + 2 + warps * STEP_STAGES * 2 * STEP_KEYS
+    # The queries, new keys and values, and each warp's stages of keys and values.
+    held = STEP_QUERIES + 2 * most_new + warps * STEP_STAGES * 2 * STEP_KEYS
     grid = (splits, rows, chunks.count)
     return Launch("attention", grid, warps * LANES, held * geometry.stride_bytes)
 
@@ -205,11 +208,15 @@ class Attention:
         kernels: Compiled for the model and a precision.
         geometry: Of the model in that precision.
         multiprocessors: Of the GPU.
+        most_new: Tokens of a chunk that a step appends itself, as it attends: 1 to STEP_QUERIES.
+            For more, `append` is a kernel before it.
     """
 
-    def __init__(self, kernels: Kernels, geometry: Geometry, multiprocessors: int) -> None:
+    def __init__(
+        self, kernels: Kernels, geometry: Geometry, multiprocessors: int, most_new: int = 1
+    ) -> None:
         self._kernels, self._geometry = kernels, geometry
-        self._multiprocessors = multiprocessors
+        self._multiprocessors, self._most_new = multiprocessors, most_new
 
     def run(
         self, operands: Operands, scratch: Scratch, tokens: int, launches: Sequence[Chunks]
@@ -222,7 +229,7 @@ class Attention:
             tokens: Of the pass.
             launches: All of them, in one or more launches.
         """
-        if any(chunks.longest > 1 for chunks in launches):
+        if any(chunks.longest > self._most_new for chunks in launches):
             self.append(operands, tokens)
         for chunks in launches:
             if self.is_prompt(chunks):
@@ -240,15 +247,17 @@ class Attention:
     def step(
         self, operands: Operands, scratch: Scratch, chunks: Chunks, *, overlapping: bool = True
     ) -> None:
-        """Attends with keys split over thread blocks; appends tokens that are alone, itself."""
-        launch = step_launch(self._geometry, chunks, self._multiprocessors)
+        """Attends with keys split over thread blocks; appends the tokens of short chunks itself."""
+        launch = step_launch(self._geometry, chunks, self._multiprocessors, self._most_new)
         arguments = (
             *operands.whole,
-            (chunks.longest, ctypes.c_int),
+            *((each, ctypes.c_int) for each in (chunks.longest, self._most_new)),
             *_pointers(chunks.list, scratch.parts.pointer, scratch.finished.pointer),
         )
         # What `append` has just written must be there before keys are read.
-        self._launch(launch, arguments, overlapping=overlapping and chunks.longest == 1)
+        self._launch(
+            launch, arguments, overlapping=overlapping and chunks.longest <= self._most_new
+        )
 
     def prompt(self, operands: Operands, chunks: Chunks) -> None:
         """Attends for many tokens, which have been appended."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ojfa_export.backends.cuda.arrays import DTYPES
-from ojfa_export.backends.tensorrt.attention import PAGE, Attention, Geometry, Scratch
+from ojfa_export.backends.tensorrt.attention import PAGE, STEP_QUERIES, Attention, Geometry, Scratch
+from ojfa_export.backends.tensorrt.linear import SMALL_WIDTH
 from ojfa_export.backends.tensorrt.opened import OpenedModel
 from ojfa_export.backends.tensorrt.pages import PageTable
 from ojfa_export.backends.tensorrt.plan import PASS_TOKENS
@@ -32,5 +33,9 @@ class KvCache:
         self.pages = PageTable(device, slots, capacity, pages)
         self.shape = (self.pages.count, spec.kv_heads, PAGE, spec.head_dim)
         geometry = Geometry.of(spec, DTYPES[model.precision].itemsize)
-        self.attention = Attention(model.kernels[model.precision], geometry, device.multiprocessors)
+        # Of a small model a kernel less for every block is worth most.
+        most_new = STEP_QUERIES if spec.hidden_size <= SMALL_WIDTH else 1
+        self.attention = Attention(
+            model.kernels[model.precision], geometry, device.multiprocessors, most_new
+        )
         self.scratch = Scratch(device, model.arrays, geometry, PASS_TOKENS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from ojfa_export.backends.tensorrt.in_flight import InFlight
 from ojfa_export.backends.tensorrt.jumps import MlpExitHead, ResidualExitHead
 from ojfa_export.backends.tensorrt.memory import Request
 from ojfa_export.backends.tensorrt.opened import OpenedModel
+from ojfa_export.backends.tensorrt.pass_kinds import pass_kinds
 from ojfa_export.backends.tensorrt.replays import Replays
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.bundle.names import block_name
@@ -85,6 +86,10 @@ class TensorRtEngines(OpenedModel):
     def executor(self, slots: int, capacity: int, pages: int | None = None) -> TensorRtExecutor:
         """Makes a KV cache; a block's part of it takes memory when it is first used."""
         return TensorRtExecutor(self, self.in_flight, slots, capacity, pages)
+
+    def pass_kinds(self, sequences: int, length: int) -> Iterable[list[int]]:
+        """See `backends.backend.PagedCache`."""
+        return pass_kinds(self.pass_sizes, sequences, length)
 
     def logits(self, hidden: Float32 | DeviceArray, blocks_run: int) -> Float32:
         """Applies the head after so many blocks: [rows, H] to [rows, V]."""

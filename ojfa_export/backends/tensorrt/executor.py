@@ -23,6 +23,7 @@ from ojfa_export.backends.tensorrt.memory import Request
 from ojfa_export.backends.tensorrt.opened import OpenedModel
 from ojfa_export.backends.tensorrt.pages import Copy
 from ojfa_export.backends.tensorrt.plan import PASS_TOKENS
+from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS
 from ojfa_export.backends.tensorrt.workspace import Buffers, Workspace
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.decoding.head_output import HeadOutput
@@ -82,20 +83,27 @@ class TensorRtExecutor:
         positions = positions_of(chunks)
         is_few = self.is_few(chunks)
         if isinstance(tokens, DeviceDrafts) and is_few:
-            return self._embed_few([0] * len(positions), positions, tokens.pointer)
+            return self._embed_few([0] * len(positions), chunks, tokens.pointer)
         if not isinstance(tokens, list):
             if self._follows(tokens, positions):
                 return self._embed_following(positions)
             tokens = tokens.tokens()  # type: ignore[union-attr]
         if is_few:
-            return self._embed_few(tokens, positions)
+            return self._embed_few(tokens, chunks)
         self._in_flight.call_off()
         return self._embed_many(tokens, positions)
 
     def is_few(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether a pass has few tokens of each sequence, and is recorded as it is."""
-        count = sum(length for _, _, length in chunks)
-        return count <= RECORDED_TOKENS and all(each <= STEP_QUERIES for _, _, each in chunks)
+        """Whether a pass has few tokens of each sequence, and is recorded as it is.
+
+        One longer chunk among steps is as a rule the rest of a prompt. Its length is any, so that
+        such a pass is filled up like others with prompts: there would be too many recordings.
+        """
+        lengths = [length for _, _, length in chunks]
+        count = sum(lengths)
+        if count > RECORDED_TOKENS or max(lengths) > STEP_QUERIES:
+            return False
+        return count <= MOST_TILED_TOKENS or len(lengths) - lengths.count(1) != 1
 
     def name_few(self, tokens: Sequence[int], chunks: Sequence[Chunk]) -> None:
         """Leaves few tokens where a recording of theirs finds them, which is launched next."""
@@ -107,11 +115,13 @@ class TensorRtExecutor:
         workspace.moved_to(positions)
 
     def _embed_few(
-        self, tokens: Sequence[int], positions: list[int], ids: int | None = None
+        self, tokens: Sequence[int], chunks: Sequence[Chunk], ids: int | None = None
     ) -> DeviceArray:
         """Embeds tokens as part of a recording; of those that the device has, at their address."""
-        self._in_flight.call_off()
+        positions = positions_of(chunks)
         workspace = self.workspace(len(positions))
+        workspace.place_slots(chunks)  # an upload, which ends what is put together
+        self._in_flight.call_off()
         workspace.name(tokens, positions)
         workspace.moved_to(positions)
         host_ids, at = workspace.named_at

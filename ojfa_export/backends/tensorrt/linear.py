@@ -11,10 +11,10 @@ from ojfa_export.backends.cuda.kernels import Argument, Kernels, integer, number
 
 # Of a step in these kernels; with more, tensor cores are faster (tiled.py, bench/NOTES.md).
 MOST_TOKENS = 2
-# Of a small model, whose hidden states have up to so many features: its products take little beside
-# beginning and ending, and these need no kernel for the norm before them. Not measured yet
-# (bench.gpu.drafts --linear).
-MOST_SMALL_TOKENS, SMALL_WIDTH = 8, 1024
+# A small model's hidden states have up to so many features. Its steps of one token are the tensor
+# cores' too: faster where the norm is no kernel of its own, and a token gets the same whatever is
+# checked beside it.
+SMALL_WIDTH = 1024
 # As in the kernel: threads and warps of a block. A warp takes a row of the matrix, or two.
 THREADS, WARPS = 512, 16
 # Thread blocks on a multiprocessor: measured (bench/NOTES.md).

@@ -15,16 +15,12 @@ from ojfa_export.backends.cuda.mailbox import Mailbox
 from ojfa_export.backends.tensorrt.algorithms import Choices, ChosenAlgorithms
 from ojfa_export.backends.tensorrt.engine import Engine, EngineSet
 from ojfa_export.backends.tensorrt.gemm import GemmProducts
-from ojfa_export.backends.tensorrt.linear import (
-    MOST_SMALL_TOKENS,
-    MOST_TOKENS,
-    SMALL_WIDTH,
-    LinearKernels,
-)
+from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, SMALL_WIDTH, LinearKernels
 from ojfa_export.backends.tensorrt.memory import Request, Room
+from ojfa_export.backends.tensorrt.narrow import on_tensor_cores
 from ojfa_export.backends.tensorrt.plan import PASS_TOKENS, PREFILL_TOKENS, GraphPlan, read_plan
 from ojfa_export.backends.tensorrt.products import Products
-from ojfa_export.backends.tensorrt.tiled import TiledKernels, matrix_shapes, most_tokens
+from ojfa_export.backends.tensorrt.tiled import matrix_shapes, most_tokens
 from ojfa_export.backends.tensorrt.weights import WeightStore
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.decoding.arrays import Float32
@@ -50,7 +46,8 @@ class OpenedModel:
     Attributes:
         decode_kernels: Whether steps of a few tokens run in CUDA kernels of ours rather than in
             TensorRT's engines (OJFA_DECODE=engines).
-        most_linear_tokens: Of a step that runs in matrix-vector kernels.
+        most_linear_tokens: Of a step that runs in matrix-vector kernels: none in a small model of
+            fp16, if tensor cores find room for it.
         pass_tokens: Of a pass that our kernels and cuBLASLt run at once; more run in pieces.
     """
 
@@ -92,10 +89,10 @@ class OpenedModel:
         self.chooser = Chooser(chosen, self.mailbox, spec.vocab_size)
         self.most_linear_tokens = MOST_TOKENS
         if self.precision == "fp16" and spec.hidden_size <= SMALL_WIDTH:
-            self.most_linear_tokens = MOST_SMALL_TOKENS
+            self.most_linear_tokens = 0
         self._tiled, self._most_tiled = None, 0
         if self.precision == "fp16":
-            self._tiled = TiledKernels(device, self.arrays, chosen, spec.hidden_size)
+            self._tiled = on_tensor_cores(device, self.arrays, chosen, spec.hidden_size)
             room = device.multiprocessors, device.shared_bytes
             self._most_tiled = most_tokens(matrix_shapes(spec), *room)
         self._cublas: Cublas | None = beside._cublas if beside else _cublas(device)
@@ -127,7 +124,9 @@ class OpenedModel:
             return None
         if tokens <= self.most_linear_tokens:
             return self.linear(self.precision)
-        return self._tiled if tokens <= self._most_tiled else self._gemm
+        if tokens <= self._most_tiled:
+            return self._tiled
+        return self.linear(self.precision) if tokens <= MOST_TOKENS else self._gemm
 
     def linear(self, precision: Precision) -> LinearKernels:
         """The matrix-vector kernels for matrices of a precision."""

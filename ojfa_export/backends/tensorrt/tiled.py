@@ -110,7 +110,7 @@ class TiledKernels:
         pass_spans = spans_of_a_pass(tokens, outputs, columns, blocks, shared)
         assert pass_spans is not None
         self._kernels.launch(
-            f"{kind}_{_groups(tokens) * 8}",
+            f"{kind}_{groups_of(tokens) * 8}",
             (min(math.ceil(outputs / TILE), blocks), 1, 1),
             (THREADS, 1, 1),
             (*arguments, integer(tokens), integer(pass_spans)),
@@ -176,9 +176,9 @@ def _shared_bytes(tokens: int, outputs: int, columns: int, blocks: int, pass_spa
     inputs = 2 * SPAN * min(pass_spans, spans) + SHIFT
     tiles = math.ceil(outputs / TILE)
     buffers = 2 if pass_spans >= spans else math.ceil(tiles / blocks)
-    return tokens * inputs + buffers * WARPS * _groups(tokens) * 8 * SUMS_BYTES
+    return tokens * inputs + buffers * WARPS * groups_of(tokens) * 8 * SUMS_BYTES
 
 
-def _groups(tokens: int) -> int:
+def groups_of(tokens: int) -> int:
     """Groups of eight tokens, of a product."""
     return math.ceil(tokens / 8)
