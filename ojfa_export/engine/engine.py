@@ -190,13 +190,20 @@ class Engine:
 
         On a device what is done once for each kind takes seconds, which no request should wait
         for; see `engine.warm_up`. They are not counted. What sampled requests, and those at exits,
-        need beside that is made with the first of them.
+        need beside that is made with the first of them. Where requests run already, it waits until
+        none does.
+
+        Raises:
+            OjfaError: The engine is closed.
         """
-        spec, recorded = self.model.spec, threading.Event()
+        spec = self.model.spec
         with self._wanted:
-            self._recorded = recorded
-            self._wanted.notify()
-        recorded.wait()
+            recorded = self._recorded
+            if recorded is None and not self._closed:
+                recorded = self._recorded = threading.Event()
+                self._wanted.notify()
+        if recorded is not None:
+            recorded.wait()
         WarmUp(self.submit, self.max_sequences, self._max_length, spec.vocab_size).run()
         self._counts.clear()
 
@@ -337,6 +344,8 @@ class Engine:
                 each.tell()
             except OjfaError as error:  # the request's own
                 self._fail(each, error)
+            except Exception as error:  # nobody waits for ever, whatever it is
+                self._fail(each, OjfaError(f"no text could be made of its tokens: {error!r}"))
 
     def _fail(self, each: Running, error: OjfaError) -> None:
         each.fail(error)
@@ -454,6 +463,7 @@ class Engine:
             f"the model could not run, and every running request failed: {message}",
             hint="the engine goes on with an empty cache; see 'ojfa-export doctor'",
         )
+        self._tell()  # those that ended before
         with self._wanted:
             failed, self._running = self._running, []
             for each in failed:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ojfa_export.decoding.options import GenerationOptions
-from ojfa_export.errors import BackendError
+from ojfa_export.errors import BackendError, OjfaError
 
 examples = settings(
     max_examples=8,
@@ -224,3 +224,33 @@ def test_text_is_made_while_the_device_has_something_to_do(llama_on_device, monk
     assert [len(each.token_ids) for each in results] == [12, 12, 12]
     assert len(in_flight) == 36
     assert in_flight.count(False) <= 3  # when nothing is left to run
+
+
+def test_a_request_that_has_ended_is_told_where_the_next_pass_fails(llama_on_device):
+    model, driver = llama_on_device.model, llama_on_device.driver
+    with WatchedEngine(model, max_sequences=2, prefill_tokens=4) as engine:
+
+        def fail_after_the_first_has_ended():
+            if any(each.over for each in engine._untold):
+                driver.failing = "CUDA_ERROR_LAUNCH_FAILED"
+
+        hand_out = engine._hand_out
+
+        def failing(launched):
+            hand_out(launched)
+            fail_after_the_first_has_ended()
+
+        engine._hand_out = failing
+        with engine._wanted:
+            short = engine.submit([1, 2, 3], max_new_tokens=1)
+            long = engine.submit([4, 5, 6] * 9, max_new_tokens=8)
+        assert len(short.result(TIMEOUT).token_ids) == 1
+        with pytest.raises(BackendError, match="every running request failed"):
+            long.result(TIMEOUT)
+
+
+def test_a_closed_engine_is_not_warmed_up(llama_on_device):
+    engine = WatchedEngine(llama_on_device.model)
+    engine.close()
+    with pytest.raises(OjfaError, match="closed"):
+        engine.warm_up()
