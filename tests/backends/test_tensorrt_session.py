@@ -97,9 +97,10 @@ def test_a_small_model_s_block_is_five_kernels(case, tokens):
     session.advance([list(range(tokens))])
     block = ["norm_narrow_linear_8", "attention", "narrow_linear_8"]
     block += ["norm_narrow_up_8", "narrow_linear_8"]
-    *launched, head = case.driver.launched
-    assert launched == ["embed", *block * case.chain.spec.blocks]
-    assert head in ("norm_narrow_linear_8", "graph")  # which it is from the second time on
+    wanted = ["embed", *block * case.chain.spec.blocks]
+    launched, head = case.driver.launched[: len(wanted)], case.driver.launched[len(wanted) :]
+    assert launched == wanted
+    assert set(head) <= {"norm_narrow_linear_8", "graph"}  # recorded the second time
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
