@@ -4,11 +4,7 @@ Of shapes with random weights: a full step, a round by the number of its drafts 
 text with drafts whose acceptance is replayed: with `--chain .51 .24`, 51% of the first drafts are
 taken, and 24% of the first two. All against full depth in the same run.
 
-    python -m bench.gpu.drafts --out FILE --bundle BUNDLE --chat --prompts bench/gpu/questions.txt
-
-generates greedily from a bundle instead, for each line of a file, with drafts and without: whether
-tokens are equal, what a token takes, and how many a check gives. With `--chat` a line is a user's
-message, with `--batch 8` eight run at once.
+What a bundle's own drafts give, on any backend, is `bench.serving.drafts`.
 """
 
 from __future__ import annotations
@@ -19,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -39,7 +34,6 @@ from ojfa_export.bundle.names import DRAFT_GRAPHS
 from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.runtime import speculator
-from ojfa_export.runtime.model import Model, load
 from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.speculator import Speculator
 
@@ -57,10 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "settings": {"past": options.past, "rounds": options.rounds, "chains": options.chain},
         "shapes": [],
     }
-    if options.bundle is not None:
-        result["bundle"] = of_bundle(options)
-        write(options.out, result)
-        return
     for name in options.shapes:
         with tempfile.TemporaryDirectory(prefix="ojfa-gpu-") as folder:
             result["shapes"].append(of_shape(name, Path(folder), options))
@@ -77,14 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--head", type=int, default=0, help="tokens of a head of its own")
     parser.add_argument("--linear", type=int, help="tokens at most of matrix-vector kernels")
     parser.add_argument("--chain", type=float, nargs="+", action="append", help="rates")
-    parser.add_argument("--bundle", type=Path, help="with a draft layer and TensorRT engines")
-    parser.add_argument("--prompts", type=Path, help="a text file, a prompt in each line")
-    parser.add_argument("--chat", action="store_true", help="a line is a user's message")
-    parser.add_argument("--batch", type=int, default=1, help="prompts at once")
-    parser.add_argument("--new", type=int, default=200, help="tokens of each prompt")
-    names = ("DRAFT", "CHECK", "ROUND")
-    parser.add_argument("--costs", type=float, nargs=3, metavar=names, help="as of Speculation")
-    parser.add_argument("--drafts", type=int, nargs="*", default=[], help="fixed numbers as well")
     return parser
 
 
@@ -265,61 +247,6 @@ def taken_at(rates: list[float]) -> Iterator[None]:
 
     with patch.object(speculator, "agreeing", forced):
         yield
-
-
-def of_bundle(options: argparse.Namespace) -> dict[str, Any]:
-    """Generates from a bundle, each batch of prompts with drafts and without, in turns."""
-    model, at_once = load(options.bundle, backend="tensorrt"), options.batch
-    prompts = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line]
-    if options.chat:
-        prompts = [model.render([{"role": "user", "content": line}]) for line in prompts]
-    adapted = Speculation(0)
-    if options.costs is not None:
-        draft, check, once = options.costs
-        adapted = Speculation(0, draft_cost=draft, check_cost=check, round_cost=once)
-    asked: dict[str, dict[str, Any]] = {"full": {"exit": "full"}, "adapted": {"speculate": adapted}}
-    asked |= {str(count): {"speculate": Speculation(0, count)} for count in options.drafts}
-    ways: dict[str, Callable[[list[str]], dict[str, Any]]] = {
-        name: partial(generated, model, options.new, how) for name, how in asked.items()
-    }
-    batches = [prompts[at : at + at_once] for at in range(0, len(prompts), at_once)]
-    for run in ways.values():
-        run(batches[0])  # recordings are made
-    rows = [{name: run(batch) for name, run in ways.items()} for batch in batches]
-    told = {name: summary([row[name] for row in rows], [r["full"] for r in rows]) for name in ways}
-    for name, each in told.items():
-        print(name, each, flush=True)
-    return {"model": model.manifest.model.name, "batch": at_once, "summary": told, "batches": rows}
-
-
-def generated(model: Model, new: int, how: dict[str, Any], prompts: list[str]) -> dict[str, Any]:
-    """Tokens of some prompts, and the time of one of each; the first ones' time is left out."""
-    result = model.generate(prompts, max_new_tokens=new, ignore_eos=True, **how)
-    count = sum(len(each.token_ids) for each in result.prompts)
-    ms = count / result.tokens_per_second * 1e3 - result.time_to_first_token_ms
-    return {
-        "token_ids": [each.token_ids for each in result.prompts],
-        "passes": sum(each.passes for each in result.prompts),
-        "ms_per_token": ms * len(prompts) / (count - len(prompts)),
-    }
-
-
-def summary(rows: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, float]:
-    """Of a way, over all prompts."""
-    both = [
-        pair
-        for row, full in zip(rows, plain, strict=True)
-        for pair in zip(row["token_ids"], full["token_ids"], strict=True)
-    ]
-    tokens = sum(len(ids) for ids, _ in both)
-    ms, full_ms = (float(np.mean([row["ms_per_token"] for row in each])) for each in (rows, plain))
-    return {
-        "prompts": len(both),
-        "equal": sum(ids == full for ids, full in both),
-        "ms_per_token": ms,
-        "speedup": full_ms / ms,
-        "tokens_per_check": tokens / sum(row["passes"] for row in rows),
-    }
 
 
 if __name__ == "__main__":
