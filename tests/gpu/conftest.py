@@ -3,7 +3,8 @@
 python -m tests.gpu.prepare DIRECTORY            # anywhere with torch
 OJFA_GPU_CASES=DIRECTORY pytest -m gpu tests/gpu  # on the machine with the GPU
 OJFA_GPU_BACKEND=onnxruntime-cuda OJFA_GPU_CASES=… # the same for that backend
-With pytest-xdist and `--dist loadgroup` each case's engines are built by one process.
+With pytest-xdist and `--dist loadgroup` each case's engines are built by one process. Then set
+OMP_NUM_THREADS=1 and OPENBLAS_NUM_THREADS=1: else the processes' threads wait for each other.
 """
 
 from __future__ import annotations
