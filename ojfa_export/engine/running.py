@@ -138,9 +138,13 @@ class Running:
 
     def finish(self, reason: FinishReason) -> None:
         """Ends the request early; text that was held back is given."""
-        self.tell()
+        try:
+            self.tell()
+            trailing = self._text.finish()
+        except OjfaError as error:
+            self.fail(error)
+            return
         self.over, self.reason = True, reason
-        trailing = self._text.finish()
         self.request.end(reason, cached_tokens=self.cached_tokens, trailing_text=trailing)
         self.close()
 
@@ -166,7 +170,7 @@ class Running:
     def fail(self, error: OjfaError) -> None:
         """Ends the request with an error, after the tokens that it had."""
         self.over = True
-        with suppress(OjfaError):
+        with suppress(Exception):  # the error is told, whatever becomes of the text before it
             self.tell()
         self._untold.clear()
         self.request.end(None, error)

@@ -272,3 +272,26 @@ def test_warming_up_is_not_counted(llama):
         assert engine.stats().new_tokens == engine.stats().passes == 0
         result = engine.submit([1, 2, 3], GenerationOptions(max_new_tokens=4)).result(TIMEOUT)
     assert result.token_ids == alone(llama, [1, 2, 3], {"max_new_tokens": 4}).token_ids
+
+
+def test_text_that_cannot_be_made_fails_its_request_alone(llama, monkeypatch):
+    from ojfa_export.runtime.text import TextStream
+
+    push = TextStream.push
+
+    def failing(self, token):
+        if self is broken[0]:
+            raise ValueError("no such token")
+        return push(self, token)
+
+    broken = [None]
+    monkeypatch.setattr(TextStream, "push", failing)
+    with WatchedEngine(llama, max_sequences=2) as engine:
+        with engine._wanted:
+            bad, good = (
+                engine.submit([1 + at, 2, 3], max_new_tokens=6, ignore_eos=True) for at in (0, 1)
+            )
+            broken[0] = engine._waiting[0]._text
+        with pytest.raises(OjfaError, match="no text could be made"):
+            bad.result(TIMEOUT)
+        assert len(good.result(TIMEOUT).token_ids) == 6
