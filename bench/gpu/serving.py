@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,90 +88,113 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plans, _ = build(spec, directory)
         engines = BACKEND.open_engines(spec, directory / "graphs", plans, graphs.rotary)
         engines.load_blocks(spec.blocks)
-        model = ShapeModel(spec, engines, LENGTH)
-        parts: dict[str, Callable[[], Any]] = {
-            "steady": lambda: [steady(model, count) for count in options.sequences],
-            "prompts": lambda: [prompts(model, count) for count in (1, 16)],
-            "saturated": lambda: saturated(model, options.requests, None),
-            "half leave at half depth": lambda: saturated(
-                model, options.requests, spec.blocks // 2
-            ),
-            "arrivals": lambda: arriving(model, options, result),
-        }
-        for name, part in parts.items():
-            result[name] = part()
-            options.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
-            print(name, shown(result[name]), flush=True)
+        with timed(ShapeModel(spec, engines, LENGTH)) as service:
+            parts = parts_of(service, options, result)
+            for name, part in parts.items():
+                result[name] = part()
+                options.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
+                print(name, shown(result[name]), flush=True)
 
 
-def steady(model: Model, count: int) -> dict[str, Any]:
+def parts_of(
+    service: Timed, options: argparse.Namespace, result: dict[str, Any]
+) -> dict[str, Callable[[], Any]]:
+    """What is measured, in this order; the last depends on an earlier result."""
+    half = service.spec.blocks // 2
+    return {
+        "warm-up seconds": lambda: service.warm_up_seconds,
+        "steady": lambda: [steady(service, count) for count in options.sequences],
+        "prompts": lambda: [prompts(service, count) for count in (1, 16)],
+        "saturated": lambda: saturated(service, options.requests, None),
+        "half leave at half depth": lambda: saturated(service, options.requests, half),
+        "arrivals": lambda: arriving(service, options, result),
+    }
+
+
+@dataclass(frozen=True)
+class Timed:
+    """An engine that is warm, and when its requests' tokens came.
+
+    Attributes:
+        engine: Of one model.
+        spec: Of the model.
+        times: By request.
+        warm_up_seconds: That its warm-up took.
+    """
+
+    engine: Engine
+    spec: ModelSpec
+    times: dict[int, Times]
+    warm_up_seconds: float
+
+
+def steady(service: Timed, count: int) -> dict[str, Any]:
     """Milliseconds of a step: so many requests decode past 512, the time to begin taken away."""
     samples = []
-    with timed(model, count) as (engine, _):
-        for turn in range(4):
-            few, many = (all_at_once(engine, model, count, PAST, new) for new in (4, 104))
-            if turn:
-                samples.append((many - few) * 1e3 / 100)
+    for turn in range(4):
+        few, many = (all_at_once(service, count, PAST, new) for new in (4, 104))
+        if turn:
+            samples.append((many - few) * 1e3 / 100)
     return {"sequences": count, "ms_median": float(np.median(samples)), "samples_ms": samples}
 
 
-def prompts(model: Model, count: int) -> dict[str, Any]:
+def prompts(service: Timed, count: int) -> dict[str, Any]:
     """Milliseconds until every one of some prompts of 512 has its first token."""
-    with timed(model, count) as (engine, _):
-        samples = [1e3 * all_at_once(engine, model, count, PAST, 1) for _ in range(6)][1:]
+    samples = [1e3 * all_at_once(service, count, PAST, 1) for _ in range(6)][1:]
     return {"prompts": count, "ms_median": float(np.median(samples)), "samples_ms": samples}
 
 
-def all_at_once(engine: Engine, model: Model, count: int, length: int, new: int) -> float:
+def all_at_once(service: Timed, count: int, length: int, new: int) -> float:
     """Seconds of some requests alike."""
     rng = np.random.default_rng()
-    made = [rng.integers(3, model.spec.vocab_size, length).tolist() for _ in range(count)]
+    made = [rng.integers(3, service.spec.vocab_size, length).tolist() for _ in range(count)]
     start = time.perf_counter()
-    running = [engine.submit(each, options_of(new)) for each in made]
+    running = [service.engine.submit(each, options_of(new)) for each in made]
     for each in running:
         each.result()
     return time.perf_counter() - start
 
 
-def saturated(model: Model, count: int, exit: int | None) -> dict[str, Any]:
+def saturated(service: Timed, count: int, exit: int | None) -> dict[str, Any]:
     """All requests at once, every second of them at an exit."""
-    arrivals = poisson(float("inf"), count, model.spec.vocab_size)
+    arrivals = poisson(float("inf"), count, service.spec.vocab_size)
     if exit is not None:
         arrivals = [
             replace(each, exit=exit if index % 2 else None) for index, each in enumerate(arrivals)
         ]
-    return served(model, arrivals, before=[] if exit is None else arrivals[: count // 4])
+    return served(service, arrivals, before=[] if exit is None else arrivals[: count // 4])
 
 
-def arriving(model: Model, options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
+def arriving(service: Timed, options: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
     """Requests at random moments."""
     rate = SHARE * result["saturated"]["requests_per_second"]
-    arrivals = poisson(rate, options.requests, model.spec.vocab_size, seed=8)
+    arrivals = poisson(rate, options.requests, service.spec.vocab_size, seed=8)
     options.arrivals.write_text(json.dumps(described(arrivals)), encoding="utf-8")
-    return {"rate": rate, **served(model, arrivals)}
+    return {"rate": rate, **served(service, arrivals)}
 
 
 def served(
-    model: Model, arrivals: Sequence[Arrival], before: Sequence[Arrival] = ()
+    service: Timed, arrivals: Sequence[Arrival], before: Sequence[Arrival] = ()
 ) -> dict[str, Any]:
     """Runs requests, after some that don't count, and says when their tokens came."""
-    with timed(model, SEQUENCES) as (engine, times):
-        for warm in [engine.submit(each.prompt, options_of(8, each.exit)) for each in before]:
-            warm.result()
+    engine, times = service.engine, service.times
+    for warm in [engine.submit(each.prompt, options_of(8, each.exit)) for each in before]:
+        warm.result()
 
-        def submit(each: Arrival) -> None:
-            options = options_of(each.tokens, each.exit)
-            now = time.perf_counter()
-            request = engine.submit(each.prompt, options)
-            times[request.id].submitted = now
-            requests.append(request)
+    def submit(each: Arrival) -> None:
+        options = options_of(each.tokens, each.exit)
+        now = time.perf_counter()
+        request = engine.submit(each.prompt, options)
+        times[request.id].submitted = now
+        requests.append(request)
 
-        requests: list[Request] = []
-        wait_and_submit(arrivals, submit)
-        for each in requests:
-            each.result()
-        stats = engine.stats()
-    return {**summary([times[each.id] for each in requests]), "passes": stats.passes}
+    requests: list[Request] = []
+    passes = engine.stats().passes
+    wait_and_submit(arrivals, submit)
+    for each in requests:
+        each.result()
+    told = summary([times[each.id] for each in requests])
+    return {**told, "passes": engine.stats().passes - passes}
 
 
 def options_of(tokens: int, exit: int | None = None) -> GenerationOptions:
@@ -188,8 +211,8 @@ class _AllTimes(dict[int, Times]):
 
 
 @contextmanager
-def timed(model: Model, sequences: int) -> Iterator[tuple[Engine, dict[int, Times]]]:
-    """An engine, and when its requests' tokens come: noted where they are handed out."""
+def timed(model: Model) -> Iterator[Timed]:
+    """An engine that is warm; tokens are noted where they are handed out."""
     times, put = _AllTimes(), Request.put
 
     def note(self: Request, token: RequestToken) -> None:
@@ -198,12 +221,11 @@ def timed(model: Model, sequences: int) -> Iterator[tuple[Engine, dict[int, Time
 
     Request.put = note  # type: ignore[method-assign]
     try:
-        with Engine(model, max_sequences=sequences, prefix_cache=False) as engine:
+        with Engine(model, max_sequences=SEQUENCES, prefix_cache=False) as engine:
             start = time.perf_counter()
             engine.warm_up()
-            print(f"warm after {time.perf_counter() - start:.1f} s", flush=True)
-            times.clear()
-            yield engine, times
+            took = time.perf_counter() - start
+            yield Timed(engine, model.spec, times, took)
     finally:
         Request.put = put  # type: ignore[method-assign]
 
@@ -212,7 +234,9 @@ def shown(part: Any) -> Any:
     """A part without its samples."""
     if isinstance(part, list):
         return [shown(each) for each in part]
-    return {key: value for key, value in part.items() if "samples" not in key}
+    if isinstance(part, dict):
+        return {key: value for key, value in part.items() if "samples" not in key}
+    return part
 
 
 if __name__ == "__main__":

@@ -1,30 +1,33 @@
-"""`bench.gpu.drafts` runs, on the stand-in for the GPU; its figures mean nothing there."""
+"""Benchmarks of the GPU run, on the stand-in for one; their figures mean nothing there."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 
 
-@pytest.fixture(scope="module")
-def drafts(driver):
-    """The benchmark, imported over the stand-in."""
-    names = [name for name in sys.modules if name.startswith("bench.gpu")]
-    before = {name: sys.modules.pop(name) for name in names}
-    module = importlib.import_module("bench.gpu.drafts")
-    yield module
-    for name in [name for name in sys.modules if name.startswith("bench.gpu")]:
+@pytest.fixture
+def imported(driver) -> Iterator[Callable[[str], ModuleType]]:
+    """Benchmarks, imported over the stand-in."""
+    before = {name: sys.modules.pop(name) for name in _of_benchmarks()}
+    yield importlib.import_module
+    for name in _of_benchmarks():
         del sys.modules[name]
     sys.modules.update(before)
 
 
-@pytest.mark.parametrize("head", [0, 40])
-def test_shapes_are_measured(drafts, tmp_path, monkeypatch, head):
-    from bench.gpu import shapes
+def _of_benchmarks() -> list[str]:
+    return [name for name in sys.modules if name.startswith("bench.gpu")]
 
+
+@pytest.mark.parametrize("head", [0, 40])
+def test_drafts_of_shapes(imported, tmp_path, monkeypatch, head):
+    drafts, shapes = imported("bench.gpu.drafts"), imported("bench.gpu.shapes")
     spec = shapes._spec("llama", 4, 32, 4, 48, 96)
     tied = spec.model_copy(update={"kv_heads": 2, "tied_head": True})
     monkeypatch.setitem(shapes.SHAPES, "smollm2-135m", tied)
@@ -40,3 +43,22 @@ def test_shapes_are_measured(drafts, tmp_path, monkeypatch, head):
     counts = [*range(1, drafts.MOST_DRAFTS + 1), "adapted"]
     assert [text["drafts"] for text in shape["texts"]] == counts
     assert all(text["tokens_per_check"] >= 1 for text in shape["texts"])
+
+
+def test_serving(imported, tmp_path, monkeypatch):
+    serving, shapes = imported("bench.gpu.serving"), imported("bench.gpu.shapes")
+    monkeypatch.setitem(shapes.SHAPES, "llama2-7b", shapes._spec("llama", 4, 32, 4, 48, 96))
+    monkeypatch.setattr(shapes, "POOL", 1 << 12)
+    small = {"PAST": 20, "LENGTH": 256, "SEQUENCES": 4}
+    for name, value in small.items():
+        monkeypatch.setattr(serving, name, value)
+    monkeypatch.setattr(serving.poisson, "__defaults__", (7, (4, 40), (4, 8)))
+    out, arrivals = tmp_path / "serving.json", tmp_path / "arrivals.json"
+    sequences = ["--sequences", "1", "4", "--requests", "12"]
+    serving.main(["--out", str(out), "--arrivals", str(arrivals), *sequences])
+    result = json.loads(out.read_text())
+    assert [each["sequences"] for each in result["steady"]] == [1, 4]
+    assert [each["prompts"] for each in result["prompts"]] == [1, 16]
+    for part in ("saturated", "half leave at half depth", "arrivals"):
+        assert result[part]["requests_per_second"] > 0
+    assert len(json.loads(arrivals.read_text())) == 12
