@@ -2,18 +2,36 @@
 // read from device memory, so that one CUDA graph serves every position: the grid is that of the longest
 // cache, and thread blocks that a short one doesn't need leave.
 #include "tiles.cuh"
+#include "words.cuh"
 
-constexpr int MOST_WARPS = 4, FITTING_WARPS = 1024 / ROW_BYTES;
-constexpr int STEP_WARPS = FITTING_WARPS < 1 ? 1 : FITTING_WARPS > MOST_WARPS ? MOST_WARPS : FITTING_WARPS;
-constexpr int STEP_QUERIES = 8;  // of a thread block
-constexpr int STEP_KEYS = 16;    // of a warp at a time
-constexpr int STEP_STAGES = 3;   // of a warp's keys in shared memory, all but one of them on their way
-// Few enough registers that a thread block fits beside the matrix-vector product before it (linear.cu), so
-// that it is there, with its first keys and values, when that ends.
-constexpr int STEP_RESIDENT = HALF && ROW_BYTES <= 256 ? 5 : 1;
-// Keys that a thread block takes by itself before others help (bench/NOTES.md).
-constexpr int SPLIT_KEYS = 192;
+constexpr int STEP_QUERIES = 8;        // of a thread block
+constexpr int STEP_KEYS = 16;          // of a warp at a time
 constexpr int PARTIAL = HEAD_DIM + 2;  // largest, total, weighted values
+
+// Warps of a thread block: as many as shared memory is for, with rows of so many bytes.
+template <int BYTES, int MOST>
+constexpr int FITTING_WARPS = BYTES / ROW_BYTES == 0     ? 1
+                              : BYTES / ROW_BYTES > MOST ? MOST
+                                                         : BYTES / ROW_BYTES;
+
+// How a thread block goes through the keys.
+//   WARPS     that take STEP_KEYS each at a time
+//   STAGES    of a warp's keys in shared memory, all but one of them on their way
+//   RESIDENT  thread blocks that a multiprocessor must have registers for
+//   KEYS      that a thread block takes by itself before others help (bench/NOTES.md)
+//   TOLD      whether what thread blocks have seen is combined by `Told`, or by the last to finish
+struct Narrow {
+    static constexpr int WARPS = FITTING_WARPS<1024, 4>, STAGES = 3, KEYS = 192;
+    // Few enough registers that a thread block fits beside the matrix-vector product before it (linear.cu),
+    // so that it is there, with its first keys and values, when that ends.
+    static constexpr int RESIDENT = HALF && ROW_BYTES <= 256 ? 5 : 1;
+    static constexpr bool TOLD = false;
+};
+// Where thread blocks are so few that all of them find room at once, so that one may wait for others.
+struct Wide {
+    static constexpr int WARPS = FITTING_WARPS<1024, 8>, STAGES = 2, KEYS = 128, RESIDENT = 1;
+    static constexpr bool TOLD = true;
+};
 
 // Keys and values of a pass's tokens, where any chunk is longer than those that `attention` appends; not of
 // those without a sequence, which only fill a pass up. Grid (tokens, what it takes).
@@ -35,6 +53,7 @@ extern "C" __global__ void append(const float* qkv, Element* keys, Element* valu
 struct Combined {
     float largest = NONE, total = 0.0f, mixed = 0.0f;
 
+    __device__ Combined() {}
     __device__ Combined(const float* parts, int stride, int count, int feature) {
 #pragma unroll 8
         for (int part = 0; part < count; ++part) largest = fmaxf(largest, parts[part * stride]);
@@ -45,6 +64,62 @@ struct Combined {
             total += weight * each[1];
             mixed += weight * each[2 + feature];
         }
+    }
+};
+
+// How a row's thread blocks, each with a split of the keys, tell the last split's of what they have seen.
+// That one waits for words instead of counting who has finished: neither fences nor reading again come after
+// it.
+struct Told {
+    static constexpr int SPLITS = 8;  // at most
+
+    Word* words;    // [SPLITS, STEP_QUERIES, PARTIAL] of the row
+    unsigned turn;  // of the row, from 1 on: a launch has it that has several splits of the row
+    int last;       // split
+
+    __device__ __forceinline__ Word* of(int split, int query) const {
+        return words + (split * STEP_QUERIES + query) * PARTIAL;
+    }
+
+    __device__ __forceinline__ void tell(int split, int query, int feature, const Combined& seen) const {
+        Word* to = of(split, query);
+        if (feature == 0) {
+            store_word(to, word(seen.largest, turn));
+            store_word(to + 1, word(seen.total, turn));
+        }
+        store_word(to + 2 + feature, word(seen.mixed, turn));
+    }
+
+    // All splits' of one feature, given the last one's.
+    __device__ __forceinline__ Combined all(int query, int feature, const Combined& own) const {
+        Word found[SPLITS - 1][3];
+#pragma unroll
+        for (int split = 0; split < SPLITS - 1; ++split)
+#pragma unroll
+            for (int i = 0; i < 3; ++i)
+                found[split][i] = split < last ? load_word(of(split, query) + (i < 2 ? i : 2 + feature)) : 0;
+        float largest = own.largest;
+#pragma unroll
+        for (int split = 0; split < SPLITS - 1; ++split) {
+            if (split >= last) continue;
+#pragma unroll
+            for (int i = 0; i < 3; ++i)
+                while (!belongs_to(found[split][i], turn))
+                    found[split][i] = load_word(of(split, query) + (i < 2 ? i : 2 + feature));
+            largest = fmaxf(largest, float_of(found[split][0]));
+        }
+        Combined result;
+        result.largest = largest;
+#pragma unroll
+        for (int split = 0; split < SPLITS; ++split) {
+            if (split > last) continue;
+            const bool other = split < last;
+            const int from = split < SPLITS - 1 ? split : 0;
+            const float weight = power_of_2((other ? float_of(found[from][0]) : own.largest) - largest);
+            result.total += weight * (other ? float_of(found[from][1]) : own.total);
+            result.mixed += weight * (other ? float_of(found[from][2]) : own.mixed);
+        }
+        return result;
     }
 };
 
@@ -153,22 +228,22 @@ struct SeenByColumns {
 // the last to finish combines.
 //   tokens    of a chunk at most
 //   most_new  of chunks that are appended here, at most 8; longer ones are by `append` before. Where it is
-//             more than one, a token gets the same with others beside it, as far as SPLIT_KEYS reach
+//             more than one, a token gets the same with others beside it, as far as KEYS reach
 //   chunks    see Chunks
-//   parts     [chunks * tokens, HEADS, splits, PARTIAL] where splits > 1
-//   finished  [gridDim.z, gridDim.y] zero before and after
-extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
-    attention(Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,
-              const float* sines, const int* positions, const int* sequences, const int* table,
-              int most_pages, float scale, int tokens, int most_new, const int* chunks, float* parts,
-              unsigned* finished) {
-    constexpr int THREADS = STEP_WARPS * LANES, STAGE = 2 * STEP_KEYS * STRIDE, CHUNKS = DIM / WIDE;
-    const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};
+//   parts     [chunks * tokens, HEADS, splits, PARTIAL] where splits > 1; of Told, [gridDim.z, gridDim.y]
+//             rows of words, zero before the first launch
+//   finished  [gridDim.z, gridDim.y] zero before and after; of Told, zero before the first launch
+template <class Way>
+__device__ __forceinline__ void attend_step(Element* out, const Inputs& in, float scale, int tokens,
+                                            int most_new, const int* chunks, float* parts,
+                                            unsigned* finished) {
+    constexpr int WARPS = Way::WARPS, STAGES = Way::STAGES, KEYS = Way::KEYS;
+    constexpr int THREADS = WARPS * LANES, STAGE = 2 * STEP_KEYS * STRIDE, CHUNKS = DIM / WIDE;
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     Element* const queries = reinterpret_cast<Element*>(shared_memory);
     Element* const fresh = queries + STEP_QUERIES * STRIDE;  // each new key and its value
     Element* const rings = fresh + 2 * most_new * STRIDE;
-    Element* const ring = rings + warp * STEP_STAGES * STAGE;
+    Element* const ring = rings + warp * STAGES * STAGE;
 
     const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y % KV_HEADS;
     const int first_query = blockIdx.y / KV_HEADS * STEP_QUERIES;
@@ -180,14 +255,14 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
         return;
     }
     // Consecutive tokens have consecutive positions.
-    const int start = positions[first_token], sequence = sequences[first_token];
+    const int start = in.positions[first_token], sequence = in.sequences[first_token];
     const int lowest = start + first_query / GROUP, highest = start + (first_query + count - 1) / GROUP;
-    const int whole = most_new > 1 ? SPLIT_KEYS : STEP_KEYS;
+    const int whole = most_new > 1 ? KEYS : STEP_KEYS;
     const int oldest = WINDOW ? max(0, lowest + 1 - WINDOW) / whole * whole : 0;
     const int seen_keys = highest + 1 - oldest;
     // Whole steps, so that no split sees keys of another; of a model whose tokens get the same with others
     // beside them, splits end where they do for every token.
-    int active = min(splits, (seen_keys + SPLIT_KEYS - 1) / SPLIT_KEYS);
+    int active = min(splits, (seen_keys + KEYS - 1) / KEYS);
     const int each = (seen_keys + active * whole - 1) / (active * whole) * whole;
     active = (seen_keys + each - 1) / each;
     if (split >= active) {  // not before the one before has ended: who waits for this one counts on that
@@ -200,8 +275,8 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     const int newest = new_tokens <= most_new ? min(max(first, start), stop) : stop;
 
     const auto copy_step = [=](int step) {
-        const int key = first + (step * STEP_WARPS + warp) * STEP_KEYS;
-        Element* stage = ring + step % STEP_STAGES * STAGE;
+        const int key = first + (step * WARPS + warp) * STEP_KEYS;
+        Element* stage = ring + step % STAGES * STAGE;
         if (key < stop)
             copy_rows<STEP_KEYS>(stage, stage + STEP_KEYS * STRIDE, in, sequence, kv_head, key, stop, lane,
                                  LANES);
@@ -209,14 +284,21 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     };
     // Older keys and values don't depend on the kernel before.
 #pragma unroll
-    for (int step = 0; step < STEP_STAGES; ++step) copy_step(step);
-    clear_padding(ring, STEP_STAGES * 2 * STEP_KEYS, lane, LANES);
+    for (int step = 0; step < STAGES; ++step) copy_step(step);
+    clear_padding(ring, STAGES * 2 * STEP_KEYS, lane, LANES);
     clear_padding(fresh, 2 * most_new, threadIdx.x, THREADS);
     for (int i = threadIdx.x; i < STEP_QUERIES * STRIDE; i += THREADS) store(queries + i, 0.0f);
     __syncthreads();
     wait_for_previous();
     let_next_start();
     const bool not_wanted = is_called_off();  // comes while the queries do
+    const int row = blockIdx.z * gridDim.y + blockIdx.y;
+    unsigned* const counter = finished + row;
+    Told told{nullptr, 0, active - 1};
+    if (Way::TOLD && active > 1) {
+        told.words = reinterpret_cast<Word*>(parts) + row * (Told::SPLITS * STEP_QUERIES * PARTIAL);
+        told.turn = ::fresh(counter) + 1;
+    }
     // Rows of the queries, then of each new key and its value.
     for (int i = threadIdx.x; i < (count + 2 * (stop - newest)) * VECTORS; i += THREADS) {
         const int row = i / VECTORS, feature = i % VECTORS * VECTOR, later = row - count;
@@ -231,15 +313,26 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
             store_features(queries + row * STRIDE + feature, loaded, scale * LOG2_E);
         } else {
             store_features(fresh + later * STRIDE + feature, loaded);
-            store_features((is_value ? values : keys) + in.place(sequence, kv_head, position) + feature,
+            store_features((is_value ? in.values : in.keys) + in.place(sequence, kv_head, position) + feature,
                            loaded);
         }
     }
-    unsigned* const counter = finished + blockIdx.z * gridDim.y + blockIdx.y;
-    // Some may be called off where others are not: all are counted.
+    // Some may be called off where others are not: all are counted, and heard.
     if (__syncthreads_or(not_wanted)) {
-        if (active > 1 && threadIdx.x == 0) atomicInc(counter, active - 1);
         copies_wait<0>();
+        if (active == 1) return;
+        for (int i = threadIdx.x; Way::TOLD && i < count * HEAD_DIM; i += THREADS) {
+            if (split < told.last)
+                told.tell(split, i / HEAD_DIM, i % HEAD_DIM, Combined());
+            else
+                told.all(i / HEAD_DIM, i % HEAD_DIM, Combined());
+        }
+        if (threadIdx.x == 0) {
+            if (!Way::TOLD)
+                atomicInc(counter, active - 1);
+            else if (split == told.last)
+                *counter = told.turn;
+        }
         return;
     }
 
@@ -250,9 +343,9 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
         const int index = lane % 4 * 2 + column;
         seen.position[column] = index < count ? start + (first_query + index) / GROUP : -1;
     }
-    for (int step = 0, key = first + warp * STEP_KEYS; key < stop; ++step, key += STEP_WARPS * STEP_KEYS) {
-        Element* stage = ring + step % STEP_STAGES * STAGE;
-        copies_wait<STEP_STAGES - 1>();
+    for (int step = 0, key = first + warp * STEP_KEYS; key < stop; ++step, key += WARPS * STEP_KEYS) {
+        Element* stage = ring + step % STAGES * STAGE;
+        copies_wait<STAGES - 1>();
         __syncwarp();
         if (newest < min(key + STEP_KEYS, stop)) {
             const int begin = max(key, newest), rows = 2 * (min(key + STEP_KEYS, stop) - begin);
@@ -267,12 +360,12 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
         const bool partly = key + STEP_KEYS - 1 > lowest || (WINDOW && key + WINDOW <= highest);
         seen.attend(query, stage, stage + STEP_KEYS * STRIDE, key, partly);
         __syncwarp();
-        copy_step(step + STEP_STAGES);
+        copy_step(step + STAGES);
     }
     copies_wait<0>();
     __syncthreads();  // the stages' memory is used again
 
-    float* const by_warp = reinterpret_cast<float*>(rings);  // [STEP_WARPS, STEP_QUERIES, PARTIAL]
+    float* const by_warp = reinterpret_cast<float*>(rings);  // [WARPS, STEP_QUERIES, PARTIAL]
     seen.write(by_warp + warp * STEP_QUERIES * PARTIAL, count);
     __syncthreads();
     // A query of this thread block among all, its chunk's first token being the `first`th.
@@ -283,9 +376,14 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
     const int first_part = blockIdx.z * tokens;
     for (int i = threadIdx.x; i < count * HEAD_DIM; i += THREADS) {
         const int query = i / HEAD_DIM, feature = i % HEAD_DIM;
-        const Combined all(by_warp + query * PARTIAL, STEP_QUERIES * PARTIAL, STEP_WARPS, feature);
-        if (active == 1) {
-            store(out + index_of(query, first_token) * HEAD_DIM + feature, all.mixed / all.total);
+        const Combined all(by_warp + query * PARTIAL, STEP_QUERIES * PARTIAL, WARPS, feature);
+        if (Way::TOLD && split < told.last) {
+            told.tell(split, query, feature, all);
+            continue;
+        }
+        if (active == 1 || Way::TOLD) {
+            const Combined whole = active == 1 ? all : told.all(query, feature, all);
+            store(out + index_of(query, first_token) * HEAD_DIM + feature, whole.mixed / whole.total);
             continue;
         }
         float* part = parts + (index_of(query, first_part) * splits + split) * PARTIAL;
@@ -293,6 +391,10 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
         part[2 + feature] = all.mixed;
     }
     if (active == 1) return;
+    if (Way::TOLD) {  // all have asked for the turn before they told what this thread has waited for
+        if (split == told.last && threadIdx.x == 0) *counter = told.turn;
+        return;
+    }
     __shared__ bool is_last;
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -308,3 +410,16 @@ extern "C" __global__ void __launch_bounds__(STEP_WARPS* LANES, STEP_RESIDENT)
         store(out + index_of(query, first_token) * HEAD_DIM + feature, all.mixed / all.total);
     }
 }
+
+#define FOR_WAY(WAY, NAME)                                                                                \
+    extern "C" __global__ void __launch_bounds__(WAY::WARPS* LANES, WAY::RESIDENT) NAME(                  \
+        Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,             \
+        const float* sines, const int* positions, const int* sequences, const int* table, int most_pages, \
+        float scale, int tokens, int most_new, const int* chunks, float* parts, unsigned* finished) {     \
+        const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};      \
+        attend_step<WAY>(out, in, scale, tokens, most_new, chunks, parts, finished);                      \
+    }
+
+FOR_WAY(Narrow, attention)
+FOR_WAY(Wide, wide_attention)
+#undef FOR_WAY

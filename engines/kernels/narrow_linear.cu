@@ -3,10 +3,10 @@
 //
 // Reading a matrix of few columns is little beside what a kernel takes to begin and end, and a warp would
 // have less on its way than the memory needs. So a warp's next weights, of this tile and of those after it,
-// are always on their way; tiles are half as high, so that more thread blocks share a matrix of few rows; a
-// thread block leaves room for one of the next kernel, or for another of this one where there are many
-// tiles; and the norm before a product is part of it: another kernel would take more than every thread block
-// takes to normalise a few tokens. Spans, and what is multiplied with them, are as in tiled_linear.cu.
+// are always on their way; tiles are half as high, so that more thread blocks share a matrix of few rows, and
+// warps wait for one another after several; and the norm before a product is part of it: another kernel would
+// take more than every thread block takes to normalise a few tokens. Spans, and what is multiplied with them,
+// are as in tiled_linear.cu. bench/NOTES.md has what else was tried.
 #include "activation.cuh"
 #include "staging.cuh"
 
@@ -15,7 +15,10 @@ constexpr int NARROW_ROWS = 8;  // of a tile: one product, of eight places for t
 // Spans of a warp that are on their way: as many as registers are left for.
 template <int GROUPS>
 constexpr int NARROW_AHEAD = GROUPS == 1 ? 4 : 3;
-constexpr int NARROW_RESIDENT = 2;  // thread blocks on a multiprocessor, of this kernel or the next
+// Tiles after which warps wait for one another.
+template <int GROUPS>
+constexpr int NARROW_BATCH = GROUPS == 1 ? 4 : 2;
+constexpr int NARROW_WARPS = 12, NARROW_THREADS = NARROW_WARPS * LANES;
 #define INLINE __attribute__((always_inline))
 // From a token's sums to the next: those of eight lanes are in different banks.
 constexpr int NARROW_SUMS = NARROW_ROWS + 4;
@@ -33,7 +36,7 @@ struct Given {
     __device__ __forceinline__ int needed(int) const { return 0; }
     __device__ __forceinline__ void before(float*) const {}
     __device__ __forceinline__ void stage(Element* inputs, int apart, int tokens, int spans, float*) const {
-        stage_inputs(inputs, apart, x, columns, tokens, {0, spans});
+        stage_inputs<NARROW_WARPS>(inputs, apart, x, columns, tokens, {0, spans});
     }
 };
 
@@ -59,7 +62,7 @@ struct Normed {
 
     // The norm's weight and bias into shared memory: they don't depend on the kernel before.
     __device__ __forceinline__ void before(float* room) const {
-        for (int i = threadIdx.x * 4; i < width; i += TILED_THREADS * 4) {
+        for (int i = threadIdx.x * 4; i < width; i += NARROW_THREADS * 4) {
             if (weight) copy_async<16>(room + i, weight + i, true);
             if (bias) copy_async<16>(room + width + i, bias + i, true);
         }
@@ -68,17 +71,17 @@ struct Normed {
     // A warp finds mean and scale of a token, and then normalises the columns that it takes itself, of all.
     __device__ __forceinline__ void stage(Element* inputs, int apart, int tokens, int spans,
                                           float* room) const {
-        static_assert(TILED_WARPS >= 16, "there is a warp for each token");
         const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
         float *const states = room + 2 * width, *const found = states + tokens * width;
-        if (warp < tokens)
+        for (int token = warp; token < tokens; token += NARROW_WARPS)
             for (int i = lane * 4; i < width; i += LANES * 4)
-                copy_async<16>(states + warp * width + i, hidden + warp * width + i, true);
+                copy_async<16>(states + token * width + i, hidden + token * width + i, true);
         copies_end();
         copies_wait<0>();
-        if (warp < tokens) find(found + 2 * warp, states + warp * width);
+        for (int token = warp; token < tokens; token += NARROW_WARPS)
+            find(found + 2 * token, states + token * width);
         __syncthreads();  // what other warps have brought and found is there
-        for (int column = warp * SPAN + lane * 2; column < spans * SPAN; column += TILED_WARPS * SPAN) {
+        for (int column = warp * SPAN + lane * 2; column < spans * SPAN; column += NARROW_WARPS * SPAN) {
             const bool valid = column < width;
             const int at = valid ? column : 0;
             const Two<float> factors = weight ? two_at(room + at) : Two<float>{1.0f, 1.0f};
@@ -178,7 +181,7 @@ struct NarrowRowSum {
     __device__ __forceinline__ float operator()(int row) const {
         float total = 0.0f;
 #pragma unroll 8
-        for (int warp = 0; warp < TILED_WARPS; ++warp)
+        for (int warp = 0; warp < NARROW_WARPS; ++warp)
             if (warp < warps) total += sums[warp * GROUPS * 8 * NARROW_SUMS + row];
         return total;
     }
@@ -196,7 +199,7 @@ struct Weighing {
     // The next ones; zeros beyond the columns and after the last tile.
     __device__ __forceinline__ void load(NarrowWeights& weights) {
         const int lane = threadIdx.x % LANES;
-        const int column = (turn * TILED_WARPS + threadIdx.x / LANES) * SPAN + lane % 8 * WIDE;
+        const int column = (turn * NARROW_WARPS + threadIdx.x / LANES) * SPAN + lane % 8 * WIDE;
         const bool valid = tile < tiles && column < columns;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -209,13 +212,16 @@ struct Weighing {
 
 // Calls use(tile, row of the tile, token, sum of a row and token, added) by a thread for each of USED rows of
 // a tile and token, where added(tile, row, token) was asked before. Shared memory: inputs, what a norm needs,
-// sums of all warps [2, TILED_WARPS, tokens of the groups, NARROW_SUMS].
+// sums of all warps [2, batch, NARROW_WARPS, tokens of the groups, NARROW_SUMS]. Warps wait for one another
+// after a batch of tiles.
 template <int GROUPS, int USED, class From, class RowOf, class Adding, class Use>
 __device__ __forceinline__ void each_narrow_tile(const From& from, const Element* matrix, int columns,
-                                                 int tiles, int tokens, RowOf row_of, Adding added, Use use) {
-    constexpr int WARP_SUMS = GROUPS * 8 * NARROW_SUMS;
-    static_assert(USED * GROUPS * 8 <= TILED_THREADS, "a thread has one sum of a tile at most");
-    const int spans = (columns + SPAN - 1) / SPAN, turns = (spans + TILED_WARPS - 1) / TILED_WARPS;
+                                                 int tiles, int tokens, int batch, RowOf row_of, Adding added,
+                                                 Use use) {
+    constexpr int WARP_SUMS = GROUPS * 8 * NARROW_SUMS, TILE_SUMS = NARROW_WARPS * WARP_SUMS;
+    constexpr int OF_TILE = USED * GROUPS * 8;  // sums, of which a thread has one of a batch at most
+    static_assert(NARROW_BATCH<GROUPS> * OF_TILE <= NARROW_THREADS, "there are as many threads");
+    const int spans = (columns + SPAN - 1) / SPAN, turns = (spans + NARROW_WARPS - 1) / NARROW_WARPS;
     const int warp = threadIdx.x / LANES, apart = spans * SPAN + INPUTS_SHIFT;
     Element* const inputs = reinterpret_cast<Element*>(shared_memory);
     float* const room = reinterpret_cast<float*>(inputs + tokens * apart);
@@ -233,33 +239,38 @@ __device__ __forceinline__ void each_narrow_tile(const From& from, const Element
     wait_for_previous();
     let_next_start();
     const bool not_wanted = is_called_off();  // comes while the inputs do
-    // The last warps, which may have no columns, add up what the others leave.
-    const int own = TILED_THREADS - 1 - threadIdx.x, row = own % USED, token = own / USED;
-    Added add = token < tokens ? added(blockIdx.x, row, token) : Added{};
+    // The last warps, which may have no columns, add up what the others leave: a thread a row of the `own`th
+    // tile of each batch, for a token.
+    const int mine = NARROW_THREADS - 1 - threadIdx.x, own = mine / OF_TILE, row = mine % OF_TILE % USED,
+              token = own < batch ? mine % OF_TILE / USED : tokens;
+    int tile = blockIdx.x + own * gridDim.x;
+    Added add = token < tokens && tile < tiles ? added(tile, row, token) : Added{};
     from.stage(inputs, apart, tokens, spans, room);
 
     NarrowSums<GROUPS> sums;
-    int tile = blockIdx.x, turn = 0, buffer_at = 0;
+    const int each = (tiles - blockIdx.x + gridDim.x - 1) / gridDim.x;  // tiles of this thread block
+    int done = 0, kept = 0, turn = 0, side = 0;
     const auto is_last = [&](NarrowWeights& ready) INLINE {
-        const int span = turn * TILED_WARPS + warp;
+        const int span = turn * NARROW_WARPS + warp;
         if (span < spans) sums.add(ready, inputs + span * SPAN, apart, tokens);
         if (has_columns) weighing.load(ready);
         if (++turn < turns) return false;
         turn = 0;
-        float* const buffer = buffers + buffer_at;
-        buffer_at = TILED_WARPS * WARP_SUMS - buffer_at;
-        if (has_columns) sums.keep(buffer + warp * WARP_SUMS);
-        const bool first = tile == static_cast<int>(blockIdx.x);
+        float* const buffer = buffers + side * batch * TILE_SUMS;
+        if (has_columns) sums.keep(buffer + kept * TILE_SUMS + warp * WARP_SUMS);
+        ++done;
+        if (++kept < batch && done < each) return false;
+        const bool first = done == kept;
         if (first && __syncthreads_or(not_wanted)) return true;
         if (!first) __syncthreads();
-        const int next = tile + gridDim.x;
-        if (token < tokens) {
-            use(tile, row, token, NarrowRowSum<GROUPS>{buffer + token * NARROW_SUMS, min(spans, TILED_WARPS)},
-                add);
-            if (next < tiles) add = added(next, row, token);
+        if (own < kept && token < tokens) {
+            const float* from_here = buffer + own * TILE_SUMS + token * NARROW_SUMS;
+            use(tile, row, token, NarrowRowSum<GROUPS>{from_here, min(spans, NARROW_WARPS)}, add);
+            tile += batch * gridDim.x;
+            if (tile < tiles) add = added(tile, row, token);
         }
-        tile = next;
-        return next >= tiles;
+        kept = 0, side ^= 1;
+        return done == each;
     };
     // Not a loop, which the compiler may leave one: weights stay in registers only where all places are
     // known.
@@ -273,9 +284,9 @@ __device__ __forceinline__ void each_narrow_tile(const From& from, const Element
 template <int GROUPS, class From>
 __device__ __forceinline__ void narrow_linear(float* out, const float* residual, const From& from,
                                               const Element* matrix, const float* bias, int columns,
-                                              int outputs, int tokens) {
+                                              int outputs, int tokens, int batch) {
     each_narrow_tile<GROUPS, NARROW_ROWS>(
-        from, matrix, columns, (outputs + NARROW_ROWS - 1) / NARROW_ROWS, tokens,
+        from, matrix, columns, (outputs + NARROW_ROWS - 1) / NARROW_ROWS, tokens, batch,
         [=](int tile, int i) { return min(tile * NARROW_ROWS + i, outputs - 1); },
         [=](int tile, int i, int token) {
             const int row = min(tile * NARROW_ROWS + i, outputs - 1);
@@ -291,10 +302,11 @@ __device__ __forceinline__ void narrow_linear(float* out, const float* residual,
 // act(inputs up^T)
 template <int GROUPS, class From>
 __device__ __forceinline__ void narrow_up(Element* inner, const From& from, const Element* matrix,
-                                          const float* bias, int columns, int width_out, int tokens) {
+                                          const float* bias, int columns, int width_out, int tokens,
+                                          int batch) {
     constexpr int FEATURES = GATED ? NARROW_ROWS / 2 : NARROW_ROWS;  // of a tile: gates before ups
     each_narrow_tile<GROUPS, FEATURES>(
-        from, matrix, columns, (width_out + FEATURES - 1) / FEATURES, tokens,
+        from, matrix, columns, (width_out + FEATURES - 1) / FEATURES, tokens, batch,
         [=](int tile, int i) {
             const int feature = min(tile * FEATURES + i % FEATURES, width_out - 1);
             return i < FEATURES ? feature : width_out + feature;
@@ -313,24 +325,25 @@ __device__ __forceinline__ void narrow_up(Element* inner, const From& from, cons
 }
 
 #define FOR_TOKENS_UP_TO(TOKENS)                                                                             \
-    extern "C" __global__ void __launch_bounds__(TILED_THREADS, NARROW_RESIDENT)                             \
+    extern "C" __global__ void __launch_bounds__(NARROW_THREADS)                                             \
         narrow_linear_##TOKENS(float* out, const float* residual, const Element* x, const Element* matrix,   \
-                               const float* bias, int columns, int outputs, int tokens) {                    \
-        narrow_linear<TOKENS / 8>(out, residual, Given{x, columns}, matrix, bias, columns, outputs, tokens); \
+                               const float* bias, int columns, int outputs, int tokens, int batch) {         \
+        narrow_linear<TOKENS / 8>(out, residual, Given{x, columns}, matrix, bias, columns, outputs, tokens,  \
+                                  batch);                                                                    \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(TILED_THREADS, NARROW_RESIDENT)                             \
+    extern "C" __global__ void __launch_bounds__(NARROW_THREADS)                                             \
         norm_narrow_linear_##TOKENS(float* out, const float* hidden, const float* norm_weight,               \
                                     const float* norm_bias, float epsilon, int width, const Element* matrix, \
-                                    const float* bias, int columns, int outputs, int tokens) {               \
+                                    const float* bias, int columns, int outputs, int tokens, int batch) {    \
         const Normed from{hidden, norm_weight, norm_bias, epsilon, width};                                   \
-        narrow_linear<TOKENS / 8>(out, nullptr, from, matrix, bias, columns, outputs, tokens);               \
+        narrow_linear<TOKENS / 8>(out, nullptr, from, matrix, bias, columns, outputs, tokens, batch);        \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(TILED_THREADS, NARROW_RESIDENT)                             \
+    extern "C" __global__ void __launch_bounds__(NARROW_THREADS)                                             \
         norm_narrow_up_##TOKENS(Element* inner, const float* hidden, const float* norm_weight,               \
                                 const float* norm_bias, float epsilon, int width, const Element* matrix,     \
-                                const float* bias, int columns, int width_out, int tokens) {                 \
+                                const float* bias, int columns, int width_out, int tokens, int batch) {      \
         const Normed from{hidden, norm_weight, norm_bias, epsilon, width};                                   \
-        narrow_up<TOKENS / 8>(inner, from, matrix, bias, columns, width_out, tokens);                        \
+        narrow_up<TOKENS / 8>(inner, from, matrix, bias, columns, width_out, tokens, batch);                 \
     }
 
 FOR_TOKENS_UP_TO(8)

@@ -17,12 +17,13 @@ struct Pass {
 };
 
 // Inputs of this warp's spans of a pass into shared memory, zeros beyond the columns. No other warp looks at
-// them.
+// them; there are WARPS.
+template <int WARPS>
 __device__ __forceinline__ void stage_inputs(Element* inputs, int apart, const Element* x, int columns,
                                              int tokens, const Pass& pass) {
     constexpr int CHUNKS = SPAN / WIDE;  // of a span
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
-    for (int span = pass.first_span + warp; span < pass.stop_span; span += TILED_WARPS) {
+    for (int span = pass.first_span + warp; span < pass.stop_span; span += WARPS) {
         const int column = span * SPAN + lane % CHUNKS * WIDE;
         const Element* from = x + (column < columns ? column : 0);
         Element* to = inputs + (span - pass.first_span) * SPAN + lane % CHUNKS * WIDE;

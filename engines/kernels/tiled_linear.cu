@@ -154,7 +154,7 @@ __device__ __forceinline__ void each_tile(const Element* x, const Element* matri
     const bool not_wanted = is_called_off();  // comes while the inputs do
     for (Pass pass{0, min(pass_spans, spans)}; pass.first_span < spans;) {
         __syncwarp();  // the inputs before are no longer read
-        stage_inputs(inputs, apart, x, columns, tokens, pass);
+        stage_inputs<TILED_WARPS>(inputs, apart, x, columns, tokens, pass);
         const bool last = pass.stop_span == spans;
         int turn = 0;
         for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++turn) {

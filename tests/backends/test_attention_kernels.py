@@ -22,7 +22,7 @@ from ojfa_export.backends.tensorrt.attention import (
     step_launch,
 )
 
-SOURCES = ("tiles.cuh", "attention.cu", "prompt.cu")
+SOURCES = ("tiles.cuh", "words.cuh", "attention.cu", "prompt.cu")
 MULTIPROCESSORS = 7
 HALF_CALLED_OFF = 2  # as in cuda_on_cpu
 # What the matrix-vector product leaves of a multiprocessor of compute capability 9.0: its 512
@@ -110,23 +110,41 @@ def test_a_prompt(compiled, rng, past, tokens):
 
 # Nothing before them; over the end of a page and of a thread block's keys, in a tile and between
 # tiles of queries; more than a window.
-@pytest.mark.parametrize(("past", "tokens"), [(0, 5), (0, 8), (188, 8), (189, 4), (60, 7)])
+@pytest.mark.parametrize(("past", "tokens"), [(0, 5), (188, 8), (189, 4), (60, 7)])
 def test_tokens_that_attention_appends(compiled, rng, past, tokens):
     example = Example(compiled[0], rng, [past], tokens, capacity=200)
-    run(compiled, example, [[0]], most_new=STEP_QUERIES, multiprocessors=40)
+    most = 2 * compiled[0].geometry.kv_heads - 1  # of which wide thread blocks leave half
+    run(compiled, example, [[0]], most_new=STEP_QUERIES, multiprocessors=most)
 
 
-def test_chunks_that_attention_appends(compiled, rng):
+@pytest.mark.parametrize(("past", "tokens"), [(0, 8), (124, 7), (255, 2), (1100, 5)])
+def test_tokens_that_wide_thread_blocks_append(compiled, rng, past, tokens):
+    """Some with more keys each than the least."""
+    example = Example(compiled[0], rng, [past], tokens, capacity=past + 8)
+    run(compiled, example, [[0]], most_new=STEP_QUERIES, multiprocessors=90)
+
+
+@pytest.mark.parametrize("multiprocessors", [8, 90])
+def test_chunks_that_attention_appends(compiled, rng, multiprocessors):
     pasts, chunks = [190, 0, 62, 17], [4, 8, 1, 3]
     example = Example(compiled[0], rng, pasts, 0, capacity=200, chunks=chunks)
-    run(compiled, example, [range(4)], most_new=STEP_QUERIES, multiprocessors=90)
+    run(compiled, example, [range(4)], most_new=STEP_QUERIES, multiprocessors=multiprocessors)
+
+
+def test_few_heads_are_attended_to_by_wide_thread_blocks(compiled):
+    geometry = compiled[0].geometry
+    for tokens in (1, STEP_QUERIES):
+        enough = 2 * geometry.kv_heads * 3
+        for multiprocessors, kernel in ((enough, "wide_attention"), (enough - 1, "attention")):
+            assert step_launch(geometry, Chunks(3, tokens), multiprocessors, 8).kernel == kernel
+    assert step_launch(geometry, Chunks(1, 1), 1000).kernel == "attention"
 
 
 def test_tokens_get_the_same_however_many_are_beside_them(compiled, rng):
     """Bit by bit, as long as no thread block takes more keys than the splits are made for."""
     variant, kernels = compiled
     past, tokens = 379, 8
-    example = Example(variant, rng, [past], tokens, capacity=400)
+    example = Example(variant, rng, [past], tokens, capacity=520)
     attention = Attention(kernels, variant.geometry, 200, STEP_QUERIES)
     cpu = Cpu()
     cpu.multiprocessors = 200

@@ -12,7 +12,7 @@ from tolerances import CONFIDENCE
 from ojfa_export.decoding.head_output import ExitCheck, HeadRequest
 from ojfa_export.decoding.sampling import GREEDY, Sampling
 
-SOURCES = ("choose.cuh", "choose.cu", "sample.cu", "exit_check.cu")
+SOURCES = ("words.cuh", "choose.cuh", "choose.cu", "sample.cu", "exit_check.cu")
 THREADS, BESIDE_THREADS, MOST_RANK = 512, 128, 128
 # A thread block of a thousand fibers takes its time; tests/gpu/test_gpu_choose.py has more cases.
 SAMPLINGS = [Sampling(1.0), Sampling(0.7, top_k=40), Sampling(2.0, top_k=50, top_p=0.5)]

@@ -34,8 +34,9 @@ for _source in SOURCES:
         PARAMETERS[_found[1]] = re.findall(r"(\w+)\s*(?:,|$)", _found[2].strip())
 # Kernels that return where they are called off.
 CALLED_OFF = {"norm_linear", "norm_up", "linear", "tiled_linear", "tiled_up", "attention"}
-CALLED_OFF |= {"narrow_linear", "norm_narrow_linear", "norm_narrow_up"}
+CALLED_OFF |= {"wide_attention", "narrow_linear", "norm_narrow_linear", "norm_narrow_up"}
 PARAMETERS["exit_check_beside"] = PARAMETERS["exit_check"]
+PARAMETERS["attention"] = PARAMETERS["wide_attention"] = PARAMETERS.pop("NAME")
 
 
 class StandInKernels:
@@ -230,6 +231,8 @@ class StandInKernels:
             if len(tokens) <= a.most_new:
                 self._append(a, tokens)
             self._attend(a, tokens)
+
+    wide_attention = attention
 
     def prompt_attention(self, a: Any) -> None:
         for tokens in self._chunks(a, a.grid[2]):

@@ -29,6 +29,7 @@ SOURCES = (
 )
 HEADERS = (
     "common.cuh",
+    "words.cuh",
     "instructions.cuh",
     "activation.cuh",
     "staging.cuh",

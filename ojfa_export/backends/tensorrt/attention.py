@@ -18,15 +18,37 @@ if TYPE_CHECKING:
     from ojfa_export.backends.cuda.kernels import Argument, Kernels
 
 # As in the kernels: threads of a warp; queries of a prompt's warp; of a step's thread block, its
-# queries, the warps at most, the keys that one takes at a time, and their stages in shared memory.
+# queries, and the keys that a warp takes at a time.
 LANES, TILE_ROWS = 32, 16
-STEP_QUERIES, MOST_WARPS, STEP_KEYS, STEP_STAGES = 8, 4, 16, 3
+STEP_QUERIES, STEP_KEYS = 8, 16
 APPEND_THREADS = 256
-MOST_SPLITS = 64
-# Thread blocks on a multiprocessor that keys of a step are split over (bench/NOTES.md).
-RESIDENT = 2
 # Positions of a page of the cache, as in tiles.cuh.
 PAGE = 64
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step's thread blocks go through the keys; see the kernels.
+
+    Attributes:
+        kernel: Its name.
+        row_bytes: Of a key's rows that one step of all warps takes; warps follow from it.
+        most_warps: Of a thread block.
+        stages: Of a warp's keys in shared memory.
+        resident: Thread blocks on a multiprocessor that keys are split over (bench/NOTES.md).
+        most_splits: Of the keys.
+    """
+
+    kernel: str
+    row_bytes: int
+    most_warps: int
+    stages: int
+    resident: int
+    most_splits: int
+
+
+NARROW = Way("attention", 1024, 4, 3, 2, 64)
+WIDE = Way("wide_attention", 1024, 8, 2, 1, 8)
 
 
 @dataclass(frozen=True)
@@ -112,12 +134,16 @@ def step_launch(
     """
     tiles = math.ceil(chunks.longest * geometry.group / STEP_QUERIES)
     rows = geometry.kv_heads * tiles
-    splits = max(1, min(MOST_SPLITS, RESIDENT * multiprocessors // (rows * chunks.count)))
-    warps = max(1, min(MOST_WARPS, 1024 // geometry.row_bytes))
+    # By what doesn't depend on how many tokens a chunk has, so that each gets the same alone.
+    few = most_new > 1 and 2 * geometry.kv_heads * chunks.count <= multiprocessors
+    way = WIDE if few else NARROW
+    splits = way.resident * multiprocessors // (rows * chunks.count)
+    splits = max(1, min(way.most_splits, splits))
+    warps = max(1, min(way.most_warps, way.row_bytes // geometry.row_bytes))
     # The queries, new keys and values, and each warp's stages of keys and values.
-    held = STEP_QUERIES + 2 * most_new + warps * STEP_STAGES * 2 * STEP_KEYS
+    held = STEP_QUERIES + 2 * most_new + warps * way.stages * 2 * STEP_KEYS
     grid = (splits, rows, chunks.count)
-    return Launch("attention", grid, warps * LANES, held * geometry.stride_bytes)
+    return Launch(way.kernel, grid, warps * LANES, held * geometry.stride_bytes)
 
 
 def prompt_launch(geometry: Geometry, chunks: Chunks) -> Launch:
@@ -147,13 +173,27 @@ class Scratch:
     ) -> None:
         # Where keys are split there are no more thread blocks than find room at once, and each has
         # STEP_QUERIES queries.
-        parts = STEP_QUERIES * RESIDENT * device.multiprocessors
+        parts = STEP_QUERIES * NARROW.resident * device.multiprocessors
         self.parts = arrays.lasting((parts, geometry.head_dim + 2), np.float32)
+        # The same of wide thread blocks, in words, with room for all splits of a row: of two at
+        # least where there are any.
+        rows = max(1, WIDE.resident * device.multiprocessors // 2)
+        words = rows * WIDE.most_splits * STEP_QUERIES * (geometry.head_dim + 2)
+        self.words = arrays.lasting((words,), np.uint64)
+        self.turns = arrays.lasting((rows,), np.uint32)
+        for array in (self.words, self.turns):
+            device.clear(array.pointer, array.nbytes)
         # Of few tokens of each of many sequences, or of a sequence with fewer thread blocks than
         # a prompt must have.
         tiles = max(tokens * geometry.heads, STEP_QUERIES * device.multiprocessors)
         self.finished = arrays.lasting((1, tiles), np.uint32)
         device.clear(self.finished.pointer, self.finished.nbytes)
+
+    def of(self, kernel: str) -> tuple[int, int]:
+        """Addresses of what a step's kernel is given: parts, and counters."""
+        if kernel == WIDE.kernel:
+            return self.words.pointer, self.turns.pointer
+        return self.parts.pointer, self.finished.pointer
 
 
 @dataclass(frozen=True)
@@ -252,7 +292,7 @@ class Attention:
         arguments = (
             *operands.whole,
             *((each, ctypes.c_int) for each in (chunks.longest, self._most_new)),
-            *_pointers(chunks.list, scratch.parts.pointer, scratch.finished.pointer),
+            *_pointers(chunks.list, *scratch.of(launch.kernel)),
         )
         # What `append` has just written must be there before keys are read.
         self._launch(

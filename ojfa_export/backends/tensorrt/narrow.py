@@ -8,21 +8,15 @@ from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.kernels import Argument, Kernels, integer, pointer
 from ojfa_export.backends.tensorrt.linear import SMALL_WIDTH, Norm, address
-from ojfa_export.backends.tensorrt.tiled import (
-    SHIFT,
-    SPAN,
-    THREADS,
-    WARPS,
-    TiledKernels,
-    groups_of,
-)
+from ojfa_export.backends.tensorrt.tiled import SHIFT, SPAN, TiledKernels, groups_of
 
 # As in the kernels: rows of a tile, of gates and of what they multiply half each; floats from a
-# token's sums, of a warp, to the next token's; spans of a warp that are on their way, by groups of
-# eight tokens; thread blocks that find room on a multiprocessor.
+# token's sums, of a warp, to the next token's; warps of a thread block; tiles at most after which
+# those wait for one another, by groups of eight tokens.
 TILE = 8
 SUMS = TILE + 4
-AHEAD, RESIDENT = {1: 4, 2: 3}, 2
+WARPS = 12
+BATCH = {1: 4, 2: 2}
 # Elements of a matrix at most: offsets are of 32 bits.
 MOST_ELEMENTS = 1 << 31
 
@@ -91,11 +85,21 @@ class NarrowKernels(TiledKernels):
             return None
         spans = math.ceil(columns / SPAN)
         staged = tokens * (2 * SPAN * spans + SHIFT)
-        sums = 2 * WARPS * groups_of(tokens) * 8 * 4 * SUMS
+        groups = groups_of(tokens)
+        sums = 2 * self._batch(groups, outputs) * WARPS * groups * 8 * 4 * SUMS
         # The norm's weight and bias, hidden states, and mean and scale of each.
         norms = 4 * ((2 + tokens) * width + 2 * tokens) if normed else 0
         shared = staged + norms + sums
         return shared if shared <= self._device.shared_bytes else None
+
+    def _blocks(self, outputs: int) -> int:
+        """Thread blocks that share a matrix of so many rows."""
+        return min(math.ceil(outputs / TILE), self._device.multiprocessors)
+
+    def _batch(self, groups: int, outputs: int) -> int:
+        """Tiles of a thread block after which its warps wait for one another."""
+        tiles = math.ceil(outputs / TILE)
+        return min(BATCH[groups], math.ceil(tiles / self._blocks(outputs)))
 
     def _normed_arguments(
         self,
@@ -120,16 +124,12 @@ class NarrowKernels(TiledKernels):
         arguments: tuple[Argument, ...],
         shared: int,
     ) -> None:
-        groups = groups_of(tokens)
-        tiles, blocks = math.ceil(matrix.shape[0] / TILE), self._device.multiprocessors
-        # Another on each multiprocessor where one hasn't all of its tiles on the way at once.
-        if tiles > AHEAD[groups] * blocks:
-            blocks *= RESIDENT
+        groups, outputs = groups_of(tokens), matrix.shape[0]
         self._kernels.launch(
             f"{kind}_{groups * 8}",
-            (min(tiles, blocks), 1, 1),
-            (THREADS, 1, 1),
-            arguments,
+            (self._blocks(outputs), 1, 1),
+            (32 * WARPS, 1, 1),
+            (*arguments, integer(self._batch(groups, outputs))),
             shared_bytes=shared,
             overlapping=True,
         )

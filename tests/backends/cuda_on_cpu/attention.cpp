@@ -7,6 +7,7 @@ extern "C" int run_kernel(const char* name, const unsigned* grid, unsigned threa
     const auto is = [=](const char* other) { return std::strcmp(name, other) == 0; };
     if (is("append")) launch(append, grid, threads, arguments, shared_bytes);
     else if (is("attention")) launch(attention, grid, threads, arguments, shared_bytes);
+    else if (is("wide_attention")) launch(wide_attention, grid, threads, arguments, shared_bytes);
     else if (is("prompt_attention")) launch(prompt_attention, grid, threads, arguments, shared_bytes);
     else return 1;
     return overrun(shared_bytes) ? 2 : 0;
