@@ -140,6 +140,7 @@ def test_engines_of_another_gpu_are_refused_by_name():
     ("name", "part"),
     [
         ("olmo2", "norms after attention and MLP"),
+        ("gemma2", "norms after attention and MLP, which"),
         ("gpt_neox", "attention and MLP side by side"),
         ("smollm3-sliding-window", "sliding windows in some blocks only"),
     ],
