@@ -74,12 +74,13 @@ def after_attention(
     if spec.parallel:
         attended = dialect.residual(graph, hidden, out)
         seen = dialect.norm(graph, hidden, weights, "mlp.norm")
+    elif spec.norms == "both":
+        given = dialect.widened(graph, out)
+        normed = dialect.float_norm(graph, given, weights, f"attention.{norm_after}")
+        attended, seen = dialect.add_and_norm(graph, hidden, normed, weights, "mlp.norm")
     elif after:
         attended = dialect.add_normed(graph, hidden, out, weights, f"attention.{norm_after}")
-        if spec.norms_are("before"):
-            seen = dialect.norm(graph, attended, weights, "mlp.norm")
-        else:
-            seen = dialect.to_compute(graph, attended)
+        seen = dialect.to_compute(graph, attended)
     else:
         attended, seen = dialect.add_and_norm(graph, hidden, out, weights, "mlp.norm")
     inner = dialect.inner(graph, dialect.linear(graph, seen, weights, "mlp.up"))

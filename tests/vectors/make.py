@@ -1,9 +1,9 @@
 """Writes the vectors of engines/tests/vectors: `python -m tests.vectors.make`, where torch is.
 
 Five tiny bundles (a Llama with grouped heads and a narrow shortcut, a GPT-2 in fp16 with a
-residual one, a Phi-3 with a window and LongRoPE, a Qwen3, a Gemma 3 with a softcap), and for each what the Python runtime
-does in every way of decoding. What would come out otherwise on another processor, for a near tie,
-is refused: every case must give the same with noise in its logits.
+residual one, a Phi-3 with a window and LongRoPE, a Qwen3, a Gemma 3 with a softcap), and for each
+what the Python runtime does in every way of decoding. What would come out otherwise on another
+processor, for a near tie, is refused: every case must give the same with noise in its logits.
 """
 
 from __future__ import annotations

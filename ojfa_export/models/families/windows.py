@@ -28,7 +28,7 @@ def with_windows(config: Config, spec: ModelSpec, usual: Callable[[int], bool]) 
     there = used and window is not None
     sliding = sliding_layers(config, spec.blocks, lambda index: there and usual(index))
     if any(sliding) and not there:
-        raise _not_supported(config)
+        raise _not_supported(config, "; the latter with use_sliding_window and sliding_window")
     return with_window(spec, window, sliding)
 
 
@@ -56,9 +56,9 @@ def sliding_layers(config: Config, blocks: int, usual: Callable[[int], bool]) ->
     return [each == SLIDING for each in listed]
 
 
-def _not_supported(config: Config) -> CheckpointError:
+def _not_supported(config: Config, where: str = "") -> CheckpointError:
     listed = config.get("layer_types")
     return CheckpointError(
         f"{config.source}: field 'layer_types' is {listed!r:.60}, which is not supported",
-        hint=f"supported: {FULL}, and with use_sliding_window and sliding_window {SLIDING}",
+        hint=f"supported: {FULL} and {SLIDING}{where}",
     )
