@@ -104,7 +104,35 @@ _GPT_NEOX = {
     "max_position_embeddings": POSITIONS,
     "rope_parameters": _STABLELM["rope_parameters"],
 }
+# Caps that the scores and logits of so small a model come near to; the first and the third block
+# have a window.
+_GEMMA2 = {
+    **_LLAMA,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 24,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 10.0,
+    "sliding_window": 8,
+    "tie_word_embeddings": True,
+}
+# One block in three has no window, and rotates by another base, stretched.
+_GEMMA3 = {
+    **_LLAMA,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 8,
+    "sliding_window_pattern": 3,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 4.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    },
+}
 PLAIN = {
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA3,
     "gpt2": _GPT2,
     "gpt_neox": _GPT_NEOX,
     "granite": _GRANITE,
@@ -113,6 +141,10 @@ PLAIN = {
     "smollm3": _SMOLLM3,
     "stablelm": _STABLELM,
 }
+
+
+# Families whose norms multiply by 1 + weight.
+ADDS_ONE = ("gemma2", "gemma3_text")
 
 
 @dataclass(frozen=True)
@@ -153,6 +185,34 @@ def _rope(rope_type: str, theta: float = 10000.0, **parameters: Any) -> dict[str
 
 
 VARIANTS: dict[str, Variant] = {
+    "gemma2": Variant("gemma2"),
+    "gemma2-untied": Variant("gemma2", {"tie_word_embeddings": False}, "gemma2"),
+    "gemma2-uncapped": Variant(
+        "gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}, "gemma2"
+    ),
+    "gemma2-attention-capped": Variant(
+        "gemma2", {"final_logit_softcapping": None}, "gemma2-uncapped"
+    ),
+    "gemma2-no-window": Variant(
+        "gemma2", {"layer_types": ["full_attention"] * 4}, "gemma2", differs_beyond=8
+    ),
+    "gemma3_text": Variant("gemma3_text"),
+    "gemma3_text-capped": Variant("gemma3_text", {"final_logit_softcapping": 10.0}, "gemma3_text"),
+    "gemma3_text-one-base": Variant(
+        "gemma3_text",
+        {
+            "rope_parameters": {
+                "full_attention": _rope("default", 500.0),
+                "sliding_attention": _rope("default", 500.0),
+            }
+        },
+        "gemma3_text",
+    ),
+    "gemma3_text-layer-types": Variant(
+        "gemma3_text",
+        {"layer_types": ["sliding_attention", "full_attention"] * 2},
+        "gemma3_text",
+    ),
     "gpt2": _gpt2(),
     "gpt2-hub-keys": Variant("gpt2", hub_keys=True),
     "gpt2-untied": _gpt2(tie_word_embeddings=False),
@@ -275,6 +335,8 @@ def make_model(name: str, *, seed: int) -> transformers.PreTrainedModel:
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.copy_(_random_parameter(key, parameter.shape, seed))
+            if "norm" in key and VARIANTS[name].family in ADDS_ONE:
+                parameter.sub_(1)
     return model.eval()
 
 
@@ -379,6 +441,10 @@ def _rewrite_config_as_v4(path: Path) -> None:
     config["torch_dtype"] = config.pop("dtype")
     config["transformers_version"] = "4.41.0"
     rope = config.pop("rope_parameters", None)
+    of_layers = rope is not None and "full_attention" in rope
+    if of_layers:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
     if rope is not None:
         config["rope_theta"] = rope.pop("rope_theta")
         partial_rotary_factor = rope.pop("partial_rotary_factor", 1.0)
@@ -387,8 +453,8 @@ def _rewrite_config_as_v4(path: Path) -> None:
         rope_type = rope.pop("rope_type")
         config["rope_scaling"] = None
         if rope_type != "default":
-            # Files from before Llama 3.1 call it "type".
-            type_key = "rope_type" if rope_type == "llama3" else "type"
+            # Files from before Llama 3.1 call it "type"; Gemma 3 came after it.
+            type_key = "rope_type" if rope_type == "llama3" or of_layers else "type"
             if rope_type == "longrope":
                 del rope["original_max_position_embeddings"]
             config["rope_scaling"] = {type_key: rope_type, **rope}

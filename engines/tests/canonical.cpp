@@ -38,7 +38,7 @@ TEST(Canonical, RefusesWhatIsNoManifest) {
 }
 
 TEST(Canonical, DigestsOfStoredBundles) {
-    for (const char* name : {"llama.ojfa", "gpt2.ojfa", "phi3.ojfa", "qwen3.ojfa"}) {
+    for (const char* name : {"llama.ojfa", "gpt2.ojfa", "phi3.ojfa", "qwen3.ojfa", "gemma3.ojfa"}) {
         const std::string text = fixtures::read(fixtures::vectors(name) / "manifest.json");
         EXPECT_EQ(sha256_text(canonical_json(text, "digest")), fixtures::Json::parse(text)["digest"]);
     }

@@ -209,6 +209,15 @@ TEST(Lies, OfTheManifestAreSeenInTheGraphs) {
          {{"/model/spec/rotated", {true, false}}},
          "spec.rotated: there must be one for each block"},
         {"llama.ojfa", {{"/model/spec/windowed", {1, 0, 1, 0}}}, "spec.windowed: one of it is neither"},
+        {"llama.ojfa", {{"/model/spec/norms", "both"}}, "it has no weight 'attention.after_norm.weight'"},
+        {"llama.ojfa", {{"/model/spec/attention_softcap", 0.01}}, "gives other tokens"},
+        {"llama.ojfa", {{"/model/spec/logit_softcap", 0}}, "spec.logit_softcap: it must be above 0"},
+        {"llama.ojfa", {{"/model/spec/logit_softcap", "x"}}, "spec.logit_softcap: it is no number"},
+        {"llama.ojfa", {{"/model/spec/rotated_second", {true, false, true, true}}}, "rotary tables must be"},
+        {"llama.ojfa", {{"/model/spec/rotated_second", {true, false}}}, "there must be one for each block"},
+        {"phi3.ojfa",
+         {{"/model/spec/rotated_second", {true, true, true, true}}},
+         "spec.rotated_second: there must be rotations"},
         {"llama.ojfa", {{"/model/spec/attention_scales", {4.0, 4.0, 4.0, 4.0}}}, "gives other tokens"},
     };
     for (const Lie& lie : lies) {

@@ -18,7 +18,7 @@ LoadOptions reference() {
 }  // namespace
 
 TEST(GoldenTokens, AreComparedAtLoad) {
-    for (const char* name : {"llama.ojfa", "gpt2.ojfa", "phi3.ojfa", "qwen3.ojfa"}) {
+    for (const char* name : {"llama.ojfa", "gpt2.ojfa", "phi3.ojfa", "qwen3.ojfa", "gemma3.ojfa"}) {
         EXPECT_NO_THROW(Model(fixtures::vectors(name), reference()));
         // The same bundle whose last golden token is another.
         const fixtures::Copy copy(name);

@@ -228,7 +228,7 @@ TEST_P(Vectors, Sessions) {
 #ifdef OJFA_STAND_IN  // in fp16 a device rounds on the way, where a CPU doesn't
 INSTANTIATE_TEST_SUITE_P(Bundles, Vectors, testing::Values("llama", "phi3", "qwen3"));
 #else
-INSTANTIATE_TEST_SUITE_P(Bundles, Vectors, testing::Values("llama", "gpt2", "phi3", "qwen3"));
+INSTANTIATE_TEST_SUITE_P(Bundles, Vectors, testing::Values("llama", "gpt2", "phi3", "qwen3", "gemma3"));
 #endif
 
 }  // namespace

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.bundle.arrays import check_array
-from ojfa_export.models.activation import activate, gated
+from ojfa_export.models.activation import activate, gated, softcapped
 from ojfa_export.models.spec import ModelSpec
 
 # Of a block, by the names of `graphs.block`.
@@ -22,6 +22,7 @@ WEIGHTS = (
 # Where the family has them.
 BIASES = tuple(name.replace("weight", "bias") for name in WEIGHTS)
 QUERY_NORM, KEY_NORM = "attention.q_norm.weight", "attention.k_norm.weight"
+AFTER_NORMS = ("attention.after_norm.weight", "mlp.after_norm.weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,8 @@ class BlockShortcut:
         rising = all(a < b for a, b in pairwise(self.exits))
         if not self.exits or self.exits[0] < 1 or not rising:
             raise ValueError(f"exits are {list(self.exits)}, expected rising numbers from 1 on")
-        unknown = sorted(self.weights.keys() - {*WEIGHTS, *BIASES, QUERY_NORM, KEY_NORM})
+        known = {*WEIGHTS, *BIASES, QUERY_NORM, KEY_NORM, *AFTER_NORMS}
+        unknown = sorted(self.weights.keys() - known)
         missing = [name for name in WEIGHTS if name not in self.weights]
         if unknown or missing:
             raise ValueError(f"weights are {sorted(self.weights)}, expected {', '.join(WEIGHTS)}")
@@ -128,6 +130,10 @@ class BlockShortcut:
         ):
             if found != wanted:
                 raise ValueError(f"its {name} is {found}, the model's {wanted}")
+        sandwich = spec.norms == "both"
+        if any((name in self.weights) != sandwich for name in AFTER_NORMS):
+            there = "has no" if sandwich else "has"
+            raise ValueError(f"it {there} norms after attention and MLP beside those before")
         if self.exits[-1] >= spec.blocks:
             raise ValueError(f"it serves exit {self.exits[-1]}, the model has {spec.blocks} blocks")
 
@@ -140,7 +146,8 @@ class BlockShortcut:
             h: [T, H] hidden states after some block, float32 or float64.
             blocks_run: After which block, one of the exits.
             spec: Of the model.
-            rotary: Cosines and sines [T, rotary_dim / 2]; none with learned positions.
+            rotary: Cosines and sines [T, rotary_dim / 2], of the set that the last block uses; none
+                with learned positions.
 
         Returns:
             [T, H] in the dtype of `h`.
@@ -154,20 +161,21 @@ class BlockShortcut:
         block = index if self.blocks > 1 else 0
         weights = {name: each[block].astype(h.dtype) for name, each in self.weights.items()}
         h = h * self.scale[index].astype(h.dtype) + self.shift[index].astype(h.dtype)
-        after = spec.norms == "after"
 
-        def normed(x: NDArray[Any], name: str, here: bool) -> NDArray[Any]:
-            return _norm(x, weights, name, spec) if here else x
+        def normed(x: NDArray[Any], part: str, place: Literal["before", "after"]) -> NDArray[Any]:
+            if not spec.norms_are(place):
+                return x
+            return _norm(x, weights, f"{part}.{spec.norm_name(place)}", spec)
 
-        qkv = _linear(normed(h, "attention.norm", not after), weights, "attention.qkv")
+        qkv = _linear(normed(h, "attention", "before"), weights, "attention.qkv")
         qkv = _norm_queries_and_keys(qkv, weights, spec)
         mixed = _linear(_attention(qkv, spec, rotary), weights, "attention.out")
-        attended = h + normed(mixed, "attention.norm", after)
-        seen = normed(h if spec.parallel else attended, "mlp.norm", not after)
+        attended = h + normed(mixed, "attention", "after")
+        seen = normed(h if spec.parallel else attended, "mlp", "before")
         inner = _linear(seen, weights, "mlp.up")
         inner = (gated if spec.gated else activate)(inner, spec.activation)
         down = _linear(inner, weights, "mlp.down")
-        y: NDArray[Any] = attended + normed(down, "mlp.norm", after)
+        y: NDArray[Any] = attended + normed(down, "mlp", "after")
         return y
 
 
@@ -213,7 +221,7 @@ def _attention(
     values = by_head[spec.heads + spec.kv_heads :]
     group = spec.heads // spec.kv_heads
     scores = turned[: spec.heads] @ np.repeat(turned[spec.heads :], group, 0).swapaxes(1, 2)
-    scores = scores * qkv.dtype.type(spec.attention_scales[-1])
+    scores = softcapped(scores * qkv.dtype.type(spec.attention_scales[-1]), spec.attention_softcap)
     behind = np.arange(count)[:, None] - np.arange(count)
     window = spec.window_of(spec.blocks - 1) or count
     scores[:, (behind < 0) | (behind >= window)] = -np.inf

@@ -142,7 +142,10 @@ class DraftShortcut:
         return sum(array.size for array in arrays if array is not None)
 
     def spec_within(self, model: ModelSpec) -> ModelSpec:
-        """The layer as a model of one block, over its own tokens."""
+        """The layer as a model of one block, over its own tokens.
+
+        Its logits have no softcap where the model's have one: it was trained without.
+        """
         return ModelSpec(
             family="draft",
             blocks=1,

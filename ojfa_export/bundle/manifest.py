@@ -285,7 +285,7 @@ class Manifest(Part):
         if (tables is None) != (spec.rotary_dim == 0):
             raise ValueError("rotary tables must be there exactly where the model rotates")
         if tables is not None:
-            rows = self.cache.max_length * (1 if spec.rotary_switch is None else 2)
+            rows = self.cache.max_length * spec.rotary_sets
             for shape in (tables.cos.shape, tables.sin.shape):
                 if len(shape) != 2 or shape[0] < rows or shape[1] != spec.rotary_dim // 2:
                     raise ValueError(
@@ -382,9 +382,15 @@ def check_spec(spec: ModelSpec) -> None:
         raise ValueError("model.spec.kv_heads: they must divide the heads")
     if spec.rotary_dim % 2 or not 0 <= spec.rotary_dim <= spec.head_dim:
         raise ValueError("model.spec.rotary_dim: it must be even and at most head_dim")
-    if spec.parallel and spec.norms == "after":
+    _check_parts(spec)
+
+
+def _check_parts(spec: ModelSpec) -> None:
+    if spec.parallel and spec.norms != "before":
         raise ValueError("model.spec.parallel: the norms must be before")
-    for name in ("rotated", "windowed"):
+    if spec.rotated_second and (spec.learned_positions or spec.rotary_switch is not None):
+        raise ValueError("model.spec.rotated_second: there must be rotations, and one set without")
+    for name in ("rotated", "windowed", "rotated_second"):
         if len(getattr(spec, name)) not in (0, spec.blocks):
             raise ValueError(f"model.spec.{name}: there must be one for each block, or none")
 

@@ -73,10 +73,8 @@ def _draft_ports(draft: DraftEntry, graph: str, precision: str) -> tuple[Ports, 
 
 
 def _rotations(spec: ModelSpec) -> Ports:
-    if spec.learned_positions:
-        return {}
     port = ("float", (*TOKENS, spec.rotary_dim // 2))
-    return {"rotary_cos": port, "rotary_sin": port}
+    return {f"rotary_{name}": port for name in spec.rotations}
 
 
 def expected_weights(
@@ -111,7 +109,9 @@ def _block_weights(spec: ModelSpec, seen: int) -> WeightShapes:
     """Of a block whose attention sees so many features."""
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     inner, hidden = spec.intermediate_size, spec.hidden_size
+    sandwich = ("attention.after_norm", "mlp.after_norm") if spec.norms == "both" else ()
     return {
+        **{name: each for norm in sandwich for name, each in _norm(spec, norm).items()},
         **_norm(spec, "attention.norm"),
         **_linear("attention.qkv", seen, queries + 2 * keys),
         **{

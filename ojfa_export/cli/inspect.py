@@ -96,13 +96,16 @@ def _show_model(console: Console, manifest: Manifest) -> None:
             "exits": f"1 to {spec.blocks - 1} by the shortcut, {spec.blocks} by the full head",
             "hidden size": spec.hidden_size,
             "attention": f"{spec.heads} heads, {spec.kv_heads} of keys and values, "
-            f"{spec.head_dim} features each{_describe_window(spec)}",
+            f"{spec.head_dim} features each{_describe_window(spec)}"
+            + ("" if spec.attention_softcap is None else f", softcap {spec.attention_softcap:g}"),
             "positions": _describe_positions(spec),
             "MLP": f"{spec.intermediate_size} features, {spec.activation}"
             + (", gated" if spec.gated else "")
             + (", beside attention" if spec.parallel else ""),
             "norm": _describe_norms(spec),
-            "vocabulary": f"{spec.vocab_size}" + (", tied to the head" if spec.tied_head else ""),
+            "vocabulary": f"{spec.vocab_size}"
+            + (", tied to the head" if spec.tied_head else "")
+            + ("" if spec.logit_softcap is None else f", logits' softcap {spec.logit_softcap:g}"),
             "chat": "by the checkpoint's template (run --chat)" if CHAT in manifest.files else "",
             "cache": f"{cache.max_length} tokens, {cache.max_batch_size} sequences, "
             f"axes {', '.join(cache.axes)}",
@@ -124,11 +127,14 @@ def _describe_positions(spec: ModelSpec) -> str:
     if spec.learned_positions:
         return "learned"
     some = f" in {sum(spec.rotated)} blocks" if spec.rotated else ""
+    if spec.rotated_second:
+        some = f", otherwise in {sum(spec.rotated_second)} blocks"
     return f"{spec.rotary_dim} rotated features{some}"
 
 
 def _describe_norms(spec: ModelSpec) -> str:
-    place = "" if spec.norms == "before" else ", after attention and MLP"
+    places = {"before": "", "after": ", after", "both": ", before and after"}
+    place = f"{places[spec.norms]} attention and MLP" if places[spec.norms] else ""
     of_heads = {"none": "", "head": "each head", "projection": "all heads"}[spec.qk_norm]
     more = f", also of {of_heads} of queries and of keys" if of_heads else ""
     return f"{spec.norm}, epsilon {spec.norm_epsilon:g}{place}{more}"

@@ -132,7 +132,7 @@ def language_head(checkpoint: Checkpoint, graphs: Path) -> LanguageHead:
     norm = FinalNorm(
         spec.norm, arrays["final_norm.weight"], arrays.get("final_norm.bias"), spec.norm_epsilon
     )
-    return LanguageHead(norm, arrays["head"], None)
+    return LanguageHead(norm, arrays["head"], None, spec.logit_softcap)
 
 
 def find_golden(inputs: Inputs, work: Work) -> tuple[Golden, ...]:

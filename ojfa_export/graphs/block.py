@@ -8,11 +8,12 @@ Or with the norms after attention and MLP, before what those give is added (`Mod
     hidden ─ qkv ─ attention ─ out ─ norm ─(+)─ up ─ activation ─ down ─ norm ─(+)─ hidden
        └────────────────────────────────────┘ └─────────────────────────────────┘
 
-Or side by side, both of the block's input (`ModelSpec.parallel`).
+Or with norms in both places; or side by side, both of the block's input (`ModelSpec.parallel`).
 
 Weights: attention.norm, attention.qkv, attention.out, mlp.norm, mlp.up (gate and up side by side
 where gated), mlp.down; each `.weight` and, where the family has it, `.bias`. Where queries and keys
-have norms attention.q_norm and attention.k_norm.
+have norms attention.q_norm and attention.k_norm; with norms in both places attention.after_norm and
+mlp.after_norm.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def block_graph(
     )
     hidden = graph.input("hidden", FLOAT, *dialect.token_axes, spec.hidden_size)
     dialect.attention_inputs(graph)
-    if spec.norms == "before":
+    if spec.norms_are("before"):
         seen = dialect.norm(graph, hidden, weights, "attention.norm")
     else:
         seen = dialect.to_compute(graph, hidden)
@@ -68,17 +69,22 @@ def after_attention(
         The block's output, fp32.
     """
     out = dialect.linear(graph, mixed, weights, "attention.out")
-    after, parallel = dialect.spec.norms == "after", dialect.spec.parallel
-    if parallel:
+    spec = dialect.spec
+    after, norm_after = spec.norms_are("after"), spec.norm_name("after")
+    if spec.parallel:
         attended = dialect.residual(graph, hidden, out)
         seen = dialect.norm(graph, hidden, weights, "mlp.norm")
+    elif spec.norms == "both":
+        given = dialect.widened(graph, out)
+        normed = dialect.float_norm(graph, given, weights, f"attention.{norm_after}")
+        attended, seen = dialect.add_and_norm(graph, hidden, normed, weights, "mlp.norm")
     elif after:
-        attended = dialect.add_normed(graph, hidden, out, weights, "attention.norm")
+        attended = dialect.add_normed(graph, hidden, out, weights, f"attention.{norm_after}")
         seen = dialect.to_compute(graph, attended)
     else:
         attended, seen = dialect.add_and_norm(graph, hidden, out, weights, "mlp.norm")
     inner = dialect.inner(graph, dialect.linear(graph, seen, weights, "mlp.up"))
     down = dialect.linear(graph, inner, weights, "mlp.down")
     if after:
-        return dialect.add_normed(graph, attended, down, weights, "mlp.norm")
+        return dialect.add_normed(graph, attended, down, weights, f"mlp.{norm_after}")
     return dialect.residual(graph, attended, down)

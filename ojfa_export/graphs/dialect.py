@@ -85,6 +85,13 @@ class Portable:
         weight = self.matrix(graph, name, ref)
         return self.to_float(graph, graph.op("Gemm", x, weight, transB=1))
 
+    def softcapped(self, graph: Graph, x: str, cap: float | None) -> str:
+        """tanh(x / cap) * cap of fp32 values, which stays within the cap; x where there is none."""
+        if cap is None:
+            return x
+        limit = graph.constant(cap, np.float32)
+        return str(graph.op("Mul", graph.op("Tanh", graph.op("Div", x, limit)), limit))
+
     def norm(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
         """RMSNorm or LayerNorm over the last axis of fp32 values, in fp32.
 
@@ -181,9 +188,8 @@ class Portable:
         spec = self.spec
         cache: tuple[Dim, ...] = ("batch", spec.kv_heads, "past", spec.head_dim)
         graph.input("positions", INT32, "batch", "tokens")
-        if spec.rotary_dim:
-            graph.input("rotary_cos", FLOAT, "batch", "tokens", spec.rotary_dim // 2)
-            graph.input("rotary_sin", FLOAT, "batch", "tokens", spec.rotary_dim // 2)
+        for name in spec.rotations:
+            graph.input(f"rotary_{name}", FLOAT, "batch", "tokens", spec.rotary_dim // 2)
         graph.input("past_key", self.compute, *cache)
         graph.input("past_value", self.compute, *cache)
 
@@ -213,7 +219,8 @@ class Portable:
         axis = graph.constant([2], np.int64)
         key_transposed = graph.op("Transpose", key, perm=[0, 1, 3, 2])
         scores = graph.op("MatMul", q, graph.op("Unsqueeze", key_transposed, axis))
-        scores = graph.op("Add", self.to_float(graph, scores), self._mask(graph, block))
+        scores = self.softcapped(graph, self.to_float(graph, scores), spec.attention_softcap)
+        scores = graph.op("Add", scores, self._mask(graph, block))
         shares = self.to_compute(graph, graph.op("Softmax", scores, axis=-1))
         mixed = graph.op("MatMul", shares, graph.op("Unsqueeze", value, axis))
         mixed = graph.reshape(mixed, 0, spec.heads, -1, spec.head_dim)
@@ -262,8 +269,9 @@ class Portable:
             q, k, v = graph.op("Split", heads, sizes, axis=1, outputs=3)
         if spec.rotary_dim_of(block):
             axis = graph.constant([1], np.int64)
-            cos = graph.op("Unsqueeze", "rotary_cos", axis)
-            sin = graph.op("Unsqueeze", "rotary_sin", axis)
+            cos, sin = (
+                graph.op("Unsqueeze", f"rotary_{name}", axis) for name in spec.rotations_of(block)
+            )
             q, k = (self._rotate(graph, x, cos, sin) for x in (q, k))
         return q, self.to_compute(graph, k), self.to_compute(graph, v)
 

@@ -7,7 +7,7 @@ import onnx
 
 from ojfa_export.graphs.dialect import Weights
 from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, Graph
-from ojfa_export.models.spec import ModelSpec
+from ojfa_export.models.spec import FIRST, SECOND, ModelSpec
 
 
 def embed_graph(
@@ -24,7 +24,7 @@ def embed_graph(
         spec: The model.
         weights: `token_embedding` [V, H]; `position_embedding` [P, H] or `rotary_cos` and
             `rotary_sin` [rows, rotary_dim/2].
-        rotary_rows: Rows of one set of rotary factors; LongRoPE's second set follows the first.
+        rotary_rows: Rows of one set of rotary factors; a second set follows the first.
         rotations: Whether to emit the rotations; a backend whose attention rotates by itself
             needs the hidden states alone.
         graph_type: Where weights are: in files, or inputs.
@@ -46,8 +46,15 @@ def embed_graph(
             long = graph.input("long_context", INT32)
             offset = graph.op("Mul", long, graph.constant(rotary_rows, np.int32))
             positions = graph.op("Add", positions, offset)
-        for name in ("rotary_cos", "rotary_sin"):
-            gathered = graph.op("Gather", graph.weight(f"{name}_table", weights[name]), positions)
-            graph.output(gathered, name, FLOAT, "batch", "tokens", spec.rotary_dim // 2)
+        rows_of = {FIRST: positions}
+        if spec.rotated_second:
+            offset = graph.constant(rotary_rows, np.int32)
+            rows_of[SECOND] = graph.op("Add", positions, offset)
+        tables = [graph.weight(f"rotary_{name}_table", weights[f"rotary_{name}"]) for name in FIRST]
+        for names, wanted in rows_of.items():
+            for name, rotary in zip(names, tables, strict=True):
+                gathered = graph.op("Gather", rotary, wanted)
+                half = spec.rotary_dim // 2
+                graph.output(gathered, f"rotary_{name}", FLOAT, "batch", "tokens", half)
     graph.output(hidden, "hidden", FLOAT, "batch", "tokens", spec.hidden_size)
     return graph.model()

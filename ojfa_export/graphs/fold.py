@@ -17,7 +17,8 @@ from ojfa_export.models.head import FinalNorm, LanguageHead, head_chunks
 class FoldedHead:
     """The exit head: z = h project + bias; logits = z / rms(z) weight^T + logit_bias.
 
-    rms(z) is sqrt(mean(z^2) + eps), with the final norm's eps, over the k entries of z.
+    rms(z) is sqrt(mean(z^2) + eps), with the final norm's eps, over the k entries of z. A model's
+    softcap of logits comes after it (`graphs.heads`).
 
     Attributes:
         project: [H, k].

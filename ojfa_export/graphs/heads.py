@@ -30,6 +30,7 @@ def final_head_graph(
     hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
     normed = dialect.norm(graph, hidden, weights, "final_norm")
     logits = dialect.vocabulary(graph, normed, "head", weights["head"])
+    logits = dialect.softcapped(graph, logits, spec.logit_softcap)
     graph.output(logits, "logits", FLOAT, "rows", spec.vocab_size)
     return graph.model()
 
@@ -54,6 +55,7 @@ def exit_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onn
     if "vocabulary.bias" in weights:
         bias = graph.weight("vocabulary.bias", weights["vocabulary.bias"])
         logits = graph.op("Add", logits, bias)
+    logits = dialect.softcapped(graph, logits, spec.logit_softcap)
     graph.output(logits, "logits", FLOAT, "rows", spec.vocab_size)
     return graph.model()
 
@@ -95,6 +97,7 @@ def mlp_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx
     down = dialect.linear(graph, dialect.to_compute(graph, inner), weights, "mlp.down")
     normed = dialect.norm(graph, dialect.residual(graph, hidden, down), weights, "final_norm")
     logits = dialect.vocabulary(graph, normed, "head", weights["head"])
+    logits = dialect.softcapped(graph, logits, spec.logit_softcap)
     graph.output(logits, "logits", FLOAT, "rows", spec.vocab_size)
     return graph.model()
 
@@ -124,5 +127,6 @@ def residual_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) ->
     jumped = graph.op("Add", hidden, graph.op("Mul", jump, gate))
     normed = dialect.norm(graph, jumped, weights, "final_norm")
     logits = dialect.vocabulary(graph, normed, "head", weights["head"])
+    logits = dialect.softcapped(graph, logits, spec.logit_softcap)
     graph.output(logits, "logits", FLOAT, "rows", spec.vocab_size)
     return graph.model()

@@ -38,6 +38,14 @@ def gated(x: NDArray[Any], kind: Activation) -> NDArray[Any]:
     return y
 
 
+def softcapped(x: NDArray[Any], cap: float | None) -> NDArray[Any]:
+    """tanh(x / cap) * cap, which stays within the cap; x where there is none."""
+    if cap is None:
+        return x
+    y: NDArray[Any] = np.tanh(x / x.dtype.type(cap)) * x.dtype.type(cap)
+    return y
+
+
 def _erf(x: NDArray[Any]) -> NDArray[Any]:
     """The error function; NumPy has none, and Python's takes one number at a time."""
     result: NDArray[Any] = np.vectorize(math.erf, otypes=[x.dtype])(x)

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export.models.activation import softcapped
+
 _BYTES_AT_ONCE = 64 * 2**20
 
 
@@ -40,17 +42,19 @@ class FinalNorm:
 
 @dataclass(frozen=True, eq=False)
 class LanguageHead:
-    """The final norm and the LM head: logits = norm(h) W^T + b.
+    """The final norm and the LM head: logits = norm(h) W^T + b, or capped.
 
     Attributes:
         norm: The final norm.
         weight: [V, H], any float dtype, may be a memory map; converted a few rows at a time.
         bias: [V], or None.
+        softcap: What keeps logits within it (`ModelSpec.logit_softcap`), or None.
     """
 
     norm: FinalNorm
     weight: NDArray[Any]
     bias: NDArray[Any] | None
+    softcap: float | None = None
 
     def logits(self, h: NDArray[Any]) -> NDArray[Any]:
         """Logits [n, V] of hidden states h [n, H], in h's dtype."""
@@ -60,7 +64,7 @@ class LanguageHead:
             np.matmul(normed, weight.T, out=logits[:, rows])
         if self.bias is not None:
             logits += self.bias.astype(h.dtype)
-        return logits
+        return softcapped(logits, self.softcap)
 
 
 def head_chunks(weight: NDArray[Any], dtype: np.dtype[Any]) -> Iterator[tuple[slice, NDArray[Any]]]:

@@ -15,7 +15,7 @@ def block_bytes(spec: ModelSpec) -> int:
     attended = spec.heads * spec.head_dim
     qkv = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
     mlp = (3 if spec.gated else 2) * hidden * inner
-    norms = 2 * hidden + sum(spec.qk_norm_features)
+    norms = (4 if spec.norms == "both" else 2) * hidden + sum(spec.qk_norm_features)
     return FLOAT_BYTES * (hidden * (qkv + attended) + mlp + norms)
 
 

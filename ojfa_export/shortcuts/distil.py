@@ -141,7 +141,7 @@ class _Student:
         self._up, self._gates = trained(shortcut.up), trained(shortcut.gates)
         self._weight = torch.tensor(np.asarray(head.weight, np.float32))
         self._bias = None if head.bias is None else torch.tensor(head.bias.astype(np.float32))
-        self._norm = head.norm
+        self._norm, self._softcap = head.norm, head.softcap
         self._norm_weight = torch.tensor(np.asarray(head.norm.weight, np.float32))
         bias = head.norm.bias
         self._norm_bias = None if bias is None else torch.tensor(np.asarray(bias, np.float32))
@@ -195,7 +195,9 @@ class _Student:
         else:
             mean_square = y.square().mean(-1, keepdim=True)
             normed = y * torch.rsqrt(mean_square + self._norm.eps) * self._norm_weight
-        return functional.linear(normed, self._weight, self._bias)
+        logits = functional.linear(normed, self._weight, self._bias)
+        cap = self._softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _batches(

@@ -339,4 +339,5 @@ def language_head(checkpoint: Checkpoint) -> LanguageHead:
         read("final_norm.bias") if "final_norm.bias" in sources else None,
         spec.norm_epsilon,
     )
-    return LanguageHead(norm, read("token_embedding" if spec.tied_head else "head"), None)
+    weight = read("token_embedding" if spec.tied_head else "head")
+    return LanguageHead(norm, weight, None, spec.logit_softcap)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from ojfa_export.bundle.names import block_name
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.graphs.weights import references
-from ojfa_export.models.activation import activate, gated
-from ojfa_export.models.spec import ModelSpec
+from ojfa_export.models.activation import activate, gated, softcapped
+from ojfa_export.models.spec import SECOND, ModelSpec
 
 Float64 = NDArray[np.float64]
 Tensors = dict[str, Float64]
@@ -70,27 +70,31 @@ class ExactModel:
         """
         spec, weights = self._spec, self._weights(block_name(index))
         found: Tensors = {}
-        before = spec.norms == "before"
 
-        def normed(x: Float64, name: str, here: bool) -> Float64:
-            return self._norm(x, weights, name) if here else x
+        def normed(x: Float64, part: str, place: Literal["before", "after"]) -> Float64:
+            if not spec.norms_are(place):
+                return x
+            return self._norm(x, weights, f"{part}.{spec.norm_name(place)}")
 
-        seen = found["attention.norm"] = normed(hidden, "attention.norm", before)
+        seen = found["attention.norm"] = normed(hidden, "attention", "before")
         qkv = found[QKV] = _linear(seen, weights, QKV)
         if spec.qk_norm != "none":
             qkv = found[QKV_NORMED] = self._norm_queries_and_keys(qkv, weights)
         mixed = found["attention.mixed"] = self._attend(qkv, index)
         out = found["attention.out"] = _linear(mixed, weights, "attention.out")
-        attended = hidden + normed(out, "attention.norm", not before)
-        seen = found["mlp.norm"] = normed(hidden if spec.parallel else attended, "mlp.norm", before)
+        attended = hidden + normed(out, "attention", "after")
+        seen = found["mlp.norm"] = normed(hidden if spec.parallel else attended, "mlp", "before")
         up = found["mlp.up"] = _linear(seen, weights, "mlp.up")
         inner = found["mlp.inner"] = self._activate(up)
         down = found[MLP_DOWN] = _linear(inner, weights, "mlp.down")
-        found[HIDDEN] = attended + normed(down, "mlp.norm", not before)
+        found[HIDDEN] = attended + normed(down, "mlp", "after")
         return found
 
     def logits(self, hidden: Float64, blocks_run: int) -> Float64:
         """The model's own head after all blocks, else the exit head: [rows,H] to [rows,V]."""
+        return softcapped(self._uncapped(hidden, blocks_run), self._spec.logit_softcap)
+
+    def _uncapped(self, hidden: Float64, blocks_run: int) -> Float64:
         if blocks_run == self._spec.blocks:
             return self._final(hidden, self._weights("final_head"))
         weights = self._weights("exit_head")
@@ -165,10 +169,12 @@ class ExactModel:
         heads = qkv.reshape(batch, length, -1, spec.head_dim).transpose(0, 2, 1, 3)
         q, k, v = np.split(heads, [spec.heads, spec.heads + spec.kv_heads], axis=1)
         if spec.rotary_dim_of(block):
-            q, k = self._rotate(q), self._rotate(k)
+            second_set = spec.rotations_of(block) == SECOND
+            q, k = (self._rotate(x, second_set=second_set) for x in (q, k))
         group = spec.heads // spec.kv_heads
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
         scores = spec.attention_scales[block] * (q @ k.transpose(0, 1, 3, 2))
+        scores = softcapped(scores, spec.attention_softcap)
         distance = np.arange(length)[:, None] - np.arange(length)
         visible = (distance >= 0) & (distance < (spec.window_of(block) or length))
         scores = np.where(visible, scores, -np.inf)
@@ -176,10 +182,12 @@ class ExactModel:
         mixed: Float64 = (weights / weights.sum(axis=-1, keepdims=True)) @ v
         return mixed.transpose(0, 2, 1, 3).reshape(batch, length, -1)
 
-    def _rotate(self, x: Float64) -> Float64:
+    def _rotate(self, x: Float64, *, second_set: bool) -> Float64:
         """Rotates [B,heads,S,D] by positions; with LongRoPE by its short factors."""
         assert self._rotary is not None
-        cos, sin = (table[: x.shape[2]].astype(np.float64) for table in self._rotary)
+        rows_before = len(self._rotary[0]) // 2 if second_set else 0
+        rows = slice(rows_before, rows_before + x.shape[2])
+        cos, sin = (table[rows].astype(np.float64) for table in self._rotary)
         half = self._spec.rotary_dim // 2
         first, second, rest = np.split(x, [half, 2 * half], axis=-1)
         return np.concatenate(

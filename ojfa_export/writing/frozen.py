@@ -93,7 +93,7 @@ class Frozen:
         self.last_layer: torch.nn.Module = decoder_layers(self.model)[-1]
         ends = checkpoint.family.ends(checkpoint.config, checkpoint.spec)
         head = ends.get("head", ends["token_embedding"])
-        self._embedding = _scaled(self.model.get_input_embeddings(), ends["token_embedding"].scale)
+        self._embedding_scale = ends["token_embedding"].scale
         self.head: Any = _scaled(self.model.get_output_embeddings(), head.scale)
         self._norm_scale = ends["final_norm.weight"].scale
 
@@ -134,7 +134,12 @@ class Frozen:
         with seen.watch(self.last_layer):
             out = self.model.base_model(input_ids=ids, output_hidden_states=True, use_cache=False)
         hidden = (*out.hidden_states[1:-1], seen.output)
-        return States(self._embedding(ids), hidden, out.last_hidden_state, seen.beside)
+        # Some models' own embedding multiplies too, and others multiply what it gives.
+        embedded = functional.embedding(ids, self.model.get_input_embeddings().weight)
+        scale = self._embedding_scale
+        return States(
+            embedded if scale == 1 else embedded * scale, hidden, out.last_hidden_state, seen.beside
+        )
 
     @torch.no_grad()
     def full_log_probs(self, normed: Tensor) -> Tensor:
@@ -151,7 +156,11 @@ class Frozen:
     def full_logits(self, normed: Tensor) -> Tensor:
         """The full model's logits [n, V] in its dtype, of `States.last`."""
         logits: Tensor = self.head(normed)
-        return logits if self._norm_scale == 1 else logits * self._norm_scale
+        return self._softcapped(logits if self._norm_scale == 1 else logits * self._norm_scale)
+
+    def _softcapped(self, logits: Tensor) -> Tensor:
+        cap = self.spec.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def check_finite(self, finite: Tensor) -> None:
         """Refuses a model whose logits are not finite.
@@ -177,11 +186,11 @@ class Frozen:
         else:
             normed = functional.rms_norm(y, shape, self._norm_weight, eps)
         logits: Tensor = self.head(normed.to(self.dtype))
-        return logits
+        return self._softcapped(logits)
 
 
 class _Scaled:
-    """An embedding or head of the model, whose weight a bundle has times a factor."""
+    """The head of the model, whose weight a bundle has times a factor."""
 
     def __init__(self, module: Any, scale: float) -> None:
         self._module, self._scale = module, scale

@@ -38,7 +38,16 @@ from ojfa_export.system.progress import SILENT
 
 NAME = "onnxruntime-cuda"
 LENGTH, EXIT = 44, 2
-FP16 = ["gpt_neox", "phi3-sliding-window", "stablelm", "qwen3", "smollm3-sliding-window", "olmo2"]
+FP16 = [
+    "gemma2",
+    "gemma3_text",
+    "gpt_neox",
+    "phi3-sliding-window",
+    "stablelm",
+    "qwen3",
+    "smollm3-sliding-window",
+    "olmo2",
+]
 
 
 @pytest.fixture

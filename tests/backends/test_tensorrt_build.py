@@ -140,6 +140,7 @@ def test_engines_of_another_gpu_are_refused_by_name():
     ("name", "part"),
     [
         ("olmo2", "norms after attention and MLP"),
+        ("gemma2", "norms after attention and MLP, which"),
         ("gpt_neox", "attention and MLP side by side"),
         ("smollm3-sliding-window", "sliding windows in some blocks only"),
     ],
@@ -152,6 +153,25 @@ def test_parts_without_kernels_are_refused_by_name(name, part):
     with pytest.raises(BackendError, match=f"this model has {part}") as error:
         check_parts(spec)
     assert "--backend onnxruntime" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"norms": "both"}, "norms after attention and MLP"),
+        ({"rotated_second": (True,) * 4}, "two sets of rotations"),
+        ({"attention_softcap": 50.0}, "softcaps"),
+        ({"logit_softcap": 30.0}, "softcaps"),
+    ],
+)
+def test_each_part_without_kernels_is_refused(changes, part):
+    from ojfa_export.backends.tensorrt.parts import check_parts
+
+    fields = json.loads(VARIANTS["llama"].build_config().to_json_string())
+    spec = read_spec(Config(fields, "config.json"))[1]
+    check_parts(spec)
+    with pytest.raises(BackendError, match=f"this model has {part}"):
+        check_parts(spec.model_copy(update=changes))
 
 
 def test_a_plan_names_files_beside_it_only(tmp_path):

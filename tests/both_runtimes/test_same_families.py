@@ -17,8 +17,10 @@ POLICY = {"exits": [1, 2], "measure": "top", "thresholds": [0.02, 0.02]}
 
 
 # Norms of queries and keys, windows in some blocks; blocks that rotate nothing; norms after;
-# attention and MLP side by side.
-@pytest.mark.parametrize("name", ["qwen3-sliding-window", "smollm3", "olmo2", "gpt_neox"])
+# attention and MLP side by side; norms in both places and softcaps; two sets of rotations.
+@pytest.mark.parametrize(
+    "name", ["qwen3-sliding-window", "smollm3", "olmo2", "gpt_neox", "gemma2", "gemma3_text"]
+)
 def test_a_session(name: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     import tiny_models

@@ -117,6 +117,8 @@ def test_size_that_contradicts_the_graphs(field: str, copied: Callable[[str], Bu
         ("rotated", [True, False, True, True]),
         ("norms", "after"),
         ("parallel", True),
+        ("attention_softcap", 50.0),
+        ("logit_softcap", 30.0),
         ("norm_epsilon", 1e-3),
         ("attention_scales", [0.25, 0.25, 0.25, 0.125]),
         ("max_positions", 4096),

@@ -61,7 +61,7 @@ def test_graphs_are_valid(chain, tmp_path):
     assert_valid(chain, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3-longrope"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "gpt2", "phi3-longrope"])
 def test_fp16_graphs_are_valid(name, rng, tmp_path):
     chain = make_chain(name, rng, tmp_path, precision="fp16")
     assert_valid(chain, tmp_path)
@@ -112,7 +112,9 @@ def test_no_weight_is_stored_twice(chain):
     assert len(set(contents)) == len(contents)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "phi3-tied", "gpt2-untied", "llama"])
+@pytest.mark.parametrize(
+    "name", ["gemma2", "gemma2-untied", "gpt2", "llama-tied", "phi3-tied", "gpt2-untied", "llama"]
+)
 def test_tied_head_is_the_embedding(name, rng, tmp_path):
     models = load_all(make_chain(name, rng, tmp_path))
     embedding = references(models["embed"])["token_embedding"]

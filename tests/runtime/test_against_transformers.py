@@ -133,7 +133,10 @@ def test_greedy_tokens_are_those_of_generate(name, chain_of, model_of, rng):
         assert tokens[step] == expected[step], step
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "phi3-sliding-window", "phi3-longrope"])
+@pytest.mark.parametrize(
+    "name",
+    ["gemma2", "gemma3_text", "gpt2", "llama-gqa", "phi3-sliding-window", "phi3-longrope"],
+)
 def test_a_batch_is_its_sequences_alone(name, chain_of, rng):
     chain = chain_of(name)
     prompts = [rng.integers(VOCAB_SIZE, size=size).tolist() for size in (20, 1, 33, 31, 9)]

@@ -16,11 +16,11 @@ from ojfa_export.runtime.session import Session
 MAX_LENGTH = 40
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=[*NAMES, "gemma2"])
 def parts(request, chain_of, tmp_path_factory):
     """A chain, a draft layer of it, and the opened layer."""
     chain = chain_of(request.param)
-    draft = draft_for(chain.spec, seed=5, own_head="gpt2" not in request.param)
+    draft = draft_for(chain.spec, seed=5, own_head=request.param not in ("gpt2", "gemma2"))
     return chain, draft, open_draft(chain, draft, tmp_path_factory.mktemp("draft"))
 
 

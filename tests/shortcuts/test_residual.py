@@ -84,9 +84,9 @@ def test_hidden_states_that_are_all_alike_are_refused():
         fit_residual(lambda _: np.ones((20, 4)), 3, np.arange(20), 2)
 
 
-@pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_divergence_is_that_of_the_definition(mixed, rng, kind):
-    head = head_of(rng, kind)
+@pytest.mark.parametrize(("kind", "softcap"), [("rms", None), ("layer", None), ("rms", 2.0)])
+def test_divergence_is_that_of_the_definition(mixed, rng, kind, softcap):
+    head = replace(head_of(rng, kind), softcap=softcap)
     shortcut = fit_residual(mixed.__getitem__, BLOCKS, np.arange(ROWS), 3)
     tokens = np.arange(0, ROWS, 7)
 

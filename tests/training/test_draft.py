@@ -29,7 +29,9 @@ def _states(rng: np.random.Generator, batch: int, tokens: int, hidden: int, bloc
     return States(random(), tuple(random() for _ in range(blocks)), random(), ((), {}))
 
 
-@pytest.mark.parametrize("variant", ["llama-gqa", "qwen2", "qwen3", "smollm3", "olmo2", "gpt2"])
+@pytest.mark.parametrize(
+    "variant", ["llama-gqa", "qwen2", "qwen3", "smollm3", "gemma3_text", "gpt2"]
+)
 def test_chains_are_those_of_the_shortcut(
     variant: str, checkpoints: Checkpoints, rng: np.random.Generator
 ) -> None:
@@ -130,7 +132,7 @@ def test_it_begins_as_the_last_block(checkpoints: Checkpoints) -> None:
         wanted = frozen.last_layer(states.hidden[-1], *arguments, **named)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
     assert is_llamas(frozen.spec)
-    for other in ("gpt2", "qwen3", "smollm3", "olmo2"):
+    for other in ("gpt2", "qwen3", "smollm3", "olmo2", "gemma2"):
         assert not is_llamas(checkpoints(other).spec)
 
 

@@ -41,6 +41,9 @@ FROZEN = (
     "granite-tied",
     "stablelm",
     "olmo2",
+    "gemma2",
+    "gemma2-untied",
+    "gemma3_text",
     "gpt_neox",
 )
 VARIANTS = ("llama-gqa", "phi3", "stablelm", "gpt2", "gpt2-gelu", "gpt2-relu")

@@ -21,7 +21,7 @@ from ojfa_export.runtime.monitor import Monitor
 from ojfa_export.runtime.session import Session
 
 DIRECTORY = Path(__file__).parents[2] / "engines" / "tests" / "vectors"
-BUNDLES = ("llama", "gpt2", "phi3", "qwen3")
+BUNDLES = ("llama", "gpt2", "phi3", "qwen3", "gemma3")
 # Logits that are stored of each row.
 KEPT = 4
 

@@ -1,9 +1,9 @@
 """Writes the vectors of engines/tests/vectors: `python -m tests.vectors.make`, where torch is.
 
-Four tiny bundles (a Llama with grouped heads and a narrow shortcut, a GPT-2 in fp16 with a
-residual one, a Phi-3 with a window and LongRoPE, a Qwen3), and for each what the Python runtime
-does in every way of decoding. What would come out otherwise on another processor, for a near tie,
-is refused: every case must give the same with noise in its logits.
+Five tiny bundles (a Llama with grouped heads and a narrow shortcut, a GPT-2 in fp16 with a
+residual one, a Phi-3 with a window and LongRoPE, a Qwen3, a Gemma 3 with a softcap), and for each
+what the Python runtime does in every way of decoding. What would come out otherwise on another
+processor, for a near tie, is refused: every case must give the same with noise in its logits.
 """
 
 from __future__ import annotations
@@ -53,12 +53,16 @@ VARIANTS = {
         },
     ),
     "qwen3": tiny_models.Variant("qwen3", {**_SMALL, "head_dim": 16, "tie_word_embeddings": True}),
+    "gemma3": tiny_models.Variant(
+        "gemma3_text", {**_SMALL, "head_dim": 16, "final_logit_softcapping": 8.0}
+    ),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {"shortcut": "ojfa"},
     "gpt2": {"shortcut": "residual", "precision": "fp16"},
     "phi3": {"shortcut": "ojfa"},
     "qwen3": {"shortcut": "residual"},
+    "gemma3": {"shortcut": "ojfa"},
 }
 
 

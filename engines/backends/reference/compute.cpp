@@ -76,6 +76,10 @@ double activate(double x, Activation kind) {
     return x;
 }
 
+double softcapped(double x, const std::optional<double>& cap) {
+    return cap ? std::tanh(x / *cap) * *cap : x;
+}
+
 void rotate(double* head, int rotary_dim, const float* cosines, const float* sines) {
     const int half = rotary_dim / 2;
     for (int i = 0; i < half; ++i) {

@@ -28,6 +28,9 @@ void norm_parts(const ModelSpec& spec, Row& x, std::size_t first, std::size_t co
 
 double activate(double x, Activation kind);
 
+// tanh(x / cap) * cap, which stays within the cap; x where there is none.
+double softcapped(double x, const std::optional<double>& cap);
+
 // Rotates a head's leading features in place by a position's cosines and sines [rotary_dim / 2], each with
 // its partner half of rotary_dim away.
 void rotate(double* head, int rotary_dim, const float* cosines, const float* sines);

@@ -172,23 +172,24 @@ void ReferenceCache::run_block(int block, float* hidden, int sequence, int posit
         return linear(x, weights.at(std::string(name) + ".weight", {inputs, outputs}),
                       weights.maybe(std::string(name) + ".bias", {outputs}));
     };
-    const auto normed = [&](const Row& x, const char* name, NormPlace place) {
-        return spec_.norms == place ? norm(spec_, x, weights, name) : x;
+    const auto normed = [&](const Row& x, const std::string& part, NormPlace place) {
+        if (!spec_.norms_are(place)) return x;
+        const bool second = spec_.norms == NormPlace::both && place == NormPlace::after;
+        return norm(spec_, x, weights, part + (second ? ".after_norm" : ".norm"));
     };
     Row states(hidden, hidden + width);
-    Row qkv = product(normed(states, "attention.norm", NormPlace::before), "attention.qkv", width, qkv_width);
+    Row qkv = product(normed(states, "attention", NormPlace::before), "attention.qkv", width, qkv_width);
     norm_queries_and_keys(weights, qkv);
     const Row mixed = attend(block, qkv, sequence, position, long_context);
-    const Row out =
-        normed(product(mixed, "attention.out", attended, width), "attention.norm", NormPlace::after);
+    const Row out = normed(product(mixed, "attention.out", attended, width), "attention", NormPlace::after);
     const Row given = states;
     for (std::size_t i = 0; i < states.size(); ++i) states[i] += out[i];
-    const Row up = product(normed(spec_.parallel ? given : states, "mlp.norm", NormPlace::before), "mlp.up",
-                           width, up_width);
+    const Row up =
+        product(normed(spec_.parallel ? given : states, "mlp", NormPlace::before), "mlp.up", width, up_width);
     Row inner(at(spec_.intermediate_size));
     for (std::size_t i = 0; i < inner.size(); ++i)
         inner[i] = activate(up[i], spec_.activation) * (spec_.gated ? up[i + inner.size()] : 1.0);
-    const Row down = normed(product(inner, "mlp.down", inner_width, width), "mlp.norm", NormPlace::after);
+    const Row down = normed(product(inner, "mlp.down", inner_width, width), "mlp", NormPlace::after);
     for (std::size_t i = 0; i < states.size(); ++i) hidden[i] = static_cast<float>(states[i] + down[i]);
 }
 
@@ -207,7 +208,7 @@ Row ReferenceCache::attend(int block, Row& qkv, int sequence, int position, bool
     const std::size_t dim = at(spec_.head_dim), capacity = at(capacity_);
     const std::size_t half = at(spec_.rotary_dim_of(block) / 2);
     if (half) {
-        const bool second = long_context && spec_.rotary_switch;
+        const bool second = (long_context && spec_.rotary_switch) || spec_.rotates_second(block);
         const std::size_t from = at(position) * half + (second ? engines_.cosines.size() / 2 : 0);
         for (int head = 0; head < spec_.heads + spec_.kv_heads; ++head)
             rotate(qkv.data() + at(head) * dim, spec_.rotary_dim, engines_.cosines.data() + from,
@@ -246,7 +247,7 @@ Row ReferenceCache::mix(int block, const double* query, const float* keys, const
     for (int key = oldest; key <= position; ++key) {
         double dot = 0;
         for (std::size_t i = 0; i < dim; ++i) dot += query[i] * keys[at(key) * dim + i];
-        scores.push_back(dot * scale);
+        scores.push_back(softcapped(dot * scale, spec_.attention_softcap));
     }
     const double largest = *std::max_element(scores.begin(), scores.end());
     double total = 0;
@@ -283,8 +284,9 @@ Row ReferenceCache::logits_of(const float* hidden, int blocks_run) const {
 void ReferenceCache::logits(Address hidden, int count, int blocks_run, float* logits) {
     for (std::size_t row = 0; row < at(count); ++row) {
         const Row exact = logits_of(floats(hidden) + row * at(spec_.hidden_size), blocks_run);
-        std::transform(exact.begin(), exact.end(), logits + row * exact.size(),
-                       [](double logit) { return static_cast<float>(logit); });
+        std::transform(exact.begin(), exact.end(), logits + row * exact.size(), [this](double logit) {
+            return static_cast<float>(softcapped(logit, spec_.logit_softcap));
+        });
     }
 }
 

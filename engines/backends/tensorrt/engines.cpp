@@ -43,10 +43,12 @@ const Weight& weight_in(const Plan& plan, const std::string& name) {
 // Refuses models with parts that this backend doesn't run.
 const core::ModelSpec& checked(const core::ModelSpec& spec) {
     const std::pair<const char*, bool> parts[] = {
-        {"norms after attention and MLP", spec.norms == core::NormPlace::after},
+        {"norms after attention and MLP", spec.norms_are(core::NormPlace::after)},
         {"attention and MLP side by side", spec.parallel},
         {"norms over all heads of queries and of keys", spec.qk_norm == core::QkNorm::projection},
-        {"sliding windows in some blocks only", !spec.windowed.empty()}};
+        {"sliding windows in some blocks only", !spec.windowed.empty()},
+        {"two sets of rotations", !spec.rotated_second.empty()},
+        {"softcaps", spec.attention_softcap || spec.logit_softcap}};
     for (const auto& [part, there] : parts)
         if (there)
             throw core::backend_failure(

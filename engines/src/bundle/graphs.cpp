@@ -72,6 +72,9 @@ std::vector<Expected> of_block(const ModelSpec& spec) {
     add_norm(result, spec, "mlp.norm");
     product("mlp.up", width, up);
     product("mlp.down", inner, width);
+    if (spec.norms == NormPlace::both)
+        for (const char* const name : {"attention.after_norm", "mlp.after_norm"})
+            add_norm(result, spec, name);
     return result;
 }
 

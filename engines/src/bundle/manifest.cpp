@@ -111,7 +111,7 @@ void check_rotary(const Manifest& manifest) {
     if (manifest.rotary.has_value() != (spec.rotary_dim != 0))
         throw std::runtime_error("rotary tables must be there exactly where the model rotates");
     if (!manifest.rotary) return;
-    const std::int64_t rows = std::int64_t{manifest.max_length} * (spec.rotary_switch ? 2 : 1);
+    const std::int64_t rows = std::int64_t{manifest.max_length} * spec.rotary_sets();
     for (const TensorSlice* table : {&manifest.rotary->cosines, &manifest.rotary->sines})
         if (table->shape.size() != 2 || table->shape[0] < rows || table->shape[1] != spec.rotary_dim / 2)
             throw std::runtime_error("rotary tables must be [" + std::to_string(rows) + " or more, " +

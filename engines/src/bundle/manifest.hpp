@@ -16,7 +16,7 @@ namespace ojfa::core {
 enum class Activation { silu, gelu, gelu_tanh, relu };
 enum class NormKind { rms, layer };
 
-enum class NormPlace { before, after };
+enum class NormPlace { before, after, both };
 enum class QkNorm { none, head, projection };
 
 // The architecture of a model; see ojfa_export/models/spec.py.
@@ -34,11 +34,19 @@ struct ModelSpec {
     int max_positions;
     bool tied_head;
     std::vector<std::int32_t> eos_token_ids;
-    NormPlace norms = NormPlace::before;  // of attention and MLP, or after them, of what they give
+    NormPlace norms = NormPlace::before;  // of attention and MLP, or after them, of what they give, or both
     bool parallel = false;                // whether the MLP sees the block's input, as attention does
     QkNorm qk_norm = QkNorm::none;        // of each head's queries and keys, or of all heads' together
     std::vector<bool> rotated, windowed;  // of each block; empty where all are
+    // Of each block whether it rotates by the second of two sets of rotary factors; empty where there is one
+    // set.
+    std::vector<bool> rotated_second;
+    std::optional<double> attention_softcap, logit_softcap;  // within which scores and logits are kept
 
+    bool norms_are(NormPlace place) const { return norms == place || norms == NormPlace::both; }
+    int rotary_sets() const { return rotary_switch || !rotated_second.empty() ? 2 : 1; }
+    // Whether a block rotates by the second set, where the sequence's length doesn't say.
+    bool rotates_second(int block) const;
     int rotary_dim_of(int block) const;
     std::optional<int> window_of(int block) const;
     // Of a norm of so many heads of queries or keys; 0 without one.
@@ -53,7 +61,7 @@ struct TensorSlice {
 };
 
 struct RotaryTables {
-    TensorSlice cosines, sines;  // [positions, rotary_dim / 2]; LongRoPE's second set follows the first
+    TensorSlice cosines, sines;  // [positions, rotary_dim / 2]; a second set follows the first
 };
 
 struct GraphEntry {

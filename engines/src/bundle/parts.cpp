@@ -30,22 +30,36 @@ std::map<std::string, std::string> texts_by_name(Fields fields) {
 // What later models have, and manifests of others leave out.
 void read_later_parts(Fields& fields, ModelSpec& spec) {
     const auto is_there = [&](const char* name) { return fields.json().contains(name); };
-    if (is_there("norms") && fields.one_of("norms", {"before", "after"}) == "after")
-        spec.norms = NormPlace::after;
+    if (is_there("norms")) {
+        const std::string place = fields.one_of("norms", {"before", "after", "both"});
+        spec.norms = place == "both"    ? NormPlace::both
+                     : place == "after" ? NormPlace::after
+                                        : NormPlace::before;
+    }
     if (is_there("parallel")) spec.parallel = fields.truth("parallel");
-    if (spec.parallel && spec.norms == NormPlace::after) fields.fail("parallel", "the norms must be before");
+    if (spec.parallel && spec.norms != NormPlace::before) fields.fail("parallel", "the norms must be before");
     if (is_there("qk_norm")) {
         const std::string kind = fields.one_of("qk_norm", {"none", "head", "projection"});
         spec.qk_norm = kind == "head"         ? QkNorm::head
                        : kind == "projection" ? QkNorm::projection
                                               : QkNorm::none;
     }
-    for (auto [name, of_blocks] : {std::pair{"rotated", &spec.rotated}, {"windowed", &spec.windowed}}) {
+    for (auto [name, cap] :
+         {std::pair{"attention_softcap", &spec.attention_softcap}, {"logit_softcap", &spec.logit_softcap}}) {
+        if (!is_there(name) || !fields.maybe(name)) continue;
+        *cap = fields.number(name);
+        if (!(**cap > 0)) fields.fail(name, "it must be above 0");
+    }
+    for (auto [name, of_blocks] : {std::pair{"rotated", &spec.rotated},
+                                   {"windowed", &spec.windowed},
+                                   {"rotated_second", &spec.rotated_second}}) {
         if (!is_there(name)) continue;
         *of_blocks = fields.truths(name);
         if (!of_blocks->empty() && of_blocks->size() != static_cast<std::size_t>(spec.blocks))
             fields.fail(name, "there must be one for each block, or none");
     }
+    if (!spec.rotated_second.empty() && (!spec.rotary_dim || spec.rotary_switch))
+        fields.fail("rotated_second", "there must be rotations, and one set without");
 }
 
 ModelSpec read_spec(Fields fields) {
@@ -137,6 +151,10 @@ void check_positive(Fields& fields, const std::string& name) {
 
 int ModelSpec::rotary_dim_of(int block) const {
     return rotated.empty() || rotated[static_cast<std::size_t>(block)] ? rotary_dim : 0;
+}
+
+bool ModelSpec::rotates_second(int block) const {
+    return !rotated_second.empty() && rotated_second[static_cast<std::size_t>(block)];
 }
 
 std::optional<int> ModelSpec::window_of(int block) const {

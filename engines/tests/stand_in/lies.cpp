@@ -73,9 +73,11 @@ TEST(PartsOfModels, WithoutKernelsAreRefusedByName) {
     const std::pair<const char*, Json> models[] = {
         {"/model/spec/norms", "after"},
         {"/model/spec/windowed", {true, false, true, false}},
+        {"/model/spec/logit_softcap", 30.0},
     };
-    const char* const parts[] = {"norms after attention and MLP", "sliding windows in some blocks only"};
-    for (int model = 0; model < 2; ++model) {
+    const char* const parts[] = {"norms after attention and MLP", "sliding windows in some blocks only",
+                                 "softcaps"};
+    for (int model = 0; model < 3; ++model) {
         const CopyWithEngines copy;
         Json manifest = fixtures::read_json(copy.bundle / "manifest.json");
         manifest[Json::json_pointer(models[model].first)] = models[model].second;

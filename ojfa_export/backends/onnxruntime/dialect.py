@@ -109,9 +109,8 @@ class OnnxRuntimeDialect(Portable):
         spec = self.spec
         graph.input("last_positions", INT32, "batch")
         graph.input("total_length", INT32)
-        if spec.rotary_dim:
-            graph.input("rotary_cos_table", self.compute, "rows", spec.rotary_dim // 2)
-            graph.input("rotary_sin_table", self.compute, "rows", spec.rotary_dim // 2)
+        for name in spec.rotations:
+            graph.input(f"rotary_{name}_table", self.compute, "rows", spec.rotary_dim // 2)
         for name in ("past_key", "past_value"):
             graph.input(name, self.compute, "batch", spec.kv_heads, "capacity", spec.head_dim)
 
@@ -122,7 +121,7 @@ class OnnxRuntimeDialect(Portable):
         if spec.qk_norm != "none":
             parts = self.normed_parts(graph, qkv, weights)
         window = spec.window_of(block)
-        tables = ("rotary_cos_table", "rotary_sin_table") if rotates else ()
+        tables = [f"rotary_{name}_table" for name in spec.rotations_of(block)] if rotates else []
         lengths = self.ragged_inputs()
         if lengths:  # the last of the operator's inputs
             lengths = ("",) * (QUERY_LENGTHS - 7 - len(tables)) + lengths
@@ -142,6 +141,7 @@ class OnnxRuntimeDialect(Portable):
             scale=spec.attention_scales[block],
             do_rotary=int(rotates),
             local_window_size=-1 if window is None else window,
+            **({} if spec.attention_softcap is None else {"softcap": spec.attention_softcap}),
         )
         self.cache_outputs(graph, key, value)
         return str(mixed)

@@ -9,6 +9,7 @@ import onnxruntime as ort
 
 from ojfa_export.backends.onnxruntime.ports import check_ports
 from ojfa_export.backends.onnxruntime.session import open_session
+from ojfa_export.backends.rotations import rows_of_sets
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.bundle.names import block_name
 from ojfa_export.decoding.arrays import Float32
@@ -63,12 +64,10 @@ class OpenedModel:
         self._sessions.pop(name, None)
 
     def rotary_tables(self, *, long_context: bool) -> dict[str, Float32]:
-        """The tables of rotations, as blocks take them; LongRoPE has a second set of rows."""
+        """The tables of rotations, as blocks take them."""
         if self.rotary is None:
             return {}
-        cos, sin = self.rotary
-        if self.spec.rotary_switch is not None:
-            half = len(cos) // 2
-            part = slice(half, None) if long_context else slice(half)
-            cos, sin = cos[part], sin[part]
-        return {"rotary_cos_table": cos, "rotary_sin_table": sin}
+        sets = rows_of_sets(self.spec, len(self.rotary[0]), long_context=long_context)
+        tables = [table[rows] for rows in sets for table in self.rotary]
+        names = (f"rotary_{name}_table" for name in self.spec.rotations)
+        return dict(zip(names, tables, strict=True))

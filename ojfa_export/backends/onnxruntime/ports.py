@@ -66,9 +66,8 @@ def _expected(spec: ModelSpec, name: str, depths: int, *, gated: bool) -> tuple[
     }
     if name == "draft":
         inputs["token_ids"] = (INT32, (None,))
-    if not spec.learned_positions:
-        table = (FLOAT, (None, spec.rotary_dim // 2))
-        inputs |= {"rotary_cos_table": table, "rotary_sin_table": table}
+    table = (FLOAT, (None, spec.rotary_dim // 2))
+    inputs |= {f"rotary_{name}_table": table for name in spec.rotations}
     return inputs, {"hidden_out": hidden, "key": cache, "value": cache}
 
 

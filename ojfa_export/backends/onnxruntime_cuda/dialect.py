@@ -104,9 +104,8 @@ class OnnxRuntimeCuda(OnnxRuntimeDialect):
         spec = self.spec
         graph.input("positions", INT32, "batch", "tokens")
         graph.input("key_positions", INT32, "capacity")
-        if spec.rotary_dim:
-            graph.input("rotary_cos_table", FLOAT, "rows", spec.rotary_dim // 2)
-            graph.input("rotary_sin_table", FLOAT, "rows", spec.rotary_dim // 2)
+        for name in spec.rotations:
+            graph.input(f"rotary_{name}_table", FLOAT, "rows", spec.rotary_dim // 2)
         for name in ("past_key", "past_value"):
             graph.input(name, FLOAT, "batch", spec.kv_heads, "capacity", spec.head_dim)
 
@@ -132,7 +131,8 @@ class OnnxRuntimeCuda(OnnxRuntimeDialect):
         q = graph.reshape(q, 0, spec.kv_heads, -1, spec.head_dim)
         scale = spec.attention_scales[block]
         scores = graph.op("FusedMatMul", q, key, domain=MICROSOFT, transB=1, alpha=scale)
-        masked = graph.op("Add", scores, self._whole_mask(graph, block))
+        capped = self.softcapped(graph, scores, spec.attention_softcap)
+        masked = graph.op("Add", capped, self._whole_mask(graph, block))
         mixed = graph.op("MatMul", graph.op("Softmax", masked, axis=-1), value)
         self.cache_outputs(graph, key, value)
         mixed = graph.reshape(mixed, 0, spec.heads, -1, spec.head_dim)
@@ -144,21 +144,20 @@ class OnnxRuntimeCuda(OnnxRuntimeDialect):
         spec = self.spec
         q, k, v = self.normed_parts(graph, qkv, weights)
         if spec.rotary_dim_of(block):
-            q = self._rotated(graph, q, spec.heads)
-            k = self._rotated(graph, k, spec.kv_heads)
+            q = self._rotated(graph, q, spec.heads, block)
+            k = self._rotated(graph, k, spec.kv_heads, block)
         heads = [
             graph.op("Transpose", graph.reshape(part, 0, 0, -1, spec.head_dim), perm=[0, 2, 1, 3])
             for part in (q, k, v)
         ]
         return heads[0], heads[1], heads[2]
 
-    def _rotated(self, graph: Graph, x: str, heads: int) -> str:
+    def _rotated(self, graph: Graph, x: str, heads: int, block: int) -> str:
         result: str = graph.op(
             "RotaryEmbedding",
             x,
             graph.cast("positions", INT64),
-            "rotary_cos_table",
-            "rotary_sin_table",
+            *(f"rotary_{name}_table" for name in self.spec.rotations_of(block)),
             domain=MICROSOFT,
             num_heads=heads,
             rotary_embedding_dim=self.spec.rotary_dim,

@@ -16,6 +16,7 @@ from ojfa_export.backends.cuda.sources import definitions
 from ojfa_export.backends.onnxruntime_cuda.plan import read_plan
 from ojfa_export.backends.onnxruntime_cuda.provider import Array, Work, open_session
 from ojfa_export.backends.onnxruntime_cuda.weights import Weights
+from ojfa_export.backends.rotations import rows_of_sets
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.models.spec import ModelSpec, Precision
@@ -90,14 +91,13 @@ class OpenedModel:
             work()
 
     def rotary(self, *, long_context: bool) -> Mapping[str, DeviceArray]:
-        """The tables of rotations, as blocks take them; LongRoPE has a second set of rows."""
-        if self.spec.rotary_switch is None:
-            return self._rotary
-        half = {name: len(table) // 2 for name, table in self._rotary.items()}
-        return {
-            name: table[half[name] :] if long_context else table[: half[name]]
-            for name, table in self._rotary.items()
-        }
+        """The tables of rotations, as blocks take them."""
+        if not self._rotary:
+            return {}
+        sets = rows_of_sets(self.spec, len(self._rotary[0]), long_context=long_context)
+        tables = [table[rows] for rows in sets for table in self._rotary]
+        names = (f"rotary_{name}_table" for name in self.spec.rotations)
+        return dict(zip(names, tables, strict=True))
 
     def weights(self, name: str) -> Mapping[str, DeviceArray]:
         """A graph's weights, uploaded on first use."""
@@ -119,12 +119,6 @@ class OpenedModel:
             self._sessions[file] = open_session(model, name, int(self.device.stream))
         return self._sessions[file]
 
-    def _upload_rotary(self, rotary: tuple[Float32, Float32] | None) -> Mapping[str, DeviceArray]:
-        if rotary is None:
-            return {}
-        names = ("rotary_cos_table", "rotary_sin_table")
+    def _upload_rotary(self, rotary: tuple[Float32, Float32] | None) -> tuple[DeviceArray, ...]:
         dtype = DTYPES[self.precision]
-        return {
-            name: self.arrays.upload(table.astype(dtype))
-            for name, table in zip(names, rotary, strict=True)
-        }
+        return tuple(self.arrays.upload(table.astype(dtype)) for table in rotary or ())

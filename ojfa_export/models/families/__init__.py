@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from ojfa_export.errors import CheckpointError
 from ojfa_export.models.families.config import COMPLETE, Config
 from ojfa_export.models.families.family import Family
+from ojfa_export.models.families.gemma2 import GEMMA2
+from ojfa_export.models.families.gemma3 import GEMMA3
 from ojfa_export.models.families.gpt2 import GPT2
 from ojfa_export.models.families.gpt_neox import GPT_NEOX
 from ojfa_export.models.families.granite import GRANITE
@@ -23,6 +25,8 @@ from ojfa_export.models.spec import ModelSpec
 FAMILIES = {
     family.model_type: family
     for family in (
+        GEMMA2,
+        GEMMA3,
         GPT2,
         GPT_NEOX,
         GRANITE,
@@ -36,6 +40,8 @@ FAMILIES = {
         STABLELM,
     )
 }
+# Gemma 3 from 4B on, as published: a language model and what sees for it.
+MULTIMODAL = "gemma3"
 
 
 def read_spec(config: Config) -> tuple[Family, ModelSpec]:
@@ -46,6 +52,13 @@ def read_spec(config: Config) -> tuple[Family, ModelSpec]:
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        if model_type == MULTIMODAL:
+            raise CheckpointError(
+                f"{config.source}: model family '{MULTIMODAL}' reads images too, which is not "
+                "supported",
+                hint=f"save its language model alone, of family '{GEMMA3.model_type}', as "
+                "docs/checkpoints.md shows",
+            )
         raise CheckpointError(
             f"{config.source}: model family '{model_type!s:.60}' is not supported",
             hint=f"supported: {', '.join(sorted(FAMILIES))}{_nearest(model_type)}",

@@ -21,7 +21,8 @@ _IRRELEVANT: Mapping[tuple[type, ...], str] = {
     (bool,): "_attn_implementation_autoset gradient_checkpointing is_llama_config "
     "output_attentions output_hidden_states return_dict summary_proj_to_labels summary_use_proj "
     "unsloth_fixed use_cache",
-    (str,): "_attn_implementation _commit_hash _model_name_or_path _name_or_path finetuning_task "
+    (str,): "_attn_implementation _commit_hash _model_name_or_path _name_or_path "
+    "cache_implementation finetuning_task "
     "model_type "
     "prefix problem_type summary_activation summary_type tokenizer_class "
     "transformers_version unsloth_version",
@@ -142,6 +143,18 @@ class Config:
             what = f"a number from {1 / LARGEST_FACTOR:g} to {LARGEST_FACTOR:g}"
             raise self.wrong(name, what, value)
         return float(value)
+
+    def softcap(self, name: str, default: float | None) -> float | None:
+        """What values are kept within; None where the config says null, which here isn't absent.
+
+        Raises:
+            CheckpointError: It is no positive real number, or beyond what any model has.
+        """
+        self._read.add(name)
+        given = self.fields.get(name, default)
+        if given is not None and not isinstance(given, float):
+            raise self.wrong(name, "a real number or null", given)
+        return None if given is None else self.factor(name, given)
 
     def require(self, name: str, *allowed: Any) -> None:
         """Refuses the checkpoint unless the field is absent, null or one of the values."""

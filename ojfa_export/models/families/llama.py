@@ -9,7 +9,7 @@ from ojfa_export.models.families.config import COMPLETE, MOST_BLOCKS, MOST_FEATU
 from ojfa_export.models.families.family import Family, eos_token_ids
 from ojfa_export.models.families.rotary import THETA, Rotary, read_rotary
 from ojfa_export.models.families.tensors import HEAD, Source, linear, table, vector, vectors
-from ojfa_export.models.spec import ModelSpec
+from ojfa_export.models.spec import Activation, ModelSpec
 
 
 def spec(config: Config) -> ModelSpec:
@@ -32,6 +32,8 @@ def llama_spec(
     theta: float = THETA,
     epsilon: float = 1e-6,
     tied_head: bool = False,
+    activation: Activation | None = None,
+    rotary_dim: int | None = None,
 ) -> ModelSpec:
     """The architecture of a family whose blocks are Llama's.
 
@@ -47,6 +49,8 @@ def llama_spec(
         theta: Base of the rotation's frequencies, where the config names none.
         epsilon: Of the norms, the same.
         tied_head: The same.
+        activation: The MLP's; None for SiLU, and a config that names no other.
+        rotary_dim: Features of a head that rotate; None for those of Llama's rotary embedding.
     """
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     blocks, vocabulary = (
@@ -54,7 +58,10 @@ def llama_spec(
         config.integer("vocab_size"),
     )
     features = read_head_dim(config, head_dim)
-    config.require("hidden_act", "silu", "swish")
+    if activation is None:
+        config.require("hidden_act", "silu", "swish")
+    if rotary_dim is None:
+        rotary_dim = rotary(config, head_dim, theta).dim
     return ModelSpec(
         family=family,
         blocks=blocks,
@@ -66,9 +73,9 @@ def llama_spec(
         intermediate_size=config.integer("intermediate_size"),
         attention_scales=(attention_scale or features**-0.5,) * blocks,
         window=window,
-        rotary_dim=rotary(config, head_dim, theta).dim,
+        rotary_dim=rotary_dim,
         rotary_switch=None,
-        activation="silu",
+        activation=activation or "silu",
         gated=True,
         norm="rms",
         norm_epsilon=config.fraction("rms_norm_eps", epsilon),

@@ -8,7 +8,7 @@ Everything is computed in float32 as there, since the angles of far positions de
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class Rotary:
         trained_length: Positions that the model was trained on.
         parameters: The scaling's own parameters.
         switch_length: Above this sequence length LongRoPE uses its long factors.
+        second: That of the blocks that rotate otherwise (`ModelSpec.rotated_second`).
     """
 
     dim: int
@@ -40,6 +41,7 @@ class Rotary:
     trained_length: int
     parameters: dict[str, Any]
     switch_length: int | None = None
+    second: Rotary | None = None
 
     def tables(self, length: int) -> tuple[Float32, Float32]:
         """Cosines and sines for each position.
@@ -52,6 +54,9 @@ class Rotary:
         Returns:
             Two arrays [length or 2*length, dim/2] float32, scaled by the attention factor.
         """
+        if self.second is not None:
+            first, second = replace(self, second=None).tables(length), self.second.tables(length)
+            return np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]])
         positions = np.arange(length, dtype=np.float32)[:, None]
         if self.kind == "longrope":
             angles = np.concatenate([positions * self._longrope(which) for which in FACTOR_LISTS])

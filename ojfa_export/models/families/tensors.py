@@ -29,6 +29,7 @@ class Source:
         transposed: Whether the checkpoint stores [outputs, inputs] (torch.nn.Linear).
         heads: How many, where queries, keys and values of one are stored before those of the next,
             and are wanted one kind after the other; 0 where they are stored so.
+        offset: What is added to the tensors first, where the family's norms multiply by 1 + weight.
         scale: What the weight is times the tensors, where the family multiplies activations.
     """
 
@@ -36,11 +37,16 @@ class Source:
     inputs: int | None = None
     transposed: bool = True
     heads: int = 0
+    offset: float = 0.0
     scale: float = 1.0
 
     def times(self, scale: float) -> Source:
         """The same tensors, multiplied once more."""
         return replace(self, scale=self.scale * scale)
+
+    def plus(self, offset: float) -> Source:
+        """The same tensors, with something added before they are multiplied."""
+        return replace(self, offset=offset)
 
     def by_head(self, heads: int) -> Source:
         """The same tensors, stored head by head."""
@@ -55,10 +61,12 @@ class Source:
     def join(self, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
         """The weight as it is wanted, of the parts as the checkpoint has them.
 
-        It has their dtype, or float32 where they are scaled.
+        It has their dtype, or float32 where something is added or they are scaled.
         """
         if self.heads:
             parts = [_by_kind(part, self.heads) for part in parts]
+        if self.offset:
+            parts = [part.astype(np.float32) + np.float32(self.offset) for part in parts]
         if self.scale != 1:
             parts = [part.astype(np.float32) * np.float32(self.scale) for part in parts]
         if self.inputs is None:

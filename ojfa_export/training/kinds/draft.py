@@ -267,6 +267,7 @@ def is_llamas(spec: ModelSpec) -> bool:
     """Whether the model's blocks compute what a draft layer does."""
     return (
         (spec.norm, spec.activation, spec.gated) == ("rms", "silu", True)
+        and spec.attention_softcap is None
         and (spec.norms, spec.qk_norm, spec.parallel) == ("before", "none", False)
         and spec.rotary_dim_of(spec.blocks - 1) == spec.head_dim
         and spec.attention_scales[-1] == spec.head_dim**-0.5

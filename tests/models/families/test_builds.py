@@ -23,6 +23,9 @@ BUILDS = [
     ("smollm3", {"shortcut": "ojfa", "rank": 8}),
     ("gpt_neox", {"precision": "fp16", "shortcut": "ojfa", "rank": 8}),
     ("olmo2", {"shortcut": "residual", "rank": 8}),
+    ("gemma2", {"precision": "fp16", "shortcut": "ojfa", "rank": 8}),
+    ("gemma2-untied", {"shortcut": "residual", "rank": 8}),
+    ("gemma3_text-capped", {"shortcut": "ojfa", "rank": 8}),
 ]
 # What `inspect` says of the parts that few families have.
 SHOWN = {
@@ -30,6 +33,9 @@ SHOWN = {
     "smollm3": "16 rotated features in 2 blocks",
     "gpt_neox": "160 features, gelu, beside attention",
     "olmo2": "after attention and MLP, also of all heads of queries and of keys",
+    "gemma2": "before and after attention and MLP",
+    "gemma2-untied": "32 features each, window 8 in 2 blocks, softcap 2",
+    "gemma3_text-capped": "32 rotated features, otherwise in 3 blocks",
 }
 
 

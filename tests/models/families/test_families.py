@@ -11,6 +11,7 @@ import torch
 import transformers
 from tiny_models import POSITIONS, VARIANTS, VOCAB_SIZE
 from tolerances import ROTARY_FP32
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
@@ -21,7 +22,8 @@ from ojfa_export.models.families import FAMILIES, read_spec
 from ojfa_export.models.families.config import Config
 from ojfa_export.models.families.rotary import Rotary
 from ojfa_export.models.families.tensors import linear, names_of, table, vector
-from ojfa_export.models.spec import ModelSpec
+from ojfa_export.models.families.windows import FULL, SLIDING
+from ojfa_export.models.spec import LATER, ModelSpec
 
 Fields = dict[str, Any]
 ROTARY_VARIANTS = [name for name, variant in VARIANTS.items() if variant.family != "gpt2"]
@@ -62,6 +64,25 @@ def test_spec_is_the_configs(name: str) -> None:
 
 
 PLAIN = {
+    "gemma2": {
+        "norms": "both",
+        "attention_scales": (24**-0.5,) * 4,
+        "attention_softcap": 2.0,
+        "logit_softcap": 10.0,
+        "activation": "gelu_tanh",
+        "window": 8,
+        "windowed": (True, False, True, False),
+        "head_dim": 32,
+        "tied_head": True,
+    },
+    "gemma3_text": {
+        "norms": "both",
+        "qk_norm": "head",
+        "window": 8,
+        "windowed": (True, True, False, True),
+        "rotated_second": (True, True, False, True),
+        "rotary_dim": 32,
+    },
     "gpt2": {
         "intermediate_size": 256,
         "activation": "gelu_tanh",
@@ -105,6 +126,16 @@ def test_spec_of_plain_variants(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
+        ("gemma2-untied", {"tied_head": False}),
+        ("gemma2-uncapped", {"attention_softcap": None, "logit_softcap": None}),
+        ("gemma2-attention-capped", {"logit_softcap": None}),
+        ("gemma2-no-window", {"window": None, "windowed": ()}),
+        ("gemma3_text-capped", {"logit_softcap": 10.0}),
+        ("gemma3_text-one-base", {}),
+        (
+            "gemma3_text-layer-types",
+            {"windowed": (True, False) * 2, "rotated_second": (True, False) * 2},
+        ),
         ("gpt2-hub-keys", {}),
         ("gpt2-untied", {"tied_head": False}),
         ("gpt2-inverse-layer-scale", {"attention_scales": (0.25, 0.25 / 2, 0.25 / 3)}),
@@ -167,7 +198,10 @@ def test_spec_of_plain_variants(name: str) -> None:
 )
 def test_variation_changes_only_what_it_says(name: str, changes: Fields) -> None:
     plain = spec_of(VARIANTS[name].family).model_dump()
-    assert spec_of(name).model_dump() == {**plain, **changes}
+    # What says nothing is left out of it.
+    expected = {**plain, **changes}
+    expected = {key: each for key, each in expected.items() if key not in LATER or each}
+    assert spec_of(name).model_dump() == expected
 
 
 # Rotary tables
@@ -180,6 +214,13 @@ def transformers_tables(config: Any, positions: torch.Tensor) -> tuple[np.ndarra
         "phi3": Phi3RotaryEmbedding,
         "stablelm": StableLmRotaryEmbedding,
     }
+    if config.model_type == "gemma3_text":  # the second set's rows follow the first's
+        rotary = Gemma3RotaryEmbedding(config)
+        x = torch.zeros(1, dtype=torch.float32)
+        both = [rotary(x, positions[None], kind)[:2] for kind in (FULL, SLIDING)]
+        half = both[0][0].shape[-1] // 2
+        cos, sin = (torch.cat(each, 1)[0, :, :half].numpy() for each in zip(*both, strict=True))
+        return cos, sin
     kind = kinds.get(config.model_type, LlamaRotaryEmbedding)
     cos, sin = kind(config)(torch.zeros(1, dtype=torch.float32), positions[None])
     half = cos.shape[-1] // 2
@@ -299,9 +340,9 @@ def test_what_layers_have(name: str, changes: Fields, wanted: Fields) -> None:
 
 
 def test_later_fields_are_left_out_where_they_say_nothing() -> None:
-    later = {"norms", "parallel", "qk_norm", "rotated", "windowed"}
+    later = set(LATER)
     assert not later & spec_of("llama").model_dump().keys()
-    for name in ("gpt_neox", "qwen3-sliding-window", "smollm3", "olmo2"):
+    for name in ("gpt_neox", "qwen3-sliding-window", "smollm3", "olmo2", "gemma2", "gemma3_text"):
         spec = spec_of(name)
         assert later & spec.model_dump().keys()
         assert ModelSpec.model_validate_json(spec.model_dump_json()) == spec
@@ -314,6 +355,45 @@ def test_spelling_of_transformers_4(style: str) -> None:
     del fields["rope_parameters"]
     old = {**fields, "rope_theta": 10_000.0, "rope_scaling": {style: "linear", "factor": 4.0}}
     assert read(old) == expected
+
+
+def test_gemma_3_has_old_names_of_its_own() -> None:
+    fields = fields_of(VARIANTS["gemma3_text"].build_config())
+    expected = read(fields)
+    for name in ("rope_parameters", "layer_types", "_sliding_window_pattern"):
+        del fields[name]
+    old = {
+        "rope_local_base_freq": 500.0,
+        "rope_theta": 1e6,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        "sliding_window_pattern": 3,
+    }
+    assert read({**fields, **old}) == expected
+
+
+def test_gemma_3_has_usual_bases() -> None:
+    fields = fields_of(VARIANTS["gemma3_text"].build_config())
+    for parameters in (None, {}, {"full_attention": {}, "sliding_attention": None}):
+        rotary = read({**fields, "rope_parameters": parameters})[1]
+        assert rotary is not None
+        assert rotary.second is not None
+        assert (rotary.theta, rotary.second.theta) == (1e6, 1e4)
+
+
+def test_caps_are_usual_but_where_they_are_null() -> None:
+    fields = fields_of(VARIANTS["gemma2"].build_config())
+    names = ("attn_logit_softcapping", "final_logit_softcapping")
+    absent = {name: value for name, value in fields.items() if name not in names}
+    null = {**fields, **dict.fromkeys(names)}
+    for given, wanted in ((absent, (50.0, 30.0)), (null, (None, None))):
+        spec = read(given)[0]
+        assert (spec.attention_softcap, spec.logit_softcap) == wanted
+
+
+def test_a_gemma_that_sees_is_refused_with_what_to_do() -> None:
+    with pytest.raises(CheckpointError, match="family 'gemma3' reads images too") as caught:
+        read({"model_type": "gemma3", "text_config": {}})
+    assert "'gemma3_text'" in str(caught.value.hint)
 
 
 def test_gpt_neox_has_old_names_of_its_own() -> None:
@@ -377,6 +457,21 @@ def test_su_is_an_old_name_of_longrope() -> None:
         ("qwen3", {"max_window_layers": -1}, "'max_window_layers' must be an integer from 0 on"),
         ("smollm3", {"no_rope_layers": [1, 0, 1]}, "'no_rope_layers' must be a list of 4"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 2]}, "'no_rope_layers' is"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "'attn_logit_softcapping' must be a number"),
+        ("gemma2", {"final_logit_softcapping": 30}, "'final_logit_softcapping' must be a real"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "'query_pre_attn_scalar' must be a positive"),
+        ("gemma2", {"hidden_activation": "gelu"}, "'hidden_activation' is 'gelu'"),
+        ("gemma2", {"use_bidirectional_attention": True}, "'use_bidirectional_attention' is True"),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 4}, "'layer_types' is"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' is 50.0"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "'sliding_window_pattern' must be a posit"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 1e4}}, "'rope_parameters' must be an"),
+        ("gemma3_text", {"rope_scaling": {"factor": 2.0}}, "'rope_scaling' is"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "llama3"}}},
+            "'llama3' is not supported",
+        ),
         ("gpt_neox", {"hidden_act": "gelu_fast"}, "activation 'gelu_fast' is not supported"),
         ("gpt_neox", {"head_dim": 32}, "'head_dim' is 32"),
         ("olmo2", {"clip_qkv": 8.0}, "not understood for family 'olmo2': clip_qkv"),
@@ -428,6 +523,7 @@ def test_sources() -> None:
     by_head = np.arange(12)  # two heads of two features: queries, keys and values of each
     wanted = [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
     assert vector("b", 12).by_head(2).join([by_head]).tolist() == wanted
+    assert vector("n", 2).plus(1).times(0.5).join([np.ones(2)]).tolist() == [1, 1]
     assert linear(3, ("a", 5)).times(2).times(3).scale == 6
     assert names_of([vector("v", 2), linear(3, ("a", 5), ("b", 7))]) == ["v", "a", "b"]
     assert list(FAMILIES) == sorted(FAMILIES)

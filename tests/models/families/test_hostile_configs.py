@@ -44,6 +44,9 @@ ROTARY = {
 }
 
 
+FAMILIES = ["gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite", "phi3", "qwen3", "smollm3"]
+
+
 def _base(family: str) -> Fields:
     return dict(json.loads(VARIANTS[family].build_config().to_json_string()))
 
@@ -84,7 +87,7 @@ def _changes(family: str) -> st.SearchStrategy[Fields]:
     return names.flatmap(lambda each: st.fixed_dictionaries({name: _values(name) for name in each}))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "granite", "phi3", "qwen3", "smollm3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_hostile_values(family: str, rng: np.random.Generator) -> None:
     base = _base(family)
 

@@ -52,6 +52,27 @@ PHI4_MINI: Fields = {
     },
     "sliding_window": 262144, "tie_word_embeddings": True, "vocab_size": 200064,
 }  # fmt: skip
+GEMMA2_9B: Fields = {
+    **COMMON, "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"],
+    "attention_bias": False, "attn_logit_softcapping": 50.0, "bos_token_id": 2,
+    "cache_implementation": "hybrid", "eos_token_id": 1, "final_logit_softcapping": 30.0,
+    "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 3584, "intermediate_size": 14336, "max_position_embeddings": 8192,
+    "num_attention_heads": 16, "num_hidden_layers": 42, "num_key_value_heads": 8,
+    "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "sliding_window": 4096, "sliding_window_size": 4096, "vocab_size": 256000,
+}  # fmt: skip
+GEMMA3_1B: Fields = {
+    **COMMON, "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False, "attn_logit_softcapping": None, "bos_token_id": 2,
+    "cache_implementation": "hybrid", "eos_token_id": [1, 106], "final_logit_softcapping": None,
+    "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152,
+    "intermediate_size": 6912, "max_position_embeddings": 32768, "num_attention_heads": 4,
+    "num_hidden_layers": 26, "num_key_value_heads": 1, "pad_token_id": 0,
+    "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_local_base_freq": 10000,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512,
+    "sliding_window_pattern": 6, "vocab_size": 262144,
+}  # fmt: skip
 STABLELM_1_6B: Fields = {
     **COMMON, "model_type": "stablelm", "architectures": ["StableLmForCausalLM"],
     "eos_token_id": 100257, "hidden_dropout": 0.0, "hidden_size": 2048, "intermediate_size": 5632,
@@ -103,6 +124,28 @@ def spec_of(fields: Fields) -> ModelSpec:
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
+        (
+            GEMMA2_9B,
+            {
+                "head_dim": 256,
+                "attention_scales": (1 / 16,) * 42,
+                "attention_softcap": 50.0,
+                "logit_softcap": 30.0,
+                "window": 4096,
+                "windowed": (True, False) * 21,
+                "tied_head": True,
+            },
+        ),
+        (
+            GEMMA3_1B,
+            {
+                "head_dim": 256,
+                "window": 512,
+                "rotated_second": (True, True, True, True, True, False) * 4 + (True, True),
+                "eos_token_ids": (1, 106),
+                "tied_head": True,
+            },
+        ),
         (GRANITE_2B, {"head_dim": 64, "rotary_dim": 64, "attention_scales": (1 / 64,) * 40}),
         (PHI4, {"head_dim": 128, "rotary_dim": 128, "rotary_switch": None, "kv_heads": 10}),
         (PHI4_MINI, {"head_dim": 128, "rotary_dim": 96, "rotary_switch": 4096, "tied_head": True}),
@@ -113,6 +156,8 @@ def spec_of(fields: Fields) -> ModelSpec:
         (STABLELM_1_6B, {"head_dim": 64, "rotary_dim": 16, "norm": "layer", "gated": True}),
     ],
     ids=[
+        "gemma2-9b",
+        "gemma3-1b",
         "granite-2b",
         "phi-4",
         "phi-4-mini",
