@@ -141,14 +141,16 @@ class Bench:
         return rows
 
     def chain(self, batches: Sequence[int], pasts: Sequence[int]) -> list[Row]:
-        """Whole blocks by our kernels, one token of each sequence."""
+        """Whole blocks by our kernels, one token of each sequence, and as many of one."""
         weights = [self.weights() for _ in range(self._blocks)]
         rows = []
         for batch in batches:
             for past in pasts:
-                works = self.block_works(past, weights, batch)
-                us = graph_time(self.device, partial(run_all, works)) / self._blocks
-                rows.append({"what": f"a block of {batch} sequences, past {past}", "us": us})
+                for together in (True, False) if batch > 1 else (True,):
+                    works = self.block_works(past, weights, batch, together=together)
+                    us = graph_time(self.device, partial(run_all, works)) / self._blocks
+                    what = f"{batch} sequences" if together else f"{batch} tokens of one"
+                    rows.append({"what": f"a block of {what}, past {past}", "us": us})
         for count, length in ((1, 512), (4, 512), (1, 2048)):
             works = self.prompt_works(count, length, weights)
             us = graph_time(self.device, partial(run_all, works)) / self._blocks
@@ -156,11 +158,20 @@ class Bench:
         return rows
 
     def block_works(
-        self, past: int, weights: Sequence[dict[str, DeviceArray]], batch: int = 1
+        self,
+        past: int,
+        weights: Sequence[dict[str, DeviceArray]],
+        batch: int = 1,
+        *,
+        together: bool = True,
     ) -> list[Work]:
-        """What puts each whole block on the stream, a token of each with so many in the cache."""
-        caches = self._caches(batch, past + 1)
-        return self._works(caches, [Chunk(slot, past, 1) for slot in range(batch)], weights)
+        """What puts each whole block on the stream, with so many tokens in the cache.
+
+        A token of each sequence, or as many tokens of one.
+        """
+        caches = self._caches(batch, past + batch)
+        chunks = [Chunk(slot, past, 1) for slot in range(batch)]
+        return self._works(caches, chunks if together else [Chunk(0, past, batch)], weights)
 
     def prompt_works(
         self, count: int, length: int, weights: Sequence[dict[str, DeviceArray]]

@@ -25,8 +25,9 @@ LONGEST_DRAFT = 1024
 PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.7, 4.0
 # A checked token counts this much less with each one after it: about 30 are remembered.
 MEMORY = 0.97
-# Where drafting doesn't pay, every so many rounds one token is drafted all the same.
-PROBE_ROUNDS = 16
+# Where drafting doesn't pay, one token is drafted all the same after so many rounds, and then after
+# twice as many each time, up to the most, until it pays again.
+PROBE_ROUNDS, MOST_PROBE_ROUNDS = 16, 128
 
 Float64 = NDArray[np.float64]
 
@@ -119,21 +120,31 @@ class DraftLength:
         self._costs = 1 + np.where(lengths > 0, round_cost, 0.0) + lengths * cost
         self._accepted = acceptance * PRIOR_WEIGHT
         self._checked = PRIOR_WEIGHT
-        self._rounds_without = 0
+        self._rounds_without, self._probe_after = 0, PROBE_ROUNDS
 
     @property
     def acceptance(self) -> float:
         """The running estimate of a."""
         return self._accepted / self._checked
 
+    @property
+    def rests(self) -> bool:
+        """Whether the round after the one asked for last drafts nothing for sure."""
+        return 0 < self._rounds_without < self._probe_after - 1
+
     def next(self) -> int:
         """The next round's draft length, 0 to MAX_DRAFT."""
         tokens = np.cumsum(self.acceptance ** np.arange(MAX_DRAFT + 1))
         length = int(np.argmax(tokens / self._costs))
-        self._rounds_without = 0 if length else self._rounds_without + 1
-        if self._rounds_without == PROBE_ROUNDS:
-            self._rounds_without, length = 0, 1
-        return length
+        if length:
+            self._rounds_without, self._probe_after = 0, PROBE_ROUNDS
+            return length
+        self._rounds_without += 1
+        if self._rounds_without < self._probe_after:
+            return 0
+        self._rounds_without = 0
+        self._probe_after = min(2 * self._probe_after, MOST_PROBE_ROUNDS)
+        return 1
 
     def learn(self, accepted: int, drafted: int) -> None:
         """Takes a round's result; what follows the first rejected token says nothing."""

@@ -81,6 +81,11 @@ class StepByStep:
         # By row: a random number that was drawn for a step that wasn't wanted.
         self._unused: dict[int, float] = {}
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the next step was begun before it was asked for."""
+        return self._ahead is not None
+
     def step(self, pending: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[list[Chosen]]:
         """See `Decoder`."""
         session, started = self._session, self._ahead

@@ -17,7 +17,7 @@ from ojfa_export.decoding.speculation import (
     check,
     draw,
 )
-from ojfa_export.runtime.decoding import Chosen
+from ojfa_export.runtime.decoding import Chosen, StepByStep
 from ojfa_export.runtime.session import Session
 
 
@@ -54,15 +54,19 @@ class Speculator:
         self._eos = frozenset(eos_token_ids)
         greedy = sampling.temperature == 0
         self._at_once = greedy and self._exit == 0 and session.proposes_at_once
+        # Rounds without drafts are plain steps: a device may begin one before the last has ended.
+        self._plain = StepByStep(session, "full", sampling, generators) if self._at_once else None
 
     def step(self, pending: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[list[Chosen]]:
         """See `decoding.Decoder`: each sequence's accepted drafts, and one token of its own."""
         session, blocks = self._session, self._session.spec.blocks
+        limits = self._limits(pending, wanted)
+        if self._plain is not None:
+            if not any(limits):
+                rest = all(self._lengths[row].rests for row, ids in enumerate(pending) if ids)
+                return self._plain.step(pending, wanted if rest else [1] * len(pending))
+            self._plain.end()
         before = session.lengths
-        limits = [
-            self._draft_length(row, len(ids), wanted[row]) if ids else 0
-            for row, ids in enumerate(pending)
-        ]
         proposals: list[list[Float64]] = []
         logits: list[Float32] = []
         if self._at_once:
@@ -94,7 +98,9 @@ class Speculator:
         return result
 
     def end(self) -> None:
-        """See `decoding.Decoder`: nothing is begun ahead."""
+        """See `decoding.Decoder`."""
+        if self._plain is not None:
+            self._plain.end()
 
     def _complete(
         self, missing: Sequence[Sequence[int]], counts: Sequence[int]
@@ -108,6 +114,16 @@ class Speculator:
         """Drafts up to an end of text, after which none counts."""
         ends = (index for index, token in enumerate(draft) if token in self._eos)
         return draft[: next(ends, len(draft)) + 1]
+
+    def _limits(self, pending: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[int]:
+        """How many tokens to draft for each sequence at most."""
+        if self._plain is not None and self._plain.is_ahead:
+            # All rest: the step that was begun drafts nothing, and its token is in the session.
+            return [self._lengths[row].next() if ids else 0 for row, ids in enumerate(pending)]
+        return [
+            self._draft_length(row, len(ids), wanted[row]) if ids else 0
+            for row, ids in enumerate(pending)
+        ]
 
     def _draft_length(self, row: int, new: int, wanted: int) -> int:
         """As many as pay, are wanted, and fit behind so many new tokens.

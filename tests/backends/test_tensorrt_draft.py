@@ -17,7 +17,7 @@ from tolerances import DRAFT_FP16_RELATIVE, DRAFT_FP32_RELATIVE, LOGITS_FP16_REL
 
 from ojfa_export.bundle.names import DRAFT_GRAPHS, graph_names
 from ojfa_export.decoding.sampling import Sampling
-from ojfa_export.decoding.speculation import Speculation
+from ojfa_export.decoding.speculation import PROBE_ROUNDS, Speculation
 from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.speculator import Speculator
 
@@ -101,10 +101,10 @@ def test_chains_step_by_step(case, rng, batch):
                 each.rewind(before[row] + 1 + accepted, row)
 
 
-def greedy(case: Case, session: Session, prompts, new: int, draft: int | None, drafted=None):
+def greedy(session: Session, prompts, new: int, draft: int | None, cost: float = 0.1):
     """Tokens of each prompt, by rounds of drafts."""
     generators = [np.random.default_rng(0)] * len(prompts)
-    speculation = Speculation(0, draft, draft_cost=0.1)
+    speculation = Speculation(0, draft, draft_cost=cost)
     speculator = Speculator(session, speculation, Sampling(), generators)
     tokens: list[list[int]] = [[] for _ in prompts]
     pending = [list(prompt) for prompt in prompts]
@@ -112,8 +112,10 @@ def greedy(case: Case, session: Session, prompts, new: int, draft: int | None, d
         chosen = speculator.step(pending, [new - len(ids) for ids in tokens])
         for row, given in enumerate(chosen):
             tokens[row] += [token.id for token in given]
-            assert session.tokens(row) == (prompts[row] + tokens[row])[:-1]
+            known = (prompts[row] + tokens[row])[:-1]
+            assert session.tokens(row)[: len(known)] == known  # a step may have been begun ahead
             pending[row] = tokens[row][-1:] if len(tokens[row]) < new and given else []
+    speculator.end()
     return tokens
 
 
@@ -126,8 +128,8 @@ def test_tokens_are_those_of_full_depth(case, rng, batch, draft):
     session, reference = case.session(batch), case.reference(batch)
     assert session.proposes_at_once
     assert not reference.proposes_at_once
-    found = greedy(case, session, prompts, 30, draft)
-    assert found == greedy(case, reference, prompts, 30, draft)
+    found = greedy(session, prompts, 30, draft)
+    assert found == greedy(reference, prompts, 30, draft)
     for row, prompt in enumerate(prompts):
         plain = Session(case.chain.spec, case.chain.engines, 1, MAX_LENGTH)
         token = int(plain.advance(prompt)[0].argmax())
@@ -137,6 +139,28 @@ def test_tokens_are_those_of_full_depth(case, rng, batch, draft):
     if batch == 1:
         assert session.stats.drafted == reference.stats.drafted
         assert session.stats.accepted == reference.stats.accepted
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_steps_are_begun_ahead_where_drafting_does_not_pay(case, rng, batch, monkeypatch):
+    """All but the first and those that try whether it pays again, and their neighbours."""
+    prompts = [rng.integers(VOCAB_SIZE, size=6).tolist() for _ in range(batch)]
+    session, followed = case.session(batch), []
+    follow = session.follow
+    monkeypatch.setattr(session, "follow", lambda *a: followed.append(1) or follow(*a))
+    new = 3 * PROBE_ROUNDS + 4
+    found = greedy(session, prompts, new, None, cost=9.0)
+    assert [len(ids) for ids in found] == [new] * batch
+    assert 1 <= session.stats.rounds <= 2 * batch
+    assert len(followed) >= new - 2 * 3 - 1
+    assert (session.watermarks == session.lengths).all()
+    if case.chain.precision == "fp32":
+        plain = Session(case.chain.spec, case.chain.engines, batch, MAX_LENGTH)
+        pending = prompts
+        for at in range(new):
+            tokens = plain.choose(pending).tokens
+            assert tokens == [ids[at] for ids in found]
+            pending = [[token] for token in tokens]
 
 
 def test_a_round_is_two_launches(case, rng):
@@ -168,7 +192,7 @@ def test_good_drafts_are_accepted(case, rng, batch, draft):
         wanted.append(tokens)
     texts = [prompt + tokens for prompt, tokens in zip(prompts, wanted, strict=True)]
     session = case.session(batch, GoodChains(case.drafts, texts))
-    found = greedy(case, session, prompts, 40, draft)
+    found = greedy(session, prompts, 40, draft)
     if case.chain.precision == "fp32":
         assert [each[:40] for each in found] == wanted
     for prompt, given in zip(prompts, found, strict=True):

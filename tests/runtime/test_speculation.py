@@ -18,6 +18,7 @@ import ojfa_export
 from ojfa_export.decoding.sampling import GREEDY, Sampling
 from ojfa_export.decoding.speculation import (
     MAX_DRAFT,
+    MOST_PROBE_ROUNDS,
     PROBE_ROUNDS,
     DraftLength,
     Speculation,
@@ -320,7 +321,16 @@ def test_the_draft_length_follows_the_acceptance():
         lengths.learn(accepted=0, drafted=1)
     assert lengths.acceptance < 0.01
     # It doesn't pay; now and then one token is drafted, to see whether that has changed.
-    assert [lengths.next() for _ in range(2 * PROBE_ROUNDS)] == [*[0] * (PROBE_ROUNDS - 1), 1] * 2
+    for rounds in (PROBE_ROUNDS, 2 * PROBE_ROUNDS, 4 * PROBE_ROUNDS, *[MOST_PROBE_ROUNDS] * 2):
+        drafted, rests = zip(*((lengths.next(), lengths.rests) for _ in range(rounds)), strict=True)
+        assert drafted == (*[0] * (rounds - 1), 1)
+        assert rests == (*[True] * (rounds - 2), False, False)
+    for _ in range(50):
+        lengths.learn(accepted=4, drafted=4)
+    assert lengths.next() == MAX_DRAFT
+    for _ in range(200):
+        lengths.learn(accepted=0, drafted=1)
+    assert [lengths.next() for _ in range(PROBE_ROUNDS)] == [*[0] * (PROBE_ROUNDS - 1), 1]
 
 
 def test_what_was_not_checked_is_not_learnt():

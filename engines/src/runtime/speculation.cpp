@@ -13,8 +13,9 @@ namespace {
 constexpr double PRIOR_WEIGHT = 4.0;
 // A checked token counts this much less with each one after it: about 30 are remembered.
 constexpr double MEMORY = 0.97;
-// Where drafting doesn't pay, every so many rounds one token is drafted all the same.
-constexpr int PROBE_ROUNDS = 16;
+// Where drafting doesn't pay, one token is drafted all the same after so many rounds, and then after twice as
+// many each time, up to the most, until it pays again.
+constexpr int PROBE_ROUNDS = 16, MOST_PROBE_ROUNDS = 128;
 
 }  // namespace
 
@@ -38,7 +39,7 @@ int Speculation::resolve_exit(int blocks) const {
 }
 
 DraftLength::DraftLength(double cost, double round_cost, double acceptance)
-    : accepted_(acceptance * PRIOR_WEIGHT), checked_(PRIOR_WEIGHT) {
+    : accepted_(acceptance * PRIOR_WEIGHT), checked_(PRIOR_WEIGHT), probe_after_(PROBE_ROUNDS) {
     for (int length = 0; length <= MOST_DRAFT; ++length)
         costs_[static_cast<std::size_t>(length)] = 1 + (length ? round_cost : 0.0) + length * cost;
 }
@@ -52,12 +53,14 @@ int DraftLength::next() {
         const double rate = tokens / costs_[static_cast<std::size_t>(length)];
         if (rate > most) most = rate, best = length;
     }
-    rounds_without_ = best ? 0 : rounds_without_ + 1;
-    if (rounds_without_ == PROBE_ROUNDS) {
-        rounds_without_ = 0;
-        return 1;
+    if (best) {
+        rounds_without_ = 0, probe_after_ = PROBE_ROUNDS;
+        return best;
     }
-    return best;
+    if (++rounds_without_ < probe_after_) return 0;
+    rounds_without_ = 0;
+    probe_after_ = std::min(2 * probe_after_, MOST_PROBE_ROUNDS);
+    return 1;
 }
 
 void DraftLength::learn(int accepted, int drafted) {

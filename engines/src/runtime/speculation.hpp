@@ -40,7 +40,7 @@ class DraftLength {
  private:
     std::array<double, MOST_DRAFT + 1> costs_{};
     double accepted_, checked_;
-    int rounds_without_ = 0;
+    int rounds_without_ = 0, probe_after_;
 };
 
 }  // namespace ojfa::core
