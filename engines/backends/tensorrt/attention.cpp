@@ -1,6 +1,7 @@
 #include "attention.hpp"
 
 #include <algorithm>
+#include <cstdint>
 #include <numeric>
 
 #include "narrow.hpp"
@@ -9,10 +10,18 @@ namespace ojfa::tensorrt {
 namespace {
 
 // As in the kernels: threads of a warp; queries of a prompt's warp; of a step's thread block, its queries,
-// the warps at most, the keys that one takes at a time, and the stages of them in shared memory.
-constexpr unsigned LANES = 32, TILE_ROWS = 16;
-constexpr unsigned STEP_QUERIES = 8, MOST_WARPS = 4, STEP_KEYS = 16, STEP_STAGES = 3;
-constexpr unsigned APPEND_THREADS = 256, MOST_SPLITS = 64, RESIDENT = 2;
+// and the keys that a warp takes at a time.
+constexpr unsigned LANES = 32, TILE_ROWS = 16, STEP_QUERIES = 8, STEP_KEYS = 16, APPEND_THREADS = 256;
+
+// How a step's thread blocks go through the keys; see the kernels.
+struct Way {
+    const char* kernel;
+    unsigned row_bytes, most_warps;  // of a thread block; warps are as many as rows of so many bytes
+    unsigned stages;                 // of a warp's keys in shared memory
+    unsigned resident, most_splits;  // thread blocks on a multiprocessor that keys are split over
+};
+constexpr Way NARROW{"attention", 1024, 4, 3, 2, 64}, WIDE{"wide_attention", 1024, 8, 2, 1, 8};
+
 // What the kernels may be given beside: a table of pages, and a list of chunks of different lengths.
 constexpr CUdeviceptr NO_TABLE = 0, ALL_ALIKE = 0;
 
@@ -44,6 +53,14 @@ std::size_t Attention::finished_bytes(int tokens) const {
            ceiling(heads_ / kv_heads_, STEP_QUERIES);
 }
 
+std::size_t Attention::rows_that_tell() const {
+    return most_new_ > 1 ? std::max(1u, WIDE.resident * multiprocessors_ / 2) : 1;
+}
+
+std::size_t Attention::words_bytes() const {
+    return sizeof(std::uint64_t) * rows_that_tell() * WIDE.most_splits * STEP_QUERIES * (head_dim_ + 2);
+}
+
 void Attention::run(CUstream stream, const Operands& operands, const Scratch& scratch, int tokens,
                     bool together) const {
     if (together) {
@@ -71,7 +88,8 @@ void Attention::step(CUstream stream, const Operands& operands, const Scratch& s
     kernels_.launch(stream, launch, operands.out, operands.qkv, operands.keys, operands.values,
                     operands.cosines, operands.sines, operands.positions, operands.sequences, NO_TABLE,
                     operands.most_pages, operands.scale, tokens, most_new_, ALL_ALIKE,
-                    scratch.parts.address(), scratch.finished.address());
+                    (launch.kernel == WIDE.kernel ? scratch.words : scratch.parts).address(),
+                    (launch.kernel == WIDE.kernel ? scratch.turns : scratch.finished).address());
 }
 
 void Attention::append(CUstream stream, const Operands& operands, int tokens) const {
@@ -85,16 +103,16 @@ void Attention::append(CUstream stream, const Operands& operands, int tokens) co
 Launch Attention::step_launch(int sequences, int tokens) const {
     const unsigned tiles = ceiling(static_cast<unsigned>(tokens) * (heads_ / kv_heads_), STEP_QUERIES);
     const unsigned rows = kv_heads_ * tiles, row_bytes = ceiling(head_dim_, 16) * 16 * element_bytes_;
-    const unsigned wanted = RESIDENT * multiprocessors_ / (rows * static_cast<unsigned>(sequences));
-    const unsigned splits = std::max(1u, std::min(MOST_SPLITS, wanted));
-    const unsigned warps = std::max(1u, std::min(MOST_WARPS, 1024 / row_bytes));
+    // By what doesn't depend on how many tokens a sequence has, so that each gets the same alone.
+    const auto count = static_cast<unsigned>(sequences);
+    const Way& way = most_new_ > 1 && 2 * kv_heads_ * count <= multiprocessors_ ? WIDE : NARROW;
+    const unsigned wanted = way.resident * multiprocessors_ / (rows * count);
+    const unsigned splits = std::max(1u, std::min(way.most_splits, wanted));
+    const unsigned warps = std::max(1u, std::min(way.most_warps, way.row_bytes / row_bytes));
     // The queries, new keys and values, and each warp's stages of keys and values.
     const unsigned held =
-        STEP_QUERIES + 2 * static_cast<unsigned>(most_new_) + warps * STEP_STAGES * 2 * STEP_KEYS;
-    return {"attention",
-            {splits, rows, static_cast<unsigned>(sequences)},
-            {warps * LANES, 1},
-            held * (row_bytes + 16)};
+        STEP_QUERIES + 2 * static_cast<unsigned>(most_new_) + warps * way.stages * 2 * STEP_KEYS;
+    return {way.kernel, {splits, rows, count}, {warps * LANES, 1}, held * (row_bytes + 16)};
 }
 
 // Attention of a sequence's many tokens, whose queries share the keys that are read.

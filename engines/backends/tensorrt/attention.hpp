@@ -21,9 +21,10 @@ struct Operands {
     float scale;
 };
 
-// What the thread blocks of a step share, for steps of this many tokens at most.
+// What the thread blocks of a step share, for steps of this many tokens at most; all but the parts zero
+// before the first. Those of few heads have words and turns.
 struct Scratch {
-    Buffer parts, finished;
+    Buffer parts, finished, words, turns;
 };
 
 class Attention {
@@ -34,6 +35,8 @@ class Attention {
     // Bytes of a scratch's buffers for steps of this many tokens.
     std::size_t parts_bytes(int tokens) const;
     std::size_t finished_bytes(int tokens) const;
+    std::size_t words_bytes() const;
+    std::size_t turns_bytes() const { return sizeof(unsigned) * rows_that_tell(); }
 
     // Appends the tokens' keys and values to the cache and attends. The tokens are of different sequences,
     // one each, where `together`; else consecutive ones of one sequence.
@@ -41,6 +44,8 @@ class Attention {
              bool together) const;
 
  private:
+    // Rows of queries whose thread blocks may tell one another.
+    std::size_t rows_that_tell() const;
     Launch step_launch(int sequences, int tokens) const;
     Launch prompt_launch(int tokens) const;
     void append(CUstream stream, const Operands& operands, int tokens) const;

@@ -92,7 +92,9 @@ Workspace& TensorRtCache::prompt_workspace(int tokens) {
 
 std::unique_ptr<Workspace> TensorRtCache::new_workspace(int tokens) {
     auto workspace = std::make_unique<Workspace>(engines_, tokens);
-    stream_.clear(workspace->scratch.finished.address(), workspace->scratch.finished.bytes());
+    const Scratch& scratch = workspace->scratch;
+    for (const Buffer* buffer : {&scratch.finished, &scratch.words, &scratch.turns})
+        stream_.clear(buffer->address(), buffer->bytes());
     return workspace;
 }
 

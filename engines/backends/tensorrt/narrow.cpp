@@ -6,10 +6,9 @@
 namespace ojfa::tensorrt {
 namespace {
 
-// As in the kernels: threads and warps of a block, rows of a tile, columns of a span; bytes beyond the inputs
-// of a token in shared memory, and of a token's sums of a warp; thread blocks on a multiprocessor.
-constexpr int THREADS = 512, WARPS = 16, TILE = 8, SPAN = 64, SHIFT = 64, SUMS_BYTES = 4 * (TILE + 4);
-constexpr int RESIDENT = 2;
+// As in the kernels: warps of a thread block, rows of a tile, columns of a span; bytes beyond the inputs of a
+// token in shared memory, and of a token's sums of a warp.
+constexpr int WARPS = 12, TILE = 8, SPAN = 64, SHIFT = 64, SUMS_BYTES = 4 * (TILE + 4);
 // Elements of a matrix at most: offsets are of 32 bits.
 constexpr std::int64_t MOST_ELEMENTS = std::int64_t{1} << 31;
 
@@ -22,9 +21,9 @@ int groups(int tokens) {
     return divided_up(tokens, 8);
 }
 
-// Spans of a warp that are on their way.
-int ahead(int tokens) {
-    return groups(tokens) == 1 ? 4 : 3;
+// Tiles at most after which a thread block's warps wait for one another.
+int most_batch(int tokens) {
+    return groups(tokens) == 1 ? 4 : 2;
 }
 
 }  // namespace
@@ -39,7 +38,7 @@ void NarrowKernels::norm_linear(CUstream stream, CUdeviceptr out, CUdeviceptr hi
     }
     kernels_.launch(stream, launch("norm_narrow_linear_", tokens, matrix, shared), out, hidden, norm.weight,
                     norm.bias, norm.epsilon, width, matrix.address(), bias, matrix.columns(), matrix.rows(),
-                    tokens);
+                    tokens, batch(tokens, matrix));
 }
 
 void NarrowKernels::norm_up(CUstream stream, CUdeviceptr inner, CUdeviceptr hidden, int tokens,
@@ -49,7 +48,7 @@ void NarrowKernels::norm_up(CUstream stream, CUdeviceptr inner, CUdeviceptr hidd
     if (shared == 0) return tiled_.norm_up(stream, inner, hidden, tokens, inner_width, norm, matrix, bias);
     kernels_.launch(stream, launch("norm_narrow_up_", tokens, matrix, shared), inner, hidden, norm.weight,
                     norm.bias, norm.epsilon, width, matrix.address(), bias, matrix.columns(), inner_width,
-                    tokens);
+                    tokens, batch(tokens, matrix));
 }
 
 void NarrowKernels::linear(CUstream stream, CUdeviceptr out, CUdeviceptr residual, CUdeviceptr x, int tokens,
@@ -57,27 +56,32 @@ void NarrowKernels::linear(CUstream stream, CUdeviceptr out, CUdeviceptr residua
     const unsigned shared = room(tokens, matrix, 0);
     if (shared == 0) return tiled_.linear(stream, out, residual, x, tokens, matrix, bias);
     kernels_.launch(stream, launch("narrow_linear_", tokens, matrix, shared), out, residual, x,
-                    matrix.address(), bias, matrix.columns(), matrix.rows(), tokens);
+                    matrix.address(), bias, matrix.columns(), matrix.rows(), tokens, batch(tokens, matrix));
 }
 
 unsigned NarrowKernels::room(int tokens, const Array& matrix, int width) const {
     if (width > SMALL_WIDTH || width % 4 != 0) return 0;
     if (std::int64_t{matrix.rows()} * matrix.columns() > MOST_ELEMENTS) return 0;
     const int staged = tokens * (2 * SPAN * divided_up(matrix.columns(), SPAN) + SHIFT);
-    const int sums = 2 * WARPS * groups(tokens) * 8 * SUMS_BYTES;
+    const int sums = 2 * batch(tokens, matrix) * WARPS * groups(tokens) * 8 * SUMS_BYTES;
     // The norm's weight and bias, hidden states, and mean and scale of each.
     const int norms = width > 0 ? 4 * ((2 + tokens) * width + 2 * tokens) : 0, shared = staged + norms + sums;
     return shared <= device_.shared_bytes ? static_cast<unsigned>(shared) : 0;
 }
 
-Launch NarrowKernels::launch(const char* kind, int tokens, const Array& matrix, unsigned shared) const {
+int NarrowKernels::blocks(const Array& matrix) const {
+    return std::min(divided_up(matrix.rows(), TILE), device_.multiprocessors);
+}
+
+int NarrowKernels::batch(int tokens, const Array& matrix) const {
     const int tiles = divided_up(matrix.rows(), TILE);
-    int blocks = device_.multiprocessors;
-    // Another on each multiprocessor where one hasn't all of its tiles on the way at once.
-    if (tiles > ahead(tokens) * blocks) blocks *= RESIDENT;
+    return std::min(most_batch(tokens), divided_up(tiles, blocks(matrix)));
+}
+
+Launch NarrowKernels::launch(const char* kind, int tokens, const Array& matrix, unsigned shared) const {
     return {kind + std::to_string(groups(tokens) * 8),
-            {static_cast<unsigned>(std::min(tiles, blocks)), 1, 1},
-            {THREADS, 1},
+            {static_cast<unsigned>(blocks(matrix)), 1, 1},
+            {32 * WARPS, 1},
             shared,
             true};
 }

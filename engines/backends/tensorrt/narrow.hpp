@@ -29,6 +29,9 @@ class NarrowKernels {
     // Bytes of shared memory for inputs, of which a norm of so many features is made (0: none); 0 for too
     // many.
     unsigned room(int tokens, const Array& matrix, int width) const;
+    int blocks(const Array& matrix) const;  // thread blocks that share a matrix
+    // Tiles of a thread block after which its warps wait for one another.
+    int batch(int tokens, const Array& matrix) const;
     Launch launch(const char* kind, int tokens, const Array& matrix, unsigned shared) const;
 
     const Device& device_;

@@ -185,6 +185,20 @@ void embed(Program& program, const Launch& launch, float* hidden, const void* ta
     }
 }
 
+// Of a step, by thread blocks of few warps or of many.
+void attention(Program& program, const Launch& launch, void* out, const float* qkv, void* keys, void* values,
+               const float* cosines, const float* sines, const int* positions, const int* sequences,
+               const int* table, int most_pages, float scale, int tokens, int most_new, const int* chunks,
+               float*, unsigned*) {
+    if (program.called_off) return;
+    if (chunks) throw std::logic_error("no runtime in C++ lists chunks");
+    const Attended all{program, qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};
+    for (int token = 0; token < launch.z * tokens; ++token) {
+        if (tokens <= most_new) all.append(token);
+        for (int head = 0; head < program.at("HEADS"); ++head) all.attend(out, scale, token, head);
+    }
+}
+
 void norm_queries_and_keys(Program& program, const Launch& launch, float* qkv, const float* queries,
                            const float* keys, float epsilon) {
     const int heads = program.at("HEADS"), kv_heads = program.at("KV_HEADS"), dim = program.at("HEAD_DIM");
@@ -278,20 +292,8 @@ const std::map<std::string, Kernel>& kernels() {
              for (int token = 0; token < launch.x; ++token) all.append(token);
          })},
         {"norm_queries_and_keys", kernel(norm_queries_and_keys)},
-        {"attention",
-         kernel(+[](Program& program, const Launch& launch, void* out, const float* qkv, void* keys,
-                    void* values, const float* cosines, const float* sines, const int* positions,
-                    const int* sequences, const int* table, int most_pages, float scale, int tokens,
-                    int most_new, const int* chunks, float*, unsigned*) {
-             if (program.called_off) return;
-             if (chunks) throw std::logic_error("no runtime in C++ lists chunks");
-             const Attended all{program, qkv,       keys,      values, cosines,
-                                sines,   positions, sequences, table,  most_pages};
-             for (int token = 0; token < launch.z * tokens; ++token) {
-                 if (tokens <= most_new) all.append(token);
-                 for (int head = 0; head < program.at("HEADS"); ++head) all.attend(out, scale, token, head);
-             }
-         })},
+        {"attention", kernel(attention)},
+        {"wide_attention", kernel(attention)},
         {"prompt_attention",
          kernel(+[](Program& program, const Launch&, void* out, const float* qkv, void* keys, void* values,
                     const float* cosines, const float* sines, const int* positions, const int* sequences,

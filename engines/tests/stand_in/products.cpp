@@ -118,7 +118,7 @@ std::map<std::string, Kernel> with_products(std::map<std::string, Kernel> kernel
          {"norm_narrow_linear",
           kernel(+[](Program& program, const Launch&, float* out, const float* hidden, const float* weight,
                      const float* bias, float epsilon, int width, const void* matrix, const float* add,
-                     int columns, int outputs, int tokens) {
+                     int columns, int outputs, int tokens, int) {
               if (!program.called_off)
                   norm_linear(program, out, hidden, tokens, weight, bias, epsilon, width, matrix, add,
                               columns, outputs);
@@ -126,14 +126,14 @@ std::map<std::string, Kernel> with_products(std::map<std::string, Kernel> kernel
          {"norm_narrow_up",
           kernel(+[](Program& program, const Launch&, void* inner, const float* hidden, const float* weight,
                      const float* bias, float epsilon, int, const void* matrix, const float* add, int columns,
-                     int width_out, int tokens) {
+                     int width_out, int tokens, int) {
               if (!program.called_off)
                   norm_up(program, inner, hidden, tokens, weight, bias, epsilon, matrix, add, columns,
                           width_out);
           })},
          {"narrow_linear",
           kernel(+[](Program& program, const Launch&, float* out, const float* residual, const void* x,
-                     const void* matrix, const float* add, int columns, int outputs, int tokens) {
+                     const void* matrix, const float* add, int columns, int outputs, int tokens, int) {
               if (!program.called_off)
                   linear(program, out, residual, x, tokens, matrix, add, columns, outputs);
           })},
