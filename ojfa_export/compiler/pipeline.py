@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from ojfa_export.bundle.bundle import Bundle
-from ojfa_export.bundle.names import DRAFT_GRAPHS, GRAPHS, MANIFEST, REPORT, graph_names
+from ojfa_export.bundle.manifest import read_manifest
+from ojfa_export.bundle.names import DRAFT_GRAPHS, GRAPHS, MANIFEST, REPORT, STATISTICS, graph_names
 from ojfa_export.bundle.promise import Promise
 from ojfa_export.compiler import exits, stages
-from ojfa_export.compiler.decided import Decided, load_decided
+from ojfa_export.compiler.decided import Decided, load_decided, why_not_planned
 from ojfa_export.compiler.draft_stage import kept_draft, make_draft
 from ojfa_export.compiler.fingerprints import fingerprint, stage_keys
 from ojfa_export.compiler.inputs import Inputs
@@ -77,6 +78,10 @@ class BuildResult:
             "report": str(self.bundle / REPORT / "report.html"),
         }
 
+    def _why_not_planned(self) -> str:
+        manifest = read_manifest(self.bundle)
+        return why_not_planned(manifest.model.spec, STATISTICS in manifest.files)
+
     def summary(self) -> str:
         """A few lines for people."""
         report, default = self.report, self.decided.default
@@ -87,7 +92,7 @@ class BuildResult:
             f"{self.bundle}: {report.blocks} blocks, {report.shortcut}, {verified}\n"
             f"exits: {report.worth}\n"
             + (f"exit auto: {self.promise.reason}\n" if self.promise else "")
-            + (f"default: {default.reason}\n" if default else "")
+            + f"default: {default.reason if default else self._why_not_planned()}\n"
             + f"report: {self.bundle / REPORT / 'report.html'}"
         )
 
