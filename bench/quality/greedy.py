@@ -106,11 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--new", type=int, default=NEW_TOKENS, help="tokens of each prompt")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
+    begun_at = commit()  # before anybody changes files meanwhile
     model, reference = load(options.bundle), Reference(options.checkpoint)
     rows = [compare(model, reference, asked, options.new) for asked in read_prompts()]
     partings = [row.parting for row in rows if row.parting]
     result = {
-        "commit": commit(),
+        "commit": begun_at,
         "machine": describe_machine(PACKAGES),
         "model": model.manifest.model.name,
         "precision": model.manifest.precision,
