@@ -118,11 +118,17 @@ def verify_generation(
         config = _greedy(reference.generation_config, manifest, new_tokens)
         return [_generate(reference, config, prompt) for prompt in prompts]
 
+    # One whole model at a time, where what was compared before is no longer.
+    _give_back()
     expected = continue_prompts()
-    # One whole model at a time: the bundle's is loaded where transformers' was.
+    _give_back()
+    return [*checks, _compare_text(model, prompts, expected)]
+
+
+def _give_back() -> None:
+    """Gives memory of what is no longer used back to the system."""
     gc.collect()
     trim_heap()
-    return [*checks, _compare_text(model, prompts, expected)]
 
 
 def _other_defaults(said: Any, manifest: Manifest) -> int:
