@@ -56,6 +56,7 @@ SHAPES: dict[str, Shape] = {
     "demo": Shape("llama", _llama(192, 12, 6, 2, 32, 512, 4096), trained=DEMO),
     # GPT-2's own sizes are transformers' defaults.
     "gpt2-small": Shape("gpt2"),
+    "smollm2": Shape("llama", _llama(576, 30, 9, 3, 64, 1536, 49152)),
     # Llama 3.2 1B's block; its 16 blocks and 128k tokens are cut to what memory and time allow.
     "llama-1b-block": Shape("llama", _llama(2048, 4, 32, 8, 64, 8192, 32000)),
 }

@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = commands.add_parser("run", help="memory to run a bundle at given exits")
     run.add_argument("bundle", type=Path)
     run.add_argument("--exits", type=int, nargs="*", help="default: half and full depth")
+    run.add_argument("--prompt", type=int, default=NEW_TOKENS, help="tokens of the prompt")
     first = commands.add_parser("first-token", help="from process start to the first token")
     first.add_argument("bundle", type=Path)
     first.add_argument("--repeats", type=int, default=7)
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "build":
         result: Any = peak_memory(options.arguments)
     elif options.command == "run":
-        result = run_memory(options.bundle, options.exits)
+        result = run_memory(options.bundle, options.exits, options.prompt)
     else:
         result = first_token(options.bundle, options.repeats)
     print(json.dumps(result, indent=1))
@@ -92,22 +93,29 @@ def _resident(pid: int | str, field: str) -> int:
     return 1024 * int(next(values, "0"))
 
 
-def run_memory(bundle: Path, exits: Sequence[int] | None) -> list[dict[str, Any]]:
-    """Measures resident memory of generating at each exit, in a fresh process each."""
+def run_memory(bundle: Path, exits: Sequence[int] | None, prompt: int) -> list[dict[str, Any]]:
+    """Measures resident memory of generating at each exit, in a fresh process each.
+
+    Args:
+        bundle: The bundle.
+        exits: Blocks to run; None for half of them and for all, which 0 names too.
+        prompt: Tokens of the prompt.
+    """
     results = []
     context = multiprocessing.get_context("spawn")
     for exit in exits or (None, 0):
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            results.append(pool.submit(_generate_and_weigh, bundle, exit).result())
+            results.append(pool.submit(_generate_and_weigh, bundle, exit, prompt).result())
     return results
 
 
-def _generate_and_weigh(bundle: Path, exit: int | None) -> dict[str, Any]:
+def _generate_and_weigh(bundle: Path, exit: int | None, prompt: int) -> dict[str, Any]:
     """Resident memory of this process after generating, less that of its imports.
 
     Args:
         bundle: The bundle.
         exit: Blocks to run; None for half of them, 0 for all.
+        prompt: Tokens of the prompt.
     """
     from ojfa_export.backends.onnxruntime import backend  # noqa: F401  what running imports
     from ojfa_export.runtime.model import load
@@ -121,17 +129,22 @@ def _generate_and_weigh(bundle: Path, exit: int | None) -> dict[str, Any]:
     fixed = _resident("self", "VmRSS") - before
     depth = spec.blocks // 2 if exit is None else exit or spec.blocks
     session = model.session()
-    session.advance(list(range(1, NEW_TOKENS + 1)), depth)
+    session.advance([1 + at % (spec.vocab_size - 1) for at in range(prompt)], depth)
     for token in range(NEW_TOKENS):
         session.advance([token], depth)
     gc.collect()
     resident = _resident("self", "VmRSS") - before
-    needed = bytes_needed(spec, depth, 2 * NEW_TOKENS, model.manifest.shortcut)
+    needed = bytes_needed(spec, depth, prompt + NEW_TOKENS, model.manifest.shortcut)
+    weights = bytes_needed(spec, depth, 0, model.manifest.shortcut)
     return {
         "blocks": depth,
+        "prompt_tokens": prompt,
         "resident_bytes": resident,
         "needed_bytes": needed,
         "ratio": resident / needed,
+        "weight_bytes": weights,
+        "ratio_to_weights": resident / weights,
+        "peak_bytes": _resident("self", "VmHWM") - before,
         "fixed_bytes": fixed,
         "ratio_without_fixed": (resident - fixed) / needed,
         "limit": RUN_LIMIT,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ojfa_export.bundle.names import CHAT
+from ojfa_export.bundle.names import CHAT, STATISTICS
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console
 from ojfa_export.cli.readable import readable_bytes
@@ -187,6 +187,8 @@ def _describe_port(port: Port) -> str:
 
 
 def _show_origin(console: Console, manifest: Manifest) -> None:
+    from ojfa_export.compiler.decided import why_not_planned
+
     calibration, built = manifest.calibration, manifest.built
     engines: dict[str, object] = {
         each.backend: f"{len(each.files)} engines, built with "
@@ -205,7 +207,9 @@ def _show_origin(console: Console, manifest: Manifest) -> None:
             + f"{calibration.tokens_held_out:,} held out",
             "exit auto": manifest.promise.reason if manifest.promise else "",
             **_evidence(manifest),
-            "default": manifest.default.reason if manifest.default else "full depth: not planned",
+            "default": manifest.default.reason
+            if manifest.default
+            else why_not_planned(manifest.model.spec, STATISTICS in manifest.files),
         },
     )
     own = manifest.generation

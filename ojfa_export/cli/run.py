@@ -17,13 +17,14 @@ from ojfa_export.cli.generation_options import generation_options, read_options
 from ojfa_export.errors import UsageError
 
 if TYPE_CHECKING:
-    from ojfa_export.bundle.manifest import Manifest
     from ojfa_export.decoding.generation_defaults import GenerationDefaults
     from ojfa_export.decoding.options import GenerationOptions
-    from ojfa_export.runtime.generation import Generation, Token
+    from ojfa_export.runtime.generation import Completion, Generation, Token
     from ojfa_export.runtime.monitor import Monitor
 
 STDIN = "-"
+# Tokens, the end of text included, that are hardly an answer.
+FEW = 4
 
 
 def _parse_ids(value: str) -> list[int]:
@@ -118,10 +119,17 @@ def command(
     else:
         _show(console, generation, texts)
         console.note(_summary(generation, options))
-        if not messages and not any(each.text.strip() for each in generation.prompts):
-            _remark_on_nothing(console, model.manifest)
         if monitor is not None and not tokens.interrupted:
             console.note(_shadow_summary(monitor))
+    if (
+        not messages
+        and CHAT in model.manifest.files
+        and all(map(_ended_at_once, generation.prompts))
+    ):
+        console.note(
+            "note: the model ended at once; it is a chat model, and --chat TEXT puts a question "
+            "into its template"
+        )
     if tokens.interrupted:
         raise KeyboardInterrupt
 
@@ -148,13 +156,10 @@ def _show_own(console: Console, own: GenerationDefaults, asked: GenerationOption
     )
 
 
-def _remark_on_nothing(console: Console, manifest: Manifest) -> None:
-    """Says why a chat model may have ended at once."""
-    if CHAT in manifest.files:
-        console.note(
-            "note: no text was generated; this is a chat model, and --chat TEXT puts a question "
-            "into its template"
-        )
+def _ended_at_once(completion: Completion) -> bool:
+    """Whether next to nothing came, as where a chat model meets text without its template."""
+    few = len(completion.token_ids) <= FEW and completion.finish_reason == "end_of_text"
+    return few or not completion.text.strip()
 
 
 def _read_chat(chat: str | None, system: str | None, has_prompts: bool) -> list[dict[str, str]]:

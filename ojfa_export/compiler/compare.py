@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from ojfa_export.bundle.names import GRAPHS, block_name
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.compiler import stages
+from ojfa_export.compiler.fingerprints import fingerprint
 from ojfa_export.compiler.given import read_exit_shortcut
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.options import BuildOptions
-from ojfa_export.compiler.shortcut_stage import hidden_states
+from ojfa_export.compiler.shortcut_stage import run_text
 from ojfa_export.compiler.work import Work, check_output
 from ojfa_export.errors import OjfaError, UsageError
 from ojfa_export.graphs.export import ExitHead, Exporter
@@ -64,7 +63,7 @@ def compare_shortcuts(
     }
     if len(others) < len(given):
         raise UsageError("two shortcuts have files of one name", hint="rename one of them")
-    with Work(options.output, f"compare {inputs.fingerprint()}").open() as work:
+    with Work(options.output, f"compare {fingerprint(inputs)}").open() as work:
         settings, graphs = inputs.settings, work.bundle / GRAPHS
         exporter = Exporter(
             inputs.checkpoint, graphs, settings.precision, settings.max_cache_length
@@ -94,8 +93,7 @@ def _run_text(inputs: Inputs, exporter: Exporter, work: Work, progress: Progress
     with work.stage("engines") as needed:
         if needed:
             stages.build_engines(work.bundle, names, spec, backend, progress)
-    rows = np.concatenate([inputs.windows.fit, inputs.windows.held_out])
-    return hidden_states(inputs, work, rows, progress)
+    return run_text(inputs, work, progress)
 
 
 def _measure(

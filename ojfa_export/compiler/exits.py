@@ -7,10 +7,9 @@ import gc
 import numpy as np
 
 from ojfa_export.backends.backend import Engines
-from ojfa_export.backends.frugal import weight_bytes
 from ojfa_export.bundle.names import STATISTICS
 from ojfa_export.bundle.promise import DomainEvidence, Promise
-from ojfa_export.compiler.decided import Decided
+from ojfa_export.compiler.decided import WHOLE_BYTES, Decided, is_timed_whole
 from ojfa_export.compiler.draft_stage import kept_draft, open_layer
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.self_text import read_self_text
@@ -33,9 +32,6 @@ from ojfa_export.system.progress import Progress
 SAMPLING_SEED = 0
 # Turns of timing, and when to stop beginning them.
 ROUNDS, SECONDS = 6, 10.0
-# Of a model that is timed whole, in fp32. One of these loads in seconds, and building it has taken
-# about as much memory already.
-WHOLE_BYTES = 1_000_000_000
 # Of a larger model's blocks that are timed: many times what caches hold, a few blocks of memory.
 TIMED_BYTES = 250_000_000
 
@@ -83,7 +79,7 @@ def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
     where a promise needs it. Such a model's default is full depth; `plan` tells more.
     """
     spec, limits = inputs.checkpoint.spec, inputs.options.limits
-    large = weight_bytes(spec) > WHOLE_BYTES
+    large = not is_timed_whole(spec)
     if large and limits is None:
         return
     engines, length = open_engines(inputs, work), inputs.settings.max_cache_length

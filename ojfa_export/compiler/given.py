@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ojfa_export.bundle.draft_shortcut import DraftShortcut
@@ -26,7 +26,7 @@ class Given:
         exits_path: Its file.
         draft: A draft layer, where there is one.
         draft_path: Its file, or the directory of an EAGLE-3 drafter.
-        digests: Of the files.
+        digests: Of the files of each.
     """
 
     kind: Shipped | None = None
@@ -34,7 +34,7 @@ class Given:
     exits_path: Path | None = None
     draft: DraftShortcut | None = None
     draft_path: Path | None = None
-    digests: tuple[str, ...] = ()
+    digests: Mapping[Path | None, tuple[str, ...]] = field(default_factory=dict)
 
     def copy(self, path: Path, target: Path, model_sha256: str) -> None:
         """Copies a file that was given, with what it says of its training.
@@ -52,7 +52,7 @@ class Given:
             save(self.draft, target, model_sha256)
             return
         shutil.copyfile(path, target)
-        if sha256_file(target) not in self.digests:
+        if (sha256_file(target),) != self.digests[path]:
             raise OjfaError(
                 f"{path} was changed while the build read it",
                 hint="build again, once nothing writes it",
@@ -94,7 +94,7 @@ def read_given(
         exits_path=exits_path,
         draft=draft,
         draft_path=draft_path,
-        digests=tuple(sha256_file(file) for path in paths for file in _files(path)),
+        digests={path: tuple(map(sha256_file, _files(path))) for path in paths},
     )
 
 

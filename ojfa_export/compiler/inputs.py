@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from ojfa_export import backends
@@ -14,7 +13,7 @@ from ojfa_export.compiler.given import Given, read_given
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.self_text import SelfText, plan_self_text
 from ojfa_export.compiler.settings import BuildSettings, decide
-from ojfa_export.compiler.versions import tool_versions
+from ojfa_export.decoding.arrays import Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.models.calibration_text import (
     CalibrationText,
@@ -94,22 +93,12 @@ class Inputs:
             return planning_windows(self.texts, rest)
         return promise_windows(self.texts, rest, limits)
 
-    def fingerprint(self) -> str:
-        """Digest of everything that decides the result."""
-        settings, limits = self.settings, self.options.limits
-        parts = [
-            self.model_sha256,
-            [self.name, self.options.revision, self.options.ignore_config_fields],
-            [self.backend.name, self.backend.versions()],
-            [self.checkpoint.spec.eos_token_ids, self.checkpoint.generation.model_dump()],
-            self.tokenizer.to_str(),
-            self.chat and self.chat.model_dump(),
-            [[text.name, text.sha256, text.domain] for text in self.texts],
-            [settings.precision, settings.rank, settings.max_cache_length],
-            [settings.max_batch_size, settings.calibration_tokens, settings.window],
-            limits and limits.model_dump(),
-            [self.options.self_text, self.self_text and self.self_text.fingerprint()],
-            [self.given.kind, *self.given.digests],
-            tool_versions(),
-        ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    @property
+    def calibrated(self) -> Int32:
+        """Windows that the shortcut is fitted and measured on: [n, length] token ids.
+
+        A shortcut that is given is only measured.
+        """
+        if self.given.exits is not None:
+            return self.windows.held_out
+        return np.concatenate([self.windows.fit, self.windows.held_out])

@@ -9,11 +9,12 @@ from typing import Any
 
 from ojfa_export.bundle.names import DRAFT_GRAPHS, GRAPHS, SHORTCUT, block_name, graph_names
 from ojfa_export.compiler import stages
+from ojfa_export.compiler.fingerprints import fingerprint
 from ojfa_export.compiler.given import read_given
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.report.write import write_report
-from ojfa_export.compiler.shortcut_stage import report_calibrated, run_calibration
+from ojfa_export.compiler.shortcut_stage import report_calibrated, run_calibration, run_text
 from ojfa_export.compiler.work import Work, check_output
 from ojfa_export.errors import UsageError
 from ojfa_export.graphs.export import Exporter
@@ -42,7 +43,7 @@ def calibrate_only(
                 f"{each} is a shortcut already", hint="build with it: 'build --shortcut'"
             )
     inputs = Inputs(options)
-    with Work(options.output, f"calibrate {inputs.fingerprint()}").open() as work:
+    with Work(options.output, f"calibrate {fingerprint(inputs)}").open() as work:
         exporter = _exporter(inputs, work.bundle / GRAPHS)
         with work.stage("export") as needed:
             if needed:
@@ -52,7 +53,8 @@ def calibrate_only(
             if needed:
                 spec = inputs.checkpoint.spec
                 stages.build_engines(work.bundle, names, spec, inputs.backend, progress)
-        calibrated = run_calibration(inputs, work, progress)
+        states = run_text(inputs, work, progress)
+        calibrated = run_calibration(inputs, states, work, progress)
         result = report_calibrated(inputs, calibrated)
         if report is not None:
             report.mkdir(parents=True, exist_ok=True)

@@ -10,17 +10,24 @@ from typing import Any
 import numpy as np
 
 from ojfa_export.bundle.bundle import Bundle
-from ojfa_export.bundle.names import DRAFT_GRAPHS, GRAPHS, MANIFEST, REPORT, graph_names
+from ojfa_export.bundle.manifest import read_manifest
+from ojfa_export.bundle.names import DRAFT_GRAPHS, GRAPHS, MANIFEST, REPORT, STATISTICS, graph_names
 from ojfa_export.bundle.promise import Promise
 from ojfa_export.compiler import exits, stages
-from ojfa_export.compiler.decided import Decided, load_decided
+from ojfa_export.compiler.decided import Decided, load_decided, why_not_planned
 from ojfa_export.compiler.draft_stage import kept_draft, make_draft
+from ojfa_export.compiler.fingerprints import fingerprint, stage_keys
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.report.model import CalibrationReport
 from ojfa_export.compiler.report.write import write_report
 from ojfa_export.compiler.self_text import write_self_text
-from ojfa_export.compiler.shortcut_stage import make_shortcut
+from ojfa_export.compiler.shortcut_stage import (
+    kept_states,
+    make_shortcut,
+    remove_states,
+    run_text,
+)
 from ojfa_export.compiler.work import StageRecord, Work, check_output
 from ojfa_export.graphs.export import Exporter
 from ojfa_export.runtime.model import Model
@@ -71,6 +78,10 @@ class BuildResult:
             "report": str(self.bundle / REPORT / "report.html"),
         }
 
+    def _why_not_planned(self) -> str:
+        manifest = read_manifest(self.bundle)
+        return why_not_planned(manifest.model.spec, STATISTICS in manifest.files)
+
     def summary(self) -> str:
         """A few lines for people."""
         report, default = self.report, self.decided.default
@@ -81,7 +92,7 @@ class BuildResult:
             f"{self.bundle}: {report.blocks} blocks, {report.shortcut}, {verified}\n"
             f"exits: {report.worth}\n"
             + (f"exit auto: {self.promise.reason}\n" if self.promise else "")
-            + (f"default: {default.reason}\n" if default else "")
+            + f"default: {default.reason if default else self._why_not_planned()}\n"
             + f"report: {self.bundle / REPORT / 'report.html'}"
         )
 
@@ -94,12 +105,25 @@ def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
     """
     check_output(options.output, options.overwrite)
     inputs = Inputs(options)
-    with Work(options.output, inputs.fingerprint()).open() as work:
+    keys = stage_keys(inputs)
+    with Work(options.output, fingerprint(inputs), keys=keys).open() as work:
+        _say_kept(work, len(keys), progress)
         _make_parts(inputs, work, progress)
         report, decided = _verify(inputs, work, progress)
         check_output(options.output, options.overwrite)  # it may have come to be meanwhile
         work.publish()
     return BuildResult(options.output, report, work.records, decided)
+
+
+def _say_kept(work: Work, stages: int, progress: Progress) -> None:
+    """Says what of an earlier run is gone on with, and what would have to be another."""
+    if not work.finished and not work.dropped:
+        return
+    what = f"kept of an earlier run: {', '.join(work.finished) or 'nothing'}"
+    if work.dropped:
+        what += f"; not {', '.join(work.dropped)}, which another command had made"
+    with progress.task(what, stages, "stages") as task:
+        task.advance(len(work.finished))
 
 
 def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
@@ -116,14 +140,20 @@ def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
         if needed:
             names = [name for name in graph_names(spec.blocks) if name != "exit_head"]
             stages.build_engines(work.bundle, names, spec, backend, progress)
+    if "calibrate" not in work.finished:  # hidden states are not kept after it
+        with work.stage("text") as needed:
+            if needed:
+                run_text(inputs, work, progress)
     with work.stage("calibrate") as needed:
         if needed:
-            head, report = make_shortcut(inputs, work, progress)
+            states = kept_states(inputs, work)
+            head, report = make_shortcut(inputs, states, work, progress)
             exporter.exit_head(head)
             stages.build_engines(work.bundle, ["exit_head"], spec, backend, progress)
             stages.save_report(report, work.scratch / "report.json")
             for path in work.scratch.glob("*.f32"):
                 path.unlink()
+    remove_states(work)
     if inputs.given.draft is not None:
         with work.stage("draft") as needed:
             if needed:
@@ -194,9 +224,7 @@ def plan(options: BuildOptions) -> dict[str, Any]:
     inputs = Inputs(options)
     spec, settings = inputs.checkpoint.spec, inputs.settings
     tokens = inputs.windows.fit.size + inputs.windows.held_out.size
-    writing = [] if inputs.self_text is None else ["self-text"]
-    deciding = [*writing, "statistics", "exits"] if inputs.decides_exits else []
-    drafting = [] if inputs.given.draft is None else ["draft"]
+    drafting = inputs.given.draft is not None
     stored = sum(path.stat().st_size for path in inputs.checkpoint.weight_files)
     return {
         "checkpoint": inputs.name,
@@ -209,7 +237,7 @@ def plan(options: BuildOptions) -> dict[str, Any]:
             "self_text": inputs.self_text and inputs.self_text.about,
             "calibration_data": [str(path) for path in inputs.calibration_data],
         },
-        "stages": ["export", "engines", "calibrate", *drafting, *deciding, "verify"],
+        "stages": list(stage_keys(inputs)),
         "graphs": graph_names(spec.blocks) + (list(DRAFT_GRAPHS) if drafting else []),
         "checkpoint_bytes": stored,
         "calibration_tokens": tokens,

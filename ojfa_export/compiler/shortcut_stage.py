@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
-
-import numpy as np
 
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.names import GRAPHS, SHORTCUT, block_name
@@ -13,7 +12,6 @@ from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.report.model import CalibrationReport, ExitReport
 from ojfa_export.compiler.stages import engine_files, language_head, rotary_tables
 from ojfa_export.compiler.work import Work
-from ojfa_export.decoding.arrays import Int32
 from ojfa_export.graphs.export import ExitHead
 from ojfa_export.graphs.fold import fold_if_narrow
 from ojfa_export.shortcuts.calibrate import Calibrated, calibrate
@@ -22,20 +20,28 @@ from ojfa_export.shortcuts.measure import Measured, measure
 from ojfa_export.shortcuts.metrics import ExitQuality
 from ojfa_export.system.progress import Progress
 
+# Folder of the hidden states, within the scratch folder.
+TEXT = "text"
+
 
 def make_shortcut(
-    inputs: Inputs, work: Work, progress: Progress
+    inputs: Inputs, states: HiddenStates, work: Work, progress: Progress
 ) -> tuple[ExitHead, CalibrationReport]:
     """Writes shortcut.safetensors.
+
+    Args:
+        inputs: Of the build.
+        states: Hidden states of `inputs.calibrated`.
+        work: Where the shortcut goes.
+        progress: Shows what is done.
 
     Returns:
         What the exit head is made of, and the report.
     """
     given = inputs.given
     if given.exits is None or given.exits_path is None:
-        calibrated = run_calibration(inputs, work, progress)
+        calibrated = run_calibration(inputs, states, work, progress)
         return calibrated.head, report_calibrated(inputs, calibrated)
-    states = hidden_states(inputs, work, inputs.windows.held_out, progress)
     head = language_head(inputs.checkpoint, work.bundle / GRAPHS)
     blocks = inputs.checkpoint.spec.blocks
     measured = measure(states, blocks, given.exits, head, work.scratch, progress)
@@ -43,15 +49,14 @@ def make_shortcut(
     return fold_if_narrow(given.exits, head), report_measured(inputs, measured)
 
 
-def run_calibration(inputs: Inputs, work: Work, progress: Progress) -> Calibrated:
+def run_calibration(
+    inputs: Inputs, states: HiddenStates, work: Work, progress: Progress
+) -> Calibrated:
     """Fits and chooses the shortcut, and writes shortcut.safetensors."""
-    windows = inputs.windows
-    rows = np.concatenate([windows.fit, windows.held_out])
-    states = hidden_states(inputs, work, rows, progress)
     calibrated = calibrate(
         states,
         inputs.checkpoint.spec.blocks,
-        windows.fit.size,
+        inputs.windows.fit.size,
         language_head(inputs.checkpoint, work.bundle / GRAPHS),
         inputs.settings.rank,
         inputs.given.kind,
@@ -62,9 +67,11 @@ def run_calibration(inputs: Inputs, work: Work, progress: Progress) -> Calibrate
     return calibrated
 
 
-def hidden_states(inputs: Inputs, work: Work, token_ids: Int32, progress: Progress) -> HiddenStates:
-    """Runs text through the embedding and all blocks, whose engines have been built."""
+def run_text(inputs: Inputs, work: Work, progress: Progress) -> HiddenStates:
+    """Runs the calibration text through embedding and all blocks, whose engines have been built."""
     spec, backend = inputs.checkpoint.spec, inputs.backend
+    directory = work.scratch / TEXT
+    directory.mkdir(exist_ok=True)
     names = ["embed", *map(block_name, range(spec.blocks))]
     return collect_hidden_states(
         spec,
@@ -72,10 +79,21 @@ def hidden_states(inputs: Inputs, work: Work, token_ids: Int32, progress: Progre
         work.bundle / GRAPHS,
         engine_files(work.bundle, backend, names),
         rotary_tables(work.bundle),
-        token_ids,
-        work.scratch,
+        inputs.calibrated,
+        directory,
         progress,
     )
+
+
+def kept_states(inputs: Inputs, work: Work) -> HiddenStates:
+    """The hidden states that `run_text` left."""
+    hidden_size, tokens = inputs.checkpoint.spec.hidden_size, inputs.calibrated.size
+    return HiddenStates(work.scratch / TEXT, hidden_size, tokens)
+
+
+def remove_states(work: Work) -> None:
+    """Removes the hidden states, gigabytes of a large model."""
+    shutil.rmtree(work.scratch / TEXT, ignore_errors=True)
 
 
 def report_calibrated(inputs: Inputs, calibrated: Calibrated) -> CalibrationReport:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ojfa_export.bundle.names import ENGINES, GRAPHS, MANIFEST, REPORT
+from ojfa_export.compiler.kept import State, names_below, read_state
 from ojfa_export.errors import CheckpointError, OjfaError, UsageError
-from ojfa_export.system.atomic import write_atomically
 from ojfa_export.system.paths import check_utf8, named
 from ojfa_export.system.publish import flush, publish, recover
 
@@ -44,19 +42,39 @@ class Work:
 
     Args:
         output: The bundle to be.
-        fingerprint: Of everything that decides the result; work of another fingerprint is begun
-            anew.
+        fingerprint: Of everything that decides the result.
         suffix: Of the directory's name.
+        keys: For each stage, a digest of everything that decides what it makes, earlier stages
+            included. Work of another fingerprint is gone on with where keys are the same, and
+            begun anew where no keys are given.
+
+    Attributes:
+        dropped: Finished stages that were there and are of no use, as their keys are others.
     """
 
-    def __init__(self, output: Path, fingerprint: str, suffix: str = ".partial") -> None:
+    def __init__(
+        self,
+        output: Path,
+        fingerprint: str,
+        suffix: str = ".partial",
+        *,
+        keys: Mapping[str, str] | None = None,
+    ) -> None:
         self.output = named(output)
         self.directory = self.output.with_name(f"{self.output.name}{suffix}")
         self.bundle = self.directory / "bundle"
         self.scratch = self.directory / "scratch"
-        self._state = self.directory / "state.json"
+        self._file = self.directory / "state.json"
         self._fingerprint = fingerprint
+        self._keys = keys
+        self._state = State(fingerprint, None)
         self.records: list[StageRecord] = []
+        self.dropped: tuple[str, ...] = ()
+
+    @property
+    def finished(self) -> tuple[str, ...]:
+        """Names of the stages that are finished."""
+        return tuple(self._state.finished)
 
     @contextmanager
     def open(self) -> Iterator[Work]:
@@ -84,11 +102,14 @@ class Work:
     @contextmanager
     def stage(self, name: str) -> Iterator[bool]:
         """A stage: yields whether there is anything to do, and records it when it ends well."""
-        finished = self._finished() or {}
-        if name in finished:
-            self.records.append(StageRecord(**{**finished[name], "resumed": True}))
+        finished = self._state.finished.get(name)
+        if finished is not None:
+            self.records.append(StageRecord(**{**finished, "resumed": True}))
             yield False
             return
+        key = self._key(name)
+        self._state.begin(name, key)
+        self._save()
         start = time.perf_counter()
         yield True
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -96,7 +117,8 @@ class Work:
         self.records.append(record)
         for directory in (self.bundle, self.scratch):
             flush(directory)  # a power cut must not leave a record without its files
-        self._save({**finished, name: asdict(record)})
+        self._state.end(name, key, asdict(record), self.directory)
+        self._save()
 
     def publish(self, result: Path | None = None) -> None:
         """Makes the finished bundle, or another result, appear under its name; removes the rest."""
@@ -105,24 +127,48 @@ class Work:
 
     def _prepare(self) -> None:
         """Makes the folders, empty unless they hold work that can be gone on with."""
-        if self._finished() is None:
+        state = read_state(self._file)
+        if state is None or state.inode is None or state.inode != self._inode():
             # First of all: what is removed next must not be taken for finished work.
-            self._state.unlink(missing_ok=True)
+            self._file.unlink(missing_ok=True)
             for path in (self.bundle, self.scratch):
                 if path.exists():
                     shutil.rmtree(path)
             self.bundle.mkdir()
-            self._save({})
+            self._state = State(self._fingerprint, self._inode())
+            self._save()
+        elif state.fingerprint == self._fingerprint:
+            self._state = state
+        else:
+            self._keep_what_fits(state)
         for path in (self.bundle / GRAPHS, self.bundle / ENGINES, self.bundle / REPORT):
             path.mkdir(parents=True, exist_ok=True)
         self.scratch.mkdir(exist_ok=True)
         for path in self.bundle.rglob("*.partial"):  # files that an interruption cut short
             path.unlink()
 
+    def _keep_what_fits(self, state: State) -> None:
+        """Removes what another build had made and this one makes otherwise."""
+        kept = state.fitting(self.directory, self._keys or {})
+        self.dropped = tuple(name for name in state.finished if name not in kept)
+        # Of no fingerprint until all is removed: a kill in between leaves files of nobody, which
+        # must not be taken for work.
+        self._state = State("", state.inode, kept)
+        self._save()
+        files = {file for each in kept.values() for file in each.files}
+        for name in names_below(self.directory):
+            if name not in files:
+                (self.directory / name).unlink()
+        _remove_empty(self.bundle)
+        self._state.fingerprint = self._fingerprint
+        self._save()
+
+    def _key(self, name: str) -> str:
+        return self._fingerprint if self._keys is None else self._keys[name]
+
     def _begun(self) -> bool:
         """Whether there is work to go on with."""
-        below = (*self.bundle.rglob("*"), *self.scratch.rglob("*"))
-        return bool(self._finished()) or any(path.is_file() for path in below)
+        return bool(self._state.finished) or bool(names_below(self.directory))
 
     def _taken(self) -> OjfaError:
         return OjfaError(
@@ -130,27 +176,22 @@ class Work:
             hint="wait for it, or choose another output",
         )
 
-    def _finished(self) -> dict[str, dict[str, Any]] | None:
-        """Finished stages of the work that is there, or None where it is other work."""
-        try:
-            state = json.loads(self._state.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        if not isinstance(state, dict) or state.get("fingerprint") != self._fingerprint:
-            return None
-        # After a kill while publishing, what was replaced lies where the work was.
-        return state["stages"] if state.get("inode") == self._inode() else None
-
-    def _save(self, stages: dict[str, Any]) -> None:
-        state = {"fingerprint": self._fingerprint, "inode": self._inode(), "stages": stages}
-        write_atomically(self._state, json.dumps(state, indent=2).encode())
+    def _save(self) -> None:
+        self._state.save(self._file)
 
     def _inode(self) -> int | None:
-        """What tells the directory of the work from any other, whatever their names."""
+        """Of the bundle's directory."""
         try:
             return self.bundle.stat().st_ino
         except FileNotFoundError:
             return None
+
+
+def _remove_empty(directory: Path) -> None:
+    """Removes empty folders below a directory, which a bundle would else be left with."""
+    for path in sorted(directory.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 @contextmanager

@@ -24,8 +24,8 @@ from ojfa_export.system.progress import Progress
 
 # Tokens that a turn may add to the cache at once: drafts and the one after them.
 ROOM = MAX_DRAFT + 2
-# Tokens that a policy decides in a turn, at most; rounds of drafts.
-TOKENS, DRAFTS = 192, 24
+# Tokens that a policy decides in a turn, at most; rounds of drafts; steps of full depth.
+TOKENS, DRAFTS, FULL = 192, 24, 24
 # Exits of which the best draft is rehearsed.
 DRAFTING_EXITS = 3
 ROUNDS = 8
@@ -43,6 +43,8 @@ def rehearse(
 
     Fixed exits and full depth are measured already. Of drafts the best length at the three best
     exits is timed, and what the others are expected to take is corrected by as much as theirs.
+    Full depth takes turns with them, and all are scaled so that it takes what it did when it was
+    measured: a machine that others use is not as fast at all times.
 
     Args:
         points: Expected.
@@ -53,10 +55,13 @@ def rehearse(
         progress: Shows rounds.
     """
     drafts = _best_drafts(points)
-    found = time_points(
-        [p for p in points if p.policy is not None or p in drafts],
-        statistics, costs, turns, seconds, progress,
-    )  # fmt: skip
+    asked = [p for p in points if p.policy is not None or p in drafts]
+    if not asked:
+        return list(points)
+    full = next(point for point in points if point.kind == "full")
+    found = time_points([full, *asked], statistics, costs, turns, seconds, progress)
+    scale = full.ms / found.pop(full).ms
+    found = {point: replace(timed, ms=timed.ms * scale) for point, timed in found.items()}
     ratios = [found[point].ms / point.ms for point in drafts]
     correction = float(np.median(ratios)) if ratios else 1.0
     others = [p for p in _at_exits(points) if p not in drafts]
@@ -72,7 +77,7 @@ def time_points(
     seconds: float,
     progress: Progress,
 ) -> dict[Point, Point]:
-    """Policies and drafts with measured times; see `rehearse`."""
+    """Policies, drafts and full depth with measured times; see `rehearse`."""
     if not points:
         return {}
     expected = sum(p.ms for p in points if p.policy is not None) / 1e3
@@ -87,6 +92,8 @@ def time_points(
             # These few tokens may leave earlier or later than all do: as much as is expected.
             few = apply(sample, point.policy, costs.of_policies(), surprisal_clip=1.0)
             taken *= point.ms / float(few.cost.mean())
+        elif point.kind == "full":
+            taken = float(milliseconds.sum()) / FULL
         else:
             assert point.draft is not None
             taken = float(milliseconds.mean())
@@ -124,6 +131,8 @@ def _sample(statistics: ExitStatistics, tokens: int) -> ExitStatistics:
 def _script(point: Point, sample: ExitStatistics, turns: Turns) -> list[Step]:
     if point.policy is not None:
         return _deciding(point.policy, depths_of(sample, point.policy), turns)
+    if point.kind == "full":
+        return turns.steps(["full"] * FULL)
     assert point.exit is not None
     assert point.draft is not None
     return [round_of(turns, point.exit, point.draft)] * DRAFTS

@@ -7,6 +7,7 @@ tokenizer, with the compiler, and would not see a wrong one.
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from ojfa_export.models import tokenizer
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.checkpoint.quiet import quiet_transformers
 from ojfa_export.runtime.model import Model
+from ojfa_export.system.heap import trim_heap
 from ojfa_export.system.memory import read_meminfo
 from ojfa_export.verify.check import Check
 from ojfa_export.verify.probes import probe_texts
@@ -30,6 +32,8 @@ from ojfa_export.verify.tolerances import TOKENIZER, TOLERANCES
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 8
+# Scores [V] of each step, and the tokens that transformers chose by them.
+Continued = tuple[list[Any], list[int]]
 # Of a truncation beyond this nobody writes so long a prompt.
 LONGEST = 16_384
 
@@ -101,14 +105,30 @@ def verify_generation(
     if needed > read_meminfo().get("MemAvailable", needed):
         left_out = f"generate: left out, it may take {needed / 2**30:.1f} GiB"
         return [*checks, _equal(left_out, 0)]
-    with _speaking(checkpoint.directory, "model"):
-        reference = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-        ).eval()
-    return [*checks, _compare_text(model, reference, token_ids)]
+    prompts, new_tokens = _prompts(manifest, token_ids)
+
+    def continue_prompts() -> list[Continued]:
+        with _speaking(checkpoint.directory, "model"):
+            reference = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+            ).eval()
+        config = _greedy(reference.generation_config, manifest, new_tokens)
+        return [_generate(reference, config, prompt) for prompt in prompts]
+
+    # One whole model at a time, where what was compared before is no longer.
+    _give_back()
+    expected = continue_prompts()
+    _give_back()
+    return [*checks, _compare_text(model, prompts, expected)]
+
+
+def _give_back() -> None:
+    """Gives memory of what is no longer used back to the system."""
+    gc.collect()
+    trim_heap()
 
 
 def _other_defaults(said: Any, manifest: Manifest) -> int:
@@ -128,19 +148,22 @@ def _other_defaults(said: Any, manifest: Manifest) -> int:
     return different
 
 
-def _compare_text(model: Model, reference: Any, token_ids: Int32) -> Check:
-    """Greedy tokens: the difference is by how much transformers prefers its own first other one."""
-    manifest, precision = model.manifest, model.manifest.precision
+def _prompts(manifest: Manifest, token_ids: Int32) -> tuple[list[list[int]], int]:
+    """What is continued, and by how many tokens."""
     most = manifest.cache.max_length
     prompt_tokens = max(1, min(PROMPT_TOKENS, most // 2))
     new_tokens = min(NEW_TOKENS, most + 1 - prompt_tokens)
+    return token_ids[:, :prompt_tokens].tolist(), new_tokens
+
+
+def _compare_text(model: Model, prompts: list[list[int]], continued: list[Continued]) -> Check:
+    """Greedy tokens: the difference is by how much transformers prefers its own first other one."""
+    manifest, precision = model.manifest, model.manifest.precision
     penalty = manifest.generation.repetition_penalty or 1.0
-    config = _greedy(reference.generation_config, manifest, new_tokens)
     difference = allowed = 0.0
-    for row in token_ids[:, :prompt_tokens].tolist():
-        scores, expected = _generate(reference, config, row)
+    for prompt, (scores, expected) in zip(prompts, continued, strict=True):
         [completion] = model.generate(
-            row, exit="full", max_new_tokens=new_tokens, ignore_eos=True
+            prompt, exit="full", max_new_tokens=len(expected), ignore_eos=True
         ).prompts
         for step, (token, other) in enumerate(zip(expected, completion.token_ids, strict=True)):
             score = scores[step]
@@ -173,8 +196,8 @@ def _greedy(config: Any, manifest: Manifest, new_tokens: int) -> Any:
     return config
 
 
-def _generate(reference: Any, config: Any, prompt: list[int]) -> tuple[list[Any], list[int]]:
-    """Scores [V] of each step, and the tokens that transformers chose by them."""
+def _generate(reference: Any, config: Any, prompt: list[int]) -> Continued:
+    """What transformers makes of a prompt."""
     import torch
 
     ids = torch.tensor([prompt])

@@ -88,11 +88,12 @@ def test_a_decode_step_makes_no_array_and_no_binding(chain, monkeypatch):
 
 @pytest.mark.parametrize("piece", [16, 17, 33])
 @pytest.mark.parametrize("before", [0, 5])
-def test_prefill_in_pieces_is_prefill_at_once(chain, monkeypatch, rng, piece, before):
+@pytest.mark.parametrize("limit", ["SCORE_BYTES", "PIECE"])
+def test_prefill_in_pieces_is_prefill_at_once(chain, monkeypatch, rng, piece, before, limit):
     ids = rng.integers(VOCAB_SIZE, size=before + 50).tolist()
     expected = chain.session().advance(ids, every_position=True)[0][before:]
-    per_token = 4 * chain.spec.heads * POSITIONS
-    monkeypatch.setattr(executor_module, "SCORE_BYTES", piece * per_token)
+    per_token = 4 * chain.spec.heads * POSITIONS if limit == "SCORE_BYTES" else 1
+    monkeypatch.setattr(executor_module, limit, piece * per_token)
     session, lengths = chain.session(), []
     run = Batch.run
 

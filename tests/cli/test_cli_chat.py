@@ -89,6 +89,27 @@ def test_a_prompt_may_be_left_out_of_what_is_printed(bundle, invoke) -> None:
     assert with_prompt == f"def f({alone}"
 
 
+def test_a_chat_model_that_ends_at_once_gets_a_hint(bundle, chat_bundle, invoke) -> None:
+    hint = "note: the model ended at once; it is a chat model, and --chat TEXT puts a question into"
+    [end, *_] = ojfa_export.load(chat_bundle).spec.eos_token_ids
+    ending = ["--exit", "full", "--max-new-tokens", 8, "--logit-bias", f"{end}=1000"]
+    for more in ([], ["--json"], ["-p", "also"]):
+        result = invoke("run", chat_bundle, "-p", "def f(", *ending, *more)
+        assert result.exit_code == 0, result.output
+        assert hint in result.stderr
+        assert hint not in result.stdout
+    going_on = ["--exit", "full", "--max-new-tokens", 8, "--logit-bias", f"{end}=-1000"]
+    for quiet in (
+        ["run", bundle, "-p", "def f(", *ending],  # no chat model
+        ["run", chat_bundle, "--chat", "def f(", *ending],
+        ["run", chat_bundle, "-p", "def f(", *going_on],
+        ["run", chat_bundle, "-p", "def f(", *ending, "-q"],
+    ):
+        result = invoke(*quiet)
+        assert result.exit_code == 0, result.output
+        assert hint not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

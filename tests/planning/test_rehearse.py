@@ -96,6 +96,19 @@ def test_drafts_are_timed_and_the_others_corrected(make_statistics: Make, turns:
         assert timed.ms == pytest.approx(round_ms(costs, exit, draft) / tokens)
 
 
+def test_a_machine_that_was_slower_when_costs_were_measured(
+    make_statistics: Make, turns: Turns
+) -> None:
+    """What drafts take is told by full depth at the same time, not by what that took before."""
+    statistics, costs = make_statistics(blocks=4), step_costs(4)
+    points = [*fixed_exits(statistics, costs), *speculation(statistics, costs)]
+    expected = rehearse(points, statistics, costs, turns, 1e9, SILENT)
+    before = [replace(point, ms=2 * point.ms) for point in points]
+    found = rehearse(before, statistics, costs, turns, 1e9, SILENT)
+    for one, other in zip(expected, found, strict=True):
+        assert other.ms == pytest.approx(2 * one.ms), one.name
+
+
 def test_nothing_to_rehearse(make_statistics: Make, turns: Turns) -> None:
     points = fixed_exits(make_statistics(blocks=4), step_costs(4))
     assert rehearse(points, make_statistics(blocks=4), step_costs(4), turns, 1.0, SILENT) == points

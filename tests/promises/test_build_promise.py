@@ -215,7 +215,7 @@ def test_too_little_text_to_plan_with_is_no_error(
     text.write_text(calibration_text.read_text()[:4000])
     asked = options(calibration_data=(text,), max_disagreement=None, calibration_tokens=100_000)
     document = plan(asked)
-    assert document["stages"] == ["export", "engines", "calibrate", "verify"]
+    assert document["stages"] == ["export", "engines", "text", "calibrate", "verify"]
     result = build(asked)
     assert result.decided.default is None
     assert not (result.bundle / STATISTICS).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from test_checks import AS_USERS
 from tiny_models import make_checkpoint
@@ -23,6 +25,7 @@ from ojfa_export.compiler.pipeline import build
 from ojfa_export.errors import CheckpointError, VerificationError
 from ojfa_export.models import tokenizer
 from ojfa_export.models.checkpoint import checkpoint as checkpoints
+from ojfa_export.runtime.model import Model
 from ojfa_export.system.progress import SILENT
 from ojfa_export.verify import as_users
 from ojfa_export.verify import reference as references
@@ -71,6 +74,25 @@ def test_build_and_verify_go_the_users_way(make: Build, checkpoint: Path, precis
     for names in ({check["name"] for check in reported}, {check.name for check in checks}):
         assert names >= AS_USERS
     assert all(check.passed for check in checks)
+
+
+def test_one_whole_model_is_in_memory_at_a_time(
+    make: Build, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the bundle's model begins to generate, transformers' is gone."""
+    bundle, real, alive = make(skip_verification=True), Model.generate, []
+
+    def generate(self: Model, *arguments: Any, **options: Any) -> Any:
+        models = [each for each in gc.get_objects() if type(each) is transformers.LlamaForCausalLM]
+        weights = [each for model in models for each in model.parameters()]
+        alive.append(sum(each.nbytes for each in weights if each.device.type != "meta"))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Model, "generate", generate)
+    checks = verify_bundle(bundle, str(checkpoint), "onnxruntime", SILENT)
+    assert "generate" in {check.name for check in checks}
+    assert alive
+    assert not any(alive)
 
 
 def test_generation_that_differs_from_the_checkpoints(make: Build, checkpoint: Path) -> None:

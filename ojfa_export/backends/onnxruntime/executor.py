@@ -30,8 +30,9 @@ from ojfa_export.backends.passes import (
 from ojfa_export.decoding.arrays import Float32
 
 # Attention scores of a prefill are held for one piece of the prompt at a time: at most this
-# many bytes.
-SCORE_BYTES = 64 << 20
+# many bytes, and no more tokens than make products fast. A piece doesn't see the tokens after it,
+# so that smaller ones do less work as well (bench/NOTES.md).
+SCORE_BYTES, PIECE = 64 << 20, 256
 # Chunks of up to so many tokens always run together: decode steps, and drafts that are verified.
 SHORT_CHUNK = 8
 # Longer chunks, of prompts, do so in attention padded to the longest of them, up to so many tokens
@@ -71,7 +72,7 @@ class OnnxRuntimeExecutor:
         self._cache: dict[int, tuple[SlotArray, SlotArray]] = {}
         self._states: list[SlotArray] = []
         self._batches: OrderedDict[tuple[int, int, bool], Batch] = OrderedDict()
-        self._prefill_tokens = max(16, SCORE_BYTES // (4 * spec.heads * capacity))
+        self._prefill_tokens = min(PIECE, max(16, SCORE_BYTES // (4 * spec.heads * capacity)))
 
     def embed(self, tokens: Sequence[int], chunks: Sequence[Chunk]) -> Float32:
         """Embeds the tokens of chunks: [tokens, H]."""
