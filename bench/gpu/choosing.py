@@ -22,7 +22,7 @@ from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.choosing import Chooser
 from ojfa_export.backends.cuda.device import Device, the_device
 from ojfa_export.backends.cuda.kernels import integer, number, pointer
-from ojfa_export.backends.cuda.mailbox import HeadArguments, Mailbox
+from ojfa_export.backends.cuda.mailbox import SLOTS, HeadArguments, Mailbox
 from ojfa_export.backends.cuda.recorder import Work
 from ojfa_export.backends.tensorrt.heads import (
     BESIDE_THREADS,
@@ -31,7 +31,7 @@ from ojfa_export.backends.tensorrt.heads import (
     NOTHING_TO_KEEP,
 )
 from ojfa_export.decoding.head_output import HeadRequest
-from ojfa_export.decoding.sampling import GREEDY, Sampling
+from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.models.spec import ModelSpec
 
 SAMPLINGS = {
@@ -107,7 +107,7 @@ class Check:
 
     def launch(self, *, beside: bool) -> None:
         """Puts a check on the stream that never stops."""
-        asked = HeadArguments(measure=0, threshold=2.0, temperature=0.0, top_k=1, top_p=1.0)
+        asked = HeadArguments(measure=0, threshold=2.0, sampled=False)
         self._kernels.launch(
             "exit_check_beside_1" if beside else "exit_check_1",
             (self._device.multiprocessors, 1, 1),
@@ -146,10 +146,11 @@ class Check:
         ]
 
     def _draw(self, logits: DeviceArray, sampling: Sampling) -> float:
-        greedy, asked = (
-            HeadArguments.of(HeadRequest(each), self._spec.vocab_size)
-            for each in (GREEDY, sampling)
-        )
+        request = HeadRequest(sampling, [0.5])
+        greedy, asked = (HeadArguments.of(each) for each in (HeadRequest(), request))
+        for _ in range(SLOTS):  # each answer that is given in turn finds how to draw
+            self._mailbox.leave(request)
+            self._mailbox.expect(1)
         self._chooser.choose(logits, greedy)  # finds the largest
         return self._repeated(partial(self._chooser.sample, logits, asked))
 

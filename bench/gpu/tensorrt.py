@@ -201,7 +201,7 @@ def workspace(engines: TensorRtEngines, tokens: int, past: int) -> Workspace:
 def head_times(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
     """Microseconds of the heads, logits left on the device, and of checks: a head and a choice."""
     results = {}
-    asked = HeadArguments.of(HeadRequest(), spec.vocab_size)
+    asked = HeadArguments.of(HeadRequest())
     for kernels in (True, False):
         engines.decode_kernels = kernels
         engines._heads.clear()

@@ -10,10 +10,18 @@ constexpr int MOST_PARTS = 2048;  // of all rows of an answer
 // What is kept of an answer of a row, for the host. Confidence as in decoding/confidence.py.
 enum { TOKEN, LIKELIEST, TOP, MARGIN, ENTROPY, ANSWER_WORDS };
 
+// How a row's token is drawn: by a number from [0, 1). The likeliest where the temperature is 0; of all tokens
+// where top_k is.
+struct Drawing {
+    double draw, top_p;
+    float temperature;
+    int top_k;
+};
+
 // Host memory that the device reads and writes: answers and what they depend on, slot after slot.
 struct Mail {
     Word answers[MAIL_SLOTS][MAIL_ROWS][ANSWER_WORDS];
-    double draws[MAIL_SLOTS][MAIL_ROWS];
+    Drawing drawings[MAIL_SLOTS][MAIL_ROWS];
 };
 
 // What has been seen of a row's logits; sums are of exp(logit - largest).

@@ -231,29 +231,37 @@ __device__ Kept nucleus(Bins& bins, const Row& row, const Kept& kept, double top
     return all_with_key(row, border.key, max(static_cast<Mass>(1), min(ties, count)));
 }
 
+// The token that is drawn from a row.
+__device__ int drawn_from(const Row& row, const Drawing& how) {
+    __shared__ Bins bins;
+    Kept kept = most_likely(bins, row, how.top_k > 0 ? how.top_k : row.vocabulary);
+    if (how.top_p < 1.0) kept = nucleus(bins, row, kept, how.top_p);
+    const auto weight = [&](Token token) -> Mass { return kept(token) ? row.mass(token) : 0; };
+    const Mass total = sum_of(row, weight);
+    const Mass goal = static_cast<Mass>(how.draw * static_cast<double>(total));
+    return find(row, min(goal, total - 1), weight);
+}
+
 // Grid (rows). After `choose` or an exit's check, whose answer it completes.
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
-    sample(const float* logits, int vocabulary, float temperature, int top_k, double top_p, Desk* desk,
-           Mail* mail) {
+    sample(const float* logits, int vocabulary, Desk* desk, Mail* mail) {
     wait_for_previous();
     let_next_start();
     const int at = blockIdx.x;
     const unsigned answer = fresh(&desk->answers) + 1, slot = (answer - 1) % MAIL_SLOTS;
-    // One thread reads the host's memory, as each warp that does waits for it; the rest goes on meanwhile.
-    __shared__ double draw;
-    double drawn = 0.0;
-    if (threadIdx.x == 0) drawn = *const_cast<const volatile double*>(&mail->draws[slot][at]);
-    const Row row{logits + static_cast<long long>(at) * vocabulary, vocabulary, fresh(desk->largest + at),
-                  LOG2_E / temperature};
-    __shared__ Bins bins;
-    Kept kept = most_likely(bins, row, top_k);
-    if (top_p < 1.0) kept = nucleus(bins, row, kept, top_p);
-    const auto weight = [&](Token token) -> Mass { return kept(token) ? row.mass(token) : 0; };
-    const Mass total = sum_of(row, weight);
-    if (threadIdx.x == 0) draw = drawn;
+    // One thread reads the host's memory, as each warp that does waits for it.
+    __shared__ Drawing how;
+    if (threadIdx.x == 0) {
+        const volatile Drawing& left = mail->drawings[slot][at];
+        how.draw = left.draw, how.top_p = left.top_p;
+        how.temperature = left.temperature, how.top_k = left.top_k;
+    }
     __syncthreads();
-    const Mass goal = static_cast<Mass>(draw * static_cast<double>(total));
-    const int token = find(row, min(goal, total - 1), weight);
+    const Row row{logits + static_cast<long long>(at) * vocabulary, vocabulary, fresh(desk->largest + at),
+                  LOG2_E / how.temperature};
+    // `choose` has left the likeliest.
+    const int token = how.temperature > 0.0f ? drawn_from(row, how) : fresh(desk->tokens + at);
+    __syncthreads();
     if (threadIdx.x == 0) {
         store_word_for_host(&mail->answers[slot][at][TOKEN], word(token, answer));
         desk->tokens[at] = token;

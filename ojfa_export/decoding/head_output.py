@@ -37,13 +37,28 @@ class HeadRequest:
 
     Attributes:
         sampling: Temperature, top-k and top-p.
-        draws: A number from [0, 1) for each row, where tokens are sampled.
+        draws: A number from [0, 1) for each row, where any token is sampled.
         check: At an exit that is checked.
+        samplings: Of each row, in place of `sampling`, where they differ.
     """
 
     sampling: Sampling = GREEDY
     draws: Sequence[float] = ()
     check: ExitCheck | None = None
+    samplings: Sequence[Sampling] = ()
+
+    @property
+    def samples(self) -> bool:
+        """Whether any token is sampled."""
+        return any(each.temperature for each in self.samplings or (self.sampling,))
+
+    def of_rows(self, rows: int) -> Sequence[Sampling]:
+        """How the token of each row is chosen."""
+        return self.samplings or [self.sampling] * rows
+
+    def part(self, rows: slice) -> HeadRequest:
+        """Of some rows, without what follows an exit."""
+        return HeadRequest(self.sampling, self.draws[rows], None, self.samplings[rows])
 
 
 class HeadOutput(Protocol):
@@ -75,11 +90,16 @@ class HostHeadOutput:
 
     def tokens(self) -> list[int]:
         """See `HeadOutput`."""
-        likeliest = self.likeliest()
-        if not self._request.sampling.temperature:
+        likeliest, request = self.likeliest(), self._request
+        if not request.samples:
             return likeliest
-        both = zip(self.logits, self._request.draws, strict=True)
-        return [self._request.sampling.pick(logits, draw) for logits, draw in both]
+        rows = zip(
+            self.logits, request.of_rows(len(likeliest)), request.draws, likeliest, strict=True
+        )
+        return [
+            sampling.pick(logits, draw) if sampling.temperature else token
+            for logits, sampling, draw, token in rows
+        ]
 
     def likeliest(self) -> list[int]:
         """See `HeadOutput`."""

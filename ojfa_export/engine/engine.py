@@ -92,6 +92,7 @@ class Engine:
         self._first_deadline = math.inf  # or before it
         self._may_admit = False
         self._recorded: threading.Event | None = None  # set when passes of all kinds have run
+        self._record_sampled = False
         self._wanted = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="ojfa-engine", daemon=True)
         self._thread.start()
@@ -185,22 +186,27 @@ class Engine:
                    "blocks_run": dict(self._counts.blocks_run)},
             )  # fmt: skip
 
-    def warm_up(self) -> None:
+    def warm_up(self, *, sampled: bool = False) -> None:
         """Runs passes of all kinds and requests of its own before others come.
 
         On a device what is done once for each kind takes seconds, which no request should wait
-        for; see `engine.warm_up`. They are not counted. What sampled requests, and those at exits,
-        need beside that is made with the first of them. Where requests run already, it waits until
-        none does.
+        for; see `engine.warm_up`. They are not counted. What requests at exits need beside that
+        is made with the first of them. Where requests run already, it waits until none does.
+
+        Args:
+            sampled: Whether requests will sample tokens, whatever their temperatures: kinds of
+                passes differ by that alone. Takes as long again.
 
         Raises:
             OjfaError: The engine is closed.
+            UsageError: `sampled` is not True or False.
         """
-        spec = self.model.spec
+        spec, sampled = self.model.spec, flag("sampled", sampled)
         with self._wanted:
             recorded = self._recorded
             if recorded is None and not self._closed:
                 recorded = self._recorded = threading.Event()
+                self._record_sampled = sampled
                 self._wanted.notify()
         if recorded is not None:
             recorded.wait()
@@ -285,8 +291,9 @@ class Engine:
         try:
             if isinstance(engines, PagedCache) and not self._closed:
                 self._slots.clear()
-                kinds = engines.pass_kinds(self.max_sequences, self._max_length)
-                record_kinds(self._runner, kinds, self._size)
+                for sampled in (False, True)[: 1 + self._record_sampled]:
+                    kinds = engines.pass_kinds(self.max_sequences, self._max_length)
+                    record_kinds(self._runner, kinds, self._size, sampled=sampled)
         except Exception as error:
             self._fail_all(error)
         finally:

@@ -17,17 +17,14 @@ class Heads:
     """What a head said about the tokens of several requests; waits where that is on its way.
 
     Args:
-        outputs: Of all of them, by how tokens are chosen; of one alone where that has all logits.
-        logits: By first row, of requests that asked for them, where no output has them.
+        output: Of all of them.
+        logits: By first row, of requests that asked for them, where the output has none.
     """
 
-    def __init__(
-        self, outputs: dict[Sampling, HeadOutput], logits: dict[int, Float32] | None = None
-    ) -> None:
-        self._outputs, self._logits = outputs, logits or {}
-        self.output = next(iter(outputs.values()))
-        self._on_host = self.output.logits if isinstance(self.output, HostHeadOutput) else None
-        self._tokens: dict[Sampling, list[int]] = {}
+    def __init__(self, output: HeadOutput, logits: dict[int, Float32] | None = None) -> None:
+        self.output, self._logits = output, logits or {}
+        self._on_host = output.logits if isinstance(output, HostHeadOutput) else None
+        self._tokens: list[int] | None = None
         self._likeliest: list[int] | None = None
         self._confidence: dict[Measure, list[float]] = {}
 
@@ -54,10 +51,9 @@ class Heads:
             return self.likeliest()[row]
         if self._on_host is not None:
             return sampling.pick(self._on_host[row], draw)
-        tokens = self._tokens.get(sampling)
-        if tokens is None:
-            tokens = self._tokens[sampling] = self._outputs[sampling].tokens()
-        return tokens[row]
+        if self._tokens is None:
+            self._tokens = self.output.tokens()
+        return self._tokens[row]
 
     def drafts(self, row: int) -> list[int]:
         """The one token that a draft layer's head drafts."""
@@ -105,9 +101,6 @@ class Asked(Protocol):
 def run_heads(engines: Asked, hidden: Hidden, depth: int, steps: Sequence[NextStep]) -> Heads:
     """Asks the head after so many blocks what all requests want to know.
 
-    A head reads all its weights, whatever the rows are: each sampling is asked about all of them.
-    Those that choose the likeliest token get it from any.
-
     Args:
         engines: The opened engines; after 0 blocks a draft layer's.
         hidden: [sum of rows, H], step by step.
@@ -115,14 +108,11 @@ def run_heads(engines: Asked, hidden: Hidden, depth: int, steps: Sequence[NextSt
         steps: Of each request.
     """
     if all(step.logits for step in steps):
-        return Heads({GREEDY: HostHeadOutput(engines.logits(hidden, depth), HeadRequest())})
-    sampled = {step.sampling: None for step in steps if step.sampling is not GREEDY}
-    outputs: dict[Sampling, HeadOutput] = {}
-    for sampling in sampled or [GREEDY]:
-        outputs[sampling] = engines.choose(hidden, depth, head_request(sampling, steps))
-        if isinstance(outputs[sampling], HostHeadOutput):
-            return Heads(outputs)
-    return Heads(outputs, _logits(engines, hidden, depth, steps))
+        return Heads(HostHeadOutput(engines.logits(hidden, depth), HeadRequest()))
+    output = engines.choose(hidden, depth, head_request(steps))
+    if isinstance(output, HostHeadOutput):
+        return Heads(output)
+    return Heads(output, _logits(engines, hidden, depth, steps))
 
 
 def _logits(
@@ -143,15 +133,17 @@ def _logits(
     return {row: logits[part] for row, part in parts.items()}
 
 
-def head_request(sampling: Sampling, steps: Sequence[NextStep]) -> HeadRequest:
-    """What a head is asked, with each request's random number where it samples."""
-    if sampling is GREEDY:
+def head_request(steps: Sequence[NextStep]) -> HeadRequest:
+    """What a head is asked, with each request's random number where any samples."""
+    samplings = [step.sampling for step in steps for _ in range(step.rows)]
+    if all(each is GREEDY for each in samplings):
         return HeadRequest()
-    return HeadRequest(sampling, [step.draw for step in steps for _ in range(step.rows)])
+    draws = [step.draw for step in steps for _ in range(step.rows)]
+    if all(each is samplings[0] for each in samplings):
+        return HeadRequest(samplings[0], draws)
+    return HeadRequest(draws=draws, samplings=samplings)
 
 
-def one_sampling(steps: Sequence[NextStep]) -> Sampling | None:
-    """How all choose their one next token; None where they differ, or want more than that."""
-    first = steps[0].sampling
-    alike = all(step.sampling is first and step.rows == 1 and not step.logits for step in steps)
-    return first if alike else None
+def ask_for_one_token(steps: Sequence[NextStep]) -> bool:
+    """Whether each wants one next token, and no more than that."""
+    return all(step.rows == 1 and not step.logits for step in steps)

@@ -16,7 +16,13 @@ from ojfa_export.decoding.arrays import Hidden
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest, HostHeadOutput
 from ojfa_export.decoding.sampling import GREEDY
 from ojfa_export.engine.costs import PassCosts
-from ojfa_export.engine.heads import ChainHeads, Heads, head_request, one_sampling, run_heads
+from ojfa_export.engine.heads import (
+    ChainHeads,
+    Heads,
+    ask_for_one_token,
+    head_request,
+    run_heads,
+)
 from ojfa_export.engine.next_step import NextStep
 from ojfa_export.engine.running import Running
 from ojfa_export.engine.scheduler import Work
@@ -177,17 +183,15 @@ class Launcher:
         runner, depth = self._runner, launched.depth
         sequences = [each.sequence for each in launched.running]
         steps = [step for step in launched.steps if step is not None]
-        sampling = one_sampling(steps) if len(steps) == len(sequences) else None
-        if sampling is not None:
-            # One token of each, as a rule: a device has a short way for that.
-            request = head_request(sampling, steps)
-            output = runner.choose(sequences, depth, request, following)
-            launched.heads = Heads({sampling: output})
+        if len(steps) == len(sequences) and ask_for_one_token(steps):
+            # As a rule: a device has a short way for that.
+            output = runner.choose(sequences, depth, head_request(steps), following)
+            launched.heads = Heads(output)
             launched.chosen = output if runner.run_together(sequences) else None
             return
         if len(steps) == len(sequences) and _check(steps, depth == runner.spec.blocks):
             output = runner.check(sequences, [step.rows for step in steps])
-            launched.heads = Heads({GREEDY: output})
+            launched.heads = Heads(output)
             return
         counts = [0 if step is None else step.rows for step in launched.steps]
         hidden = runner.run(sequences, depth, counts, following, stops)
@@ -239,7 +243,7 @@ class Launcher:
             return run_heads(self._engines, hidden, blocks_run[0], steps)
         assert isinstance(self._engines, AsksExitsTogether)
         logits = self._engines.logits_of_exits(hidden, blocks_run)
-        return Heads({GREEDY: HostHeadOutput(logits, HeadRequest())})
+        return Heads(HostHeadOutput(logits, HeadRequest()))
 
     def _count(self, work: Work) -> float:
         """Tokens that a block of this work runs, on average; counts what runs."""

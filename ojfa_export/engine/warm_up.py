@@ -15,6 +15,7 @@ import numpy as np
 
 from ojfa_export.decoding.head_output import HeadRequest
 from ojfa_export.decoding.options import GenerationOptions
+from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.engine.budget import CacheSize
 from ojfa_export.engine.request import Request
 from ojfa_export.runtime.runner import ModelRunner
@@ -29,13 +30,16 @@ PROMPTS = (60, 120, 190, 250, 380, 510, 760, 1020, 1530, 2040)
 DECODING, BESIDE = (1, 4, 16, 64, 256), (1, 1, 1, 4, 4, 12)
 
 
-def record_kinds(runner: ModelRunner, kinds: Iterable[list[int]], pages: CacheSize) -> None:
+def record_kinds(
+    runner: ModelRunner, kinds: Iterable[list[int]], pages: CacheSize, *, sampled: bool = False
+) -> None:
     """Runs a pass to full depth of every kind, and asks the head about its newest tokens.
 
     Args:
         runner: With nothing in its slots.
         kinds: As of `PagedCache.pass_kinds`.
         pages: Of the cache; a kind that needs more is left out.
+        sampled: Whether tokens are drawn, rather than the likeliest.
     """
     most = 0
     for lengths in kinds:
@@ -43,15 +47,21 @@ def record_kinds(runner: ModelRunner, kinds: Iterable[list[int]], pages: CacheSi
             continue
         most = max(most, len(lengths))
         for _ in range(ROUNDS):
-            _record(runner, lengths)
+            _record(runner, lengths, _request(len(lengths), sampled=sampled))
     for rows in range(1, most + 1):
         hidden = np.zeros((rows, runner.spec.hidden_size), np.float32)
         for _ in range(ROUNDS):
-            runner.engines.choose(hidden, runner.spec.blocks, HeadRequest()).tokens()
+            request = _request(rows, sampled=sampled)
+            runner.engines.choose(hidden, runner.spec.blocks, request).tokens()
 
 
-def _record(runner: ModelRunner, lengths: list[int]) -> None:
-    spec, request = runner.spec, HeadRequest()
+def _request(rows: int, *, sampled: bool) -> HeadRequest:
+    """Whatever the temperatures are: they are no part of what is recorded."""
+    return HeadRequest(Sampling(temperature=1.0), [0.5] * rows) if sampled else HeadRequest()
+
+
+def _record(runner: ModelRunner, lengths: list[int], request: HeadRequest) -> None:
+    spec = runner.spec
     sequences = [Sequence(slot, spec.blocks, spec.rotary_switch) for slot in range(len(lengths))]
     try:
         for sequence, length in zip(sequences, lengths, strict=True):

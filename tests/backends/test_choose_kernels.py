@@ -71,8 +71,8 @@ def choose(kernels, mailbox, logits, how):
     from ojfa_export.backends.cuda.choosing import Chooser
     from ojfa_export.backends.cuda.mailbox import HeadArguments
 
-    asked = HeadArguments.of(how, logits.shape[1])
-    mailbox.leave(how.draws)
+    asked = HeadArguments.of(how)
+    mailbox.leave(how)
     Chooser(kernels, mailbox, logits.shape[1]).choose(Logits(logits), asked)
     return mailbox.expect(len(logits))
 
@@ -105,6 +105,20 @@ def test_sampled_tokens_are_those_of_the_host(kernels, mailbox, rng, sampling):
     assert_choices(choices, logits)
 
 
+def test_each_row_is_drawn_in_its_own_way(kernels, mailbox, rng):
+    """Beside rows whose token is the likeliest; top-k beyond the vocabulary is none."""
+    samplings = [*SAMPLINGS, GREEDY, Sampling(0.9, top_k=10**9)]
+    logits = (3 * rng.normal(size=(len(samplings), 300))).astype(np.float32)
+    draws = rng.random(len(samplings)).tolist()
+    choices = choose(kernels, mailbox, logits, HeadRequest(draws=draws, samplings=samplings))
+    for row, (token, sampling) in enumerate(zip(choices.tokens(), samplings, strict=True)):
+        if sampling is GREEDY:
+            assert token == logits[row].argmax()
+        else:
+            assert_drawn(token, logits[row], sampling, draws[row])
+    assert_choices(choices, logits)
+
+
 def check_exit(kernels, mailbox, head, hidden, how, blocks, kept=None, *, beside=False):
     """Launches the exit's check as `heads.ExitHead` does; its logits."""
     from ojfa_export.backends.cuda.choosing import Chooser
@@ -116,8 +130,8 @@ def check_exit(kernels, mailbox, head, hidden, how, blocks, kept=None, *, beside
     outputs, columns = vocabulary.shape
     logits = np.full((rows, outputs), np.nan, np.float32)
     parts = np.zeros((blocks, rows, MOST_RANK), np.uint64)
-    asked = HeadArguments.of(how, outputs)
-    mailbox.leave(how.draws)
+    asked = HeadArguments.of(how)
+    mailbox.leave(how)
     keeping = (None, None, None, 0)
     if kept is not None:
         positions, sequences = np.array([3, 1], np.int32), np.array([1, 0], np.int32)
@@ -145,7 +159,7 @@ def check_exit(kernels, mailbox, head, hidden, how, blocks, kept=None, *, beside
         Chooser(kernels, mailbox, outputs).sample(Logits(logits), asked)
         choices = mailbox.expect(rows)
         choices.answers()
-        mailbox.leave(how.draws)
+        mailbox.leave(how)
     return choices, logits
 
 

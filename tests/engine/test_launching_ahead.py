@@ -34,22 +34,27 @@ def test_requests_give_the_tokens_of_each_alone(on_device, pages, requests, slot
     )
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_k": 50}])
-def test_passes_begin_before_the_tokens_before_them_are_known(llama_on_device, sampling):
+@pytest.mark.parametrize(
+    "samplings",
+    [
+        [{}] * 3,
+        [{"temperature": 0.9, "top_k": 50}] * 3,
+        [{"temperature": 0.9}, {}, {"temperature": 1.4, "top_p": 0.8}],
+    ],
+    ids=["greedy", "sampled", "each otherwise"],
+)
+def test_passes_begin_before_the_tokens_before_them_are_known(llama_on_device, samplings):
     """All but the prompts', the first step and those where a request ends, that is."""
     model, reference = llama_on_device.model, llama_on_device.reference
     prompts = [[1, 2, 3], [4, 5], [6]]
     options = [
-        {"max_new_tokens": 20 + 10 * at, "seed": at, "ignore_eos": True, **sampling}
+        {"max_new_tokens": 20 + 10 * at, "seed": at, "ignore_eos": True, **samplings[at]}
         for at in range(3)
     ]
     with WatchedEngine(model, max_sequences=3) as engine:
         with engine._wanted:
             running = [
-                engine.submit(
-                    prompt, max_new_tokens=20 + 10 * at, seed=at, ignore_eos=True, **sampling
-                )
-                for at, prompt in enumerate(prompts)
+                engine.submit(prompt, **each) for prompt, each in zip(prompts, options, strict=True)
             ]
         results = [each.result(TIMEOUT) for each in running]
     assert engine.passes == 40
@@ -151,8 +156,9 @@ def test_a_launch_that_fails(llama_on_device, monkeypatch):
         assert [each.result(TIMEOUT).token_ids for each in again] == [expected, expected]
 
 
-def test_nothing_is_recorded_after_warming_up(llama_on_device, rng, monkeypatch):
-    """Whatever requests come together, at full depth and greedily."""
+@pytest.mark.parametrize("sampled", [False, True])
+def test_nothing_is_recorded_after_warming_up(llama_on_device, rng, monkeypatch, sampled):
+    """Whatever requests come together, at full depth, with any temperatures and none."""
     model, reference = llama_on_device.model, llama_on_device.reference
     device = model.engines.device
     captured = []
@@ -163,15 +169,16 @@ def test_nothing_is_recorded_after_warming_up(llama_on_device, rng, monkeypatch)
 
     monkeypatch.setattr(device, "capture", capture)
     with WatchedEngine(model, max_sequences=3, prefix_cache=False) as engine:
-        engine.warm_up()
+        engine.warm_up(sampled=sampled)
         before, slots = len(captured), engine.max_sequences
         assert before > 2 * slots
         asked = [
             (
                 rng.integers(3, model.spec.vocab_size, int(rng.integers(1, 30))).tolist(),
-                {"max_new_tokens": int(rng.integers(1, 12)), "ignore_eos": True},
+                {"max_new_tokens": int(rng.integers(1, 12)), "ignore_eos": True, "seed": at}
+                | ({"temperature": 0.4 * (at % 4), "top_k": 5 + at} if sampled and at % 4 else {}),
             )
-            for _ in range(30)
+            for at in range(30)
         ]
         engine.on_pass = lambda _: time.sleep(0.002 * (rng.random() < 0.2))
         running = []

@@ -46,9 +46,9 @@ def answers(gpu, logits, sampling=GREEDY, draws=()):
     device, kernels = gpu
     mailbox = Mailbox(device)
     chooser = Chooser(kernels, mailbox, logits.shape[1])
-    asked = HeadArguments.of(HeadRequest(sampling, draws), logits.shape[1])
+    asked = HeadArguments.of(HeadRequest(sampling, draws))
     held = DeviceArrays(device).asarray(logits.astype(np.float32))
-    mailbox.leave(draws)
+    mailbox.leave(HeadRequest(sampling, draws))
     chooser.choose(held, asked)
     device.recorder.launches += 1
     choices = mailbox.expect(len(logits))

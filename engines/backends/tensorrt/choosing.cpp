@@ -139,7 +139,7 @@ std::unique_ptr<core::Choices> TensorRtCache::choose_rows(CUdeviceptr hidden, in
             run();
         });
     }
-    mailbox_.leave(how.draws);
+    mailbox_.leave(how.sampling, how.draws);
     if (in_one) {
         const std::uint32_t answer = mailbox_.next();
         engines_.launch_check(stream_, mailbox_.first_word(answer), answer);
@@ -157,11 +157,7 @@ Asked TensorRtCache::asked(const core::Choosing& how, int count) const {
         result.measure = static_cast<int>(*how.measure);
         result.threshold = how.stop->threshold;
     }
-    const int vocabulary = engines_.spec.vocab_size;
-    if (!how.sampling.greedy())  // smaller ones leave the largest logit alone, as this does
-        result.temperature = std::max(static_cast<float>(how.sampling.temperature), 1e-30f);
-    result.top_k = std::min(how.sampling.top_k.value_or(vocabulary), vocabulary);
-    result.top_p = how.sampling.top_p;
+    result.sampled = !how.sampling.greedy();
     return result;
 }
 

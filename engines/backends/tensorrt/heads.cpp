@@ -36,7 +36,7 @@ std::size_t parts_bytes(const Device& device) {
 }  // namespace
 
 Key Asked::key() const {
-    return {bits_of(measure), bits_of(threshold), bits_of(temperature), bits_of(top_k), bits_of(top_p)};
+    return {bits_of(measure), bits_of(threshold), bits_of(sampled)};
 }
 
 Key Keeping::key() const {
@@ -95,7 +95,7 @@ void Heads::choose(CUdeviceptr hidden, int count, int blocks_run, const Asked& a
         run(hidden, count, blocks_run);
         choose_by_logits(count, asked);
     }
-    if (asked.temperature > 0) sample(count, asked);
+    if (asked.sampled) sample(count);
 }
 
 void Heads::keep(const Keeping& keeping) {
@@ -157,13 +157,13 @@ void Heads::check_in_one(CUdeviceptr hidden, int count, const Asked& asked, cons
                            {beside ? BESIDE_THREADS : CHECK_THREADS, 1},
                            0,
                            true},
-                          asked.temperature > 0 ? logits_.address() : 0, hidden, head.project.address(),
+                          asked.sampled ? logits_.address() : 0, hidden, head.project.address(),
                           head.project_bias.address(), head.vocabulary.address(),
                           head.vocabulary_bias.address(), z_parts_.address(), engines_.spec.hidden_size,
                           head.rank, head.vocabulary.columns(), head.vocabulary.rows(),
                           static_cast<float>(engines_.spec.norm_epsilon), keeping.kept, keeping.positions,
                           keeping.sequences, keeping.capacity, mailbox_.desk(), mailbox_.mail(),
-                          asked.measure, asked.threshold, static_cast<int>(asked.temperature > 0));
+                          asked.measure, asked.threshold, static_cast<int>(asked.sampled));
 }
 
 void Heads::choose_by_logits(int count, const Asked& asked) {
@@ -171,14 +171,13 @@ void Heads::choose_by_logits(int count, const Asked& asked) {
         stream_.handle(),
         {"choose", {CHOOSE_PARTS, static_cast<unsigned>(count), 1}, {CHOOSE_THREADS, 1}, 0, true},
         logits_.address(), engines_.spec.vocab_size, mailbox_.desk(), mailbox_.mail(), asked.measure,
-        asked.threshold, static_cast<int>(asked.temperature > 0));
+        asked.threshold, static_cast<int>(asked.sampled));
 }
 
-void Heads::sample(int count, const Asked& asked) {
+void Heads::sample(int count) {
     lent_.kernels->launch(stream_.handle(),
                           {"sample", {static_cast<unsigned>(count), 1, 1}, {SAMPLE_THREADS, 1}, 0, true},
-                          logits_.address(), engines_.spec.vocab_size, asked.temperature, asked.top_k,
-                          asked.top_p, mailbox_.desk(), mailbox_.mail());
+                          logits_.address(), engines_.spec.vocab_size, mailbox_.desk(), mailbox_.mail());
 }
 
 LinearKernels Heads::linear(const std::string& kind) const {

@@ -13,9 +13,7 @@ namespace ojfa::tensorrt {
 struct Asked {
     int measure = -1;  // of an exit's check; -1: none
     double threshold = 0;
-    float temperature = 0;  // 0 for greedy
-    int top_k = 0;
-    double top_p = 1;
+    bool sampled = false;  // how, is left in the mailbox
 
     // Numbers that are the same for the same questions.
     Key key() const;
@@ -60,7 +58,7 @@ class Heads {
     void run_engine(const std::string& head, CUdeviceptr hidden, int count);
     void check_in_one(CUdeviceptr hidden, int count, const Asked& asked, const Keeping& keeping);
     void choose_by_logits(int count, const Asked& asked);
-    void sample(int count, const Asked& asked);
+    void sample(int count);
     LinearKernels linear(const std::string& kind) const;
 
     TensorRtEngines& engines_;

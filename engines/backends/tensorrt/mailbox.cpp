@@ -11,7 +11,15 @@ namespace {
 // with the number of the answer.
 enum { TOKEN, LIKELIEST, TOP, MARGIN, ENTROPY, ANSWER_WORDS };
 constexpr std::size_t SLOTS = 8, ROWS = Mailbox::MOST_ROWS;
-constexpr std::size_t DRAWS_AT = SLOTS * ROWS * ANSWER_WORDS * 8, MAIL_BYTES = DRAWS_AT + SLOTS * ROWS * 8;
+struct Drawing {
+    double draw, top_p;
+    float temperature;
+    std::int32_t top_k;
+};
+constexpr std::size_t DRAWINGS_AT = SLOTS * ROWS * ANSWER_WORDS * 8;
+constexpr std::size_t MAIL_BYTES = DRAWINGS_AT + SLOTS * ROWS * sizeof(Drawing);
+// Smaller temperatures leave the largest logit alone, as this does.
+constexpr float LEAST_TEMPERATURE = 1e-30f;
 constexpr std::size_t MOST_PARTS = 2048, PART_BYTES = 5 * 8;
 constexpr std::size_t DESK_BYTES = 4 * ROWS + 2 * 4 + 4 * ROWS + MOST_PARTS * PART_BYTES;
 // Looks for an answer between two at the stream's state.
@@ -36,9 +44,16 @@ void Mailbox::reset() {
     given_ = 0;
 }
 
-void Mailbox::leave(core::Span<const double> draws) {
-    char* const at = mail_.as<char>() + DRAWS_AT + given_ % SLOTS * ROWS * sizeof(double);
-    if (!draws.empty()) std::memcpy(at, draws.data(), draws.size() * sizeof(double));
+void Mailbox::leave(const core::Sampling& sampling, core::Span<const double> draws) {
+    if (sampling.greedy()) return;
+    char* at = mail_.as<char>() + DRAWINGS_AT + given_ % SLOTS * ROWS * sizeof(Drawing);
+    for (const double draw : draws) {
+        const Drawing drawing{draw, sampling.top_p,
+                              std::max(static_cast<float>(sampling.temperature), LEAST_TEMPERATURE),
+                              sampling.top_k.value_or(0)};
+        std::memcpy(at, &drawing, sizeof drawing);
+        at += sizeof drawing;
+    }
 }
 
 core::Choice Mailbox::read(std::uint32_t answer, int row, std::optional<core::Measure> measure) {

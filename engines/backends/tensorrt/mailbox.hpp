@@ -27,8 +27,9 @@ class Mailbox {
     // Begins anew, with no answer on its way: after a launch of which nobody knows how far it came.
     void reset();
 
-    // Leaves the random numbers of the answer that is launched next.
-    void leave(core::Span<const double> draws);
+    // Leaves how the tokens of the answer that is launched next are drawn, by a random number each; nothing
+    // where they are the likeliest.
+    void leave(const core::Sampling& sampling, core::Span<const double> draws);
 
     // The number of the answer that is launched next, and of one that has been launched.
     std::uint32_t next() const { return given_ + 1; }

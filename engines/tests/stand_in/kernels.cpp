@@ -107,7 +107,11 @@ struct Desk {
 };
 struct Mail {
     std::uint64_t answers[SLOTS][ROWS][WORDS];
-    double draws[SLOTS][ROWS];
+    struct {
+        double draw, top_p;
+        float temperature;
+        int top_k;
+    } drawings[SLOTS][ROWS];
 };
 
 template <class Value>
@@ -308,12 +312,15 @@ const std::map<std::string, Kernel>& kernels() {
                               Desk* desk, Mail* mail, int measure, double threshold, int sampled) {
              give(program, logits, vocabulary, launch.y, desk, mail, measure, threshold, sampled);
          })},
-        {"sample", kernel(+[](Program&, const Launch& launch, const float* logits, int vocabulary,
-                              float temperature, int top_k, double top_p, Desk* desk, Mail* mail) {
+        {"sample", kernel(+[](Program&, const Launch& launch, const float* logits, int vocabulary, Desk* desk,
+                              Mail* mail) {
              const unsigned answer = ++desk->answers, slot = (answer - 1) % SLOTS;
              for (int row = 0; row < launch.x; ++row) {
-                 desk->tokens[row] = drawn(logits + at(row) * at(vocabulary), vocabulary, temperature, top_k,
-                                           top_p, mail->draws[slot][row]);
+                 const auto& how = mail->drawings[slot][row];
+                 if (how.temperature > 0)
+                     desk->tokens[row] =
+                         drawn(logits + at(row) * at(vocabulary), vocabulary, how.temperature,
+                               how.top_k ? std::min(how.top_k, vocabulary) : vocabulary, how.top_p, how.draw);
                  store(mail->answers[slot][row], word(desk->tokens[row], answer));
              }
          })},

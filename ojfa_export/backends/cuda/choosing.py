@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from ojfa_export.backends.cuda.arrays import DeviceArray
-from ojfa_export.backends.cuda.kernels import Kernels, integer, number, pointer, wide_number
+from ojfa_export.backends.cuda.kernels import Kernels, integer, pointer
 from ojfa_export.backends.cuda.mailbox import (
     ROWS,
     DeviceHeadOutput,
@@ -49,7 +48,7 @@ class Chooser:
 
     def sample(self, logits: DeviceArray, asked: HeadArguments) -> None:
         """Completes an answer where tokens are sampled."""
-        if not asked.temperature:
+        if not asked.sampled:
             return
         self.kernels.launch(
             "sample",
@@ -58,9 +57,6 @@ class Chooser:
             (
                 pointer(logits.pointer),
                 integer(self._vocabulary),
-                number(asked.temperature),
-                integer(asked.top_k),
-                wide_number(asked.top_p),
                 *self.mailbox.arguments(),
             ),
             overlapping=True,
@@ -85,6 +81,6 @@ def choose_in_parts(
     parts: list[DeviceHeadOutput] = []
     for at in range(0, len(states), ROWS):
         rows = slice(at, at + ROWS)
-        parts.append(choose(states[rows], replace(request, draws=request.draws[rows], check=None)))
+        parts.append(choose(states[rows], request.part(rows)))
         parts[-1].tokens()  # places for answers on their way are few
     return JoinedHeadOutput(parts)

@@ -22,6 +22,13 @@ from ojfa_export.errors import BackendError
 
 # As in choose.cuh: answers that may be on their way, rows of each, thread blocks' parts of them.
 SLOTS, ROWS, PARTS = 8, 64, 2048
+# How a row's token is drawn; where the temperature is 0, or there is no top-k, it says so by 0.
+DRAWING = np.dtype(
+    [("draw", np.float64), ("top_p", np.float64), ("temperature", np.float32), ("top_k", np.int32)]
+)
+# Smaller temperatures leave the largest logit alone, as this does.
+LEAST_TEMPERATURE = 1e-30
+MOST_TOP_K = 2**31 - 1
 # Token, likeliest, top, margin and entropy, each with the number of its answer.
 ANSWER = struct.Struct("=iIiIfIfIfI")
 Row = tuple[int, int, float, float, float]
@@ -39,26 +46,21 @@ class HeadArguments:
     Attributes:
         measure: Of an exit's check, or -1.
         threshold: Of that check.
-        temperature: 0 for greedy.
+        sampled: Whether any row's token is drawn; how, is left in the mailbox.
     """
 
     measure: int
     threshold: float
-    temperature: float
-    top_k: int
-    top_p: float
+    sampled: bool
 
     @classmethod
-    def of(cls, request: HeadRequest, vocabulary: int) -> HeadArguments:
-        """What a session asks, of logits [rows, vocabulary]."""
-        sampling, check = request.sampling, request.check
+    def of(cls, request: HeadRequest) -> HeadArguments:
+        """What a session asks."""
+        check = request.check
         return cls(
             measure=-1 if check is None else MEASURES[check.measure],
             threshold=0.0 if check is None else check.threshold,
-            # Smaller ones leave the largest logit alone, as this does.
-            temperature=max(sampling.temperature, 1e-30) if sampling.temperature else 0.0,
-            top_k=min(sampling.top_k or vocabulary, vocabulary),
-            top_p=sampling.top_p,
+            sampled=request.samples,
         )
 
 
@@ -72,11 +74,11 @@ class Mailbox:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._desk = Memory(device, DESK_BYTES, pooled=False)
-        answers, draws = SLOTS * ROWS * ANSWER.size, SLOTS * ROWS * 8
-        self._mail = PinnedArray((answers + draws,), np.uint8)
+        answers, drawings = SLOTS * ROWS * ANSWER.size, SLOTS * ROWS * DRAWING.itemsize
+        self._mail = PinnedArray((answers + drawings,), np.uint8)
         whole = self._mail.array
         self._bytes = memoryview(whole)  # type: ignore[arg-type]
-        self._draws = whole[answers:].view(np.float64).reshape(SLOTS, ROWS)
+        self._drawings = whole[answers:].view(DRAWING).reshape(SLOTS, ROWS)
         self.reset()
 
     @property
@@ -98,22 +100,32 @@ class Mailbox:
 
     def asked(self, asked: HeadArguments) -> tuple[Argument, ...]:
         """Of a kernel that gives answers, unless another samples after it."""
-        sampled = integer(int(asked.temperature > 0))
+        sampled = integer(int(asked.sampled))
         return *self.arguments(), integer(asked.measure), wide_number(asked.threshold), sampled
 
-    def leave(self, draws: Sequence[float], answers: int = 1) -> None:
-        """Makes room for what is launched next, and leaves random numbers for the first answer.
+    def leave(self, request: HeadRequest, answers: int = 1) -> None:
+        """Makes room for what is launched next, and leaves how the first answer's tokens are drawn.
 
         Args:
-            draws: A number from [0, 1) for each row, where tokens are sampled.
+            request: Of the first answer.
             answers: That are launched together.
         """
         for turn in range(self._turn, self._turn + answers):
             before = self._places[turn % SLOTS]()
             if before is not None:
                 before.answers()  # another takes its place
-        if draws:
-            self._draws[self._turn % SLOTS, : len(draws)] = draws
+        if not request.samples:
+            return
+        rows = zip(request.draws, request.of_rows(len(request.draws)), strict=True)
+        self._drawings[self._turn % SLOTS, : len(request.draws)] = [
+            (
+                draw,
+                sampling.top_p,
+                max(sampling.temperature, LEAST_TEMPERATURE) if sampling.temperature else 0.0,
+                min(sampling.top_k or 0, MOST_TOP_K),
+            )
+            for draw, sampling in rows
+        ]
 
     def expect(self, rows: int) -> DeviceHeadOutput:
         """Tells of an answer that has been launched."""

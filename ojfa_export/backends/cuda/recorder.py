@@ -50,7 +50,7 @@ class Recorder:
             been done; whoever has seen to that may set it back.
     """
 
-    def __init__(self, device: Records, most: int = 1024) -> None:
+    def __init__(self, device: Records, most: int = 2048) -> None:
         self._device, self._most = device, most
         self._graphs: dict[Key, Recording | None] = {}
         self.launches = self.done = 0

@@ -98,8 +98,8 @@ class OnnxRuntimeCudaEngines(OpenedModel, PreparesByParts):
     ) -> DeviceHeadOutput:
         states, logits = self._in_place(states), self._logits[: len(states)]
         # Nothing is begun ahead of an exit's check here, so that there is nothing to call off.
-        asked = HeadArguments.of(HeadRequest(request.sampling), self.spec.vocab_size)
-        self.mailbox.leave(request.draws)
+        asked = HeadArguments.of(request.part(slice(None)))
+        self.mailbox.leave(request)
         chosen = partial(self._chooser.choose, logits, asked)
         self._with_head(states, blocks_run, ("choose", asked), chosen)
         self.device.recorder.flush()

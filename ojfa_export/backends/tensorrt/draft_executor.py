@@ -146,7 +146,7 @@ class TensorRtDraftExecutor:
             self._add_chain(tokens, chunks, count, workspace)
         if count > 1:
             workspace.moved_to([start + length + count - 2 for _, start, length in chunks])
-        mailbox.leave((), answers=count)
+        mailbox.leave(GREEDY, answers=count)
         if known is not None:
             recorder.replay(known[0])
         else:
@@ -181,7 +181,7 @@ class TensorRtDraftExecutor:
         assert isinstance(tokens, list)
         in_flight.last_pass, in_flight.keeping = None, ((), None)
         executor.name_few(tokens, chunks)
-        self._layer.mailbox.leave(())
+        self._layer.mailbox.leave(GREEDY)
         recorder.replay(known[0])
         return self._layer.mailbox.expect(count)
 

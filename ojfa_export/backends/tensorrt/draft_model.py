@@ -86,15 +86,9 @@ class DraftModel(OpenedModel):
 
     def ask(self, states: DeviceArray, request: HeadRequest) -> None:
         """Adds what chooses a token for each of a few rows [rows, H] that lie where they stay."""
-        head, count, sampling = self._open_head(), len(states), request.sampling
-
-        def work() -> None:
-            asked = HeadArguments.of(HeadRequest(sampling), self.spec.vocab_size)
-            head.final.choose(states, head.logits[:count], asked)
-
-        asked = sampling.temperature, sampling.top_k, sampling.top_p
-        key = ("draft head", self.mailbox, self._key, count, states.pointer, *asked)
-        self.device.recorder.add(key, work)
+        head, count, asked = self._open_head(), len(states), HeadArguments.of(request)
+        key = ("draft head", self.mailbox, self._key, count, states.pointer, asked)
+        self.device.recorder.add(key, lambda: head.final.choose(states, head.logits[:count], asked))
 
     def named(self, output: HeadOutput) -> HeadOutput:
         """What the head said, in tokens of the model."""
@@ -102,7 +96,7 @@ class DraftModel(OpenedModel):
 
     def _choose(self, states: DeviceArray, request: HeadRequest) -> DeviceHeadOutput:
         self.ask(self._in_place(states, self._open_head()), request)
-        self.mailbox.leave(request.draws)
+        self.mailbox.leave(request)
         self.device.recorder.flush()
         return self.mailbox.expect(len(states))
 

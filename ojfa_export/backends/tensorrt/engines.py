@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -145,7 +146,7 @@ class TensorRtEngines(OpenedModel):
     ) -> DeviceHeadOutput:
         head, count = self._head(blocks_run), states.shape[0]
         states = self._in_place(states)
-        last, check, sampling = self.in_flight.last_pass, request.check, request.sampling
+        last, check = self.in_flight.last_pass, request.check
         if last is None or not last.executor.can_begin(last):
             check = None
         recorder, (key, keeping) = self.device.recorder, self.in_flight.keeping
@@ -154,18 +155,17 @@ class TensorRtEngines(OpenedModel):
         self.in_flight.keeping = (), None
 
         def work() -> None:
-            asked = HeadArguments.of(HeadRequest(sampling, (), check), self.spec.vocab_size)
             head.choose(states, self._logits[:count], asked, keeping)
 
-        asked = sampling.temperature, sampling.top_k, sampling.top_p, check
-        key = ("choose", self.mailbox, blocks_run, count, states.pointer, *asked, *key)
+        asked = HeadArguments.of(replace(request, check=check))
+        key = ("choose", self.mailbox, blocks_run, count, states.pointer, asked, *key)
         if check is None or last is None:
             recorder.add(key, work)
         else:
             then, ahead = last.executor.begin(last, check.then)
             both = self.device.beside if head.is_small else _one_after_the_other
             recorder.add((*key, *then), lambda: both(work, ahead))
-        self.mailbox.leave(request.draws)
+        self.mailbox.leave(request)
         recorder.flush()
         return self.mailbox.expect(count)
 

@@ -239,7 +239,7 @@ class ExitHead(ByLogits):
             (self._model.device.multiprocessors, 1, 1),
             (threads, 1, 1),
             (
-                pointer(logits.pointer if asked.temperature else None),
+                pointer(logits.pointer if asked.sampled else None),
                 pointer(hidden.pointer),
                 pointer(self._project.pointer),
                 pointer(self._project_bias.pointer),

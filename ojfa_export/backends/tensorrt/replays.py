@@ -73,7 +73,7 @@ class Replays:
         request: HeadRequest,
     ) -> tuple[Hashable, ...] | None:
         """All that decides what is put on the stream; None where that is more than a recording."""
-        count, sampling, way = len(step.chunks), request.sampling, executor.way(step, newest)
+        count, way = len(step.chunks), executor.way(step, newest)
         if way is None or self._recorder.pending or count > HEAD_ROWS:
             return None
         return (
@@ -84,9 +84,7 @@ class Replays:
             count,
             step.long_context,
             None if states is None else states.pointer,
-            sampling.temperature,
-            sampling.top_k,
-            sampling.top_p,
+            request.samples,
             request.check,
         )
 
@@ -102,7 +100,7 @@ class Replays:
         in_flight, chunks, depth = self._in_flight, step.chunks, step.blocks.stop
         workspace, positions = executor.workspace(len(chunks)), positions_of(chunks)
         executor.make_ready(chunks)
-        self._mailbox.leave(request.draws)
+        self._mailbox.leave(request)
         # Whenever this is interrupted, nothing is taken to be on the device that may not be.
         in_flight.last_pass, in_flight.keeping, in_flight.ahead = None, ((), None), ahead
         newest.clear()
