@@ -52,7 +52,7 @@ def rehearsed_ms(depths: list[int], policy: ExitPolicy, turns: Turns) -> float:
 
 
 def test_a_policy_takes_what_its_depths_take(make_statistics: Make, turns: Turns) -> None:
-    statistics = make_statistics(windows=3, tokens=64, run=64, blocks=4)
+    statistics = make_statistics(windows=12, tokens=64, run=64, blocks=4)
     costs = step_costs(4)
     point = policy_point(POLICY, statistics, costs)
     depths = depths_of(statistics, POLICY)
