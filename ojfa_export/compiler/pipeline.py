@@ -22,7 +22,6 @@ from ojfa_export.compiler.report.write import write_report
 from ojfa_export.compiler.self_text import write_self_text
 from ojfa_export.compiler.shortcut_stage import make_shortcut
 from ojfa_export.compiler.work import StageRecord, Work, check_output
-from ojfa_export.graphs.export import Exporter
 from ojfa_export.runtime.model import Model
 from ojfa_export.system.progress import SILENT, Progress
 from ojfa_export.verify.check import Check
@@ -103,10 +102,8 @@ def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
 
 
 def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
-    spec, settings, backend = inputs.checkpoint.spec, inputs.settings, inputs.backend
-    exporter = Exporter(
-        inputs.checkpoint, work.bundle / GRAPHS, settings.precision, settings.max_cache_length
-    )
+    spec, backend = inputs.checkpoint.spec, inputs.backend
+    exporter = inputs.exporter(work.bundle / GRAPHS)
     with work.stage("export") as needed:
         if needed:
             stages.export(exporter, progress)

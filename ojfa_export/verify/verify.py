@@ -108,7 +108,7 @@ def compare_blocks(
         ) from error
     subject = make_subject(
         model.spec,
-        manifest.precision,
+        "int8" if manifest.weights else manifest.precision,
         bundle.graphs,
         (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None,
         shortcut,
