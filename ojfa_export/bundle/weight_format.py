@@ -26,7 +26,7 @@ BITS: dict[Quantised, int] = {"int4": 4, "int8": 8}
 # What a group may be: powers of two, as MatMulNBits takes them.
 GROUP_SIZES = (16, 32, 64, 128, 256)
 # A quantised matrix is tensors of these names after its own; the last where there are zero points.
-PACKED, SCALES, ZERO_POINTS = ".packed", ".scales", ".zero_points"
+PACKED, SCALES, ZERO_POINTS = ENDS = (".packed", ".scales", ".zero_points")
 # The matrices of blocks that are quantised; of heads it is those to the vocabulary.
 BLOCK_MATRICES = (
     *("attention.qkv.weight", "attention.out.weight"),

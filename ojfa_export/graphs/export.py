@@ -73,7 +73,9 @@ class Exporter:
         self.precision = precision
         self.max_length = max_length
         self.quantiser = quantiser
-        self.dialect = Portable(checkpoint.spec, precision, quantiser and quantiser.form)
+        self.dialect = Portable(
+            checkpoint.spec, precision, None if quantiser is None else quantiser.form
+        )
 
     def embed(self) -> None:
         """Exports the embedding, and the tables of rotations."""

@@ -21,7 +21,6 @@ from ojfa_export.bundle.weight_format import (
     QuantisedMatrix,
     WeightFormat,
 )
-from ojfa_export.errors import CheckpointError
 from ojfa_export.graphs.weights import CONVERSION_CHUNK, TensorRef, WeightFile
 
 OPERATOR = "MatMulNBits"
@@ -48,20 +47,12 @@ class Quantiser:
 
         Returns:
             Its tensors.
-
-        Raises:
-            CheckpointError: Numbers that have no nearest one.
         """
         inputs, outputs = matrix.shape
         step = max(1, CONVERSION_CHUNK // inputs)
         parts = []
         for start in range(0, outputs, step):  # so that a large head is never held twice
             columns = np.ascontiguousarray(matrix[:, start : start + step], np.float32)
-            if not np.isfinite(columns).all():
-                raise CheckpointError(
-                    f"weight '{name}' holds NaN or infinity, which can't be quantised",
-                    hint="fetch the checkpoint again",
-                )
             parts.append(self.quantise(columns, self.form))
         refs = {
             name + PACKED: file.add_bytes(np.concatenate([part.packed for part in parts])),

@@ -87,15 +87,10 @@ def verify_generation(
         CheckpointError: transformers can't open the model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
-    directory, manifest = os.fspath(checkpoint.directory), model.manifest
-    with _speaking(checkpoint.directory, "generation_config.json"):
-        try:
-            said = GenerationConfig.from_pretrained(directory, local_files_only=True)
-        except OSError:  # old checkpoints say it there
-            said = GenerationConfig.from_pretrained(directory, "config.json", local_files_only=True)
-    checks = [_equal("generation: defaults", _other_defaults(said, manifest))]
+    directory = os.fspath(checkpoint.directory)
+    checks = [verify_defaults(model.manifest, checkpoint)]
     # Weights in 16 bits become twice as many bytes.
     needed = 2 * sum(path.stat().st_size for path in checkpoint.weight_files)
     if needed > read_meminfo().get("MemAvailable", needed):
@@ -109,6 +104,23 @@ def verify_generation(
             trust_remote_code=trust_remote_code,
         ).eval()
     return [*checks, _compare_text(model, reference, token_ids)]
+
+
+def verify_defaults(manifest: Manifest, checkpoint: Checkpoint) -> Check:
+    """Compares the bundle's defaults of generation with what transformers reads.
+
+    Raises:
+        CheckpointError: transformers can't open generation_config.json.
+    """
+    from transformers import GenerationConfig
+
+    directory = os.fspath(checkpoint.directory)
+    with _speaking(checkpoint.directory, "generation_config.json"):
+        try:
+            said = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        except OSError:  # old checkpoints say it there
+            said = GenerationConfig.from_pretrained(directory, "config.json", local_files_only=True)
+    return _equal("generation: defaults", _other_defaults(said, manifest))
 
 
 def _other_defaults(said: Any, manifest: Manifest) -> int:

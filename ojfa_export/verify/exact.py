@@ -59,7 +59,7 @@ class ExactModel:
     def embed(self, token_ids: Int32) -> Float64:
         """Embeds sequences [B,S] from position 0 on: [B,S,H]."""
         weights = self._weights("embed")
-        hidden = weights["token_embedding"][token_ids].astype(np.float64)
+        hidden: Float64 = weights["token_embedding"][token_ids].astype(np.float64)
         if "position_embedding" in weights:
             hidden = hidden + weights["position_embedding"][: token_ids.shape[1]]
         return hidden
@@ -114,7 +114,9 @@ class ExactModel:
             jump = float(weights["gates"][blocks_run - 1]) * _product(z, weights["up"])
             return self._final(hidden + jump, weights)
         z = z / _root_mean_square(z, self._spec.norm_epsilon)
-        return _product(z, _columns(weights["vocabulary"])) + weights.get("vocabulary.bias", 0)
+        logits: Float64 = _product(z, _columns(weights["vocabulary"]))
+        logits += weights.get("vocabulary.bias", 0)
+        return logits
 
     def mlp_jump(self, hidden: Float64, blocks_run: int) -> Tensors:
         """What goes into and comes out of the products of an MLP shortcut; none of another."""
