@@ -66,17 +66,22 @@ TOLERANCES: Mapping[Arithmetic, Mapping[Quantity, Tolerance]] = {
         "draft": Tolerance(0, 1e-2),
     },
     "int8": {
-        # TODO
+        # What a product multiplies is rounded to 8 bits in groups of as many as the weights have:
+        # by up to 1/254 of the largest of its group, a fifth of a percent of it in the root mean
+        # square. With nothing rounded (accuracy level 1) the same engines are within 6e-7 of the
+        # largest. Measured: up to 1.5e-2 of it of random weights, 6e-3 of a trained model's.
         "hidden": Tolerance(0, 5e-2),
-        "logits": Tolerance(0, 2e-1),
+        # The same through every block and the head. Measured: up to 4e-2 and 6e-3 of the largest;
+        # more blocks add up to more.
+        "logits": Tolerance(0, 1.5e-1),
     },
 }
 
 
 # What one block adds to the rounding of hidden states, root mean square, as a share of their own;
 # independent errors of several blocks add up as the root of their number. Measured over four
-# blocks: 4e-6 and 2.8e-3 at most.
-BLOCK_ROUNDING: Mapping[Arithmetic, float] = {"fp32": 2.5e-6, "fp16": 2e-3, "int8": 1e-2}
+# blocks: 4e-6 and 2.8e-3 at most; of products that round to 8 bits 2.6e-2.
+BLOCK_ROUNDING: Mapping[Arithmetic, float] = {"fp32": 2.5e-6, "fp16": 2e-3, "int8": 2.5e-2}
 
 
 # Random errors that an MLP shortcut is tried with: enough to know their size within some percent.
