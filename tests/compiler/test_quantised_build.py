@@ -83,7 +83,7 @@ def test_the_bundle_says_it_all(built: Path, tiny_bundle: Path) -> None:
     report = json.loads((built / "report" / "report.json").read_text())
     change = Change.model_validate(report["change"])
     assert str(change) in html.unescape((built / "report" / "report.html").read_text())
-    assert change.agreement > 0.5
+    assert change.agreement > 0.2  # random weights find many tokens about as likely
 
 
 def test_others_are_as_they_were(tiny_bundle: Path) -> None:
