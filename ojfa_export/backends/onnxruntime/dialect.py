@@ -170,8 +170,8 @@ class OnnxRuntimeCpu(OnnxRuntimeDialect):
     """
 
     token_axes: tuple[str, ...] = ("tokens",)
-    # Products with quantised matrices take what they multiply as int8, in groups as the weights:
-    # in fp32 they would be slower than with fp32 weights (bench/NOTES.md).
+    # Products with quantised matrices round what they multiply to 8 bits: for one token those that
+    # don't take two to four times as long with int4, and tens of times with int8 (docs/weights.md).
     accuracy_level = 4
 
     def __init__(self, spec: ModelSpec, quantised: WeightFormat | None = None) -> None:
