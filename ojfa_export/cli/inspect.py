@@ -106,7 +106,9 @@ def _show_model(console: Console, manifest: Manifest) -> None:
         manifest.shortcut,
         manifest.cache,
     )
-    console.heading(f"{model.name}: {spec.family}, {spec.blocks} blocks, {manifest.precision}")
+    stored = "" if manifest.weights is None else f", weights {manifest.weights.storage}"
+    precision = f"{manifest.precision}{stored}"
+    console.heading(f"{model.name}: {spec.family}, {spec.blocks} blocks, {precision}")
     console.facts(
         {
             "revision": model.revision,

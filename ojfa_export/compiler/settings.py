@@ -185,7 +185,7 @@ def _check_weights(
         raise UsageError(
             f"weights {weights} can't go with precision {precision}: what isn't quantised, and "
             "what is computed, is fp32",
-            hint="leave --precision out",
+            hint="give --precision fp32, or leave --weights out",
         )
     assert group_size is not None
     for features in quantised_features(spec):
