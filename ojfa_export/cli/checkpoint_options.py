@@ -125,7 +125,8 @@ def graph_options(function: Decorated) -> Decorated:
         click.option(
             "--weights",
             type=click.Choice(["int4", "int8"]),
-            help="Quantise the blocks' matrices and the heads, for the onnxruntime backend.",
+            help="Quantise blocks' matrices and heads, for the onnxruntime backend; int4 suits large "
+            "models (docs/weights.md).",
         ),
     ):
         function = decorate(function)
