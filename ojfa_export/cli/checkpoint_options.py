@@ -125,8 +125,7 @@ def graph_options(function: Decorated) -> Decorated:
         click.option(
             "--weights",
             type=click.Choice(["int4", "int8"]),
-            help="Quantise blocks' matrices and heads, for the onnxruntime backend; int4 suits large "
-            "models (docs/weights.md).",
+            help="Quantise blocks' matrices and heads, for the onnxruntime backend.",
         ),
     ):
         function = decorate(function)
