@@ -10,12 +10,15 @@ from shortcut_kinds import Kind
 
 from ojfa_export.backends.onnxruntime.build import build_engine
 from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
+from ojfa_export.backends.onnxruntime.quantise import quantise
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.names import graph_names
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.bundle.shortcut_file import ExitShortcut
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.graphs.export import Exporter
 from ojfa_export.graphs.fold import fold_if_narrow
+from ojfa_export.graphs.quantised import Quantiser
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.spec import ModelSpec, Precision
 from ojfa_export.runtime.session import Session
@@ -39,6 +42,7 @@ class Chain:
     engine_files: dict[str, Path]
     shortcut: ExitShortcut
     engines: OnnxRuntimeEngines
+    weights: WeightFormat | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -110,6 +114,7 @@ def build_chain(
     tmp_path: Path,
     *,
     precision: Precision = "fp32",
+    weights: WeightFormat | None = None,
     max_length: int = 128,
     rank: int = 8,
     seed: int = 0,
@@ -121,6 +126,7 @@ def build_chain(
         checkpoint_dir: A checkpoint.
         tmp_path: Where to write.
         precision: Of the graphs.
+        weights: What matrices are quantised to, if they are.
         max_length: Positions of the rotary tables and of a session's cache.
         rank: Of the random shortcut.
         seed: Of the random shortcut.
@@ -130,7 +136,8 @@ def build_chain(
     graphs, engine_directory = tmp_path / "graphs", tmp_path / "engines"
     for directory in (graphs, engine_directory):
         directory.mkdir(parents=True)
-    exporter = Exporter(checkpoint, graphs, precision, max_length)
+    quantiser = None if weights is None else Quantiser(weights, quantise)
+    exporter = Exporter(checkpoint, graphs, precision, max_length, quantiser)
     exporter.embed()
     for index in range(checkpoint.spec.blocks):
         exporter.block(index)
@@ -145,4 +152,4 @@ def build_chain(
     engines = OnnxRuntimeEngines(
         checkpoint.spec, graphs, files, rotary.tables(max_length) if rotary else None
     )
-    return Chain(checkpoint, precision, max_length, graphs, files, shortcut, engines)
+    return Chain(checkpoint, precision, max_length, graphs, files, shortcut, engines, weights)

@@ -8,6 +8,11 @@ BLOCK_FP32_RELATIVE = 1e-5
 # An engine of a block in fp16 against float64 on its fp16 weights, relative to the largest value:
 # inputs and outputs of products rounded to 11 bits (5e-4 each), three products in a row.
 BLOCK_FP16_RELATIVE = 5e-3
+# Logits of quantised engines, relative to the largest: what products multiply is rounded to 8 bits
+# in groups (1/254 of the largest of each), through four blocks and a head: up to 5.4e-2 from
+# float64 was measured. Other roundings of fp32, of a pass with other tokens beside it, flip some
+# of those to the next number, so that two passes differ by as much at most.
+LOGITS_INT8_RELATIVE = 1e-1
 # A fit's loss against the optimum found another way, both float64, relative: the shortcut is
 # rounded to fp32 (6e-8), which moves the loss by its square at the optimum and by 1e-6 at most
 # where a mean is a thousand times what varies.

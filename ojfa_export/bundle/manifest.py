@@ -24,6 +24,7 @@ from ojfa_export.bundle.names import MANIFEST
 from ojfa_export.bundle.part import NonNegativeInt, Part, PositiveInt, Sha256
 from ojfa_export.bundle.promise import Promise, Share
 from ojfa_export.bundle.shortcut_entry import ShortcutEntry
+from ojfa_export.bundle.weight_format import WeightFormat, quantised_features
 from ojfa_export.decoding.default import Default
 from ojfa_export.decoding.generation_defaults import NO_DEFAULTS, GenerationDefaults
 from ojfa_export.decoding.policy import ExitPolicy
@@ -220,6 +221,8 @@ class Manifest(Part):
         promise: What `auto` was shown to keep; None where nothing was asked.
         default: What happens where a user names no way of decoding; None is full depth.
         draft: The layer that drafts, if there is one; the field is left out where there is none.
+        weights: What blocks' matrices and heads are stored as, where they are quantised; the field
+            is left out where they are as `precision` says.
         generation: How the checkpoint says that text is generated.
     """
 
@@ -240,6 +243,7 @@ class Manifest(Part):
     default: Default | None = None
     generation: GenerationDefaults = NO_DEFAULTS
     draft: DraftEntry | None = None
+    weights: WeightFormat | None = None
     files: dict[str, FileEntry]
     built: Built
 
@@ -280,6 +284,17 @@ class Manifest(Part):
         return self
 
     @model_validator(mode="after")
+    def _weights_fit(self) -> Manifest:
+        if self.weights is None:
+            return self
+        if not self.weights.quantised or self.precision != "fp32" or self.draft is not None:
+            raise ValueError("weights: they must be quantised, in fp32, without a draft layer")
+        for features in quantised_features(self.model.spec):
+            if features % self.weights.group_size:
+                raise ValueError(f"weights: {features} features are no whole groups")
+        return self
+
+    @model_validator(mode="after")
     def _rotary_fits(self) -> Manifest:
         spec, tables = self.model.spec, self.rotary
         if (tables is None) != (spec.rotary_dim == 0):
@@ -297,8 +312,9 @@ class Manifest(Part):
     def to_json(self) -> str:
         """The text of manifest.json."""
         fields = self.model_dump(mode="json")
-        if self.draft is None:
-            del fields["draft"]  # what reads bundles of an earlier form knows no such field
+        for later in ("draft", "weights"):
+            if fields[later] is None:
+                del fields[later]  # what reads bundles of an earlier form knows no such field
         fields[DIGEST] = manifest_digest(fields)
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ojfa_export.bundle.manifest import DraftEntry, Manifest
-from ojfa_export.bundle.names import DRAFT_GRAPHS
+from ojfa_export.bundle.names import DRAFT_GRAPHS, OF_EXITS
+from ojfa_export.bundle.weight_format import BLOCK_MATRICES, WeightFormat
 from ojfa_export.models.spec import ModelSpec
 
 # By name: data type and shape.
@@ -87,6 +88,34 @@ def expected_weights(
         graph: Its name.
         found: Shapes of the weights that it has.
     """
+    plain = _plain_weights(manifest, graph, found)
+    if manifest.weights is None:
+        return plain
+    return _stored(manifest.weights, plain, found)
+
+
+def _stored(
+    form: WeightFormat, plain: WeightShapes, found: Mapping[str, tuple[int, ...]]
+) -> WeightShapes:
+    """Weights of a graph with the tensors of quantised matrices in place of these."""
+    stored: dict[str, tuple[tuple[int, ...], bool]] = {}
+    for name, (shape, required) in plain.items():
+        if name in BLOCK_MATRICES and not set(found) & OF_EXITS:  # an MLP for exits stays as it is
+            inputs, outputs = shape
+        elif name == "head" or (name == "vocabulary" and name not in found):
+            outputs, inputs = shape
+        else:
+            stored[name] = (shape, required)
+            continue
+        parts = form.shapes(inputs, outputs)
+        stored |= {name + end: (each, required) for end, each in parts.items()}
+    return stored
+
+
+def _plain_weights(
+    manifest: Manifest, graph: str, found: Mapping[str, tuple[int, ...]]
+) -> WeightShapes:
+    """Weights as they are where none is quantised."""
     spec = manifest.model.spec
     if graph in DRAFT_GRAPHS and manifest.draft is not None:
         return _draft_weights(manifest.draft, graph, spec.vocab_size)

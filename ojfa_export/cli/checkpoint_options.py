@@ -116,6 +116,17 @@ def graph_options(function: Decorated) -> Decorated:
             type=click.Choice(["fp32", "fp16"]),
             help="Of the weights.  [default: the recipe's, else fp32]",
         ),
+        click.option(
+            "--group-size",
+            type=int,
+            metavar="N",
+            help="Quantised weights that share a scale: 16, 32, 64, 128 or 256.  [default: 32]",
+        ),
+        click.option(
+            "--weights",
+            type=click.Choice(["int4", "int8"]),
+            help="Quantise blocks' matrices and heads, for the onnxruntime backend.",
+        ),
     ):
         function = decorate(function)
     return function

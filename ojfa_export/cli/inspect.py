@@ -34,13 +34,19 @@ def command(console: Console, bundle: Path) -> None:
 
     opened = Bundle(bundle)
     sizes = measure_sizes(opened)
+    quantised = measure_quantised(opened)
     if console.json:
         manifest = json.loads(opened.manifest.to_json())
+        if opened.manifest.weights is not None:
+            sizes["quantised"] = quantised
         console.emit({"bundle": str(bundle), **manifest, "sizes": sizes})
         return
     _show_model(console, opened.manifest)
     _show_graphs(console, opened.manifest)
-    _section(console, "Sizes", {kind: readable_bytes(size) for kind, size in sizes.items()})
+    shown = {kind: readable_bytes(size) for kind, size in sizes.items()}
+    if opened.manifest.weights is not None:
+        shown["weights"] += f", of which quantised {readable_bytes(quantised)}"
+    _section(console, "Sizes", shown)
     _show_origin(console, opened.manifest)
     if console.verbosity > 0:
         _show_layers(console, opened)
@@ -74,6 +80,19 @@ def measure_sizes(bundle: Bundle) -> dict[str, int]:
     return {"total": sum(sizes.values()), **sizes}
 
 
+def measure_quantised(bundle: Bundle) -> int:
+    """Bytes of numbers, scales and zero points of quantised matrices."""
+    from ojfa_export.bundle.onnx_file import read_onnx
+    from ojfa_export.bundle.weight_format import ENDS
+
+    found: dict[tuple[str, int], int] = {}  # heads may share a matrix
+    for graph in bundle.manifest.graphs:
+        for name, tensor in read_onnx(bundle.read(graph.file)).tensors.items():
+            if name.endswith(ENDS):
+                found[tensor.location, tensor.offset] = tensor.length
+    return sum(found.values())
+
+
 def _section(console: Console, title: str, facts: dict[str, object] | dict[str, str]) -> None:
     console.print()
     console.heading(title)
@@ -87,7 +106,9 @@ def _show_model(console: Console, manifest: Manifest) -> None:
         manifest.shortcut,
         manifest.cache,
     )
-    console.heading(f"{model.name}: {spec.family}, {spec.blocks} blocks, {manifest.precision}")
+    stored = "" if manifest.weights is None else f", weights {manifest.weights.storage}"
+    precision = f"{manifest.precision}{stored}"
+    console.heading(f"{model.name}: {spec.family}, {spec.blocks} blocks, {precision}")
     console.facts(
         {
             "revision": model.revision,
@@ -112,8 +133,25 @@ def _show_model(console: Console, manifest: Manifest) -> None:
             "shortcut": _describe(shortcut),
             "draft layer": "" if manifest.draft is None else _describe_draft(manifest.draft),
             "gates": ", ".join(f"{gate:.2f}" for gate in shortcut.gates or ()),
+            **_describe_weights(manifest),
         }
     )
+
+
+def _describe_weights(manifest: Manifest) -> dict[str, str]:
+    """What is quantised, and what is kept wider."""
+    form, spec = manifest.weights, manifest.model.spec
+    if form is None:
+        return {}
+    # A low-rank jump folded with the head has a matrix of its own to the vocabulary.
+    shortcut = manifest.shortcut
+    folded = not shortcut.residual and shortcut.width is None
+    quantised = "the blocks' attention.qkv, attention.out, mlp.up, mlp.down, and the head"
+    if folded:
+        quantised += "; the exit head's matrix where its rank is whole groups"
+    tied = ", with which the head was tied" if spec.tied_head else ""
+    kept = f"{manifest.precision}: embeddings{tied}; norms, biases and the shortcut"
+    return {"weights": f"{form}: {quantised}", "kept wider": kept}
 
 
 def _describe_window(spec: ModelSpec) -> str:

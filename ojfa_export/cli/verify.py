@@ -50,8 +50,11 @@ def command(
     give what float64 gives on the bundle's own weights; in fp16 nothing may be beyond what that
     holds. Checks come in the order of the computation: the first that failed says where it began.
     Exit status 3 means that a check failed.
+
+    Of quantised weights float64 takes what they stand for. With --against they must be the
+    checkpoint's to half a step; how far the model has moved is a figure, and no check.
     """
-    from ojfa_export.verify.verify import can_compare_blocks, verify_bundle
+    from ojfa_export.verify.verify import can_compare_blocks, quantisation_change, verify_bundle
 
     if atol is not None and not math.isfinite(atol):
         raise UsageError(
@@ -68,12 +71,26 @@ def command(
     if atol is not None:
         checks = [_with_tolerance(check, atol) for check in checks]
     failed = [check for check in checks if not check.passed]
+    change = None
+    if against is not None:
+        change = quantisation_change(
+            bundle,
+            against,
+            backend,
+            console.progress(),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
     if console.json:
-        console.emit({"passed": not failed, "checks": [check.model_dump() for check in checks]})
+        figures = {} if change is None else {"change": change.model_dump()}
+        checked = [check.model_dump() for check in checks]
+        console.emit({"passed": not failed, "checks": checked, **figures})
     else:
         _show(console, checks)
         outcome = f"{len(failed)} of {len(checks)} checks failed" if failed else "all checks passed"
         console.note(outcome)
+        if change is not None:
+            console.note(f"quantised: {change}")
         if not can_compare_blocks():
             console.note("blocks were not compared with float64: pip install 'ojfa-export[build]'")
     return ExitStatus.VERIFICATION if failed else ExitStatus.OK

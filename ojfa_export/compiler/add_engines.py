@@ -11,6 +11,7 @@ from typing import Any
 
 from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
+from ojfa_export.backends.quantised import check_runs
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest, read_manifest
 from ojfa_export.bundle.names import ENGINES, MANIFEST, graph_names
@@ -47,6 +48,7 @@ def add_engines(
     opened = Bundle(bundle)
     directory = bundle.resolve()
     backend, manifest = backends.load(backend_name), opened.manifest
+    check_runs(backend, manifest.weights)
     names = graph_names(manifest.model.spec.blocks)
     checks = []
     with Work(directory, _fingerprint(opened, backend), f".{backend.name}.partial").open() as work:

@@ -23,7 +23,11 @@ def stage_keys(inputs: Inputs) -> dict[str, str]:
     chat = inputs.chat and inputs.chat.model_dump()
     model = [inputs.model_sha256, inputs.tokenizer.to_str(), chat, tool_versions()]
     keys: dict[str, str] = {}
-    keys["export"] = _digest(*model, settings.precision, settings.max_cache_length)
+    keys["export"] = _digest(
+        *model,
+        [settings.precision, settings.weights, settings.group_size],
+        settings.max_cache_length,
+    )
     keys["engines"] = _digest(keys["export"], backend.name, backend.versions())
     keys["text"] = _digest(keys["engines"], _tokens(inputs.calibrated))
     keys["calibrate"] = _digest(

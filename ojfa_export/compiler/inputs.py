@@ -9,12 +9,15 @@ from tokenizers import Tokenizer
 
 from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
+from ojfa_export.backends.quantised import RunsQuantised, check_runs
 from ojfa_export.compiler.given import Given, read_given
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.self_text import SelfText, plan_self_text
 from ojfa_export.compiler.settings import BuildSettings, decide
 from ojfa_export.decoding.arrays import Int32
 from ojfa_export.errors import UsageError
+from ojfa_export.graphs.export import Exporter
+from ojfa_export.graphs.quantised import Quantiser
 from ojfa_export.models.calibration_text import (
     CalibrationText,
     Windows,
@@ -47,6 +50,7 @@ class Inputs:
         rotary = self.checkpoint.family.rotary(self.checkpoint.config)
         self.settings: BuildSettings = decide(options, self.checkpoint.spec, rotary)
         self.backend: Backend = backends.load(options.backend)
+        check_runs(self.backend, self.settings.weight_format)
         self.calibration_data = options.calibration_data or tuple(shipped_text())
         self.texts: list[CalibrationText] = [read_source(path) for path in self.calibration_data]
         is_directory = Path(options.checkpoint).is_dir()
@@ -78,6 +82,23 @@ class Inputs:
                 f"{self.given.exits_path}",
                 hint="leave --rank out",
             )
+
+        if self.given.draft is not None and self.settings.weights is not None:
+            raise UsageError(
+                f"weights {self.settings.weights} can't go with a draft layer: "
+                f"{self.given.draft_path}",
+                hint="leave one of them out",
+            )
+
+    def exporter(self, directory: Path) -> Exporter:
+        """What writes the graphs into a directory."""
+        settings, form = self.settings, self.settings.weight_format
+        quantiser = None
+        if form is not None and isinstance(self.backend, RunsQuantised):
+            quantiser = Quantiser(form, self.backend.quantise)
+        return Exporter(
+            self.checkpoint, directory, settings.precision, settings.max_cache_length, quantiser
+        )
 
     @property
     def decides_exits(self) -> bool:

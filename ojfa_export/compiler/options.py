@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ojfa_export.bundle.promise import DEFAULT_CONFIDENCE, Limits, check_limits
+from ojfa_export.bundle.weight_format import GROUP_SIZES, Quantised
 from ojfa_export.errors import UsageError
 from ojfa_export.models.spec import Precision
 from ojfa_export.shortcuts.kinds import SHIPPED, Shipped
@@ -32,6 +33,9 @@ class BuildOptions:
         revision: Of a hub id.
         backend: Engines to build.
         precision: "fp32" or "fp16".
+        weights: "int4" or "int8", to quantise blocks' matrices and heads; default as precision
+            says.
+        group_size: Quantised weights that share a scale; default 32.
         rank: Of the shortcut; default the paper's, floor(H/100).
         shortcut: "ojfa", "residual", or the file of a shortcut that exists; default the better one
             of this rank, as measured. Also, or beside it in a list, the file of a draft layer or
@@ -63,6 +67,8 @@ class BuildOptions:
     revision: str | None = None
     backend: str = "onnxruntime"
     precision: Precision | None = None
+    weights: Quantised | None = None
+    group_size: int | None = None
     rank: int | None = None
     shortcut: Shipped | Path | Sequence[Shipped | Path] | None = None
     max_cache_length: int | None = None
@@ -145,6 +151,24 @@ def _precision(name: str, value: Any) -> Precision:
     raise UsageError(f"{name} '{value}' is not known", hint="known: fp32, fp16")
 
 
+def _weights(name: str, value: Any) -> Quantised:
+    for storage in get_args(Quantised):
+        if value == storage:
+            return storage  # type: ignore[no-any-return]
+    raise UsageError(f"{name} '{value}' is not known", hint="known: int4, int8")
+
+
+def _group_size(name: str, value: Any) -> int:
+    size = whole_number(name, value)
+    if size not in GROUP_SIZES:
+        raise UsageError(
+            f"{name} {size} can't be: groups are powers of two from {GROUP_SIZES[0]} to "
+            f"{GROUP_SIZES[-1]}",
+            hint=f"leave --{name} out for groups of 32",
+        )
+    return size
+
+
 def _self_text(name: str, value: Any) -> SelfTextUse:
     for use in get_args(SelfTextUse):
         if value == use:
@@ -194,6 +218,8 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "revision": text,
     "backend": text,
     "precision": _precision,
+    "weights": _weights,
+    "group_size": _group_size,
     "rank": whole_number,
     "shortcut": _shortcuts,
     "max_cache_length": _positive,

@@ -17,7 +17,6 @@ from ojfa_export.compiler.report.write import write_report
 from ojfa_export.compiler.shortcut_stage import report_calibrated, run_calibration, run_text
 from ojfa_export.compiler.work import Work, check_output
 from ojfa_export.errors import UsageError
-from ojfa_export.graphs.export import Exporter
 from ojfa_export.graphs.fold import fold_if_narrow
 from ojfa_export.system.progress import Progress
 from ojfa_export.system.publish import publish
@@ -44,7 +43,7 @@ def calibrate_only(
             )
     inputs = Inputs(options)
     with Work(options.output, f"calibrate {fingerprint(inputs)}").open() as work:
-        exporter = _exporter(inputs, work.bundle / GRAPHS)
+        exporter = inputs.exporter(work.bundle / GRAPHS)
         with work.stage("export") as needed:
             if needed:
                 stages.export(exporter, progress)
@@ -86,7 +85,7 @@ def export_only(
     ) as temporary:
         directory = Path(temporary) / "graphs"
         directory.mkdir()
-        exporter = _exporter(inputs, directory)
+        exporter = inputs.exporter(directory)
         stages.export(exporter, progress)
         names = [name for name in graph_names(inputs.checkpoint.spec.blocks) if name != "exit_head"]
         if given.exits is not None:
@@ -99,8 +98,3 @@ def export_only(
         check_output(options.output, options.overwrite, holds="embed.onnx")
         publish(directory, options.output)
     return {"directory": str(options.output), "graphs": names}
-
-
-def _exporter(inputs: Inputs, directory: Path) -> Exporter:
-    settings = inputs.settings
-    return Exporter(inputs.checkpoint, directory, settings.precision, settings.max_cache_length)

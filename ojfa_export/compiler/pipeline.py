@@ -29,9 +29,9 @@ from ojfa_export.compiler.shortcut_stage import (
     run_text,
 )
 from ojfa_export.compiler.work import StageRecord, Work, check_output
-from ojfa_export.graphs.export import Exporter
 from ojfa_export.runtime.model import Model
 from ojfa_export.system.progress import SILENT, Progress
+from ojfa_export.verify.change import Change
 from ojfa_export.verify.check import Check
 from ojfa_export.verify.outcome import raise_failed
 from ojfa_export.verify.verify import compare_blocks, has_reference
@@ -73,6 +73,8 @@ class BuildResult:
             "fitted_at": report.fitted_at,
             "reason": report.reason,
             "stages": [asdict(stage) for stage in self.stages],
+            **({"weights": report.weights} if report.weights else {}),
+            **({"change": report.change.model_dump()} if report.change else {}),
             "checks": [check.model_dump() for check in report.checks],
             **self.decided.model_dump(mode="json"),
             "report": str(self.bundle / REPORT / "report.html"),
@@ -90,7 +92,10 @@ class BuildResult:
             verified += " against float64; transformers, which is not installed, was not compared"
         return (
             f"{self.bundle}: {report.blocks} blocks, {report.shortcut}, {verified}\n"
-            f"exits: {report.worth}\n"
+            + (f"weights: {report.weights}" if report.weights else "")
+            + (f"; {report.change}" if report.change else "")
+            + ("\n" if report.weights else "")
+            + f"exits: {report.worth}\n"
             + (f"exit auto: {self.promise.reason}\n" if self.promise else "")
             + f"default: {default.reason if default else self._why_not_planned()}\n"
             + f"report: {self.bundle / REPORT / 'report.html'}"
@@ -127,10 +132,8 @@ def _say_kept(work: Work, stages: int, progress: Progress) -> None:
 
 
 def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
-    spec, settings, backend = inputs.checkpoint.spec, inputs.settings, inputs.backend
-    exporter = Exporter(
-        inputs.checkpoint, work.bundle / GRAPHS, settings.precision, settings.max_cache_length
-    )
+    spec, backend = inputs.checkpoint.spec, inputs.backend
+    exporter = inputs.exporter(work.bundle / GRAPHS)
     with work.stage("export") as needed:
         if needed:
             stages.export(exporter, progress)
@@ -179,6 +182,7 @@ def _verify(inputs: Inputs, work: Work, progress: Progress) -> tuple[Calibration
     """Compares with transformers, and finishes report and manifest."""
     kept = work.scratch / "report.json"
     checks: list[Check] = []
+    change: Change | None = None
     with work.stage("verify"):
         golden = stages.find_golden(inputs, work)
         decided = load_decided(work)
@@ -186,16 +190,23 @@ def _verify(inputs: Inputs, work: Work, progress: Progress) -> tuple[Calibration
         draft = kept_draft(work)
         if not inputs.options.skip_verification:
             stages.write_manifest(work.bundle, inputs, report, golden, decided, draft)
-            checks = _compare(inputs, work.bundle, progress)
+            checks, change = _compare(inputs, work.bundle, progress)
             report = stages.load_report(kept, checks, decided.promise)
+        form = inputs.settings.weight_format
+        said = {"weights": None if form is None else str(form), "change": change}
+        report = report.model_copy(update=said)
         write_report(report, work.bundle / REPORT)
         (work.bundle / MANIFEST).unlink(missing_ok=True)
         stages.write_manifest(work.bundle, inputs, report, golden, decided, draft)
     return report, decided
 
 
-def _compare(inputs: Inputs, bundle: Path, progress: Progress) -> list[Check]:
-    """Compares the engines with float64, and where transformers is installed, all with that."""
+def _compare(inputs: Inputs, bundle: Path, progress: Progress) -> tuple[list[Check], Change | None]:
+    """Compares the engines with float64, and where transformers is installed, all with that.
+
+    Returns:
+        The checks, and where weights are quantised, what that changed.
+    """
     opened, backend = Bundle(bundle), inputs.backend.name
     model = Model(opened, backend)
     rows = inputs.windows.held_out[:VERIFIED_SEQUENCES, :VERIFIED_TOKENS]
@@ -203,7 +214,7 @@ def _compare(inputs: Inputs, bundle: Path, progress: Progress) -> list[Check]:
     checks = compare_blocks(opened, model, backend, progress, token_ids)
     raise_failed(checks, "float64 on its own weights", inputs.settings.precision)
     if not has_reference():
-        return checks
+        return checks, None
     from ojfa_export.verify.checks import verify_against  # needs torch
 
     against = verify_against(
@@ -215,7 +226,22 @@ def _compare(inputs: Inputs, bundle: Path, progress: Progress) -> list[Check]:
         trust_remote_code=inputs.options.trust_remote_code,
     )
     raise_failed(against, "transformers", inputs.settings.precision)
-    return checks + against
+    return checks + against, _measure_change(inputs, model, progress)
+
+
+def _measure_change(inputs: Inputs, model: Model, progress: Progress) -> Change | None:
+    """What quantising changed on held-out text."""
+    if inputs.settings.weight_format is None:
+        return None
+    from ojfa_export.verify.quantised import measure_change  # needs torch
+
+    return measure_change(
+        model,
+        inputs.checkpoint.directory,
+        inputs.windows.held_out,
+        progress,
+        trust_remote_code=inputs.options.trust_remote_code,
+    )
 
 
 def plan(options: BuildOptions) -> dict[str, Any]:

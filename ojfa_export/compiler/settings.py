@@ -7,6 +7,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
+from ojfa_export.bundle.weight_format import (
+    GROUP_SIZES,
+    Quantised,
+    WeightFormat,
+    quantised_features,
+)
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.errors import UsageError
 from ojfa_export.models.families.rotary import Rotary
@@ -21,6 +27,8 @@ else:
 DEFAULT_CACHE_LENGTH = 4096
 DEFAULT_BATCH_SIZE = 16
 DEFAULT_WINDOW = 512
+# Smaller groups are nearer to the weights and take more room (docs/weights.md).
+DEFAULT_GROUP_SIZE = 32
 # Tokens of calibration text, fitting and held out: enough for small models to be measured well,
 # and for large ones several times what fitting needs at least.
 DEFAULT_TOKENS = 16_384
@@ -33,17 +41,28 @@ class BuildSettings(BaseModel):
     """What is decided for a model: the names are those of `BuildOptions`.
 
     Attributes:
+        weights: None where matrices are stored as `precision` says.
+        group_size: None without quantised weights.
         window: Tokens of a window of calibration text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     precision: Precision
+    weights: Quantised | None = None
+    group_size: PositiveInt | None = None
     rank: PositiveInt
     max_cache_length: PositiveInt
     max_batch_size: PositiveInt
     calibration_tokens: PositiveInt
     window: PositiveInt
+
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """What quantised matrices are stored as; None where none is."""
+        if self.weights is None or self.group_size is None:
+            return None
+        return WeightFormat(storage=self.weights, group_size=self.group_size, zero_points=True)
 
 
 class RecipeModel(BaseModel):
@@ -115,6 +134,9 @@ def decide(options: BuildOptions, spec: ModelSpec, rotary: Rotary | None) -> Bui
     decided = {
         name: getattr(settings, name) if value is None else value for name, value in given.items()
     }
+    if decided["weights"] is not None and decided["group_size"] is None:
+        decided["group_size"] = DEFAULT_GROUP_SIZE
+    _check_weights(decided["weights"], decided["group_size"], decided["precision"], spec)
     _check(decided["rank"], decided["max_cache_length"], spec, rotary)
     length = decided["max_cache_length"]
     # A window of text is one forward pass of the reference, and must be read by one set of factors.
@@ -146,6 +168,34 @@ def _check_recipe(recipe: Recipe, spec: ModelSpec, name: str) -> None:
                 f"recipe '{name}' is for {recipe.model.hub_id} with {what} {wanted}; "
                 f"this checkpoint has {found}",
                 hint="leave --recipe out, or name the recipe of this model",
+            )
+
+
+def _check_weights(
+    weights: Quantised | None, group_size: int | None, precision: Precision, spec: ModelSpec
+) -> None:
+    if weights is None:
+        if group_size is not None:
+            raise UsageError(
+                f"group-size {group_size} is of quantised weights, but none are asked for",
+                hint="give --weights int4 or --weights int8 as well",
+            )
+        return
+    if precision != "fp32":
+        raise UsageError(
+            f"weights {weights} can't go with precision {precision}: what isn't quantised, and "
+            "what is computed, is fp32",
+            hint="give --precision fp32, or leave --weights out",
+        )
+    assert group_size is not None
+    for features in quantised_features(spec):
+        if features % group_size:
+            fitting = [str(size) for size in GROUP_SIZES if not features % size]
+            raise UsageError(
+                f"group-size {group_size} doesn't divide the model's {features} features",
+                hint=f"sizes that do: {', '.join(fitting)}"
+                if fitting
+                else "this model's weights can't be quantised",
             )
 
 

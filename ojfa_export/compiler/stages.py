@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import platform
+import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -37,6 +38,12 @@ from ojfa_export.bundle.names import (
 from ojfa_export.bundle.promise import Promise
 from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 from ojfa_export.bundle.shortcut_file import load_exit
+from ojfa_export.bundle.weight_format import (
+    QuantisedMatrix,
+    WeightFormat,
+    dequantise,
+    matrix_of,
+)
 from ojfa_export.compiler.decided import Decided
 from ojfa_export.compiler.describe import describe_files, describe_graphs, describe_rotary
 from ojfa_export.compiler.golden import make_golden
@@ -47,7 +54,8 @@ from ojfa_export.compiler.work import Work
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.graphs.export import Exporter
 from ojfa_export.graphs.graph import OPSET
-from ojfa_export.graphs.weights import references
+from ojfa_export.graphs.quantised import format_of
+from ojfa_export.graphs.weights import CONVERSION_CHUNK, map_tensors
 from ojfa_export.models.chat_format import ChatFormat
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.head import FinalNorm, LanguageHead
@@ -116,23 +124,33 @@ def rotary_tables(bundle: Path) -> tuple[Float32, Float32] | None:
 
 
 def language_head(checkpoint: Checkpoint, graphs: Path) -> LanguageHead:
-    """The model's own norm and head, the matrix mapped from the exported weights."""
-    refs = references(onnx.load(graphs / "final_head.onnx", load_external_data=False))
-    arrays = {
-        name: np.memmap(
-            graphs / ref.location,
-            np.float16 if ref.dtype == onnx.TensorProto.FLOAT16 else np.float32,
-            "r",
-            ref.offset,
-            ref.dims,
-        )
-        for name, ref in refs.items()
-    }
+    """The model's own norm and head, the matrix mapped from the exported weights.
+
+    A quantised one is dequantised, into a file without a name that goes when nothing maps it.
+    """
+    model = onnx.load(graphs / "final_head.onnx", load_external_data=False)
+    arrays = map_tensors(model, graphs)
+    quantised, form = matrix_of(arrays, "head"), format_of(model)
+    if quantised is not None and form is not None:
+        arrays["head"] = _dequantised(quantised, form, graphs)
     spec = checkpoint.spec
     norm = FinalNorm(
         spec.norm, arrays["final_norm.weight"], arrays.get("final_norm.bias"), spec.norm_epsilon
     )
     return LanguageHead(norm, arrays["head"], None, spec.logit_softcap)
+
+
+def _dequantised(matrix: QuantisedMatrix, form: WeightFormat, directory: Path) -> Float32:
+    """A head [V, H] float32, in a file, a few rows at a time."""
+    outputs, groups = matrix.scales.shape
+    inputs = groups * form.group_size
+    step = max(1, CONVERSION_CHUNK // inputs)
+    with tempfile.TemporaryFile(dir=directory) as file:
+        result: Float32 = np.memmap(file, np.float32, "w+", shape=(outputs, inputs))
+    for start in range(0, outputs, step):
+        rows = slice(start, start + step)
+        result[rows] = dequantise(matrix.rows(rows), form)
+    return result
 
 
 def find_golden(inputs: Inputs, work: Work) -> tuple[Golden, ...]:
@@ -187,6 +205,7 @@ def write_manifest(
         default=decided.default,
         generation=checkpoint.generation,
         draft=draft,
+        weights=settings.weight_format,
         files=describe_files(bundle),
         built=Built(
             time=datetime.now(timezone.utc), host=platform.node(), versions=tool_versions()

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, Dim, Graph
+from ojfa_export.bundle.weight_format import PACKED, SCALES, ZERO_POINTS, WeightFormat
+from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, MICROSOFT, Dim, Graph
+from ojfa_export.graphs.quantised import OPERATOR
 from ojfa_export.graphs.weights import TensorRef
 from ojfa_export.models.spec import Activation, ModelSpec, Precision
 
@@ -30,15 +32,22 @@ class Portable:
     Args:
         spec: The model.
         precision: Precision of matrix products and of the cache.
+        quantised: What quantised matrices are stored as, where there are some; they are run by
+            the one operator here that is not standard.
 
     Attributes:
         token_axes: The axes of hidden states before their features.
+        accuracy_level: Of products with quantised matrices: MatMulNBits' attribute.
     """
 
     token_axes: tuple[str, ...] = ("batch", "tokens")
+    accuracy_level: int = 0
 
-    def __init__(self, spec: ModelSpec, precision: Precision) -> None:
+    def __init__(
+        self, spec: ModelSpec, precision: Precision, quantised: WeightFormat | None = None
+    ) -> None:
         self.spec = spec
+        self.quantised = quantised
         self.compute = FLOAT16 if precision == "fp16" else FLOAT
 
     def graph(self, name: str, description: str) -> Graph:
@@ -59,12 +68,35 @@ class Portable:
 
     def linear(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
         """x @ W (+ b): x in compute precision, the result fp32."""
-        weight = self.matrix(graph, f"{name}.weight", weights[f"{name}.weight"])
-        y = self.to_float(graph, graph.op("MatMul", x, weight))
+        matrix = f"{name}.weight"
+        if matrix + PACKED in weights:
+            y = self.quantised_product(graph, x, weights, matrix)
+        else:
+            product = graph.op("MatMul", x, self.matrix(graph, matrix, weights[matrix]))
+            y = self.to_float(graph, product)
         if f"{name}.bias" not in weights:
             return y
         biased: str = graph.op("Add", y, graph.weight(f"{name}.bias", weights[f"{name}.bias"]))
         return biased
+
+    def quantised_product(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
+        """x @ W of fp32 values and a quantised matrix; in fp32."""
+        form = self.quantised
+        assert form is not None
+        ends = (PACKED, SCALES, ZERO_POINTS) if form.zero_points else (PACKED, SCALES)
+        outputs, groups, _ = weights[name + PACKED].dims
+        product: str = graph.op(
+            OPERATOR,
+            x,
+            *(graph.weight(name + end, weights[name + end]) for end in ends),
+            domain=MICROSOFT,
+            K=groups * form.group_size,
+            N=outputs,
+            bits=form.bits,
+            block_size=form.group_size,
+            accuracy_level=self.accuracy_level,
+        )
+        return product
 
     def widened(self, graph: Graph, y: str) -> str:
         """What `linear` gave, in fp32."""
@@ -80,9 +112,11 @@ class Portable:
         normed = self.float_norm(graph, self.widened(graph, y), weights, name)
         return str(graph.op("Add", x, normed))
 
-    def vocabulary(self, graph: Graph, x: str, name: str, ref: TensorRef) -> str:
+    def vocabulary(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
         """The product x @ W^T, W [V, features]: x in compute precision, the result fp32."""
-        weight = self.matrix(graph, name, ref)
+        if name + PACKED in weights:
+            return self.quantised_product(graph, x, weights, name)
+        weight = self.matrix(graph, name, weights[name])
         return self.to_float(graph, graph.op("Gemm", x, weight, transB=1))
 
     def softcapped(self, graph: Graph, x: str, cap: float | None) -> str:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from ojfa_export.bundle.draft_shortcut import DraftShortcut, rotations
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.names import DRAFT_GRAPHS, block_name
 from ojfa_export.bundle.shortcut import Shortcut
+from ojfa_export.bundle.weight_format import BLOCK_MATRICES
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.draft import draft_part_graph
 from ojfa_export.graphs.embed import embed_graph
 from ojfa_export.graphs.fold import FoldedHead
 from ojfa_export.graphs.heads import final_head_graph, jump_head_graph
+from ojfa_export.graphs.quantised import Quantiser
 from ojfa_export.graphs.weights import TensorRef, WeightFile, references
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.families.tensors import Source
@@ -53,16 +56,26 @@ class Exporter:
         directory: The bundle's graphs directory.
         precision: Of weight matrices and matrix products.
         max_length: Positions that the rotary tables cover.
+        quantiser: Of blocks' matrices and of heads to the vocabulary; None keeps them as precision
+            says. Embeddings, norms, biases and shortcuts are never quantised.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, directory: Path, precision: Precision, max_length: int
+        self,
+        checkpoint: Checkpoint,
+        directory: Path,
+        precision: Precision,
+        max_length: int,
+        quantiser: Quantiser | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.directory = directory
         self.precision = precision
         self.max_length = max_length
-        self.dialect = Portable(checkpoint.spec, precision)
+        self.quantiser = quantiser
+        self.dialect = Portable(
+            checkpoint.spec, precision, None if quantiser is None else quantiser.form
+        )
 
     def embed(self) -> None:
         """Exports the embedding, and the tables of rotations."""
@@ -85,20 +98,32 @@ class Exporter:
             return
         sources = checkpoint.family.block(checkpoint.config, checkpoint.spec, index)
         with WeightFile(self.directory, f"{name}.bin", self.precision) as file:
-            weights = {key: file.add(key, checkpoint.read(sources[key])) for key in sources}
+            weights: dict[str, TensorRef] = {}
+            for key, source in sources.items():
+                if self.quantiser is not None and key in BLOCK_MATRICES:
+                    weights |= self.quantiser.add(file, key, checkpoint.read(source))
+                else:
+                    weights[key] = file.add(key, checkpoint.read(source))
         self._write(name, block_graph(checkpoint.spec, index, weights, self.dialect))
 
     def final_head(self) -> None:
-        """Exports final norm and LM head; a tied head refers to the embedding's file."""
+        """Exports final norm and LM head.
+
+        A tied head refers to the embedding's file; quantised, it has numbers of its own, and the
+        embedding, of which a token reads one row, stays as it is.
+        """
         if self._finished("final_head"):
             return
-        sources = self._ends()
+        sources, tied = self._ends(), self.checkpoint.spec.tied_head
         weights: dict[str, TensorRef] = {}
         with WeightFile(self.directory, "final_head.bin", self.precision) as file:
-            for name in ("final_norm.weight", "final_norm.bias", "head"):
+            for name in ("final_norm.weight", "final_norm.bias"):
                 if name in sources:
                     weights[name] = file.add(name, self.checkpoint.read(sources[name]))
-        if self.checkpoint.spec.tied_head:
+            if not tied or self.quantiser is not None:
+                head = self.checkpoint.read(sources["token_embedding" if tied else "head"])
+                weights |= self._vocabulary(file, "head", head)
+        if tied and self.quantiser is None:
             weights["head"] = self._embedding_ref()
         self._write("final_head", final_head_graph(self.checkpoint.spec, weights, self.dialect))
 
@@ -162,11 +187,19 @@ class Exporter:
             weights = {
                 "project": file.add("project", folded.project, "fp32"),
                 "project.bias": file.add("project.bias", folded.bias),
-                "vocabulary": file.add("vocabulary", folded.weight),
+                **self._vocabulary(file, "vocabulary", folded.weight),
             }
             if folded.logit_bias is not None:
                 weights["vocabulary.bias"] = file.add("vocabulary.bias", folded.logit_bias)
         return weights
+
+    def _vocabulary(
+        self, file: WeightFile, name: str, matrix: NDArray[Any]
+    ) -> dict[str, TensorRef]:
+        """Adds a head's matrix [V, features], quantised where its features are whole groups."""
+        if self.quantiser is None or not self.quantiser.takes(matrix.shape[1]):
+            return {name: file.add(name, matrix)}
+        return self.quantiser.add(file, name, matrix.T)
 
     def _mlp(self, shortcut: MlpShortcut) -> dict[str, TensorRef]:
         with WeightFile(self.directory, "exit_head.bin", self.precision) as file:

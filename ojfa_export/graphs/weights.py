@@ -109,10 +109,17 @@ class WeightFile:
 
     def add_integers(self, array: NDArray[np.int32]) -> TensorRef:
         """Appends whole numbers."""
+        return self._add_raw(array.astype("<i4"), onnx.TensorProto.INT32)
+
+    def add_bytes(self, array: NDArray[np.uint8]) -> TensorRef:
+        """Appends bytes."""
+        return self._add_raw(array, onnx.TensorProto.UINT8)
+
+    def _add_raw(self, array: NDArray[Any], dtype: int) -> TensorRef:
         self._file.write(bytes(-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
-        self._file.write(array.astype("<i4").tobytes())
-        return TensorRef(self.name, offset, 4 * array.size, onnx.TensorProto.INT32, array.shape)
+        self._file.write(array.tobytes())
+        return TensorRef(self.name, offset, array.nbytes, dtype, array.shape)
 
     def _write(self, name: str, values: NDArray[Any], dtype: Any) -> None:
         with np.errstate(over="ignore"):
@@ -124,6 +131,20 @@ class WeightFile:
                 hint="build with --precision fp32",
             )
         self._file.write(converted.tobytes())
+
+
+def map_tensors(model: onnx.ModelProto, directory: Path) -> dict[str, NDArray[Any]]:
+    """The external tensors of a graph in a directory as they are stored, mapped into memory."""
+    return {
+        name: np.memmap(
+            directory / ref.location,
+            onnx.helper.tensor_dtype_to_np_dtype(ref.dtype),
+            "r",
+            ref.offset,
+            ref.dims,
+        )
+        for name, ref in references(model).items()
+    }
 
 
 def references(model: onnx.ModelProto) -> dict[str, TensorRef]:

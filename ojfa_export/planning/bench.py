@@ -12,6 +12,7 @@ import numpy as np
 
 from ojfa_export import backends
 from ojfa_export.backends.backend import Accelerated, Engines
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.decoding.exits import Exit, resolve_exit
 from ojfa_export.errors import UsageError
 from ojfa_export.models.spec import ModelSpec
@@ -126,7 +127,8 @@ def bench_bundle(
         bandwidth = bandwidth_of(runs)
         task.advance()
     samples = time_exits(spec, model.engines, depths, settings, progress)
-    exit_head, element = exit_head_bytes(spec, model.manifest.shortcut), FLOAT_BYTES
+    weights, element = model.manifest.weights, FLOAT_BYTES
+    exit_head = exit_head_bytes(spec, model.manifest.shortcut, weights)
     if isinstance(runs, Accelerated):
         element = runs.weight_bytes(model.manifest.precision)
     latencies = [
@@ -138,6 +140,7 @@ def bench_bundle(
             exit_head,
             bandwidth,
             element,
+            weights,
         )
         for e in depths
     ]
@@ -221,12 +224,13 @@ def summarise(
     exit_head: int,
     bandwidth: float,
     element_bytes: int = FLOAT_BYTES,
+    weights: WeightFormat | None = None,
 ) -> ExitLatency:
     """Medians and percentiles of an exit's samples (milliseconds)."""
     decode, decode_p95 = np.percentile(samples["decode"], [50, 95]).tolist()
     prefill, prefill_p95 = np.percentile(samples["prefill"], [50, 95]).tolist()
     length = settings.prompt_length + 1 + BURST // 2
-    touched = decode_bytes(spec, exit, length, exit_head, element_bytes)
+    touched = decode_bytes(spec, exit, length, exit_head, element_bytes, weights)
     return ExitLatency(
         blocks=exit,
         decode_ms_median=decode,

@@ -3,41 +3,59 @@
 from __future__ import annotations
 
 from ojfa_export.bundle.shortcut_entry import ShortcutEntry
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.models.spec import ModelSpec
 
 # ONNX Runtime's CPU provider multiplies in fp32, whatever precision the weights are stored in.
 FLOAT_BYTES = 4
 
 
-def block_bytes(spec: ModelSpec) -> int:
+def matrix_bytes(numbers: int, weights: WeightFormat | None) -> int:
+    """Of a matrix of so many numbers, with the scales and zero points of a quantised one."""
+    if weights is None:
+        return FLOAT_BYTES * numbers
+    of_group = 8 * FLOAT_BYTES + (weights.bits if weights.zero_points else 0)
+    return numbers * (weights.group_size * weights.bits + of_group) // (8 * weights.group_size)
+
+
+def block_bytes(spec: ModelSpec, weights: WeightFormat | None = None) -> int:
     """Weights of one block. Biases are left out: they are less than a thousandth."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     attended = spec.heads * spec.head_dim
     qkv = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
     mlp = (3 if spec.gated else 2) * hidden * inner
     norms = (4 if spec.norms == "both" else 2) * hidden + sum(spec.qk_norm_features)
-    return FLOAT_BYTES * (hidden * (qkv + attended) + mlp + norms)
+    matrices = matrix_bytes(hidden * (qkv + attended) + mlp, weights)
+    return matrices + FLOAT_BYTES * norms
 
 
-def head_bytes(spec: ModelSpec) -> int:
+def head_bytes(spec: ModelSpec, weights: WeightFormat | None = None) -> int:
     """Weights of the model's own head."""
-    return FLOAT_BYTES * spec.hidden_size * (spec.vocab_size + 1)
+    return (
+        matrix_bytes(spec.hidden_size * spec.vocab_size, weights) + FLOAT_BYTES * spec.hidden_size
+    )
 
 
-def folded_head_bytes(spec: ModelSpec, rank: int) -> int:
+def folded_head_bytes(spec: ModelSpec, rank: int, weights: WeightFormat | None = None) -> int:
     """Weights of the exit head that a narrow shortcut of this rank is folded into."""
-    return FLOAT_BYTES * rank * (spec.vocab_size + spec.hidden_size + 1)
+    whole = weights is not None and rank % weights.group_size == 0
+    vocabulary = matrix_bytes(rank * spec.vocab_size, weights if whole else None)
+    return vocabulary + FLOAT_BYTES * rank * (spec.hidden_size + 1)
 
 
-def exit_head_bytes(spec: ModelSpec, shortcut: ShortcutEntry) -> int:
+def exit_head_bytes(
+    spec: ModelSpec, shortcut: ShortcutEntry, weights: WeightFormat | None = None
+) -> int:
     """Weights of a bundle's exit head; where it can't be folded, the model's own and the jump."""
     if shortcut.width is not None:
         matrices = 3 if spec.gated else 2
         jump = matrices * shortcut.width * spec.hidden_size + 2 * spec.hidden_size
-        return head_bytes(spec) + FLOAT_BYTES * jump
+        return head_bytes(spec, weights) + FLOAT_BYTES * jump
     if shortcut.residual:
-        return head_bytes(spec) + FLOAT_BYTES * shortcut.low_rank * (2 * spec.hidden_size + 1)
-    return folded_head_bytes(spec, shortcut.low_rank)
+        return head_bytes(spec, weights) + FLOAT_BYTES * shortcut.low_rank * (
+            2 * spec.hidden_size + 1
+        )
+    return folded_head_bytes(spec, shortcut.low_rank, weights)
 
 
 def cache_bytes(spec: ModelSpec, block: int, length: int) -> int:
@@ -52,6 +70,7 @@ def decode_bytes(
     length: int,
     exit_head: int,
     element_bytes: int = FLOAT_BYTES,
+    weights: WeightFormat | None = None,
 ) -> int:
     """Everything that one token reads.
 
@@ -62,9 +81,10 @@ def decode_bytes(
         exit_head: Bytes of the exit head, in fp32.
         element_bytes: Of a weight and of the cache; what stays fp32 in fp16 models (norms, the
             exit head's first matrix) is counted as if it didn't.
+        weights: What quantised matrices are stored as, where they are.
     """
     rows = (2 if spec.learned_positions else 1) * FLOAT_BYTES * spec.hidden_size
-    head = head_bytes(spec) if blocks == spec.blocks else exit_head
+    head = head_bytes(spec, weights) if blocks == spec.blocks else exit_head
     cache = sum(cache_bytes(spec, block, length) for block in range(blocks))
-    total = rows + blocks * block_bytes(spec) + cache + head
+    total = rows + blocks * block_bytes(spec, weights) + cache + head
     return total // FLOAT_BYTES * element_bytes

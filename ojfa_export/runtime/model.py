@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from typing_extensions import Unpack
 
 from ojfa_export import backends
+from ojfa_export.backends.quantised import check_runs
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.bundle.names import TOKENIZER
@@ -73,6 +74,7 @@ class Model:
             self.tokenizer, self.spec.vocab_size, manifest.cache.max_length
         )
         opener = backends.load(backend)  # first: an unknown name is no missing engine
+        check_runs(opener, manifest.weights)
         built = bundle.engines(backend)
         opener.check(built.built_with)
         tables = manifest.rotary

@@ -91,21 +91,16 @@ def verify_generation(
         CheckpointError: transformers can't open the model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
-    directory, manifest = os.fspath(checkpoint.directory), model.manifest
-    with _speaking(checkpoint.directory, "generation_config.json"):
-        try:
-            said = GenerationConfig.from_pretrained(directory, local_files_only=True)
-        except OSError:  # old checkpoints say it there
-            said = GenerationConfig.from_pretrained(directory, "config.json", local_files_only=True)
-    checks = [_equal("generation: defaults", _other_defaults(said, manifest))]
+    directory = os.fspath(checkpoint.directory)
+    checks = [verify_defaults(model.manifest, checkpoint)]
     # Weights in 16 bits become twice as many bytes.
     needed = 2 * sum(path.stat().st_size for path in checkpoint.weight_files)
     if needed > read_meminfo().get("MemAvailable", needed):
         left_out = f"generate: left out, it may take {needed / 2**30:.1f} GiB"
         return [*checks, _equal(left_out, 0)]
-    prompts, new_tokens = _prompts(manifest, token_ids)
+    prompts, new_tokens = _prompts(model.manifest, token_ids)
 
     def continue_prompts() -> list[Continued]:
         with _speaking(checkpoint.directory, "model"):
@@ -115,7 +110,7 @@ def verify_generation(
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
             ).eval()
-        config = _greedy(reference.generation_config, manifest, new_tokens)
+        config = _greedy(reference.generation_config, model.manifest, new_tokens)
         return [_generate(reference, config, prompt) for prompt in prompts]
 
     # One whole model at a time, where what was compared before is no longer.
@@ -129,6 +124,23 @@ def _give_back() -> None:
     """Gives memory of what is no longer used back to the system."""
     gc.collect()
     trim_heap()
+
+
+def verify_defaults(manifest: Manifest, checkpoint: Checkpoint) -> Check:
+    """Compares the bundle's defaults of generation with what transformers reads.
+
+    Raises:
+        CheckpointError: transformers can't open generation_config.json.
+    """
+    from transformers import GenerationConfig
+
+    directory = os.fspath(checkpoint.directory)
+    with _speaking(checkpoint.directory, "generation_config.json"):
+        try:
+            said = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        except OSError:  # old checkpoints say it there
+            said = GenerationConfig.from_pretrained(directory, "config.json", local_files_only=True)
+    return _equal("generation: defaults", _other_defaults(said, manifest))
 
 
 def _other_defaults(said: Any, manifest: Manifest) -> int:

@@ -19,13 +19,19 @@ from ojfa_export.bundle.names import block_name
 from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.models.head import FinalNorm
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.session import Session
 from ojfa_export.system.progress import Progress
 from ojfa_export.verify.check import Check
 from ojfa_export.verify.exact import HIDDEN, ExactModel, Float64
 from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
-from ojfa_export.verify.tolerances import FP16_LARGEST, RANGE, Comparisons, exit_allowance
+from ojfa_export.verify.tolerances import (
+    FP16_LARGEST,
+    RANGE,
+    Arithmetic,
+    Comparisons,
+    exit_allowance,
+)
 
 # Tokens of each sequence that are fed one by one, and rows that each head is compared on.
 DECODED, HEAD_ROWS = 4, 8
@@ -40,7 +46,7 @@ class Subject:
 
     Attributes:
         spec: The model.
-        precision: Of matrix products.
+        arithmetic: Of matrix products.
         graphs: Directory of the portable graphs and the weights.
         rotary: Cosines and sines [rows, rotary_dim/2], or None.
         shortcut: What the exit head was made of.
@@ -49,7 +55,7 @@ class Subject:
     """
 
     spec: ModelSpec
-    precision: Precision
+    arithmetic: Arithmetic
     graphs: Path
     rotary: tuple[Float32, Float32] | None
     shortcut: ExitShortcut
@@ -59,7 +65,7 @@ class Subject:
 
 def make_subject(
     spec: ModelSpec,
-    precision: Precision,
+    arithmetic: Arithmetic,
     graphs: Path,
     rotary: tuple[Float32, Float32] | None,
     shortcut: ExitShortcut,
@@ -74,7 +80,7 @@ def make_subject(
         def trace(block: int, hidden: Float32) -> Mapping[str, Float32]:
             return tracing.trace_block(engines, block, hidden)
 
-    return Subject(spec, precision, graphs, rotary, shortcut, frugal(engines, spec), trace)
+    return Subject(spec, arithmetic, graphs, rotary, shortcut, frugal(engines, spec), trace)
 
 
 def verify_blocks(subject: Subject, token_ids: Int32, progress: Progress) -> list[Check]:
@@ -112,7 +118,7 @@ def verify_blocks(subject: Subject, token_ids: Int32, progress: Progress) -> lis
 
 
 def _compare_embed(subject: Subject, ids: Int32, expected: Float32) -> list[Check]:
-    comparisons = Comparisons(subject.precision)
+    comparisons = Comparisons(subject.arithmetic)
     embedded = embed_batch(subject.engines, ids)
     comparisons.record(f"float64 embed: {HIDDEN}", "hidden", embedded, expected)
     return comparisons.checks()
@@ -122,9 +128,9 @@ def _compare_block(
     subject: Subject, exact: ExactModel, index: int, hidden: Float32
 ) -> tuple[list[Check], Float32]:
     """A block's checks, and its output [B,S,H] by the reference."""
-    name, comparisons = block_name(index), Comparisons(subject.precision)
+    name, comparisons = block_name(index), Comparisons(subject.arithmetic)
     expected = exact.block(index, hidden.astype(np.float64))
-    checks = _check_range(name, expected) if subject.precision == "fp16" else []
+    checks = _check_range(name, expected) if subject.arithmetic == "fp16" else []
     if subject.trace is not None:
         for row, states in enumerate(hidden):
             for tensor, actual in subject.trace(index, states).items():
@@ -175,26 +181,26 @@ def largest_tensor(tensors: Mapping[str, Float64]) -> Largest:
 def _compare_head(
     subject: Subject, exact: ExactModel, hidden: Float32, blocks_run: int
 ) -> list[Check]:
-    spec, comparisons = subject.spec, Comparisons(subject.precision)
+    spec, comparisons = subject.spec, Comparisons(subject.arithmetic)
     rows = np.ascontiguousarray(hidden.reshape(-1, spec.hidden_size)[-HEAD_ROWS:])
     inputs = rows.astype(np.float64)
     expected, allowance = exact.logits(inputs, blocks_run), None
     if blocks_run < spec.blocks:
         norm = FinalNorm(spec.norm, np.ones(spec.hidden_size), None, spec.norm_epsilon)
         allowance = exit_allowance(
-            subject.shortcut, norm, inputs, expected, subject.precision, blocks_run
+            subject.shortcut, norm, inputs, expected, subject.arithmetic, blocks_run
         )
     actual = subject.engines.logits(rows, blocks_run)
     name = "final_head" if blocks_run == spec.blocks else f"exit_head after {blocks_run}"
     comparisons.record(f"float64 {name}: logits", "logits", actual, expected, allowance)
     jump = exact.mlp_jump(inputs, blocks_run) if blocks_run < spec.blocks else {}
-    checks = _check_range(name, jump) if jump and subject.precision == "fp16" else []
+    checks = _check_range(name, jump) if jump and subject.arithmetic == "fp16" else []
     return checks + comparisons.checks()
 
 
 def _compare_chain(subject: Subject, exact: ExactModel, ids: Int32, hidden: Float32) -> list[Check]:
     """Full depth: a prompt at once, then tokens one by one."""
-    spec, comparisons = subject.spec, Comparisons(subject.precision)
+    spec, comparisons = subject.spec, Comparisons(subject.arithmetic)
     batch, length = ids.shape
     session = Session(spec, subject.engines, batch, length)
     first = length - DECODED

@@ -29,9 +29,10 @@ from ojfa_export.models.spec import ModelSpec, Precision
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.session import Session
 from ojfa_export.system.progress import Progress, Task
-from ojfa_export.verify.as_users import verify_generation, verify_tokenizer
+from ojfa_export.verify.as_users import verify_defaults, verify_generation, verify_tokenizer
 from ojfa_export.verify.check import Check
 from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
+from ojfa_export.verify.quantised import verify_weights
 from ojfa_export.verify.reference import TransformersReference
 from ojfa_export.verify.tolerances import Comparisons, exit_allowance
 
@@ -99,6 +100,8 @@ def verify_against(
 ) -> list[Check]:
     """Compares a bundle with the checkpoint that it was built from.
 
+    Quantised weights are compared themselves, each with its own; not what they compute.
+
     Args:
         bundle: The bundle.
         model: The same bundle, opened.
@@ -122,11 +125,19 @@ def verify_against(
             hint=f"name the checkpoint of {bundle.manifest.model.name}",
         )
     shortcut, _ = shortcut_file.load_exit(bundle.path(SHORTCUT))
+    reference = TransformersReference(checkpoint, trust_remote_code=trust_remote_code)
     manifest = bundle.manifest
+    if manifest.weights is not None:
+        # transformers runs the original's weights, which these are not: what that changes is a
+        # figure (`verify.quantised.measure_change`), and products are compared with float64.
+        return [
+            *verify_tokenizer(model, checkpoint),
+            *verify_weights(bundle, source, manifest.weights),
+            verify_defaults(manifest, source),
+        ]
     engines = frugal(model.engines, model.spec)
     parts = Parts(model.spec, manifest.precision, bundle.graphs, lambda: engines, shortcut)
     fitting = token_ids[: manifest.cache.max_batch_size, : manifest.cache.max_length]
-    reference = TransformersReference(checkpoint, trust_remote_code=trust_remote_code)
     return [
         *verify_tokenizer(model, checkpoint),
         *verify_parts(parts, reference, source, fitting, progress),

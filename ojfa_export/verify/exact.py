@@ -1,8 +1,8 @@
 """A bundle's model in NumPy float64, read from its weight files alone.
 
-Neither a graph nor an engine nor an SDK is involved: a second opinion wherever NumPy runs, on
-machines without torch too. A few dozen tokens of one block at a time; slow, and never on the path
-of a token.
+Neither an engine nor an SDK is involved: a second opinion wherever NumPy runs, on machines without
+torch too. Quantised matrices are dequantised as `bundle.weight_format` writes it out. A few dozen
+tokens of one block at a time; slow, and never on the path of a token.
 """
 
 from __future__ import annotations
@@ -18,8 +18,16 @@ import onnx
 from numpy.typing import NDArray
 
 from ojfa_export.bundle.names import block_name
+from ojfa_export.bundle.weight_format import (
+    PACKED,
+    QuantisedMatrix,
+    WeightFormat,
+    dequantise,
+    matrix_of,
+)
 from ojfa_export.decoding.arrays import Float32, Int32
-from ojfa_export.graphs.weights import references
+from ojfa_export.graphs.quantised import format_of
+from ojfa_export.graphs.weights import map_tensors
 from ojfa_export.models.activation import activate, gated, softcapped
 from ojfa_export.models.spec import SECOND, ModelSpec
 
@@ -51,7 +59,7 @@ class ExactModel:
     def embed(self, token_ids: Int32) -> Float64:
         """Embeds sequences [B,S] from position 0 on: [B,S,H]."""
         weights = self._weights("embed")
-        hidden = weights["token_embedding"][token_ids].astype(np.float64)
+        hidden: Float64 = weights["token_embedding"][token_ids].astype(np.float64)
         if "position_embedding" in weights:
             hidden = hidden + weights["position_embedding"][: token_ids.shape[1]]
         return hidden
@@ -106,7 +114,9 @@ class ExactModel:
             jump = float(weights["gates"][blocks_run - 1]) * _product(z, weights["up"])
             return self._final(hidden + jump, weights)
         z = z / _root_mean_square(z, self._spec.norm_epsilon)
-        return _product(z, weights["vocabulary"].T) + weights.get("vocabulary.bias", 0)
+        logits: Float64 = _product(z, _columns(weights["vocabulary"]))
+        logits += weights.get("vocabulary.bias", 0)
+        return logits
 
     def mlp_jump(self, hidden: Float64, blocks_run: int) -> Tensors:
         """What goes into and comes out of the products of an MLP shortcut; none of another."""
@@ -124,21 +134,22 @@ class ExactModel:
         return {"mlp.norm": normed, "mlp.up": up, "mlp.inner": inner, MLP_DOWN: down}
 
     def _final(self, hidden: Float64, weights: Mapping[str, NDArray[Any]]) -> Float64:
-        return _product(self._norm(hidden, weights, "final_norm"), weights["head"].T)
+        return _product(self._norm(hidden, weights, "final_norm"), _columns(weights["head"]))
 
-    def _weights(self, graph: str) -> dict[str, NDArray[Any]]:
-        """A graph's weights as they are stored, mapped into memory."""
+    def _weights(self, graph: str) -> dict[str, Any]:
+        """A graph's weights as they are stored, mapped into memory; quantised ones by their name.
+
+        Arrays, or `_Quantised` where a matrix is.
+        """
         model = onnx.load(self._graphs / f"{graph}.onnx", load_external_data=False)
-        return {
-            name: np.memmap(
-                self._graphs / ref.location,
-                onnx.helper.tensor_dtype_to_np_dtype(ref.dtype),
-                "r",
-                ref.offset,
-                ref.dims,
-            )
-            for name, ref in references(model).items()
-        }
+        weights: dict[str, Any] = map_tensors(model, self._graphs)
+        form = format_of(model)
+        for name in [each.removesuffix(PACKED) for each in weights if each.endswith(PACKED)]:
+            matrix = matrix_of(weights, name)
+            assert matrix is not None
+            assert form is not None
+            weights[name] = _Quantised(matrix, form)
+        return weights
 
     def _norm(self, x: Float64, weights: Mapping[str, NDArray[Any]], name: str) -> Float64:
         if self._spec.norm == "layer":
@@ -204,7 +215,29 @@ def _linear(x: Float64, weights: Mapping[str, NDArray[Any]], name: str) -> Float
     return _product(x, weights[f"{name}.weight"]) + weights.get(f"{name}.bias", 0)
 
 
-def _product(x: Float64, matrix: NDArray[Any]) -> Float64:
+class _Quantised:
+    """A quantised matrix x @ W, dequantised where columns are taken of it.
+
+    Args:
+        matrix: Its numbers.
+        form: Its format.
+    """
+
+    def __init__(self, matrix: QuantisedMatrix, form: WeightFormat) -> None:
+        self._matrix, self._form = matrix, form
+        outputs, groups = matrix.scales.shape
+        self.shape = groups * form.group_size, outputs
+
+    def __getitem__(self, key: tuple[slice, slice]) -> Float64:
+        return dequantise(self._matrix.rows(key[1]), self._form, np.float64).T
+
+
+def _columns(head: Any) -> Any:
+    """A head [V, features] as a matrix x @ W; quantised ones are that already."""
+    return head if isinstance(head, _Quantised) else head.T
+
+
+def _product(x: Float64, matrix: Any) -> Float64:
     """x @ matrix, the matrix widened some columns at a time: of fp16 that takes the most time."""
     rows, columns = matrix.shape
     step = max(1, CHUNK // rows)

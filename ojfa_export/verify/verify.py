@@ -14,6 +14,7 @@ from ojfa_export.decoding.arrays import Int32
 from ojfa_export.errors import BundleError, CheckpointError
 from ojfa_export.runtime.model import Model
 from ojfa_export.system.progress import Progress
+from ojfa_export.verify.change import Change
 from ojfa_export.verify.check import Check
 
 TOKENS = 48
@@ -68,6 +69,42 @@ def verify_bundle(
     )
 
 
+def quantisation_change(
+    bundle: Path,
+    against: str,
+    backend: str,
+    progress: Progress,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Change | None:
+    """What quantising changed, on the texts that ship; None where nothing is quantised.
+
+    Args:
+        bundle: A bundle that `verify_bundle` has compared with the same checkpoint.
+        against: As there, and so the others.
+        backend: Engines to run.
+        progress: Shows windows.
+        revision: Of a hub id.
+        trust_remote_code: Whether transformers may run code in the checkpoint.
+    """
+    from ojfa_export.models.checkpoint.hub import resolve
+    from ojfa_export.verify.quantised import WINDOW_TOKENS, measure_change
+    from ojfa_export.verify.sample import sample_token_ids
+
+    opened = Bundle(bundle)
+    if opened.manifest.weights is None:
+        return None
+    model = Model(opened, backend)
+    return measure_change(
+        model,
+        resolve(against, revision),
+        sample_token_ids(model, min(WINDOW_TOKENS, model.spec.max_positions)),
+        progress,
+        trust_remote_code=trust_remote_code,
+    )
+
+
 def can_compare_blocks() -> bool:
     """Whether the packages are here that `compare_blocks` needs beside those that run a bundle."""
     return all(find_spec(package) for package in ("onnx", "safetensors"))
@@ -108,7 +145,7 @@ def compare_blocks(
         ) from error
     subject = make_subject(
         model.spec,
-        manifest.precision,
+        "int8" if manifest.weights else manifest.precision,
         bundle.graphs,
         (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None,
         shortcut,

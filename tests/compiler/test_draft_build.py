@@ -21,7 +21,7 @@ from ojfa_export.bundle.shortcut_file import load, save
 from ojfa_export.cli.app import app
 from ojfa_export.compiler.add_engines import add_engines
 from ojfa_export.compiler.options import BuildOptions
-from ojfa_export.compiler.pipeline import build
+from ojfa_export.compiler.pipeline import build, plan
 from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.runtime.draft_layer import draft_share
@@ -73,6 +73,13 @@ def built(options, draft_file):
 @pytest.fixture(scope="module")
 def model(built):
     return ojfa_export.load(built.bundle)
+
+
+def test_quantised_weights_are_refused(options, draft_file):
+    match = "weights int4 can't go with a draft layer: "
+    with pytest.raises(errors.UsageError, match=match) as caught:
+        plan(options(shortcut=draft_file, weights="int4"))
+    assert caught.value.hint
 
 
 def write_eagle3(directory, draft, spec, *, own_head=True, weights="model.safetensors", **config):

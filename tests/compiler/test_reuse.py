@@ -34,6 +34,8 @@ PROMISE = {"max_disagreement": 0.3, "confidence": 0.8}
 # Each option with another value, and the stages that depend on it.
 CHANGES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "precision": ({"precision": "fp16"}, ALL),
+    "weights": ({"weights": "int8", "group_size": 16}, ALL),
+    "group_size": ({"weights": "int4", "group_size": 16}, ALL),
     "max_cache_length": ({"max_cache_length": 48}, ALL),
     "backend": ({"backend": "another"}, ALL[1:]),
     "calibration_tokens": ({"calibration_tokens": 2048}, ALL[2:]),

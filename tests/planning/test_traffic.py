@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from chain import build_chain
 from tiny_models import make_checkpoint
 
 from bench.cpu.compiled import compile_checkpoint
 from ojfa_export.bundle.names import block_name
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.planning.bandwidth import read_bandwidth
 from ojfa_export.planning.machine import describe_machine
 from ojfa_export.planning.traffic import (
@@ -35,6 +38,27 @@ def test_bytes_are_those_of_the_weight_files(variant: str, tmp_path: Path):
     assert abs(size(block_name(0)) - block_bytes(spec)) < PADDING
     assert abs(size("final_head") - head_bytes(spec)) < PADDING
     assert abs(size("exit_head") - folded_head_bytes(spec, 1)) < PADDING
+
+
+@pytest.mark.parametrize("storage", ["int4", "int8"])
+def test_bytes_of_quantised_weight_files(storage: Any, tmp_path: Path):
+    weights = WeightFormat(storage=storage, group_size=32, zero_points=True)
+    chain = build_chain(
+        make_checkpoint("llama-gqa", tmp_path / "checkpoint", seed=1),
+        tmp_path,
+        weights=weights,
+        rank=32,
+    )
+
+    def size(name: str) -> int:
+        return (chain.graphs / f"{name}.bin").stat().st_size
+
+    # Rows of zero points are filled up to whole bytes.
+    padding = 2 * PADDING
+    assert abs(size(block_name(0)) - block_bytes(chain.spec, weights)) < padding
+    assert abs(size("final_head") - head_bytes(chain.spec, weights)) < padding
+    assert abs(size("exit_head") - folded_head_bytes(chain.spec, 32, weights)) < padding
+    assert folded_head_bytes(chain.spec, 8, weights) == folded_head_bytes(chain.spec, 8)
 
 
 def test_a_step_is_blocks_with_their_caches_and_one_head(tmp_path: Path):

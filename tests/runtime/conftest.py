@@ -11,6 +11,8 @@ from chain import Chain, build_chain
 from tiny_models import POSITIONS, make_checkpoint, make_model
 from transformers import PreTrainedModel
 
+from ojfa_export.bundle.weight_format import WeightFormat
+
 SEED = 7
 
 BuildChain = Callable[[str], Chain]
@@ -28,14 +30,18 @@ def one_torch_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def chain_of(tmp_path_factory: pytest.TempPathFactory) -> BuildChain:
-    """The exported variant, built when first asked for."""
+    """The exported variant, built when first asked for; "NAME int4" has quantised weights."""
     chains: dict[str, Chain] = {}
 
     def build(name: str) -> Chain:
         if name not in chains:
-            directory: Path = tmp_path_factory.mktemp(name)
-            checkpoint = make_checkpoint(name, directory / "checkpoint", seed=SEED)
-            chains[name] = build_chain(checkpoint, directory, max_length=POSITIONS)
+            variant, _, storage = name.partition(" ")
+            weights = None
+            if storage:
+                weights = WeightFormat(storage=storage, group_size=32, zero_points=True)
+            directory: Path = tmp_path_factory.mktemp(name.replace(" ", "-"))
+            checkpoint = make_checkpoint(variant, directory / "checkpoint", seed=SEED)
+            chains[name] = build_chain(checkpoint, directory, max_length=POSITIONS, weights=weights)
         return chains[name]
 
     return build

@@ -10,7 +10,7 @@ from chain import build_chain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import VOCAB_SIZE, make_checkpoint
-from tolerances import LOGITS_FP32
+from tolerances import LOGITS_FP32, LOGITS_INT8_RELATIVE
 
 from ojfa_export.decoding.confidence import confidence
 from ojfa_export.decoding.policy import ExitPolicy
@@ -20,6 +20,7 @@ from ojfa_export.verify.checks import language_head
 BATCH = 3
 MAX_LENGTH = 40  # beyond LongRoPE's switch length (32) and the sliding window (8)
 NAMES = ["gpt2", "llama-gqa", "phi3-sliding-window", "phi3-longrope"]
+QUANTISED = ["gpt2 int8", "llama-gqa int4"]
 
 examples = settings(
     max_examples=60,
@@ -70,7 +71,15 @@ def fitting(session, tokens: list[list[int]]) -> list[list[int]]:
     return [ids[:count] for ids, count in zip(tokens, room, strict=True)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+def assert_near(chain, actual: np.ndarray, expected: np.ndarray) -> None:
+    """Equal to the rounding of what the chain's products multiply."""
+    close = LOGITS_FP32
+    if chain.weights is not None:
+        close = LOGITS_INT8_RELATIVE * np.abs(expected).max(initial=0)
+    np.testing.assert_allclose(actual, expected, atol=close, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*NAMES, *QUANTISED])
 @examples
 @given(program=programs)
 def test_logits_do_not_depend_on_the_past(name, chain_of, program):
@@ -91,12 +100,12 @@ def test_logits_do_not_depend_on_the_past(name, chain_of, program):
                 reference = (
                     fresh_logits(chain, expected_tokens[row], exit) if ids else np.zeros(VOCAB_SIZE)
                 )
-                np.testing.assert_allclose(logits[row], reference, atol=LOGITS_FP32, rtol=0)
+                assert_near(chain, logits[row], reference)
         check_watermarks(session)
         assert [session.tokens(row) for row in range(BATCH)] == expected_tokens
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *QUANTISED])
 @examples
 @given(pieces=st.lists(few_tokens | many_tokens, min_size=1, max_size=6), exit=st.integers(1, 4))
 def test_every_position_in_pieces(name, chain_of, pieces, exit):
@@ -111,7 +120,7 @@ def test_every_position_in_pieces(name, chain_of, pieces, exit):
         ids += piece
         logits += session.advance(piece, exit, every_position=True)
     [expected] = chain.session(1, MAX_LENGTH).advance(ids, exit, every_position=True)
-    np.testing.assert_allclose(np.concatenate(logits), expected, atol=LOGITS_FP32, rtol=0)
+    assert_near(chain, np.concatenate(logits), expected)
 
 
 def test_full_is_the_number_of_blocks(chain_of):

@@ -43,6 +43,13 @@ void check_digest(const std::string& text, const Json& raw, const std::filesyste
         throw bundle_failure(path.string() + " was altered: its own digest differs", COPY_AGAIN);
 }
 
+// Quantised weights, which none of the library's backends runs.
+[[noreturn]] void refuse_quantised(Fields weights) {
+    throw bundle_failure("the bundle's weights are " + weights.one_of("storage", {"int4", "int8"}) +
+                             ", which this library doesn't run",
+                         "run it in Python, or build it again without --weights");
+}
+
 Manifest read_fields(const Json& raw) {
     Manifest manifest;
     Fields fields(raw, "");
@@ -51,6 +58,7 @@ Manifest read_fields(const Json& raw) {
     fields.integer("format_version", FORMAT_VERSION, FORMAT_VERSION);
     manifest.spec = read_model(fields.object("model"));
     manifest.precision = fields.one_of("precision", {"fp32", "fp16"});
+    if (const Json* weights = fields.maybe("weights")) refuse_quantised(Fields(*weights, "weights"));
     fields.integer("opset", 1);
     Fields cache = fields.object("cache");
     cache.maybe("axes");

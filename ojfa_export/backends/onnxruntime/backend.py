@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Backend, Engines
 from ojfa_export.backends.draft import DraftLayer
 from ojfa_export.backends.onnxruntime.draft import OnnxRuntimeDraft
 from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
+from ojfa_export.backends.onnxruntime.quantise import quantise
 from ojfa_export.bundle.checked import UNCHECKED, Files
+from ojfa_export.bundle.weight_format import QuantisedMatrix, WeightFormat
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.errors import BackendError
 from ojfa_export.models.spec import ModelSpec
@@ -43,6 +47,10 @@ class OnnxRuntime:
         from ojfa_export.backends.onnxruntime.build import build_engine  # needs onnx
 
         build_engine(spec, graph, engine)
+
+    def quantise(self, columns: NDArray[np.float32], form: WeightFormat) -> QuantisedMatrix:
+        """Quantises a matrix; see `backends.quantised.RunsQuantised`."""
+        return quantise(columns, form)
 
     def open_engines(
         self,

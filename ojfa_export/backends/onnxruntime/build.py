@@ -12,6 +12,7 @@ from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.draft import draft_part_graph
 from ojfa_export.graphs.embed import embed_graph
 from ojfa_export.graphs.heads import final_head_graph, jump_head_graph
+from ojfa_export.graphs.quantised import format_of
 from ojfa_export.graphs.weights import references
 from ojfa_export.models.spec import ModelSpec
 
@@ -30,8 +31,8 @@ def build_engine(spec: ModelSpec, graph: Path, engine: Path) -> None:
     name = graph.stem
     what = "draft layer" if name in DRAFT_GRAPHS else "model"
     check_fused_attention(spec, f"this {what} can't be built for the onnxruntime backend")
-    dialect = OnnxRuntimeCpu(spec)
-    weights = references(onnx.load(graph, load_external_data=False))
+    portable = onnx.load(graph, load_external_data=False)
+    weights, dialect = references(portable), OnnxRuntimeCpu(spec, format_of(portable))
     if name == "embed":
         model = embed_graph(spec, weights, 0, rotations=False)
     elif name == "final_head":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.errors import BackendError
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, INT64, MICROSOFT, Graph
@@ -165,12 +166,16 @@ class OnnxRuntimeCpu(OnnxRuntimeDialect):
 
     Args:
         spec: The model.
+        quantised: What quantised matrices are stored as, where there are some.
     """
 
     token_axes: tuple[str, ...] = ("tokens",)
+    # Products with quantised matrices round what they multiply to 8 bits: for one token those that
+    # don't take two to four times as long with int4, and tens of times with int8 (docs/weights.md).
+    accuracy_level = 4
 
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__(spec, "fp32")
+    def __init__(self, spec: ModelSpec, quantised: WeightFormat | None = None) -> None:
+        super().__init__(spec, "fp32", quantised)
 
     def attention_inputs(self, graph: Graph) -> None:
         """Beside the cache, where each slot's tokens are among those of the pass."""
@@ -195,23 +200,25 @@ class OnnxRuntimeCpu(OnnxRuntimeDialect):
         weight = super().matrix(graph, name, ref)
         return graph.cast(weight, FLOAT) if ref.dtype == FLOAT16 else weight
 
-    def vocabulary(self, graph: Graph, x: str, name: str, ref: TensorRef) -> str:
+    def vocabulary(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
         """The product x @ W^T; a wide fp16 matrix in parts.
 
         Loading holds a matrix three times at its peak: as stored, widened, and packed. In parts,
         only one part is held packed beside the widened whole.
         """
+        ref = weights.get(name)
+        if ref is None or ref.dtype != FLOAT16:
+            return super().vocabulary(graph, x, weights, name)
         rows = ref.dims[0]
         step = max(1, WIDENED_AT_ONCE // (4 * ref.dims[1]))
-        if ref.dtype != FLOAT16 or rows <= step:
-            return super().vocabulary(graph, x, name, ref)
-        parts = [
-            super(OnnxRuntimeCpu, self).vocabulary(
-                graph, x, f"{name}.{start}", ref.rows(start, min(start + step, rows))
-            )
+        if rows <= step:
+            return super().vocabulary(graph, x, weights, name)
+        parts = {
+            f"{name}.{start}": ref.rows(start, min(start + step, rows))
             for start in range(0, rows, step)
-        ]
-        return str(graph.op("Concat", *parts, axis=1))
+        }
+        products = [super(OnnxRuntimeCpu, self).vocabulary(graph, x, parts, each) for each in parts]
+        return str(graph.op("Concat", *products, axis=1))
 
 
 def _as_stored(graph: Graph, name: str, ref: TensorRef) -> str:

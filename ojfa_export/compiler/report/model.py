@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from ojfa_export.bundle.promise import Promise
 from ojfa_export.shortcuts.metrics import ExitQuality
+from ojfa_export.verify.change import Change
 from ojfa_export.verify.check import Check
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -71,6 +79,8 @@ class CalibrationReport(_Strict):
         checks: The verification's, once it has run.
         latency: The benchmark's, once it has run.
         promise: What was asked and shown of `--exit auto`, if anything.
+        weights: What matrices are quantised to, in words; None where none is. Left out of JSON.
+        change: What quantising changed, once it was measured. Left out as well.
 
     Raises:
         ValidationError: Unknown fields, or a number of exits or a matrix that does not fit L.
@@ -95,6 +105,18 @@ class CalibrationReport(_Strict):
     checks: list[Check] = []
     latency: list[LatencyRow] = []
     promise: Promise | None = None
+    weights: str | None = None
+    change: Change | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out what says nothing: reports of other bundles are as they were."""
+        fields: dict[str, Any] = serialize(self)
+        return {
+            name: value
+            for name, value in fields.items()
+            if value is not None or name not in ("weights", "change")
+        }
 
     @property
     def measured(self) -> list[str]:

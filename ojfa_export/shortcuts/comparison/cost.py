@@ -102,7 +102,7 @@ def _export_linear(exporter: Exporter, directory: Path) -> Path:
     hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
     mapped = dialect.linear(graph, dialect.to_compute(graph, hidden), {"map.weight": matrix}, "map")
     normed = dialect.norm(graph, mapped, weights, "final_norm")
-    logits = dialect.vocabulary(graph, normed, "head", weights["head"])
+    logits = dialect.vocabulary(graph, normed, weights, "head")
     graph.output(logits, "logits", FLOAT, "rows", spec.vocab_size)
     path = directory / "linear_head.onnx"
     path.write_bytes(graph.model().SerializeToString())

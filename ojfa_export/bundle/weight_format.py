@@ -1,0 +1,158 @@
+"""What weight matrices are stored as, and the numbers that stored ones stand for.
+
+A quantised matrix is three tensors beside each other. Of each column of x @ W, `group_size`
+neighbouring weights share a scale and, where there are zero points, a zero point:
+
+    weight = (number - zero point) * scale
+
+Numbers have 4 or 8 bits and no sign. Without zero points the zero point is the middle, 8 or 128.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+from pydantic import model_validator
+
+from ojfa_export.bundle.part import Part, PositiveInt
+from ojfa_export.models.spec import ModelSpec
+
+Quantised = Literal["int4", "int8"]
+Storage = Literal["fp32", "fp16", Quantised]
+# Bits of a number.
+BITS: dict[Quantised, int] = {"int4": 4, "int8": 8}
+# What a group may be: powers of two, as MatMulNBits takes them.
+GROUP_SIZES = (16, 32, 64, 128, 256)
+# A quantised matrix is tensors of these names after its own; the last where there are zero points.
+PACKED, SCALES, ZERO_POINTS = ENDS = (".packed", ".scales", ".zero_points")
+# The matrices of blocks that are quantised; of heads it is those to the vocabulary.
+BLOCK_MATRICES = (
+    *("attention.qkv.weight", "attention.out.weight"),
+    *("mlp.up.weight", "mlp.down.weight"),
+)
+
+
+class WeightFormat(Part):
+    """What the large weight matrices are stored as.
+
+    Attributes:
+        storage: Of their numbers.
+        group_size: Quantised weights that share a scale; 1 where numbers stand for themselves.
+        zero_points: Whether groups have a zero point of their own.
+    """
+
+    storage: Storage
+    group_size: PositiveInt = 1
+    zero_points: bool = False
+
+    @model_validator(mode="after")
+    def _possible(self) -> WeightFormat:
+        if self.storage in BITS:
+            if self.group_size not in GROUP_SIZES:
+                raise ValueError(f"groups of {self.group_size} quantised weights can't be")
+        elif self.group_size != 1 or self.zero_points:
+            raise ValueError(f"{self.storage} weights have no groups")
+        return self
+
+    @property
+    def quantised(self) -> bool:
+        """Whether matrices are numbers and scales."""
+        return self.storage in BITS
+
+    @property
+    def bits(self) -> int:
+        """Of a quantised number."""
+        return BITS[self.storage]  # type: ignore[index]
+
+    @property
+    def middle(self) -> int:
+        """The zero point of groups that have none of their own."""
+        return 1 << (self.bits - 1)
+
+    def shapes(self, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of a matrix, by the end of their names.
+
+        Args:
+            inputs: Features that the matrix multiplies; whole groups.
+            outputs: Features that come out.
+        """
+        groups = inputs // self.group_size
+        shapes: dict[str, tuple[int, ...]] = {
+            PACKED: (outputs, groups, self.group_size * self.bits // 8),
+            SCALES: (outputs, groups),
+        }
+        if self.zero_points:
+            shapes[ZERO_POINTS] = (outputs, -(-groups * self.bits // 8))
+        return shapes
+
+    def __str__(self) -> str:
+        if not self.quantised:
+            return self.storage
+        points = " with zero points" if self.zero_points else ""
+        return f"{self.storage} in groups of {self.group_size}{points}"
+
+
+def quantised_features(spec: ModelSpec) -> tuple[int, ...]:
+    """Features that a model's quantised matrices multiply."""
+    return spec.hidden_size, spec.heads * spec.head_dim, spec.intermediate_size
+
+
+class QuantisedMatrix(NamedTuple):
+    """A quantised matrix x @ W of [inputs, outputs].
+
+    Attributes:
+        packed: Numbers [outputs, groups, bytes] uint8; of two in a byte the first is the low half.
+        scales: [outputs, groups] float32.
+        zero_points: [outputs, bytes] uint8, packed alike over the groups; or None.
+    """
+
+    packed: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zero_points: NDArray[np.uint8] | None
+
+    def rows(self, rows: slice) -> QuantisedMatrix:
+        """Some of its outputs."""
+        points = None if self.zero_points is None else self.zero_points[rows]
+        return QuantisedMatrix(self.packed[rows], self.scales[rows], points)
+
+
+def matrix_of(tensors: dict[str, NDArray[Any]], name: str) -> QuantisedMatrix | None:
+    """The quantised matrix of a name among a graph's tensors, if it is one."""
+    packed = tensors.get(f"{name}{PACKED}")
+    if packed is None:
+        return None
+    return QuantisedMatrix(packed, tensors[f"{name}{SCALES}"], tensors.get(f"{name}{ZERO_POINTS}"))
+
+
+def dequantise(
+    matrix: QuantisedMatrix, form: WeightFormat, dtype: DTypeLike = np.float32
+) -> NDArray[Any]:
+    """The numbers that a quantised matrix stands for.
+
+    Args:
+        matrix: Some of its outputs, or all.
+        form: Its format.
+        dtype: Of the result; float64 holds the product of number and scale exactly.
+
+    Returns:
+        [outputs, inputs].
+    """
+    outputs, groups = matrix.scales.shape
+    numbers = _unpacked(matrix.packed.reshape(outputs, -1), form.bits)
+    numbers = numbers.reshape(outputs, groups, form.group_size).astype(dtype)
+    if matrix.zero_points is None:
+        numbers -= form.middle
+    else:
+        numbers -= _unpacked(matrix.zero_points, form.bits)[:, :groups, None].astype(dtype)
+    numbers *= matrix.scales[:, :, None].astype(dtype)
+    return numbers.reshape(outputs, -1)
+
+
+def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Numbers of bytes [rows, bytes], one each."""
+    if bits == 8:
+        return packed
+    both = np.stack([packed & 15, packed >> 4], axis=-1)
+    return both.reshape(len(packed), -1)

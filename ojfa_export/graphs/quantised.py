@@ -1,0 +1,79 @@
+"""Quantised matrices in weight files and graphs.
+
+They are made by a backend's library (`backends.quantised`), one matrix at a time, and run by the
+contrib operator MatMulNBits, which reads numbers, scales and zero points as they lie in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from ojfa_export.bundle.weight_format import (
+    PACKED,
+    SCALES,
+    ZERO_POINTS,
+    QuantisedMatrix,
+    WeightFormat,
+)
+from ojfa_export.graphs.weights import CONVERSION_CHUNK, TensorRef, WeightFile
+
+OPERATOR = "MatMulNBits"
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """Makes quantised matrices.
+
+    Attributes:
+        form: What it makes.
+        quantise: Quantises columns [inputs, outputs] float32.
+    """
+
+    form: WeightFormat
+    quantise: Callable[[NDArray[np.float32], WeightFormat], QuantisedMatrix]
+
+    def takes(self, inputs: int) -> bool:
+        """Whether so many features are whole groups."""
+        return inputs % self.form.group_size == 0
+
+    def add(self, file: WeightFile, name: str, matrix: NDArray[Any]) -> dict[str, TensorRef]:
+        """Appends a matrix [inputs, outputs] to a file, quantised.
+
+        Returns:
+            Its tensors.
+        """
+        inputs, outputs = matrix.shape
+        step = max(1, CONVERSION_CHUNK // inputs)
+        parts = []
+        for start in range(0, outputs, step):  # so that a large head is never held twice
+            columns = np.ascontiguousarray(matrix[:, start : start + step], np.float32)
+            parts.append(self.quantise(columns, self.form))
+        refs = {
+            name + PACKED: file.add_bytes(np.concatenate([part.packed for part in parts])),
+            name + SCALES: file.add(
+                name + SCALES, np.concatenate([part.scales for part in parts]), "fp32"
+            ),
+        }
+        points = [part.zero_points for part in parts if part.zero_points is not None]
+        if points:
+            refs[name + ZERO_POINTS] = file.add_bytes(np.concatenate(points))
+        return refs
+
+
+def format_of(model: onnx.ModelProto) -> WeightFormat | None:
+    """What a graph's quantised matrices are stored as; None where it has none."""
+    for node in model.graph.node:
+        if node.op_type == OPERATOR:
+            values = {each.name: each.i for each in node.attribute}
+            return WeightFormat(
+                storage="int4" if values["bits"] == 4 else "int8",
+                group_size=values["block_size"],
+                zero_points=len(node.input) > 3,
+            )
+    return None
