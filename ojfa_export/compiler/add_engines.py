@@ -111,5 +111,7 @@ def _link(source: Path, target: Path, backend: Backend) -> None:
             return {backend.name} & set(names)
         return {MANIFEST} & set(names) if Path(folder) == source else set()
 
-    shutil.rmtree(target)  # what an interrupted run had begun
-    shutil.copytree(source, target, copy_function=os.link, ignore=left_out)
+    # What an interrupted run had begun goes; the directory stays, as work is known by its inode.
+    for path in target.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.copytree(source, target, copy_function=os.link, ignore=left_out, dirs_exist_ok=True)

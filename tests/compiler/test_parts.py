@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import MANIFEST, graph_names
 from ojfa_export.bundle.shortcut_file import load as load_shortcut
 from ojfa_export.compiler.add_engines import add_engines
+from ojfa_export.compiler.kept import read_state
 from ojfa_export.compiler.parts import calibrate_only, export_only
 from ojfa_export.compiler.pipeline import build, plan
 from ojfa_export.errors import (
@@ -84,6 +87,25 @@ def test_interrupted_engines_leave_the_bundle(bundle: Path, tiny_bundle: Path) -
     add_engines(bundle, "onnxruntime", SILENT)
     assert contents(bundle) == contents(tiny_bundle)
     assert [path.name for path in bundle.parent.iterdir()] == ["copy.ojfa"]
+
+
+def test_interrupted_engines_are_found_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work is known by its directory's inode, which linking the bundle must not change."""
+    module = importlib.import_module("ojfa_export.compiler.add_engines")
+    right, opened = module._link, []
+
+    def held(source: Path, target: Path, backend: Any) -> None:
+        opened.append(os.open(target, os.O_RDONLY))  # the inode can't be used for another one
+        right(source, target, backend)
+
+    monkeypatch.setattr(module, "_link", held)
+    with pytest.raises(KeyboardInterrupt):
+        add_engines(bundle, "onnxruntime", interrupt_at(3))
+    work = bundle.with_name("copy.ojfa.onnxruntime.partial")
+    state = read_state(work / "state.json")
+    assert state is not None
+    assert state.inode == (work / "bundle").stat().st_ino == os.fstat(opened[0]).st_ino
+    os.close(opened[0])
 
 
 def test_engines_that_compute_something_else_are_refused(
