@@ -22,7 +22,7 @@ from ojfa_export.graphs.export import ExitHead, Exporter
 from ojfa_export.graphs.fold import fold_if_narrow
 from ojfa_export.models.head import LanguageHead
 from ojfa_export.planning.machine import describe_machine
-from ojfa_export.shortcuts.calibrate import exit_sample, has_torch, jumped
+from ojfa_export.shortcuts.calibrate import has_torch, jumped
 from ojfa_export.shortcuts.comparison.claims import judge
 from ojfa_export.shortcuts.comparison.cost import FOLDED, HEADS, RESIDUAL, measure_heads
 from ojfa_export.shortcuts.comparison.fit import Fitted, fit_kinds
@@ -31,6 +31,7 @@ from ojfa_export.shortcuts.comparison.write import NAMED, write_comparison
 from ojfa_export.shortcuts.hidden import HiddenStates
 from ojfa_export.shortcuts.kinds import KINDS, TITLES, ExitMap, Kind
 from ojfa_export.shortcuts.metrics import ExitQuality, FullModelReference, evaluate
+from ojfa_export.shortcuts.sample import exit_sample
 from ojfa_export.system.progress import Progress
 
 PACKAGES = ("numpy", "onnxruntime", "tokenizers", "torch")

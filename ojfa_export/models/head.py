@@ -68,9 +68,12 @@ class LanguageHead:
 
 
 def head_chunks(weight: NDArray[Any], dtype: np.dtype[Any]) -> Iterator[tuple[slice, NDArray[Any]]]:
-    """Slices of rows of an LM head [V, H], and those rows in `dtype`, at most 64 MB at a time."""
+    """Slices of rows of an LM head [V, H], and those rows in `dtype`, at most 64 MB at a time.
+
+    Rows that are of this dtype already are not copied.
+    """
     vocabulary, hidden = weight.shape
     rows = max(1, _BYTES_AT_ONCE // (hidden * dtype.itemsize))
     for start in range(0, vocabulary, rows):
         part = slice(start, min(start + rows, vocabulary))
-        yield part, weight[part].astype(dtype)
+        yield part, weight[part].astype(dtype, copy=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from ojfa_export.system.progress import Progress
 AT_ONCE = (2, 3, 5, 9)
 # Of each kind, in a turn.
 STEPS = 8
+# Of those that ask every exit, which are many checks each.
+ASKING_STEPS = 2
 # Exits whose steps are timed; those between two of them lie on a line.
 MOST_EXITS = 16
 
@@ -143,25 +145,28 @@ class _Steps:
         self._shallow = max(1, depth // 2)
         # Where the last block isn't the one after half depth, and the cache has room.
         self._late = self._sizes[:1] if depth - 1 > self._shallow else []
-        self._typical: dict[object, float] = {}
+        self._typical: dict[tuple[str, Hashable], float] = {}
 
     def time(self, rounds: int, seconds: float, progress: Progress) -> None:
         """Times all kinds in turns."""
         kinds = dict(self._make_kinds())
         times = self._turns.time(kinds, rounds, seconds, "timing blocks and heads", progress)
-        self._typical = {kind: float(each.sum()) / STEPS for kind, each in times.items()}
+        self._typical = {
+            kind: float(each.sum()) / (ASKING_STEPS if kind[0] == "every" else STEPS)
+            for kind, each in times.items()
+        }
 
-    def _make_kinds(self) -> list[tuple[object, list[Step]]]:
-        """Every kind's steps, which are STEPS or do as much at once."""
+    def _make_kinds(self) -> list[tuple[tuple[str, Hashable], list[Step]]]:
+        """Every kind's steps: STEPS, or what does as much at once; ASKING_STEPS of "every"."""
         turns = self._turns
         shallow, depth = self._shallow, self._depth
         rows = np.random.default_rng(0).normal(size=(AT_ONCE[-1], self._spec.hidden_size))
         hidden = rows.astype(np.float32)
 
-        def asking(exits: Sequence[int], measure: Measure) -> list[Step]:
+        def asking(exits: Sequence[int], measure: Measure, count: int) -> list[Step]:
             never_but_last = (*[2.0] * (len(exits) - 1), -1e9)
             policy = ExitPolicy(exits=tuple(exits), measure=measure, thresholds=never_but_last)
-            return turns.steps([policy] * STEPS)
+            return turns.steps([policy] * count)
 
         def catching_up(size: int, exit: int = shallow) -> list[Step]:
             return [turns.in_a_row([*[exit] * (size - 1), depth])] * STEPS
@@ -174,8 +179,8 @@ class _Steps:
 
         return [
             *((("exit", exit), turns.steps([exit] * STEPS)) for exit in self._exits.tolist()),
-            *((("ask", m), asking(self._asked, m)) for m in MEASURES),
-            (("ask", "one"), asking(self._asked[-1:], "top")),
+            *((("every", m), asking(self._asked, m, ASKING_STEPS)) for m in MEASURES),
+            (("ask", "one"), asking(self._asked[-1:], "top", STEPS)),
             *((("at once", size), catching_up(size)) for size in self._sizes),
             *((("late", size), catching_up(size, depth - 1)) for size in self._late),
             (("head", "exit"), head(1, 1)),
@@ -193,7 +198,7 @@ class _Steps:
             exits[-1] += final_head - exit_head
         last, asked = self._asked[-1], len(self._asked)
         one = typical["ask", "one"]
-        checks = {m: (typical["ask", m] - one) / max(asked - 1, 1) for m in MEASURES}
+        checks = {m: (typical["every", m] - one) / max(asked - 1, 1) for m in MEASURES}
         if asked == 1:  # nothing to tell the check from the rest of the step
             checks = dict.fromkeys(MEASURES, exit_head)
         decide = one - exits[last - 1] + exit_head - checks["top"]
@@ -210,7 +215,7 @@ class _Steps:
             late_pass=self._late_pass(exits, typical, catch_up + waiting),
         )
 
-    def _late_pass(self, exits: Float64, typical: dict[object, float], block: float) -> float:
+    def _late_pass(self, exits: Float64, typical: Mapping[tuple[str, Hashable], float], block: float) -> float:
         """What a pass of two tokens through the last block costs beyond `block`."""
         alone = float(exits[self._depth - 2] + exits[self._depth - 1])
         return max([0.0, *(typical["late", size] - alone - block for size in self._late)])
@@ -224,7 +229,7 @@ class _Steps:
         result: Float64 = np.interp(blocks, self._exits, measured) + beyond
         return result
 
-    def _catching_up(self, exits: Float64, typical: dict[object, float]) -> tuple[float, float]:
+    def _catching_up(self, exits: Float64, typical: Mapping[tuple[str, Hashable], float]) -> tuple[float, float]:
         """The line through what blocks cost more on several tokens."""
         deep, shallow = exits[self._depth - 1], exits[self._shallow - 1]
         blocks = self._depth - self._shallow

@@ -29,20 +29,13 @@ from ojfa_export.shortcuts.kinds import ExitMap, Shipped
 from ojfa_export.shortcuts.metrics import ExitQuality, FullModelReference, evaluate
 from ojfa_export.shortcuts.moments import Moments
 from ojfa_export.shortcuts.residual import fit_residual
+from ojfa_export.shortcuts.sample import Sample, exit_sample, matrix_sample
 from ojfa_export.system.progress import Progress
 
-# Held-out tokens for the figures of each exit, within the logits in all that take a few minutes on
-# two cores: 4,000 give Precision@1 to within 0.008 (one standard error), 1,000 to within 0.016.
-EXIT_LOGITS = 3_000_000_000
-EXIT_TOKENS = 1_000, 4_000
-# The matrix measures (L-1)^2 pairs, each a row of V logits per token; this many logits in all
-# take a minute or two on two cores.
-MATRIX_LOGITS = 40_000_000_000
-MATRIX_TOKENS = 250, 1_000
 ROWS_AT_ONCE = 4_096
 # Rows of the closed-form residual fit, where twice the hidden size is no more: it is only where
 # distillation begins.
-RESIDUAL_ROWS = 8_192
+RESIDUAL_ROWS = 4_096
 WITHOUT_TORCH = "The shared residual jump was not tried: it needs torch, which is not installed."
 
 
@@ -182,32 +175,6 @@ def has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-class Sample:
-    """Held-out tokens, evenly spread over those that there are."""
-
-    def __init__(self, states: HiddenStates, blocks: int, fit_tokens: int, count: int) -> None:
-        self.rows = np.linspace(fit_tokens, states.shape[0] - 1, count).astype(np.int64)
-        self._states = states
-
-    def hidden(self, depth: int) -> Float32:
-        """Their hidden states at a depth, [count, H]."""
-        return np.asarray(self._states.open(depth)[self.rows])
-
-
-def matrix_sample(states: HiddenStates, blocks: int, fit_tokens: int, head: LanguageHead) -> Sample:
-    """Held-out tokens that the matrix is measured on."""
-    budget = MATRIX_LOGITS // (max(1, blocks - 1) ** 2 * head.weight.shape[0])
-    count = min(states.shape[0] - fit_tokens, within(MATRIX_TOKENS, budget))
-    return Sample(states, blocks, fit_tokens, count)
-
-
-def exit_sample(states: HiddenStates, blocks: int, fit_tokens: int, head: LanguageHead) -> Sample:
-    """Held-out tokens that the exits are measured on."""
-    budget = EXIT_LOGITS // (blocks * head.weight.shape[0])
-    count = min(states.shape[0] - fit_tokens, within(EXIT_TOKENS, budget))
-    return Sample(states, blocks, fit_tokens, count)
-
-
 def choose_level(
     shortcuts: list[Shortcut],
     sample: Sample,
@@ -248,9 +215,3 @@ def _moments(
                 moments.update(source[rows], target[rows])
             yield moments
             task.advance()
-
-
-def within(bounds: tuple[int, int], value: int) -> int:
-    """The value, or the bound that it is beyond."""
-    least, most = bounds
-    return max(least, min(value, most))

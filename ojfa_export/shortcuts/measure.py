@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.models.head import LanguageHead
-from ojfa_export.shortcuts.calibrate import exit_sample, jumped
+from ojfa_export.shortcuts.calibrate import jumped
 from ojfa_export.shortcuts.hidden import HiddenStates
 from ojfa_export.shortcuts.metrics import ExitQuality, FullModelReference, evaluate
+from ojfa_export.shortcuts.sample import exit_sample
 from ojfa_export.system.progress import Progress
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ojfa_export.errors import CalibrationError
 from ojfa_export.models.head import LanguageHead
 
-_ROWS_AT_ONCE = 128
+_ROWS_AT_ONCE = 256
 _TOP = 10
 
 LogitsFunction = Callable[[NDArray[Any]], NDArray[Any]]

@@ -48,25 +48,29 @@ def fit_residual(
     target = np.asarray(hidden(blocks)[rows], np.float64)
     mean, deviation = _pooled_statistics(hidden, levels, rows)
 
-    def moments(level: int) -> tuple[Float64, Float64]:
+    def normed(level: int) -> tuple[Float64, Float64]:
         h = np.asarray(hidden(level)[rows], np.float64)
-        normed = np.column_stack([(h - mean) / deviation, np.ones(len(h))])
-        return normed.T @ normed / len(h), normed.T @ (target - h) / len(h)
+        return np.column_stack([(h - mean) / deviation, np.ones(len(h))]), target - h
 
     gates = np.ones(len(levels))
     down = up = None
     for _ in range(ROUNDS):
         second, cross = np.zeros((len(mean) + 1,) * 2), np.zeros((len(mean) + 1, len(mean)))
         for index, level in enumerate(levels):
-            own_second, own_cross = moments(level)
-            gates[index] = _gate(own_second, own_cross, down, up)
+            inputs, wanted = normed(level)
+            own_second, own_cross = inputs.T @ inputs / len(rows), inputs.T @ wanted / len(rows)
+            if down is None or up is None:
+                gates[index] = _first_gate(own_second, own_cross)
+            else:
+                gates[index] = _gate(inputs @ down, wanted, up)
             second += gates[index] ** 2 * own_second
             cross += gates[index] * own_cross
         down, up = _regress(second, cross, rank)
-    for index, level in enumerate(levels):
-        gates[index] = _gate(*moments(level), down, up)
-
     assert down is not None and up is not None  # noqa: PT018 - ROUNDS is positive
+    for index, level in enumerate(levels):
+        inputs, wanted = normed(level)
+        gates[index] = _gate(inputs @ down, wanted, up)
+
     size = np.abs(gates).mean() or 1.0  # gates are about 1, so that files are easy to read
     gates, up = gates / size, up * size
     offset, down = down[-1], down[:-1]
@@ -102,15 +106,26 @@ def _pooled_statistics(
     return mean, np.sqrt(variance + _BATCH_NORM_EPS)
 
 
-def _gate(second: Float64, cross: Float64, down: Float64 | None, up: Float64 | None) -> float:
-    """The gate of least squared error of one level, given the map; before there is one,
-    the ratio of what is wanted to what goes in.
+def _first_gate(second: Float64, cross: Float64) -> float:
+    """Before there is a map: the ratio of what is wanted to what goes in.
+
+    That is the norm of pinv(second) @ cross, which multiplying by eigenvectors leaves as it is.
     """
-    if down is None or up is None:
-        wanted = np.linalg.norm(np.linalg.pinv(second, hermitian=True) @ cross)
-        return float(wanted)
-    predicted = np.vdot(down.T @ second @ down, up @ up.T)
-    return float(np.vdot(down.T @ cross, up) / predicted) if predicted > 0 else 0.0
+    values, vectors = np.linalg.eigh(second)
+    kept = np.abs(values) > np.abs(values).max() * len(values) * np.finfo(np.float64).eps
+    return float(np.linalg.norm((vectors[:, kept] / values[kept]).T @ cross))
+
+
+def _gate(features: Float64, wanted: Float64, up: Float64) -> float:
+    """The gate of least squared error of one level, given the map.
+
+    Args:
+        features: [n, r], the inputs through `down`.
+        wanted: [n, H].
+        up: [r, H].
+    """
+    predicted = np.vdot(features.T @ features, up @ up.T)
+    return float(np.vdot(features.T @ wanted, up) / predicted) if predicted > 0 else 0.0
 
 
 def _regress(second: Float64, cross: Float64, rank: int) -> tuple[Float64, Float64]:

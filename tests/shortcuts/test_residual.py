@@ -99,7 +99,9 @@ def test_divergence_is_that_of_the_definition(mixed, rng, kind, softcap):
     for exit in range(1, BLOCKS):
         own = log_probabilities(shortcut.apply(mixed[exit][tokens], exit))
         expected = (np.exp(full) * (full - own)).sum(axis=1)
-        found = _Student(shortcut, head).divergence(mixed.__getitem__, tokens, [exit], BLOCKS)
+        student = _Student(shortcut, head)
+        full = student.full(mixed.__getitem__, tokens, BLOCKS)
+        found = student.divergence(mixed.__getitem__, tokens, [exit], full)
         np.testing.assert_allclose(found.detach().numpy()[0], expected, atol=LOGITS_FP32)
 
 

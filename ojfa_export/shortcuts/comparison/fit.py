@@ -13,7 +13,7 @@ import numpy as np
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.models.head import LanguageHead
-from ojfa_export.shortcuts.calibrate import choose_level, fit_shared_residual, matrix_sample
+from ojfa_export.shortcuts.calibrate import choose_level, fit_shared_residual
 from ojfa_export.shortcuts.choose import TransferMatrix
 from ojfa_export.shortcuts.comparison.model import Descent, Distillation
 from ojfa_export.shortcuts.descent import descend_n_njtc
@@ -30,6 +30,7 @@ from ojfa_export.shortcuts.kinds import (
     fit_njtc,
 )
 from ojfa_export.shortcuts.moments import Moments
+from ojfa_export.shortcuts.sample import matrix_sample
 from ojfa_export.shortcuts.similarity import most_similar_level
 from ojfa_export.system.progress import Progress
 
