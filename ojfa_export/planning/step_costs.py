@@ -31,6 +31,8 @@ ASKING_STEPS = 2
 MOST_EXITS = 16
 
 Float64 = NDArray[np.float64]
+Kind = tuple[str, Hashable]
+Times = Mapping[Kind, float]
 
 
 class StepCosts(BaseModel):
@@ -145,7 +147,7 @@ class _Steps:
         self._shallow = max(1, depth // 2)
         # Where the last block isn't the one after half depth, and the cache has room.
         self._late = self._sizes[:1] if depth - 1 > self._shallow else []
-        self._typical: dict[tuple[str, Hashable], float] = {}
+        self._typical: dict[Kind, float] = {}
 
     def time(self, rounds: int, seconds: float, progress: Progress) -> None:
         """Times all kinds in turns."""
@@ -156,7 +158,7 @@ class _Steps:
             for kind, each in times.items()
         }
 
-    def _make_kinds(self) -> list[tuple[tuple[str, Hashable], list[Step]]]:
+    def _make_kinds(self) -> list[tuple[Kind, list[Step]]]:
         """Every kind's steps: STEPS, or what does as much at once; ASKING_STEPS of "every"."""
         turns = self._turns
         shallow, depth = self._shallow, self._depth
@@ -215,7 +217,7 @@ class _Steps:
             late_pass=self._late_pass(exits, typical, catch_up + waiting),
         )
 
-    def _late_pass(self, exits: Float64, typical: Mapping[tuple[str, Hashable], float], block: float) -> float:
+    def _late_pass(self, exits: Float64, typical: Times, block: float) -> float:
         """What a pass of two tokens through the last block costs beyond `block`."""
         alone = float(exits[self._depth - 2] + exits[self._depth - 1])
         return max([0.0, *(typical["late", size] - alone - block for size in self._late)])
@@ -229,7 +231,7 @@ class _Steps:
         result: Float64 = np.interp(blocks, self._exits, measured) + beyond
         return result
 
-    def _catching_up(self, exits: Float64, typical: Mapping[tuple[str, Hashable], float]) -> tuple[float, float]:
+    def _catching_up(self, exits: Float64, typical: Times) -> tuple[float, float]:
         """The line through what blocks cost more on several tokens."""
         deep, shallow = exits[self._depth - 1], exits[self._shallow - 1]
         blocks = self._depth - self._shallow
