@@ -6,7 +6,7 @@ CONSTRAINTS := constraints.txt
 DEMO := calibration/demo/checkpoint
 BUNDLE := demo.ojfa
 
-.PHONY: demo test coverage engines lint bench clean
+.PHONY: demo test slow coverage engines lint bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/python.stamp:
@@ -37,8 +37,12 @@ lint: $(VENV)/test.stamp
 PYTEST := OMP_NUM_THREADS=1 OJFA_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test: $(VENV)/test.stamp lint
-	$(PYTEST)
+	$(PYTEST) -m 'not slow'
 	engines/test.sh
+
+# Wheels, whole trainings, a quarter of an hour of attacks: before a release.
+slow: $(VENV)/test.stamp
+	$(PYTEST) -m slow
 
 coverage: $(VENV)/test.stamp
 	$(PYTEST) --cov=ojfa_export --cov-report=term:skip-covered

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import tomllib
 
 from ojfa_export.cli.app import COMMANDS
@@ -23,7 +22,6 @@ def blocks(language: str, page: str = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
-@pytest.mark.slow
 def test_examples_run_as_they_are_written(tmp_path: Path) -> None:
     """The console's commands in order, then the Python blocks on the bundle that they build."""
     (tmp_path / "calibration").symlink_to(ROOT / "calibration")

@@ -157,8 +157,16 @@ def test_a_shortcut_is_told_by_its_content(
 
 
 # Interrupted when all but verifying is done, and while exits are measured.
-@pytest.mark.parametrize("step", [STEPS - 1, 30])
-@pytest.mark.parametrize("name", ["rank", "precision", "max_batch_size", "max_disagreement"])
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("rank", STEPS - 1),
+        ("rank", 30),
+        ("precision", STEPS - 1),
+        ("max_batch_size", 30),
+        ("max_disagreement", STEPS - 1),
+    ],
+)
 def test_another_build_goes_on(name: str, step: int, options: Options, tmp_path: Path) -> None:
     change, stages = CHANGES[name]
     with pytest.raises(KeyboardInterrupt):

@@ -36,10 +36,9 @@ def model(request, tmp_path_factory) -> Model:
     return model
 
 
-@pytest.mark.parametrize("pages", [3, 100])
 @examples
-@given(requests=layer_requests, slots=st.integers(1, 4))
-def test_requests_give_the_tokens_of_each_alone(model, pages, requests, slots):
+@given(requests=layer_requests, slots=st.integers(1, 4), pages=st.sampled_from([3, 100]))
+def test_requests_give_the_tokens_of_each_alone(model, requests, slots, pages):
     """Sampled drafts included: a request's random numbers don't depend on its neighbours."""
     check_each_gives_what_it_gives_alone(model, model, requests, slots, pages)
 

@@ -29,10 +29,9 @@ examples = settings(
 )
 
 
-@pytest.mark.parametrize("pages", [3, 100])
 @examples
-@given(requests=requests, slots=st.integers(1, 4))
-def test_requests_give_the_tokens_of_each_alone(model, pages, requests, slots):
+@given(requests=requests, slots=st.integers(1, 4), pages=st.sampled_from([3, 100]))
+def test_requests_give_the_tokens_of_each_alone(model, requests, slots, pages):
     """Whatever joins, leaves, is cancelled, shares a prefix or is sent back for want of pages."""
     engine = check_each_gives_what_it_gives_alone(model, model, requests, slots, pages)
     assert not engine.ahead

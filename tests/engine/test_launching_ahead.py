@@ -25,10 +25,9 @@ examples = settings(
 )
 
 
-@pytest.mark.parametrize("pages", [3, 100])
 @examples
-@given(requests=requests, slots=st.integers(1, 4))
-def test_requests_give_the_tokens_of_each_alone(on_device, pages, requests, slots):
+@given(requests=requests, slots=st.integers(1, 4), pages=st.sampled_from([3, 100]))
+def test_requests_give_the_tokens_of_each_alone(on_device, requests, slots, pages):
     check_each_gives_what_it_gives_alone(
         on_device.model, on_device.reference, requests, slots, pages
     )

@@ -158,7 +158,10 @@ def test_half_precision_as_on_a_gpu(
     load(asked.output)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[] if kind == "draft" else pytest.mark.slow) for kind in KINDS],
+)
 def test_kills_change_no_byte(
     kind: str, options: Options, train_in_process: Run, tmp_path: Path
 ) -> None:
