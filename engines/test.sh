@@ -51,7 +51,7 @@ else
     [ "${OJFA_ENGINES:-}" != required ] || exit 1
 fi
 configure tsan -DOJFA_SANITIZE=thread
-cmake --build "$build/tsan" --target test_threads test_tensorrt soak
+cmake --build "$build/tsan" --target test_threads test_tensorrt_threads soak
 "$build/tsan/tests/test_threads"
 "$build/tsan/tests/soak" tests/vectors/gpt2.ojfa reference 8 40
-LD_LIBRARY_PATH="$build/tsan/tests/stand_in" "$build/tsan/tests/test_tensorrt" --gtest_filter='Threads.*'
+LD_LIBRARY_PATH="$build/tsan/tests/stand_in" "$build/tsan/tests/test_tensorrt_threads"
