@@ -100,7 +100,7 @@ class Bench:
     def __init__(self, device: Device, spec: ModelSpec, blocks: int) -> None:
         self.device, self.spec, self._blocks = device, spec, blocks
         self.arrays = DeviceArrays(device)
-        macros = definitions(spec, half=True)
+        macros = definitions(spec, "fp16")
         self.kernels = Kernels(device, compile_kernels(macros, device.compute_capability))
         self._geometry = Geometry.of(spec, 2)
         most_new = STEP_QUERIES if spec.hidden_size <= SMALL_WIDTH else 1

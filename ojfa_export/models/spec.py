@@ -17,7 +17,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 NormKind = Literal["rms", "layer"]
 NormPlace = Literal["before", "after", "both"]
 QkNorm = Literal["none", "head", "projection"]
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "bf16"]
 Softcap = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Fields that came after the first bundles.
 LATER = (

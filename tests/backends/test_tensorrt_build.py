@@ -206,7 +206,7 @@ def test_kernels_compile(chain, tmp_path):
         "gpt2": ("sm_89", True),
         "stablelm": ("sm_90", True),
     }[chain.graphs.parent.name[:-1]]
-    macros = [f"-D{name}={value}" for name, value in definitions(chain.spec, half=half).items()]
+    macros = [f"-D{name}={value}" for name, value in definitions(chain.spec, precision).items()]
     for source in SOURCES:
         command = ["nvcc", "-std=c++17", f"-arch={architecture}", "-cubin", *macros]
         command += ["-o", str(tmp_path / "out.cubin"), str(source_directory() / source)]

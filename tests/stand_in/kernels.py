@@ -10,6 +10,7 @@ import re
 import types
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ojfa_export.backends.cuda.sources import ACTIVATIONS, SOURCES, source_directory
@@ -44,7 +45,8 @@ class StandInKernels:
 
     def __init__(self, macros: dict[str, int]) -> None:
         self.m = types.SimpleNamespace(**macros)
-        self.element = np.float16 if self.m.HALF else np.float32
+        narrow = ml_dtypes.bfloat16 if self.m.BFLOAT else np.float16
+        self.element = np.dtype(narrow if self.m.HALF else np.float32)
         self.called_off = False
 
     def run(
@@ -83,7 +85,7 @@ class StandInKernels:
             zip(view(a.ids, np.int32, count), positions, strict=True)
         ):
             out = self._floats(a.hidden + 4 * token * a.features, a.features)
-            size = self.element().itemsize * a.features
+            size = self.element.itemsize * a.features
             out[...] = self._elements(a.table + int(id_) * size, a.features)
             if a.learned:
                 out += self._elements(a.learned + int(position) * size, a.features)
@@ -206,7 +208,7 @@ class StandInKernels:
         count = -(-positions // PAGE)
         at = a.table + 4 * sequence * a.most_pages
         shape = (self.m.KV_HEADS, PAGE, self.m.HEAD_DIM)
-        size = int(np.prod(shape)) * self.element().itemsize
+        size = int(np.prod(shape)) * self.element.itemsize
         return tuple(
             [self._elements(cache + int(page) * size, *shape) for page in view(at, np.int32, count)]
             for cache in (a.keys, a.values)
@@ -242,7 +244,7 @@ class StandInKernels:
     def _attend(self, a: Any, tokens: range) -> None:
         m = self.m
         for token in tokens:
-            at = a.out + token * m.HEADS * m.HEAD_DIM * self.element().itemsize
+            at = a.out + token * m.HEADS * m.HEAD_DIM * self.element.itemsize
             out = self._elements(at, m.HEADS, m.HEAD_DIM)
             qkv, position = self._token(a, token)
             query = a.scale * self._rotated(qkv[: m.HEADS], a, position).astype(np.float64)
@@ -371,7 +373,7 @@ class StandInKernels:
             id_ = self._named(a, id_)
             if a.named:
                 view(a.named + 4 * token * a.stride, np.int32, 1)[0] = id_
-            row = self._elements(a.table + self.element().itemsize * width * id_, width)
+            row = self._elements(a.table + self.element.itemsize * width * id_, width)
             for place, (x, norm) in enumerate(
                 ((row, a.embedding_norm), (memory[token], a.state_norm))
             ):

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from ojfa_export.errors import BackendError
-from ojfa_export.models.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec, Precision
 
 # In a checkout the sources lie beside the package; a wheel carries them inside.
 PLACES = (
@@ -28,6 +28,7 @@ SOURCES = (
     "draft.cu",
 )
 HEADERS = (
+    "element.cuh",
     "common.cuh",
     "words.cuh",
     "instructions.cuh",
@@ -39,10 +40,11 @@ HEADERS = (
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
-def definitions(spec: ModelSpec, *, half: bool) -> dict[str, int]:
-    """The macros that the kernels are compiled with."""
+def definitions(spec: ModelSpec, precision: Precision) -> dict[str, int]:
+    """The macros that the kernels are compiled with, for matrices of a precision."""
     return {
-        "HALF": int(half),
+        "HALF": int(precision != "fp32"),
+        "BFLOAT": int(precision == "bf16"),
         "HEAD_DIM": spec.head_dim,
         "HEADS": spec.heads,
         "KV_HEADS": spec.kv_heads,
