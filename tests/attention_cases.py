@@ -184,9 +184,7 @@ class Example:
         turned = (first * cosine - second * sine, second * cosine + first * sine, rest)
         return np.concatenate(turned, axis=-1)
 
-    def check(
-        self, out: np.ndarray, keys: np.ndarray, values: np.ndarray
-    ) -> None:
+    def check(self, out: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
         """Compares with float64, relative to the largest number; keys and values as pages."""
         expected, tolerance = self.expected(), TOLERANCES[self.variant.precision]
         for actual, wanted, name in zip(
@@ -197,5 +195,10 @@ class Example:
         ):
             largest = np.nanmax(np.abs(wanted))
             np.testing.assert_allclose(
-                actual.astype(np.float64), wanted, rtol=0, atol=tolerance * largest, equal_nan=True, err_msg=name
+                actual.astype(np.float64),
+                wanted,
+                rtol=0,
+                atol=tolerance * largest,
+                equal_nan=True,
+                err_msg=name,
             )

@@ -16,6 +16,15 @@ DTYPES: dict[Precision, Any] = {
 }
 
 
+def split_precision(name: str) -> tuple[str, Precision]:
+    """Of a case's name: what comes before its precision, and that; fp32 where it names none."""
+    variant, _, last = name.rpartition("-")
+    for precision in DTYPES:
+        if last == precision:
+            return variant, precision
+    return name, "fp32"
+
+
 def macros(precision: Precision) -> dict[str, int]:
     """As `backends.cuda.sources.definitions` has them."""
     return {"HALF": int(precision != "fp32"), "BFLOAT": int(precision == "bf16")}

@@ -148,7 +148,9 @@ def _precision(name: str, value: Any) -> Precision:
     for precision in get_args(Precision):
         if value == precision:
             return precision  # type: ignore[no-any-return]
-    raise UsageError(f"{name} '{value}' is not known", hint=f"known: {', '.join(get_args(Precision))}")
+    raise UsageError(
+        f"{name} '{value}' is not known", hint=f"known: {', '.join(get_args(Precision))}"
+    )
 
 
 def _weights(name: str, value: Any) -> Quantised:

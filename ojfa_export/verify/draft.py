@@ -23,7 +23,7 @@ from ojfa_export.models.spec import ModelSpec
 from ojfa_export.verify.check import Check
 from ojfa_export.verify.tolerances import Comparisons
 
-DTYPES = {"float": np.float32, "float16": np.float16, "bfloat16": BFLOAT16}
+DTYPES: dict[str, Any] = {"float": np.float32, "float16": np.float16, "bfloat16": BFLOAT16}
 # Positions that the model has run, in two pieces, and drafts after them.
 FIRST, SECOND, DRAFTED = 9, 4, 3
 

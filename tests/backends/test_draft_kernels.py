@@ -87,7 +87,9 @@ def test_what_the_layer_sees(compiled, rng, width, named, in_place):
     np.testing.assert_array_equal(hidden, memory)
     both = np.stack([table[chosen].astype(np.float64), memory.astype(np.float64)], axis=1)
     expected = both / np.sqrt((both**2).mean(axis=-1, keepdims=True) + EPSILON) * norms
-    np.testing.assert_allclose(seen.astype(np.float64), expected, rtol=10 * ROUNDING[precision], atol=1e-6)
+    np.testing.assert_allclose(
+        seen.astype(np.float64), expected, rtol=10 * ROUNDING[precision], atol=1e-6
+    )
 
 
 def test_tokens_are_named(compiled):

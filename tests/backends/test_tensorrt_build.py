@@ -200,11 +200,11 @@ def test_a_plan_names_files_beside_it_only(tmp_path):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_kernels_compile(chain, tmp_path):
     """For another chip and precision with each model: a compilation takes seconds."""
-    architecture, half = {
-        "qwen3": ("sm_90", True),
-        "llama-attention-bias": ("sm_80", False),
-        "gpt2": ("sm_89", True),
-        "stablelm": ("sm_90", True),
+    architecture, precision = {
+        "qwen3": ("sm_90", "fp16"),
+        "llama-attention-bias": ("sm_80", "fp32"),
+        "gpt2": ("sm_89", "fp16"),
+        "stablelm": ("sm_90", "bf16"),
     }[chain.graphs.parent.name[:-1]]
     macros = [f"-D{name}={value}" for name, value in definitions(chain.spec, precision).items()]
     for source in SOURCES:

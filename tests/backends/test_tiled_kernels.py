@@ -143,7 +143,7 @@ def launched(kernels, monkeypatch):
 def test_products(compiled, rng, tokens, columns, outputs):
     from ojfa_export.backends.tensorrt.linear import Norm
 
-    kind, kernels = compiled
+    kind = compiled[0]
     tiled = products_of(compiled, columns)
     matrix = kind.numbers(rng, 1 / math.sqrt(columns), outputs, columns)
     x = kind.numbers(rng, 1.0, tokens, columns)
@@ -256,7 +256,7 @@ def test_tokens_get_the_same_however_many_there_are(compiled, rng, columns, hidd
     """Bit by bit, where the inputs find room at once."""
     from ojfa_export.backends.tensorrt.linear import Norm
 
-    kind, kernels = compiled
+    kind = compiled[0]
     width, most = 18, 16
     products = products_of(compiled, hidden_size)
     matrix = kind.numbers(rng, 1 / math.sqrt(columns), width * 2, columns)

@@ -90,6 +90,7 @@ def test_the_reference_is_the_model(name, rng, tmp_path):
         ("gpt2", {"kind": "residual"}),
         ("llama-gqa", {"kind": "mlp", "precision": "fp16"}),
         ("phi3-sliding-window", {"precision": "fp16"}),
+        ("gpt2", {"precision": "bf16"}),
         ("phi3-longrope", {}),
     ],
 )

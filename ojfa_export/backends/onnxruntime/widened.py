@@ -33,7 +33,7 @@ def widen(model: onnx.ModelProto) -> bytes:
     for port in (*graph.input, *graph.output, *graph.value_info):
         if port.type.tensor_type.elem_type == TensorProto.BFLOAT16:
             port.type.tensor_type.elem_type = TensorProto.FLOAT
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def _rounding(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
