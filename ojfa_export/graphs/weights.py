@@ -103,8 +103,7 @@ class WeightFile:
 
         Args:
             name: Named in errors.
-            array: Any float dtype; converted. What a checkpoint has in bf16 is stored in bf16 bit by
-                bit.
+            array: Any float dtype; converted, in bf16 what is in bf16 bit by bit.
             precision: Overrides the file's rule.
 
         Raises:
@@ -186,6 +185,6 @@ def precision_of(refs: Iterable[TensorRef]) -> Precision:
 
 def _numpy_dtype(data_type: int) -> np.dtype[Any]:
     """Of an onnx.TensorProto data type."""
-    if data_type == onnx.TensorProto.BFLOAT16:  # float32 by onnx before 1.19
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(data_type))
+    kind: Any = onnx.helper.tensor_dtype_to_np_dtype(data_type)
+    # float32 by onnx before 1.19
+    return np.dtype(ml_dtypes.bfloat16 if data_type == onnx.TensorProto.BFLOAT16 else kind)

@@ -18,6 +18,8 @@ NormKind = Literal["rms", "layer"]
 NormPlace = Literal["before", "after", "both"]
 QkNorm = Literal["none", "head", "projection"]
 Precision = Literal["fp32", "fp16", "bf16"]
+# Of a number.
+BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 Softcap = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Fields that came after the first bundles.
 LATER = (

@@ -204,7 +204,7 @@ def test_tokens_get_the_same_however_many_there_are(compiled, rng, columns, outp
     found = []
     for tokens in range(1, most + 1):
         out = arrays.empty((tokens, outputs), np.float32)
-        inner = arrays.empty((tokens, width), np.float16)
+        inner = arrays.empty((tokens, width), compiled.stored)
         products.linear(out, None, x[:tokens], matrix, None)
         results = [np.asarray(out)]
         if columns <= 1024:

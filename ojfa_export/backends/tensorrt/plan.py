@@ -8,11 +8,10 @@ from pathlib import Path
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from ojfa_export.backends.cuda.arrays import DTYPES
 from ojfa_export.backends.cuda.plan import Part, read
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.errors import BackendError, BundleError
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.spec import BYTES, Precision
 
 # Tokens of one call of an engine: few, as when sequences decode together, and many, as of a
 # prompt; least, best, most. A longer prompt runs in pieces.
@@ -90,7 +89,7 @@ class Weight(Part):
     @property
     def nbytes(self) -> int:
         """Its size."""
-        return math.prod(self.shape) * DTYPES[self.precision].itemsize
+        return math.prod(self.shape) * BYTES[self.precision]
 
 
 class GraphPlan(Part):
