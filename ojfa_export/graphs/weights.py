@@ -186,5 +186,7 @@ def precision_of(refs: Iterable[TensorRef]) -> Precision:
 def _numpy_dtype(data_type: int) -> np.dtype[Any]:
     """Of an onnx.TensorProto data type."""
     kind: Any = onnx.helper.tensor_dtype_to_np_dtype(data_type)
-    # float32 by onnx before 1.19
-    return np.dtype(ml_dtypes.bfloat16 if data_type == onnx.TensorProto.BFLOAT16 else kind)
+    if data_type == onnx.TensorProto.BFLOAT16:  # float32 by onnx before 1.19
+        kind = ml_dtypes.bfloat16
+    dtype: np.dtype[Any] = np.dtype(kind)
+    return dtype
