@@ -23,6 +23,8 @@ class Variant:
     window: int
     precision: Precision = "fp16"
     unrotated: bool = False  # a block that rotates nothing, of a model that rotates
+    softcap: float = 0.0  # of scores; 0 for none
+    of_all: bool = False  # a block without the window that others have
 
     @property
     def dtype(self) -> type:
@@ -46,6 +48,8 @@ class Variant:
             "ROTARY_DIM": self.rotary_dim,
             "UNROTATED": int(self.unrotated),
             "WINDOW": self.window,
+            "WINDOWS_DIFFER": int(self.of_all),
+            "SOFTCAP": int(np.float32(self.softcap).view(np.uint32)),
             "NORM_LAYER": 0,
             "ACTIVATION": 0,
             "GATED": 1,
@@ -70,6 +74,7 @@ VARIANTS = {
     "head-of-100": Variant(2, 1, 100, 100, 0),
     "wide-head": Variant(2, 2, 256, 128, 0),
     "bf16": Variant(6, 2, 96, 96, 40, "bf16"),
+    "softcap": Variant(4, 2, 32, 32, 40, "bf16", softcap=1.5, of_all=True),
     "fp32": Variant(4, 2, 64, 64, 0, "fp32"),
     "fp32-window": Variant(4, 4, 16, 8, 40, "fp32"),
     "fp32-head-of-128": Variant(2, 1, 128, 128, 0, "fp32"),
@@ -131,7 +136,9 @@ class Example:
     def operands(self, addresses: dict[str, int]) -> Operands:
         if self.variant.unrotated:
             addresses = {**addresses, "cosines": 0, "sines": 0}
-        return Operands(**addresses, most_pages=self.most_pages, scale=self.scale)
+        return Operands(
+            **addresses, most_pages=self.most_pages, scale=self.scale, of_all=self.variant.of_all
+        )
 
     def chunk_list(self, which: list[int]) -> np.ndarray:
         """First token and number of tokens of some sequences, as kernels are given them."""
@@ -167,10 +174,13 @@ class Example:
         group = variant.heads // variant.kv_heads
         for token, (position, row) in enumerate(zip(self.positions, self.sequences, strict=True)):
             queries = self.rotated(heads[token, : variant.heads], position)
-            oldest = max(0, position + 1 - variant.window) if variant.window else 0
+            limit = 0 if variant.of_all else variant.window
+            oldest = max(0, position + 1 - limit) if limit else 0
             for head, query in enumerate(queries):
                 seen = (row, head // group, slice(oldest, position + 1))
                 score = self.scale * keys[seen] @ query
+                if variant.softcap:
+                    score = variant.softcap * np.tanh(score / variant.softcap)
                 weight = np.exp(score - score.max())
                 out[token, head] = weight @ values[seen] / weight.sum()
         return out.reshape(len(heads), -1), keys, values

@@ -3,6 +3,8 @@
 // A program is compiled for one model (NVRTC for Python, nvcc for C++) with
 //   HALF           1 where matrices and the cache are of 16 bits, 0 for fp32;  BFLOAT 1 where those are bf16
 //   HEAD_DIM, HEADS, KV_HEADS, ROTARY_DIM, WINDOW (0: all keys)
+//   WINDOWS_DIFFER 1 where some blocks see all keys: theirs are kernels of another name;  SOFTCAP of scores,
+//                  a float's bits, 0 for none
 //   UNROTATED      1 where some blocks rotate nothing: their attention is given no cosines
 //   NORM_LAYER     1 LayerNorm, 0 RMSNorm
 //   ACTIVATION     0 SiLU, 1 GELU, 2 GELU by tanh, 3 ReLU;  GATED 1 for act(gate) * up

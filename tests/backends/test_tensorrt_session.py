@@ -40,7 +40,7 @@ class Case:
 
 
 CASES = ["llama-gqa-mlp", "gpt2-residual", "gpt2-fp16", "stablelm-mlp", "qwen3", "smollm3-fp16"]
-CASES += ["gpt2-bf16"]
+CASES += ["gemma2", "gemma3_text-bf16"]
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -93,17 +93,19 @@ def test_logits_token_by_token_at_any_exit(case, rng):
 
 @pytest.mark.parametrize("tokens", [1, 4, 8])
 def test_a_small_model_s_block_is_five_kernels(case, tokens):
-    """In 16 bits, whether one token runs or several of a sequence; when they first do."""
+    """And those of norms that others have not. In 16 bits, whether one token runs or several of a sequence; when they first do."""
     if case.chain.precision == "fp32":
         pytest.skip("16 bits alone run on tensor cores")
     session = case.session()
     session.advance([[1, 2, 3]])
     case.driver.launched.clear()
     session.advance([list(range(tokens))])
-    block = ["norm_narrow_linear_8", "attention", "narrow_linear_8"]
-    block += ["norm_narrow_up_8", "narrow_linear_8"]
-    wanted = ["embed", *block * case.chain.spec.blocks]
-    names = [name.removeprefix("wide_") for name in case.driver.launched]
+    spec = case.chain.spec
+    normed = ["norm_queries_and_keys"] * (spec.qk_norm != "none")
+    added = ["narrow_linear_8", *["add_normed"] * spec.norms_are("after")]
+    block = ["norm_narrow_linear_8", *normed, "attention", *added, "norm_narrow_up_8", *added]
+    wanted = ["embed", *block * spec.blocks]
+    names = [name.removeprefix("wide_").removesuffix("_of_all") for name in case.driver.launched]
     launched, head = names[: len(wanted)], names[len(wanted) :]
     assert launched == wanted
     assert set(head) <= {"norm_narrow_linear_8", "graph"}  # recorded the second time

@@ -251,6 +251,32 @@ def test_a_norm_without_a_weight(compiled, rng):
     kind.check(out.array, x @ matrix.array.astype(np.float64).T)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_norm_before_the_sum(compiled, rng, in_place):
+    from ojfa_export.backends.tensorrt.after import add_normed
+    from ojfa_export.backends.tensorrt.linear import Norm
+
+    residual, y, weight, out = arrays(rng, (3, 700), (3, 700), (700,), (3, 700))
+    exact = y.array.astype(np.float64)
+    exact = exact / np.sqrt((exact**2).mean(axis=1, keepdims=True) + EPSILON) * weight.array
+    expected = residual.array + exact
+    out = residual if in_place else out
+    add_normed(compiled[1], out, residual, y, Norm(weight, None, EPSILON))
+    np.testing.assert_allclose(out.array, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_within_a_cap(compiled, rng):
+    from ojfa_export.backends.tensorrt.after import cap_logits
+
+    [logits] = arrays(rng, (3, 50_000))
+    logits.nbytes = logits.array.nbytes
+    expected = np.tanh(logits.array.astype(np.float64) / 2.5) * 2.5
+    cap_logits(compiled[1], logits, 2.5)
+    np.testing.assert_allclose(logits.array, expected, rtol=1e-5, atol=1e-6)
+    cap_logits(compiled[1], logits, None)
+    np.testing.assert_allclose(logits.array, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("columns", "hidden_size"), [(1000, 1000), (1536, 576), (1536, 4096)])
 def test_tokens_get_the_same_however_many_there_are(compiled, rng, columns, hidden_size):
     """Bit by bit, where the inputs find room at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from pathlib import Path
 
 from ojfa_export.errors import BackendError
@@ -51,10 +52,17 @@ def definitions(spec: ModelSpec, precision: Precision) -> dict[str, int]:
         "ROTARY_DIM": spec.rotary_dim,
         "UNROTATED": int(not all(spec.rotated)),
         "WINDOW": spec.window or 0,
+        "WINDOWS_DIFFER": int(bool(spec.windowed)),
+        "SOFTCAP": _bits(spec.attention_softcap or 0.0),
         "NORM_LAYER": int(spec.norm == "layer"),
         "ACTIVATION": ACTIVATIONS[spec.activation],
         "GATED": int(spec.gated),
     }
+
+
+def _bits(number: float) -> int:
+    """Of a float32, as a macro can hold it."""
+    return int.from_bytes(struct.pack("<f", number), "little")
 
 
 def sources_digest() -> str:

@@ -17,6 +17,7 @@ from ojfa_export.backends.cuda.kernels import (
     pointer,
 )
 from ojfa_export.backends.cuda.mailbox import HeadArguments
+from ojfa_export.backends.tensorrt.after import cap_logits
 from ojfa_export.backends.tensorrt.gemm import GemmProducts
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
 from ojfa_export.backends.tensorrt.opened import OpenedModel
@@ -163,6 +164,7 @@ class FinalHead(ByLogits):
         products = self._model.products(len(hidden))
         if products:
             products.norm_linear(logits, hidden, self._norm, self._matrix, None)
+            cap_logits(self._chooser.kernels, logits, self._model.spec.logit_softcap)
         else:
             _run_engine(self._model, "final_head", hidden, logits)
 
@@ -205,6 +207,7 @@ class ExitHead(ByLogits):
             self._rank <= CHECK_RANK
             and project.precision == "fp32"
             and vocabulary.precision == model.precision
+            and model.spec.logit_softcap is None  # its kernel caps nothing
         )
 
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
@@ -217,6 +220,7 @@ class ExitHead(ByLogits):
         z = self._z[: len(hidden)]
         first.linear(z, None, hidden, self._project, self._project_bias)
         second.norm_linear(logits, z, self._norm, self._vocabulary, self._bias)
+        cap_logits(self._chooser.kernels, logits, self._model.spec.logit_softcap)
 
     def _products(self, rows: int) -> tuple[Products, Products] | None:
         """What multiplies with both matrices, for so many rows; None where an engine runs."""

@@ -18,12 +18,10 @@ def check_parts(spec: ModelSpec) -> None:
         BackendError: Naming the part.
     """
     parts = {
-        "norms after attention and MLP": spec.norms_are("after"),
+        "norms after attention and MLP alone": spec.norms == "after",
+        "LayerNorms after attention and MLP": spec.norms == "both" and spec.norm == "layer",
         "attention and MLP side by side": spec.parallel,
         "norms over all heads of queries and of keys": spec.qk_norm == "projection",
-        "sliding windows in some blocks only": bool(spec.windowed),
-        "two sets of rotations": bool(spec.rotated_second),
-        "softcaps": spec.attention_softcap is not None or spec.logit_softcap is not None,
     }
     for part, there in parts.items():
         if there:
