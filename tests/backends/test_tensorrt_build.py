@@ -139,10 +139,8 @@ def test_engines_of_another_gpu_are_refused_by_name():
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("olmo2", "norms after attention and MLP"),
-        ("gemma2", "norms after attention and MLP, which"),
+        ("olmo2", "norms after attention and MLP alone"),
         ("gpt_neox", "attention and MLP side by side"),
-        ("smollm3-sliding-window", "sliding windows in some blocks only"),
     ],
 )
 def test_parts_without_kernels_are_refused_by_name(name, part):
@@ -158,10 +156,10 @@ def test_parts_without_kernels_are_refused_by_name(name, part):
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"norms": "both"}, "norms after attention and MLP"),
-        ({"rotated_second": (True,) * 4}, "two sets of rotations"),
-        ({"attention_softcap": 50.0}, "softcaps"),
-        ({"logit_softcap": 30.0}, "softcaps"),
+        ({"norms": "after"}, "norms after attention and MLP alone"),
+        ({"norms": "both", "norm": "layer"}, "LayerNorms after attention and MLP"),
+        ({"parallel": True}, "attention and MLP side by side"),
+        ({"qk_norm": "projection"}, "norms over all heads"),
     ],
 )
 def test_each_part_without_kernels_is_refused(changes, part):

@@ -93,7 +93,10 @@ def test_logits_token_by_token_at_any_exit(case, rng):
 
 @pytest.mark.parametrize("tokens", [1, 4, 8])
 def test_a_small_model_s_block_is_five_kernels(case, tokens):
-    """And those of norms that others have not. In 16 bits, whether one token runs or several of a sequence; when they first do."""
+    """In 16 bits, whether one token runs or several of a sequence; when they first do.
+
+    And the kernels of norms that not every model has.
+    """
     if case.chain.precision == "fp32":
         pytest.skip("16 bits alone run on tensor cores")
     session = case.session()
