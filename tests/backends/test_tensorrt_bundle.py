@@ -223,7 +223,7 @@ def test_an_fp16_overflow_is_named(made: Path, tmp_path: Path) -> None:
     message = str(caught.value)
     assert message.startswith("fp16 overflows in block_02: mlp.inner reaches ")
     assert message.endswith("fp16 holds 65504")
-    assert "--precision fp32" in str(caught.value.hint)
+    assert "--precision bf16 or fp32" in str(caught.value.hint)
     assert [engines.backend for engines in Bundle(copy.directory).manifest.engines] == [
         "onnxruntime"
     ]

@@ -52,7 +52,7 @@ void check_digest(const std::string& text, const Json& raw, const std::filesyste
 
 // That of a bundle which some backend of the library runs.
 std::string read_precision(Fields& fields) {
-    const std::string precision = fields.one_of("precision", {"fp32", "fp16", "bf16"});
+    std::string precision = fields.one_of("precision", {"fp32", "fp16", "bf16"});
     if (precision == "bf16")
         throw bundle_failure("the bundle is in bf16, which this library doesn't run",
                              "run it in Python, or build it again with --precision fp16");
