@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from elements import DTYPES, macros
+from tolerances import ATTENTION_BF16_RELATIVE, ATTENTION_FP16_RELATIVE, ATTENTION_FP32_RELATIVE
 
 from ojfa_export.backends.tensorrt.attention import PAGE, Geometry, Operands
+from ojfa_export.models.spec import Precision
 
 
 @dataclass(frozen=True)
@@ -18,18 +21,19 @@ class Variant:
     head_dim: int
     rotary_dim: int
     window: int
-    half: bool
+    precision: Precision = "fp16"
     unrotated: bool = False  # a block that rotates nothing, of a model that rotates
+    softcap: float = 0.0  # of scores; 0 for none
+    of_all: bool = False  # a block without the window that others have
 
     @property
     def dtype(self) -> type:
-        return np.float16 if self.half else np.float32
+        return DTYPES[self.precision]
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(
-            self.heads, self.kv_heads, self.head_dim, self.rotary_dim, 2 if self.half else 4
-        )
+        size = np.dtype(self.dtype).itemsize
+        return Geometry(self.heads, self.kv_heads, self.head_dim, self.rotary_dim, size)
 
     @property
     def width(self) -> int:
@@ -37,36 +41,45 @@ class Variant:
 
     def definitions(self) -> dict[str, int]:
         return {
-            "HALF": int(self.half),
+            **macros(self.precision),
             "HEAD_DIM": self.head_dim,
             "HEADS": self.heads,
             "KV_HEADS": self.kv_heads,
             "ROTARY_DIM": self.rotary_dim,
             "UNROTATED": int(self.unrotated),
             "WINDOW": self.window,
+            "WINDOWS_DIFFER": int(self.of_all),
+            "SOFTCAP": int(np.float32(self.softcap).view(np.uint32)),
             "NORM_LAYER": 0,
             "ACTIVATION": 0,
             "GATED": 1,
         }
 
 
+TOLERANCES = {
+    "fp16": ATTENTION_FP16_RELATIVE,
+    "bf16": ATTENTION_BF16_RELATIVE,
+    "fp32": ATTENTION_FP32_RELATIVE,
+}
 # Every width of a row in shared memory, heads and groups that fill no tile, or more than one.
 VARIANTS = {
-    "mha": Variant(4, 4, 64, 64, 0, half=True),
-    "gqa": Variant(8, 2, 128, 128, 0, half=True),
-    "group-of-three": Variant(6, 2, 32, 16, 0, half=True),
-    "wide-group": Variant(20, 1, 16, 16, 0, half=True),
-    "window": Variant(4, 2, 96, 96, 40, half=True),
-    "learned-positions": Variant(3, 3, 80, 0, 0, half=True),
-    "unrotated": Variant(4, 2, 64, 64, 0, half=True, unrotated=True),
-    "small-head": Variant(4, 2, 8, 8, 0, half=True),
-    "head-of-100": Variant(2, 1, 100, 100, 0, half=True),
-    "wide-head": Variant(2, 2, 256, 128, 0, half=True),
-    "fp32": Variant(4, 2, 64, 64, 0, half=False),
-    "fp32-window": Variant(4, 4, 16, 8, 40, half=False),
-    "fp32-head-of-128": Variant(2, 1, 128, 128, 0, half=False),
-    "fp32-wide-head": Variant(2, 1, 256, 256, 24, half=False),
-    "fp32-odd": Variant(3, 1, 20, 20, 0, half=False),
+    "mha": Variant(4, 4, 64, 64, 0),
+    "gqa": Variant(8, 2, 128, 128, 0),
+    "group-of-three": Variant(6, 2, 32, 16, 0),
+    "wide-group": Variant(20, 1, 16, 16, 0),
+    "window": Variant(4, 2, 96, 96, 40),
+    "learned-positions": Variant(3, 3, 80, 0, 0),
+    "unrotated": Variant(4, 2, 64, 64, 0, unrotated=True),
+    "small-head": Variant(4, 2, 8, 8, 0),
+    "head-of-100": Variant(2, 1, 100, 100, 0),
+    "wide-head": Variant(2, 2, 256, 128, 0),
+    "bf16": Variant(6, 2, 96, 96, 40, "bf16"),
+    "softcap": Variant(4, 2, 32, 32, 40, "bf16", softcap=1.5, of_all=True),
+    "fp32": Variant(4, 2, 64, 64, 0, "fp32"),
+    "fp32-window": Variant(4, 4, 16, 8, 40, "fp32"),
+    "fp32-head-of-128": Variant(2, 1, 128, 128, 0, "fp32"),
+    "fp32-wide-head": Variant(2, 1, 256, 256, 24, "fp32"),
+    "fp32-odd": Variant(3, 1, 20, 20, 0, "fp32"),
 }
 
 
@@ -123,7 +136,9 @@ class Example:
     def operands(self, addresses: dict[str, int]) -> Operands:
         if self.variant.unrotated:
             addresses = {**addresses, "cosines": 0, "sines": 0}
-        return Operands(**addresses, most_pages=self.most_pages, scale=self.scale)
+        return Operands(
+            **addresses, most_pages=self.most_pages, scale=self.scale, of_all=self.variant.of_all
+        )
 
     def chunk_list(self, which: list[int]) -> np.ndarray:
         """First token and number of tokens of some sequences, as kernels are given them."""
@@ -159,10 +174,13 @@ class Example:
         group = variant.heads // variant.kv_heads
         for token, (position, row) in enumerate(zip(self.positions, self.sequences, strict=True)):
             queries = self.rotated(heads[token, : variant.heads], position)
-            oldest = max(0, position + 1 - variant.window) if variant.window else 0
+            limit = 0 if variant.of_all else variant.window
+            oldest = max(0, position + 1 - limit) if limit else 0
             for head, query in enumerate(queries):
                 seen = (row, head // group, slice(oldest, position + 1))
                 score = self.scale * keys[seen] @ query
+                if variant.softcap:
+                    score = variant.softcap * np.tanh(score / variant.softcap)
                 weight = np.exp(score - score.max())
                 out[token, head] = weight @ values[seen] / weight.sum()
         return out.reshape(len(heads), -1), keys, values
@@ -176,11 +194,9 @@ class Example:
         turned = (first * cosine - second * sine, second * cosine + first * sine, rest)
         return np.concatenate(turned, axis=-1)
 
-    def check(
-        self, out: np.ndarray, keys: np.ndarray, values: np.ndarray, tolerance: float
-    ) -> None:
+    def check(self, out: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
         """Compares with float64, relative to the largest number; keys and values as pages."""
-        expected = self.expected()
+        expected, tolerance = self.expected(), TOLERANCES[self.variant.precision]
         for actual, wanted, name in zip(
             (out, self.from_pages(keys), self.from_pages(values)),
             expected,
@@ -189,5 +205,10 @@ class Example:
         ):
             largest = np.nanmax(np.abs(wanted))
             np.testing.assert_allclose(
-                actual, wanted, rtol=0, atol=tolerance * largest, equal_nan=True, err_msg=name
+                actual.astype(np.float64),
+                wanted,
+                rtol=0,
+                atol=tolerance * largest,
+                equal_nan=True,
+                err_msg=name,
             )

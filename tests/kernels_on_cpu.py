@@ -33,7 +33,7 @@ class CpuKernels:
     def __init__(
         self, program: str, sources: Sequence[str], macros: Mapping[str, int], directory: Path
     ) -> None:
-        for name in ("common.cuh", "instructions.cuh", program):
+        for name in ("element.cuh", "common.cuh", "instructions.cuh", program):
             shutil.copy(HERE / name, directory)
         for name in sources:
             shutil.copy(source_directory() / name, directory)

@@ -8,6 +8,8 @@ BLOCK_FP32_RELATIVE = 1e-5
 # An engine of a block in fp16 against float64 on its fp16 weights, relative to the largest value:
 # inputs and outputs of products rounded to 11 bits (5e-4 each), three products in a row.
 BLOCK_FP16_RELATIVE = 5e-3
+# The same in bf16, rounded to 8 bits (4e-3 each).
+BLOCK_BF16_RELATIVE = 4e-2
 # Logits of quantised engines, relative to the largest: what products multiply is rounded to 8 bits
 # in groups (1/254 of the largest of each), through four blocks and a head: up to 5.4e-2 from
 # float64 was measured. Other roundings of fp32, of a pass with other tokens beside it, flip some
@@ -41,6 +43,8 @@ HELD_OUT_LOSS_NATS = 0.05
 # Logits of fp16 graphs against transformers in fp32, relative to the largest: weights and
 # activations rounded to 11 bits (5e-4), through four blocks; measured 3e-3.
 LOGITS_FP16_RELATIVE = 2e-2
+# The same in bf16, rounded to 8 bits (4e-3).
+LOGITS_BF16_RELATIVE = 1.5e-1
 # A sampling probability in NumPy's float64 against plain Python's: sums of a few dozen roundings.
 PROBABILITY = 1e-12
 # The same from fp32 logits through transformers' processors in fp32: roundings (6e-8) of logits up
@@ -69,6 +73,8 @@ CONFIDENCE_OF_VECTORS = LOGITS_FP32
 # products of two parts of 11 bits each (2^-22) and 2^x by the hardware's approximation (2^-22).
 ATTENTION_FP16_RELATIVE = 1e-2
 ATTENTION_FP32_RELATIVE = 1e-5
+# The same in bf16: eight times fp16's.
+ATTENTION_BF16_RELATIVE = 8e-2
 # Noise in logits that tells a near tie from a fault, relative to the largest: what the two
 # runtimes' logits may differ by, LOGITS_FP32, where the largest are 3 to 4.
 NOISE_RELATIVE = 3e-5
@@ -104,3 +110,5 @@ DRAFT_FP32_RELATIVE = 1e-4
 # The same in fp16: states, weights and activations rounded to 11 bits (5e-4), through the model's
 # blocks (LOGITS_FP16_RELATIVE) and then the layer.
 DRAFT_FP16_RELATIVE = 5e-2
+# The same in bf16, rounded to 8 bits (4e-3): eight times fp16's.
+DRAFT_BF16_RELATIVE = 4e-1

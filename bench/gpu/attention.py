@@ -20,7 +20,7 @@ import numpy as np
 
 from bench.gpu.clock import copy_bandwidth, graph_time
 from bench.gpu.shapes import SHAPES
-from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.cublas import Cublas
 from ojfa_export.backends.cuda.device import Device, the_device
 from ojfa_export.backends.cuda.kernels import Kernels, compile_kernels
@@ -100,7 +100,7 @@ class Bench:
     def __init__(self, device: Device, spec: ModelSpec, blocks: int) -> None:
         self.device, self.spec, self._blocks = device, spec, blocks
         self.arrays = DeviceArrays(device)
-        macros = definitions(spec, half=True)
+        macros = definitions(spec, "fp16")
         self.kernels = Kernels(device, compile_kernels(macros, device.compute_capability))
         self._geometry = Geometry.of(spec, 2)
         most_new = STEP_QUERIES if spec.hidden_size <= SMALL_WIDTH else 1
@@ -287,7 +287,9 @@ class Bench:
         if tokens > MOST_TILED_TOKENS:
             dtype = np.dtype(np.float16)
             return GemmProducts(Cublas(self.device), self.arrays, self.kernels, dtype)
-        return on_tensor_cores(self.device, self.arrays, self.kernels, self.spec.hidden_size)
+        return on_tensor_cores(
+            self.device, self.arrays, self.kernels, DTYPES["fp16"], self.spec.hidden_size
+        )
 
     def _rotary(self, rows: int) -> tuple[np.ndarray[Any, Any], ...]:
         if not self.spec.rotary_dim:

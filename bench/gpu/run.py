@@ -12,10 +12,11 @@ from typing import Any
 from bench.commit import commit
 from bench.gpu.clock import copy_bandwidth
 from bench.gpu.machine import nvidia_smi
-from bench.gpu.shapes import SHAPES
+from bench.gpu.shapes import PRECISION, SHAPES
 from bench.gpu.steps import ROUNDS, WARMUP
 from ojfa_export.backends.backend import Backend
 from ojfa_export.backends.cuda.device import Device, the_device
+from ojfa_export.models.spec import Precision
 from ojfa_export.system.atomic import write_atomically
 
 MeasureShape = Callable[[Device, str, Path, argparse.Namespace], dict[str, Any]]
@@ -27,6 +28,7 @@ def run(
     backend: Backend,
     measure_shape: MeasureShape,
     batch: Sequence[int],
+    precisions: Sequence[Precision] = (),
 ) -> None:
     """Measures the shapes that are asked for; writes the file after each.
 
@@ -36,8 +38,12 @@ def run(
         backend: That is measured, whose versions are told.
         measure_shape: Measures one, in a directory of its own.
         batch: Sizes by default.
+        precisions: That there is a choice of.
     """
-    options = _parser(description, batch).parse_args(arguments)
+    parser = _parser(description, batch)
+    if precisions:
+        parser.add_argument("--precision", choices=precisions, default=PRECISION)
+    options = parser.parse_args(arguments)
     device = the_device()
     result: dict[str, Any] = {
         "commit": options.commit,
@@ -47,7 +53,7 @@ def run(
             "tokens": options.tokens,
             "warmup": WARMUP,
             "rounds": ROUNDS,
-            "precision": "fp16",
+            "precision": getattr(options, "precision", PRECISION),
         },
         "shapes": [],
     }

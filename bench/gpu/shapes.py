@@ -78,15 +78,19 @@ class RandomGraphs:
         spec: The shape.
         directory: Where to.
         max_length: Positions.
+        precision: Of the matrices.
     """
 
-    def __init__(self, spec: ModelSpec, directory: Path, max_length: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, directory: Path, max_length: int, precision: Precision = PRECISION
+    ) -> None:
         self.spec, self.directory, self.max_length = spec, directory, max_length
+        self._precision = precision
         self.rotary: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
         if spec.rotary_dim:
             self.rotary = Rotary(spec.rotary_dim, "default", 1e4, max_length, {}).tables(max_length)
         self._pool = np.random.default_rng(0).standard_normal(POOL, np.float32)
-        self._dialect = Portable(spec, PRECISION)
+        self._dialect = Portable(spec, self._precision)
 
     def write(self) -> None:
         """Writes embed, blocks, exit_head and final_head."""
@@ -102,7 +106,7 @@ class RandomGraphs:
 
     def _embed(self) -> None:
         spec = self.spec
-        with WeightFile(self.directory, "embed.bin", PRECISION) as file:
+        with WeightFile(self.directory, "embed.bin", self._precision) as file:
             table = self._values(spec.vocab_size, spec.hidden_size)
             self._table = file.add("token_embedding", table)
             weights = {"token_embedding": self._table}
@@ -140,7 +144,7 @@ class RandomGraphs:
         }
         refs = {}
         layer = spec.norm == "layer"
-        with WeightFile(self.directory, name, PRECISION) as file:
+        with WeightFile(self.directory, name, self._precision) as file:
             for key in ("attention.norm", "mlp.norm"):
                 refs[f"{key}.weight"] = file.add(key, self._values(hidden, scale=0.1, mean=1.0))
                 if layer:
@@ -157,7 +161,7 @@ class RandomGraphs:
         spec = self.spec
         k = max(1, spec.hidden_size // 100) + 1
         layer = spec.norm == "layer"
-        with WeightFile(self.directory, "final_head.bin", PRECISION) as file:
+        with WeightFile(self.directory, "final_head.bin", self._precision) as file:
             norm = file.add("norm", self._values(spec.hidden_size, mean=1.0))
             head = self._table
             if not spec.tied_head:
@@ -169,7 +173,7 @@ class RandomGraphs:
                 weights["final_norm.bias"] = file.add("bias", self._values(spec.hidden_size))
         graph = final_head_graph(spec, weights, self._dialect)
         (self.directory / "final_head.onnx").write_bytes(graph.SerializeToString())
-        with WeightFile(self.directory, "exit_head.bin", PRECISION) as file:
+        with WeightFile(self.directory, "exit_head.bin", self._precision) as file:
             weights = {
                 "project": file.add(
                     "project", self._values(spec.hidden_size, k, scale=0.02), "fp32"
@@ -217,7 +221,7 @@ class RandomGraphs:
             epsilon=spec.norm_epsilon,
         )
         checkpoint: Any = SimpleNamespace(spec=spec)
-        Exporter(checkpoint, self.directory, PRECISION, self.max_length).draft(layer)
+        Exporter(checkpoint, self.directory, self._precision, self.max_length).draft(layer)
         return layer
 
     def opened_draft(self, shortcut: DraftShortcut, engines: dict[str, Path]) -> DraftLayer:

@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         BACKEND,
         measure_shape,
         batch=(1, 4, 16),
+        precisions=("fp16", "bf16"),
     )
 
 
@@ -54,7 +55,7 @@ def measure_shape(
     """Builds a shape's engines and times them."""
     spec = SHAPES[name]
     length = max(options.past) + options.tokens + 2 * WARMUP + SPARE
-    graphs = RandomGraphs(spec, directory / "graphs", length)
+    graphs = RandomGraphs(spec, directory / "graphs", length, options.precision)
     graphs.write()
     plans, seconds = build(spec, directory)
     print(f"{name}: built in {sum(seconds.values()):.0f} s: {seconds}", flush=True)
@@ -67,7 +68,7 @@ def measure_shape(
     print(f"{name}: weights loaded in {loading:.1f} s", flush=True)
     rows = []
     for batch in options.batch:
-        for kernels in (True, False):
+        for kernels in ways(engines):
             engines.decode_kernels = kernels
             engines.device.recorder.clear()
             rows += decode(engines, spec, batch, options, length)
@@ -143,6 +144,11 @@ def decode(
     return rows
 
 
+def ways(engines: TensorRtEngines) -> tuple[bool, ...]:
+    """What steps run in: our kernels, and TensorRT's engines where there are any."""
+    return (True, False) if engines.has_engines else (True,)
+
+
 def parts(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
     """Microseconds of a block and of its parts, each over all blocks in one CUDA graph."""
     slots, length = 64, 1024
@@ -160,8 +166,9 @@ def parts(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
 
     for tokens in (1, 2, 4, 8, 16, 32, 64):
         space = workspace(engines, tokens, 512)
-        measure(f"qkv by engine {tokens}", partial(Block._qkv_by_engine, workspace=space))
-        measure(f"mlp by engine {tokens}", partial(Block._mlp_by_engine, workspace=space))
+        if engines.has_engines:
+            measure(f"qkv by engine {tokens}", partial(Block._qkv_by_engine, workspace=space))
+            measure(f"mlp by engine {tokens}", partial(Block._mlp_by_engine, workspace=space))
         if products := engines.products(tokens):
             measure(
                 f"qkv by kernels {tokens}",
@@ -177,7 +184,8 @@ def parts(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
         )
     for past in (128, 512, 1000):
         space = workspace(engines, 1, past)
-        for engines.decode_kernels in (False, True):
+        for kernels in reversed(ways(engines)):
+            engines.decode_kernels = kernels
             how = "kernels" if engines.decode_kernels else "engines"
             measure(
                 f"block by {how} past {past}",
@@ -202,7 +210,7 @@ def head_times(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
     """Microseconds of the heads, logits left on the device, and of checks: a head and a choice."""
     results = {}
     asked = HeadArguments.of(HeadRequest())
-    for kernels in (True, False):
+    for kernels in ways(engines):
         engines.decode_kernels = kernels
         engines._heads.clear()
         engines.device.recorder.clear()

@@ -37,6 +37,31 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     }
 }
 
+// Grid (tokens). out [tokens, width] = residual + RMSNorm(y); out may be the residual.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS)
+    add_normed(float* out, const float* residual, const float* y, const float* norm_weight, float epsilon, int width) {
+    let_next_start();
+    wait_for_previous();
+    if (is_called_off()) return;
+    const long long first = static_cast<long long>(blockIdx.x) * width;
+    float square = 0.0f;
+    for (int i = threadIdx.x; i < width; i += NORM_THREADS) {
+        const float value = fresh(y + first + i);
+        square += value * value;
+    }
+    const float scale = 1.0f / sqrtf(block_sum(square) / width + epsilon);
+    for (int i = threadIdx.x; i < width; i += NORM_THREADS)
+        out[first + i] = fresh(residual + first + i) + fresh(y + first + i) * scale * norm_weight[i];
+}
+
+// Grid (any). logits [numbers] = tanh(logits / cap) * cap.
+extern "C" __global__ void __launch_bounds__(ACTIVATE_THREADS) cap_logits(float* logits, int numbers, float cap) {
+    let_next_start();
+    wait_for_previous();
+    for (int i = blockIdx.x * ACTIVATE_THREADS + threadIdx.x; i < numbers; i += gridDim.x * ACTIVATE_THREADS)
+        logits[i] = tanhf(fresh(logits + i) / cap) * cap;
+}
+
 // Grid (ceil(width / (WIDE * ACTIVATE_THREADS)), tokens). inner [tokens, width] = act(gates + bias) * (ups + bias)
 // of products [tokens, 2 width], a token's gates before its ups; without a gate act(products [tokens, width] + bias).
 extern "C" __global__ void __launch_bounds__(ACTIVATE_THREADS)

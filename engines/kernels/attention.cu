@@ -147,6 +147,8 @@ struct ColumnQueries {
 
 // What a warp has seen for its queries, which are the columns of its products: keys times queries, and
 // features of values times weights. A lane holds of every 8 rows lane / 4, columns 2 (lane % 4) and the next.
+// Of queries that see LIMIT keys at most; 0 for all.
+template <int LIMIT>
 struct SeenByColumns {
     int position[2];                  // of the queries; -1 where there is none
     float largest[2] = {NONE, NONE};  // score, in powers of 2
@@ -165,9 +167,9 @@ struct SeenByColumns {
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            score[i] += other[i];
+            score[i] = softcapped(score[i] + other[i]);
             const int key = first + threadIdx.x % LANES / 4 + i / 2 * 8, at = position[i % 2];
-            if (partly && (key > at || (WINDOW && key + WINDOW <= at)))
+            if (partly && (key > at || (LIMIT && key + LIMIT <= at)))
                 score[i] = -__int_as_float(0x7f800000);
         }
         weigh(score);
@@ -233,7 +235,7 @@ struct SeenByColumns {
 //   parts     [chunks * tokens, HEADS, splits, PARTIAL] where splits > 1; of Told, [gridDim.z, gridDim.y]
 //             rows of words, zero before the first launch
 //   finished  [gridDim.z, gridDim.y] zero before and after; of Told, zero before the first launch
-template <class Way>
+template <class Way, int LIMIT>
 __device__ __forceinline__ void attend_step(Element* out, const Inputs& in, float scale, int tokens,
                                             int most_new, const int* chunks, float* parts,
                                             unsigned* finished) {
@@ -258,7 +260,7 @@ __device__ __forceinline__ void attend_step(Element* out, const Inputs& in, floa
     const int start = in.positions[first_token], sequence = in.sequences[first_token];
     const int lowest = start + first_query / GROUP, highest = start + (first_query + count - 1) / GROUP;
     const int whole = most_new > 1 ? KEYS : STEP_KEYS;
-    const int oldest = WINDOW ? max(0, lowest + 1 - WINDOW) / whole * whole : 0;
+    const int oldest = LIMIT ? max(0, lowest + 1 - LIMIT) / whole * whole : 0;
     const int seen_keys = highest + 1 - oldest;
     // Whole steps, so that no split sees keys of another; of a model whose tokens get the same with others
     // beside them, splits end where they do for every token.
@@ -337,7 +339,7 @@ __device__ __forceinline__ void attend_step(Element* out, const Inputs& in, floa
     }
 
     const ColumnQueries query(queries);
-    SeenByColumns seen;
+    SeenByColumns<LIMIT> seen;
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
         const int index = lane % 4 * 2 + column;
@@ -357,7 +359,7 @@ __device__ __forceinline__ void attend_step(Element* out, const Inputs& in, floa
             }
             __syncwarp();
         }
-        const bool partly = key + STEP_KEYS - 1 > lowest || (WINDOW && key + WINDOW <= highest);
+        const bool partly = key + STEP_KEYS - 1 > lowest || (LIMIT && key + LIMIT <= highest);
         seen.attend(query, stage, stage + STEP_KEYS * STRIDE, key, partly);
         __syncwarp();
         copy_step(step + STAGES);
@@ -411,15 +413,19 @@ __device__ __forceinline__ void attend_step(Element* out, const Inputs& in, floa
     }
 }
 
-#define FOR_WAY(WAY, NAME)                                                                                \
+#define FOR_WAY(WAY, NAME, LIMIT)                                                                         \
     extern "C" __global__ void __launch_bounds__(WAY::WARPS* LANES, WAY::RESIDENT) NAME(                  \
         Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,             \
         const float* sines, const int* positions, const int* sequences, const int* table, int most_pages, \
         float scale, int tokens, int most_new, const int* chunks, float* parts, unsigned* finished) {     \
         const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};      \
-        attend_step<WAY>(out, in, scale, tokens, most_new, chunks, parts, finished);                      \
+        attend_step<WAY, LIMIT>(out, in, scale, tokens, most_new, chunks, parts, finished);               \
     }
 
-FOR_WAY(Narrow, attention)
-FOR_WAY(Wide, wide_attention)
+FOR_WAY(Narrow, attention, WINDOW)
+FOR_WAY(Wide, wide_attention, WINDOW)
+#if WINDOWS_DIFFER
+FOR_WAY(Narrow, attention_of_all, 0)
+FOR_WAY(Wide, wide_attention_of_all, 0)
+#endif
 #undef FOR_WAY

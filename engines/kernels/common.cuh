@@ -1,35 +1,15 @@
 // What every kernel shares: the stored number type, 16-byte loads, reductions.
 //
 // A program is compiled for one model (NVRTC for Python, nvcc for C++) with
-//   HALF           1 where matrices and the cache are fp16, 0 for fp32
+//   HALF           1 where matrices and the cache are of 16 bits, 0 for fp32;  BFLOAT 1 where those are bf16
 //   HEAD_DIM, HEADS, KV_HEADS, ROTARY_DIM, WINDOW (0: all keys)
+//   WINDOWS_DIFFER 1 where some blocks see all keys: theirs are kernels of another name;  SOFTCAP of scores,
+//                  a float's bits, 0 for none
 //   UNROTATED      1 where some blocks rotate nothing: their attention is given no cosines
 //   NORM_LAYER     1 LayerNorm, 0 RMSNorm
 //   ACTIVATION     0 SiLU, 1 GELU, 2 GELU by tanh, 3 ReLU;  GATED 1 for act(gate) * up
-// No header of the CUDA toolkit is needed.
 #pragma once
-
-struct Half {
-    unsigned short bits;
-};
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(Half x) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-    return y;
-}
-
-__device__ __forceinline__ void store(float* at, float x) { *at = x; }
-__device__ __forceinline__ void store(Half* at, float x) {
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(at->bits) : "f"(x));
-}
-
-#if HALF
-typedef Half Element;
-#else
-typedef float Element;
-#endif
+#include "element.cuh"
 
 // Elements of one 16-byte load.
 constexpr int WIDE = 16 / sizeof(Element);

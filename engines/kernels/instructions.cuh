@@ -1,5 +1,6 @@
 // The instructions of compute capability 8.0 that attention and the exit's check are made of, which CUDA
-// C++ has no words for without the toolkit's headers. Nothing else of attention is in assembly.
+// C++ has no words for without the toolkit's headers; those that differ by the stored number's type are in
+// element.cuh. Nothing else of attention is in assembly.
 #pragma once
 #include "common.cuh"
 
@@ -48,14 +49,7 @@ __device__ __forceinline__ float power_of_2(float x) {
     return y;
 }
 
-// Two numbers rounded to fp16, the first in the lower half.
-__device__ __forceinline__ unsigned pack(float low, float high) {
-    unsigned words;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(words) : "f"(high), "f"(low));
-    return words;
-}
-
-// Four 8x8 matrices of fp16. Each lane names a row (lane i the row i % 8 of matrix i / 8) and gets, of
+// Four 8x8 matrices of 16-bit numbers. Each lane names a row (lane i the row i % 8 of matrix i / 8) and gets, of
 // every matrix, row lane / 4, columns 2 (lane % 4) and the next; of the transposed ones with TRANSPOSED.
 template <bool TRANSPOSED>
 __device__ __forceinline__ void load_matrices(unsigned (&words)[4], const void* row) {
@@ -71,19 +65,11 @@ __device__ __forceinline__ void load_matrices(unsigned (&words)[4], const void* 
                      : "memory");
 }
 
-// An 8x8 matrix of fp16, a lane's part as load_matrices gives it, transposed.
+// An 8x8 matrix of 16-bit numbers, a lane's part as load_matrices gives it, transposed.
 __device__ __forceinline__ unsigned transpose(unsigned words) {
     unsigned result;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(words));
     return result;
-}
-
-// sums [16, 8] += a [16, 16] b [16, 8], a and b fp16.
-__device__ __forceinline__ void multiply_half(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // sums [16, 8] += a [16, 8] b [8, 8], a and b fp32 of which the first 10 bits of the fraction count.

@@ -32,6 +32,8 @@ struct Queries {
 
 // What a warp has seen for its rows; a lane holds of rows lane / 4 and lane / 4 + 8, of every 8 columns
 // 2 (lane % 4) and the next.
+// Of queries that see LIMIT keys at most; 0 for all.
+template <int LIMIT>
 struct SeenByRows {
     int position[2];               // of the rows' tokens; -1 where there is no row
     float largest[2] = {NONE, NONE};  // score, in powers of 2
@@ -54,6 +56,10 @@ struct SeenByRows {
                 multiply(score[tile + 1], query, key[1]);
             }
         }
+#pragma unroll
+        for (int tile = 0; tile < KEYS / 8; ++tile)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) score[tile][i] = softcapped(score[tile][i]);
         if (partly) mask<KEYS>(score, first);
         weigh<KEYS>(score);
 #pragma unroll
@@ -76,7 +82,7 @@ struct SeenByRows {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int key = first + tile * 8 + threadIdx.x % 4 * 2 + i % 2, at = position[i / 2];
-                if (key > at || (WINDOW && key + WINDOW <= at)) score[tile][i] = -__int_as_float(0x7f800000);
+                if (key > at || (LIMIT && key + LIMIT <= at)) score[tile][i] = -__int_as_float(0x7f800000);
             }
     }
 
@@ -113,12 +119,10 @@ struct SeenByRows {
 
 // out [tokens of the pass, HEADS * HEAD_DIM].
 // Grid (ceil(tokens * GROUP / PROMPT_ROWS), KV_HEADS, chunks); `tokens` of a chunk at most.
-extern "C" __global__ void __launch_bounds__(PROMPT_WARPS* LANES, PROMPT_RESIDENT)
-    prompt_attention(Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,
-                     const float* sines, const int* positions, const int* sequences, const int* table,
-                     int most_pages, float scale, int tokens, const int* chunks) {
+template <int LIMIT>
+__device__ __forceinline__ void attend_prompt(Element* out, const Inputs& in, float scale, int tokens,
+                                              const int* chunks) {
     constexpr int STAGE = 2 * PROMPT_KEYS * STRIDE;
-    const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, kv_head = blockIdx.y;
     Element* const ring = reinterpret_cast<Element*>(shared_memory);
     // Queries that go to registers lie where the second stage of keys comes later.
@@ -132,9 +136,9 @@ extern "C" __global__ void __launch_bounds__(PROMPT_WARPS* LANES, PROMPT_RESIDEN
     const int rows = min(PROMPT_ROWS, pass.count(blockIdx.z) * GROUP - first_row);
     if (rows <= 0) return;  // of a chunk that is shorter than others
     // Consecutive tokens have consecutive positions.
-    const int start = positions[first_token], lowest = start + first_row / GROUP;
-    const int sequence = sequences[first_token], stop = start + (first_row + rows - 1) / GROUP + 1;
-    const int oldest = WINDOW ? max(0, lowest + 1 - WINDOW) / PROMPT_KEYS * PROMPT_KEYS : 0;
+    const int start = in.positions[first_token], lowest = start + first_row / GROUP;
+    const int sequence = in.sequences[first_token], stop = start + (first_row + rows - 1) / GROUP + 1;
+    const int oldest = LIMIT ? max(0, lowest + 1 - LIMIT) / PROMPT_KEYS * PROMPT_KEYS : 0;
     const int tiles = (stop - oldest + PROMPT_KEYS - 1) / PROMPT_KEYS;
     const auto copy_tile = [=](int tile) {
         Element* stage = ring + tile % 2 * STAGE;
@@ -157,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(PROMPT_WARPS* LANES, PROMPT_RESIDEN
     __syncthreads();
     clear_padding(ring, 2 * 2 * PROMPT_KEYS, threadIdx.x, blockDim.x);
 
-    SeenByRows seen;
+    SeenByRows<LIMIT> seen;
     const auto position_of = [=](int row) { return row < rows ? start + (first_row + row) / GROUP : -1; };
 #pragma unroll
     for (int half = 0; half < 2; ++half) seen.position[half] = position_of(warp * TILE_ROWS + lane / 4 + 8 * half);
@@ -169,9 +173,9 @@ extern "C" __global__ void __launch_bounds__(PROMPT_WARPS* LANES, PROMPT_RESIDEN
         __syncthreads();
         const int key = oldest + tile * PROMPT_KEYS;
         const Element* stage = ring + tile % 2 * STAGE;
-        const bool partly = key + PROMPT_KEYS - 1 > warp_lowest || (WINDOW && key + WINDOW <= warp_highest);
+        const bool partly = key + PROMPT_KEYS - 1 > warp_lowest || (LIMIT && key + LIMIT <= warp_highest);
         if (warp * TILE_ROWS < rows && key <= warp_highest)
-            seen.attend<PROMPT_KEYS>(query, stage, stage + PROMPT_KEYS * STRIDE, key, partly);
+            seen.template attend<PROMPT_KEYS>(query, stage, stage + PROMPT_KEYS * STRIDE, key, partly);
         __syncthreads();
     }
     seen.finish();
@@ -192,3 +196,21 @@ extern "C" __global__ void __launch_bounds__(PROMPT_WARPS* LANES, PROMPT_RESIDEN
             }
     }
 }
+
+extern "C" __global__ void __launch_bounds__(PROMPT_WARPS* LANES, PROMPT_RESIDENT)
+    prompt_attention(Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,
+                     const float* sines, const int* positions, const int* sequences, const int* table,
+                     int most_pages, float scale, int tokens, const int* chunks) {
+    const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};
+    attend_prompt<WINDOW>(out, in, scale, tokens, chunks);
+}
+
+#if WINDOWS_DIFFER
+extern "C" __global__ void __launch_bounds__(PROMPT_WARPS* LANES, PROMPT_RESIDENT)
+    prompt_attention_of_all(Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,
+                            const float* sines, const int* positions, const int* sequences, const int* table,
+                            int most_pages, float scale, int tokens, const int* chunks) {
+    const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};
+    attend_prompt<0>(out, in, scale, tokens, chunks);
+}
+#endif

@@ -1,4 +1,4 @@
-// Inputs of products on tensor cores, fp16, as they get to shared memory: those of a few tokens, in spans of
+// Inputs of products on tensor cores, of 16 bits, as they get to shared memory: those of a few tokens, in spans of
 // columns that a thread block's warps share in turn.
 #pragma once
 #include "instructions.cuh"

@@ -1,6 +1,6 @@
 // Products with matrices for steps of a few tokens, more than linear.cu takes, on tensor cores. As there, the
 // memory that holds the weights [outputs, columns] is the limit: each is read once, and goes straight to the
-// registers that a product takes it from. In fp16 alone.
+// registers that a product takes it from. In fp16 and bf16 alone.
 //
 // A thread block takes TILED_ROWS rows at a time. Its warps share the columns, in turn, SPAN at a time, and
 // add up their sums in shared memory. A warp loads whole 128-byte lines: with half ones memory gave a fifth

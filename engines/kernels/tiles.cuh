@@ -20,6 +20,16 @@ constexpr int HALF_ROTARY = ROTARY_DIM / 2;
 constexpr int VECTOR = HEAD_DIM % 4 == 0 && HALF_ROTARY % 4 == 0 ? 4 : HEAD_DIM % 2 == 0 && HALF_ROTARY % 2 == 0 ? 2 : 1;
 constexpr int VECTORS = HEAD_DIM / VECTOR;
 
+// Scores in powers of 2; of a model that caps them, tanh(score / cap) * cap.
+__device__ __forceinline__ float softcapped(float score) {
+#if SOFTCAP
+    const float cap = __uint_as_float(SOFTCAP) * LOG2_E;
+    return tanhf(score / cap) * cap;
+#else
+    return score;
+#endif
+}
+
 template <class Number>
 struct alignas(VECTOR * sizeof(Number)) Vector {
     Number values[VECTOR];

@@ -185,6 +185,8 @@ TEST(Lies, OfTheManifestAreSeenInTheGraphs) {
         {"gpt2.ojfa", {{"/model/spec/norm", "rms"}}, "is none of the manifest's model"},
         {"llama.ojfa", {{"/model/spec/family", "gpt2"}}, "it isn't the config's model_type"},
         {"gpt2.ojfa", {{"/precision", "fp32"}}, "is fp16, the manifest's model needs fp32"},
+        {"llama.ojfa", {{"/precision", "bf16"}}, "is in bf16, which this library doesn't run"},
+        {"llama.ojfa", {{"/precision", "fp8"}}, "precision: 'fp8' is not known"},
         {"gpt2.ojfa", {{"/cache/max_length", 129}}, "it has 128 positions"},
         {"gpt2.ojfa", {{"/shortcut/residual", false}}, "gates must be one for each exit"},
         {"gpt2.ojfa",

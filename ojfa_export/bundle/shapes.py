@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ojfa_export.bundle.manifest import DraftEntry, Manifest
 from ojfa_export.bundle.names import DRAFT_GRAPHS, OF_EXITS
 from ojfa_export.bundle.weight_format import BLOCK_MATRICES, WeightFormat
-from ojfa_export.models.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec, Precision
 
 # By name: data type and shape.
 Ports = Mapping[str, tuple[str, tuple[int | str, ...]]]
@@ -15,6 +15,7 @@ Ports = Mapping[str, tuple[str, tuple[int | str, ...]]]
 WeightShapes = Mapping[str, tuple[tuple[int, ...], bool]]
 
 TOKENS: tuple[str, str] = ("batch", "tokens")
+COMPUTED: Mapping[Precision, str] = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def expected_ports(manifest: Manifest, graph: str) -> tuple[Ports, Ports]:
@@ -35,7 +36,7 @@ def expected_ports(manifest: Manifest, graph: str) -> tuple[Ports, Ports]:
 
 
 def _compute(manifest: Manifest) -> str:
-    return "float16" if manifest.precision == "fp16" else "float"
+    return COMPUTED[manifest.precision]
 
 
 def _embed_ports(spec: ModelSpec) -> tuple[Ports, Ports]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
+
+from ojfa_export.models.spec import Precision
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 Decorator = Callable[[Decorated], Decorated]
@@ -113,7 +115,7 @@ def graph_options(function: Decorated) -> Decorated:
         ),
         click.option(
             "--precision",
-            type=click.Choice(["fp32", "fp16"]),
+            type=click.Choice(get_args(Precision)),
             help="Of the weights.  [default: the recipe's, else fp32]",
         ),
         click.option(

@@ -11,6 +11,7 @@ from typing import Any
 
 from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
+from ojfa_export.backends.precisions import check_precision
 from ojfa_export.backends.quantised import check_runs
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest, read_manifest
@@ -49,6 +50,7 @@ def add_engines(
     directory = bundle.resolve()
     backend, manifest = backends.load(backend_name), opened.manifest
     check_runs(backend, manifest.weights)
+    check_precision(backend, manifest.precision)
     names = graph_names(manifest.model.spec.blocks)
     checks = []
     with Work(directory, _fingerprint(opened, backend), f".{backend.name}.partial").open() as work:

@@ -32,7 +32,7 @@ class BuildOptions:
         output: The bundle to write.
         revision: Of a hub id.
         backend: Engines to build.
-        precision: "fp32" or "fp16".
+        precision: "fp32", "fp16" or "bf16".
         weights: "int4" or "int8", to quantise blocks' matrices and heads; default as precision
             says.
         group_size: Quantised weights that share a scale; default 32.
@@ -148,7 +148,9 @@ def _precision(name: str, value: Any) -> Precision:
     for precision in get_args(Precision):
         if value == precision:
             return precision  # type: ignore[no-any-return]
-    raise UsageError(f"{name} '{value}' is not known", hint="known: fp32, fp16")
+    raise UsageError(
+        f"{name} '{value}' is not known", hint=f"known: {', '.join(get_args(Precision))}"
+    )
 
 
 def _weights(name: str, value: Any) -> Quantised:

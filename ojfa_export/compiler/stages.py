@@ -156,8 +156,13 @@ def _dequantised(matrix: QuantisedMatrix, form: WeightFormat, directory: Path) -
 def find_golden(inputs: Inputs, work: Work) -> tuple[Golden, ...]:
     """Tokens that the finished engines must reproduce."""
     spec, engines = inputs.checkpoint.spec, open_engines(inputs, work)
+    settings = inputs.settings
     return make_golden(
-        spec, frugal(engines, spec), inputs.windows.held_out, inputs.settings.max_cache_length
+        spec,
+        frugal(engines, spec),
+        inputs.windows.held_out,
+        settings.max_cache_length,
+        settings.precision,
     )
 
 

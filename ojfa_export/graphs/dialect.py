@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from ojfa_export.bundle.weight_format import PACKED, SCALES, ZERO_POINTS, WeightFormat
-from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, MICROSOFT, Dim, Graph
+from ojfa_export.graphs.graph import FLOAT, INT32, MICROSOFT, Dim, Graph
 from ojfa_export.graphs.quantised import OPERATOR
-from ojfa_export.graphs.weights import TensorRef
+from ojfa_export.graphs.weights import DATA_TYPES, TensorRef
 from ojfa_export.models.spec import Activation, ModelSpec, Precision
 
 Weights = Mapping[str, TensorRef]
@@ -48,7 +48,7 @@ class Portable:
     ) -> None:
         self.spec = spec
         self.quantised = quantised
-        self.compute = FLOAT16 if precision == "fp16" else FLOAT
+        self.compute = DATA_TYPES[precision]
 
     def graph(self, name: str, description: str) -> Graph:
         """A new graph, whose weights are where this dialect wants them."""

@@ -16,7 +16,7 @@ import onnx
 
 from ojfa_export.graphs.block import after_attention
 from ojfa_export.graphs.dialect import Portable, Weights
-from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32
+from ojfa_export.graphs.graph import FLOAT, INT32
 from ojfa_export.graphs.heads import final_head_graph
 from ojfa_export.models.spec import ModelSpec
 
@@ -72,7 +72,7 @@ def draft_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.Mo
     dialect.attention_inputs(graph)
     table = weights["token_embedding"]
     embedded = graph.op("Gather", graph.weight("token_embedding", table), ids)
-    embedded = graph.cast(embedded, FLOAT) if table.dtype == FLOAT16 else embedded
+    embedded = graph.cast(embedded, FLOAT) if table.dtype != FLOAT else embedded
     both = [
         dialect.norm(graph, embedded, weights, "embedding.norm"),
         dialect.norm(graph, hidden, weights, "attention.norm"),

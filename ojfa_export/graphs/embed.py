@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 
 from ojfa_export.graphs.dialect import Weights
-from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, Graph
+from ojfa_export.graphs.graph import FLOAT, INT32, Graph
 from ojfa_export.models.spec import FIRST, SECOND, ModelSpec
 
 
@@ -35,11 +35,11 @@ def embed_graph(
         positions = graph.input("positions", INT32, "batch", "tokens")
     table = weights["token_embedding"]
     hidden = graph.op("Gather", graph.weight("token_embedding", table), ids)
-    hidden = graph.cast(hidden, FLOAT) if table.dtype == FLOAT16 else hidden
+    hidden = graph.cast(hidden, FLOAT) if table.dtype != FLOAT else hidden
     if spec.learned_positions:
         rows = weights["position_embedding"]
         learned = graph.op("Gather", graph.weight("position_embedding", rows), positions)
-        learned = graph.cast(learned, FLOAT) if rows.dtype == FLOAT16 else learned
+        learned = graph.cast(learned, FLOAT) if rows.dtype != FLOAT else learned
         hidden = graph.op("Add", hidden, learned)
     elif rotations:
         if spec.rotary_switch is not None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -22,7 +23,18 @@ ALIGNMENT = 64
 # Weights are converted in pieces of this many elements, so that a large embedding table is
 # never held twice.
 CONVERSION_CHUNK = 1 << 24
-NUMPY_DTYPES: Mapping[Precision, Any] = {"fp32": np.float32, "fp16": np.float16}
+NUMPY_DTYPES: Mapping[Precision, Any] = {
+    "fp32": np.float32,
+    "fp16": np.float16,
+    "bf16": ml_dtypes.bfloat16,
+}
+# As onnx.TensorProto has them.
+DATA_TYPES: Mapping[Precision, int] = {
+    "fp32": onnx.TensorProto.FLOAT,
+    "fp16": onnx.TensorProto.FLOAT16,
+    "bf16": onnx.TensorProto.BFLOAT16,
+}
+PRECISIONS: Mapping[int, Precision] = {kind: name for name, kind in DATA_TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ class WeightFile:
 
         Args:
             name: Named in errors.
-            array: Any float dtype; converted.
+            array: Any float dtype; converted, in bf16 what is in bf16 bit by bit.
             precision: Overrides the file's rule.
 
         Raises:
@@ -103,9 +115,8 @@ class WeightFile:
         flat = array.reshape(-1)
         for start in range(0, flat.size, CONVERSION_CHUNK):
             self._write(name, flat[start : start + CONVERSION_CHUNK], NUMPY_DTYPES[precision])
-        dtype = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.FLOAT
         length = self._file.tell() - offset
-        return TensorRef(self.name, offset, length, dtype, array.shape)
+        return TensorRef(self.name, offset, length, DATA_TYPES[precision], array.shape)
 
     def add_integers(self, array: NDArray[np.int32]) -> TensorRef:
         """Appends whole numbers."""
@@ -128,7 +139,7 @@ class WeightFile:
             raise CheckpointError(
                 f"weight '{name}' holds {np.abs(values.astype(np.float32)).max():.3g}, "
                 "which fp16 can't hold (largest 65504)",
-                hint="build with --precision fp32",
+                hint="build with --precision bf16 or fp32",
             )
         self._file.write(converted.tobytes())
 
@@ -138,7 +149,7 @@ def map_tensors(model: onnx.ModelProto, directory: Path) -> dict[str, NDArray[An
     return {
         name: np.memmap(
             directory / ref.location,
-            onnx.helper.tensor_dtype_to_np_dtype(ref.dtype),
+            _numpy_dtype(ref.dtype),
             "r",
             ref.offset,
             ref.dims,
@@ -155,7 +166,7 @@ def references(model: onnx.ModelProto) -> dict[str, TensorRef]:
             continue
         entry = {item.key: item.value for item in tensor.external_data}
         # The format lets both be left out.
-        width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        width = _numpy_dtype(tensor.data_type).itemsize
         refs[tensor.name] = TensorRef(
             entry["location"],
             int(entry.get("offset", 0)),
@@ -164,3 +175,18 @@ def references(model: onnx.ModelProto) -> dict[str, TensorRef]:
             tuple(tensor.dims),
         )
     return refs
+
+
+def precision_of(refs: Iterable[TensorRef]) -> Precision:
+    """What a graph's matrix products are in, by its weights."""
+    found = {PRECISIONS.get(ref.dtype, "fp32") for ref in refs}
+    return next((each for each in found if each != "fp32"), "fp32")
+
+
+def _numpy_dtype(data_type: int) -> np.dtype[Any]:
+    """Of an onnx.TensorProto data type."""
+    kind: Any = onnx.helper.tensor_dtype_to_np_dtype(data_type)
+    if data_type == onnx.TensorProto.BFLOAT16:  # float32 by onnx before 1.19
+        kind = ml_dtypes.bfloat16
+    dtype: np.dtype[Any] = np.dtype(kind)
+    return dtype

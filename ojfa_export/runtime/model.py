@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from typing_extensions import Unpack
 
 from ojfa_export import backends
+from ojfa_export.backends.precisions import check_precision
 from ojfa_export.backends.quantised import check_runs
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest
@@ -75,6 +76,7 @@ class Model:
         )
         opener = backends.load(backend)  # first: an unknown name is no missing engine
         check_runs(opener, manifest.weights)
+        check_precision(opener, manifest.precision)
         built = bundle.engines(backend)
         opener.check(built.built_with)
         tables = manifest.rotary

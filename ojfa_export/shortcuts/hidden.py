@@ -134,7 +134,7 @@ def _not_finite(
             return CalibrationError(
                 f"fp16 overflows in {block_name(depth - 1)} on the calibration text: "
                 f"{largest.tensor} reaches {largest.value:.3g}, fp16 holds {FP16_LARGEST:.0f}",
-                hint="build with --precision fp32",
+                hint="build with --precision bf16 or fp32",
             )
     return CalibrationError(
         f"hidden states after {where} hold NaN or infinity on the calibration text", hint=hint

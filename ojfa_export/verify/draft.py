@@ -18,10 +18,12 @@ from ojfa_export.bundle.names import DRAFT
 from ojfa_export.bundle.onnx_file import read_onnx
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.errors import BundleError
+from ojfa_export.models.bfloat16 import BFLOAT16, widened
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.verify.check import Check
 from ojfa_export.verify.tolerances import Comparisons
 
+DTYPES: dict[str, Any] = {"float": np.float32, "float16": np.float16, "bfloat16": BFLOAT16}
 # Positions that the model has run, in two pieces, and drafts after them.
 FIRST, SECOND, DRAFTED = 9, 4, 3
 
@@ -126,6 +128,6 @@ class _Reference:
 def _weight(bundle: Bundle, graph: str, name: str) -> NDArray[Any]:
     """A matrix of the bundle's weights, mapped."""
     tensor = read_onnx((bundle.graphs / f"{graph}.onnx").read_bytes()).tensors[name]
-    dtype = np.float16 if tensor.dtype == "float16" else np.float32
     path = os.fspath(bundle.graphs / tensor.location)
-    return np.memmap(path, dtype, "r", tensor.offset, tensor.shape)
+    stored = np.memmap(path, DTYPES[tensor.dtype], "r", tensor.offset, tensor.shape)
+    return widened(stored) if stored.dtype == BFLOAT16 else stored

@@ -27,7 +27,7 @@ def raise_failed(checks: list[Check], reference: str, precision: Precision) -> N
         raise VerificationError(
             f"fp16 overflows in {first.name.removeprefix(RANGE)} reaches "
             f"{first.max_abs_diff:.3g}, fp16 holds {first.tolerance:.0f}",
-            hint="nothing was written; build with --precision fp32",
+            hint="nothing was written; build with --precision bf16 or fp32",
         )
     hint = "please report this with the model's config.json"
     if first.name.startswith(TOKENIZER):
@@ -35,7 +35,7 @@ def raise_failed(checks: list[Check], reference: str, precision: Precision) -> N
             "transformers tokenizes otherwise; save the tokenizer anew with "
             "AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(CHECKPOINT)"
         )
-    elif precision == "fp16":
+    elif precision != "fp32":
         hint = "--precision fp32 may pass"
     raise VerificationError(
         f"{len(failed)} of {len(checks)} checks failed against {reference}, the first: "

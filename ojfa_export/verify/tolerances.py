@@ -65,6 +65,12 @@ TOLERANCES: Mapping[Arithmetic, Mapping[Quantity, Tolerance]] = {
         # A product, a block and a head, up to four times in a row. Measured: up to 8e-4.
         "draft": Tolerance(0, 1e-2),
     },
+    "bf16": {
+        # As in fp16, rounded to 8 bits (4e-3 each): eight times as far. Of range nothing is lost.
+        "hidden": Tolerance(0, 4e-2),
+        "logits": Tolerance(0, 1.5e-1),
+        "draft": Tolerance(0, 8e-2),
+    },
     "int8": {
         # What a product multiplies is rounded to 8 bits in groups of as many as the weights have:
         # by up to 1/254 of the largest of its group, a fifth of a percent of it in the root mean
@@ -82,7 +88,12 @@ TOLERANCES: Mapping[Arithmetic, Mapping[Quantity, Tolerance]] = {
 # What one block adds to the rounding of hidden states, root mean square, as a share of their own;
 # independent errors of several blocks add up as the root of their number. Measured over four
 # blocks: 4e-6 and 2.8e-3 at most; of products that round to 8 bits 2.6e-2.
-BLOCK_ROUNDING: Mapping[Arithmetic, float] = {"fp32": 2.5e-6, "fp16": 2e-3, "int8": 2.5e-2}
+BLOCK_ROUNDING: Mapping[Arithmetic, float] = {
+    "fp32": 2.5e-6,
+    "fp16": 2e-3,
+    "bf16": 1.6e-2,
+    "int8": 2.5e-2,
+}
 
 
 # Random errors that an MLP shortcut is tried with: enough to know their size within some percent.

@@ -6,6 +6,7 @@ import ctypes
 
 import numpy as np
 import pytest
+from elements import DTYPES, macros
 from kernels_on_cpu import CpuKernels
 from tolerances import CONFIDENCE
 
@@ -20,7 +21,12 @@ SAMPLINGS = [Sampling(1.0), Sampling(0.7, top_k=40), Sampling(2.0, top_k=50, top
 
 @pytest.fixture(scope="module")
 def kernels(driver, tmp_path_factory):
-    return CpuKernels("choose.cpp", SOURCES, {"HALF": True}, tmp_path_factory.mktemp("choose"))
+    return CpuKernels("choose.cpp", SOURCES, macros("fp16"), tmp_path_factory.mktemp("choose"))
+
+
+@pytest.fixture(scope="module")
+def of_bf16(driver, tmp_path_factory):
+    return CpuKernels("choose.cpp", SOURCES, macros("bf16"), tmp_path_factory.mktemp("of_bf16"))
 
 
 @pytest.fixture
@@ -164,13 +170,19 @@ def check_exit(kernels, mailbox, head, hidden, how, blocks, kept=None, *, beside
 
 
 @pytest.mark.parametrize(
-    ("rows", "features", "rank", "outputs", "blocks"),
-    [(1, 32, 9, 70, 3), (2, 160, 42, 90, 3), (1, 384, 128, 1100, 2), (2, 64, 1, 2, 3)],
+    ("rows", "features", "rank", "outputs", "blocks", "precision"),
+    [
+        *[(1, 32, 9, 70, 3, "fp16"), (2, 160, 42, 90, 3, "fp16")],
+        *[(1, 384, 128, 1100, 2, "fp16"), (2, 64, 1, 2, 3, "fp16"), (2, 160, 42, 90, 3, "bf16")],
+    ],
 )
 @pytest.mark.parametrize("beside", [False, True])
-def test_exit_check(kernels, mailbox, rng, beside, rows, features, rank, outputs, blocks):
+def test_exit_check(
+    request, mailbox, rng, beside, rows, features, rank, outputs, blocks, precision
+):
     """More tiles than thread blocks and fewer, more outputs than threads, ranks to the largest."""
-    element = np.float16
+    kernels = request.getfixturevalue({"fp16": "kernels", "bf16": "of_bf16"}[precision])
+    element = DTYPES[precision]
     wide = 16 // np.dtype(element).itemsize
     columns = -(-rank // wide) * wide
     project = rng.normal(size=(rank, features)).astype(np.float32)

@@ -6,18 +6,19 @@ import ctypes
 
 import numpy as np
 import pytest
+from elements import DTYPES, macros
 from kernels_on_cpu import CpuKernels
 
 THREADS = 256  # as in the kernels
 EPSILON = 1e-5
-ROUNDING = {True: 1e-3, False: 1e-6}  # relative, of what is rounded to fp16, or to fp32
+ROUNDING = {"fp16": 1e-3, "bf16": 8e-3, "fp32": 1e-6}  # relative
 
 
-@pytest.fixture(scope="module", params=["fp16", "fp32"])
+@pytest.fixture(scope="module", params=DTYPES)
 def compiled(request, tmp_path_factory):
-    half = request.param == "fp16"
     directory = tmp_path_factory.mktemp(request.param)
-    return half, CpuKernels("draft.cpp", ("draft.cu",), {"HALF": half}, directory)
+    kernels = CpuKernels("draft.cpp", ("draft.cu",), macros(request.param), directory)
+    return request.param, kernels
 
 
 def launch(kernels, name, grid, threads, *arguments) -> None:
@@ -34,11 +35,11 @@ def launch(kernels, name, grid, threads, *arguments) -> None:
 
 @pytest.mark.parametrize("width", [20, 300])
 def test_states_side_by_side(compiled, rng, width):
-    half, kernels = compiled
+    precision, kernels = compiled
     depths, slots, capacity = 3, 2, 5
     kept = rng.standard_normal((depths, slots, capacity, width)).astype(np.float32)
     positions, sequences = np.array([[4, 0, 2, 0], [1, 0, 1, -1]], np.int32)
-    x = np.full((4, depths * width), np.nan, np.float16 if half else np.float32)
+    x = np.full((4, depths * width), np.nan, DTYPES[precision])
     out = np.full(4, -7, np.int32)
     launch(
         kernels,
@@ -50,16 +51,16 @@ def test_states_side_by_side(compiled, rng, width):
     assert out.tolist() == positions.tolist()
     expected = kept[:, sequences, positions].swapaxes(0, 1).reshape(4, -1)
     expected[3] = 0
-    np.testing.assert_allclose(x, expected, rtol=ROUNDING[half], atol=1e-7)
+    np.testing.assert_allclose(x.astype(np.float64), expected, rtol=ROUNDING[precision], atol=1e-7)
 
 
 @pytest.mark.parametrize("width", [20, 300])
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_what_the_layer_sees(compiled, rng, width, named, in_place):
-    half, kernels = compiled
+    precision, kernels = compiled
     tokens, vocabulary, stride, steps = 3, 11, 4, 2
-    element = np.float16 if half else np.float32
+    element = DTYPES[precision]
     table = rng.standard_normal((vocabulary, width)).astype(element)
     norms = rng.standard_normal((2, width)).astype(np.float32)
     memory = rng.standard_normal((tokens, width)).astype(np.float32)
@@ -86,7 +87,9 @@ def test_what_the_layer_sees(compiled, rng, width, named, in_place):
     np.testing.assert_array_equal(hidden, memory)
     both = np.stack([table[chosen].astype(np.float64), memory.astype(np.float64)], axis=1)
     expected = both / np.sqrt((both**2).mean(axis=-1, keepdims=True) + EPSILON) * norms
-    np.testing.assert_allclose(seen, expected, rtol=10 * ROUNDING[half], atol=1e-6)
+    np.testing.assert_allclose(
+        seen.astype(np.float64), expected, rtol=10 * ROUNDING[precision], atol=1e-6
+    )
 
 
 def test_tokens_are_named(compiled):

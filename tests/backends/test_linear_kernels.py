@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from kernels_on_cpu import CpuKernels
-from test_tiled_kernels import EPSILON, KINDS, Cpu, CpuArray, arrays, check, halves
+from test_tiled_kernels import EPSILON, KINDS, Cpu, CpuArray, arrays
 
 SOURCES = ("activation.cuh", "linear.cu")
 
@@ -27,8 +27,8 @@ def test_products(compiled, rng, tokens, columns, outputs):
     from ojfa_export.backends.tensorrt.linear import Norm
 
     kind, linear = compiled
-    matrix = halves(rng, 1 / math.sqrt(columns), outputs, columns)
-    x = halves(rng, 1.0, tokens, columns)
+    matrix = kind.numbers(rng, 1 / math.sqrt(columns), outputs, columns)
+    x = kind.numbers(rng, 1.0, tokens, columns)
     hidden, residual, bias, weight, shift = arrays(
         rng, (tokens, columns), (tokens, outputs), (outputs,), (columns,), (columns,)
     )
@@ -36,9 +36,9 @@ def test_products(compiled, rng, tokens, columns, outputs):
     out = CpuArray(np.full((tokens, outputs), np.nan, np.float32))
     linear.norm_linear(out, hidden, Norm(weight, shift, EPSILON), matrix, bias)
     normed = kind.normed(hidden.array, weight.array, shift.array)
-    check(out.array, normed @ exact + bias.array)
+    kind.check(out.array, normed @ exact + bias.array)
     linear.linear(out, residual, x, matrix, bias)
-    check(out.array, residual.array + x.array.astype(np.float64) @ exact + bias.array)
+    kind.check(out.array, residual.array + x.array.astype(np.float64) @ exact + bias.array)
 
 
 @pytest.mark.parametrize(("tokens", "columns", "width"), [(3, 24, 5), (8, 576, 20)])
@@ -47,11 +47,11 @@ def test_activated_products(compiled, rng, tokens, columns, width):
 
     kind, linear = compiled
     outputs = width * (2 if kind.gated else 1)
-    matrix = halves(rng, 1 / math.sqrt(columns), outputs, columns)
+    matrix = kind.numbers(rng, 1 / math.sqrt(columns), outputs, columns)
     hidden, bias, weight, shift = arrays(rng, (tokens, columns), (outputs,), (columns,), (columns,))
-    inner = CpuArray(np.full((tokens, width), np.nan, np.float16))
+    inner = CpuArray(np.full((tokens, width), np.nan, kind.dtype))
     linear.norm_up(inner, hidden, Norm(weight, shift, EPSILON), matrix, bias)
     y = kind.normed(hidden.array, weight.array, shift.array) @ matrix.array.astype(np.float64).T
     y = y + bias.array
     expected = y[:, :width] / (1 + np.exp(-y[:, :width]))
-    check(inner.array, expected * y[:, width:] if kind.gated else expected)
+    kind.check(inner.array, expected * y[:, width:] if kind.gated else expected)

@@ -24,7 +24,7 @@ def test_norms_of_each_head(rng, tmp_path, heads, kv_heads, head_dim):
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "rotary_dim": head_dim}
     spec = read_spec(Config(fields, "config.json"))[1].model_copy(update=sizes)
     sources = ("qk_norm.cu",)
-    kernels = CpuKernels("qk_norm.cpp", sources, definitions(spec, half=True), tmp_path)
+    kernels = CpuKernels("qk_norm.cpp", sources, definitions(spec, "fp16"), tmp_path)
     given = (10 * rng.standard_normal((3, heads + 2 * kv_heads, head_dim))).astype(np.float32)
     given[1, 0] = 0  # a head without anything is nothing afterwards
     weights = [rng.standard_normal(head_dim).astype(np.float32) for _ in range(2)]

@@ -139,10 +139,8 @@ def test_engines_of_another_gpu_are_refused_by_name():
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("olmo2", "norms after attention and MLP"),
-        ("gemma2", "norms after attention and MLP, which"),
+        ("olmo2", "norms after attention and MLP alone"),
         ("gpt_neox", "attention and MLP side by side"),
-        ("smollm3-sliding-window", "sliding windows in some blocks only"),
     ],
 )
 def test_parts_without_kernels_are_refused_by_name(name, part):
@@ -158,10 +156,10 @@ def test_parts_without_kernels_are_refused_by_name(name, part):
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"norms": "both"}, "norms after attention and MLP"),
-        ({"rotated_second": (True,) * 4}, "two sets of rotations"),
-        ({"attention_softcap": 50.0}, "softcaps"),
-        ({"logit_softcap": 30.0}, "softcaps"),
+        ({"norms": "after"}, "norms after attention and MLP alone"),
+        ({"norms": "both", "norm": "layer"}, "LayerNorms after attention and MLP"),
+        ({"parallel": True}, "attention and MLP side by side"),
+        ({"qk_norm": "projection"}, "norms over all heads"),
     ],
 )
 def test_each_part_without_kernels_is_refused(changes, part):
@@ -200,13 +198,13 @@ def test_a_plan_names_files_beside_it_only(tmp_path):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_kernels_compile(chain, tmp_path):
     """For another chip and precision with each model: a compilation takes seconds."""
-    architecture, half = {
-        "qwen3": ("sm_90", True),
-        "llama-attention-bias": ("sm_80", False),
-        "gpt2": ("sm_89", True),
-        "stablelm": ("sm_90", True),
+    architecture, precision = {
+        "qwen3": ("sm_90", "fp16"),
+        "llama-attention-bias": ("sm_80", "fp32"),
+        "gpt2": ("sm_89", "fp16"),
+        "stablelm": ("sm_90", "bf16"),
     }[chain.graphs.parent.name[:-1]]
-    macros = [f"-D{name}={value}" for name, value in definitions(chain.spec, half=half).items()]
+    macros = [f"-D{name}={value}" for name, value in definitions(chain.spec, precision).items()]
     for source in SOURCES:
         command = ["nvcc", "-std=c++17", f"-arch={architecture}", "-cubin", *macros]
         command += ["-o", str(tmp_path / "out.cubin"), str(source_directory() / source)]

@@ -126,7 +126,7 @@ def change_file(copy: BundleCopy, name: str, change: Callable[[bytes], bytes]) -
     copy.edit_manifest(lambda fields: fields["files"].update({name: entry}), resign=True)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_added_engines_are_verified_and_give_the_same_tokens(
     made: Path, precision: str, tmp_path: Path
 ) -> None:
@@ -135,12 +135,14 @@ def test_added_engines_are_verified_and_give_the_same_tokens(
     checks = verify_bundle(copy.directory, None, "tensorrt", SILENT)
     assert [check.name for check in checks if not check.passed] == []
     names = {check.name for check in checks}
-    half = precision == "fp16"
-    qkv = "attention.qkv" if half else "attention.qkv normed"  # a Qwen3
+    qkv = "attention.qkv normed" if precision == "fp32" else "attention.qkv"  # a Qwen3
     for block in range(4):
         for tensor in (qkv, "attention.mixed", "hidden"):
             assert f"float64 block_{block:02d}: {tensor}" in names
+    half = precision == "fp16"
     assert half == any(name.startswith("fp16 range block_03") for name in names)
+    kinds = {Path(name).suffix for name in Bundle(copy.directory).manifest.files}
+    assert (".engine" in kinds) == (precision != "bf16")
     assert any(name.startswith("golden tokens") for name in names)
 
 
@@ -221,7 +223,7 @@ def test_an_fp16_overflow_is_named(made: Path, tmp_path: Path) -> None:
     message = str(caught.value)
     assert message.startswith("fp16 overflows in block_02: mlp.inner reaches ")
     assert message.endswith("fp16 holds 65504")
-    assert "--precision fp32" in str(caught.value.hint)
+    assert "--precision bf16 or fp32" in str(caught.value.hint)
     assert [engines.backend for engines in Bundle(copy.directory).manifest.engines] == [
         "onnxruntime"
     ]
@@ -265,7 +267,7 @@ def build_from_checkpoint(made: Path, output: Path, checkpoint: Path, precision:
         return pipeline.build(options)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_checkpoint_is_built_straight_to_this_backend(
     made: Path, tmp_path: Path, precision: str
 ) -> None:

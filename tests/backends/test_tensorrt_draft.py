@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 from chain import Chain, build_chain
 from drafts import GoodChains, draft_for, draft_layer, open_draft
+from elements import split_precision
 from stand_in.late_driver import StandInDriver
 from tiny_models import VOCAB_SIZE, make_checkpoint
-from tolerances import DRAFT_FP16_RELATIVE, DRAFT_FP32_RELATIVE, LOGITS_FP16_RELATIVE
+from tolerances import (
+    DRAFT_BF16_RELATIVE,
+    DRAFT_FP16_RELATIVE,
+    DRAFT_FP32_RELATIVE,
+    LOGITS_BF16_RELATIVE,
+    LOGITS_FP16_RELATIVE,
+)
 
 from ojfa_export.bundle.names import DRAFT_GRAPHS, graph_names
 from ojfa_export.decoding.sampling import Sampling
@@ -22,7 +29,17 @@ from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.speculator import Speculator
 
 MAX_LENGTH = 70  # more than a page of the cache
-CASES = ["qwen3", "gpt2", "llama-gqa-fp16"]
+RELATIVE = {
+    "fp32": DRAFT_FP32_RELATIVE,
+    "fp16": DRAFT_FP16_RELATIVE,
+    "bf16": DRAFT_BF16_RELATIVE,
+}
+NEAR = {
+    "fp32": LOGITS_FP16_RELATIVE,
+    "fp16": LOGITS_FP16_RELATIVE,
+    "bf16": LOGITS_BF16_RELATIVE,
+}
+CASES = ["qwen3", "gpt2", "llama-gqa-fp16", "llama-gqa-bf16"]
 
 
 @dataclass
@@ -51,11 +68,11 @@ def case(request, driver, tmp_path_factory):
     from ojfa_export.backends.tensorrt.backend import BACKEND
 
     directory = tmp_path_factory.mktemp(request.param)
-    half = request.param.endswith("-fp16")
+    variant, precision = split_precision(request.param)
     chain = build_chain(
-        make_checkpoint(request.param.removesuffix("-fp16"), directory / "checkpoint", seed=5),
+        make_checkpoint(variant, directory / "checkpoint", seed=5),
         directory,
-        precision="fp16" if half else "fp32",
+        precision=precision,
         max_length=MAX_LENGTH,
     )
     draft = draft_for(chain.spec, seed=5, own_head=request.param != "gpt2")
@@ -76,8 +93,7 @@ def case(request, driver, tmp_path_factory):
 def assert_close(case: Case, found: np.ndarray, expected: np.ndarray) -> None:
     known = np.isfinite(expected)
     assert (np.isfinite(found) == known).all()
-    half = case.chain.precision == "fp16"
-    relative = DRAFT_FP16_RELATIVE if half else DRAFT_FP32_RELATIVE
+    relative = RELATIVE[case.chain.precision]
     largest = np.abs(expected[known]).max()
     assert np.abs(found[known] - expected[known]).max() < relative * largest
 
@@ -122,8 +138,8 @@ def greedy(session: Session, prompts, new: int, draft: int | None, cost: float =
 @pytest.mark.parametrize("draft", [1, 3, 8, None])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_tokens_are_those_of_full_depth(case, rng, batch, draft):
-    if case.chain.precision == "fp16":
-        pytest.skip("tokens of fp16 are not those of fp32")
+    if case.chain.precision != "fp32":
+        pytest.skip("tokens of 16 bits are not those of fp32")
     prompts = [rng.integers(VOCAB_SIZE, size=5 + 9 * row).tolist() for row in range(batch)]
     session, reference = case.session(batch), case.reference(batch)
     assert session.proposes_at_once
@@ -180,7 +196,7 @@ def test_a_round_is_two_launches(case, rng):
 @pytest.mark.parametrize("draft", [2, 5, None])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_good_drafts_are_accepted(case, rng, batch, draft):
-    """They are checked where the device has them; in fp16 a near tie may go either way."""
+    """They are checked where the device has them; in 16 bits a near tie may go either way."""
     prompts = [rng.integers(VOCAB_SIZE, size=4 + 7 * row).tolist() for row in range(batch)]
     wanted = []
     for prompt in prompts:
@@ -199,7 +215,7 @@ def test_good_drafts_are_accepted(case, rng, batch, draft):
         plain = Session(case.chain.spec, case.engines, 1, MAX_LENGTH)
         [logits] = plain.advance([[*prompt, *given[:40]]], every_position=True)
         for row, token in zip(logits[len(prompt) - 1 :], given[:40], strict=False):
-            assert row.max() - row[token] <= LOGITS_FP16_RELATIVE * np.abs(row).max()
+            assert row.max() - row[token] <= NEAR[case.chain.precision] * np.abs(row).max()
     # Drafts are of the text that is wanted, so they are good as long as it is given.
     pairs = zip(found, wanted, strict=True)
     alike = sum(sum(accumulate(map(operator.eq, *pair), operator.and_)) for pair in pairs)

@@ -7,14 +7,16 @@ import math
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from elements import DTYPES, macros
 from kernels_on_cpu import CpuKernels
-from tolerances import BLOCK_FP16_RELATIVE
+from tolerances import BLOCK_BF16_RELATIVE, BLOCK_FP16_RELATIVE
 
 from ojfa_export.backends.cuda.sources import source_directory
+from ojfa_export.models.spec import Precision
 
 SOURCES = (
     *("activation.cuh", "staging.cuh"),
@@ -31,9 +33,25 @@ class Kind:
 
     layer: bool
     gated: bool
+    precision: Precision = "fp16"
+
+    @property
+    def dtype(self):
+        return DTYPES[self.precision]
 
     def macros(self):
-        return {"NORM_LAYER": self.layer, "GATED": self.gated, "ACTIVATION": 0, "HALF": True}
+        kind = {"NORM_LAYER": self.layer, "GATED": self.gated, "ACTIVATION": 0}
+        return kind | macros(self.precision)
+
+    def numbers(self, rng, scale, *shape):
+        """Random ones as matrices and inputs of products are stored."""
+        return CpuArray((scale * rng.standard_normal(shape)).astype(self.dtype))
+
+    def check(self, actual, expected):
+        scale = max(1.0, np.abs(expected.astype(np.float64)).max())
+        relative = {"fp16": BLOCK_FP16_RELATIVE, "bf16": BLOCK_BF16_RELATIVE}[self.precision]
+        actual = actual.astype(np.float64)
+        np.testing.assert_allclose(actual, expected, atol=relative * scale, rtol=0)
 
     def normed(self, hidden, weight, shift):
         """In float64, rounded as the products take it."""
@@ -41,10 +59,14 @@ class Kind:
         if self.layer:
             hidden = hidden - hidden.mean(axis=1, keepdims=True)
         scale = np.sqrt((hidden**2).mean(axis=1, keepdims=True) + EPSILON)
-        return (hidden / scale * weight + shift).astype(np.float16).astype(np.float64)
+        return (hidden / scale * weight + shift).astype(self.dtype).astype(np.float64)
 
 
-KINDS = {"rms-gated": Kind(layer=False, gated=True), "layer": Kind(layer=True, gated=False)}
+KINDS = {
+    "rms-gated": Kind(layer=False, gated=True),
+    "layer": Kind(layer=True, gated=False),
+    "bf16": Kind(layer=False, gated=True, precision="bf16"),
+}
 
 
 class CpuArray:
@@ -89,19 +111,11 @@ def arrays(rng, *shapes):
     return [CpuArray(rng.standard_normal(shape).astype(np.float32)) for shape in shapes]
 
 
-def halves(rng, scale, *shape):
-    return CpuArray((scale * rng.standard_normal(shape)).astype(np.float16))
-
-
-def check(actual, expected):
-    scale = max(1.0, np.abs(expected).max())
-    np.testing.assert_allclose(actual, expected, atol=BLOCK_FP16_RELATIVE * scale, rtol=0)
-
-
-def products_of(kernels, hidden_size):
+def products_of(compiled, hidden_size):
     from ojfa_export.backends.tensorrt.narrow import on_tensor_cores
 
-    return on_tensor_cores(Cpu(), Cpu(), kernels, hidden_size)
+    kind, kernels = compiled
+    return on_tensor_cores(Cpu(), Cpu(), kernels, kind.dtype, hidden_size)
 
 
 def launched(kernels, monkeypatch):
@@ -129,24 +143,24 @@ def launched(kernels, monkeypatch):
 def test_products(compiled, rng, tokens, columns, outputs):
     from ojfa_export.backends.tensorrt.linear import Norm
 
-    kind, kernels = compiled
-    tiled = products_of(kernels, columns)
-    matrix = halves(rng, 1 / math.sqrt(columns), outputs, columns)
-    x = halves(rng, 1.0, tokens, columns)
+    kind = compiled[0]
+    tiled = products_of(compiled, columns)
+    matrix = kind.numbers(rng, 1 / math.sqrt(columns), outputs, columns)
+    x = kind.numbers(rng, 1.0, tokens, columns)
     hidden, residual, bias, weight, shift = arrays(
         rng, (tokens, columns), (tokens, outputs), (outputs,), (columns,), (columns,)
     )
     exact = matrix.array.astype(np.float64).T
     out = CpuArray(np.full((tokens, outputs), np.nan, np.float32))
     tiled.norm_linear(out, hidden, Norm(weight, shift, EPSILON), matrix, None)
-    check(out.array, kind.normed(hidden.array, weight.array, shift.array) @ exact)
+    kind.check(out.array, kind.normed(hidden.array, weight.array, shift.array) @ exact)
     tiled.norm_linear(out, hidden, Norm(weight, None, EPSILON), matrix, bias)
-    check(out.array, kind.normed(hidden.array, weight.array, 0.0) @ exact + bias.array)
+    kind.check(out.array, kind.normed(hidden.array, weight.array, 0.0) @ exact + bias.array)
     expected = residual.array + x.array.astype(np.float64) @ exact
     tiled.linear(out, residual, x, matrix, bias)
-    check(out.array, expected + bias.array)
+    kind.check(out.array, expected + bias.array)
     tiled.linear(residual, residual, x, matrix, None)
-    check(residual.array, expected)
+    kind.check(residual.array, expected)
 
 
 @pytest.mark.parametrize(
@@ -164,18 +178,18 @@ def test_activated_products(compiled, rng, tokens, columns, width):
 
     kind, kernels = compiled
     if tokens <= MOST_TILED_TOKENS:
-        products = products_of(kernels, columns)
+        products = products_of(compiled, columns)
     else:
-        products = GemmProducts(Cpu(), Cpu(), kernels, np.dtype(np.float16))
+        products = GemmProducts(Cpu(), Cpu(), kernels, np.dtype(kind.dtype))
     outputs = width * (2 if kind.gated else 1)
-    matrix = halves(rng, 1 / math.sqrt(columns), outputs, columns)
+    matrix = kind.numbers(rng, 1 / math.sqrt(columns), outputs, columns)
     hidden, bias, weight, shift = arrays(rng, (tokens, columns), (outputs,), (columns,), (columns,))
-    inner = CpuArray(np.full((tokens, width), np.nan, np.float16))
+    inner = CpuArray(np.full((tokens, width), np.nan, kind.dtype))
     products.norm_up(inner, hidden, Norm(weight, shift, EPSILON), matrix, bias)
     y = kind.normed(hidden.array, weight.array, shift.array) @ matrix.array.astype(np.float64).T
     y = y + bias.array
     expected = y[:, :width] / (1 + np.exp(-y[:, :width]))
-    check(inner.array, expected * y[:, width:] if kind.gated else expected)
+    kind.check(inner.array, expected * y[:, width:] if kind.gated else expected)
 
 
 # More spans than warps, in one and in several rounds; tiles for one thread block or two.
@@ -185,15 +199,15 @@ def test_activated_products(compiled, rng, tokens, columns, width):
 def test_a_small_model_s_products_of_many_columns(
     compiled, rng, monkeypatch, tokens, columns, outputs
 ):
-    _, kernels = compiled
+    kind, kernels = compiled
     names = launched(kernels, monkeypatch)
-    matrix = halves(rng, 1 / math.sqrt(columns), outputs, columns)
-    x = halves(rng, 1.0, tokens, columns)
+    matrix = kind.numbers(rng, 1 / math.sqrt(columns), outputs, columns)
+    x = kind.numbers(rng, 1.0, tokens, columns)
     residual, bias = arrays(rng, (tokens, outputs), (outputs,))
     expected = x.array.astype(np.float64) @ matrix.array.astype(np.float64).T
     expected += residual.array + bias.array
-    products_of(kernels, 576).linear(residual, residual, x, matrix, bias)
-    check(residual.array, expected)
+    products_of(compiled, 576).linear(residual, residual, x, matrix, bias)
+    kind.check(residual.array, expected)
     assert names == [f"narrow_linear_{8 if tokens <= 8 else 16}"]
 
 
@@ -205,13 +219,13 @@ def test_a_small_model_needs_no_kernel_for_norms(compiled, rng, monkeypatch, col
     from ojfa_export.backends.tensorrt.tiled import TiledKernels
 
     monkeypatch.setattr(Cpu, "shared_bytes", room)
-    kernels = compiled[1]
+    kind, kernels = compiled
     names = launched(kernels, monkeypatch)
-    matrix = halves(rng, 1 / math.sqrt(columns), 20, columns)
+    matrix = kind.numbers(rng, 1 / math.sqrt(columns), 20, columns)
     hidden, weight = arrays(rng, (5, columns), (columns,))
     outs = [CpuArray(np.full((5, 20), np.nan, np.float32)) for _ in range(2)]
     norm = Norm(weight, None, EPSILON)
-    products_of(kernels, columns).norm_linear(outs[0], hidden, norm, matrix, None)
+    products_of(compiled, columns).norm_linear(outs[0], hidden, norm, matrix, None)
     if columns > 1024:
         assert names == ["normalize", "tiled_linear_8"]
     elif columns == 1000 and room < SHARED_BYTES:
@@ -219,20 +233,48 @@ def test_a_small_model_needs_no_kernel_for_norms(compiled, rng, monkeypatch, col
     else:
         assert names == ["norm_narrow_linear_8"]
     monkeypatch.setattr(Cpu, "shared_bytes", SHARED_BYTES)
-    TiledKernels(Cpu(), Cpu(), kernels, columns).norm_linear(outs[1], hidden, norm, matrix, None)
+    tiled = TiledKernels(Cpu(), Cpu(), kernels, kind.dtype, columns)
+    tiled.norm_linear(outs[1], hidden, norm, matrix, None)
     assert names[-2:] == ["normalize", "tiled_linear_8"]
-    check(outs[0].array, outs[1].array)
+    kind.check(outs[0].array, outs[1].array)
 
 
 def test_a_norm_without_a_weight(compiled, rng):
     """x / rms(x), whatever the model's norms are."""
     from ojfa_export.backends.tensorrt.linear import Norm
 
-    matrix, out = halves(rng, 0.1, 20, 64), CpuArray(np.full((2, 20), np.nan, np.float32))
+    kind = compiled[0]
+    matrix, out = kind.numbers(rng, 0.1, 20, 64), CpuArray(np.full((2, 20), np.nan, np.float32))
     [hidden] = arrays(rng, (2, 64))
-    products_of(compiled[1], 64).norm_linear(out, hidden, Norm(None, None, EPSILON), matrix, None)
-    x = Kind(layer=False, gated=False).normed(hidden.array, 1.0, 0.0)
-    check(out.array, x @ matrix.array.astype(np.float64).T)
+    products_of(compiled, 64).norm_linear(out, hidden, Norm(None, None, EPSILON), matrix, None)
+    x = replace(kind, layer=False).normed(hidden.array, 1.0, 0.0)
+    kind.check(out.array, x @ matrix.array.astype(np.float64).T)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_norm_before_the_sum(compiled, rng, in_place):
+    from ojfa_export.backends.tensorrt.after import add_normed
+    from ojfa_export.backends.tensorrt.linear import Norm
+
+    residual, y, weight, out = arrays(rng, (3, 700), (3, 700), (700,), (3, 700))
+    exact = y.array.astype(np.float64)
+    exact = exact / np.sqrt((exact**2).mean(axis=1, keepdims=True) + EPSILON) * weight.array
+    expected = residual.array + exact
+    out = residual if in_place else out
+    add_normed(compiled[1], out, residual, y, Norm(weight, None, EPSILON))
+    np.testing.assert_allclose(out.array, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_within_a_cap(compiled, rng):
+    from ojfa_export.backends.tensorrt.after import cap_logits
+
+    [logits] = arrays(rng, (3, 50_000))
+    logits.nbytes = logits.array.nbytes
+    expected = np.tanh(logits.array.astype(np.float64) / 2.5) * 2.5
+    cap_logits(compiled[1], logits, 2.5)
+    np.testing.assert_allclose(logits.array, expected, rtol=1e-5, atol=1e-6)
+    cap_logits(compiled[1], logits, None)
+    np.testing.assert_allclose(logits.array, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("columns", "hidden_size"), [(1000, 1000), (1536, 576), (1536, 4096)])
@@ -240,22 +282,22 @@ def test_tokens_get_the_same_however_many_there_are(compiled, rng, columns, hidd
     """Bit by bit, where the inputs find room at once."""
     from ojfa_export.backends.tensorrt.linear import Norm
 
-    kind, kernels = compiled
+    kind = compiled[0]
     width, most = 18, 16
-    products = products_of(kernels, hidden_size)
-    matrix = halves(rng, 1 / math.sqrt(columns), width * 2, columns)
-    x = halves(rng, 1.0, most, columns)
+    products = products_of(compiled, hidden_size)
+    matrix = kind.numbers(rng, 1 / math.sqrt(columns), width * 2, columns)
+    x = kind.numbers(rng, 1.0, most, columns)
     hidden, weight = arrays(rng, (most, columns), (columns,))
     norm = Norm(weight, None, EPSILON)
     found = []
     for tokens in (most, 1, 4, 8):
         out, plain = (CpuArray(np.full((tokens, 2 * width), np.nan, np.float32)) for _ in range(2))
-        inner = CpuArray(np.full((tokens, width if kind.gated else 2 * width), np.nan, np.float16))
+        inner = CpuArray(np.full((tokens, width if kind.gated else 2 * width), np.nan, kind.dtype))
         products.linear(plain, None, x[:tokens], matrix, None)
         if columns == hidden_size:
             products.norm_linear(out, hidden[:tokens], norm, matrix, None)
             products.norm_up(inner, hidden[:tokens], norm, matrix, None)
-        found.append([each.array for each in (out, plain, inner)])
+        found.append([each.array.astype(np.float64) for each in (out, plain, inner)])
     for some in found[1:]:
         for one, every in zip(some, found[0], strict=True):
             np.testing.assert_array_equal(one, every[: len(one)])
@@ -266,9 +308,9 @@ def test_products_that_are_called_off(compiled, rng, hidden_size):
     """They write nothing."""
     from ojfa_export.backends.tensorrt.linear import Norm
 
-    _, kernels = compiled
-    products = products_of(kernels, hidden_size)
-    matrix = halves(rng, 0.1, 20, 64)
+    kind, kernels = compiled
+    products = products_of(compiled, hidden_size)
+    matrix = kind.numbers(rng, 0.1, 20, 64)
     hidden, weight, out = arrays(rng, (2, 64), (64,), (2, 20))
     before = out.array.copy()
     called_off = ctypes.c_int.in_dll(kernels.library, "called_off")
@@ -276,7 +318,7 @@ def test_products_that_are_called_off(compiled, rng, hidden_size):
     try:
         if hidden_size == 64:
             products.norm_linear(out, hidden, Norm(weight, None, EPSILON), matrix, None)
-        products.linear(out, None, halves(rng, 1.0, 2, 64), matrix, None)
+        products.linear(out, None, kind.numbers(rng, 1.0, 2, 64), matrix, None)
     finally:
         called_off.value = 0
     np.testing.assert_array_equal(out.array, before)

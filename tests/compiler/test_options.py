@@ -76,7 +76,8 @@ def test_dynamic_scaling_ends_at_the_trained_length(options: Options, tmp_path: 
 
 
 def test_unknown_precision_and_backend(options: Options) -> None:
-    refused(options, "precision 'int8' is not known", precision="int8")
+    error = refused(options, "precision 'int8' is not known", precision="int8")
+    assert "fp32, fp16, bf16" in str(error.hint)
     refused(options, "backend 'none' is not known", backend="none")
 
 

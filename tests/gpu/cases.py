@@ -37,6 +37,11 @@ CASES = {
     # LayerNorm with a gated MLP.
     "stablelm": "fp32",
     "stablelm-mlp-fp16": "fp16",
+    # Norms before and after, softcaps, windows and rotations by block.
+    "gemma2": "fp32",
+    "gemma2-fp16": "fp16",
+    "gemma3_text-fp16": "fp16",
+    "smollm3-sliding-window-fp16": "fp16",
     # ONNX Runtime's fused attention is there in fp16 only.
     "llama-mqa-fp16": "fp16",
     "phi3-sliding-window-fp16": "fp16",
@@ -44,7 +49,15 @@ CASES = {
     "phi3-partial-rotary-fp16": "fp16",
     "gpt2-inverse-layer-scale-fp16": "fp16",
 }
+CASES |= {
+    f"{name}-bf16": "bf16"
+    for name in (
+        *("llama-gqa", "llama-gqa-mlp", "gpt2", "gpt2-residual", "mistral-sliding-window"),
+        *("qwen3", "smollm3", "stablelm-mlp", "phi3-longrope", "gemma2", "gemma3_text"),
+    )
+}
 # Those that also have a draft layer: with a head of its own, and with the model's.
 DRAFTS = {"llama-gqa": True, "llama-gqa-fp16": True, "gpt2-fp16": False, "qwen3-fp16": False}
+DRAFTS |= {"llama-gqa-bf16": True, "gpt2-bf16": False}
 # Of a draft layer's prompt, and of the chain after it.
 DRAFT_PROMPT, DRAFTED = 20, 5

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from chain import Chain, build_chain
 from drafts import draft_for, open_draft
+from elements import split_precision
 from gpu.cases import (
     BUNDLES,
     CASES,
@@ -48,7 +49,7 @@ def main() -> None:
     make_bundles(directory / BUNDLES)
     for name, precision in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            variant, kind = split_kind(name.removesuffix("-fp16"))
+            variant, kind = split_kind(split_precision(name)[0])
             checkpoint = make_checkpoint(variant, Path(folder) / "checkpoint", seed=SEED)
             chain = build_chain(
                 checkpoint,
@@ -65,13 +66,13 @@ def main() -> None:
 
 
 def make_bundles(directory: Path) -> None:
-    """Tiny bundles for a GPU to add its engines to; checkpoint of the fp16 one, and text."""
+    """Tiny bundles for a GPU to add its engines to; checkpoint of those of 16 bits, and text."""
     make_checkpoint("llama-gqa", directory / "checkpoint", seed=SEED)
     make_checkpoint("qwen3", directory / "qwen3", seed=SEED)
     text = directory / "text.txt"
     text.write_text(inspect.getsource(argparse)[:30_000], encoding="utf-8")
-    made: tuple[tuple[Precision, str], ...] = ("fp32", "qwen3"), ("fp16", "checkpoint")
-    for precision, checkpoint in made:
+    made: dict[Precision, str] = {"fp32": "qwen3", "fp16": "checkpoint", "bf16": "checkpoint"}
+    for precision, checkpoint in made.items():
         options = BuildOptions(
             str(directory / checkpoint),
             directory / f"{precision}.ojfa",

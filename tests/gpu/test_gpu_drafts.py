@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from gpu.cases import DRAFT_PROMPT, DRAFTED, DRAFTS
-from tolerances import DRAFT_FP16_RELATIVE, DRAFT_FP32_RELATIVE
+from tolerances import DRAFT_BF16_RELATIVE, DRAFT_FP16_RELATIVE, DRAFT_FP32_RELATIVE
 
 from ojfa_export.backends.draft import DraftLayer
 from ojfa_export.bundle.names import DRAFT_GRAPHS
@@ -18,6 +18,13 @@ from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.speculator import Speculator
 
 pytestmark = pytest.mark.gpu
+RELATIVE = {
+    "fp32": DRAFT_FP32_RELATIVE,
+    "fp16": DRAFT_FP16_RELATIVE,
+    "bf16": DRAFT_BF16_RELATIVE,
+}
+# How near the likeliest a token is that rounding may have made the likeliest, of the largest.
+NEAR = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.15}
 
 
 @pytest.fixture(scope="session", params=DRAFTS)
@@ -56,7 +63,7 @@ def test_logits_are_those_of_the_cpu(drafting):
     """After a prompt in two pieces, and along a chain; three times, so that recordings run."""
     case, _, _, expected = drafting
     session, ids = session_of(drafting), expected["token_ids"].tolist()
-    relative = DRAFT_FP16_RELATIVE if case.precision == "fp16" else DRAFT_FP32_RELATIVE
+    relative = RELATIVE[case.precision]
     for _ in range(3):
         session.rewind(0)
         session.advance(ids[: DRAFT_PROMPT // 2])
@@ -110,5 +117,5 @@ def test_tokens_are_those_of_full_depth(drafting, batch):
         [logits] = plain.advance([[*prompt, *given[:40]]], every_position=True)
         for at, token in enumerate(given[:40]):
             row = logits[len(prompt) - 1 + at]
-            near = (0.02 if case.precision == "fp16" else 1e-4) * np.abs(row).max()
+            near = NEAR[case.precision] * np.abs(row).max()
             assert row.max() - row[token] <= near

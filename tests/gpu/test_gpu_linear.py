@@ -6,9 +6,17 @@ import math
 
 import numpy as np
 import pytest
-from tolerances import BLOCK_FP16_RELATIVE, BLOCK_FP32_RELATIVE
+from elements import DTYPES, macros
+from tolerances import BLOCK_BF16_RELATIVE, BLOCK_FP16_RELATIVE, BLOCK_FP32_RELATIVE
+
+from ojfa_export.models.spec import Precision
 
 pytestmark = pytest.mark.gpu
+TOLERANCES = {
+    "fp32": BLOCK_FP32_RELATIVE,
+    "fp16": BLOCK_FP16_RELATIVE,
+    "bf16": BLOCK_BF16_RELATIVE,
+}
 EPSILON = 1e-5
 # Less than one load of every lane, not whole steps of loads, several of them; fewer outputs than a
 # warp takes, an odd number, more than all warps take at once; inputs of 16 tokens that don't find
@@ -20,19 +28,21 @@ TOKENS = (1, 2, 5, 16, 40, 300)
 class Compiled:
     """The kernels for one kind of model."""
 
-    def __init__(self, *, half: bool, layer: bool, gated: bool) -> None:
+    def __init__(self, precision: Precision, *, layer: bool, gated: bool) -> None:
+        from ojfa_export.backends.cuda.arrays import DTYPES as backend_dtypes
         from ojfa_export.backends.cuda.arrays import DeviceArrays
         from ojfa_export.backends.cuda.device import the_device
         from ojfa_export.backends.cuda.kernels import Kernels, compile_kernels
         from ojfa_export.backends.tensorrt.linear import LinearKernels
 
-        self.half, self.layer, self.gated = half, layer, gated
-        self.element = np.float16 if half else np.float32
-        self.tolerance = BLOCK_FP16_RELATIVE if half else BLOCK_FP32_RELATIVE
+        self.half, self.layer, self.gated = precision != "fp32", layer, gated
+        self.element, self.tolerance = np.dtype(DTYPES[precision]), TOLERANCES[precision]
+        # As the backend has it, which knows bf16 by its bits.
+        self.stored = backend_dtypes[precision]
         device = the_device()
         device.make_current()
-        macros = {
-            "HALF": int(half),
+        defined = {
+            **macros(precision),
             "HEAD_DIM": 16,
             "HEADS": 1,
             "KV_HEADS": 1,
@@ -43,8 +53,8 @@ class Compiled:
             "GATED": int(gated),
         }
         self.arrays = DeviceArrays(device)
-        kernels = Kernels(device, compile_kernels(macros, device.compute_capability))
-        self.linear = LinearKernels(device, kernels, self.element().itemsize)
+        kernels = Kernels(device, compile_kernels(defined, device.compute_capability))
+        self.linear = LinearKernels(device, kernels, self.element.itemsize)
         self.kernels, self.device = kernels, device
 
     def products(self, tokens, columns):
@@ -57,9 +67,7 @@ class Compiled:
         if tokens <= MOST_TOKENS:
             return self.linear
         if not self.half or tokens > MOST_TILED_TOKENS:
-            return GemmProducts(
-                Cublas(self.device), self.arrays, self.kernels, np.dtype(self.element)
-            )
+            return GemmProducts(Cublas(self.device), self.arrays, self.kernels, self.stored)
         return self.tiled(columns)
 
     def tiled(self, hidden_size):
@@ -67,8 +75,8 @@ class Compiled:
         from ojfa_export.backends.tensorrt.narrow import on_tensor_cores
 
         if not self.half:
-            pytest.skip("fp16 alone")
-        return on_tensor_cores(self.device, self.arrays, self.kernels, hidden_size)
+            pytest.skip("16 bits alone")
+        return on_tensor_cores(self.device, self.arrays, self.kernels, self.stored, hidden_size)
 
     def normed(self, hidden, weight, bias):
         """The norm in float64."""
@@ -79,15 +87,24 @@ class Compiled:
     def check(self, actual, expected):
         """Compares results whose terms are of size 1 together, though they may cancel."""
         scale = max(1.0, np.abs(expected).max())
+        found = np.asarray(actual)
+        found = found.view(self.element) if found.dtype == self.stored else found
         np.testing.assert_allclose(
-            np.asarray(actual), expected, atol=self.tolerance * scale, rtol=0
+            found.astype(np.float64), expected, atol=self.tolerance * scale, rtol=0
         )
 
+    def hold(self, array):
+        """An array on the device."""
+        stored = array.view(self.stored) if array.dtype == self.element else array
+        return self.arrays.asarray(stored)
 
-@pytest.fixture(scope="module", params=["fp16-rms-gated", "fp16-layer", "fp32-layer"])
+
+@pytest.fixture(
+    scope="module", params=["fp16-rms-gated", "fp16-layer", "fp32-layer", "bf16-rms-gated"]
+)
 def compiled(request):
-    half, layer = request.param.startswith("fp16"), "layer" in request.param
-    return Compiled(half=half, layer=layer, gated="gated" in request.param)
+    precision, _, kind = request.param.partition("-")
+    return Compiled(precision, layer="layer" in kind, gated="gated" in kind)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -130,7 +147,7 @@ def check_products(compiled, rng, products, tokens, columns, outputs):
         rng.standard_normal(shape).astype(np.float32)
         for shape in ((tokens, outputs), outputs, (tokens, columns), columns, columns)
     )
-    held = [arrays.asarray(each) for each in (matrix, x, residual, bias, hidden, weight, shift)]
+    held = [compiled.hold(each) for each in (matrix, x, residual, bias, hidden, weight, shift)]
     out = arrays.empty((tokens, outputs), np.float32)
     product = x.astype(exact) @ matrix.astype(exact).T
     products.linear(out, held[2], held[1], held[0], held[3])
@@ -153,13 +170,13 @@ def test_activated_products(compiled, rng, tokens, columns, width):
 @pytest.mark.parametrize(("columns", "outputs"), [(1536, 576), (4096, 1000)])
 def test_a_small_model_s_products_of_many_columns(compiled, rng, tokens, columns, outputs):
     """What comes of an MLP, whose inputs need no norm."""
-    products, arrays = compiled.tiled(576), compiled.arrays
-    matrix = (rng.standard_normal((outputs, columns)) / math.sqrt(columns)).astype(np.float16)
-    x = rng.standard_normal((tokens, columns)).astype(np.float16)
+    products = compiled.tiled(576)
+    matrix = (rng.standard_normal((outputs, columns)) / math.sqrt(columns)).astype(compiled.element)
+    x = rng.standard_normal((tokens, columns)).astype(compiled.element)
     residual, bias = (
         rng.standard_normal(shape).astype(np.float32) for shape in ((tokens, outputs), outputs)
     )
-    held = [arrays.asarray(each) for each in (matrix, x, residual, bias)]
+    held = [compiled.hold(each) for each in (matrix, x, residual, bias)]
     products.linear(held[2], held[2], held[1], held[0], held[3])
     expected = x.astype(np.float64) @ matrix.astype(np.float64).T
     compiled.check(held[2], expected + residual + bias)
@@ -177,17 +194,17 @@ def test_tokens_get_the_same_however_many_there_are(compiled, rng, columns, outp
     from ojfa_export.backends.tensorrt.linear import Norm
 
     products, arrays, most = compiled.tiled(576), compiled.arrays, 16
-    matrix = (rng.standard_normal((outputs, columns)) / math.sqrt(columns)).astype(np.float16)
-    x = rng.standard_normal((most, columns)).astype(np.float16)
+    matrix = (rng.standard_normal((outputs, columns)) / math.sqrt(columns)).astype(compiled.element)
+    x = rng.standard_normal((most, columns)).astype(compiled.element)
     hidden, weight = (
         rng.standard_normal(shape).astype(np.float32) for shape in ((most, columns), columns)
     )
-    matrix, x, hidden, weight = map(arrays.asarray, (matrix, x, hidden, weight))
+    matrix, x, hidden, weight = map(compiled.hold, (matrix, x, hidden, weight))
     norm, width = Norm(weight, None, EPSILON), outputs // (2 if compiled.gated else 1)
     found = []
     for tokens in range(1, most + 1):
         out = arrays.empty((tokens, outputs), np.float32)
-        inner = arrays.empty((tokens, width), np.float16)
+        inner = arrays.empty((tokens, width), compiled.stored)
         products.linear(out, None, x[:tokens], matrix, None)
         results = [np.asarray(out)]
         if columns <= 1024:
@@ -216,8 +233,8 @@ def check_activated(compiled, rng, products, tokens, columns, width):
         rng.standard_normal(shape).astype(np.float32)
         for shape in ((tokens, columns), columns, outputs, columns)
     )
-    held = [arrays.asarray(each) for each in (matrix, hidden, weight, bias, shift)]
-    inner = arrays.empty((tokens, width), compiled.element)
+    held = [compiled.hold(each) for each in (matrix, hidden, weight, bias, shift)]
+    inner = arrays.empty((tokens, width), compiled.stored)
     norm = Norm(held[2], held[4], EPSILON)
     products.norm_up(inner, held[1], norm, held[0], held[3])
     y = compiled.normed(hidden.astype(exact), weight, shift) @ matrix.astype(exact).T + bias

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from ojfa_export.backends.onnxruntime.session import share_thread_pool
 from ojfa_export.bundle.names import block_name, graph_names
-from ojfa_export.graphs.weights import ALIGNMENT, references
+from ojfa_export.graphs.weights import ALIGNMENT, DATA_TYPES, references
 
 # A constant inside a graph is an index, a size or a scalar; a weight would be larger.
 LARGEST_CONSTANT = 64
@@ -61,15 +61,21 @@ def test_graphs_are_valid(chain, tmp_path):
     assert_valid(chain, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "gpt2", "phi3-longrope"])
-def test_fp16_graphs_are_valid(name, rng, tmp_path):
-    chain = make_chain(name, rng, tmp_path, precision="fp16")
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        *[("gemma2", "fp16"), ("gemma3_text", "fp16"), ("gpt2", "fp16"), ("phi3-longrope", "fp16")],
+        *[("gemma3_text", "bf16"), ("gpt2", "bf16")],
+    ],
+)
+def test_graphs_of_16_bits_are_valid(name, precision, rng, tmp_path):
+    chain = make_chain(name, rng, tmp_path, precision=precision)
     assert_valid(chain, tmp_path)
     types = {
         port.name: port.type.tensor_type.elem_type
         for port in load_all(chain)["block_00"].graph.input
     }
-    assert types["past_key"] == types["past_value"] == TensorProto.FLOAT16
+    assert types["past_key"] == types["past_value"] == DATA_TYPES[precision]
     assert types["hidden"] == TensorProto.FLOAT
 
 

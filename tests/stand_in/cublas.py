@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from stand_in.kernels import view
 from stand_in.late_driver import StandInDriver
+
+
+def numbers(array: Any) -> np.ndarray:
+    """An array's memory; bf16 is uint16 to the backend."""
+    kind = ml_dtypes.bfloat16 if array.dtype == np.uint16 else array.dtype
+    return view(array.pointer, kind, *array.shape)
 
 
 def make_cublas(driver: StandInDriver) -> type:
@@ -38,19 +45,16 @@ def make_cublas(driver: StandInDriver) -> type:
             assert out.shape == (x.shape[0], matrix.shape[0])
 
             def work() -> None:
-                left, right = (
-                    view(each.pointer, each.dtype, *each.shape).astype(np.float32)
-                    for each in (x, matrix)
-                )
+                left, right = (numbers(each).astype(np.float32) for each in (x, matrix))
                 with np.errstate(invalid="ignore"):  # rows that only fill a pass up are anything
                     y = left @ right.T
                 if bias is not None:
                     assert bias.dtype == out.dtype
-                    y = y + view(bias.pointer, bias.dtype, *bias.shape)
+                    y = y + numbers(bias)
                 with np.errstate(over="ignore", invalid="ignore"):  # as on a GPU
                     if added is not None:
-                        y = y + view(added.pointer, added.dtype, *added.shape)
-                    view(out.pointer, out.dtype, *out.shape)[...] = y
+                        y = y + numbers(added)
+                    numbers(out)[...] = y
 
             driver.launched.append("multiply")
             driver.put(work, self._device.stream)

@@ -10,6 +10,7 @@ import re
 import types
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ojfa_export.backends.cuda.sources import ACTIVATIONS, SOURCES, source_directory
@@ -34,9 +35,11 @@ for _source in SOURCES:
         PARAMETERS[_found[1]] = re.findall(r"(\w+)\s*(?:,|$)", _found[2].strip())
 # Kernels that return where they are called off.
 CALLED_OFF = {"norm_linear", "norm_up", "linear", "tiled_linear", "tiled_up", "attention"}
+CALLED_OFF |= {"add_normed", "attention_of_all", "wide_attention_of_all"}
 CALLED_OFF |= {"wide_attention", "narrow_linear", "norm_narrow_linear", "norm_narrow_up"}
 PARAMETERS["exit_check_beside"] = PARAMETERS["exit_check"]
-PARAMETERS["attention"] = PARAMETERS["wide_attention"] = PARAMETERS.pop("NAME")
+for _name in ("attention", "wide_attention", "attention_of_all", "wide_attention_of_all"):
+    PARAMETERS[_name] = PARAMETERS["NAME"]
 
 
 class StandInKernels:
@@ -44,7 +47,8 @@ class StandInKernels:
 
     def __init__(self, macros: dict[str, int]) -> None:
         self.m = types.SimpleNamespace(**macros)
-        self.element = np.float16 if self.m.HALF else np.float32
+        narrow = ml_dtypes.bfloat16 if self.m.BFLOAT else np.float16
+        self.element = np.dtype(narrow if self.m.HALF else np.float32)
         self.called_off = False
 
     def run(
@@ -83,7 +87,7 @@ class StandInKernels:
             zip(view(a.ids, np.int32, count), positions, strict=True)
         ):
             out = self._floats(a.hidden + 4 * token * a.features, a.features)
-            size = self.element().itemsize * a.features
+            size = self.element.itemsize * a.features
             out[...] = self._elements(a.table + int(id_) * size, a.features)
             if a.learned:
                 out += self._elements(a.learned + int(position) * size, a.features)
@@ -141,6 +145,17 @@ class StandInKernels:
     def normalize(self, a: Any) -> None:
         a.count = a.grid[0]
         self._elements(a.x, a.count, a.columns)[...] = self._normed(a, a.width, a.columns)
+
+    def add_normed(self, a: Any) -> None:
+        shape = a.grid[0], a.width
+        y = self._floats(a.y, *shape).astype(np.float64)
+        normed = y / np.sqrt((y**2).mean(axis=1, keepdims=True) + a.epsilon)
+        normed *= self._floats(a.norm_weight, a.width)
+        self._floats(a.out, *shape)[...] = self._floats(a.residual, *shape) + normed
+
+    def cap_logits(self, a: Any) -> None:
+        logits = self._floats(a.logits, a.numbers)
+        logits[...] = np.tanh(logits / a.cap) * a.cap
 
     def tiled_up(self, a: Any) -> None:
         a.count = a.tokens
@@ -206,7 +221,7 @@ class StandInKernels:
         count = -(-positions // PAGE)
         at = a.table + 4 * sequence * a.most_pages
         shape = (self.m.KV_HEADS, PAGE, self.m.HEAD_DIM)
-        size = int(np.prod(shape)) * self.element().itemsize
+        size = int(np.prod(shape)) * self.element.itemsize
         return tuple(
             [self._elements(cache + int(page) * size, *shape) for page in view(at, np.int32, count)]
             for cache in (a.keys, a.values)
@@ -234,19 +249,33 @@ class StandInKernels:
 
     wide_attention = attention
 
+    def attention_of_all(self, a: Any) -> None:
+        assert self.m.WINDOWS_DIFFER
+        a.of_all = True
+        self.attention(a)
+
+    wide_attention_of_all = attention_of_all
+
     def prompt_attention(self, a: Any) -> None:
         for tokens in self._chunks(a, a.grid[2]):
             assert len(tokens) <= a.tokens
             self._attend(a, tokens)
 
+    def prompt_attention_of_all(self, a: Any) -> None:
+        assert self.m.WINDOWS_DIFFER
+        a.of_all = True
+        self.prompt_attention(a)
+
     def _attend(self, a: Any, tokens: range) -> None:
         m = self.m
+        window = 0 if hasattr(a, "of_all") else m.WINDOW
+        cap = float(np.array(m.SOFTCAP, np.uint32).view(np.float32))
         for token in tokens:
-            at = a.out + token * m.HEADS * m.HEAD_DIM * self.element().itemsize
+            at = a.out + token * m.HEADS * m.HEAD_DIM * self.element.itemsize
             out = self._elements(at, m.HEADS, m.HEAD_DIM)
             qkv, position = self._token(a, token)
             query = a.scale * self._rotated(qkv[: m.HEADS], a, position).astype(np.float64)
-            oldest = max(0, position + 1 - m.WINDOW) if m.WINDOW else 0
+            oldest = max(0, position + 1 - window) if window else 0
             seen = slice(oldest, position + 1)
             keys, values = (
                 np.concatenate(pages, axis=1)[:, seen].astype(np.float64)
@@ -255,6 +284,7 @@ class StandInKernels:
             for head in range(m.HEADS):
                 kv = head // (m.HEADS // m.KV_HEADS)
                 scores = keys[kv] @ query[head]
+                scores = np.tanh(scores / cap) * cap if cap else scores
                 weights = np.exp(scores - scores.max())
                 out[head] = weights / weights.sum() @ values[kv]
 
@@ -371,7 +401,7 @@ class StandInKernels:
             id_ = self._named(a, id_)
             if a.named:
                 view(a.named + 4 * token * a.stride, np.int32, 1)[0] = id_
-            row = self._elements(a.table + self.element().itemsize * width * id_, width)
+            row = self._elements(a.table + self.element.itemsize * width * id_, width)
             for place, (x, norm) in enumerate(
                 ((row, a.embedding_norm), (memory[token], a.state_norm))
             ):

@@ -90,6 +90,7 @@ def test_the_reference_is_the_model(name, rng, tmp_path):
         ("gpt2", {"kind": "residual"}),
         ("llama-gqa", {"kind": "mlp", "precision": "fp16"}),
         ("phi3-sliding-window", {"precision": "fp16"}),
+        ("gpt2", {"precision": "bf16"}),
         ("phi3-longrope", {}),
     ],
 )
@@ -157,7 +158,7 @@ def test_an_overflow_is_named_with_its_size(rng, tmp_path):
         raise_failed(checks, "float64", "fp16")
     message = str(caught.value)
     assert message.startswith("fp16 overflows in block_01: mlp.inner reaches ")
-    assert "--precision fp32" in str(caught.value.hint)
+    assert "--precision bf16 or fp32" in str(caught.value.hint)
     hidden = rng.normal(size=(1, 4, chain.spec.hidden_size))
     largest = largest_tensor(exact.block(1, hidden))
     assert largest.tensor == "mlp.inner"

@@ -77,7 +77,7 @@ AS_USERS = {
 }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_right_parts_pass(precision, rng, tmp_path):
     checks = verify(make_chain("gpt2", rng, tmp_path, precision=precision), rng)
     assert {check.name for check in checks} == ALL_OF_GPT2

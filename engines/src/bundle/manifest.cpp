@@ -50,6 +50,15 @@ void check_digest(const std::string& text, const Json& raw, const std::filesyste
                          "run it in Python, or build it again without --weights");
 }
 
+// That of a bundle which some backend of the library runs.
+std::string read_precision(Fields& fields) {
+    std::string precision = fields.one_of("precision", {"fp32", "fp16", "bf16"});
+    if (precision == "bf16")
+        throw bundle_failure("the bundle is in bf16, which this library doesn't run",
+                             "run it in Python, or build it again with --precision fp16");
+    return precision;
+}
+
 Manifest read_fields(const Json& raw) {
     Manifest manifest;
     Fields fields(raw, "");
@@ -57,7 +66,7 @@ Manifest read_fields(const Json& raw) {
     fields.one_of("format", {"ojfa-bundle"});
     fields.integer("format_version", FORMAT_VERSION, FORMAT_VERSION);
     manifest.spec = read_model(fields.object("model"));
-    manifest.precision = fields.one_of("precision", {"fp32", "fp16"});
+    manifest.precision = read_precision(fields);
     if (const Json* weights = fields.maybe("weights")) refuse_quantised(Fields(*weights, "weights"));
     fields.integer("opset", 1);
     Fields cache = fields.object("cache");

@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.backends.cuda.device import Device, Memory
+from ojfa_export.models.bfloat16 import BFLOAT16
 from ojfa_export.models.spec import Precision
 
 DTYPES: dict[Precision, np.dtype[Any]] = {
+    "bf16": BFLOAT16,
     "fp16": np.dtype(np.float16),
     "fp32": np.dtype(np.float32),
 }

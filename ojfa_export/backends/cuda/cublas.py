@@ -19,9 +19,11 @@ from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.failures import NO_CUBLAS
 from ojfa_export.errors import BackendError
+from ojfa_export.models.bfloat16 import BFLOAT16
 
 VERSIONS = (13, 12)
-TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 2}  # CUDA_R_32F, CUDA_R_16F
+# CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF.
+TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 2, BFLOAT16: 14}
 COMPUTE_32F = 68
 TRANSPOSE_A, EPILOGUE, BIAS_POINTER = 3, 7, 8  # of a product
 EPILOGUE_BIAS = 4
@@ -132,7 +134,7 @@ class Cublas:
         """out [tokens, outputs] = added + x [tokens, columns] matrix^T + bias.
 
         Args:
-            out: fp32 or fp16; may be what is added.
+            out: fp32, or of the matrix's dtype; may be what is added.
             x: Of the matrix's dtype.
             matrix: [outputs, columns].
             bias: [outputs], of out's dtype.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from pathlib import Path
 
 from ojfa_export.errors import BackendError
-from ojfa_export.models.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec, Precision
 
 # In a checkout the sources lie beside the package; a wheel carries them inside.
 PLACES = (
@@ -28,6 +29,7 @@ SOURCES = (
     "draft.cu",
 )
 HEADERS = (
+    "element.cuh",
     "common.cuh",
     "words.cuh",
     "instructions.cuh",
@@ -39,20 +41,28 @@ HEADERS = (
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
-def definitions(spec: ModelSpec, *, half: bool) -> dict[str, int]:
-    """The macros that the kernels are compiled with."""
+def definitions(spec: ModelSpec, precision: Precision) -> dict[str, int]:
+    """The macros that the kernels are compiled with, for matrices of a precision."""
     return {
-        "HALF": int(half),
+        "HALF": int(precision != "fp32"),
+        "BFLOAT": int(precision == "bf16"),
         "HEAD_DIM": spec.head_dim,
         "HEADS": spec.heads,
         "KV_HEADS": spec.kv_heads,
         "ROTARY_DIM": spec.rotary_dim,
         "UNROTATED": int(not all(spec.rotated)),
         "WINDOW": spec.window or 0,
+        "WINDOWS_DIFFER": int(bool(spec.windowed)),
+        "SOFTCAP": _bits(spec.attention_softcap or 0.0),
         "NORM_LAYER": int(spec.norm == "layer"),
         "ACTIVATION": ACTIVATIONS[spec.activation],
         "GATED": int(spec.gated),
     }
+
+
+def _bits(number: float) -> int:
+    """Of a float32, as a macro can hold it."""
+    return int.from_bytes(struct.pack("<f", number), "little")
 
 
 def sources_digest() -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.errors import BackendError
 from ojfa_export.graphs.dialect import Portable, Weights
-from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, INT64, MICROSOFT, Graph
+from ojfa_export.graphs.graph import FLOAT, INT32, INT64, MICROSOFT, Graph
 from ojfa_export.graphs.weights import TensorRef
 from ojfa_export.models.spec import Activation, ModelSpec, NormKind
 
@@ -162,7 +162,8 @@ class OnnxRuntimeDialect(Portable):
 class OnnxRuntimeCpu(OnnxRuntimeDialect):
     """For the CPU provider, in fp32.
 
-    It has no fp16 matrix product on x86, so fp16 weights are widened when a graph is loaded.
+    It has no matrix product in fp16 on x86 and none in bf16, so such weights are widened when a
+    graph is loaded.
 
     Args:
         spec: The model.
@@ -196,18 +197,18 @@ class OnnxRuntimeCpu(OnnxRuntimeDialect):
         return ("query_lengths",)
 
     def matrix(self, graph: Graph, name: str, ref: TensorRef) -> str:
-        """A weight matrix, widened where it is stored in fp16."""
+        """A weight matrix, widened where it is stored in 16 bits."""
         weight = super().matrix(graph, name, ref)
-        return graph.cast(weight, FLOAT) if ref.dtype == FLOAT16 else weight
+        return graph.cast(weight, FLOAT) if ref.dtype != FLOAT else weight
 
     def vocabulary(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
-        """The product x @ W^T; a wide fp16 matrix in parts.
+        """The product x @ W^T; a large matrix of 16 bits in parts.
 
         Loading holds a matrix three times at its peak: as stored, widened, and packed. In parts,
         only one part is held packed beside the widened whole.
         """
         ref = weights.get(name)
-        if ref is None or ref.dtype != FLOAT16:
+        if ref is None or ref.dtype == FLOAT:
             return super().vocabulary(graph, x, weights, name)
         rows = ref.dims[0]
         step = max(1, WIDENED_AT_ONCE // (4 * ref.dims[1]))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ojfa_export.backends.onnxruntime.engines import head_inputs
 from ojfa_export.backends.onnxruntime.session import share_thread_pool
 from ojfa_export.bundle.names import block_name
+from ojfa_export.bundle.onnx_file import read_onnx
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.errors import BackendError
 from ojfa_export.models.spec import ModelSpec
@@ -114,6 +115,18 @@ class PortableGraphs:
         return self._open[1]
 
 
+def _runnable(path: Path) -> str | bytes:
+    """A graph that the CPU provider runs: the file, or what stands for it in bf16."""
+    model = path.read_bytes()
+    if all(tensor.dtype != "bfloat16" for tensor in read_onnx(model).tensors.values()):
+        return os.fspath(path)
+    import onnx
+
+    from ojfa_export.backends.onnxruntime.widened import widen
+
+    return widen(onnx.ModelProto.FromString(model))
+
+
 def open_portable(path: Path) -> ort.InferenceSession:
     """Opens a portable graph.
 
@@ -124,9 +137,12 @@ def open_portable(path: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.log_severity_level = 3
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
+    )
     try:
         return ort.InferenceSession(
-            os.fspath(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
+            _runnable(path), options, providers=["CPUExecutionProvider"], enable_fallback=0
         )
     except Exception as error:  # onnxruntime's exceptions share no base class but this
         raise BackendError(

@@ -24,6 +24,7 @@ class OnnxRuntimeCuda:
 
     name = NAME
     suffix = ".json"
+    precisions: tuple[Precision, ...] = ("fp16", "fp32")
 
     def versions(self) -> dict[str, str]:
         """What the engines were built with; they are graphs, and not bound to a GPU."""

@@ -64,7 +64,7 @@ class OpenedModel:
         self._weights: dict[str, Mapping[str, DeviceArray]] = {}
         self._sessions: dict[str, ort.InferenceSession] = {}  # by graph file
         self._rotary = self._upload_rotary(rotary)
-        macros = definitions(spec, half=self.precision == "fp16")
+        macros = definitions(spec, self.precision)
         code = compile_kernels(macros, device.compute_capability, SOURCES)
         self.kernels, self.mailbox = Kernels(device, code), Mailbox(device)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import PositiveInt
 
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
@@ -17,6 +19,7 @@ from ojfa_export.backends.cuda.cublas import Algorithm, Cublas, Product
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.plan import Part
 from ojfa_export.backends.tensorrt.tiled import matrix_shapes
+from ojfa_export.models.bfloat16 import BFLOAT16, rounded
 from ojfa_export.models.spec import ModelSpec, Precision
 
 # Numbers of tokens that are measured; others do as the next larger one does.
@@ -171,10 +174,13 @@ class _Timer:
             best = min(best, time.perf_counter() - start)
         return best / RUNS
 
+    def _stored(self, numbers: NDArray[np.float32]) -> NDArray[Any]:
+        return rounded(numbers) if self._element == BFLOAT16 else numbers.astype(self._element)
+
     def _filled(self, rows: int, columns: int) -> DeviceArray:
         """An array of random numbers, as a GPU is slower with them than with zeros."""
         numbers = np.random.default_rng(rows).standard_normal((min(rows, 512), columns), np.float32)
-        some = (numbers / np.sqrt(columns)).astype(self._element)
+        some = self._stored(numbers / np.sqrt(columns))
         result = self._arrays.lasting((rows, columns), self._element)
         for at in range(0, rows, len(some)):
             part = some[: min(len(some), rows - at)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,6 +47,8 @@ class Way:
     most_splits: int
 
 
+# Ends the name of a kernel that sees all keys, in a model with a window in some blocks.
+OF_ALL = "_of_all"
 NARROW = Way("attention", 1024, 4, 3, 2, 64)
 WIDE = Way("wide_attention", 1024, 8, 2, 1, 8)
 
@@ -212,6 +214,7 @@ class Operands:
         table: [sequences, most_pages] int32, the pages of each.
         most_pages: Of a sequence.
         scale: Factor on q.k.
+        of_all: Whether every key is seen, in a model with a window in other blocks.
     """
 
     out: int
@@ -225,6 +228,7 @@ class Operands:
     table: int
     most_pages: int
     scale: float
+    of_all: bool = False
 
     @property
     def cache(self) -> tuple[Argument, ...]:
@@ -296,7 +300,9 @@ class Attention:
         )
         # What `append` has just written must be there before keys are read.
         self._launch(
-            launch, arguments, overlapping=overlapping and chunks.longest <= self._most_new
+            _kernel_of(operands, launch),
+            arguments,
+            overlapping=overlapping and chunks.longest <= self._most_new,
         )
 
     def prompt(self, operands: Operands, chunks: Chunks) -> None:
@@ -306,7 +312,8 @@ class Attention:
             (chunks.longest, ctypes.c_int),
             *_pointers(chunks.list),
         )
-        self._launch(prompt_launch(self._geometry, chunks), arguments, overlapping=False)
+        launch = _kernel_of(operands, prompt_launch(self._geometry, chunks))
+        self._launch(launch, arguments, overlapping=False)
 
     def append(self, operands: Operands, tokens: int) -> None:
         """Writes the tokens' keys and values to the cache."""
@@ -326,6 +333,11 @@ class Attention:
             shared_bytes=launch.shared_bytes,
             overlapping=overlapping,
         )
+
+
+def _kernel_of(operands: Operands, launch: Launch) -> Launch:
+    """The same of the kernel that sees the keys that a block does."""
+    return replace(launch, kernel=f"{launch.kernel}{OF_ALL}") if operands.of_all else launch
 
 
 def _pointers(*addresses: int) -> tuple[Argument, ...]:

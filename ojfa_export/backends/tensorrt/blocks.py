@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
+from ojfa_export.backends.tensorrt.after import add_normed
 from ojfa_export.backends.tensorrt.attention import Operands
 from ojfa_export.backends.tensorrt.cache import KvCache
 from ojfa_export.backends.tensorrt.linear import Norm
@@ -12,6 +13,7 @@ from ojfa_export.backends.tensorrt.products import Products
 from ojfa_export.backends.tensorrt.qk_norm import norm_queries_and_keys
 from ojfa_export.backends.tensorrt.workspace import Workspace
 from ojfa_export.bundle.names import block_name
+from ojfa_export.models.spec import SECOND
 
 
 class Block:
@@ -85,9 +87,7 @@ class Block:
         source = workspace.hidden[self._index % 2]
         target = workspace.hidden[1 - self._index % 2]
         out, up, down = "attention.out", "mlp.up", "mlp.down"
-        products.linear(
-            target, source, workspace.mixed, weights[f"{out}.weight"], weights.get(f"{out}.bias")
-        )
+        self._add(products, workspace, (target, source, workspace.mixed), out)
         products.norm_up(
             workspace.inner,
             target,
@@ -95,9 +95,27 @@ class Block:
             weights[f"{up}.weight"],
             weights.get(f"{up}.bias"),
         )
-        products.linear(
-            target, target, workspace.inner, weights[f"{down}.weight"], weights.get(f"{down}.bias")
-        )
+        self._add(products, workspace, (target, target, workspace.inner), down)
+
+    def _add(
+        self,
+        products: Products,
+        workspace: Workspace,
+        arrays: tuple[DeviceArray, DeviceArray, DeviceArray],
+        name: str,
+    ) -> None:
+        """out = residual + the product with x, behind a norm where there is one."""
+        out, residual, x = arrays
+        weights = self._model.weights(self._name)
+        matrix, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+        if workspace.product is None:
+            products.linear(out, residual, x, matrix, bias)
+            return
+        products.linear(workspace.product, None, x, matrix, bias)
+        part = name.partition(".")[0]
+        norm = self._norm(f"{part}.{self._model.spec.norm_name('after')}")
+        kernels = self._model.kernels[self._model.precision]
+        add_normed(kernels, out, residual, workspace.product, norm)
 
     def _qkv_by_engine(self, workspace: Workspace) -> None:
         self._run_engine(
@@ -131,7 +149,7 @@ class Block:
                 "mixed": workspace.mixed,
                 "hidden_out": workspace.hidden[1 - self._index % 2],
             },
-            ("attention.out", "mlp."),
+            ("attention.out", "attention.after_norm", "mlp."),
         )
 
     def _run_engine(
@@ -158,7 +176,7 @@ class Block:
 
     def _attend(self, workspace: Workspace, long_context: bool) -> None:
         cosines, sines = self._rotations(long_context)
-        cache = self._cache
+        cache, spec = self._cache, self._model.spec
         operands = Operands(
             out=workspace.mixed.pointer,
             qkv=workspace.qkv.pointer,
@@ -170,15 +188,17 @@ class Block:
             sequences=workspace.sequences,
             table=cache.pages.pointer,
             most_pages=cache.pages.most,
-            scale=self._model.spec.attention_scales[self._index],
+            scale=spec.attention_scales[self._index],
+            of_all=bool(spec.windowed) and spec.window_of(self._index) is None,
         )
         cache.attention.run(operands, cache.scratch, workspace.tokens, workspace.launches)
 
     def _rotations(self, long_context: bool) -> tuple[int, int]:
-        tables = self._model.rotary
-        if tables is None or not self._model.spec.rotary_dim_of(self._index):
+        tables, spec = self._model.rotary, self._model.spec
+        if tables is None or not spec.rotary_dim_of(self._index):
             return 0, 0
         cosines, sines = tables
-        long = long_context and self._model.spec.rotary_switch is not None
-        skipped = cosines.nbytes // 2 if long else 0
+        long = long_context and spec.rotary_switch is not None
+        second = long or spec.rotations_of(self._index) == SECOND
+        skipped = cosines.nbytes // 2 if second else 0
         return cosines.pointer + skipped, sines.pointer + skipped

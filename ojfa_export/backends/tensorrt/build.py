@@ -23,12 +23,18 @@ from ojfa_export.backends.cuda.kernels import compile_kernels
 from ojfa_export.backends.cuda.sources import definitions, sources_digest
 from ojfa_export.backends.tensorrt import algorithms, api
 from ojfa_export.backends.tensorrt.graphs import parts, transposed
-from ojfa_export.backends.tensorrt.parts import check_parts
-from ojfa_export.backends.tensorrt.plan import INTERFACE, PROFILES, GraphPlan, Weight
+from ojfa_export.backends.tensorrt.parts import check_gpu, check_parts, check_rows
+from ojfa_export.backends.tensorrt.plan import (
+    INTERFACE,
+    PROFILES,
+    GraphPlan,
+    Weight,
+    has_engines,
+)
 from ojfa_export.backends.tensorrt.tiled import matrix_shapes
 from ojfa_export.bundle.names import DRAFT_GRAPHS
 from ojfa_export.errors import BackendError
-from ojfa_export.graphs.weights import TensorRef, references
+from ojfa_export.graphs.weights import PRECISIONS, TensorRef, precision_of, references
 from ojfa_export.models.spec import ModelSpec, Precision
 from ojfa_export.system.atomic import write_atomically
 
@@ -48,21 +54,25 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
         plan: The plan to write; engines are beside it.
 
     Raises:
-        BackendError: TensorRT can't build it, or the model has parts that there are no kernels of.
+        BackendError: TensorRT can't build it, or there are no kernels of the model's parts, or for
+            this GPU.
     """
+    device = the_device()
+    check_gpu(device.name, device.compute_capability)
     check_parts(spec)
     refs, precision = _references(graph)
+    check_rows(spec, precision)
     # By part: a name without what comes before it, "qkv" and "mlp" of a block.
     engines = {
         name.split(".")[-1]: _build(name, model, plan.parent, precision)
-        for name, model in parts(graph.stem, spec, refs, precision).items()
+        for name, model in _engines(graph.stem, spec, refs, precision).items()
     }
     kinds: tuple[Precision, ...] = ()
     if graph.stem == DRAFT_LAYER:
         kinds = (precision,)
     elif graph.stem == "embed":
-        # The exit head's projection is fp32 in an fp16 bundle as well.
-        kinds = ("fp16", "fp32") if precision == "fp16" else ("fp32",)
+        # The exit head's projection is fp32 whatever the precision.
+        kinds = ("fp32",) if precision == "fp32" else (precision, "fp32")
     described = GraphPlan(
         precision=precision,
         engines=engines,
@@ -74,7 +84,7 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
                 file=ref.location,
                 offset=ref.offset,
                 shape=ref.dims,
-                precision="fp16" if ref.dtype == onnx.TensorProto.FLOAT16 else "fp32",
+                precision=PRECISIONS[ref.dtype],
                 transposed=transposed(name),
             )
             for name, ref in refs.items()
@@ -93,14 +103,20 @@ def engine_names(spec: ModelSpec, graph: Path) -> list[str]:
     if graph.stem == DRAFT_LAYER:
         return [f"{KERNELS}.draft"]
     refs, precision = _references(graph)
-    return list(parts(graph.stem, spec, refs, precision))
+    return list(_engines(graph.stem, spec, refs, precision))
+
+
+def _engines(
+    name: str, spec: ModelSpec, refs: dict[str, TensorRef], precision: Precision
+) -> Mapping[str, onnx.ModelProto]:
+    """The graphs of the engines that a portable graph needs, by name."""
+    return parts(name, spec, refs, precision) if has_engines(precision) else {}
 
 
 def _references(graph: Path) -> tuple[dict[str, TensorRef], Precision]:
     """A graph's weights, and the precision of its matrix products."""
     refs = references(onnx.load(graph, load_external_data=False))
-    half = any(ref.dtype == onnx.TensorProto.FLOAT16 for ref in refs.values())
-    return refs, "fp16" if half else "fp32"
+    return refs, precision_of(refs.values())
 
 
 def _build(name: str, model: onnx.ModelProto, directory: Path, precision: Precision) -> str:
@@ -169,7 +185,7 @@ def _range(
 
 def _kernels(spec: ModelSpec, directory: Path, precision: Precision) -> str:
     """Compiles the kernels for matrices of a precision; the name of their file."""
-    macros = definitions(spec, half=precision == "fp16")
+    macros = definitions(spec, precision)
     digest = _digest(sources_digest().encode(), {"macros": macros})
     path = directory / f"{KERNELS}.{precision}-{digest}.cubin"
     if not path.exists():
@@ -178,10 +194,16 @@ def _kernels(spec: ModelSpec, directory: Path, precision: Precision) -> str:
 
 
 def _products(spec: ModelSpec, directory: Path, precision: Precision) -> str | None:
-    """Measures how products of many tokens are made fastest; None where cuBLASLt isn't there."""
+    """Measures how products of many tokens are made fastest; None where cuBLASLt isn't there.
+
+    Raises:
+        BackendError: It isn't there, and no engine would run them instead.
+    """
     try:
         version = Cublas(the_device()).version
     except BackendError:
+        if not has_engines(precision):
+            raise
         return None
     depends = {"shapes": matrix_shapes(spec), "precision": precision, "cublas": version}
     path = directory / f"products-{_digest(b'', depends)}.json"

@@ -47,7 +47,7 @@ class DraftModel(OpenedModel):
             model.device, layer.spec, layer.weights, plans, layer.rotary, layer.files, beside=model
         )
         self.depths = layer.depths
-        if self.precision == "fp16":
+        if self.precision != "fp32":
             room = self.device.multiprocessors, self.device.shared_bytes
             self._most_tiled = most_tokens(_shapes(layer), *room)
         self._tokens, self._vocab_size = layer.tokens, layer.vocab_size

@@ -17,8 +17,11 @@ from ojfa_export.backends.cuda.kernels import (
     pointer,
 )
 from ojfa_export.backends.cuda.mailbox import HeadArguments
+from ojfa_export.backends.tensorrt.after import cap_logits
+from ojfa_export.backends.tensorrt.gemm import GemmProducts
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
 from ojfa_export.backends.tensorrt.opened import OpenedModel
+from ojfa_export.backends.tensorrt.products import Products
 from ojfa_export.backends.tensorrt.workspace import Workspace
 
 # Rows of logits that are on the device at once.
@@ -161,6 +164,7 @@ class FinalHead(ByLogits):
         products = self._model.products(len(hidden))
         if products:
             products.norm_linear(logits, hidden, self._norm, self._matrix, None)
+            cap_logits(self._chooser.kernels, logits, self._model.spec.logit_softcap)
         else:
             _run_engine(self._model, "final_head", hidden, logits)
 
@@ -176,6 +180,7 @@ class ExitHead(ByLogits):
         self._model, self._chooser = model, model.chooser
         weights = model.plan("exit_head").weights
         self._kernels: tuple[LinearKernels, LinearKernels] | None = None
+        self._gemms: tuple[GemmProducts | None, GemmProducts | None] = (None, None)
         self.is_small = False
         if not model.decode_kernels or not set(weights) <= FOLDED:
             return
@@ -183,7 +188,7 @@ class ExitHead(ByLogits):
         # Copies with whole 16-byte rows: two or three megabytes for a model of 7B.
         self._project = model.store.padded(project, turned=True)
         self._vocabulary = model.store.padded(vocabulary, turned=False)
-        self._z = model.arrays.lasting((MOST_TOKENS, project.shape[1]), np.float32)
+        self._z = model.arrays.lasting((HEAD_ROWS, project.shape[1]), np.float32)
         small = model.weights("exit_head")
         self._project_bias = small["project.bias"]
         self._bias = small.get("vocabulary.bias")
@@ -192,6 +197,7 @@ class ExitHead(ByLogits):
             model.linear(project.precision),
             model.linear(vocabulary.precision),
         )
+        self._gemms = (model.gemm(project.precision), model.gemm(vocabulary.precision))
         self._rank = project.shape[1]
         parts = (model.device.multiprocessors, MOST_TOKENS, CHECK_RANK)
         self._z_parts = model.arrays.lasting(parts, np.uint64)
@@ -201,18 +207,29 @@ class ExitHead(ByLogits):
             self._rank <= CHECK_RANK
             and project.precision == "fp32"
             and vocabulary.precision == model.precision
+            and model.spec.logit_softcap is None  # its kernel caps nothing
         )
 
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
-        """See `Head`."""
-        rows = len(hidden)
-        if self._kernels is None or rows > MOST_TOKENS or not self._model.decode_kernels:
+        """See `Head`; at most HEAD_ROWS rows."""
+        products = self._products(len(hidden))
+        if products is None:
             _run_engine(self._model, "exit_head", hidden, logits)
             return
-        first, second = self._kernels
-        z = self._z[:rows]
+        first, second = products
+        z = self._z[: len(hidden)]
         first.linear(z, None, hidden, self._project, self._project_bias)
         second.norm_linear(logits, z, self._norm, self._vocabulary, self._bias)
+        cap_logits(self._chooser.kernels, logits, self._model.spec.logit_softcap)
+
+    def _products(self, rows: int) -> tuple[Products, Products] | None:
+        """What multiplies with both matrices, for so many rows; None where an engine runs."""
+        if rows <= MOST_TOKENS and self._model.decode_kernels:
+            return self._kernels
+        first, second = self._gemms
+        if self._model.has_engines or first is None or second is None:
+            return None
+        return first, second
 
     def choose(
         self,

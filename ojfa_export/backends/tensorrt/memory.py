@@ -106,7 +106,8 @@ class Room:
         qkv = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
         up = spec.intermediate_size * (2 if spec.gated else 1)
         rest = spec.heads * spec.head_dim + spec.intermediate_size + up + spec.hidden_size
-        each = 4 * (2 * spec.hidden_size + qkv) + self._element * rest
+        states = 3 if spec.norms_are("after") else 2
+        each = 4 * (states * spec.hidden_size + qkv) + self._element * rest
         # What is embedded and the results of pieces hold every token.
         return PASS_TOKENS * each + 3 * 4 * tokens * spec.hidden_size
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+
+import numpy as np
 
 from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device
@@ -136,8 +139,12 @@ class NarrowKernels(TiledKernels):
 
 
 def on_tensor_cores(
-    device: Device, arrays: DeviceArrays, kernels: Kernels, hidden_size: int
+    device: Device,
+    arrays: DeviceArrays,
+    kernels: Kernels,
+    dtype: np.dtype[Any],
+    hidden_size: int,
 ) -> TiledKernels:
     """The kernels for a few tokens of a model; see `TiledKernels`."""
     kind = NarrowKernels if hidden_size <= SMALL_WIDTH else TiledKernels
-    return kind(device, arrays, kernels, hidden_size)
+    return kind(device, arrays, kernels, dtype, hidden_size)

@@ -10,6 +10,7 @@ from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.choosing import Chooser
 from ojfa_export.backends.cuda.cublas import Cublas
 from ojfa_export.backends.cuda.device import Device
+from ojfa_export.backends.cuda.failures import NO_CUBLAS
 from ojfa_export.backends.cuda.kernels import Kernels
 from ojfa_export.backends.cuda.mailbox import Mailbox
 from ojfa_export.backends.tensorrt.algorithms import Choices, ChosenAlgorithms
@@ -18,7 +19,13 @@ from ojfa_export.backends.tensorrt.gemm import GemmProducts
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, SMALL_WIDTH, LinearKernels
 from ojfa_export.backends.tensorrt.memory import Request, Room
 from ojfa_export.backends.tensorrt.narrow import on_tensor_cores
-from ojfa_export.backends.tensorrt.plan import PASS_TOKENS, PREFILL_TOKENS, GraphPlan, read_plan
+from ojfa_export.backends.tensorrt.plan import (
+    PASS_TOKENS,
+    PREFILL_TOKENS,
+    GraphPlan,
+    has_engines,
+    read_plan,
+)
 from ojfa_export.backends.tensorrt.products import Products
 from ojfa_export.backends.tensorrt.tiled import matrix_shapes, most_tokens
 from ojfa_export.backends.tensorrt.weights import WeightStore
@@ -47,7 +54,8 @@ class OpenedModel:
         decode_kernels: Whether steps of a few tokens run in CUDA kernels of ours rather than in
             TensorRT's engines (OJFA_DECODE=engines).
         most_linear_tokens: Of a step that runs in matrix-vector kernels: none in a small model of
-            fp16, if tensor cores find room for it.
+            fp16 or bf16, if tensor cores find room for it.
+        has_engines: Whether there are engines of TensorRT.
         pass_tokens: Of a pass that our kernels and cuBLASLt run at once; more run in pieces.
     """
 
@@ -72,6 +80,7 @@ class OpenedModel:
         self._plans = {name: read_plan(path, files) for name, path in engines.items()}
         embed = self._plans["embed"]
         self.precision: Precision = embed.precision
+        self.has_engines = has_engines(self.precision)
         self.kernels: dict[Precision, Kernels] = {
             kind: Kernels(device, files.read(self._directory / file))
             for kind, file in embed.kernels.items()
@@ -88,14 +97,17 @@ class OpenedModel:
         chosen = self.kernels[self.precision]
         self.chooser = Chooser(chosen, self.mailbox, spec.vocab_size)
         self.most_linear_tokens = MOST_TOKENS
-        if self.precision == "fp16" and spec.hidden_size <= SMALL_WIDTH:
+        if self.precision != "fp32" and spec.hidden_size <= SMALL_WIDTH:
             self.most_linear_tokens = 0
         self._tiled, self._most_tiled = None, 0
-        if self.precision == "fp16":
-            self._tiled = on_tensor_cores(device, self.arrays, chosen, spec.hidden_size)
+        if self.precision != "fp32":
+            dtype = DTYPES[self.precision]
+            self._tiled = on_tensor_cores(device, self.arrays, chosen, dtype, spec.hidden_size)
             room = device.multiprocessors, device.shared_bytes
             self._most_tiled = most_tokens(matrix_shapes(spec), *room)
         self._cublas: Cublas | None = beside._cublas if beside else _cublas(device)
+        if not self.has_engines:
+            self._check_no_engine_is_needed()
         if self._cublas is not None and embed.products is not None:
             self._choose_algorithms(self._cublas, self._directory / embed.products)
         self._gemm = self.gemm(self.precision)
@@ -131,6 +143,20 @@ class OpenedModel:
     def linear(self, precision: Precision) -> LinearKernels:
         """The matrix-vector kernels for matrices of a precision."""
         return LinearKernels(self.device, self.kernels[precision], DTYPES[precision].itemsize)
+
+    def _check_no_engine_is_needed(self) -> None:
+        """Refuses what TensorRT's engines would run, where there are none."""
+        if not self.decode_kernels:
+            raise BackendError(
+                f"a model in {self.precision} has no engines of TensorRT, and "
+                f"{DECODE_VARIABLE}=engines is set",
+                hint=f"unset {DECODE_VARIABLE}, or build with --precision fp16",
+            )
+        if self._cublas is None:
+            raise BackendError(
+                f"passes of many tokens need cuBLASLt in {self.precision}, which was not found",
+                hint=NO_CUBLAS,
+            )
 
     def _choose_algorithms(self, cublas: Cublas, path: Path) -> None:
         """Takes the measured ways to make products, if they are of this version of the library."""

@@ -1,9 +1,14 @@
-"""Parts of models that the TensorRT backend has no kernels of."""
+"""Parts of models, and GPUs, that the TensorRT backend has no kernels of."""
 
 from __future__ import annotations
 
+from ojfa_export.backends.tensorrt.plan import has_engines
 from ojfa_export.errors import BackendError
-from ojfa_export.models.spec import ModelSpec
+from ojfa_export.models.spec import ModelSpec, Precision
+
+# Numbers of 16 bits that a kernel loads at once: rows of matrices are whole loads.
+LOADED = 8
+COMPUTE_CAPABILITY = (8, 0)
 
 
 def check_parts(spec: ModelSpec) -> None:
@@ -13,12 +18,10 @@ def check_parts(spec: ModelSpec) -> None:
         BackendError: Naming the part.
     """
     parts = {
-        "norms after attention and MLP": spec.norms_are("after"),
+        "norms after attention and MLP alone": spec.norms == "after",
+        "LayerNorms after attention and MLP": spec.norms == "both" and spec.norm == "layer",
         "attention and MLP side by side": spec.parallel,
         "norms over all heads of queries and of keys": spec.qk_norm == "projection",
-        "sliding windows in some blocks only": bool(spec.windowed),
-        "two sets of rotations": bool(spec.rotated_second),
-        "softcaps": spec.attention_softcap is not None or spec.logit_softcap is not None,
     }
     for part, there in parts.items():
         if there:
@@ -26,3 +29,39 @@ def check_parts(spec: ModelSpec) -> None:
                 f"this model has {part}, which the TensorRT backend doesn't run",
                 hint="build it with '--backend onnxruntime' or '--backend onnxruntime-cuda'",
             )
+
+
+def check_rows(spec: ModelSpec, precision: Precision) -> None:
+    """Refuses models with matrices that kernels can't load, where no engine runs them instead.
+
+    Raises:
+        BackendError: Naming the size.
+    """
+    if has_engines(precision):
+        return
+    sizes = {
+        "a hidden size": spec.hidden_size,
+        "an MLP": spec.intermediate_size,
+        "attention": spec.heads * spec.head_dim,
+    }
+    for what, size in sizes.items():
+        if size % LOADED:
+            raise BackendError(
+                f"this model has {what} of {size} features, which is no multiple of {LOADED}: no "
+                f"kernel runs that in {precision}",
+                hint="build it with '--precision fp16'",
+            )
+
+
+def check_gpu(name: str, compute_capability: tuple[int, int]) -> None:
+    """Refuses a GPU that the kernels don't run on.
+
+    Raises:
+        BackendError: Naming it and what it has.
+    """
+    if compute_capability < COMPUTE_CAPABILITY:
+        needed, here = (".".join(map(str, v)) for v in (COMPUTE_CAPABILITY, compute_capability))
+        raise BackendError(
+            f"the CUDA kernels need compute capability {needed} or later; {name} has {here}",
+            hint="use another GPU, or the backend 'onnxruntime'",
+        )

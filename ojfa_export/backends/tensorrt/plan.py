@@ -11,7 +11,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from ojfa_export.backends.cuda.plan import Part, read
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.errors import BackendError, BundleError
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.spec import BYTES, Precision
 
 # Tokens of one call of an engine: few, as when sequences decode together, and many, as of a
 # prompt; least, best, most. A longer prompt runs in pieces.
@@ -28,6 +28,15 @@ PROFILES = (DECODE_TOKENS, PREFILL_TOKENS)
 
 # What an engine file must agree with; the driver may be newer than the one it was built with.
 DECISIVE = ("tensorrt", "gpu", "compute capability")
+
+
+def has_engines(precision: Precision) -> bool:
+    """Whether a model of this precision has TensorRT's engines beside our kernels and cuBLASLt.
+
+    None in bf16: TensorRT has it from version 10 on only, and what kernels and cuBLASLt run
+    together is all there is to run.
+    """
+    return precision != "bf16"
 
 
 def check_built_for(built_with: Mapping[str, str], here: Mapping[str, str]) -> None:
@@ -80,7 +89,7 @@ class Weight(Part):
     @property
     def nbytes(self) -> int:
         """Its size."""
-        return math.prod(self.shape) * (2 if self.precision == "fp16" else 4)
+        return math.prod(self.shape) * BYTES[self.precision]
 
 
 class GraphPlan(Part):
@@ -88,7 +97,8 @@ class GraphPlan(Part):
 
     Attributes:
         precision: Of matrix products and of the cache.
-        engines: Engine files, in this file's directory, by part: "qkv" and "mlp" of a block.
+        engines: Engine files, in this file's directory, by part: "qkv" and "mlp" of a block; none
+            in bf16.
         kernels: Files of compiled CUDA kernels by precision, in this file's directory.
         interface: What parameters those kernels have.
         products: File of measured ways to make products (`algorithms.py`), in this file's

@@ -10,6 +10,7 @@ from ojfa_export.backends.tensorrt.cache import KvCache
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.backends.tensorrt.workspace import Workspace
 from ojfa_export.decoding.arrays import Float32
+from ojfa_export.models.bfloat16 import widened
 
 
 def trace_block(engines: TensorRtEngines, index: int, hidden: Float32) -> dict[str, Float32]:
@@ -30,6 +31,6 @@ def trace_block(engines: TensorRtEngines, index: int, hidden: Float32) -> dict[s
         "attention.mixed": workspace.mixed,
         "hidden": workspace.hidden[1 - index % 2],
     }
-    result = {name: np.asarray(array).astype(np.float32) for name, array in found.items()}
+    result = {name: widened(np.asarray(array)) for name, array in found.items()}
     block.unload()
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -23,22 +24,28 @@ SUMS_BYTES = 4 * (TILE + 4)
 
 
 class TiledKernels:
-    """Products in fp16 with matrices [outputs, columns], columns a multiple of 8.
+    """Products in fp16 or bf16 with matrices [outputs, columns], columns a multiple of 8.
 
     As `LinearKernels`, for as many tokens as `most_tokens` says of the model and the device.
 
     Args:
         device: Where they run.
         arrays: Makes arrays there.
-        kernels: Compiled for fp16.
+        kernels: Compiled for that precision.
+        dtype: Of that precision.
         columns: Of the matrices that multiply what is normalised.
     """
 
     def __init__(
-        self, device: Device, arrays: DeviceArrays, kernels: Kernels, columns: int
+        self,
+        device: Device,
+        arrays: DeviceArrays,
+        kernels: Kernels,
+        dtype: np.dtype[Any],
+        columns: int,
     ) -> None:
         self._device, self._kernels = device, kernels
-        self._normed = arrays.lasting((MOST_TILED_TOKENS, columns), np.float16)
+        self._normed = arrays.lasting((MOST_TILED_TOKENS, columns), dtype)
 
     def norm_linear(
         self,

@@ -32,6 +32,7 @@ class Buffers:
         qkv: [tokens, (heads + 2 kv_heads) head_dim] fp32.
         mixed: [tokens, heads * head_dim], what attention gives.
         inner: [tokens, intermediate size], of the MLP.
+        product: [tokens, H] fp32, of a product whose norm comes before the sum; None without.
     """
 
     def __init__(self, model: OpenedModel, tokens: int, *, lasting: bool) -> None:
@@ -42,6 +43,8 @@ class Buffers:
         self.qkv = new((tokens, width), np.float32)
         self.mixed = new((tokens, spec.heads * spec.head_dim), dtype)
         self.inner = new((tokens, spec.intermediate_size), dtype)
+        normed = spec.norms_are("after")
+        self.product = new((tokens, spec.hidden_size), np.float32) if normed else None
 
 
 class Workspace:
@@ -59,6 +62,7 @@ class Workspace:
         qkv: See `Buffers`.
         mixed: See `Buffers`.
         inner: See `Buffers`.
+        product: See `Buffers`.
         positions: Address of the tokens' positions.
         sequences: Address of the slots of the tokens.
         launches: Which of the tokens attend together.
@@ -72,6 +76,7 @@ class Workspace:
         self.hidden = tuple(each[:tokens] for each in buffers.hidden)
         self.qkv, self.mixed = buffers.qkv[:tokens], buffers.mixed[:tokens]
         self.inner = buffers.inner[:tokens]
+        self.product = None if buffers.product is None else buffers.product[:tokens]
         # Positions, slots, and two lists of chunks: together at most four times as many as tokens,
         # by rounding, with two numbers each.
         self._places = arrays.empty((10, tokens), np.int32)

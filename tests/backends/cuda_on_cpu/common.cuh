@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "element.cuh"
+
 #define __global__
 #define __device__
 #define __forceinline__ inline
@@ -23,17 +25,6 @@
 #define __launch_bounds__(...)
 using std::max;
 using std::min;
-
-#if HALF
-typedef _Float16 Half;
-typedef Half Element;
-inline float to_float(Half x) { return static_cast<float>(x); }
-inline void store(Half* at, float x) { *at = static_cast<Half>(x); }
-#else
-typedef float Element;
-#endif
-inline float to_float(float x) { return x; }
-inline void store(float* at, float x) { *at = x; }
 
 constexpr int WIDE = 16 / sizeof(Element);
 constexpr int LANES = 32;
@@ -219,12 +210,6 @@ inline unsigned atomicInc(unsigned* at, unsigned limit) {
     return old;
 }
 
-template <class To, class From>
-To bits_as(From x) {
-    To y;
-    std::memcpy(&y, &x, sizeof(y));
-    return y;
-}
 inline unsigned __float_as_uint(float x) { return bits_as<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return bits_as<float>(x); }
 inline float __int_as_float(int x) { return bits_as<float>(x); }

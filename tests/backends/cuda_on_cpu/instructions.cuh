@@ -1,4 +1,4 @@
-// What engines/kernels/instructions.cuh has in assembly, by its description in the PTX manual.
+// What engines/kernels/instructions.cuh and element.cuh have in assembly, by its description in the PTX manual.
 #pragma once
 #include "common.cuh"
 
@@ -30,7 +30,11 @@ inline float power_of_2(float x) { return std::exp2(x); }
 
 #if HALF
 inline unsigned pack(float low, float high) {
-    const auto bits = [](float x) { return bits_as<std::uint16_t>(static_cast<Half>(x)); };
+    const auto bits = [](float x) {
+        Element rounded;
+        store(&rounded, x);
+        return bits_as<std::uint16_t>(rounded);
+    };
     return bits(low) | static_cast<unsigned>(bits(high)) << 16;
 }
 
@@ -91,7 +95,7 @@ inline float* lane_values(int lane) {
 inline void multiply_half(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     float* own = lane_values(threadIdx.x % LANES);
     const auto unpack = [](unsigned word, int i) {
-        return to_float(bits_as<Half>(static_cast<std::uint16_t>(word >> 16 * i)));
+        return to_float(bits_as<Element>(static_cast<std::uint16_t>(word >> 16 * i)));
     };
     for (int i = 0; i < 8; ++i) own[i] = unpack(a[i / 2], i % 2);
     for (int i = 0; i < 4; ++i) own[8 + i] = unpack(b[i / 2], i % 2);

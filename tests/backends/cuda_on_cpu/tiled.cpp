@@ -17,6 +17,8 @@ extern "C" int run_kernel(const char* name, const unsigned* grid, unsigned threa
     else if (is("norm_narrow_linear_16")) launch(norm_narrow_linear_16, grid, threads, arguments, shared_bytes);
     else if (is("norm_narrow_up_8")) launch(norm_narrow_up_8, grid, threads, arguments, shared_bytes);
     else if (is("norm_narrow_up_16")) launch(norm_narrow_up_16, grid, threads, arguments, shared_bytes);
+    else if (is("add_normed")) launch(add_normed, grid, threads, arguments, shared_bytes);
+    else if (is("cap_logits")) launch(cap_logits, grid, threads, arguments, shared_bytes);
     else if (is("activate_products")) launch(activate_products, grid, threads, arguments, shared_bytes);
     else return 1;
     return overrun(shared_bytes) ? 2 : 0;

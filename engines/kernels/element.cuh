@@ -1,0 +1,62 @@
+// The number that matrices and the cache are stored as: float, or one of 16 bits that tensor cores multiply.
+// What is different between those two stands here: conversions, and the product of tiles.
+//
+// No header of the CUDA toolkit is needed.
+#pragma once
+
+struct Half {
+    unsigned short bits;
+};
+struct Bfloat {
+    unsigned short bits;  // the upper half of a float
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(Half x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+// By a move: of shifted whole numbers the compiler widens all that is loaded at once, more than registers hold.
+__device__ __forceinline__ float to_float(Bfloat x) {
+    float y;
+    asm("mov.b32 %0, {%1, %2};" : "=f"(y) : "h"(static_cast<unsigned short>(0)), "h"(x.bits));
+    return y;
+}
+
+// Rounds to the nearest, to even where two are as near.
+__device__ __forceinline__ void store(float* at, float x) { *at = x; }
+__device__ __forceinline__ void store(Half* at, float x) {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(at->bits) : "f"(x));
+}
+__device__ __forceinline__ void store(Bfloat* at, float x) {
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(at->bits) : "f"(x));
+}
+
+#if BFLOAT
+typedef Bfloat Element;
+#define PACK "cvt.rn.bf16x2.f32"
+#define MULTIPLY "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#elif HALF
+typedef Half Element;
+#define PACK "cvt.rn.f16x2.f32"
+#define MULTIPLY "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#else
+typedef float Element;
+#endif
+
+#if HALF
+// Two numbers rounded to elements, the first in the lower half.
+__device__ __forceinline__ unsigned pack(float low, float high) {
+    unsigned words;
+    asm(PACK " %0, %1, %2;" : "=r"(words) : "f"(high), "f"(low));
+    return words;
+}
+
+// sums [16, 8] += a [16, 16] b [16, 8], a and b elements.
+__device__ __forceinline__ void multiply_half(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm(MULTIPLY " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#endif

@@ -1,0 +1,30 @@
+"""What kernels are compiled for by precision, and the arrays that they are given then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ojfa_export.models.spec import Precision
+
+DTYPES: dict[Precision, Any] = {
+    "fp32": np.float32,
+    "fp16": np.float16,
+    "bf16": ml_dtypes.bfloat16,
+}
+
+
+def split_precision(name: str) -> tuple[str, Precision]:
+    """Of a case's name: what comes before its precision, and that; fp32 where it names none."""
+    variant, _, last = name.rpartition("-")
+    for precision in DTYPES:
+        if last == precision:
+            return variant, precision
+    return name, "fp32"
+
+
+def macros(precision: Precision) -> dict[str, int]:
+    """As `backends.cuda.sources.definitions` has them."""
+    return {"HALF": int(precision != "fp32"), "BFLOAT": int(precision == "bf16")}
