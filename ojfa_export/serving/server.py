@@ -7,7 +7,8 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 import uvicorn
 
@@ -79,10 +80,23 @@ def serve(
     """
     catalogue = Catalogue()
     try:
-        asyncio.run(_serve(listening, loaders, settings, catalogue, on_ready))
+        _run(_serve(listening, loaders, settings, catalogue, on_ready))
     finally:
         catalogue.close()
         listening.close()
+
+
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    """As `asyncio.run`, in the loop that uvicorn chooses: uvloop, where it is installed."""
+    factory = uvicorn.Config(app="", log_config=None).get_loop_factory()
+    loop = asyncio.new_event_loop() if factory is None else factory()
+    try:
+        asyncio.set_event_loop(loop)
+        loop.run_until_complete(main)
+        loop.run_until_complete(loop.shutdown_default_executor())
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
 
 
 async def _serve(
