@@ -17,7 +17,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # Looked at by machines that have no key.
-_OPEN = {"/", "/health", "/metrics", "/version", "/openapi.json"}
+_OPEN = {"/health", "/metrics", "/version", "/openapi.json"}
 _QUIET = {"/health", "/metrics"}
 
 
@@ -58,9 +58,7 @@ class Front:
 
         self.open += 1
         try:
-            if path in _OPEN or path.startswith("/page/") or self._keys.accept(
-                headers.get(b"authorization")
-            ):
+            if path in _OPEN or self._keys.accept(headers.get(b"authorization")):
                 await self._app(scope, receive, marked)
             else:
                 await _no_key().response()(scope, receive, marked)
