@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -122,7 +123,7 @@ def by_http(port: int, ids: list[int], tokens: int) -> Timed:
         raise RuntimeError(answer.read().decode())
     times, used = [], 0
     while line := answer.readline():
-        if line.startswith(b'data: {'):
+        if line.startswith(b"data: {"):
             if b'"choices": []' in line:
                 used = json.loads(line[6:])["usage"]["completion_tokens"]
             else:
@@ -192,12 +193,12 @@ def measure(model: Model, bundle: Path, rounds: int, tokens: int = TOKENS) -> Sa
                 some = [[first, *ids[1:]] for ids in prompts]
                 runs: dict[str, tuple[Callable[[], int], Callable[[], Timed]]] = {
                     "engine": (
-                        lambda some=some: engine_together(engine, some, tokens),
-                        lambda some=some: by_engine(engine, some[0], tokens),
+                        partial(engine_together, engine, some, tokens),
+                        partial(by_engine, engine, some[0], tokens),
                     ),
                     "http": (
-                        lambda some=some: http_together(server.port, some, tokens),
-                        lambda some=some: by_http(server.port, [0, *some[0]], tokens),
+                        partial(http_together, server.port, some, tokens),
+                        partial(by_http, server.port, [0, *some[0]], tokens),
                     ),
                 }
                 for name, (together, one) in runs.items():

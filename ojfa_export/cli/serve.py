@@ -154,6 +154,4 @@ def _check_there(bundles: tuple[Path, ...]) -> None:
     """Whoever misspells a name shall not wait for the bundles before it."""
     for bundle in bundles:
         if not bundle.is_dir():
-            raise UsageError(
-                f"there is no bundle {bundle}", hint="'ojfa-export build' makes one"
-            )
+            raise UsageError(f"there is no bundle {bundle}", hint="'ojfa-export build' makes one")

@@ -187,6 +187,6 @@ def _biases(body: Generating) -> dict[int, float]:
     biases = {}
     for name, value in (body.logit_bias or {}).items():
         if not name.isascii() or not name.isdecimal() or len(name) > 10:
-            raise refused("logit_bias", "its names are token ids, such as \"42\"")
+            raise refused("logit_bias", 'its names are token ids, such as "42"')
         biases[int(name)] = value
     return biases

@@ -146,9 +146,7 @@ class Handlers:
         else:
             facts["ended"] = "client left" if stream.gone else "failed"
 
-    def _ended(
-        self, running: Running, results: list[RequestResult], facts: dict[str, Any]
-    ) -> None:
+    def _ended(self, running: Running, results: list[RequestResult], facts: dict[str, Any]) -> None:
         """Takes what is to be known of requests that have ended."""
         running.watch(results)
         latencies = self._metrics.latencies(running.served.name)
@@ -214,5 +212,3 @@ def _too_large(most: int) -> HttpError:
         code="body_too_large",
         headers={"Connection": "close"},
     )
-
-

@@ -60,7 +60,7 @@ class Metrics:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Engines(catalogue))  # type: ignore[arg-type]
+        self._registry.register(_Engines(catalogue))
         self._first = self._histogram(
             "time_to_first_token_seconds", "From the request to its first token.", _SECONDS
         )
@@ -94,9 +94,7 @@ class Metrics:
         return generate_latest(self._registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(
-            f"ojfa:{name}", text, (_LABEL,), registry=self._registry, buckets=buckets
-        )
+        return Histogram(f"ojfa:{name}", text, (_LABEL,), registry=self._registry, buckets=buckets)
 
 
 class _Engines:

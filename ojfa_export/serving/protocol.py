@@ -1,4 +1,4 @@
-"""What clients send. Fields that change nothing here are passed over; others are refused by name."""
+"""What clients send: fields that change nothing are passed over, others refused by name."""
 
 from __future__ import annotations
 
@@ -190,17 +190,25 @@ def _check_combinations(body: Generating) -> None:
     if body.speculate and body.exit not in (None, "full"):
         raise refused("speculate", "it gives the tokens of full depth; leave out exit")
     if isinstance(body, CompletionRequest):
-        if len(body.prompts()) * (body.n or 1) > MOST_CHOICES:
-            raise refused("n", f"prompts times n may be {MOST_CHOICES} at most")
-        if body.echo and body.logprobs is not None:
-            raise refused("echo", "log probabilities of prompts are not given")
+        _check_completion(body)
     if isinstance(body, ChatRequest):
-        if body.top_logprobs is not None and not body.logprobs:
-            raise refused("top_logprobs", "only where logprobs is true")
-        for name, value in (body.chat_template_kwargs or {}).items():
-            if name not in _TEMPLATE_SWITCHES or not isinstance(value, bool):
-                known = ", ".join(sorted(_TEMPLATE_SWITCHES))
-                raise refused("chat_template_kwargs", f"only true or false of {known}")
+        _check_chat(body)
+
+
+def _check_completion(body: CompletionRequest) -> None:
+    if len(body.prompts()) * (body.n or 1) > MOST_CHOICES:
+        raise refused("n", f"prompts times n may be {MOST_CHOICES} at most")
+    if body.echo and body.logprobs is not None:
+        raise refused("echo", "log probabilities of prompts are not given")
+
+
+def _check_chat(body: ChatRequest) -> None:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise refused("top_logprobs", "only where logprobs is true")
+    for name, value in (body.chat_template_kwargs or {}).items():
+        if name not in _TEMPLATE_SWITCHES or not isinstance(value, bool):
+            known = ", ".join(sorted(_TEMPLATE_SWITCHES))
+            raise refused("chat_template_kwargs", f"only true or false of {known}")
 
 
 def _same(value: Any, other: Any) -> bool:

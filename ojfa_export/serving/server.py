@@ -7,7 +7,7 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import uvicorn
@@ -60,7 +60,7 @@ class _Uvicorn(uvicorn.Server):
 
 def serve(
     listening: socket.socket,
-    loaders: list[Callable[[], Served]],
+    loaders: Sequence[Callable[[], Served]],
     settings: Settings,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
@@ -101,7 +101,7 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
 
 async def _serve(
     listening: socket.socket,
-    loaders: list[Callable[[], Served]],
+    loaders: Sequence[Callable[[], Served]],
     settings: Settings,
     catalogue: Catalogue,
     on_ready: Callable[[], None],
@@ -140,7 +140,7 @@ async def _serve(
 
 
 async def _load(
-    loaders: list[Callable[[], Served]], catalogue: Catalogue, on_ready: Callable[[], None]
+    loaders: Sequence[Callable[[], Served]], catalogue: Catalogue, on_ready: Callable[[], None]
 ) -> None:
     """Opens all bundles, each in a thread, one after the other."""
     for load in loaders:

@@ -287,4 +287,4 @@ def test_metrics_have_the_names_that_dashboards_ask_for(client):
         "inter_token_latency_seconds_bucket", "e2e_request_latency_seconds_bucket",
         "request_success_total", "tokens_by_blocks_total",
     ):  # fmt: skip
-        assert f'ojfa:{name}{{' in text, name
+        assert f"ojfa:{name}{{" in text, name
