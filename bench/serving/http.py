@@ -152,18 +152,20 @@ class Started:
     Args:
         bundle: What it serves.
         slots: Of its engine.
+        options: More of the command's.
     """
 
-    def __init__(self, bundle: Path, slots: int) -> None:
+    def __init__(self, bundle: Path, slots: int, *options: str) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "ojfa_export", "serve", str(bundle), "--port", "0",
-             "--max-sequences", str(slots), "-q"],
+             "--max-sequences", str(slots), "-q", *options],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if ":" not in line:
             raise RuntimeError("the server did not start")
+        self.pid = self._process.pid
         self.port = int(line.rsplit(":", 1)[1])
         while not self._is_ready():
             time.sleep(0.05)
@@ -175,10 +177,10 @@ class Started:
         connection.close()
         return ready
 
-    def stop(self) -> None:
-        """Ends it."""
+    def stop(self) -> int:
+        """Ends it; gives its exit status."""
         self._process.terminate()
-        self._process.wait(60)
+        return self._process.wait(60)
 
 
 def measure(model: Model, bundle: Path, rounds: int, tokens: int = TOKENS) -> Samples:
