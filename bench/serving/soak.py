@@ -11,11 +11,10 @@ import argparse
 import asyncio
 import json
 import random
+import resource
 import sys
 from collections import Counter
 from pathlib import Path
-
-import psutil
 
 import ojfa_export
 from bench.serving.http import Started, prompts_of
@@ -48,11 +47,11 @@ class Soak:
 
     async def run(self, requests: int) -> None:
         """Sends so many, burst by burst."""
-        process = psutil.Process(self.server.pid)
+        usage = Path(f"/proc/{self.server.pid}/statm")
         for _ in range(0, requests, BURST):
             ways = [self._random.choice(("good", "good", "leaves", "bad")) for _ in range(BURST)]
             await asyncio.gather(*(self._one(way) for way in ways))
-            self.memory.append(process.memory_info().rss)
+            self.memory.append(int(usage.read_text().split()[1]) * resource.getpagesize())
 
     async def _one(self, way: str) -> None:
         which = self._random.randrange(len(self._prompts))
