@@ -6,7 +6,7 @@ CONSTRAINTS := constraints.txt
 DEMO := calibration/demo/checkpoint
 BUNDLE := demo.ojfa
 
-.PHONY: demo test slow coverage engines lint bench clean
+.PHONY: demo serve test slow coverage engines lint bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/python.stamp:
@@ -21,11 +21,21 @@ $(VENV)/demo.stamp: $(VENV)/python.stamp $(CONSTRAINTS) pyproject.toml
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[build,verify,test,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[build,verify,serve,test,bench]'
 	@touch $@
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m calibration.demo.show --checkpoint $(DEMO) --bundle $(BUNDLE)
+
+$(VENV)/serve.stamp: $(VENV)/demo.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[build,verify,serve]'
+	@touch $@
+
+$(BUNDLE): $(VENV)/demo.stamp
+	$(BIN)/ojfa-export build $(DEMO) -o $@ --rank 96
+
+serve: $(VENV)/serve.stamp $(BUNDLE)
+	$(BIN)/ojfa-export serve $(BUNDLE)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

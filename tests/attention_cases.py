@@ -9,7 +9,7 @@ from elements import DTYPES, macros
 from tolerances import ATTENTION_BF16_RELATIVE, ATTENTION_FP16_RELATIVE, ATTENTION_FP32_RELATIVE
 
 from ojfa_export.backends.tensorrt.attention import PAGE, Geometry, Operands
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.precision import Precision
 
 
 @dataclass(frozen=True)

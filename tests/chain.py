@@ -20,7 +20,8 @@ from ojfa_export.graphs.export import Exporter
 from ojfa_export.graphs.fold import fold_if_narrow
 from ojfa_export.graphs.quantised import Quantiser
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.session import Session
 from ojfa_export.verify.checks import Parts, language_head
 

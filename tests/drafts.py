@@ -18,7 +18,8 @@ from ojfa_export.bundle.draft_shortcut import DraftShortcut, rotations
 from ojfa_export.bundle.names import DRAFT_GRAPHS
 from ojfa_export.decoding.head_output import HeadRequest, HostHeadOutput
 from ojfa_export.graphs.export import Exporter
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 
 
 def random_draft(

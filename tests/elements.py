@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.precision import Precision
 
 DTYPES: dict[Precision, Any] = {
     "fp32": np.float32,

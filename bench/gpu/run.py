@@ -16,7 +16,7 @@ from bench.gpu.shapes import PRECISION, SHAPES
 from bench.gpu.steps import ROUNDS, WARMUP
 from ojfa_export.backends.backend import Backend
 from ojfa_export.backends.cuda.device import Device, the_device
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.precision import Precision
 from ojfa_export.system.atomic import write_atomically
 
 MeasureShape = Callable[[Device, str, Path, argparse.Namespace], dict[str, Any]]

@@ -25,7 +25,8 @@ from ojfa_export.graphs.export import Exporter
 from ojfa_export.graphs.heads import exit_head_graph, final_head_graph
 from ojfa_export.graphs.weights import TensorRef, WeightFile
 from ojfa_export.models.families.rotary import Rotary
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 
 PRECISION: Precision = "fp16"
 # Enough numbers that no cache sees a pattern, few enough to be drawn in a second.

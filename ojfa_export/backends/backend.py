@@ -14,7 +14,8 @@ from ojfa_export.backends.passes import Chunk, Newest, Pass
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.decoding.arrays import Float32, Hidden, Tokens
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 
 
 class Executor(Protocol):

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from ojfa_export.backends.backend import Backend
 from ojfa_export.errors import BackendError
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.precision import Precision
 
 
 @runtime_checkable

@@ -29,7 +29,8 @@ from ojfa_export.decoding.default import Default
 from ojfa_export.decoding.generation_defaults import NO_DEFAULTS, GenerationDefaults
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.errors import BundleError, UsageError
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.system.files import read_regular
 
 FORMAT = "ojfa-bundle"

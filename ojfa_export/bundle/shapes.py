@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from ojfa_export.bundle.manifest import DraftEntry, Manifest
 from ojfa_export.bundle.names import DRAFT_GRAPHS, OF_EXITS
 from ojfa_export.bundle.weight_format import BLOCK_MATRICES, WeightFormat
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 
 # By name: data type and shape.
 Ports = Mapping[str, tuple[str, tuple[int | str, ...]]]

@@ -27,6 +27,7 @@ COMMANDS = (
     "verify",
     "run",
     "chat",
+    "serve",
     "plan",
     "monitor",
     "bench",

@@ -10,7 +10,8 @@ import numpy as np
 from ojfa_export.backends.backend import Engines
 from ojfa_export.bundle.manifest import Golden
 from ojfa_export.decoding.arrays import Float32, Int32
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.session import Session
 
 PROMPT_TOKENS = 16

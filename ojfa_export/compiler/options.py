@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from ojfa_export.bundle.promise import DEFAULT_CONFIDENCE, Limits, check_limits
 from ojfa_export.bundle.weight_format import GROUP_SIZES, Quantised
 from ojfa_export.errors import UsageError
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.precision import Precision
 from ojfa_export.shortcuts.kinds import SHIPPED, Shipped
 from ojfa_export.system.arguments import flag, listed, real_number, text, whole_number, wrong
 

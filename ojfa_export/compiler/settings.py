@@ -16,7 +16,8 @@ from ojfa_export.bundle.weight_format import (
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.errors import UsageError
 from ojfa_export.models.families.rotary import Rotary
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.system.files import read_regular
 
 if sys.version_info >= (3, 11):

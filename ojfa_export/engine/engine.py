@@ -22,6 +22,7 @@ from ojfa_export.engine.running import NO_SLOT, Running
 from ojfa_export.engine.scheduler import Scheduler, Work
 from ojfa_export.engine.slots import Slots
 from ojfa_export.engine.stats import Counts, EngineStats
+from ojfa_export.engine.wakes import Wakes
 from ojfa_export.engine.warm_up import WarmUp, record_kinds
 from ojfa_export.errors import BackendError, OjfaError, OverloadedError, UsageError
 from ojfa_export.runtime.model import Model
@@ -81,6 +82,7 @@ class Engine:
         self._max_length = model.manifest.cache.max_length
         spec, engines, length = model.spec, model.engines, self._max_length + 1
         self._size = CacheSize.of(spec, engines, self.max_sequences, length, kv_cache_bytes)
+        self.wakes = Wakes()  # of its requests' readers
         self._costs = PassCosts(engines.pass_sizes if isinstance(engines, PagedCache) else None)
         self._counts = Counts()
         self._begin()
@@ -334,25 +336,27 @@ class Engine:
         heads, row = launched.heads, 0
         if heads is None:
             return
-        for each, step in zip(launched.running, launched.steps, strict=True):
-            if step is None:
-                continue
-            if not each.over:
-                self._hand_on(each, StepOutput(heads, row, step))
-            row += step.rows
-        if not self._launcher.goes_ahead:
-            self._tell()
+        with self.wakes.held():
+            for each, step in zip(launched.running, launched.steps, strict=True):
+                if step is None:
+                    continue
+                if not each.over:
+                    self._hand_on(each, StepOutput(heads, row, step))
+                row += step.rows
+            if not self._launcher.goes_ahead:
+                self._tell()
 
     def _tell(self) -> None:
         """Tells requests of their new tokens: with a device to drive, while it is busy."""
         untold, self._untold = self._untold, []
-        for each in untold:
-            try:
-                each.tell()
-            except OjfaError as error:  # the request's own
-                self._fail(each, error)
-            except Exception as error:  # nobody waits for ever, whatever it is
-                self._fail(each, OjfaError(f"no text could be made of its tokens: {error!r}"))
+        with self.wakes.held():
+            for each in untold:
+                try:
+                    each.tell()
+                except OjfaError as error:  # the request's own
+                    self._fail(each, error)
+                except Exception as error:  # nobody waits for ever, whatever it is
+                    self._fail(each, OjfaError(f"no text could be made of its tokens: {error!r}"))
 
     def _fail(self, each: Running, error: OjfaError) -> None:
         each.fail(error)

@@ -7,13 +7,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from ojfa_export.decoding.logits import TokenLogprobs
 from ojfa_export.decoding.options import GenerationOptions
+from ojfa_export.engine.wakes import Wakes
 from ojfa_export.errors import OjfaError
 from ojfa_export.system.arguments import real_number
 
@@ -89,9 +89,9 @@ class RequestResult:
 class _Change(threading.Condition):
     """Something that threads and asyncio tasks wait for; telling nobody costs next to nothing."""
 
-    def __init__(self, lock: threading.RLock) -> None:
+    def __init__(self, lock: threading.RLock, wakes: Wakes) -> None:
         super().__init__(lock)
-        self._threads = 0
+        self._threads, self._wakes = 0, wakes
         self._events: deque[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = deque()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -113,13 +113,13 @@ class _Change(threading.Condition):
         if self._threads:
             self.notify_all()
         while self._events:
-            loop, event = self._events.popleft()
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(event.set)
+            self._wakes.wake(*self._events.popleft())
 
 
 class Cancels(Protocol):
     """What runs requests; see `engine.engine.Engine`."""
+
+    wakes: Wakes
 
     def cancel(self, request: Request) -> None:
         """Ends a request at the next pass."""
@@ -146,7 +146,8 @@ class Request:
         self._engine = engine
         self._submitted = time.perf_counter()
         self._lock = threading.RLock()
-        self._more, self._over = _Change(self._lock), _Change(self._lock)
+        self._more = _Change(self._lock, engine.wakes)
+        self._over = _Change(self._lock, engine.wakes)
         self._tokens: list[RequestToken] = []
         self._reason: FinishReason | None = None
         self._error: OjfaError | None = None
@@ -211,13 +212,23 @@ class Request:
 
     async def __aiter__(self) -> AsyncIterator[RequestToken]:
         """Tokens as they come; a task that is cancelled here doesn't cancel the request."""
+        async for new in self.arrivals():
+            for token in new:
+                yield token
+
+    async def arrivals(self) -> AsyncIterator[list[RequestToken]]:
+        """Tokens as they come, all together that have come since the last ones were taken.
+
+        Raises:
+            OjfaError: What the request failed with, after its tokens.
+        """
         at = 0
         while True:
             with self._lock:
                 new, done = self._tokens[at:], self.done
                 event = None if new or done else self._more.event()
-            for token in new:
-                yield token
+            if new:
+                yield new
             at += len(new)
             if event is not None:
                 await event.wait()

@@ -15,7 +15,8 @@ from ojfa_export.bundle.weight_format import PACKED, SCALES, ZERO_POINTS, Weight
 from ojfa_export.graphs.graph import FLOAT, INT32, MICROSOFT, Dim, Graph
 from ojfa_export.graphs.quantised import OPERATOR
 from ojfa_export.graphs.weights import DATA_TYPES, TensorRef
-from ojfa_export.models.spec import Activation, ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import Activation, ModelSpec
 
 Weights = Mapping[str, TensorRef]
 # Score of a key that a query must not see; finite, so that fp16 holds it as well.

@@ -25,7 +25,7 @@ from ojfa_export.graphs.quantised import Quantiser
 from ojfa_export.graphs.weights import TensorRef, WeightFile, references
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.families.tensors import Source
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.precision import Precision
 from ojfa_export.system.atomic import write_atomically
 
 ExitHead = FoldedHead | Shortcut | MlpShortcut

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ojfa_export.errors import CheckpointError
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.precision import Precision
 
 # ONNX Runtime maps external data into memory; whole cache lines keep vector loads aligned.
 ALIGNMENT = 64

@@ -17,9 +17,6 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 NormKind = Literal["rms", "layer"]
 NormPlace = Literal["before", "after", "both"]
 QkNorm = Literal["none", "head", "projection"]
-Precision = Literal["fp32", "fp16", "bf16"]
-# Of a number.
-BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 Softcap = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Fields that came after the first bundles.
 LATER = (

@@ -25,7 +25,8 @@ from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.head import FinalNorm, LanguageHead
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.session import Session
 from ojfa_export.system.progress import Progress, Task

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ojfa_export.errors import VerificationError
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.precision import Precision
 from ojfa_export.verify.check import Check
 from ojfa_export.verify.tolerances import RANGE, TOKENIZER
 

@@ -13,7 +13,7 @@ from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.models.head import FinalNorm
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.precision import Precision
 from ojfa_export.verify.check import Check
 
 # What matrix products are computed in: a precision, or where weights are quantised, with what they

@@ -16,7 +16,7 @@ from kernels_on_cpu import CpuKernels
 from tolerances import BLOCK_BF16_RELATIVE, BLOCK_FP16_RELATIVE
 
 from ojfa_export.backends.cuda.sources import source_directory
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.precision import Precision
 
 SOURCES = (
     *("activation.cuh", "staging.cuh"),

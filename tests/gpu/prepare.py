@@ -38,7 +38,7 @@ from tiny_models import make_checkpoint
 from ojfa_export.bundle.draft_shortcut import rotations
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.precision import Precision
 from ojfa_export.runtime.session import Session
 
 

@@ -9,7 +9,7 @@ import pytest
 from elements import DTYPES, macros
 from tolerances import BLOCK_BF16_RELATIVE, BLOCK_FP16_RELATIVE, BLOCK_FP32_RELATIVE
 
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.precision import Precision
 
 pytestmark = pytest.mark.gpu
 TOLERANCES = {

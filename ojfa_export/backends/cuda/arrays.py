@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ojfa_export.backends.cuda.device import Device, Memory
 from ojfa_export.models.bfloat16 import BFLOAT16
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.precision import Precision
 
 DTYPES: dict[Precision, np.dtype[Any]] = {
     "bf16": BFLOAT16,

@@ -7,7 +7,8 @@ import struct
 from pathlib import Path
 
 from ojfa_export.errors import BackendError
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 
 # In a checkout the sources lie beside the package; a wheel carries them inside.
 PLACES = (

@@ -16,7 +16,8 @@ from ojfa_export.backends.onnxruntime_cuda.plan import NAME
 from ojfa_export.backends.onnxruntime_cuda.provider import check_provider
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.decoding.arrays import Float32
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 
 
 class OnnxRuntimeCuda:

@@ -15,7 +15,8 @@ from ojfa_export.graphs.dialect import Weights
 from ojfa_export.graphs.embed import embed_graph
 from ojfa_export.graphs.heads import final_head_graph, jump_head_graph
 from ojfa_export.graphs.weights import references
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.system.atomic import write_atomically
 
 PRECISIONS: dict[int, Precision] = {

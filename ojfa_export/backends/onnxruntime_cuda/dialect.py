@@ -16,7 +16,8 @@ from ojfa_export.backends.onnxruntime.dialect import OnnxRuntimeDialect
 from ojfa_export.graphs.dialect import MASKED, Weights
 from ojfa_export.graphs.graph import FLOAT, FLOAT16, INT32, INT64, MICROSOFT, Graph, WeightInputs
 from ojfa_export.graphs.weights import TensorRef
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 
 # The last opset in which LayerNormalization may read fp32 and write fp16.
 OPSET = 16

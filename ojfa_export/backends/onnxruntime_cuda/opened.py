@@ -19,7 +19,8 @@ from ojfa_export.backends.onnxruntime_cuda.weights import Weights
 from ojfa_export.backends.rotations import rows_of_sets
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.decoding.arrays import Float32
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 
 # The kernels that are compiled for a model when it is opened.
 SOURCES = ("embed.cu", "choose.cu", "sample.cu")

@@ -9,7 +9,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from ojfa_export.backends.cuda.plan import Part, read
 from ojfa_export.bundle.checked import UNCHECKED, Files
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.precision import Precision
 
 NAME = "onnxruntime-cuda"  # as in --backend
 

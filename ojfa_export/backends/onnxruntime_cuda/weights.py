@@ -9,7 +9,7 @@ from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.onnxruntime_cuda.plan import GraphPlan, Weight
 from ojfa_export.bundle.checked import UNCHECKED, Files
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.precision import Precision
 
 _Key = tuple[str, int, Precision]
 

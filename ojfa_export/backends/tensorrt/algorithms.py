@@ -20,7 +20,8 @@ from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.plan import Part
 from ojfa_export.backends.tensorrt.tiled import matrix_shapes
 from ojfa_export.models.bfloat16 import BFLOAT16, rounded
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 
 # Numbers of tokens that are measured; others do as the next larger one does.
 TOKENS = (32, 64, 128, 256, 512, 1024, 2048)

@@ -18,7 +18,8 @@ from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for, read_p
 from ojfa_export.backends.tensorrt.probe import trace_block
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.decoding.arrays import Float32
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 
 
 class TensorRt:

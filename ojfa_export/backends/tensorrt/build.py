@@ -35,7 +35,8 @@ from ojfa_export.backends.tensorrt.tiled import matrix_shapes
 from ojfa_export.bundle.names import DRAFT_GRAPHS
 from ojfa_export.errors import BackendError
 from ojfa_export.graphs.weights import PRECISIONS, TensorRef, precision_of, references
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.system.atomic import write_atomically
 
 KERNELS = "kernels"

@@ -22,7 +22,8 @@ from ojfa_export.graphs.block import after_attention
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.graph import FLOAT, Graph, WeightInputs
 from ojfa_export.graphs.heads import exit_head_graph, final_head_graph
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 
 
 class TensorRtDialect(Portable):

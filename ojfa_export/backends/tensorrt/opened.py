@@ -32,7 +32,8 @@ from ojfa_export.backends.tensorrt.weights import WeightStore
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.errors import BackendError, BundleError, UsageError
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 
 DECODE_VARIABLE = "OJFA_DECODE"
 

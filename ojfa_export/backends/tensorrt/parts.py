@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ojfa_export.backends.tensorrt.plan import has_engines
 from ojfa_export.errors import BackendError
-from ojfa_export.models.spec import ModelSpec, Precision
+from ojfa_export.models.precision import Precision
+from ojfa_export.models.spec import ModelSpec
 
 # Numbers of 16 bits that a kernel loads at once: rows of matrices are whole loads.
 LOADED = 8

@@ -11,7 +11,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from ojfa_export.backends.cuda.plan import Part, read
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.errors import BackendError, BundleError
-from ojfa_export.models.spec import BYTES, Precision
+from ojfa_export.models.precision import BYTES, Precision
 
 # Tokens of one call of an engine: few, as when sequences decode together, and many, as of a
 # prompt; least, best, most. A longer prompt runs in pieces.

@@ -15,7 +15,7 @@ from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.kernels import Kernels, integer, pointer
 from ojfa_export.backends.tensorrt.plan import GraphPlan, Place, Weight
 from ojfa_export.bundle.checked import UNCHECKED, Files
-from ojfa_export.models.spec import Precision
+from ojfa_export.models.precision import Precision
 
 ROW_BYTES = 16  # of what a kernel loads at once
 

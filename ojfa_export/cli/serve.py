@@ -1,0 +1,157 @@
+"""`ojfa-export serve`."""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ojfa_export import backends
+from ojfa_export.cli.command import command as define
+from ojfa_export.cli.console import Console
+from ojfa_export.cli.exit_option import METAVAR_WITH_AUTO, parse_exit_or_auto
+from ojfa_export.errors import OjfaError, UsageError
+
+if TYPE_CHECKING:
+    from ojfa_export.engine.engine import Engine
+    from ojfa_export.runtime.model import Model
+
+
+@define("serve")
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--host", metavar="ADDRESS", default="127.0.0.1", help="Where to listen.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), metavar="N", default=8000, help="0 takes a free one."
+)
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keys of which a client must send one, a line each.",
+)
+@click.option(
+    "--max-sequences",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=16,
+    help="Requests that run at once, of each bundle.",
+)
+@click.option(
+    "--kv-cache", metavar="SIZE", help="Memory for keys and values, such as 4GiB, of each bundle."
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=256,
+    help="Requests that wait; one more is told to come later.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True, max=86400),
+    metavar="SECONDS",
+    default=600.0,
+    help="For a request, the time in the queue included.",
+)
+@click.option(
+    "--drain-timeout",
+    type=click.FloatRange(min=0, max=86400),
+    metavar="SECONDS",
+    default=30.0,
+    help="For what runs when the server is told to end.",
+)
+@click.option("--backend", metavar="NAME", default=backends.DEFAULT, help="Engines to run.")
+@click.option(
+    "--exit",
+    type=parse_exit_or_auto,
+    metavar=METAVAR_WITH_AUTO,
+    default="full",
+    help="Blocks to run where a request doesn't say.",
+)
+@click.option(
+    "--shadow-share",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    default=0.0,
+    help="Share of tokens of 'auto' that are compared with the full model, to watch the promise.",
+)
+@click.option("--log-prompts", is_flag=True, help="Log what clients send and get.")
+def command(
+    console: Console,
+    bundles: tuple[Path, ...],
+    host: str,
+    port: int,
+    api_key_file: Path | None,
+    max_sequences: int,
+    kv_cache: str | None,
+    max_queue: int,
+    timeout: float,
+    drain_timeout: float,
+    backend: str,
+    exit: int | str,
+    shadow_share: float,
+    log_prompts: bool,
+) -> None:
+    """Serve BUNDLES over HTTP, in the protocol of OpenAI's clients.
+
+    Listens on this machine alone unless --host says otherwise. Ends on SIGTERM, when what runs has
+    finished.
+    """
+    try:
+        from ojfa_export.serving import logs, server
+        from ojfa_export.serving.catalogue import Served, names_of, open_served
+        from ojfa_export.serving.keys import read_keys
+        from ojfa_export.serving.settings import Settings
+    except ModuleNotFoundError as error:
+        raise OjfaError(
+            f"serving needs {error.name}, which is not installed",
+            hint="pip install 'ojfa-export[serve]'",
+        ) from error
+    settings = Settings(
+        api_keys=() if api_key_file is None else read_keys(api_key_file),
+        timeout=timeout,
+        exit=exit,
+        shadow_share=shadow_share,
+        log_prompts=log_prompts,
+        drain_timeout=drain_timeout,
+    )
+    _check_there(bundles)
+    logs.write_to_standard_error()
+
+    def make_engine(model: Model) -> Engine:
+        from ojfa_export.engine.engine import Engine
+
+        model.resolve_exit(exit)  # type: ignore[arg-type]
+        return Engine(
+            model, max_sequences=max_sequences, kv_cache_bytes=kv_cache, max_queue=max_queue
+        )
+
+    def opened(name: str, bundle: Path) -> Served:
+        begun = time.perf_counter()
+        console.note(f"loading {bundle}, and replaying its golden tokens")
+        served = open_served(
+            name, bundle, backend=backend, shadow_share=shadow_share, make_engine=make_engine
+        )
+        console.note(f"loaded {name} in {time.perf_counter() - begun:.1f} s")
+        return served
+
+    pairs = zip(names_of(bundles), bundles, strict=True)
+    loaders = [functools.partial(opened, *pair) for pair in pairs]
+    listening = server.open_socket(host, port)
+    address = server.address_of(listening)
+    if console.json:
+        console.emit({"address": address, "models": names_of(bundles)})
+    else:
+        console.print(f"listening on {address}")
+    console.stdout.flush()
+    server.serve(listening, loaders, settings, lambda: console.note(f"ready on {address}"))
+
+
+def _check_there(bundles: tuple[Path, ...]) -> None:
+    """Whoever misspells a name shall not wait for the bundles before it."""
+    for bundle in bundles:
+        if not bundle.is_dir():
+            raise UsageError(f"there is no bundle {bundle}", hint="'ojfa-export build' makes one")
