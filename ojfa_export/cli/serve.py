@@ -101,6 +101,7 @@ def command(
     finished.
     """
     try:
+        from ojfa_export.engine.budget import read_bytes
         from ojfa_export.serving import logs, server
         from ojfa_export.serving.catalogue import Served, names_of, open_served
         from ojfa_export.serving.keys import read_keys
@@ -118,6 +119,7 @@ def command(
         log_prompts=log_prompts,
         drain_timeout=drain_timeout,
     )
+    cache_bytes = None if kv_cache is None else read_bytes(kv_cache)
     _check_there(bundles)
     logs.write_to_standard_error()
 
@@ -126,7 +128,7 @@ def command(
 
         model.resolve_exit(exit)  # type: ignore[arg-type]
         return Engine(
-            model, max_sequences=max_sequences, kv_cache_bytes=kv_cache, max_queue=max_queue
+            model, max_sequences=max_sequences, kv_cache_bytes=cache_bytes, max_queue=max_queue
         )
 
     def opened(name: str, bundle: Path) -> Served:

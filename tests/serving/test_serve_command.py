@@ -106,6 +106,7 @@ def test_sigterm_lets_a_stream_finish(server, model: Model):
         (["nowhere.ojfa"], "there is no bundle"),
         (["a", "--api-key-file", "nowhere"], "nowhere"),
         (["a", "--exit", "some"], "exit"),
+        (["a", "--kv-cache", "much"], "a size in bytes"),
         ([], "BUNDLES"),
     ],
 )
