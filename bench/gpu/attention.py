@@ -25,7 +25,7 @@ from ojfa_export.backends.cuda.cublas import Cublas
 from ojfa_export.backends.cuda.device import Device, the_device
 from ojfa_export.backends.cuda.kernels import Kernels, compile_kernels
 from ojfa_export.backends.cuda.recorder import Work
-from ojfa_export.backends.cuda.sources import definitions
+from ojfa_export.backends.cuda.sources import SMALL_WIDTH, definitions
 from ojfa_export.backends.passes import Chunk, positions_of, slots_of
 from ojfa_export.backends.tensorrt.attention import (
     PAGE,
@@ -37,7 +37,7 @@ from ojfa_export.backends.tensorrt.attention import (
     Scratch,
 )
 from ojfa_export.backends.tensorrt.gemm import GemmProducts
-from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, SMALL_WIDTH, LinearKernels, Norm
+from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
 from ojfa_export.backends.tensorrt.narrow import on_tensor_cores
 from ojfa_export.backends.tensorrt.products import Products
 from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS

@@ -5,7 +5,8 @@
 constexpr int NORM_THREADS = 512;
 constexpr int ACTIVATE_THREADS = 256;
 
-// Grid (tokens). x [tokens, columns] = norm(hidden [tokens, width]), rounded, zeros from `width` on.
+// Grid (tokens). x [tokens, columns] = norm(hidden [tokens, width]), rounded, zeros from `width` on. Without a
+// weight it is x / rms.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     normalize(Element* x, const float* hidden, const float* norm_weight, const float* norm_bias,
               float epsilon, int width, int columns) {
@@ -20,18 +21,23 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
         square += value * value;
     }
 #if NORM_LAYER
-    mean = block_sum(mean) / width;
-    square = 0.0f;
-    for (int i = threadIdx.x; i < width; i += NORM_THREADS) {
-        const float centred = fresh(hidden + i) - mean;
-        square += centred * centred;
+    if (norm_weight) {
+        mean = block_sum(mean) / width;
+        square = 0.0f;
+        for (int i = threadIdx.x; i < width; i += NORM_THREADS) {
+            const float centred = fresh(hidden + i) - mean;
+            square += centred * centred;
+        }
+    } else {
+        mean = 0.0f;
     }
 #else
     mean = 0.0f;
 #endif
     const float scale = 1.0f / sqrtf(block_sum(square) / width + epsilon);
     for (int i = threadIdx.x; i < columns; i += NORM_THREADS) {
-        float y = i < width ? (fresh(hidden + i) - mean) * scale * norm_weight[i] : 0.0f;
+        float y = i < width ? (fresh(hidden + i) - mean) * scale : 0.0f;
+        if (norm_weight && i < width) y *= norm_weight[i];
         if (norm_bias && i < width) y += norm_bias[i];
         store(x + i, y);
     }

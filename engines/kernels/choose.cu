@@ -35,8 +35,8 @@ extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS)
 // Grid (tokens).
 extern "C" __global__ void keep(float* kept, const float* hidden, const int* positions, const int* sequences,
                                 int capacity, int features) {
+    let_next_start();  // to load weights
     wait_for_previous();
-    let_next_start();
     keep_token(kept, hidden, positions, sequences, capacity, features, blockIdx.x, threadIdx.x, blockDim.x);
 }
 

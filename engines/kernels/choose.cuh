@@ -136,6 +136,7 @@ struct Desk {
     unsigned finished;       // thread blocks that are done; zero before and after a kernel
     float largest[MAIL_ROWS];
     Part parts[MOST_PARTS];  // [rows, parts] of thread blocks
+    int chosen[MAIL_SLOTS][MAIL_ROWS];  // tokens of the last answers, for embeddings that name them by place
 };
 
 // What is asked of an answer.
@@ -159,7 +160,7 @@ struct Asked {
         store_word_for_host(words + TOP, word(said[0], answer));
         store_word_for_host(words + MARGIN, word(said[1], answer));
         store_word_for_host(words + ENTROPY, word(said[2], answer));
-        desk->tokens[row] = all.index;
+        desk->tokens[row] = desk->chosen[(answer - 1) % MAIL_SLOTS][row] = all.index;
         desk->largest[row] = all.largest;
         return measure >= 0 && static_cast<double>(said[max(measure, 0)]) >= threshold;
     }

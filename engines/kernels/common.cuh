@@ -8,6 +8,7 @@
 //   UNROTATED      1 where some blocks rotate nothing: their attention is given no cosines
 //   NORM_LAYER     1 LayerNorm, 0 RMSNorm
 //   ACTIVATION     0 SiLU, 1 GELU, 2 GELU by tanh, 3 ReLU;  GATED 1 for act(gate) * up
+//   SMALL          1 where hidden states have few features: steps of one token are the tensor cores' too
 #pragma once
 #include "element.cuh"
 

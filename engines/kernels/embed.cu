@@ -3,13 +3,14 @@
 
 // hidden [tokens, features] fp32 = table[ids] (+ learned[positions]). Grid (tokens).
 // Ids and positions may lie in the host's memory; the kernels after this one read `positions_out`. A token
-// that follows another is `steps` further on.
+// that follows another is `steps` further on. An id below 0 is a place: -1 is the first of `chosen`.
 extern "C" __global__ void embed(float* hidden, const Element* table, const Element* learned, const int* ids,
-                                 const int* positions, int* positions_out, int steps, int features) {
+                                 const int* positions, int* positions_out, int steps, int features, const int* chosen) {
+    let_next_start();  // to load weights
     wait_for_previous();
-    let_next_start();
     const long long token = blockIdx.x;
-    const int id = *const_cast<const volatile int*>(ids + token);
+    const int named = *const_cast<const volatile int*>(ids + token);
+    const int id = named < 0 ? fresh(chosen - 1 - named) : named;
     const int position = *const_cast<const volatile int*>(positions + token) + steps;
     __syncthreads();  // it may be what is written
     if (threadIdx.x == 0) positions_out[token] = position;

@@ -264,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS, 1)
     __syncthreads();
     if (threadIdx.x == 0) {
         store_word_for_host(&mail->answers[slot][at][TOKEN], word(token, answer));
-        desk->tokens[at] = token;
+        desk->tokens[at] = desk->chosen[slot][at] = token;
     }
     if (last_to_finish(&desk->finished, gridDim.x) && threadIdx.x == 0) desk->answers = answer;
 }

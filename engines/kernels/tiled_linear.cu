@@ -151,7 +151,9 @@ __device__ __forceinline__ void each_tile(const Element* x, const Element* matri
     begin(blockIdx.x, 0);
     wait_for_previous();
     let_next_start();
+#if SMALL
     const bool not_wanted = is_called_off();  // comes while the inputs do
+#endif
     for (Pass pass{0, min(pass_spans, spans)}; pass.first_span < spans;) {
         __syncwarp();  // the inputs before are no longer read
         stage_inputs<TILED_WARPS>(inputs, apart, x, columns, tokens, pass);
@@ -173,10 +175,15 @@ __device__ __forceinline__ void each_tile(const Element* x, const Element* matri
             float* buffer = buffers + (pass_spans < spans ? turn : turn % 2) * BUFFER;
             work.keep(buffer + warp * WARP_SUMS<GROUPS>, pass.first_span);
             if (!last) continue;
+#if SMALL
             if (turn > 0)
                 __syncthreads();
             else if (__syncthreads_or(not_wanted))
                 return;
+#else
+            // No exit's check calls these off, and it would cost them a tenth of their time.
+            __syncthreads();
+#endif
             for (int i = threadIdx.x; i < USED * tokens; i += TILED_THREADS) {
                 const int row = i % USED, token = i / USED;
                 use(tile, row, token, RowSum<GROUPS>{buffer + token * SUMS_APART});

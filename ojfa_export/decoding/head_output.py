@@ -68,6 +68,13 @@ class HeadOutput(Protocol):
         """The chosen tokens, [rows]."""
         ...
 
+    def stand_ins(self) -> list[int]:
+        """Ids by which the next pass may name the chosen tokens, [rows]; asking never waits.
+
+        Where `Engines.follows`, numbers below 0 stand for tokens that the device alone knows.
+        """
+        ...
+
     def likeliest(self) -> list[int]:
         """The tokens of the largest logits, [rows]; the lowest id among equals."""
         ...
@@ -100,6 +107,10 @@ class HostHeadOutput:
             sampling.pick(logits, draw) if sampling.temperature else token
             for logits, sampling, draw, token in rows
         ]
+
+    def stand_ins(self) -> list[int]:
+        """See `HeadOutput`."""
+        return self.tokens()
 
     def likeliest(self) -> list[int]:
         """See `HeadOutput`."""

@@ -96,12 +96,13 @@ class PieceCosts:
         """Tokens of prompts that are worth running at once."""
         return self._sizes[-1]
 
-    def choose(self, others: int, share: float) -> int:
+    def choose(self, others: int, share: float, most: float = 0.0) -> int:
         """The most tokens of prompts that add no more than a share of a step to it.
 
         Args:
             others: Requests of the step.
             share: Over the time of the step alone.
+            most: A larger share, up to which more are taken where each adds less time.
 
         Returns:
             0 where that is to be measured first: the step should run alone.
@@ -115,9 +116,11 @@ class PieceCosts:
         pieces = [size - taken for size in self._sizes if size - taken >= LEAST_PIECE]
         if unknown or not any(self._added.values()):
             return next((each for each in pieces if each >= FIRST_PIECE), LEAST_PIECE)
-        limit = share * min(step)
-        fitting = (each for each in pieces if self._expect(each + taken) <= limit)
-        return max(fitting, default=pieces[0] if pieces else LEAST_PIECE)
+        added = {each: self._expect(each + taken) / min(step) for each in pieces}
+        fitting = (each for each in pieces if added[each] <= share)
+        least = max(fitting, default=pieces[0] if pieces else LEAST_PIECE)
+        larger = [each for each in pieces if each > least and added[each] <= most]
+        return min([least, *larger], key=lambda each: added.get(each, 0.0) / each)
 
     def learn(self, others: int, prompt_tokens: int, seconds: float) -> None:
         """Takes a pass.

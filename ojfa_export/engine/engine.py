@@ -15,7 +15,7 @@ from ojfa_export.backends.backend import PagedCache
 from ojfa_export.decoding.options import GenerationOptions, OptionArguments
 from ojfa_export.engine.budget import CacheSize, PageBudget
 from ojfa_export.engine.costs import PassCosts
-from ojfa_export.engine.launcher import Launched, Launcher
+from ojfa_export.engine.launcher import Launched, Launcher, foresee
 from ojfa_export.engine.next_step import StepOutput
 from ojfa_export.engine.request import Request
 from ojfa_export.engine.running import NO_SLOT, Running
@@ -27,6 +27,7 @@ from ojfa_export.engine.warm_up import WarmUp, record_kinds
 from ojfa_export.errors import BackendError, OjfaError, OverloadedError, UsageError
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.runner import ModelRunner
+from ojfa_export.runtime.sequence import expecting
 from ojfa_export.system.arguments import flag, instance, real_number, whole_number
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Engine:
         self._first_deadline = math.inf  # or before it
         self._may_admit = False
         self._recorded: threading.Event | None = None  # set when passes of all kinds have run
-        self._record_sampled = False
+        self._record_ways: list[tuple[int, bool]] = []  # each a depth, and whether tokens are drawn
         self._wanted = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="ojfa-engine", daemon=True)
         self._thread.start()
@@ -188,27 +189,31 @@ class Engine:
                    "blocks_run": dict(self._counts.blocks_run)},
             )  # fmt: skip
 
-    def warm_up(self, *, sampled: bool = False) -> None:
+    def warm_up(self, *, sampled: bool = False, exits: Sequence[int] = ()) -> None:
         """Runs passes of all kinds and requests of its own before others come.
 
         On a device what is done once for each kind takes seconds, which no request should wait
-        for; see `engine.warm_up`. They are not counted. What requests at exits need beside that
-        is made with the first of them. Where requests run already, it waits until none does.
+        for; see `engine.warm_up`. They are not counted. Where requests run already, it waits until
+        none does.
 
         Args:
             sampled: Whether requests will sample tokens, whatever their temperatures: kinds of
                 passes differ by that alone. Takes as long again.
+            exits: At which requests will leave, and others go on; each takes as long again. What
+                requests at others need is made with the first of them.
 
         Raises:
             OjfaError: The engine is closed.
-            UsageError: `sampled` is not True or False.
+            UsageError: `sampled` is not True or False, or an exit that there is not.
         """
         spec, sampled = self.model.spec, flag("sampled", sampled)
+        kinds = (False, True) if sampled else (False,)
+        depths = [*(whole_number("exits", exit, 1, spec.blocks - 1) for exit in exits), spec.blocks]
         with self._wanted:
             recorded = self._recorded
             if recorded is None and not self._closed:
                 recorded = self._recorded = threading.Event()
-                self._record_sampled = sampled
+                self._record_ways = [(depth, each) for depth in depths for each in kinds]
                 self._wanted.notify()
         if recorded is not None:
             recorded.wait()
@@ -281,7 +286,7 @@ class Engine:
                     for launched in drafts:
                         self._hand_out(launched)
                     continue
-                work = self._scheduler.next(self._running)
+                work = self._scheduler.next(self._running, is_full=self._is_full)
                 if work is not None:
                     self._work(work)
             except Exception as error:  # nobody waits for ever, whatever it is
@@ -293,9 +298,9 @@ class Engine:
         try:
             if isinstance(engines, PagedCache) and not self._closed:
                 self._slots.clear()
-                for sampled in (False, True)[: 1 + self._record_sampled]:
+                for depth, sampled in self._record_ways:
                     kinds = engines.pass_kinds(self.max_sequences, self._max_length)
-                    record_kinds(self._runner, kinds, self._size, sampled=sampled)
+                    record_kinds(self._runner, kinds, self._size, depth=depth, sampled=sampled)
         except Exception as error:
             self._fail_all(error)
         finally:
@@ -306,29 +311,49 @@ class Engine:
         self._give_pages(work)
         if not work.running:
             return
-        first, *others = self._launcher.launch(work)
+        launched = self._launcher.launch(work)
         self._tell()  # of the pass before
-        if others:  # of other depths: what follows depends on all of them
-            for each in (first, *others):
+        while launched:
+            following = self._follow(launched) if self._launcher.goes_ahead else []
+            for each in launched:
                 self._hand_out(each)
-            return
-        launched: Launched | None = first
-        while launched is not None:
-            following = self._follow(launched)
-            self._hand_out(launched)
-            if following is not None:
+            if following:
                 self._tell()
             launched = following
 
-    def _follow(self, before: Launched) -> Launched | None:
-        """Launches the pass after one whose tokens are not known yet, if that is certain."""
-        if not self._launcher.goes_ahead or len(before.running) < len(self._running):
-            return None
-        if self._must_look_up() or (self._waiting and self._may_admit and self._has_slot):
-            return None
-        if not all(self._slots.grow(each.sequence, 1) for each in self._running):
-            return None
-        return self._launcher.follow(before)
+    def _follow(self, before: Sequence[Launched]) -> list[Launched]:
+        """Launches what runs after passes whose tokens are not known yet, if that is certain.
+
+        A request that ends on its token after all is left one token ahead, which is dropped when
+        its slot is given back; the others' are right.
+        """
+        if self._must_look_up():
+            return []
+        foreseen = foresee(before)
+        if foreseen is None:
+            return []
+        with self._wanted:
+            self._admit()
+        ending = {each.running for each in foreseen if each.running.is_at_last_token}
+        ahead = [each for each in foreseen if each.running not in ending]
+        going = [each for each in self._running if not (each.over or each in ending)]
+        if any(each.step.depth == 0 for each in going):
+            return []  # drafts are made between passes
+        if not all(self._slots.grow(each.running.sequence, 1) for each in ahead):
+            return []
+        sequences = [each.running.sequence for each in ahead]
+        with expecting(sequences, [each.stand_in for each in ahead]):
+            for each in ahead:
+                each.running.step = each.step
+            work = self._scheduler.next(going, is_full=self._is_full)
+            if work is None:
+                return []
+            fits = all(self._slots.grow(each.sequence) for each in work.running)
+            if fits:
+                return self._launcher.launch(work, before)
+        for sequence in sequences:
+            sequence.drop_expected()
+        return []
 
     def _hand_out(self, launched: Launched) -> None:
         """Gives the requests of a pass their outputs, as far as they still want them."""
@@ -431,6 +456,10 @@ class Engine:
     @property
     def _has_slot(self) -> bool:
         return len(self._running) < self.max_sequences
+
+    @property
+    def _is_full(self) -> bool:
+        return bool(self._waiting) and not self._has_slot
 
     def _must_look_up(self) -> bool:
         """Whether some request may have to end, whatever its tokens are."""

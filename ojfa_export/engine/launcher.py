@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ojfa_export.backends.backend import AsksExitsTogether
 from ojfa_export.backends.draft import Drafts
@@ -28,7 +29,6 @@ from ojfa_export.engine.running import Running
 from ojfa_export.engine.scheduler import Work
 from ojfa_export.engine.stats import Counts
 from ojfa_export.runtime.runner import ModelRunner
-from ojfa_export.runtime.sequence import expecting
 
 
 @dataclass(slots=True)
@@ -61,6 +61,20 @@ class Launched:
     ended: bool = False
 
 
+class Foreseen(NamedTuple):
+    """What comes next of a request, whatever its next token is.
+
+    Attributes:
+        running: The request.
+        step: What it needs then.
+        stand_in: An id that names the token in the next pass.
+    """
+
+    running: Running
+    step: NextStep
+    stand_in: int
+
+
 class Launcher:
     """Launches passes of one cache.
 
@@ -81,19 +95,25 @@ class Launcher:
         """Whether passes run beside the host, so that it pays to launch them early."""
         return self._engines.follows
 
-    def launch(self, work: Work) -> list[Launched]:
+    def launch(self, work: Work, before: Sequence[Launched] = ()) -> list[Launched]:
         """Launches what was chosen.
 
+        Args:
+            work: What runs.
+            before: What was launched last, if the host has not seen it: see `foresee`.
+
         Returns:
-            Where all run to one depth, one pass, which another may follow; else those that each
-            head answers, of the same work.
+            Where all run to one depth, one pass; else those that each head answers, of the same
+            work.
         """
         tokens, steps = self._count(work), work.steps
         if len(set(work.depths)) > 1:
             return self._launch_each(work, steps, tokens)
         depth = work.depths[0]
         launched = Launched(work.running, steps, work.entry, depth, tokens, work.beside)
-        self._launch(launched, work.stops)
+        # The device has a short way where just the same decode on.
+        same = len(before) == 1 and before[0].running == work.running and not work.prompts
+        self._launch(launched, work.stops, before[0].chosen if same else None)
         return [launched]
 
     def draft(self, running: list[Running]) -> list[Launched]:
@@ -124,35 +144,6 @@ class Launcher:
         self._unmeasured = True  # the next pass waits for this too
         steps, count = [each.step for each in running], len(running)
         return Launched(running, [*steps], 0, 0, count, (count, 0), heads=heads, ended=True)
-
-    def follow(self, before: Launched) -> Launched | None:
-        """Launches the pass that follows another whatever its tokens are, before they are seen.
-
-        Those of its requests go on that have not ended, and will not with the next token. Where all
-        do, the device has their tokens as soon as they are chosen. A request that ends on its token
-        after all is left one token ahead, which is dropped; the others' are right.
-
-        Returns:
-            None where that depends on the tokens, or none go on.
-        """
-        going = _going_on(before)
-        following, tokens = before.chosen, None
-        if following is None or len(going) < len(before.running):
-            following = None
-            if going:
-                self.wait(before)
-                going, tokens = _with_tokens(before, going)
-        if not going:
-            return None
-        running = [before.running[row] for row, _ in going]
-        self._counts.passes += 1
-        count = len(running)
-        self._counts.pass_tokens += count
-        steps = [step for _, step in going]
-        launched = Launched(running, [*steps], 0, before.depth, count, (count, 0))
-        with expecting([each.sequence for each in running], tokens):
-            self._launch(launched, None, following)
-        return launched
 
     def wait(self, launched: Launched) -> None:
         """Waits for the answers of a pass, and learns what it took; once."""
@@ -265,31 +256,27 @@ def _check(steps: Sequence[NextStep], full: bool) -> bool:
     return full and all(step.sampling is GREEDY and not step.logits for step in steps)
 
 
-def _going_on(before: Launched) -> list[tuple[int, NextStep]]:
-    """Rows of a pass that go on whatever its tokens are, and with what; none where that depends."""
-    going = []
-    for row, (each, done) in enumerate(zip(before.running, before.steps, strict=True)):
-        if each.over:
+def foresee(before: Sequence[Launched]) -> list[Foreseen] | None:
+    """What comes next of those that get a token of passes that nobody has seen.
+
+    A device has the tokens as soon as they are chosen; the next pass names them by stand-ins.
+
+    Returns:
+        None where it depends on the tokens what runs next.
+    """
+    foreseen = []
+    for launched in before:
+        if launched.heads is None:
             continue
-        step = each.foresee()
-        if step is None or step.depth != before.depth or done is None:
-            return []
-        if not each.is_at_last_token:
-            going.append((row, step))
-    return going
-
-
-def _with_tokens(
-    before: Launched, going: list[tuple[int, NextStep]]
-) -> tuple[list[tuple[int, NextStep]], list[int]]:
-    """The same with the tokens of the pass, once they are known; those that end are left out."""
-    kept, tokens = [], []
-    for row, step in going:
-        done = before.steps[row]
-        assert before.heads is not None
-        assert done is not None
-        token = before.heads.token(row, done.sampling, done.draw)
-        if not before.running[row].ends_with(token):
-            kept.append((row, step))
-            tokens.append(token)
-    return kept, tokens
+        ids = iter(launched.heads.output.stand_ins())
+        for each, asked in zip(launched.running, launched.steps, strict=True):
+            if asked is None:
+                continue
+            stand_in = next(ids)
+            if each.over:
+                continue
+            step = each.foresee()
+            if step is None:
+                return None
+            foreseen.append(Foreseen(each, step, stand_in))
+    return foreseen

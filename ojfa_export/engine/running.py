@@ -106,10 +106,6 @@ class Running:
         """Whether it ends with its next token, whatever that is."""
         return self._count + 1 >= self._most
 
-    def ends_with(self, token: int) -> bool:
-        """Whether it ends with a token; its text may end it with others too."""
-        return token in self._ends
-
     def foresee(self) -> NextStep | None:
         """What is needed after the next token, whatever that is; None where that depends on it."""
         # LongRoPE's switch has all tokens run again, so they must be known.

@@ -91,8 +91,13 @@ class Scheduler:
     def __init__(self, blocks: int, costs: PassCosts, piece: int | None = None) -> None:
         self._blocks, self._costs, self._piece = blocks, costs, piece
 
-    def next(self, running: Sequence[Running]) -> Work | None:
-        """The next work; None where no request needs anything."""
+    def next(self, running: Sequence[Running], *, is_full: bool = False) -> Work | None:
+        """The next work; None where no request needs anything.
+
+        Args:
+            running: Requests that have a slot.
+            is_full: Whether others wait for one, so that what all take together matters most.
+        """
         short: list[Running] = []
         long: list[Running] = []
         for each in running:
@@ -101,7 +106,7 @@ class Scheduler:
             return None
         work = self._step(short) if short else Work(entry=min(each.entry for each in long))
         if long and (not short or not work.entry):
-            self._add_prompts(work, long)
+            self._add_prompts(work, long, is_full)
         return work
 
     def _step(self, running: Sequence[Running]) -> Work:
@@ -131,9 +136,9 @@ class Scheduler:
         worthwhile = len(groups[deepest]) >= knee or len(groups[shallowest]) < knee
         return deepest if worthwhile or waits >= MOST_WAITS else shallowest
 
-    def _add_prompts(self, work: Work, prompts: Sequence[Running]) -> None:
+    def _add_prompts(self, work: Work, prompts: Sequence[Running], is_full: bool) -> None:
         """Adds pieces of long prompts, in their order, as many as make a pass of good length."""
-        left = self._prompt_tokens(len(prompts), len(work.running))
+        left = self._prompt_tokens(len(prompts), len(work.running), is_full)
         if not left:
             return
         for each in prompts:
@@ -152,7 +157,7 @@ class Scheduler:
             if left < LEAST_PIECE:
                 return
 
-    def _prompt_tokens(self, prompts: int, others: int) -> int:
+    def _prompt_tokens(self, prompts: int, others: int, is_full: bool) -> int:
         """A piece; more where several prompts wait, as they keep others from decoding together.
 
         0 where the step of the others is to be measured alone first.
@@ -163,4 +168,4 @@ class Scheduler:
         if self._piece is not None:
             return self._piece
         share = PIECE_SHARE * max(1, prompts // 2, prompts // others)
-        return pieces.choose(others, min(MOST_SHARE, share))
+        return pieces.choose(others, min(MOST_SHARE, share), MOST_SHARE if is_full else 0.0)

@@ -8,7 +8,8 @@ from which the engine learns what passes take.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,28 +32,39 @@ DECODING, BESIDE = (1, 4, 16, 64, 256), (1, 1, 1, 4, 4, 12)
 
 
 def record_kinds(
-    runner: ModelRunner, kinds: Iterable[list[int]], pages: CacheSize, *, sampled: bool = False
+    runner: ModelRunner,
+    kinds: Iterable[list[int]],
+    pages: CacheSize,
+    *,
+    depth: int,
+    sampled: bool = False,
 ) -> None:
-    """Runs a pass to full depth of every kind, and asks the head about its newest tokens.
+    """Runs a pass to a depth of every kind, and asks the head there about its newest tokens.
+
+    Below full depth the pass goes on from there, as with those that leave at an exit others do.
 
     Args:
         runner: With nothing in its slots.
         kinds: As of `PagedCache.pass_kinds`.
         pages: Of the cache; a kind that needs more is left out.
+        depth: Blocks to run.
         sampled: Whether tokens are drawn, rather than the likeliest.
     """
     most = 0
+    if depth < runner.spec.blocks:
+        # What waits at an exit gets its room with the first that stops there: another recording.
+        _record(runner, [1], depth, _request(1, sampled=sampled))
     for lengths in kinds:
         if pages.needed(lengths) > pages.pages:
             continue
         most = max(most, len(lengths))
         for _ in range(ROUNDS):
-            _record(runner, lengths, _request(len(lengths), sampled=sampled))
+            _record(runner, lengths, depth, _request(len(lengths), sampled=sampled))
     for rows in range(1, most + 1):
         hidden = np.zeros((rows, runner.spec.hidden_size), np.float32)
         for _ in range(ROUNDS):
             request = _request(rows, sampled=sampled)
-            runner.engines.choose(hidden, runner.spec.blocks, request).tokens()
+            runner.engines.choose(hidden, depth, request).tokens()
 
 
 def _request(rows: int, *, sampled: bool) -> HeadRequest:
@@ -60,17 +72,30 @@ def _request(rows: int, *, sampled: bool) -> HeadRequest:
     return HeadRequest(Sampling(temperature=1.0), [0.5] * rows) if sampled else HeadRequest()
 
 
-def _record(runner: ModelRunner, lengths: list[int], request: HeadRequest) -> None:
+def _record(runner: ModelRunner, lengths: list[int], depth: int, request: HeadRequest) -> None:
+    blocks = runner.spec.blocks
+    with _in_slots(runner, lengths) as sequences:
+        output = runner.choose(sequences, depth, request)
+        if max(lengths) == 1:  # and steps whose tokens only the device knows
+            with expecting(sequences):
+                output = runner.choose(sequences, depth, request, output)
+        output.tokens()
+        if depth < blocks:
+            runner.run_each(sequences, [blocks] * len(lengths), [1] * len(lengths), lengths)
+    if depth < blocks:  # where others go on, heads are asked later
+        with _in_slots(runner, lengths) as sequences:
+            runner.run_each(sequences, [depth] * len(lengths), [1] * len(lengths), lengths)
+
+
+@contextmanager
+def _in_slots(runner: ModelRunner, lengths: list[int]) -> Iterator[list[Sequence]]:
+    """Sequences of these lengths, in the first slots."""
     spec = runner.spec
     sequences = [Sequence(slot, spec.blocks, spec.rotary_switch) for slot in range(len(lengths))]
     try:
         for sequence, length in zip(sequences, lengths, strict=True):
             sequence.append([0] * length)
-        output = runner.choose(sequences, spec.blocks, request)
-        if max(lengths) == 1:  # and steps whose tokens only the device knows
-            with expecting(sequences):
-                output = runner.choose(sequences, spec.blocks, request, output)
-        output.tokens()
+        yield sequences
     finally:
         for slot in range(len(lengths)):
             runner.release(slot)

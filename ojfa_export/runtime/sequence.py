@@ -11,7 +11,7 @@ from ojfa_export.backends.passes import Chunk
 from ojfa_export.decoding.arrays import Hidden
 from ojfa_export.runtime.watermarks import Watermarks
 
-# In place of a token that is not known yet.
+# In place of a token that is not known yet, and that no pass names.
 UNKNOWN = -1
 
 
@@ -191,7 +191,7 @@ def expecting(sequences: Many[Sequence], tokens: Many[int] | None = None) -> Ite
 
     Args:
         sequences: None of which expects one.
-        tokens: The tokens, where the host knows them.
+        tokens: The tokens, or what stands for them; see `HeadOutput.stand_ins`.
     """
     for sequence, token in zip(sequences, tokens or [UNKNOWN] * len(sequences), strict=True):
         sequence.append([token])

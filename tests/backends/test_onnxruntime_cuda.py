@@ -347,7 +347,7 @@ def test_a_run_that_fails(both_of, monkeypatch):
         raise RuntimeError("Failed to allocate memory for requested buffer of size 99\nand more")
 
     monkeypatch.setattr(type(both.engines._sessions["block_00.onnx"]), "run_with_iobinding", fail)
-    with pytest.raises(BackendError, match=r"can't run 'embed': Failed to allocate .* 99$"):
+    with pytest.raises(BackendError, match=r"can't run 'block_00': Failed to allocate .* 99$"):
         session.advance([1, 2])
 
 

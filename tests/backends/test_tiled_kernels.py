@@ -40,7 +40,7 @@ class Kind:
         return DTYPES[self.precision]
 
     def macros(self):
-        kind = {"NORM_LAYER": self.layer, "GATED": self.gated, "ACTIVATION": 0}
+        kind = {"NORM_LAYER": self.layer, "GATED": self.gated, "ACTIVATION": 0, "SMALL": 1}
         return kind | macros(self.precision)
 
     def numbers(self, rng, scale, *shape):
@@ -239,14 +239,19 @@ def test_a_small_model_needs_no_kernel_for_norms(compiled, rng, monkeypatch, col
     kind.check(outs[0].array, outs[1].array)
 
 
-def test_a_norm_without_a_weight(compiled, rng):
+@pytest.mark.parametrize("beside", [False, True], ids=["within the product", "before it"])
+def test_a_norm_without_a_weight(compiled, rng, beside):
     """x / rms(x), whatever the model's norms are."""
     from ojfa_export.backends.tensorrt.linear import Norm
+    from ojfa_export.backends.tensorrt.tiled import TiledKernels
 
-    kind = compiled[0]
+    kind, kernels = compiled
     matrix, out = kind.numbers(rng, 0.1, 20, 64), CpuArray(np.full((2, 20), np.nan, np.float32))
     [hidden] = arrays(rng, (2, 64))
-    products_of(compiled, 64).norm_linear(out, hidden, Norm(None, None, EPSILON), matrix, None)
+    products = products_of(compiled, 64)
+    if beside:
+        products = TiledKernels(Cpu(), Cpu(), kernels, kind.dtype, 64)
+    products.norm_linear(out, hidden, Norm(None, None, EPSILON), matrix, None)
     x = replace(kind, layer=False).normed(hidden.array, 1.0, 0.0)
     kind.check(out.array, x @ matrix.array.astype(np.float64).T)
 

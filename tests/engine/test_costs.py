@@ -40,6 +40,17 @@ def test_the_largest_pass_that_adds_no_more_than_a_share(share, size):
     assert costs.choose(8, share) == size - 8
 
 
+def test_more_tokens_where_each_adds_less():
+    """Where all slots are taken, within a larger share."""
+    costs = PieceCosts(SIZES)
+    known(costs, 50, {64: 1.0, 128: 2.1, 256: 4.0, 512: 7.0})
+    assert costs.choose(50, 1.0) == costs.choose(50, 1.0, 1.3) == 256 - 50
+    assert costs.choose(50, 1.0, 2.0) == 512 - 50
+    costs = PieceCosts(SIZES)
+    known(costs, 8)  # each of 512 adds more there
+    assert costs.choose(8, 0.5, 2.0) == 256 - 8
+
+
 def test_prompts_go_on_where_steps_cannot_be_measured():
     costs = PieceCosts(SIZES)
     assert any(costs.choose(8, 0.5) for _ in range(10))

@@ -43,7 +43,7 @@ def test_requests_give_the_tokens_of_each_alone(on_device, requests, slots, page
     ids=["greedy", "sampled", "each otherwise"],
 )
 def test_passes_begin_before_the_tokens_before_them_are_known(llama_on_device, samplings):
-    """All but the prompts', the first step and those where a request ends, that is."""
+    """All but the first."""
     model, reference = llama_on_device.model, llama_on_device.reference
     prompts = [[1, 2, 3], [4, 5], [6]]
     options = [
@@ -58,7 +58,28 @@ def test_passes_begin_before_the_tokens_before_them_are_known(llama_on_device, s
         results = [each.result(TIMEOUT) for each in running]
     assert engine.passes == 40
     assert engine.ahead == 39
-    assert engine.unseen == 39 - 2  # a request less: the host names those that are left
+    assert engine.unseen == 39  # also where a request ends, and the others go on
+    for prompt, each, result in zip(prompts, options, results, strict=True):
+        assert result.token_ids == alone(reference, prompt, each).token_ids
+
+
+@pytest.mark.parametrize("exits", [("full",) * 4, (2, "full", 1, "full")], ids=["full", "mixed"])
+def test_passes_begin_ahead_beside_prompts_and_at_several_exits(llama_on_device, exits):
+    """Requests that wait are let in as well; only what a policy decides is waited for."""
+    model, reference = llama_on_device.model, llama_on_device.reference
+    prompts = [list(range(1, 20)), [4, 5], list(range(7, 40)), list(range(3, 14))]
+    options = [
+        {"max_new_tokens": 9 + 3 * at, "exit": exit, "ignore_eos": True, "temperature": 0.7 * at}
+        for at, exit in enumerate(exits)
+    ]
+    with WatchedEngine(model, max_sequences=3, prefill_tokens=4) as engine:
+        with engine._wanted:
+            running = [
+                engine.submit(prompt, **each) for prompt, each in zip(prompts, options, strict=True)
+            ]
+        results = [each.result(TIMEOUT) for each in running]
+        assert engine.ahead == engine.stats().passes - 1
+    assert engine.unseen > 25
     for prompt, each, result in zip(prompts, options, results, strict=True):
         assert result.token_ids == alone(reference, prompt, each).token_ids
 
@@ -155,9 +176,11 @@ def test_a_launch_that_fails(llama_on_device, monkeypatch):
         assert [each.result(TIMEOUT).token_ids for each in again] == [expected, expected]
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-def test_nothing_is_recorded_after_warming_up(llama_on_device, rng, monkeypatch, sampled):
-    """Whatever requests come together, at full depth, with any temperatures and none."""
+@pytest.mark.parametrize(
+    ("sampled", "exits"), [(False, []), (True, []), (False, [2])], ids=["greedy", "sampled", "exit"]
+)
+def test_nothing_is_recorded_after_warming_up(llama_on_device, rng, monkeypatch, sampled, exits):
+    """Whatever requests come together, with any temperatures and none."""
     model, reference = llama_on_device.model, llama_on_device.reference
     device = model.engines.device
     captured = []
@@ -168,14 +191,15 @@ def test_nothing_is_recorded_after_warming_up(llama_on_device, rng, monkeypatch,
 
     monkeypatch.setattr(device, "capture", capture)
     with WatchedEngine(model, max_sequences=3, prefix_cache=False) as engine:
-        engine.warm_up(sampled=sampled)
+        engine.warm_up(sampled=sampled, exits=exits)
         before, slots = len(captured), engine.max_sequences
         assert before > 2 * slots
         asked = [
             (
                 rng.integers(3, model.spec.vocab_size, int(rng.integers(1, 30))).tolist(),
                 {"max_new_tokens": int(rng.integers(1, 12)), "ignore_eos": True, "seed": at}
-                | ({"temperature": 0.4 * (at % 4), "top_k": 5 + at} if sampled and at % 4 else {}),
+                | ({"temperature": 0.4 * (at % 4), "top_k": 5 + at} if sampled and at % 4 else {})
+                | ({"exit": exits[0]} if exits and at % 2 else {}),
             )
             for at in range(30)
         ]
@@ -199,18 +223,14 @@ def test_text_is_made_while_the_device_has_something_to_do(llama_on_device, monk
 
         def _begin(self):
             super()._begin()
-            for name in ("launch", "follow"):
-                monkeypatch.setattr(self._launcher, name, self._counting(name))
-
-        def _counting(self, name):
-            real = getattr(self._launcher, name)
+            real = self._launcher.launch
 
             def counted(*given):
                 result = real(*given)
-                self.launched += bool(result)
+                self.launched += len(result)
                 return result
 
-            return counted
+            monkeypatch.setattr(self._launcher, "launch", counted)
 
         def _hand_out(self, launched):
             super()._hand_out(launched)

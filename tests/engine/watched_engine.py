@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ojfa_export.engine.budget import pages_of
 from ojfa_export.engine.engine import Engine
 from ojfa_export.engine.running import Running
-from ojfa_export.runtime.sequence import UNKNOWN, Sequence
+from ojfa_export.runtime.sequence import Sequence
 
 
 class WatchedEngine(Engine):
@@ -35,9 +35,13 @@ class WatchedEngine(Engine):
 
     def _follow(self, before):
         following = super()._follow(before)
-        if following is not None:
+        if following:
             self.ahead += 1
-            self.unseen += following.running[0].sequence.tokens[-1] == UNKNOWN
+            self.unseen += any(
+                each.sequence.expected and each.sequence.tokens[-1] < 0
+                for launched in following
+                for each in launched.running
+            )
         return following
 
     def _hand_out(self, launched) -> None:

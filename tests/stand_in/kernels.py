@@ -88,7 +88,10 @@ class StandInKernels:
         ):
             out = self._floats(a.hidden + 4 * token * a.features, a.features)
             size = self.element.itemsize * a.features
-            out[...] = self._elements(a.table + int(id_) * size, a.features)
+            named = (
+                int(id_) if id_ >= 0 else int(view(a.chosen - 4 * (1 + int(id_)), np.int32, 1)[0])
+            )
+            out[...] = self._elements(a.table + named * size, a.features)
             if a.learned:
                 out += self._elements(a.learned + int(position) * size, a.features)
 
@@ -325,6 +328,7 @@ class StandInKernels:
         best = logits.argmax(axis=1)
         said = confidences(logits, ("top", "margin", "entropy")).astype(np.float32)
         view(a.desk, np.int32, len(logits))[...] = best
+        self._chosen(a, mailbox, answer)[: len(logits)] = best
         for row in range(len(logits)):
             token = (0, 0) if a.sampled else (int(best[row]), answer)
             numbers = [each for value in said[:, row] for each in (float(value), answer)]
@@ -338,6 +342,11 @@ class StandInKernels:
 
     def _place(self, mailbox: Any, answer: int, row: int) -> int:
         return int(((answer - 1) % mailbox.SLOTS * mailbox.ROWS + row) * mailbox.ANSWER.size)
+
+    def _chosen(self, a: Any, mailbox: Any, answer: int) -> np.ndarray:
+        """Where an answer's tokens are kept for later passes."""
+        at = a.desk + mailbox.CHOSEN_AT + 4 * mailbox.ROWS * ((answer - 1) % mailbox.SLOTS)
+        return view(at, np.int32, mailbox.ROWS)
 
     def sample(self, a: Any) -> None:
         from ojfa_export.backends.cuda import mailbox
@@ -358,6 +367,7 @@ class StandInKernels:
                 token = sampling.pick(logits[row], float(how["draw"]))
             view(a.mail + self._place(mailbox, answer, row), np.int32, 2)[...] = token, answer
             view(a.desk + 4 * row, np.int32, 1)[0] = token
+            self._chosen(a, mailbox, answer)[row] = token
         count[0] = answer
 
     def exit_check(self, a: Any) -> None:

@@ -21,7 +21,7 @@ constexpr std::size_t MAIL_BYTES = DRAWINGS_AT + SLOTS * ROWS * sizeof(Drawing);
 // Smaller temperatures leave the largest logit alone, as this does.
 constexpr float LEAST_TEMPERATURE = 1e-30f;
 constexpr std::size_t MOST_PARTS = 2048, PART_BYTES = 5 * 8;
-constexpr std::size_t DESK_BYTES = 4 * ROWS + 2 * 4 + 4 * ROWS + MOST_PARTS * PART_BYTES;
+constexpr std::size_t DESK_BYTES = 4 * ROWS + 2 * 4 + 4 * ROWS + MOST_PARTS * PART_BYTES + 4 * SLOTS * ROWS;
 // Looks for an answer between two at the stream's state.
 constexpr unsigned LOOKS_AT_STREAM = 1 << 14;
 

@@ -86,7 +86,7 @@ void Workspace::embed(Kernels& kernels, CUstream stream, int tokens, CUdeviceptr
                    learned == weights.end() ? CUdeviceptr{0} : learned->second.address(),
                    following ? following : named,
                    following ? positions() : named + 4 * static_cast<CUdeviceptr>(most_), positions(),
-                   following ? 1 : 0, engines_.spec.hidden_size);
+                   following ? 1 : 0, engines_.spec.hidden_size, CUdeviceptr{0});
 }
 
 }  // namespace ojfa::tensorrt

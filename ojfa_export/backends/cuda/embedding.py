@@ -17,6 +17,7 @@ def embed(
     named: tuple[Argument, Argument],
     positions: int,
     steps: int = 0,
+    chosen: int = 0,
 ) -> None:
     """Puts the embedding of tokens on the stream.
 
@@ -27,6 +28,7 @@ def embed(
         named: Addresses of the ids and of the positions, int32; the host's memory will do.
         positions: Address to write the positions to, for the kernels after this one.
         steps: Added to the positions first.
+        chosen: Address of the tokens that ids below 0 name; see `Mailbox.chosen`.
     """
     learned = weights.get("position_embedding")
     width = hidden.shape[-1]
@@ -42,6 +44,7 @@ def embed(
             pointer(positions),
             integer(steps),
             integer(width),
+            pointer(chosen),
         ),
         overlapping=True,
     )

@@ -33,7 +33,8 @@ MOST_TOP_K = 2**31 - 1
 ANSWER = struct.Struct("=iIiIfIfIfI")
 Row = tuple[int, int, float, float, float]
 PART_BYTES = 5 * 8
-DESK_BYTES = 4 * ROWS + 2 * 4 + 4 * ROWS + PART_BYTES * PARTS
+CHOSEN_AT = 4 * ROWS + 2 * 4 + 4 * ROWS + PART_BYTES * PARTS
+DESK_BYTES = CHOSEN_AT + 4 * SLOTS * ROWS
 MEASURES: dict[Measure, int] = {"top": 0, "margin": 1, "entropy": 2}
 # Looks between two that let other threads run, and between two at the stream's state.
 LOOKS, LOOKS_AT_STREAM = 32, 1 << 14
@@ -85,6 +86,18 @@ class Mailbox:
     def tokens(self) -> int:
         """Address of the newest answer's tokens on the device."""
         return self._desk.pointer
+
+    @property
+    def chosen(self) -> int:
+        """Address of the last answers' tokens on the device, [SLOTS, ROWS]."""
+        return self._desk.pointer + CHOSEN_AT
+
+    def stand_ins(self, slot: int, turn: int, rows: int) -> list[int] | None:
+        """Ids by which embeddings find an answer's tokens; None where others took their places."""
+        if (self._turn - turn) % (1 << 32) >= SLOTS:
+            return None
+        first = -1 - slot * ROWS
+        return list(range(first, first - rows, -1))
 
     def reset(self) -> None:
         """Begins anew, with no answer on its way."""
@@ -189,6 +202,11 @@ class DeviceHeadOutput:
         """See `HeadOutput`."""
         return [answer[0] for answer in self.answers()]
 
+    def stand_ins(self) -> list[int]:
+        """See `HeadOutput`."""
+        known = self._answers is not None
+        return (None if known else self._mailbox.stand_ins(*self._awaited[:3])) or self.tokens()
+
     def likeliest(self) -> list[int]:
         """See `HeadOutput`."""
         return [answer[1] for answer in self.answers()]
@@ -208,6 +226,10 @@ class JoinedHeadOutput:
     def tokens(self) -> list[int]:
         """See `HeadOutput`."""
         return [token for part in self._parts for token in part.tokens()]
+
+    def stand_ins(self) -> list[int]:
+        """See `HeadOutput`."""
+        return [token for part in self._parts for token in part.stand_ins()]
 
     def likeliest(self) -> list[int]:
         """See `HeadOutput`."""

@@ -39,6 +39,8 @@ HEADERS = (
     "tiles.cuh",
     "choose.cuh",
 )
+# A small model's hidden states have up to so many features.
+SMALL_WIDTH = 1024
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
@@ -58,6 +60,7 @@ def definitions(spec: ModelSpec, precision: Precision) -> dict[str, int]:
         "NORM_LAYER": int(spec.norm == "layer"),
         "ACTIVATION": ACTIVATIONS[spec.activation],
         "GATED": int(spec.gated),
+        "SMALL": int(spec.hidden_size <= SMALL_WIDTH),
     }
 
 

@@ -67,17 +67,26 @@ class Tokens:
 
     def embed(self) -> None:
         """Puts the embedding on the stream, into the first buffer."""
-        inputs = {"token_ids": self._ids, "positions": self._positions}
-        self._model.work("embed", inputs, {"hidden": self.hidden[0]}).run()
+        self._embed(self._ids.pointer, steps=0)
 
     def follow(self) -> None:
         """Puts the embedding of the newest answer's tokens on the stream, at the next positions.
 
         The device alone knows them; `moved_to` says where that is.
         """
+        self._embed(self._model.mailbox.tokens, steps=1)
+
+    def _embed(self, ids: int, steps: int) -> None:
         model, positions = self._model, self._positions.pointer
-        named = pointer(model.mailbox.tokens), pointer(positions)
-        embed(model.kernels, model.weights("embed"), self.hidden[0], named, positions, steps=1)
+        embed(
+            model.kernels,
+            model.weights("embed"),
+            self.hidden[0],
+            (pointer(ids), pointer(positions)),
+            positions,
+            steps,
+            model.mailbox.chosen,
+        )
 
     def is_placed(self, starts: Sequence[int]) -> bool:
         """Whether the device has these positions."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ojfa_export.backends.cuda.arrays import DTYPES
+from ojfa_export.backends.cuda.sources import SMALL_WIDTH
 from ojfa_export.backends.tensorrt.attention import PAGE, STEP_QUERIES, Attention, Geometry, Scratch
-from ojfa_export.backends.tensorrt.linear import SMALL_WIDTH
 from ojfa_export.backends.tensorrt.opened import OpenedModel
 from ojfa_export.backends.tensorrt.pages import PageTable
 from ojfa_export.backends.tensorrt.plan import PASS_TOKENS

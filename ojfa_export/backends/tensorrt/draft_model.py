@@ -51,6 +51,7 @@ class DraftModel(OpenedModel):
             room = self.device.multiprocessors, self.device.shared_bytes
             self._most_tiled = most_tokens(_shapes(layer), *room)
         self._tokens, self._vocab_size = layer.tokens, layer.vocab_size
+        self._ids = None if layer.tokens is None else layer.tokens.tolist()
         self._names = None if layer.tokens is None else self.arrays.upload(layer.tokens[None])
         self.names = 0 if self._names is None else self._names.pointer
         self._key = object()  # of this layer's recordings
@@ -92,7 +93,7 @@ class DraftModel(OpenedModel):
 
     def named(self, output: HeadOutput) -> HeadOutput:
         """What the head said, in tokens of the model."""
-        return output if self._tokens is None else NamedHeadOutput(output, self._tokens.tolist())
+        return output if self._ids is None else NamedHeadOutput(output, self._ids)
 
     def _choose(self, states: DeviceArray, request: HeadRequest) -> DeviceHeadOutput:
         self.ask(self._in_place(states, self._open_head()), request)
@@ -144,6 +145,10 @@ class NamedHeadOutput:
     def tokens(self) -> list[int]:
         """See `HeadOutput`."""
         return [self._names[each] for each in self._output.tokens()]
+
+    def stand_ins(self) -> list[int]:
+        """See `HeadOutput`; the model's tokens, so that asking waits."""
+        return self.tokens()
 
     def likeliest(self) -> list[int]:
         """See `HeadOutput`."""

@@ -137,7 +137,8 @@ class TensorRtExecutor:
         ids, at = named.pointer, named.pointer + 4 * count
         kernels, weights = model.kernels[model.precision], model.weights("embed")
         self._recorder.flush()
-        embed(kernels, weights, hidden, (pointer(ids), pointer(at)), at)
+        chosen = model.mailbox.chosen
+        embed(kernels, weights, hidden, (pointer(ids), pointer(at)), at, chosen=chosen)
         return hidden
 
     def _follows(self, choices: object, positions: Sequence[int]) -> bool:
@@ -171,7 +172,8 @@ class TensorRtExecutor:
         model, hidden = self._model, workspace.hidden[0]
         named = named or workspace.named_at
         kernels, weights = model.kernels[model.precision], model.weights("embed")
-        embed(kernels, weights, hidden, named, workspace.positions, steps)
+        chosen = model.mailbox.chosen
+        embed(kernels, weights, hidden, named, workspace.positions, steps, chosen)
 
     def run(
         self,
@@ -268,7 +270,7 @@ class TensorRtExecutor:
         )
 
     def can_begin(self, last: NewestDecode) -> bool:
-        """Whether blocks can begin after a pass: only these kernels can be called off."""
+        """Whether blocks can begin after a pass: only steps of few tokens can be called off."""
         return self._model.decode_kernels and last.hidden.shape[0] <= MOST_TOKENS
 
     def begin(self, last: NewestDecode, blocks: range) -> tuple[tuple[Hashable, ...], Work]:

@@ -227,9 +227,7 @@ class ExitHead(ByLogits):
         if rows <= MOST_TOKENS and self._model.decode_kernels:
             return self._kernels
         first, second = self._gemms
-        if self._model.has_engines or first is None or second is None:
-            return None
-        return first, second
+        return None if first is None or second is None else (first, second)
 
     def choose(
         self,

@@ -11,10 +11,8 @@ from ojfa_export.backends.cuda.kernels import Argument, Kernels, integer, number
 
 # Of a step in these kernels; with more, tensor cores are faster (tiled.py, bench/NOTES.md).
 MOST_TOKENS = 2
-# A small model's hidden states have up to so many features. Its steps of one token are the tensor
-# cores' too: faster where the norm is no kernel of its own, and a token gets the same whatever is
-# checked beside it.
-SMALL_WIDTH = 1024
+# (A small model's steps of one token are the tensor cores' too: faster where the norm is no kernel
+# of its own, and a token gets the same whatever is checked beside it.)
 # As in the kernel: threads and warps of a block. A warp takes a row of the matrix, or two.
 THREADS, WARPS = 512, 16
 # Thread blocks on a multiprocessor: measured (bench/NOTES.md).

@@ -10,7 +10,8 @@ import numpy as np
 from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.kernels import Argument, Kernels, integer, pointer
-from ojfa_export.backends.tensorrt.linear import SMALL_WIDTH, Norm, address
+from ojfa_export.backends.cuda.sources import SMALL_WIDTH
+from ojfa_export.backends.tensorrt.linear import Norm, address
 from ojfa_export.backends.tensorrt.tiled import SHIFT, SPAN, TiledKernels, groups_of
 
 # As in the kernels: rows of a tile, of gates and of what they multiply half each; floats from a

@@ -13,10 +13,11 @@ from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.failures import NO_CUBLAS
 from ojfa_export.backends.cuda.kernels import Kernels
 from ojfa_export.backends.cuda.mailbox import Mailbox
+from ojfa_export.backends.cuda.sources import SMALL_WIDTH
 from ojfa_export.backends.tensorrt.algorithms import Choices, ChosenAlgorithms
 from ojfa_export.backends.tensorrt.engine import Engine, EngineSet
 from ojfa_export.backends.tensorrt.gemm import GemmProducts
-from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, SMALL_WIDTH, LinearKernels
+from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels
 from ojfa_export.backends.tensorrt.memory import Request, Room
 from ojfa_export.backends.tensorrt.narrow import on_tensor_cores
 from ojfa_export.backends.tensorrt.plan import (

@@ -19,8 +19,8 @@ DECODE_TOKENS = (1, 1, 16)
 PREFILL_TOKENS = (1, 512, 1024)
 # Tokens of a pass that run at once, where no engine is asked; more run in pieces.
 PASS_TOKENS = 2048
-# Of the kernels' parameters; compiled kernels of a bundle must have the same. 2: a cache in pages.
-INTERFACE = 2
+# Of the kernels' parameters; compiled kernels of a bundle must have the same. 3: tokens by place.
+INTERFACE = 3
 # The parts of a block, before and after its attention.
 QKV, MLP = "qkv", "mlp"
 PROFILES = (DECODE_TOKENS, PREFILL_TOKENS)
