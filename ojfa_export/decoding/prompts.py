@@ -33,6 +33,8 @@ def check_token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
     Raises:
         UsageError: Something else, or one outside the model.
     """
+    if type(prompt) is list and set(map(type, prompt)) == {int}:  # as a rule, and soon seen
+        return check_known(prompt.copy(), vocab_size)
     return check_known(listed("a prompt", prompt, _token_id, _WANTED), vocab_size)
 
 
