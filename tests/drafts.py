@@ -140,6 +140,7 @@ class GoodDrafts:
 
     def __init__(self, layer: OnnxRuntimeDraft, texts: list[list[int]]) -> None:
         self.layer, self.depths, self.texts = layer, layer.depths, texts
+        self.token_bytes, self.takes_whole = layer.token_bytes, layer.takes_whole
         self.heard: dict[bytes, list[int]] = {}
 
     def executor(self, slots: int, capacity: int) -> Listening:
@@ -200,6 +201,7 @@ class GoodChains:
     def __init__(self, layer: Any, texts: list[list[int]]) -> None:
         self._layer, self._texts = layer, texts
         self.depths, self.logits, self.choose = layer.depths, layer.logits, layer.choose
+        self.token_bytes, self.takes_whole = layer.token_bytes, layer.takes_whole
 
     def executor(self, slots: int, capacity: int) -> Any:
         executor = self._layer.executor(slots, capacity)

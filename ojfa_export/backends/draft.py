@@ -160,9 +160,14 @@ class DraftEngines(Protocol):
 
     Attributes:
         depths: Blocks run before each of the model's states that it sees.
+        token_bytes: That a token takes: keys and values, and the states.
+        takes_whole: Whether a cache takes all of its memory when it is first used; else tokens
+            take theirs as they are written.
     """
 
     depths: tuple[int, ...]
+    token_bytes: int
+    takes_whole: bool
 
     def executor(self, slots: int, capacity: int) -> DraftExecutor:
         """Makes a cache for this many sequences of at most this many tokens."""
@@ -195,6 +200,13 @@ class RunsDrafts(Protocol):
             layer: The layer.
         """
         ...
+
+
+def token_bytes(layer: DraftLayer, element_bytes: int) -> int:
+    """Of a token's keys and values, of so many bytes a number, and of its states in fp32."""
+    spec = layer.spec
+    kept = 2 * spec.kv_heads * spec.head_dim * element_bytes
+    return kept + 4 * len(layer.depths) * spec.hidden_size
 
 
 def no_drafts(backend: Backend) -> BackendError:

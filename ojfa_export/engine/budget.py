@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ojfa_export.backends.backend import Engines, PagedCache
+from ojfa_export.backends.draft import DraftEngines
 from ojfa_export.errors import UsageError
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.system.arguments import is_whole, wrong
@@ -60,7 +61,13 @@ class CacheSize:
 
     @classmethod
     def of(
-        cls, spec: ModelSpec, engines: Engines, sequences: int, length: int, limit: int | str | None
+        cls,
+        spec: ModelSpec,
+        engines: Engines,
+        sequences: int,
+        length: int,
+        limit: int | str | None,
+        drafts: DraftEngines | None = None,
     ) -> CacheSize:
         """Of a number of sequences of some length, or less by a limit.
 
@@ -70,6 +77,7 @@ class CacheSize:
             sequences: At most.
             length: Tokens of each at most.
             limit: Bytes, a number or text; None for none.
+            drafts: The draft layer, whose cache and states count as well.
 
         Raises:
             UsageError: The limit is no size, or smaller than a page.
@@ -77,13 +85,18 @@ class CacheSize:
         paged = engines if isinstance(engines, PagedCache) else None
         page_tokens = paged.page_tokens if paged else PAGE_TOKENS
         size = page_bytes(spec, paged.cache_element_bytes if paged else 4, page_tokens)
-        pages = sequences * pages_of(length, page_tokens)
+        pages, beside = sequences * pages_of(length, page_tokens), 0
+        if drafts is not None and drafts.takes_whole:
+            beside = sequences * length * drafts.token_bytes
+        elif drafts is not None:
+            size += page_tokens * drafts.token_bytes
         if limit is not None:
-            pages = min(pages, read_bytes(limit) // size)
-        if not pages:
+            pages = min(pages, (read_bytes(limit) - beside) // size)
+        if pages <= 0:
+            also = f", and the draft layer {beside} for {sequences} sequences" if beside else ""
             raise UsageError(
                 f"kv-cache-bytes {limit!r} holds no page of {page_tokens} tokens",
-                hint=f"a page takes {size} bytes",
+                hint=f"a page takes {size} bytes{also}",
             )
         return cls(pages, page_tokens)
 

@@ -51,9 +51,9 @@ class Engine:
     Args:
         model: The opened model. The engine has its own KV cache; sessions may run beside it.
         max_sequences: Requests that run at once.
-        kv_cache_bytes: Memory for keys and values, a number or text such as "4GiB"; by default as
-            much as all sequences may need. When it runs out, the youngest request goes back to the
-            queue, and nothing of it is lost.
+        kv_cache_bytes: Memory for keys and values, and for what a draft layer keeps, a number or
+            text such as "4GiB"; by default as much as all sequences may need. When it runs out, the
+            youngest request goes back to the queue, and nothing of it is lost.
         max_queue: Requests that may wait; one more is refused.
         prefill_tokens: Tokens of a long prompt that run between two steps of other requests; None
             to adapt them so that they take about as long as such a step.
@@ -82,7 +82,9 @@ class Engine:
             self._piece = whole_number("prefill-tokens", prefill_tokens, 1)
         self._max_length = model.manifest.cache.max_length
         spec, engines, length = model.spec, model.engines, self._max_length + 1
-        self._size = CacheSize.of(spec, engines, self.max_sequences, length, kv_cache_bytes)
+        self._size = CacheSize.of(
+            spec, engines, self.max_sequences, length, kv_cache_bytes, model.drafts
+        )
         self.wakes = Wakes()  # of its requests' readers
         self._costs = PassCosts(engines.pass_sizes if isinstance(engines, PagedCache) else None)
         self._counts = Counts()

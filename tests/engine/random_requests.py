@@ -123,6 +123,17 @@ def alone(model: Any, prompt: list[int], options: dict[str, Any]) -> Any:
     return model.generate([prompt], **options).prompts[0]
 
 
+def bytes_of(model: Any, slots: int, pages: int) -> int:
+    """A budget of so many pages, and of what a draft layer keeps beside them."""
+    page_tokens = getattr(model.engines, "page_tokens", PAGE_TOKENS)
+    pages_take, drafts = pages * page_bytes(model.spec, page_tokens=page_tokens), model.drafts
+    if drafts is None:
+        return pages_take
+    whole = slots * (model.manifest.cache.max_length + 1)
+    tokens = whole if drafts.takes_whole else pages * page_tokens
+    return int(pages_take + tokens * drafts.token_bytes)
+
+
 def check_each_gives_what_it_gives_alone(
     model: Any, reference: Any, requests: list[dict[str, Any]], slots: int, pages: int
 ) -> WatchedEngine:
@@ -136,8 +147,7 @@ def check_each_gives_what_it_gives_alone(
         pages: Of its cache.
     """
     gc.collect()  # the cache of an engine before this one, which shares the device's stream
-    page_tokens = getattr(model.engines, "page_tokens", PAGE_TOKENS)
-    budget = pages * page_bytes(model.spec, page_tokens=page_tokens)
+    budget = bytes_of(model, slots, pages)
     with WatchedEngine(model, max_sequences=slots, kv_cache_bytes=budget) as engine:
         agenda, running = Agenda(engine), []
 

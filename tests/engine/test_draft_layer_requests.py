@@ -21,7 +21,8 @@ from vectors.cases import DIRECTORY
 
 import ojfa_export
 from ojfa_export.decoding.speculation import Speculation
-from ojfa_export.engine.budget import page_bytes
+from ojfa_export.engine.budget import PAGE_TOKENS, CacheSize, page_bytes
+from ojfa_export.errors import UsageError
 from ojfa_export.runtime.model import Model
 
 
@@ -68,8 +69,30 @@ def test_good_drafts_are_accepted_and_a_shared_prefix_is_known_to_the_layer(mode
         assert engine.stats().drafted > 20
 
 
+@pytest.mark.parametrize("takes_whole", [False, True])
+def test_a_budget_counts_what_the_layer_keeps(model, monkeypatch, takes_whole):
+    """Of each token as it is written, or of all tokens that there may be at once."""
+    spec, drafts, length = model.spec, model.drafts, 3 * PAGE_TOKENS
+    layer = draft_for(spec, seed=8).spec_within(spec)
+    states = 4 * len(drafts.depths) * spec.hidden_size
+    assert drafts.token_bytes == 2 * layer.kv_heads * layer.head_dim * 4 + states
+    monkeypatch.setattr(drafts, "takes_whole", takes_whole)
+    beside = 2 * length * drafts.token_bytes if takes_whole else 0
+    size = page_bytes(spec) + (0 if takes_whole else PAGE_TOKENS * drafts.token_bytes)
+
+    def pages(limit):
+        return CacheSize.of(spec, model.engines, 2, length, limit, drafts).pages
+
+    assert [pages(beside + 5 * size + more) for more in (-1, 0)] == [4, 5]
+    assert pages(beside + 100 * size) == 6
+    with pytest.raises(UsageError) as raised:
+        pages(beside + size - 1)
+    assert f"a page takes {size} bytes" in raised.value.hint
+    assert ("draft layer" in raised.value.hint) == takes_whole
+
+
 def test_requests_sent_back_for_want_of_pages_draft_again(model):
-    budget = 4 * page_bytes(model.spec)
+    budget = 4 * (page_bytes(model.spec) + PAGE_TOKENS * model.drafts.token_bytes)
     options = {"max_new_tokens": 24, "ignore_eos": True, "speculate": Speculation(0, 3)}
     prompts = [[first] * 20 for first in (1, 30, 60)]
     with WatchedEngine(model, max_sequences=3, kv_cache_bytes=budget) as engine:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ojfa_export.backends.choice import ChoosesOnHost
-from ojfa_export.backends.draft import DraftLayer
+from ojfa_export.backends.draft import DraftLayer, token_bytes
 from ojfa_export.backends.onnxruntime.executor import OnnxRuntimeExecutor
 from ojfa_export.backends.onnxruntime.opened import OpenedModel
 from ojfa_export.backends.onnxruntime.slots import SlotArray
@@ -29,7 +29,7 @@ class OnnxRuntimeDraft(OpenedModel, ChoosesOnHost):
 
     def __init__(self, layer: DraftLayer) -> None:
         super().__init__(layer.spec, layer.weights, layer.engines, layer.rotary, layer.files)
-        self.depths = layer.depths
+        self.depths, self.token_bytes, self.takes_whole = layer.depths, token_bytes(layer, 4), False
         self._tokens, self._vocab_size = layer.tokens, layer.vocab_size
 
     def graph_of(self, block: int) -> str:

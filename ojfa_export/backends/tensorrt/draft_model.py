@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ojfa_export.backends.cuda.arrays import DeviceArray
+from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
 from ojfa_export.backends.cuda.choosing import choose_in_parts
 from ojfa_export.backends.cuda.device import PinnedArray
 from ojfa_export.backends.cuda.mailbox import DeviceHeadOutput, HeadArguments
-from ojfa_export.backends.draft import DraftLayer
+from ojfa_export.backends.draft import DraftLayer, token_bytes
 from ojfa_export.backends.tensorrt.heads import HEAD_ROWS, FinalHead
 from ojfa_export.backends.tensorrt.opened import OpenedModel
 from ojfa_export.backends.tensorrt.tiled import matrix_shapes, most_tokens
@@ -46,7 +46,8 @@ class DraftModel(OpenedModel):
         super().__init__(
             model.device, layer.spec, layer.weights, plans, layer.rotary, layer.files, beside=model
         )
-        self.depths = layer.depths
+        self.depths, self.takes_whole = layer.depths, True
+        self.token_bytes = token_bytes(layer, DTYPES[self.precision].itemsize)
         if self.precision != "fp32":
             room = self.device.multiprocessors, self.device.shared_bytes
             self._most_tiled = most_tokens(_shapes(layer), *room)
