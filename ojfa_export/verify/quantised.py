@@ -35,8 +35,8 @@ from ojfa_export.verify.reference import TransformersReference
 # Half a step, and fp32's rounding of a quotient of up to 255 steps; twice as much without zero
 # points, where the largest weight's opposite is one step beyond the range.
 HALF_STEP = 0.501
-# Fitted weights make good what others lost, so that some are several steps off. Their root mean
-# square, in steps: 0.29 where each is the nearest number, more than 3 where a matrix is another's.
+# Fitted weights make good what others lost, so that some are several steps off. Root mean square of
+# an output's, in steps: 0.29 where each is the nearest number, about 3 where they are another's.
 FITTED_STEPS = 1.5
 # Of a matrix, looked at in one go.
 OUTPUTS_AT_ONCE = 4096
@@ -73,7 +73,7 @@ def verify_weights(bundle: Bundle, checkpoint: Checkpoint, form: WeightFormat) -
                 share = difference / np.maximum(steps, np.finfo(np.float32).tiny)
                 share = np.nan_to_num(share, nan=np.inf)
                 if is_fitted:
-                    share = np.sqrt(np.mean(np.square(share, dtype=np.float64)))
+                    share = np.sqrt(np.mean(np.square(share, dtype=np.float64), axis=1))
                 worst = max(worst, float(share.max()))
         checks.append(
             Check(
