@@ -17,7 +17,14 @@ from ojfa_export.bundle.weight_format import BLOCK_MATRICES, QuantisedMatrix
 from ojfa_export.decoding.arrays import Int32
 from ojfa_export.graphs.gptq import InputFactor
 from ojfa_export.graphs.quantised import Quantiser
-from ojfa_export.verify.exact import HIDDEN, ExactModel, Float64, add_bias, multiply
+from ojfa_export.verify.exact import (
+    HIDDEN,
+    Dequantised,
+    ExactModel,
+    Float64,
+    add_bias,
+    multiply,
+)
 
 # Of the text: as many tokens as say enough of the inputs of a model of a few hundred features, and
 # as few as keep the time of a build within that of its other stages.
@@ -57,7 +64,8 @@ class WeightFitter:
             key = f"{name}.weight"
             matrix = self._quantiser.make(weights[key], factor_of(x))
             made[key] = matrix
-            return add_bias(multiply(x, self._quantiser.numbers(matrix)), weights, name)
+            numbers = Dequantised(matrix, self._quantiser.form)
+            return add_bias(multiply(x, numbers), weights, name)
 
         found = self._exact.run_block(index, _Tensors(read), self._before(), linear)
         self._hidden = found[HIDDEN]

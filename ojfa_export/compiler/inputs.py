@@ -113,7 +113,7 @@ class Inputs:
     @property
     def fitted_text(self) -> Int32 | None:
         """Windows that weights of four bits are fitted to; None without such."""
-        return fitting_text(self.calibrated) if self.settings.weights == "int4" else None
+        return fitting_text(self.windows.fit) if self.settings.weights == "int4" else None
 
     @property
     def decides_exits(self) -> bool:

@@ -20,7 +20,6 @@ from ojfa_export.bundle.weight_format import (
     ZERO_POINTS,
     QuantisedMatrix,
     WeightFormat,
-    dequantise,
 )
 from ojfa_export.graphs import gptq
 from ojfa_export.graphs.gptq import InputFactor
@@ -67,10 +66,6 @@ class Quantiser:
             np.concatenate([part.scales for part in parts]),
             np.concatenate(points) if points else None,
         )
-
-    def numbers(self, matrix: QuantisedMatrix) -> NDArray[np.float32]:
-        """What a matrix of this format stands for, [inputs, outputs]."""
-        return dequantise(matrix, self.form).T
 
     def add(self, file: WeightFile, name: str, matrix: QuantisedMatrix) -> dict[str, TensorRef]:
         """Appends a matrix to a file.

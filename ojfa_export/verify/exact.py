@@ -157,7 +157,7 @@ class ExactModel:
     def _weights(self, graph: str) -> dict[str, Any]:
         """A graph's weights as they are stored, mapped into memory; quantised ones by their name.
 
-        Arrays, or `_Quantised` where a matrix is.
+        Arrays, or `Dequantised` where a matrix is.
         """
         model = onnx.load(self._graphs / f"{graph}.onnx", load_external_data=False)
         weights: dict[str, Any] = map_tensors(model, self._graphs)
@@ -166,7 +166,7 @@ class ExactModel:
             matrix = matrix_of(weights, name)
             assert matrix is not None
             assert form is not None
-            weights[name] = _Quantised(matrix, form)
+            weights[name] = Dequantised(matrix, form)
         return weights
 
     def _norm(self, x: Float64, weights: Weights, name: str) -> Float64:
@@ -239,8 +239,8 @@ def _linear(x: Float64, weights: Weights, name: str) -> Float64:
     return add_bias(multiply(x, weights[f"{name}.weight"]), weights, name)
 
 
-class _Quantised:
-    """A quantised matrix x @ W, dequantised where columns are taken of it.
+class Dequantised:
+    """A quantised matrix x @ W, as float64 where columns are taken of it.
 
     Args:
         matrix: Its numbers.
@@ -258,7 +258,7 @@ class _Quantised:
 
 def _columns(head: Any) -> Any:
     """A head [V, features] as a matrix x @ W; quantised ones are that already."""
-    return head if isinstance(head, _Quantised) else head.T
+    return head if isinstance(head, Dequantised) else head.T
 
 
 def multiply(x: Float64, matrix: Any) -> Float64:
