@@ -27,6 +27,7 @@ def stage_keys(inputs: Inputs) -> dict[str, str]:
         *model,
         [settings.precision, settings.weights, settings.group_size],
         settings.max_cache_length,
+        None if inputs.fitted_text is None else _tokens(inputs.fitted_text),
     )
     keys["engines"] = _digest(keys["export"], backend.name, backend.versions())
     keys["text"] = _digest(keys["engines"], _tokens(inputs.calibrated))

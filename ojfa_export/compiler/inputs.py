@@ -11,6 +11,7 @@ from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
 from ojfa_export.backends.precisions import check_precision
 from ojfa_export.backends.quantised import RunsQuantised, check_runs
+from ojfa_export.compiler.fitted_weights import WeightFitter, fitting_text
 from ojfa_export.compiler.given import Given, read_given
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.self_text import SelfText, plan_self_text
@@ -33,6 +34,7 @@ from ojfa_export.models.checkpoint.hub import resolve
 from ojfa_export.models.checkpoint.tokenizer import read_tokenizer
 from ojfa_export.promises.windows import PromiseWindows, planning_windows, promise_windows
 from ojfa_export.shortcuts.fit import rows_needed
+from ojfa_export.verify.exact import ExactModel
 
 
 class Inputs:
@@ -98,9 +100,20 @@ class Inputs:
         quantiser = None
         if form is not None and isinstance(self.backend, RunsQuantised):
             quantiser = Quantiser(form, self.backend.quantise)
-        return Exporter(
+        exporter = Exporter(
             self.checkpoint, directory, settings.precision, settings.max_cache_length, quantiser
         )
+        if quantiser is not None and self.fitted_text is not None:
+            rotary = self.checkpoint.family.rotary(self.checkpoint.config)
+            tables = None if rotary is None else rotary.tables(settings.max_cache_length)
+            exact = ExactModel(self.checkpoint.spec, directory, tables)
+            exporter.fitter = WeightFitter(exact, self.fitted_text, quantiser)
+        return exporter
+
+    @property
+    def fitted_text(self) -> Int32 | None:
+        """Windows that weights of four bits are fitted to; None without such."""
+        return fitting_text(self.windows.fit) if self.settings.weights == "int4" else None
 
     @property
     def decides_exits(self) -> bool:

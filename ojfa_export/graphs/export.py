@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnx
@@ -14,12 +14,13 @@ from ojfa_export.bundle.draft_shortcut import DraftShortcut, rotations
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.names import DRAFT_GRAPHS, block_name
 from ojfa_export.bundle.shortcut import Shortcut
-from ojfa_export.bundle.weight_format import BLOCK_MATRICES
+from ojfa_export.bundle.weight_format import BLOCK_MATRICES, QuantisedMatrix
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.draft import draft_part_graph
 from ojfa_export.graphs.embed import embed_graph
 from ojfa_export.graphs.fold import FoldedHead
+from ojfa_export.graphs.gptq import InputFactor
 from ojfa_export.graphs.heads import final_head_graph, jump_head_graph
 from ojfa_export.graphs.quantised import Quantiser
 from ojfa_export.graphs.weights import TensorRef, WeightFile, references
@@ -45,6 +46,25 @@ class DraftTensors(NamedTuple):
     tokens: TensorRef | None
 
 
+class Fitter(Protocol):
+    """Quantises matrices by what goes into them, in the order in which they run.
+
+    Reading gives a tensor by name, or KeyError.
+    """
+
+    def block(self, index: int, read: Callable[[str], NDArray[Any]]) -> dict[str, QuantisedMatrix]:
+        """The matrices of the next block, by name."""
+        ...
+
+    def skip(self, index: int) -> None:
+        """Goes on behind the next block, whose graph is there already."""
+        ...
+
+    def head(self, read: Callable[[str], NDArray[Any]]) -> InputFactor:
+        """What is known of the head's inputs, after the last block."""
+        ...
+
+
 class Exporter:
     """Writes the graphs of one checkpoint into a directory.
 
@@ -58,7 +78,13 @@ class Exporter:
         max_length: Positions that the rotary tables cover.
         quantiser: Of blocks' matrices and of heads to the vocabulary; None keeps them as precision
             says. Embeddings, norms, biases and shortcuts are never quantised.
+
+    Attributes:
+        fitter: Fits quantised matrices to text, to be set before the first block; without it each
+            weight is rounded to the nearest number.
     """
+
+    fitter: Fitter | None = None
 
     def __init__(
         self,
@@ -95,13 +121,21 @@ class Exporter:
         """Exports one block."""
         name, checkpoint = block_name(index), self.checkpoint
         if self._finished(name):
+            if self.fitter is not None:
+                self.fitter.skip(index)
             return
         sources = checkpoint.family.block(checkpoint.config, checkpoint.spec, index)
+
+        def read(key: str) -> NDArray[Any]:
+            return checkpoint.read(sources[key])
+
+        fitted = {} if self.fitter is None else self.fitter.block(index, read)
         with WeightFile(self.directory, f"{name}.bin", self.precision) as file:
             weights: dict[str, TensorRef] = {}
             for key, source in sources.items():
                 if self.quantiser is not None and key in BLOCK_MATRICES:
-                    weights |= self.quantiser.add(file, key, checkpoint.read(source))
+                    made = fitted.get(key) or self.quantiser.make(checkpoint.read(source))
+                    weights |= self.quantiser.add(file, key, made)
                 else:
                     weights[key] = file.add(key, checkpoint.read(source))
         self._write(name, block_graph(checkpoint.spec, index, weights, self.dialect))
@@ -122,7 +156,10 @@ class Exporter:
                     weights[name] = file.add(name, self.checkpoint.read(sources[name]))
             if not tied or self.quantiser is not None:
                 head = self.checkpoint.read(sources["token_embedding" if tied else "head"])
-                weights |= self._vocabulary(file, "head", head)
+                factor = None
+                if self.fitter is not None:
+                    factor = self.fitter.head(lambda key: self.checkpoint.read(sources[key]))
+                weights |= self._vocabulary(file, "head", head, factor)
         if tied and self.quantiser is None:
             weights["head"] = self._embedding_ref()
         self._write("final_head", final_head_graph(self.checkpoint.spec, weights, self.dialect))
@@ -194,12 +231,16 @@ class Exporter:
         return weights
 
     def _vocabulary(
-        self, file: WeightFile, name: str, matrix: NDArray[Any]
+        self,
+        file: WeightFile,
+        name: str,
+        matrix: NDArray[Any],
+        factor: InputFactor | None = None,
     ) -> dict[str, TensorRef]:
         """Adds a head's matrix [V, features], quantised where its features are whole groups."""
         if self.quantiser is None or not self.quantiser.takes(matrix.shape[1]):
             return {name: file.add(name, matrix)}
-        return self.quantiser.add(file, name, matrix.T)
+        return self.quantiser.add(file, name, self.quantiser.make(matrix.T, factor))
 
     def _mlp(self, shortcut: MlpShortcut) -> dict[str, TensorRef]:
         with WeightFile(self.directory, "exit_head.bin", self.precision) as file:

@@ -21,6 +21,8 @@ from ojfa_export.bundle.weight_format import (
     QuantisedMatrix,
     WeightFormat,
 )
+from ojfa_export.graphs import gptq
+from ojfa_export.graphs.gptq import InputFactor
 from ojfa_export.graphs.weights import CONVERSION_CHUNK, TensorRef, WeightFile
 
 OPERATOR = "MatMulNBits"
@@ -42,27 +44,41 @@ class Quantiser:
         """Whether so many features are whole groups."""
         return inputs % self.form.group_size == 0
 
-    def add(self, file: WeightFile, name: str, matrix: NDArray[Any]) -> dict[str, TensorRef]:
-        """Appends a matrix [inputs, outputs] to a file, quantised.
+    def make(self, matrix: NDArray[Any], factor: InputFactor | None = None) -> QuantisedMatrix:
+        """Quantises a matrix [inputs, outputs].
 
-        Returns:
-            Its tensors.
+        Args:
+            matrix: The weights.
+            factor: What is known of its inputs; None rounds each weight to the nearest number.
         """
         inputs, outputs = matrix.shape
         step = max(1, CONVERSION_CHUNK // inputs)
         parts = []
         for start in range(0, outputs, step):  # so that a large head is never held twice
             columns = np.ascontiguousarray(matrix[:, start : start + step], np.float32)
-            parts.append(self.quantise(columns, self.form))
-        refs = {
-            name + PACKED: file.add_bytes(np.concatenate([part.packed for part in parts])),
-            name + SCALES: file.add(
-                name + SCALES, np.concatenate([part.scales for part in parts]), "fp32"
-            ),
-        }
+            if factor is None:
+                parts.append(self.quantise(columns, self.form))
+            else:
+                parts.append(gptq.quantise(columns, self.form, factor))
         points = [part.zero_points for part in parts if part.zero_points is not None]
-        if points:
-            refs[name + ZERO_POINTS] = file.add_bytes(np.concatenate(points))
+        return QuantisedMatrix(
+            np.concatenate([part.packed for part in parts]),
+            np.concatenate([part.scales for part in parts]),
+            np.concatenate(points) if points else None,
+        )
+
+    def add(self, file: WeightFile, name: str, matrix: QuantisedMatrix) -> dict[str, TensorRef]:
+        """Appends a matrix to a file.
+
+        Returns:
+            Its tensors.
+        """
+        refs = {
+            name + PACKED: file.add_bytes(matrix.packed),
+            name + SCALES: file.add(name + SCALES, matrix.scales, "fp32"),
+        }
+        if matrix.zero_points is not None:
+            refs[name + ZERO_POINTS] = file.add_bytes(matrix.zero_points)
         return refs
 
 

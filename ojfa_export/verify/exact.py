@@ -8,7 +8,7 @@ tokens of one block at a time; slow, and never on the path of a token.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,8 @@ from ojfa_export.models.spec import SECOND, ModelSpec
 
 Float64 = NDArray[np.float64]
 Tensors = dict[str, Float64]
+Weights = Mapping[str, NDArray[Any]]
+Linear = Callable[[Float64, Weights, str], Float64]
 # The last tensor of a block: what it hands on.
 HIDDEN = "hidden"
 MLP_DOWN = "mlp.down"
@@ -76,7 +78,21 @@ class ExactModel:
             and keys behind their norms where they have some, and the block's output as `HIDDEN`:
             [B,S,features] each.
         """
-        spec, weights = self._spec, self._weights(block_name(index))
+        return self.run_block(index, self._weights(block_name(index)), hidden)
+
+    def run_block(
+        self, index: int, weights: Weights, hidden: Float64, linear: Linear | None = None
+    ) -> Tensors:
+        """Runs a block as `block` does, on weights that are given.
+
+        Args:
+            index: Which block.
+            weights: Its tensors.
+            hidden: [B,S,H].
+            linear: Multiplies x with a matrix of the weights, by name, and adds its bias; in
+                place of a product with what is there.
+        """
+        spec, linear = self._spec, linear or _linear
         found: Tensors = {}
 
         def normed(x: Float64, part: str, place: Literal["before", "after"]) -> Float64:
@@ -85,16 +101,16 @@ class ExactModel:
             return self._norm(x, weights, f"{part}.{spec.norm_name(place)}")
 
         seen = found["attention.norm"] = normed(hidden, "attention", "before")
-        qkv = found[QKV] = _linear(seen, weights, QKV)
+        qkv = found[QKV] = linear(seen, weights, QKV)
         if spec.qk_norm != "none":
             qkv = found[QKV_NORMED] = self._norm_queries_and_keys(qkv, weights)
         mixed = found["attention.mixed"] = self._attend(qkv, index)
-        out = found["attention.out"] = _linear(mixed, weights, "attention.out")
+        out = found["attention.out"] = linear(mixed, weights, "attention.out")
         attended = hidden + normed(out, "attention", "after")
         seen = found["mlp.norm"] = normed(hidden if spec.parallel else attended, "mlp", "before")
-        up = found["mlp.up"] = _linear(seen, weights, "mlp.up")
+        up = found["mlp.up"] = linear(seen, weights, "mlp.up")
         inner = found["mlp.inner"] = self._activate(up)
-        down = found[MLP_DOWN] = _linear(inner, weights, "mlp.down")
+        down = found[MLP_DOWN] = linear(inner, weights, "mlp.down")
         found[HIDDEN] = attended + normed(down, "mlp", "after")
         return found
 
@@ -109,12 +125,12 @@ class ExactModel:
         if "exit.scale" in weights:
             jump = self._mlp_jump(hidden, weights, blocks_run)[MLP_DOWN]
             return self._final(hidden + jump, weights)
-        z = _product(hidden, weights["project"]) + weights["project.bias"]
+        z = multiply(hidden, weights["project"]) + weights["project.bias"]
         if "gates" in weights:
-            jump = float(weights["gates"][blocks_run - 1]) * _product(z, weights["up"])
+            jump = float(weights["gates"][blocks_run - 1]) * multiply(z, weights["up"])
             return self._final(hidden + jump, weights)
         z = z / _root_mean_square(z, self._spec.norm_epsilon)
-        logits: Float64 = _product(z, _columns(weights["vocabulary"]))
+        logits: Float64 = multiply(z, _columns(weights["vocabulary"]))
         logits += weights.get("vocabulary.bias", 0)
         return logits
 
@@ -123,23 +139,25 @@ class ExactModel:
         weights = self._weights("exit_head")
         return self._mlp_jump(hidden, weights, blocks_run) if "exit.scale" in weights else {}
 
-    def _mlp_jump(
-        self, hidden: Float64, weights: Mapping[str, NDArray[Any]], blocks_run: int
-    ) -> Tensors:
+    def _mlp_jump(self, hidden: Float64, weights: Weights, blocks_run: int) -> Tensors:
         scale, bias = (weights[name][blocks_run - 1] for name in ("exit.scale", "exit.bias"))
         normed = self._norm(hidden, {"exit.weight": scale}, "exit")
-        up = _product(normed, weights["mlp.up.weight"]) + bias
+        up = multiply(normed, weights["mlp.up.weight"]) + bias
         inner = self._activate(up)
-        down = _product(inner, weights["mlp.down.weight"])
+        down = multiply(inner, weights["mlp.down.weight"])
         return {"mlp.norm": normed, "mlp.up": up, "mlp.inner": inner, MLP_DOWN: down}
 
-    def _final(self, hidden: Float64, weights: Mapping[str, NDArray[Any]]) -> Float64:
-        return _product(self._norm(hidden, weights, "final_norm"), _columns(weights["head"]))
+    def _final(self, hidden: Float64, weights: Weights) -> Float64:
+        return multiply(self.final_norm(hidden, weights), _columns(weights["head"]))
+
+    def final_norm(self, hidden: Float64, weights: Weights) -> Float64:
+        """What the model's own head multiplies: [...,H]."""
+        return self._norm(hidden, weights, "final_norm")
 
     def _weights(self, graph: str) -> dict[str, Any]:
         """A graph's weights as they are stored, mapped into memory; quantised ones by their name.
 
-        Arrays, or `_Quantised` where a matrix is.
+        Arrays, or `Dequantised` where a matrix is.
         """
         model = onnx.load(self._graphs / f"{graph}.onnx", load_external_data=False)
         weights: dict[str, Any] = map_tensors(model, self._graphs)
@@ -148,17 +166,17 @@ class ExactModel:
             matrix = matrix_of(weights, name)
             assert matrix is not None
             assert form is not None
-            weights[name] = _Quantised(matrix, form)
+            weights[name] = Dequantised(matrix, form)
         return weights
 
-    def _norm(self, x: Float64, weights: Mapping[str, NDArray[Any]], name: str) -> Float64:
+    def _norm(self, x: Float64, weights: Weights, name: str) -> Float64:
         if self._spec.norm == "layer":
             x = x - x.mean(axis=-1, keepdims=True)
         normed: Float64 = x / _root_mean_square(x, self._spec.norm_epsilon)
         scaled: Float64 = normed * weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0)
         return scaled
 
-    def _norm_queries_and_keys(self, qkv: Float64, weights: Mapping[str, NDArray[Any]]) -> Float64:
+    def _norm_queries_and_keys(self, qkv: Float64, weights: Weights) -> Float64:
         """[B,S,(heads + 2 kv_heads) D], of which the values stay as they are."""
         spec, at, parts = self._spec, 0, []
         kinds = ("q_norm", spec.heads), ("k_norm", spec.kv_heads)
@@ -211,12 +229,18 @@ def _root_mean_square(x: Float64, epsilon: float) -> Float64:
     return result
 
 
-def _linear(x: Float64, weights: Mapping[str, NDArray[Any]], name: str) -> Float64:
-    return _product(x, weights[f"{name}.weight"]) + weights.get(f"{name}.bias", 0)
+def add_bias(y: Float64, weights: Weights, name: str) -> Float64:
+    """A product with its bias, where it has one."""
+    biased: Float64 = y + weights.get(f"{name}.bias", 0)
+    return biased
 
 
-class _Quantised:
-    """A quantised matrix x @ W, dequantised where columns are taken of it.
+def _linear(x: Float64, weights: Weights, name: str) -> Float64:
+    return add_bias(multiply(x, weights[f"{name}.weight"]), weights, name)
+
+
+class Dequantised:
+    """A quantised matrix x @ W, as float64 where columns are taken of it.
 
     Args:
         matrix: Its numbers.
@@ -234,20 +258,20 @@ class _Quantised:
 
 def _columns(head: Any) -> Any:
     """A head [V, features] as a matrix x @ W; quantised ones are that already."""
-    return head if isinstance(head, _Quantised) else head.T
+    return head if isinstance(head, Dequantised) else head.T
 
 
-def _product(x: Float64, matrix: Any) -> Float64:
+def multiply(x: Float64, matrix: Any) -> Float64:
     """x @ matrix, the matrix widened some columns at a time: of fp16 that takes the most time."""
     rows, columns = matrix.shape
     step = max(1, CHUNK // rows)
     flat = x.reshape(-1, rows)
     result = np.empty((len(flat), columns))
 
-    def multiply(start: int) -> None:
+    def multiply_some(start: int) -> None:
         part = slice(start, start + step)
         result[:, part] = flat @ matrix[:, part].astype(np.float64)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(multiply, range(0, columns, step)))
+        list(pool.map(multiply_some, range(0, columns, step)))
     return result.reshape(*x.shape[:-1], columns)

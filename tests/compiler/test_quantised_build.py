@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -104,13 +105,23 @@ def test_verify_says_what_it_changed(built: Path, tiny_checkpoint: Path) -> None
 
 
 def test_another_number_is_seen(built: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """A weight that is another step is not the checkpoint's, though everything else agrees."""
+    """A weight that is another step is not the checkpoint's, though everything else agrees.
+
+    Of fitted ones no single weight says so: outputs that have one another's numbers.
+    """
     copy = Path(shutil.copytree(built, tmp_path / "copy.ojfa"))
     graph = onnx.load(copy / "graphs" / "block_02.onnx", load_external_data=False)
     ref = references(graph)["mlp.down.weight.packed"]
     file = copy / "graphs" / ref.location
     data = bytearray(file.read_bytes())
-    data[ref.offset + 7] ^= 2
+    if "int8" in str(built):
+        data[ref.offset + 7] ^= 2
+    else:
+        name = "mlp.down.weight.packed"
+        [dims] = (each.dims for each in graph.graph.initializer if each.name == name)
+        size = math.prod(dims[1:])
+        numbers = np.frombuffer(data, np.uint8, dims[0] * size, ref.offset).reshape(-1, size)
+        numbers[...] = np.roll(numbers, 1, axis=0)
     file.write_bytes(data)
     redigest(copy)
     arguments = ["verify", str(copy), "--against", str(tiny_checkpoint)]

@@ -1,0 +1,116 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323): quantising a matrix by what it is multiplied with.
+
+Columns are rounded one after the other. What rounding one loses is made good by those that are not
+rounded yet, as far as inputs that go together allow: H = X^T X of the inputs says how far. Compared
+with rounding each weight to the nearest number, weights are farther off and products nearer.
+
+A group's scale and zero point are chosen when its first column is due, among ranges from all of its
+weights down to LEAST_RANGE of that, by the squared error that counts: each column's weighted by
+what it costs to be wrong there after the later ones have made good what they can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ojfa_export.bundle.weight_format import QuantisedMatrix, WeightFormat
+from ojfa_export.decoding.arrays import Float32
+
+Float64 = NDArray[np.float64]
+# Added to the diagonal of H, over its mean: what the paper's authors add.
+DAMPING = 0.01
+# Ranges that are tried for a group.
+LEAST_RANGE, RANGES = 0.7, 13
+# Columns whose errors are passed on to all later ones at once.
+TOGETHER = 128
+
+
+@dataclass(frozen=True)
+class InputFactor:
+    """What is known of the inputs of a matrix.
+
+    Attributes:
+        upper: U [inputs, inputs] float32, upper triangular, with H^-1 = U^T U of the damped H.
+    """
+
+    upper: Float32
+
+    @classmethod
+    def of(cls, gram: Float64) -> InputFactor:
+        """The factor of H = X^T X, [inputs, inputs]; features that never were count as well."""
+        damped = gram.copy()
+        mean = float(gram.diagonal().mean()) or 1.0
+        damped[np.diag_indices_from(damped)] += DAMPING * mean
+        inverse = np.linalg.inv(damped)
+        lower = np.linalg.cholesky((inverse + inverse.T) / 2)
+        return cls(np.ascontiguousarray(lower.T, np.float32))
+
+
+def quantise(columns: Float32, form: WeightFormat, factor: InputFactor) -> QuantisedMatrix:
+    """Quantises a matrix x @ W.
+
+    Args:
+        columns: [inputs, outputs] float32, finite; inputs are whole groups.
+        form: What to make, with zero points.
+        factor: Of its inputs.
+    """
+    inputs, outputs = columns.shape
+    left, upper, size = columns.astype(np.float32), factor.upper, form.group_size
+    groups, most = inputs // size, (1 << form.bits) - 1
+    numbers = np.empty((inputs, outputs), np.uint8)
+    scales, points = (np.empty((groups, outputs), np.float32) for _ in range(2))
+    together = max(TOGETHER, size)
+    for start in range(0, inputs, together):
+        stop = min(start + together, inputs)
+        lost = np.empty((stop - start, outputs), np.float32)
+        for at in range(start, stop):
+            group = at // size
+            if at % size == 0:
+                due = slice(at, at + size)
+                scales[group], points[group] = _ranges(left[due], upper.diagonal()[due], most)
+            number = np.clip(np.rint(left[at] / scales[group] + points[group]), 0, most)
+            numbers[at] = number
+            error = left[at] - (number - points[group]) * scales[group]
+            error /= upper[at, at]
+            left[at + 1 : stop] -= np.multiply.outer(upper[at, at + 1 : stop], error)
+            lost[at - start] = error
+        left[stop:] -= upper[start:stop, stop:].T @ lost
+    return _packed(numbers, scales, points, form)
+
+
+def _ranges(weights: Float32, diagonal: Float32, most: int) -> tuple[Float32, Float32]:
+    """Scales and whole zero points [outputs] of a group [columns, outputs]."""
+    cost = (1 / diagonal.astype(np.float32) ** 2)[:, None]
+    low, high = np.minimum(weights.min(axis=0), 0), np.maximum(weights.max(axis=0), 0)
+    best = np.full(low.shape, np.inf, np.float32)
+    scales, points = np.ones_like(low), np.zeros_like(low)
+    for share in np.linspace(1.0, LEAST_RANGE, RANGES, dtype=np.float32):
+        scale = np.maximum((high - low) * share / most, np.float32(1e-10))
+        point = np.clip(np.rint(-low * share / scale), 0, most)
+        numbers = np.clip(np.rint(weights / scale + point), 0, most)
+        error = (((weights - (numbers - point) * scale) ** 2) * cost).sum(axis=0)
+        better = error < best
+        best = np.where(better, error, best)
+        scales, points = np.where(better, scale, scales), np.where(better, point, points)
+    return scales, points
+
+
+def _packed(
+    numbers: NDArray[np.uint8], scales: Float32, points: Float32, form: WeightFormat
+) -> QuantisedMatrix:
+    """As `QuantisedMatrix` stores it: outputs first, two numbers of four bits in a byte."""
+    groups, outputs = scales.shape
+    apart: NDArray[Any] = numbers.T.reshape(outputs, groups, form.group_size)
+    whole: NDArray[Any] = points.T.astype(np.uint8)
+    if form.bits == 4:
+        apart = apart[:, :, 0::2] | apart[:, :, 1::2] << 4
+        if groups % 2:
+            whole = np.pad(whole, ((0, 0), (0, 1)))
+        whole = whole[:, 0::2] | whole[:, 1::2] << 4
+    return QuantisedMatrix(
+        np.ascontiguousarray(apart), np.ascontiguousarray(scales.T), np.ascontiguousarray(whole)
+    )

@@ -1,0 +1,105 @@
+"""Quantising by what goes into a matrix, against the paper's recursion in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ojfa_export.backends.onnxruntime.quantise import quantise as to_the_nearest
+from ojfa_export.bundle.weight_format import WeightFormat, dequantise
+from ojfa_export.graphs import gptq
+from ojfa_export.graphs.gptq import DAMPING, InputFactor
+
+
+def form_of(group_size, storage="int4"):
+    return WeightFormat(storage=storage, group_size=group_size, zero_points=True)
+
+
+def inputs_of(rng, rows, features):
+    """That go together, as a model's do: a few directions and some noise."""
+    directions = rng.standard_normal((max(1, features // 8), features))
+    return rng.standard_normal((rows, len(directions))) @ directions + 0.3 * rng.standard_normal(
+        (rows, features)
+    )
+
+
+def by_the_paper(columns, form, gram):
+    """Numbers [inputs, outputs]: H's inverse is reduced by each column that is done."""
+    left = columns.astype(np.float64)
+    damped = gram + DAMPING * gram.diagonal().mean() * np.eye(len(gram))
+    inverse, most = np.linalg.inv(damped), (1 << form.bits) - 1
+    costs = np.array([1 / InputFactor.of(gram).upper[i, i] ** 2 for i in range(len(gram))])
+    stands_for = np.empty_like(left)
+    for at in range(len(left)):
+        if at % form.group_size == 0:
+            due = slice(at, at + form.group_size)
+            scale, point = gptq._ranges(
+                left[due].astype(np.float32), 1 / np.sqrt(costs[due]).astype(np.float32), most
+            )
+        number = np.clip(np.rint(left[at] / scale + point), 0, most)
+        stands_for[at] = (number - point) * scale
+        error = (left[at] - stands_for[at]) / inverse[0, 0]
+        left[at + 1 :] -= np.outer(inverse[0, 1:], error)
+        inverse = inverse[1:, 1:] - np.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
+    return stands_for
+
+
+@pytest.mark.parametrize(("features", "group_size"), [(32, 16), (96, 32), (160, 16), (256, 128)])
+def test_numbers_are_those_of_the_paper_s_recursion(rng, features, group_size):
+    form = form_of(group_size)
+    x = inputs_of(rng, 3 * features, features)
+    columns = rng.standard_normal((features, 20)).astype(np.float32)
+    made = gptq.quantise(columns, form, InputFactor.of(x.T @ x))
+    assert made.packed.shape == (20, features // group_size, group_size // 2)
+    ours, theirs = dequantise(made, form).T, by_the_paper(columns, form, x.T @ x)
+    # Where a weight lies within fp32's rounding of the border of two numbers, all after it differ.
+    alike = np.isclose(ours, theirs, atol=1e-4).all(axis=0)
+    assert alike.mean() >= 0.8
+    lost = [np.linalg.norm(x @ (each - columns)) for each in (ours, theirs)]
+    assert lost[0] == pytest.approx(lost[1], rel=0.05)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    groups=st.integers(2, 5),
+    group_size=st.sampled_from([16, 32, 64]),
+    outputs=st.integers(24, 40),  # of one the greedy way may lose
+    spread=st.sampled_from([1e-3, 1.0, 1e3]),
+)
+def test_products_are_nearer_than_of_the_nearest_numbers(seed, groups, group_size, outputs, spread):
+    rng, form = np.random.default_rng(seed), form_of(group_size)
+    features = groups * group_size
+    x = inputs_of(rng, 2 * features, features)
+    columns = (spread * rng.standard_normal((features, outputs))).astype(np.float32)
+    ours = dequantise(gptq.quantise(columns, form, InputFactor.of(x.T @ x)), form).T
+    nearest = dequantise(to_the_nearest(columns, form), form).T
+    lost = [np.linalg.norm(x @ (each.astype(np.float64) - columns)) for each in (ours, nearest)]
+    assert lost[0] < lost[1]
+
+
+def test_inputs_that_are_alone_lose_no_more_than_the_nearest_numbers(rng):
+    """Nothing can be made good: what is left are better ranges."""
+    form = form_of(32)
+    columns = rng.standard_normal((64, 30)).astype(np.float32)
+    ours = dequantise(gptq.quantise(columns, form, InputFactor.of(np.eye(64))), form).T
+    nearest = dequantise(to_the_nearest(columns, form), form).T
+    assert np.square(ours - columns).sum() <= np.square(nearest - columns).sum()
+
+
+@pytest.mark.parametrize("columns", [np.zeros((32, 3)), np.full((32, 3), -2.5), np.eye(32, 3)])
+def test_matrices_of_few_numbers(columns):
+    form, columns = form_of(16), columns.astype(np.float32)
+    made = dequantise(gptq.quantise(columns, form, InputFactor.of(np.zeros((32, 32)))), form).T
+    np.testing.assert_allclose(made, columns, atol=1e-6)
+
+
+def test_features_that_never_were(rng):
+    """Their weights are kept as near as others'."""
+    form, x = form_of(16), inputs_of(rng, 100, 48)
+    x[:, 16:32] = 0
+    columns = rng.standard_normal((48, 12)).astype(np.float32)
+    made = dequantise(gptq.quantise(columns, form, InputFactor.of(x.T @ x)), form).T
+    assert np.abs(made - columns)[16:32].max() < 0.5
