@@ -38,7 +38,7 @@ def test_the_page_needs_no_key(client, keys):
                 assert answer.headers["referrer-policy"] == "no-referrer"
                 assert answer.text == read(name)
                 assert (await http.head(path)).status_code == 200
-                assert (await http.post(path)).status_code == (405)
+                assert (await http.post(path)).status_code == 405
             assert (await http.get("/page/index.html")).status_code == (401 if keys else 404)
             assert (await http.get("/v1/models")).status_code == (401 if keys else 200)
 

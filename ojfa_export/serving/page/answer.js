@@ -1,6 +1,8 @@
 // One answer: its tokens, where they are shown, and the figures of them.
 
 const STEPS = 6; // colours of the scale; page.css has as many
+// Chunks that waited for the page are read in one go, each in less ms than this: they came together.
+const TOGETHER = 0.25;
 
 /** The step of the scale, from 1; the last one is full depth's alone. */
 export function stepOf(run, blocks) {
@@ -35,19 +37,24 @@ export class Answer {
     this.blocks = blocks;
     this.tokens = [];
     this.spans = [];
-    this.paces = []; // ms of each token but those that came first
-    this.firstAfter = null;
-    this.begun = this.last = performance.now();
+    this.arrivals = []; // how many tokens came, and ms since those before
+    this.last = performance.now();
     this.waiting = [];
     box.replaceChildren();
     if (prompt) box.append(piece("prompt", prompt));
   }
 
-  /** Takes tokens that came together: each of them took its share of the time since the last. */
+  /** Takes tokens that came together. */
   take(tokens, now) {
-    const counted = tokens.filter((token) => !token.trailing).length;
-    if (this.firstAfter === null) this.firstAfter = now - this.begun;
-    else for (let i = 0; i < counted; i += 1) this.paces.push((now - this.last) / counted);
+    const count = tokens.filter((token) => !token.trailing).length;
+    const ms = now - this.last;
+    const before = this.arrivals.at(-1);
+    if (before && ms < TOGETHER) {
+      before.count += count;
+      before.ms += ms;
+    } else {
+      this.arrivals.push({ count, ms });
+    }
     this.last = now;
     this.waiting.push(...tokens);
   }
@@ -63,6 +70,7 @@ export class Answer {
     if (token.trailing) return piece("trailing", token.text);
     const span = piece(`token step-${stepOf(token.blocks_run, this.blocks)}`, token.text);
     span.classList.toggle("drafted", Boolean(token.drafted));
+    span.classList.toggle("line-end", /^\n+$/.test(token.text));
     span.dataset.place = this.tokens.length;
     span.dataset.blocks = token.blocks_run;
     this.tokens.push(token);
@@ -90,12 +98,17 @@ export class Answer {
     span.title = this.about(place);
   }
 
+  /** ms of each token but the first ones; those that came together have equal shares. */
+  get paces() {
+    return this.arrivals.slice(1).flatMap(({ count, ms }) => Array(count).fill(ms / count));
+  }
+
   get figures() {
     const blocks = this.tokens.reduce((sum, token) => sum + token.blocks_run, 0);
     const count = this.tokens.length;
     return {
-      pace: this.paces.length > 0 ? median(this.paces).toFixed(2) : "–",
-      first: this.firstAfter === null ? "–" : this.firstAfter.toFixed(0),
+      pace: median(this.paces)?.toFixed(2) ?? "–",
+      first: this.arrivals[0]?.ms.toFixed(0) ?? "–",
       blocks: count > 0 ? `${(blocks / count).toFixed(1)} of ${this.blocks}` : "–",
       early: count > 0 ? `${this.early} of ${count}` : "–",
     };
@@ -139,17 +152,17 @@ export function markRest(one, other) {
   }
 }
 
-/** How far two answers agree, in words. */
+/** How far two answers agree, in words: the figure, and what is to be known of it. */
 export function agreementOf(one, other) {
   const all = Math.max(one.tokens.length, other.tokens.length);
   const differ = one.tokens.map((token, place) => token.id !== other.tokens[place]?.id);
   const same = differ.filter((each) => !each).length;
-  if (same === all) return `All ${all} tokens agree.`;
+  if (same === all) return [`All ${all} tokens agree.`, ""];
   const first = differ.includes(true) ? differ.indexOf(true) : one.tokens.length;
-  return (
-    `${same} of ${all} tokens agree; token ${first + 1} is the first that differs. From there on ` +
-    "the two answers go on from different texts, so this is no measure of the promise."
-  );
+  return [
+    `${same} of ${all} tokens agree; token ${first + 1} is the first that differs.`,
+    "From there on the two answers go on from different texts: this is no measure of the promise.",
+  ];
 }
 
 export function percent(share) {
@@ -164,6 +177,7 @@ function piece(className, text) {
 }
 
 function median(values) {
+  if (values.length === 0) return undefined;
   const sorted = [...values].sort((a, b) => a - b);
   const middle = sorted.length >> 1;
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;

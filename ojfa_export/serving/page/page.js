@@ -143,8 +143,9 @@ async function runBoth(signal) {
   shown = [answer, full];
   await fill(full, isChat, { ...body, exit: "full" }, key, signal);
   markRest(answer, full);
-  at("agreement").textContent = agreementOf(answer, full);
-  at("status").textContent = `${finished(answer, reason)} ${at("agreement").textContent}`;
+  const words = agreementOf(answer, full);
+  at("agreement").textContent = words.join(" ");
+  at("status").textContent = `${finished(answer, reason)} ${words[0]}`;
 }
 
 async function fill(answer, isChat, body, key, signal) {
@@ -205,6 +206,7 @@ function failed(error) {
 function complain(error) {
   at("status").textContent = "";
   tell(error.message);
+  at("alert").scrollIntoView({ block: "nearest" });
   if (error.status === 401) at("key").focus();
 }
 
