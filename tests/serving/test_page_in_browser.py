@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,10 +69,9 @@ def open_page(browser, server):
     yield make
     for context in contexts:
         context.close()
-    # Chromium notes every refusal of the server as well: those are wanted where they are asked for.
-    assert [
-        each for each in faults if "status of 4" not in each and "status of 5" not in each
-    ] == []
+    # Chromium notes what a server refuses, and that there is none, as well; tests ask for both.
+    wanted = ("status of 4", "status of 5", "ERR_INTERNET_DISCONNECTED")
+    assert [each for each in faults if not any(part in each for part in wanted)] == []
 
 
 def ready(page):
@@ -115,13 +116,11 @@ def test_an_answer_beside_full_depth(open_page, model: Model, depth):
         assert blocks_of(page, box) == wanted.exit_blocks or depth == "speculate"
     same = [a == b for a, b in zip(here.token_ids, full.token_ids, strict=False)]
     count, all = sum(same), max(len(here.token_ids), len(full.token_ids))
+    differing = [place for place, each in enumerate(same) if not each]
     for box in ("answer", "full"):
-        marked = page.locator(f"#{box} .differs").evaluate_all(
-            "all => all.map(e => e.dataset.place)"
-        )
-        assert [int(each) for each in marked][: len(same) - count] == [
-            place for place, each in enumerate(same) if not each
-        ]
+        marked = page.locator(f"#{box} .differs").all()
+        places = [int(each.get_attribute("data-place")) for each in marked]
+        assert places[: len(differing)] == differing
     words = f"All {all} tokens agree." if count == all else f"{count} of {all} tokens agree"
     expect(page.locator("#agreement")).to_contain_text(words)
     mean = sum(blocks_of(page)) / len(here.token_ids)
@@ -236,6 +235,27 @@ def test_errors_are_told(open_page):
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     run(page)
     expect(page.get_by_role("alert")).to_have_text("")
+
+
+def test_a_server_that_is_gone_is_told(open_page):
+    page = ready(open_page())
+    page.context.set_offline(True)
+    page.get_by_role("button", name="Run").click()
+    expect(page.get_by_role("alert")).to_have_text("The server can't be reached.")
+
+
+def test_pointing_at_a_token(open_page, model: Model):
+    page = ready(open_page())
+    set_blocks(page, 2)
+    run(page)
+    choice = model.generate(PROMPT, exit=2, max_new_tokens=TOKENS, logprobs=0).prompts[0]
+    page.locator("#answer .token").nth(3).hover()
+    share = math.exp(choice.logprobs[3].logprob) * 100
+    words = page.locator("#token").text_content()
+    assert "Token 4, " in words
+    assert "2 of 4 blocks" in words
+    shown = float(re.search(r"confidence ([\d.e-]+)%", words)[1])
+    assert shown == pytest.approx(share, rel=0.06)  # as the page rounds it
 
 
 def test_errors_in_a_stream_are_told(open_page):

@@ -89,12 +89,17 @@ function tokensOf(choice) {
   return [...tokens.slice(0, -1), { ...last, text: last.text + rest }];
 }
 
+function brokenOff(error) {
+  if (error.name === "AbortError") throw error;
+  throw new ServerError(0, "The connection to the server broke off.", "broken off");
+}
+
 /** The events of a stream, each time as many as had come. */
 async function* eventsOf(stream) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reader.read().catch(brokenOff);
     if (done) return;
     text += value;
     const parts = text.split("\n\n");
