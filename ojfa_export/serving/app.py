@@ -22,6 +22,7 @@ from ojfa_export.serving.handlers import Handlers
 from ojfa_export.serving.keys import Keys
 from ojfa_export.serving.metrics import Metrics
 from ojfa_export.serving.openapi import document
+from ojfa_export.serving.page_files import page_routes
 from ojfa_export.serving.settings import Settings
 
 
@@ -86,6 +87,7 @@ def _application(catalogue: Catalogue, settings: Settings, metrics: Metrics) -> 
             Route("/metrics", read_metrics),
             Route("/version", version),
             Route("/openapi.json", openapi),
+            *page_routes(),
         ],
         exception_handlers={
             HttpError: _refuse,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ojfa_export import backends
+from ojfa_export.decoding.exits import Exit
 from ojfa_export.engine.engine import Engine
 from ojfa_export.errors import UsageError, VerificationError
 from ojfa_export.runtime.model import Model, load
@@ -37,14 +38,19 @@ class Served:
     watch: PromiseWatch | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def about(self) -> dict[str, Any]:
-        """The bundle as `/v1/models` lists it; what is not OpenAI's is in `ojfa`."""
+    def about(self, exit: Exit | str = "full") -> dict[str, Any]:
+        """The bundle as `/v1/models` lists it; what is not OpenAI's is in `ojfa`.
+
+        Args:
+            exit: Blocks to run where a request doesn't say.
+        """
         manifest = self.model.manifest
         promise = manifest.promise
         ours: dict[str, Any] = {
             "blocks": self.model.blocks,
             "family": self.model.spec.family,
             "precision": manifest.precision,
+            "exit": exit,
             "auto": manifest.auto is not None,
             "drafts": self.model.drafts is not None,
             "chat": "chat.json" in manifest.files,

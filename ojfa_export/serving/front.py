@@ -10,14 +10,15 @@ from ojfa_export.serving import logs
 from ojfa_export.serving.errors import HttpError
 from ojfa_export.serving.keys import Keys
 from ojfa_export.serving.metrics import Metrics
+from ojfa_export.serving.page_files import FILES
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-# Looked at by machines that have no key.
-_OPEN = {"/health", "/metrics", "/version", "/openapi.json"}
+# Looked at by machines that have no key; a browser has one only when the page has asked for it.
+_OPEN = {"/health", "/metrics", "/version", "/openapi.json", *FILES}
 _QUIET = {"/health", "/metrics"}
 
 

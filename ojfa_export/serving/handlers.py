@@ -62,12 +62,13 @@ class Handlers:
     async def models(self, _: Request) -> Response:
         """`GET /v1/models`."""
         self._catalogue.must_be_ready()
-        found = [each.about() for each in self._catalogue.served.values()]
+        found = [each.about(self._settings.exit) for each in self._catalogue.served.values()]
         return JSONResponse({"object": "list", "data": found})
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/models/NAME`."""
-        return JSONResponse(self._catalogue.find(request.path_params["name"]).about())
+        served = self._catalogue.find(request.path_params["name"])
+        return JSONResponse(served.about(self._settings.exit))
 
     async def _generate(
         self,

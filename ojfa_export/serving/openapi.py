@@ -26,6 +26,57 @@ _ERROR = {
         }
     },
 }
+_MODEL = {
+    "type": "object",
+    "required": ["id", "object", "created", "owned_by", "max_model_len", "ojfa"],
+    "properties": {
+        "id": {"type": "string", "description": "What `model` of a request names."},
+        "object": {"const": "model"},
+        "created": {"type": "integer"},
+        "owned_by": {"type": "string"},
+        "max_model_len": {"type": "integer", "description": "Tokens of the longest sequence."},
+        "ojfa": {
+            "type": "object",
+            "required": ["blocks", "exit", "auto", "drafts", "chat", "promise"],
+            "properties": {
+                "blocks": {"type": "integer", "description": "Full depth."},
+                "family": {"type": "string"},
+                "precision": {"type": "string"},
+                "exit": {
+                    "type": ["integer", "string"],
+                    "description": "Blocks to run where a request doesn't say.",
+                },
+                "auto": {"type": "boolean", "description": "Whether it has a policy."},
+                "drafts": {"type": "boolean", "description": "Whether it has a draft layer."},
+                "chat": {"type": "boolean", "description": "Whether it has a chat template."},
+                "promise": {"anyOf": [{"type": "null"}, {"$ref": "#/components/schemas/Promise"}]},
+            },
+        },
+    },
+}
+_PROMISE = {
+    "type": "object",
+    "required": ["max_disagreement", "confidence", "relative_cost", "reason", "domains"],
+    "description": "What is promised of the exit `auto`.",
+    "properties": {
+        "max_disagreement": {
+            "type": "number",
+            "description": "The largest share of tokens that differ from full depth's.",
+        },
+        "confidence": {"type": "number", "description": "Of the statement."},
+        "relative_cost": {"type": "number", "description": "Of a token; full depth is 1."},
+        "reason": {"type": "string"},
+        "domains": {"type": "array", "items": {"type": "string"}},
+    },
+}
+_MODELS = {
+    "type": "object",
+    "required": ["object", "data"],
+    "properties": {
+        "object": {"const": "list"},
+        "data": {"type": "array", "items": {"$ref": "#/components/schemas/Model"}},
+    },
+}
 _REFUSALS = {
     "400": "A field is wrong; `param` names it.",
     "401": "No key, or a wrong one.",
@@ -41,7 +92,12 @@ _GENERATES = ("200", "400", "401", "404", "413", "429", "503", "504")
 @lru_cache(maxsize=1)
 def document() -> dict[str, Any]:
     """The document."""
-    schemas: dict[str, Any] = {"Error": _ERROR}
+    schemas: dict[str, Any] = {
+        "Error": _ERROR,
+        "Model": _MODEL,
+        "Models": _MODELS,
+        "Promise": _PROMISE,
+    }
     bodies: dict[str, type[BaseModel]] = {
         "/v1/completions": CompletionRequest,
         "/v1/chat/completions": ChatRequest,
@@ -59,8 +115,12 @@ def document() -> dict[str, Any]:
         answers = _answers(statuses.get(path, ("200",)))
         if path == "/health":
             answers["503"] = _json({"type": "object"}, "The server loads, or ends.")
+        if path == "/v1/models":
+            answers["200"] = _json({"$ref": "#/components/schemas/Models"}, "The bundles.")
         paths[path] = {"get": {"operationId": path.strip("/").replace("/", "_"),
                                "responses": answers}}  # fmt: skip
+    page = {"description": "A page for people.", "content": {"text/html": {}}}
+    paths["/"] = {"get": {"operationId": "page", "responses": {"200": page}}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "ojfa-export", "version": __version__},

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +11,7 @@ import httpx
 import psutil
 import pytest
 from click.testing import CliRunner
+from serving.started import Started
 
 from ojfa_export.cli.app import app
 from ojfa_export.errors import UsageError
@@ -23,32 +20,11 @@ from ojfa_export.serving.catalogue import names_of
 from ojfa_export.serving.keys import Keys, read_keys
 
 
-class Started:
-    """A server in a process of its own."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "ojfa_export", "serve", *arguments, "--port", "0"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.log: list[str] = []
-        line = self.process.stdout.readline()
-        assert line.startswith("listening on http://127.0.0.1:"), self.process.stderr.read()
-        self.url = line.removeprefix("listening on ").strip()
-        threading.Thread(target=lambda: self.log.extend(self.process.stderr)).start()
-        while httpx.get(f"{self.url}/health").status_code != 200:
-            assert self.process.poll() is None, self.log
-            time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def server(served_bundle: Path) -> Iterator[Started]:
     started = Started(str(served_bundle), "--max-sequences", "2")
     yield started
-    started.process.kill()
-    started.process.wait()
+    started.kill()
 
 
 def test_it_listens_on_this_machine_alone(server):
