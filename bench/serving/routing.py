@@ -45,6 +45,15 @@ class TwoChoices:
         return min(pair, key=lambda index: machines[index].requests)
 
 
+class FewestRequests:
+    """The machine with the fewest requests, known exactly at every moment."""
+
+    def choose(self, each: Asked, machines: Sequence[Machine]) -> int:
+        for machine in machines:
+            machine.advance(each.at)
+        return min(range(len(machines)), key=lambda index: machines[index].requests)
+
+
 class LeastLoaded:
     """The machine with the fewest tokens left to run, known exactly at every moment."""
 

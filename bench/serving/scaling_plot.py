@@ -10,6 +10,7 @@ BLUES = {0.0: "#0b2e4f", 0.25: "#1a6faf", 0.5: "#4c8f3f", 0.75: "#d1711f", 1.0: 
 ROUTINGS = {
     "at random": ("0.6", ":"),
     "fewer of two": ("0.35", "--"),
+    "fewest requests": ("#8a4fb0", "-"),
     "least loaded": ("#1a6faf", "-"),
     "by depth": ("#d1711f", "-"),
     "by depth, 10% misjudged": ("#d1711f", ":"),

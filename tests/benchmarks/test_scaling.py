@@ -12,6 +12,7 @@ from bench.serving.routing import (
     AtRandom,
     ByDepth,
     ByPrefix,
+    FewestRequests,
     LeastLoaded,
     Limits,
     TwoChoices,
@@ -22,7 +23,7 @@ from bench.serving.routing import (
 from bench.serving.scaling import arrivals, capacity_of
 from bench.serving.simulated import PREFIX, Asked, Machine, served
 
-ROUTERS = [AtRandom, TwoChoices, LeastLoaded, lambda: ByDepth(1), ByPrefix]
+ROUTERS = [AtRandom, TwoChoices, FewestRequests, LeastLoaded, lambda: ByDepth(1), ByPrefix]
 
 
 @given(
