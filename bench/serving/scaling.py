@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result["one_machine"] = one_machine(SHARES, limits)
     # As if the engine learnt from times without any spread.
     result["learning_exactly"] = one_machine((0.0, 0.5), limits, partial(Machine, spread=0.0))
-    capacity = {row["shallow"]: row["capacity"] for row in result["one_machine"]}
+    capacity = {row["shallow"]: row["capacity"] or RATES[-1] for row in result["one_machine"]}
     result["depth"] = list(by_depth(capacity, limits))
     result["prefix"] = list(by_prefix(limits))
     result["seconds"] = time.process_time() - begin
@@ -193,16 +193,20 @@ def one_machine(
     return rows
 
 
-def capacity_of(rates: Sequence[float], curve: Sequence[Goodput]) -> float:
-    """The rate at which the share that keeps the limits falls below `KEPT`, on a line."""
+def capacity_of(rates: Sequence[float], curve: Sequence[Goodput]) -> float | None:
+    """The rate at which the share that keeps the limits falls below `KEPT`, on a line.
+
+    Returns:
+        None where that is not between two of the rates.
+    """
     for index, each in enumerate(curve):
         if each.share < KEPT:
             if not index:
-                return 0.0
+                return None
             before = curve[index - 1]
             part = (before.share - KEPT) / (before.share - each.share)
             return rates[index - 1] + part * (rates[index] - rates[index - 1])
-    return float(rates[-1])
+    return None
 
 
 # Routing that knows nothing of a request.

@@ -118,3 +118,5 @@ def test_capacity_lies_where_too_few_keep_the_limits():
     got = goodput(asked, done, (0.0, 4.0), Limits())
     curve = [got._replace(rate=10.0, good=good) for good in (10.0, 9.0)]
     assert capacity_of([10, 20], curve) == pytest.approx(15.0)
+    assert capacity_of([10], curve[:1]) is None
+    assert capacity_of([20], curve[1:]) is None
