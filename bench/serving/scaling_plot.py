@@ -33,12 +33,12 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     _routings(depth, wanted, "8 machines, half of the requests at half depth")
     few = max(row["prefixes"] for row in result["prefix"])
     wanted = [row for row in result["prefix"] if (row["machines"], row["prefixes"]) == (8, few)]
-    _routings(prefix, wanted, f"8 machines, 90% with one of {few} system prompts")
+    _routings(prefix, wanted, f"8 machines, 90% have one of {few} prefixes")
     figure.suptitle(
         f"Goodput, simulated: first token within {limits['first']:g} ms and "
         f"p99 between tokens within {limits['between']:g} ms (H200, Llama-2-7B's shape, fp16)"
     )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=98)
 
 
 def _routings(axes: Any, rows: Sequence[Mapping[str, Any]], title: str) -> None:
