@@ -33,7 +33,7 @@ class AtRandom:
 
 
 class TwoChoices:
-    """Of two machines at random the one with fewer requests, as Ray Serve does by itself."""
+    """Of two machines at random (now and then the same) the one with fewer requests."""
 
     def __init__(self, seed: int = 0) -> None:
         self._rng = np.random.default_rng(seed)
