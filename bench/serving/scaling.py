@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ from bench.serving.routing import (
     goodput,
     serve,
 )
-from bench.serving.simulated import NO_PREFIX, PREFIX, SPREAD, Asked, Machine
+from bench.serving.simulated import MEASURED_SHARE, NO_PREFIX, PREFIX, SPREAD, Asked, Machine
+from ojfa_export.engine.scheduler import PIECE_SHARE
 
 MEASURED = Path(__file__).parents[1] / "results" / "gpu-h200-serving-llama2-7b.json"
 VALIDATION_SEEDS = 5
@@ -47,6 +49,8 @@ RATES_ALL_SHALLOW = (*RATES, 36, 40, 44, 48)
 KEPT = 0.95
 # Milliseconds between tokens, p99, that capacities are looked up for.
 BETWEEN = (9.0, 10.0, 11.0, 12.0, 15.0, 20.0)
+# What pieces may add to a step, and requests a second.
+PIECE_SHARES, SHARE_RATES = (0.5, 0.6, 0.7, PIECE_SHARE, 1.0), (13.5, 16.8)
 # Seconds of arrivals, of which the first don't count.
 ONE_MACHINE, EIGHT, MANY = (70.0, 10.0), (16.0, 5.0), (8.0, 3.0)
 # Tokens of a request's own after a system prompt.
@@ -67,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result["one_machine"] = one_machine(SHARES, limits)
     # As if the engine learnt from times without any spread.
     result["learning_exactly"] = one_machine((0.0, 0.5), limits, partial(Machine, spread=0.0))
+    result["shares"] = list(by_share())
+    result["larger_share"] = one_machine((0.0, 0.5), limits, partial(Machine, share=PIECE_SHARE))
     capacity = {row["shallow"]: row["capacity"] or RATES[-1] for row in result["one_machine"]}
     result["depth"] = list(by_depth(capacity, limits))
     result["prefix"] = list(by_prefix(limits))
@@ -112,7 +118,19 @@ FIGURES: dict[str, Callable[[Any], float]] = {
 }
 
 
-def replayed(rate: float, seed: int, half: bool, spread_seed: int | None) -> dict[str, Any]:
+def by_share() -> Iterator[dict[str, Any]]:
+    """What the time that pieces may add does to the measured arrivals; means over seeds."""
+    for rate, share in product(SHARE_RATES, PIECE_SHARES):
+        runs = [replayed(rate, 8, False, seed, share) for seed in range(VALIDATION_SEEDS)]
+        figures = {
+            what: float(np.mean([pick(run) for run in runs])) for what, pick in FIGURES.items()
+        }
+        yield {"rate": rate, "share": share, **figures}
+
+
+def replayed(
+    rate: float, seed: int, half: bool, spread_seed: int | None, share: float = MEASURED_SHARE
+) -> dict[str, Any]:
     """The requests of `bench.gpu.serving` on one simulated machine."""
     came = poisson(rate, 192, 32000, seed=seed)
     asked = [
@@ -120,7 +138,9 @@ def replayed(rate: float, seed: int, half: bool, spread_seed: int | None) -> dic
         for index, each in enumerate(came)
     ]
     spread = 0.0 if spread_seed is None else SPREAD
-    machine = Machine(PassTimes(), keeps_prefixes=False, spread=spread, seed=spread_seed or 0)
+    machine = Machine(
+        PassTimes(), keeps_prefixes=False, spread=spread, share=share, seed=spread_seed or 0
+    )
     for each in asked:
         machine.advance(each.at)
         machine.submit(each)

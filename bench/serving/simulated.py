@@ -16,12 +16,14 @@ import numpy as np
 
 from bench.serving.pass_times import BLOCKS, Load, PassTimes
 from ojfa_export.engine.costs import LEAST_PIECE, PieceCosts
-from ojfa_export.engine.scheduler import LONGEST_STEP, MOST_SHARE, PIECE_SHARE
+from ojfa_export.engine.scheduler import LONGEST_STEP, MOST_SHARE
 
 SLOTS = 64
 # How far the times that the engine learns from are spread, as the host sees them: fitted to the
 # time to the first token of random arrivals (see `bench.serving.scaling`), not measured.
 SPREAD = 0.08
+# `PIECE_SHARE` of the engine that was measured; its scheduler has had a larger one since.
+MEASURED_SHARE = 0.5
 # Tokens of a system prompt; of requests without one.
 PREFIX, NO_PREFIX = 512, -1
 
@@ -86,6 +88,7 @@ class Machine:
         slots: Requests that run together.
         keeps_prefixes: Whether what requests leave in the cache serves those that begin alike.
         spread: Of the times that it learns from.
+        share: What pieces of prompts may add to a step, over its time.
         seed: Of that spread.
 
     Attributes:
@@ -103,12 +106,13 @@ class Machine:
         *,
         keeps_prefixes: bool = True,
         spread: float = SPREAD,
+        share: float = MEASURED_SHARE,
         seed: int = 0,
     ) -> None:
         self.ends: list[float] = []
         self.load = self.requests = self.generated = 0
         self.pieces = PieceCosts(times.sizes)
-        self._times, self._keeps = times, keeps_prefixes
+        self._times, self._keeps, self._share = times, keeps_prefixes, share
         self._spread, self._rng = spread, np.random.default_rng(seed)
         self._queue: deque[Asked] = deque()
         self._running: dict[int, Asked] = {}  # by slot
@@ -198,7 +202,7 @@ class Machine:
         """As `Scheduler` has it."""
         if not others:
             return self.pieces.most
-        share = PIECE_SHARE * max(1, prompts // 2, prompts // others)
+        share = self._share * max(1, prompts // 2, prompts // others)
         is_full = bool(self._queue) and not (self._unused or self._left)
         return self.pieces.choose(others, min(MOST_SHARE, share), MOST_SHARE if is_full else 0.0)
 

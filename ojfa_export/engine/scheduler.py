@@ -12,8 +12,10 @@ from ojfa_export.engine.running import Running
 
 # More pending tokens than this are run in pieces, between the steps of others.
 LONGEST_STEP = 16
-# What pieces may add to a step, over the time of the step alone; and where many prompts wait.
-PIECE_SHARE, MOST_SHARE = 0.5, 2.0
+# What pieces may add to a step, over the time of the step alone; and where many prompts wait. At
+# half a step a size that adds about that was now taken and now not, and first tokens came twice as
+# late (simulated: docs/scaling.md).
+PIECE_SHARE, MOST_SHARE = 0.85, 2.0
 # Passes that a request may wait at an exit until more have come there.
 MOST_WAITS = 4
 
