@@ -80,17 +80,18 @@ def test_longer_contexts_take_longer():
     assert long > short
 
 
-@given(seed=st.integers(0, 50), machines=st.integers(1, 3), rate=st.sampled_from([10.0, 25.0]))
-@settings(max_examples=8, deadline=None)
-def test_more_machines_never_give_less(seed, machines, rate):
-    """But for chance: pieces are learnt from times that are spread, and differ by machine."""
-    asked = arrivals(rate, 6.0, seed, 0.5)
+def test_more_machines_give_more():
+    """Over several loads: of one a few requests may come late by chance, as times are spread."""
     goods = []
-    for count in (machines, 2 * machines):
-        again = [each.again() for each in asked]
-        done = serve(again, count, LeastLoaded(), PassTimes())
-        goods.append(goodput(again, done, (0.0, 6.0), Limits()).share)
-    assert goods[1] >= goods[0] - 0.03
+    for count in (1, 2, 4):
+        shares = []
+        for seed in range(4):
+            asked = arrivals(30.0, 4.0, seed, 0.5)
+            done = serve(asked, count, LeastLoaded(), PassTimes())
+            shares.append(goodput(asked, done, (0.0, 4.0), Limits()).share)
+        goods.append(sum(shares) / len(shares))
+    assert goods[0] < goods[1] < goods[2] + 0.02
+    assert goods[2] > 0.9
 
 
 def test_a_known_prefix_is_not_computed_again():

@@ -114,6 +114,7 @@ class StandIn:
 
     def __init__(self, spec):
         self.depths, self._spec, self._count = (1, 2, spec.blocks), spec, 0
+        self.token_bytes, self.takes_whole = 0, False
 
     def executor(self, slots, capacity):
         return self
