@@ -178,7 +178,8 @@ int drawn(const float* logits, int vocabulary, float temperature, int top_k, dou
 }
 
 void embed(Program& program, const Launch& launch, float* hidden, const void* table, const void* learned,
-           const int* ids, const int* positions, int* positions_out, int steps, int features, const int* chosen) {
+           const int* ids, const int* positions, int* positions_out, int steps, int features,
+           const int* chosen) {
     for (int token = 0; token < launch.x; ++token) {
         const int position = positions[token] + steps;
         const int id = ids[token] < 0 ? chosen[-1 - ids[token]] : ids[token];
