@@ -1,12 +1,12 @@
-// What a pass of more tokens does before and after products that are made elsewhere: the norm before,
-// activation and gate after.
+// What a pass of more tokens does before and after products that are made elsewhere: the norm before, activation
+// and gate after.
 #include "activation.cuh"
 
 constexpr int NORM_THREADS = 512;
 constexpr int ACTIVATE_THREADS = 256;
 
-// Grid (tokens). x [tokens, columns] = norm(hidden [tokens, width]), rounded, zeros from `width` on. Without
-// a weight it is x / rms.
+// Grid (tokens). x [tokens, columns] = norm(hidden [tokens, width]), rounded, zeros from `width` on. Without a
+// weight it is x / rms.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
     normalize(Element* x, const float* hidden, const float* norm_weight, const float* norm_bias,
               float epsilon, int width, int columns) {
@@ -45,8 +45,7 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 
 // Grid (tokens). out [tokens, width] = residual + RMSNorm(y); out may be the residual.
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
-    add_normed(float* out, const float* residual, const float* y, const float* norm_weight, float epsilon,
-               int width) {
+    add_normed(float* out, const float* residual, const float* y, const float* norm_weight, float epsilon, int width) {
     let_next_start();
     wait_for_previous();
     if (is_called_off()) return;
@@ -62,17 +61,15 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 }
 
 // Grid (any). logits [numbers] = tanh(logits / cap) * cap.
-extern "C" __global__ void __launch_bounds__(ACTIVATE_THREADS)
-    cap_logits(float* logits, int numbers, float cap) {
+extern "C" __global__ void __launch_bounds__(ACTIVATE_THREADS) cap_logits(float* logits, int numbers, float cap) {
     let_next_start();
     wait_for_previous();
     for (int i = blockIdx.x * ACTIVATE_THREADS + threadIdx.x; i < numbers; i += gridDim.x * ACTIVATE_THREADS)
         logits[i] = tanhf(fresh(logits + i) / cap) * cap;
 }
 
-// Grid (ceil(width / (WIDE * ACTIVATE_THREADS)), tokens). inner [tokens, width] = act(gates + bias) * (ups +
-// bias) of products [tokens, 2 width], a token's gates before its ups; without a gate act(products [tokens,
-// width] + bias).
+// Grid (ceil(width / (WIDE * ACTIVATE_THREADS)), tokens). inner [tokens, width] = act(gates + bias) * (ups + bias)
+// of products [tokens, 2 width], a token's gates before its ups; without a gate act(products [tokens, width] + bias).
 extern "C" __global__ void __launch_bounds__(ACTIVATE_THREADS)
     activate_products(Element* inner, const Element* products, const float* bias, int width) {
     wait_for_previous();
@@ -89,8 +86,7 @@ extern "C" __global__ void __launch_bounds__(ACTIVATE_THREADS)
         const Chunk gate = load(gates + first), up = GATED ? load(gates + width + first) : gate;
         Chunk result;
 #pragma unroll
-        for (int j = 0; j < WIDE; ++j)
-            store(&result.values[j], value(gate.values[j], up.values[j], first + j));
+        for (int j = 0; j < WIDE; ++j) store(&result.values[j], value(gate.values[j], up.values[j], first + j));
         *reinterpret_cast<Chunk*>(inner + token * width + first) = result;
     } else {
         for (int i = first; i < min(first + WIDE, width); ++i)

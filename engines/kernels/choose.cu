@@ -5,8 +5,7 @@ constexpr int PARTS = LANES;
 
 // Grid (PARTS, rows): each thread block takes a part of a row's logits, the last to finish answers.
 extern "C" __global__ void __launch_bounds__(CHOOSE_THREADS)
-    choose(const float* logits, int vocabulary, Desk* desk, Mail* mail, int measure, double threshold,
-           int sampled) {
+    choose(const float* logits, int vocabulary, Desk* desk, Mail* mail, int measure, double threshold, int sampled) {
     __shared__ int sure;
     const int part = blockIdx.x, rows = gridDim.y, each = (vocabulary + PARTS - 1) / PARTS;
     const int first = min(part * each, vocabulary), stop = min(first + each, vocabulary);
@@ -47,8 +46,7 @@ extern "C" __global__ void fetch(float* hidden, const float* kept, const int* po
     wait_for_previous();
     let_next_start();
     const int token = blockIdx.x;
-    const long long place =
-        static_cast<long long>(fresh(sequences + token)) * capacity + fresh(positions + token);
+    const long long place = static_cast<long long>(fresh(sequences + token)) * capacity + fresh(positions + token);
     for (int i = threadIdx.x; i < features; i += blockDim.x)
         hidden[static_cast<long long>(token) * features + i] = fresh(kept + place * features + i);
 }

@@ -10,8 +10,8 @@ constexpr int MOST_PARTS = 2048;  // of all rows of an answer
 // What is kept of an answer of a row, for the host. Confidence as in decoding/confidence.py.
 enum { TOKEN, LIKELIEST, TOP, MARGIN, ENTROPY, ANSWER_WORDS };
 
-// How a row's token is drawn: by a number from [0, 1). The likeliest where the temperature is 0; of all
-// tokens where top_k is.
+// How a row's token is drawn: by a number from [0, 1). The likeliest where the temperature is 0; of all tokens
+// where top_k is.
 struct Drawing {
     double draw, top_p;
     float temperature;
@@ -94,8 +94,7 @@ __device__ inline Summary block_summary(const Summary& mine) {
     if (threadIdx.x % LANES == 0) warps[threadIdx.x / LANES] = warp;
     __syncthreads();
     if (threadIdx.x >= LANES) return warp;
-    return lanes_summary(threadIdx.x < blockDim.x / LANES ? warps[threadIdx.x]
-                                                          : Summary::nothing(warp.index));
+    return lanes_summary(threadIdx.x < blockDim.x / LANES ? warps[threadIdx.x] : Summary::nothing(warp.index));
 }
 
 // What thread blocks tell one another of a summary.
@@ -117,28 +116,26 @@ struct Part {
 #pragma unroll
         for (int i = 0; i < 5; ++i)
             while (!belongs_to(found[i], answer)) found[i] = load_word(words + i);
-        return {float_of(found[0]), float_of(found[1]), static_cast<int>(bits_of(found[2])),
-                float_of(found[3]), float_of(found[4])};
+        return {float_of(found[0]), float_of(found[1]), static_cast<int>(bits_of(found[2])), float_of(found[3]),
+                float_of(found[4])};
     }
 };
 
 // kept [rows, capacity, features] at a token's sequence and position = hidden [token, features].
-__device__ inline void keep_token(float* kept, const float* hidden, const int* positions,
-                                  const int* sequences, int capacity, int features, int token, int thread,
-                                  int threads) {
-    const long long place =
-        static_cast<long long>(fresh(sequences + token)) * capacity + fresh(positions + token);
+__device__ inline void keep_token(float* kept, const float* hidden, const int* positions, const int* sequences,
+                                  int capacity, int features, int token, int thread, int threads) {
+    const long long place = static_cast<long long>(fresh(sequences + token)) * capacity + fresh(positions + token);
     for (int i = thread; i < features; i += threads)
         kept[place * features + i] = fresh(hidden + static_cast<long long>(token) * features + i);
 }
 
 // Device memory that answers are made in; all zero at first.
 struct Desk {
-    int tokens[MAIL_ROWS];  // the last answer's, for the embedding of the next step
-    unsigned answers;       // given so far
-    unsigned finished;      // thread blocks that are done; zero before and after a kernel
+    int tokens[MAIL_ROWS];   // the last answer's, for the embedding of the next step
+    unsigned answers;        // given so far
+    unsigned finished;       // thread blocks that are done; zero before and after a kernel
     float largest[MAIL_ROWS];
-    Part parts[MOST_PARTS];             // [rows, parts] of thread blocks
+    Part parts[MOST_PARTS];  // [rows, parts] of thread blocks
     int chosen[MAIL_SLOTS][MAIL_ROWS];  // tokens of the last answers, for embeddings that name them by place
 };
 

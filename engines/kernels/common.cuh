@@ -36,9 +36,7 @@ __device__ __forceinline__ Chunk load_once(const Element* at, bool valid) {
     return loaded.chunk;
 }
 
-__device__ __forceinline__ Chunk load(const Element* at) {
-    return *reinterpret_cast<const Chunk*>(at);
-}
+__device__ __forceinline__ Chunk load(const Element* at) { return *reinterpret_cast<const Chunk*>(at); }
 
 template <int WIDTH = LANES>
 __device__ __forceinline__ float lanes_sum(float x) {

@@ -5,8 +5,7 @@
 // Ids and positions may lie in the host's memory; the kernels after this one read `positions_out`. A token
 // that follows another is `steps` further on. An id below 0 is a place: -1 is the first of `chosen`.
 extern "C" __global__ void embed(float* hidden, const Element* table, const Element* learned, const int* ids,
-                                 const int* positions, int* positions_out, int steps, int features,
-                                 const int* chosen) {
+                                 const int* positions, int* positions_out, int steps, int features, const int* chosen) {
     let_next_start();  // to load weights
     wait_for_previous();
     const long long token = blockIdx.x;
@@ -27,8 +26,7 @@ extern "C" __global__ void transpose(Element* out, const Element* in, int rows, 
     const int column = blockIdx.x * 32 + threadIdx.x;
     for (int i = threadIdx.y; i < 32; i += blockDim.y) {
         const int row = blockIdx.y * 32 + i;
-        if (row < rows && column < columns)
-            tile[i][threadIdx.x] = in[static_cast<long long>(row) * columns + column];
+        if (row < rows && column < columns) tile[i][threadIdx.x] = in[static_cast<long long>(row) * columns + column];
     }
     __syncthreads();
     const int row = blockIdx.y * 32 + threadIdx.x;

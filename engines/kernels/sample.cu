@@ -157,13 +157,11 @@ __device__ int narrow(Border& border, Bins& shared, const Row& row, Mass goal, B
 template <class Weight>
 __device__ Border border_at(Bins& bins, const Row& row, Mass goal, Weight weight) {
     Border border{};
-    const int part = narrow(
-        border, bins, row, goal, [&](Token token) { return row.part(token); }, weight);
+    const int part = narrow(border, bins, row, goal, [&](Token token) { return row.part(token); }, weight);
     for (int shift = 2 * BIN_BITS; shift >= 0; shift -= BIN_BITS) {
         const auto digit = [&](Token token) {
             const unsigned place = token.key() >> shift;
-            return row.part(token) == part && place / BINS == border.key ? static_cast<int>(place % BINS)
-                                                                         : -1;
+            return row.part(token) == part && place / BINS == border.key ? static_cast<int>(place % BINS) : -1;
         };
         border.key = border.key * BINS + narrow(border, bins, row, goal, digit, weight);
     }
@@ -227,8 +225,7 @@ __device__ Kept nucleus(Bins& bins, const Row& row, const Kept& kept, double top
     const Mass total = sum_of(row, weight);
     const Mass goal = max(static_cast<Mass>(1), static_cast<Mass>(ceil(top_p * static_cast<double>(total))));
     const Border border = border_at(bins, row, goal, weight);
-    const Mass ties =
-        sum_of(row, [&](Token token) -> Mass { return token.key() == border.key && kept(token); });
+    const Mass ties = sum_of(row, [&](Token token) -> Mass { return token.key() == border.key && kept(token); });
     const Mass one = max(static_cast<Mass>(1), border.equal / max(static_cast<Mass>(1), ties));
     const Mass count = (goal - border.above + one - 1) / one;
     return all_with_key(row, border.key, max(static_cast<Mass>(1), min(ties, count)));
