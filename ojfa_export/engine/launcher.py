@@ -268,15 +268,13 @@ def foresee(before: Sequence[Launched]) -> list[Foreseen] | None:
     for launched in before:
         if launched.heads is None:
             continue
-        ids = iter(launched.heads.output.stand_ins())
-        for each, asked in zip(launched.running, launched.steps, strict=True):
-            if asked is None:
-                continue
-            stand_in = next(ids)
-            if each.over:
-                continue
-            step = each.foresee()
-            if step is None:
-                return None
-            foreseen.append(Foreseen(each, step, stand_in))
+        rows = zip(launched.running, launched.steps, strict=True)
+        getting = [each for each, asked in rows if asked is not None]
+        steps = [each.foresee() for each in getting]
+        if None in steps:
+            return None
+        stand_ins = launched.heads.output.stand_ins()
+        for each, step, stand_in in zip(getting, steps, stand_ins, strict=True):
+            if step is not None and not each.over:
+                foreseen.append(Foreseen(each, step, stand_in))
     return foreseen
