@@ -38,7 +38,7 @@ from bench.serving.routing import (
     serve,
 )
 from bench.serving.simulated import MEASURED_SHARE, NO_PREFIX, PREFIX, SPREAD, Asked, Machine
-from ojfa_export.engine.scheduler import PIECE_SHARE
+from ojfa_export.engine.scheduler import FILLED_SHARE
 
 MEASURED = Path(__file__).parents[1] / "results" / "gpu-h200-serving-llama2-7b.json"
 VALIDATION_SEEDS = 5
@@ -50,7 +50,7 @@ KEPT = 0.95
 # Milliseconds between tokens, p99, that capacities are looked up for.
 BETWEEN = (9.0, 10.0, 11.0, 12.0, 15.0, 20.0)
 # What pieces may add to a step, and requests a second.
-PIECE_SHARES, SHARE_RATES = (0.5, 0.6, 0.7, PIECE_SHARE, 1.0), (13.5, 16.8)
+PIECE_SHARES, SHARE_RATES = (0.5, 0.6, 0.7, FILLED_SHARE, 1.0), (13.5, 16.8)
 # Seconds of arrivals, of which the first don't count.
 ONE_MACHINE, EIGHT, MANY = (70.0, 10.0), (16.0, 5.0), (8.0, 3.0)
 # Tokens of a request's own after a system prompt.
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # As if the engine learnt from times without any spread.
     result["learning_exactly"] = one_machine((0.0, 0.5), limits, partial(Machine, spread=0.0))
     result["shares"] = list(by_share())
-    result["larger_share"] = one_machine((0.0, 0.5), limits, partial(Machine, share=PIECE_SHARE))
+    result["larger_share"] = one_machine((0.0, 0.5), limits, partial(Machine, share=FILLED_SHARE))
     capacity = {row["shallow"]: row["capacity"] or RATES[-1] for row in result["one_machine"]}
     result["depth"] = list(by_depth(capacity, limits))
     result["prefix"] = list(by_prefix(limits))

@@ -22,7 +22,7 @@ SLOTS = 64
 # How far the times that the engine learns from are spread, as the host sees them: fitted to the
 # time to the first token of random arrivals (see `bench.serving.scaling`), not measured.
 SPREAD = 0.08
-# `PIECE_SHARE` of the engine that was measured; its scheduler has had a larger one since.
+# What pieces might add to a step in the engine that was measured; it has had more since.
 MEASURED_SHARE = 0.5
 # Tokens of a system prompt; of requests without one.
 PREFIX, NO_PREFIX = 512, -1

@@ -81,10 +81,13 @@ class PieceCosts:
 
     Args:
         sizes: Tokens of the passes that there are, rising; None where a pass takes any number.
+
+    Attributes:
+        are_filled: Whether passes are filled up to these sizes.
     """
 
     def __init__(self, sizes: Sequence[int] | None = None) -> None:
-        self._filled, self._sizes = sizes is not None, tuple(sizes or ANY_SIZE)
+        self.are_filled, self._sizes = sizes is not None, tuple(sizes or ANY_SIZE)
         self._steps: dict[int, deque[float]] = {}
         # By size; the first pass of a size is made ready, and is not believed.
         self._added: dict[int, deque[float]] = {}
@@ -112,7 +115,7 @@ class PieceCosts:
         self._asked = self._asked + 1 if unknown else 0
         if 0 < self._asked <= MOST_ASKED:
             return 0
-        taken = others if self._filled else 0
+        taken = others if self.are_filled else 0
         pieces = [size - taken for size in self._sizes if size - taken >= LEAST_PIECE]
         if unknown or not any(self._added.values()):
             return next((each for each in pieces if each >= FIRST_PIECE), LEAST_PIECE)
@@ -139,7 +142,7 @@ class PieceCosts:
         if not prompt_tokens:
             self._step(others).append(seconds)
         elif step := self._step(others):
-            tokens = prompt_tokens + (others if self._filled else 0)
+            tokens = prompt_tokens + (others if self.are_filled else 0)
             size = next((each for each in self._sizes if each >= tokens), self.most)
             self._unused[size] = 0
             if size in self._added:

@@ -12,10 +12,10 @@ from ojfa_export.engine.running import Running
 
 # More pending tokens than this are run in pieces, between the steps of others.
 LONGEST_STEP = 16
-# What pieces may add to a step, over the time of the step alone; and where many prompts wait. At
-# half a step a size that adds about that was now taken and now not, and first tokens came twice as
-# late (simulated: docs/scaling.md).
-PIECE_SHARE, MOST_SHARE = 0.85, 2.0
+# What pieces may add to a step, over the time of the step alone; where passes are filled up to few
+# sizes; and where many prompts wait. Of few sizes one adds about half a step, which at that limit
+# was now taken and now not: first tokens came twice as late (simulated: docs/scaling.md).
+PIECE_SHARE, FILLED_SHARE, MOST_SHARE = 0.5, 0.85, 2.0
 # Passes that a request may wait at an exit until more have come there.
 MOST_WAITS = 4
 
@@ -169,5 +169,6 @@ class Scheduler:
             return pieces.most
         if self._piece is not None:
             return self._piece
-        share = PIECE_SHARE * max(1, prompts // 2, prompts // others)
+        share = FILLED_SHARE if pieces.are_filled else PIECE_SHARE
+        share *= max(1, prompts // 2, prompts // others)
         return pieces.choose(others, min(MOST_SHARE, share), MOST_SHARE if is_full else 0.0)
