@@ -69,9 +69,10 @@ class HeadOutput(Protocol):
         ...
 
     def stand_ins(self) -> list[int]:
-        """Ids by which the next pass may name the chosen tokens, [rows]; asking never waits.
+        """Ids by which the next pass may name the chosen tokens, [rows].
 
-        Where `Engines.follows`, numbers below 0 stand for tokens that the device alone knows.
+        Where `Engines.follows`, numbers below 0 stand for tokens that the device alone knows, so
+        that asking doesn't wait, as long as only a few outputs have been launched since.
         """
         ...
 
