@@ -27,14 +27,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from bench.commit import commit
+from bench.quality.exit_statistics import WHOLE, Judged, collect, most_frequent, write_windows
 from ojfa_export.bundle.shortcut import Shortcut
-from ojfa_export.bundle.shortcut_file import AnyShortcut, load, save
+from ojfa_export.bundle.shortcut_file import load, save
 from ojfa_export.cli.progress import Lines
 from ojfa_export.cli.train import read_exits
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.parts import calibrate_only
 from ojfa_export.models.calibration_text import read_source, shipped_text
 from ojfa_export.planning.machine import PACKAGES, describe_machine
+from ojfa_export.promises.statistics import save_statistics
 from ojfa_export.system.pictures import png, whole_ticks
 from ojfa_export.system.progress import SILENT
 from ojfa_export.training import divergence
@@ -98,6 +100,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--self-text", action="store_true")
     parser.add_argument("--text-cache", type=Path, help="keeps what the model writes")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keeps the jumps, as files")
+    parser.add_argument(
+        "--statistics",
+        type=Path,
+        metavar="DIR",
+        help="keeps what exits say, for bench.quality.promised",
+    )
+    parser.add_argument("--check", type=int, action="append", default=[], metavar="TOKENS")
     parser.add_argument("--tokens", default="8M")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -138,6 +147,9 @@ def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
         written = write(frozen, inputs.starts, length, tokens, seed, kept, progress)
         text = TrainingText.of(written)
         writing = time.perf_counter() - start
+    promised = None
+    if arguments.statistics is not None:
+        promised = Promised(arguments, inputs, text, directory)
     judge = Judge(frozen, inputs, held_out)
     identity = Mlp.begin(frozen, text, MULTIPLE, 0).to(frozen.device)
     rows = [{"kind": "identity", "parameters": 0, **judge.figures(identity)}]
@@ -146,13 +158,16 @@ def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
     for kind, several in arguments.kind or [(kind, None) for kind in KINDS]:
         passes = several or arguments.passes
         for asked in _shapes(arguments, kind):
-            row, shortcut = trained(arguments, kind, asked, passes, frozen, text, directory, judge)
+            row, jump = trained(arguments, kind, asked, passes, frozen, text, directory, judge)
+            shortcut = jump.shortcut()
             rows.append(row)
             print(json.dumps(row), flush=True)
             if arguments.keep is not None:
                 name = f"{kind}-each.safetensors" if row.get("exits") else f"{kind}.safetensors"
                 arguments.keep.mkdir(parents=True, exist_ok=True)
                 save(shortcut, arguments.keep / name, inputs.model_sha256)
+            if promised is not None and "chain" not in row:
+                promised.keep(jump, f"{kind}-each" if row.get("exits") else kind)
     return {
         "machine": describe_machine((*PACKAGES, "torch", "transformers")),
         "device": _device(inputs.device),
@@ -259,7 +274,7 @@ def trained(
     text: TrainingText,
     directory: Path,
     judge: Judge,
-) -> tuple[dict[str, Any], AnyShortcut]:
+) -> tuple[dict[str, Any], Jump]:
     """One kind: what training it took, and what it gives; the jump."""
     option = KINDS[kind].option
     chosen = KINDS[kind].choose(asked, frozen.spec)
@@ -268,12 +283,11 @@ def trained(
     jump = KINDS[kind].begin(frozen, text, chosen, arguments.seed)
     keeper = Keeper(directory / f"{kind}-{chosen}.pt")
     found = train_jump(frozen, jump, text, passes, arguments.seed, keeper, _lines())
-    shortcut = jump.shortcut()
     row = {
         "kind": kind,
         option: chosen,
         "passes": passes,
-        "parameters": shortcut.parameters,
+        "parameters": jump.shortcut().parameters,
         "seconds": round(found.seconds, 1),
         "tokens_per_second": round(found.tokens / found.seconds),
         "peak_memory_bytes": _peak(frozen.device),
@@ -283,7 +297,29 @@ def trained(
         **judge.figures(jump),
         "on_its_text": _own(found),
     }
-    return row, shortcut
+    return row, jump
+
+
+class Promised:
+    """Keeps what exits say on text that the model writes for a promise."""
+
+    def __init__(
+        self, arguments: argparse.Namespace, inputs: Inputs, text: TrainingText, directory: Path
+    ) -> None:
+        self._directory = arguments.statistics
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._frozen = Frozen(inputs.checkpoint, inputs.device, torch.float32)
+        assert inputs.starts is not None, "--statistics needs --self-text"
+        windows = write_windows(
+            self._frozen, inputs, inputs.starts, directory / "promised", _lines()
+        )
+        frequent = most_frequent(text.windows, inputs.checkpoint.spec.vocab_size)
+        self._judged = Judged(windows, (WHOLE, *arguments.check), frequent)
+
+    def keep(self, jump: Jump, name: str) -> None:
+        """Writes NAME-TOKENS.npz, of the whole head NAME-0.npz."""
+        for check, splits in collect(self._frozen, jump, self._judged).items():
+            save_statistics(self._directory / f"{name}-{check}.npz", splits)
 
 
 def _own(found: Trained) -> dict[str, Any]:

@@ -80,15 +80,18 @@ class Frozen:
         checkpoint: Of any family that ends with final norm and LM head. Factors that its graphs
             have in their weights (`Source.scale`) are in the embeddings and logits here too.
         device: Where it runs.
+        dtype: Of weights and hidden states; None for `precision`.
 
     Raises:
         CheckpointError: transformers can't load it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
         self.spec, self.device, self.checkpoint = checkpoint.spec, device, checkpoint
         self.rotary = checkpoint.family.rotary(checkpoint.config)
-        self.dtype = precision(device)
+        self.dtype = dtype or precision(device)
         self.model: Any = _load(checkpoint, self.dtype).to(device)
         self.last_layer: torch.nn.Module = decoder_layers(self.model)[-1]
         ends = checkpoint.family.ends(checkpoint.config, checkpoint.spec)
