@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.bundle.checked import WHOLE, CheckedFiles
+from ojfa_export.bundle.entries import EngineSet, GraphEntry, TensorSlice
 from ojfa_export.bundle.graphs import check_graphs
-from ojfa_export.bundle.manifest import EngineSet, GraphEntry, Manifest, TensorSlice, read_manifest
+from ojfa_export.bundle.manifest import Manifest, read_manifest
 from ojfa_export.bundle.names import (
     DRAFT,
     DRAFT_GRAPHS,

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ojfa_export.bundle.checked import CheckedFiles
-from ojfa_export.bundle.manifest import GraphEntry, Manifest, Port, TensorSlice
+from ojfa_export.bundle.entries import GraphEntry, Port, TensorSlice
+from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.bundle.names import GRAPHS, MANIFEST
 from ojfa_export.bundle.onnx_file import OnnxFile, OnnxPort, OnnxTensor, read_onnx
 from ojfa_export.bundle.shapes import Ports, expected_ports, expected_weights

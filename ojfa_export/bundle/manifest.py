@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from ojfa_export.bundle.entries import EngineSet, FileEntry, GraphEntry, RotaryTables, TensorSlice
 from ojfa_export.bundle.names import MANIFEST
 from ojfa_export.bundle.part import NonNegativeInt, Part, PositiveInt, Sha256
 from ojfa_export.bundle.promise import Promise, Share
@@ -40,13 +41,6 @@ DIGEST = "digest"
 MANIFEST_BYTES = 64 << 20
 BLOCKS = 1 << 16
 LARGEST = 2**31 - 1
-
-
-class FileEntry(Part):
-    """One file of the bundle."""
-
-    size: NonNegativeInt
-    sha256: str = Sha256
 
 
 class Model(Part):
@@ -76,52 +70,6 @@ class CacheLayout(Part):
     axes: tuple[str, ...] = ("batch", "kv_head", "position", "head_feature")
     max_length: int = Field(ge=1, le=LARGEST)
     max_batch_size: int = Field(ge=1, le=LARGEST)
-
-
-class TensorSlice(Part):
-    """A tensor inside a file: little-endian float32, where nothing else is said."""
-
-    file: str
-    offset: NonNegativeInt
-    shape: tuple[PositiveInt, ...]
-
-
-class RotaryTables(Part):
-    """Cosines and sines [positions, rotary_dim/2]; LongRoPE's second set follows the first."""
-
-    cos: TensorSlice
-    sin: TensorSlice
-
-
-class Port(Part):
-    """An input or output of a graph."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-class GraphEntry(Part):
-    """A portable ONNX graph.
-
-    Attributes:
-        weights: Files with the tensors that it refers to.
-    """
-
-    name: str
-    file: str
-    description: str
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    weights: tuple[str, ...]
-
-
-class EngineSet(Part):
-    """The engines of one backend: a file for each graph."""
-
-    backend: str
-    files: dict[str, str]
-    built_with: dict[str, str]
 
 
 class DraftEntry(Part):

@@ -16,7 +16,8 @@ from ojfa_export.cli.readable import readable_bytes
 
 if TYPE_CHECKING:
     from ojfa_export.bundle.bundle import Bundle
-    from ojfa_export.bundle.manifest import DraftEntry, GraphEntry, Manifest, Port
+    from ojfa_export.bundle.entries import GraphEntry, Port
+    from ojfa_export.bundle.manifest import DraftEntry, Manifest
     from ojfa_export.bundle.shortcut_entry import ShortcutEntry
     from ojfa_export.models.spec import ModelSpec
 

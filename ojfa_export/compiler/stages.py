@@ -15,13 +15,13 @@ from tokenizers import Tokenizer
 
 from ojfa_export.backends.backend import Backend, Engines, SharesEngines
 from ojfa_export.backends.frugal import frugal
+from ojfa_export.bundle.entries import EngineSet
 from ojfa_export.bundle.manifest import (
     Built,
     CacheLayout,
     Calibration,
     CalibrationSource,
     DraftEntry,
-    EngineSet,
     Golden,
     Manifest,
     Model,
