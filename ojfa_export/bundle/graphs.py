@@ -41,9 +41,7 @@ class _Comparison:
 
     def check(self) -> None:
         portable: dict[str, OnnxFile] = {}
-        draft = self._manifest.draft
-        graphs = self._manifest.graphs + (draft.graphs if draft else ())
-        built = self._manifest.engines + (draft.engines if draft else ())
+        graphs, built = self._manifest.all_graphs, self._manifest.all_engines
         for entry in graphs:
             portable[entry.name] = self._read(entry.file)
             self._check_graph(entry, portable[entry.name])

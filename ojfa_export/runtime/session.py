@@ -7,10 +7,14 @@ from itertools import islice
 from typing import Literal, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Engines
+from ojfa_export.backends.checks import checking
 from ojfa_export.backends.draft import DraftEngines
+from ojfa_export.backends.passes import Chunk
 from ojfa_export.decoding.arrays import Float32, Hidden, Int32
+from ojfa_export.decoding.confidence import Measure, confidence
 from ojfa_export.decoding.events import Listener, ShadowCheck
 from ojfa_export.decoding.exits import Exit, resolve_exit
 from ojfa_export.decoding.head_output import HeadOutput
@@ -414,6 +418,41 @@ class Session(Exclusive):
         depth = resolve_exit(exit, self.spec.blocks)
         pending = [sequence.pending(depth) for sequence in self._sequences]
         return self._logits(pending, depth, every_position)
+
+    @exclusive
+    def confidence(
+        self, logits: Float32, exit: Exit, measure: Measure, row: int = 0
+    ) -> NDArray[np.float64]:
+        """How sure a policy takes an exit to be of a sequence's newest tokens.
+
+        That is the exit head's confidence, or the check head's, where the bundle has one.
+
+        Args:
+            logits: [n, V], which `advance` or `deepen` has just given of the newest n tokens.
+            exit: Where.
+            measure: Of confidence.
+            row: Of the sequence.
+
+        Returns:
+            [n] float64, larger for surer.
+
+        Raises:
+            UsageError: An exit outside the model, a row that isn't there, or more tokens than have
+                run so deep.
+        """
+        depth, row = resolve_exit(exit, self.spec.blocks), self._row(row)
+        checks, sequence = checking(self._engines), self._sequences[row]
+        if checks is None or depth == self.spec.blocks:
+            return confidence(logits, measure)
+        start = len(sequence) - len(logits)
+        states = self._runner.pending.get(depth)
+        if states is None or start < 0 or sequence.marks[depth - 1] < len(sequence):
+            raise UsageError(
+                f"the newest {len(logits)} tokens have not stopped at exit {depth}",
+                hint="ask right after 'advance' or 'deepen' to it",
+            )
+        hidden = self._runner.executor.load(states, [Chunk(sequence.slot, start, len(logits))])
+        return confidence(checks.check_logits(hidden, depth), measure)
 
     @exclusive
     def run_shadow_checks(self, budget: int | None = None) -> list[ShadowCheck]:
