@@ -24,7 +24,7 @@ from ojfa_export.decoding.arrays import Int32
 from ojfa_export.graphs.export import Exporter
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.planning.traffic import block_bytes, exit_head_bytes, head_bytes
-from ojfa_export.promises.windows import tuning_part
+from ojfa_export.promises.windows import PromiseWindows, tuning_part
 from ojfa_export.system.progress import Progress
 
 KEPT = "check.json"
@@ -50,7 +50,8 @@ def make_check(inputs: Inputs, work: Work, exporter: Exporter, progress: Progres
     count, reason = _choose(inputs, work)
     if not count:
         return
-    counts = count_tokens(inputs, work)
+    own = None if inputs.self_text is None else read_self_text(inputs.self_text, work)
+    counts = count_tokens(inputs, own)
     tokens = frequent(counts, inputs.checkpoint.spec.eos_token_ids, count)
     share = counts[tokens].sum() / counts.sum()
     bundle, spec = work.bundle, inputs.checkpoint.spec
@@ -103,17 +104,21 @@ def checked_by(entry: CheckEntry, bundle: Path, backend: Backend) -> CheckEntry:
     return entry.model_copy(update={"engines": engines})
 
 
-def count_tokens(inputs: Inputs, work: Work) -> NDArray[np.float64]:
+def count_tokens(inputs: Inputs, self_text: PromiseWindows | None) -> NDArray[np.float64]:
     """How often each token comes [V] in text that no promise is shown on.
 
     The windows of certification are left out: thresholds are of the head that is chosen here, and
     must not depend on them. Files and self-text, where there is any, count the same.
+
+    Args:
+        inputs: Of the build.
+        self_text: What the model wrote, if it did.
     """
     windows = inputs.windows
     files = [windows.fit, windows.held_out, *map(tuning_part, windows.rest)]
     kinds = [files]
-    if inputs.self_text is not None:
-        kinds.append(list(read_self_text(inputs.self_text, work).tuning))
+    if self_text is not None:
+        kinds.append(list(self_text.tuning))
     size = inputs.checkpoint.spec.vocab_size
     shares = np.zeros(size)
     for texts in kinds:
