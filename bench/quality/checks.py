@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -116,7 +117,7 @@ def main() -> None:
     tokens = {
         size: frequent(counts, ends, size) for size in SIZES if 2 * size <= model.spec.vocab_size
     }
-    with tempfile.TemporaryDirectory(dir=arguments.out.absolute().parent) as folder:
+    with tempfile.TemporaryDirectory(dir=arguments.bundle.absolute().parent) as folder:
         engines: dict[int, Engines] = {WHOLE: model.engines}
         for size, ids in tokens.items():
             engines[size] = with_check(model, inputs, ids, Path(folder) / str(size))
@@ -142,7 +143,7 @@ def main() -> None:
 def with_check(model: Model, inputs: Inputs, tokens: Int32, directory: Path) -> Engines:
     """The bundle's engines with a check head of some tokens, in a directory of links."""
     graphs = directory / GRAPHS
-    shutil.copytree(model.bundle.graphs, graphs, copy_function=_link)
+    shutil.copytree(model.bundle.graphs, graphs, copy_function=os.link)
     manifest = model.manifest
     length = manifest.cache.max_length
     exporter = Exporter(inputs.checkpoint, graphs, manifest.precision, length)
@@ -155,10 +156,6 @@ def with_check(model: Model, inputs: Inputs, tokens: Int32, directory: Path) -> 
     return backend.open_engines(spec, graphs, files, model.engines.rotary)
 
 
-def _link(source: str, target: str) -> None:
-    Path(target).symlink_to(Path(source).resolve())
-
-
 def time_checks(model: Model, engines: dict[int, Engines]) -> dict[int, dict[str, float]]:
     """Milliseconds of asking one row how sure an exit is, by head and measure; heads in turns."""
     exit = model.blocks // 2
@@ -167,9 +164,9 @@ def time_checks(model: Model, engines: dict[int, Engines]) -> dict[int, dict[str
         size: {each: [] for each in (*MEASURES, "product")} for size in engines
     }
     for hidden in rows.astype(np.float32):
-        for size, each in engines.items():
-            for measure in MEASURES:
-                request = HeadRequest(check=ExitCheck(measure, 2.0, range(exit, exit + 1)))
+        for measure in MEASURES:
+            request = HeadRequest(check=ExitCheck(measure, 2.0, range(exit, exit + 1)))
+            for size, each in engines.items():  # none finds its weights in the caches
                 start = time.perf_counter()
                 output = each.choose(hidden, exit, request)
                 middle = time.perf_counter()

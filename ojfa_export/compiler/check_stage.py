@@ -14,6 +14,7 @@ from ojfa_export.bundle.check_entry import CheckEntry
 from ojfa_export.bundle.names import CHECK_HEAD, SHORTCUT
 from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 from ojfa_export.bundle.shortcut_file import load_exit
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.compiler.describe import describe_slice, describe_some
 from ojfa_export.compiler.golden import decided_golden
 from ojfa_export.compiler.inputs import Inputs
@@ -143,12 +144,25 @@ def frequent(counts: NDArray[np.float64], always: tuple[int, ...], size: int) ->
 
 def _choose(inputs: Inputs, work: Work) -> tuple[int, str]:
     """How many tokens, 0 for no check head, and why."""
-    asked, spec = inputs.settings.check_vocabulary, inputs.checkpoint.spec
+    asked = inputs.settings.check_vocabulary
     if asked is not None:
         return asked, "as asked"
-    form = inputs.settings.weight_format
     shortcut = ShortcutEntry.of(load_exit(work.bundle / SHORTCUT)[0])
+    return default_size(inputs.checkpoint.spec, shortcut, inputs.settings.weight_format)
+
+
+def default_size(
+    spec: ModelSpec, shortcut: ShortcutEntry, form: WeightFormat | None
+) -> tuple[int, str]:
+    """How many tokens where nothing is asked, 0 for no check head, and why.
+
+    Args:
+        spec: The model.
+        shortcut: Of its exit head.
+        form: What quantised weights are stored as, where they are.
+    """
     check = exit_head_bytes(spec, shortcut, form)
     share = check / (spec.blocks * block_bytes(spec, form) + head_bytes(spec, form))
-    said = f"a check of the exit head reads {share:.0%} of what a token of full depth does"
-    return (DEFAULT_TOKENS if share >= LEAST_SHARE else 0), said
+    said = f"a check of the exit head would read {share:.0%} of what a token of full depth does"
+    is_large = spec.vocab_size >= LEAST_VOCABULARY and share >= LEAST_SHARE
+    return (DEFAULT_TOKENS if is_large else 0), said

@@ -20,9 +20,10 @@ from ojfa_export import backends
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest, manifest_digest
 from ojfa_export.bundle.names import CHECK_HEAD, MANIFEST, STATISTICS
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.cli.app import app
 from ojfa_export.compiler.add_engines import add_engines
-from ojfa_export.compiler.check_stage import frequent
+from ojfa_export.compiler.check_stage import DEFAULT_TOKENS, default_size, frequent
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build, plan
 from ojfa_export.decoding.policy import ExitPolicy
@@ -254,6 +255,26 @@ def test_the_command_line(tmp_path: Path, tiny_checkpoint: Path) -> None:
     refused = CliRunner().invoke(app, [*asked, "--check-vocabulary", "-3"])
     assert refused.exit_code
     assert "check-vocabulary must be 0 or more, not -3" in refused.output
+
+
+def test_the_default_is_where_a_check_is_a_large_part_of_a_token(model: Model) -> None:
+    # SmolLM2-135M: 28 M weights of the head among 134 M.
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "heads": 9, "kv_heads": 3}
+    spec = model.spec.model_copy(
+        update={**sizes, "head_dim": 64, "blocks": 30, "vocab_size": 49_152, "gated": True}
+    )
+    entry = model.manifest.shortcut
+    count, reason = default_size(spec, entry, None)
+    assert count == DEFAULT_TOKENS
+    assert "would read 21% of what a token of full depth does" in reason
+    narrow = entry.model_copy(update={"residual": False, "kind": "ojfa", "gates": None})
+    assert default_size(spec, narrow, None)[0] == 0  # rank 8: a check is cheap already
+    assert default_size(spec.with_vocabulary(4096), entry, None)[0] == 0
+    wide = {"hidden_size": 4096, "intermediate_size": 11_008, "heads": 32, "kv_heads": 32}
+    larger = spec.model_copy(update={**wide, "head_dim": 128, "vocab_size": 32_000})
+    assert default_size(larger, entry, None)[0] == 0  # 2% of Llama-2-7B's
+    form = WeightFormat(storage="int8", group_size=32, zero_points=True)
+    assert default_size(spec, entry, form)[0] == DEFAULT_TOKENS
 
 
 def test_no_check_head_where_none_is_asked_for(tiny_bundle: Path, options: Options) -> None:
