@@ -10,11 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Engines
-from ojfa_export.backends.checks import checking
 from ojfa_export.backends.draft import DraftEngines
-from ojfa_export.backends.passes import Chunk
 from ojfa_export.decoding.arrays import Float32, Hidden, Int32
-from ojfa_export.decoding.confidence import Measure, confidence
+from ojfa_export.decoding.confidence import Measure
 from ojfa_export.decoding.events import Listener, ShadowCheck
 from ojfa_export.decoding.exits import Exit, resolve_exit
 from ojfa_export.decoding.head_output import HeadOutput
@@ -24,6 +22,7 @@ from ojfa_export.errors import UsageError
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.batch import TokenIds, check_counts, check_tokens
 from ojfa_export.runtime.exclusive import Exclusive, exclusive
+from ojfa_export.runtime.exit_confidence import exit_confidence
 from ojfa_export.runtime.proposals import Proposals
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
@@ -440,19 +439,8 @@ class Session(Exclusive):
             UsageError: An exit outside the model, a row that isn't there, or more tokens than have
                 run so deep.
         """
-        depth, row = resolve_exit(exit, self.spec.blocks), self._row(row)
-        checks, sequence = checking(self._engines), self._sequences[row]
-        if checks is None or depth == self.spec.blocks:
-            return confidence(logits, measure)
-        start = len(sequence) - len(logits)
-        states = self._runner.pending.get(depth)
-        if states is None or start < 0 or sequence.marks[depth - 1] < len(sequence):
-            raise UsageError(
-                f"the newest {len(logits)} tokens have not stopped at exit {depth}",
-                hint="ask right after 'advance' or 'deepen' to it",
-            )
-        hidden = self._runner.executor.load(states, [Chunk(sequence.slot, start, len(logits))])
-        return confidence(checks.check_logits(hidden, depth), measure)
+        depth, sequence = resolve_exit(exit, self.spec.blocks), self._sequences[self._row(row)]
+        return exit_confidence(self._runner, sequence, logits, depth, measure)
 
     @exclusive
     def run_shadow_checks(self, budget: int | None = None) -> list[ShadowCheck]:
