@@ -12,7 +12,7 @@ from ojfa_export.backends.onnxruntime.build import build_engine
 from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
 from ojfa_export.backends.onnxruntime.quantise import quantise
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
-from ojfa_export.bundle.names import graph_names
+from ojfa_export.bundle.names import CHECK_HEAD, graph_names
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.bundle.weight_format import WeightFormat
@@ -34,6 +34,7 @@ class Chain:
         graphs: Directory of the portable graphs and the weights.
         engine_files: Engine files by graph name.
         engines: Opened once, blocks on first use.
+        check_tokens: Ids of a check head, where there is one.
     """
 
     checkpoint: Checkpoint
@@ -44,6 +45,7 @@ class Chain:
     shortcut: ExitShortcut
     engines: OnnxRuntimeEngines
     weights: WeightFormat | None = None
+    check_tokens: np.ndarray | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -59,7 +61,14 @@ class Chain:
 
     def parts(self) -> Parts:
         """For `verify_parts`; engines are opened anew, so that weights are read again."""
-        return Parts(self.spec, self.precision, self.graphs, self.open_engines, self.shortcut)
+        return Parts(
+            self.spec,
+            self.precision,
+            self.graphs,
+            self.open_engines,
+            self.shortcut,
+            self.check_tokens,
+        )
 
 
 def random_shortcut(hidden: int, rank: int, seed: int = 0) -> Shortcut:
@@ -120,6 +129,7 @@ def build_chain(
     rank: int = 8,
     seed: int = 0,
     kind: Kind = "narrow",
+    check_tokens: np.ndarray | None = None,
 ) -> Chain:
     """Exports a checkpoint into tmp_path/graphs and builds engines in tmp_path/engines.
 
@@ -132,6 +142,7 @@ def build_chain(
         rank: Of the random shortcut.
         seed: Of the random shortcut.
         kind: Of the shortcut; a residual one has gates.
+        check_tokens: Ids of a check head, rising.
     """
     checkpoint = Checkpoint(Path(checkpoint_dir))
     graphs, engine_directory = tmp_path / "graphs", tmp_path / "engines"
@@ -149,8 +160,15 @@ def build_chain(
     for name in graph_names(checkpoint.spec.blocks):
         files[name] = engine_directory / f"{name}.onnx"
         build_engine(checkpoint.spec, graphs / f"{name}.onnx", files[name])
+    if check_tokens is not None:
+        exporter.check_head(check_tokens)
+        files[CHECK_HEAD] = engine_directory / f"{CHECK_HEAD}.onnx"
+        narrowed = checkpoint.spec.with_vocabulary(len(check_tokens))
+        build_engine(narrowed, graphs / f"{CHECK_HEAD}.onnx", files[CHECK_HEAD])
     rotary = checkpoint.family.rotary(checkpoint.config)
     engines = OnnxRuntimeEngines(
         checkpoint.spec, graphs, files, rotary.tables(max_length) if rotary else None
     )
-    return Chain(checkpoint, precision, max_length, graphs, files, shortcut, engines, weights)
+    return Chain(
+        checkpoint, precision, max_length, graphs, files, shortcut, engines, weights, check_tokens
+    )

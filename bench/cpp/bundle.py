@@ -15,14 +15,8 @@ from pathlib import Path
 
 from bench.gpu.shapes import PRECISION, SHAPES, RandomGraphs
 from ojfa_export.backends.tensorrt.backend import BACKEND
-from ojfa_export.bundle.manifest import (
-    Built,
-    CacheLayout,
-    Calibration,
-    FileEntry,
-    Manifest,
-    Model,
-)
+from ojfa_export.bundle.entries import FileEntry
+from ojfa_export.bundle.manifest import Built, CacheLayout, Calibration, Manifest, Model
 from ojfa_export.bundle.names import MANIFEST, graph_names
 from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 from ojfa_export.compiler.describe import describe_graphs, describe_rotary

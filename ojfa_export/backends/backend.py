@@ -139,7 +139,7 @@ class Engines(Protocol):
         ...
 
     def unload_heads(self) -> None:
-        """Closes both heads; they are opened again when used."""
+        """Closes the heads; they are opened again when used."""
         ...
 
 

@@ -5,13 +5,15 @@ A backend with a device computes the same there, so that a few numbers come to t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
 from ojfa_export.backends.backend import Executor
+from ojfa_export.backends.checks import checking
 from ojfa_export.backends.passes import Newest, Pass
 from ojfa_export.decoding.arrays import Float32, Hidden
+from ojfa_export.decoding.check_output import CheckOutput
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest, HostHeadOutput
 
 
@@ -67,6 +69,13 @@ class ChoosesOnHost(PreparesByParts):
 
     def choose(
         self: _GivesLogits, hidden: Hidden, blocks_run: int, request: HeadRequest
-    ) -> HostHeadOutput:
+    ) -> HostHeadOutput | CheckOutput:
         """See `Engines.choose`."""
-        return HostHeadOutput(self.logits(hidden, blocks_run), request)
+        checks = checking(self)
+        if request.check is None or checks is None:
+            return HostHeadOutput(self.logits(hidden, blocks_run), request)
+
+        def whole(rows: Sequence[int]) -> Float32:
+            return self.logits(hidden[rows], blocks_run)
+
+        return CheckOutput(checks.check_logits(hidden, blocks_run), request, whole)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ojfa_export.backends.backend import Engines, Executor
+from ojfa_export.backends.checks import checking
 from ojfa_export.backends.choice import ChoosesOnHost
 from ojfa_export.backends.passes import Chunk
 from ojfa_export.decoding.arrays import Float32, Hidden, Tokens
@@ -53,6 +54,20 @@ class FrugalEngines(ChoosesOnHost):
     def logits(self, hidden: Hidden, blocks_run: int) -> Float32:
         """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
         logits = self._engines.logits(hidden, blocks_run)
+        self._engines.unload_heads()
+        trim_heap()
+        return logits
+
+    @property
+    def has_check_head(self) -> bool:
+        """Whether exits are checked by a head of their own."""
+        return checking(self._engines) is not None
+
+    def check_logits(self, hidden: Hidden, blocks_run: int | Sequence[int]) -> Float32:
+        """Applies the check head: [rows, H] to [rows, n]."""
+        checks = checking(self._engines)
+        assert checks is not None
+        logits = checks.check_logits(hidden, blocks_run)
         self._engines.unload_heads()
         trim_heap()
         return logits

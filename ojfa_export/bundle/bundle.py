@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.bundle.checked import WHOLE, CheckedFiles
+from ojfa_export.bundle.entries import EngineSet, GraphEntry, TensorSlice
 from ojfa_export.bundle.graphs import check_graphs
-from ojfa_export.bundle.manifest import EngineSet, GraphEntry, Manifest, TensorSlice, read_manifest
+from ojfa_export.bundle.manifest import Manifest, read_manifest
 from ojfa_export.bundle.names import (
+    CHECK_HEAD,
     DRAFT,
     DRAFT_GRAPHS,
     GRAPHS,
@@ -71,6 +73,22 @@ class Bundle:
             hint=f"build them with 'ojfa-export build {self.directory} --backend {backend}'",
         )
 
+    def engine_files(self, backend: str) -> dict[str, Path]:
+        """Engine files of a backend by graph name, the check head's among them, where there is one.
+
+        Raises:
+            BundleError: The bundle has none, or not all.
+        """
+        files, check = dict(self.engines(backend).files), self.manifest.check
+        if check is not None:
+            found = [each.files for each in check.engines if each.backend == backend]
+            if not found:
+                raise BundleError(
+                    f"{self.directory} has no check head for backend '{backend}'", hint=WHOLE
+                )
+            files |= found[0]
+        return {name: self.files.directory / file for name, file in files.items()}
+
     def path(self, name: str) -> Path:
         """Where a file is, for what opens it right now.
 
@@ -109,6 +127,24 @@ class Bundle:
         with self.files.mapped(path, "<i4", location.offset, location.shape) as array:
             return np.array(array, np.int32)
 
+    def check_tokens(self) -> NDArray[np.int32] | None:
+        """Ids [n], rising, that the check head's logits are of; None where there is none.
+
+        Raises:
+            BundleError: They are none of the model's.
+        """
+        check = self.manifest.check
+        if check is None:
+            return None
+        tokens = self.integers(check.tokens)
+        inside = 0 <= int(tokens[0]) <= int(tokens[-1]) < self.manifest.model.spec.vocab_size
+        if not inside or not (np.diff(tokens) > 0).all():
+            raise BundleError(
+                f"{self.directory / MANIFEST}: the check head's tokens are none of the model's",
+                hint="don't use this bundle: build it again",
+            )
+        return tokens
+
     def _check_names(self) -> None:
         named = set(self.manifest.files)
         for name in named:
@@ -129,9 +165,8 @@ class Bundle:
             )
 
     def _check_references(self) -> None:
-        manifest, draft = self.manifest, self.manifest.draft
-        graphs = manifest.graphs + (draft.graphs if draft else ())
-        engines = manifest.engines + (draft.engines if draft else ())
+        manifest, draft, check = self.manifest, self.manifest.draft, self.manifest.check
+        graphs, engines = manifest.all_graphs, manifest.all_engines
         wanted = {graph.file for graph in graphs}
         wanted |= {name for graph in graphs for name in graph.weights}
         wanted |= {file for each in engines for file in each.files.values()}
@@ -141,6 +176,8 @@ class Bundle:
         if draft is not None:
             wanted |= {DRAFT, draft.rotary.cos.file, draft.rotary.sin.file}
             wanted |= {draft.tokens.file} if draft.tokens else set()
+        if check is not None:
+            wanted.add(check.tokens.file)
         for name in sorted(wanted - set(manifest.files)):
             raise BundleError(
                 f"{self.directory / MANIFEST} refers to {name!r} without its digest", hint=WHOLE
@@ -150,6 +187,8 @@ class Bundle:
         )
         if draft is not None:
             self._check_parts(draft.graphs, draft.engines, list(DRAFT_GRAPHS))
+        if check is not None:
+            self._check_parts(check.graphs, check.engines, [CHECK_HEAD])
 
     def _check_parts(
         self, graphs: tuple[GraphEntry, ...], engines: tuple[EngineSet, ...], names: list[str]

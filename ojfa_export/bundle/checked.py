@@ -25,7 +25,7 @@ from ojfa_export.system.digest import sha256_of
 from ojfa_export.system.files import open_regular, read_regular
 
 if TYPE_CHECKING:
-    from ojfa_export.bundle.manifest import FileEntry
+    from ojfa_export.bundle.entries import FileEntry
 
 WHOLE = "copy the bundle again whole, or build it again"
 RELOAD = (

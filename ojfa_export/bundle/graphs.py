@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ojfa_export.bundle.checked import CheckedFiles
-from ojfa_export.bundle.manifest import GraphEntry, Manifest, Port, TensorSlice
+from ojfa_export.bundle.entries import GraphEntry, Port, TensorSlice
+from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.bundle.names import GRAPHS, MANIFEST
 from ojfa_export.bundle.onnx_file import OnnxFile, OnnxPort, OnnxTensor, read_onnx
 from ojfa_export.bundle.shapes import Ports, expected_ports, expected_weights
@@ -40,9 +41,7 @@ class _Comparison:
 
     def check(self) -> None:
         portable: dict[str, OnnxFile] = {}
-        draft = self._manifest.draft
-        graphs = self._manifest.graphs + (draft.graphs if draft else ())
-        built = self._manifest.engines + (draft.engines if draft else ())
+        graphs, built = self._manifest.all_graphs, self._manifest.all_engines
         for entry in graphs:
             portable[entry.name] = self._read(entry.file)
             self._check_graph(entry, portable[entry.name])

@@ -20,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from ojfa_export.bundle.check_entry import CheckEntry
+from ojfa_export.bundle.entries import EngineSet, FileEntry, GraphEntry, RotaryTables, TensorSlice
 from ojfa_export.bundle.names import MANIFEST
 from ojfa_export.bundle.part import NonNegativeInt, Part, PositiveInt, Sha256
 from ojfa_export.bundle.promise import Promise, Share
@@ -40,13 +42,6 @@ DIGEST = "digest"
 MANIFEST_BYTES = 64 << 20
 BLOCKS = 1 << 16
 LARGEST = 2**31 - 1
-
-
-class FileEntry(Part):
-    """One file of the bundle."""
-
-    size: NonNegativeInt
-    sha256: str = Sha256
 
 
 class Model(Part):
@@ -76,52 +71,6 @@ class CacheLayout(Part):
     axes: tuple[str, ...] = ("batch", "kv_head", "position", "head_feature")
     max_length: int = Field(ge=1, le=LARGEST)
     max_batch_size: int = Field(ge=1, le=LARGEST)
-
-
-class TensorSlice(Part):
-    """A tensor inside a file: little-endian float32, where nothing else is said."""
-
-    file: str
-    offset: NonNegativeInt
-    shape: tuple[PositiveInt, ...]
-
-
-class RotaryTables(Part):
-    """Cosines and sines [positions, rotary_dim/2]; LongRoPE's second set follows the first."""
-
-    cos: TensorSlice
-    sin: TensorSlice
-
-
-class Port(Part):
-    """An input or output of a graph."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-class GraphEntry(Part):
-    """A portable ONNX graph.
-
-    Attributes:
-        weights: Files with the tensors that it refers to.
-    """
-
-    name: str
-    file: str
-    description: str
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    weights: tuple[str, ...]
-
-
-class EngineSet(Part):
-    """The engines of one backend: a file for each graph."""
-
-    backend: str
-    files: dict[str, str]
-    built_with: dict[str, str]
 
 
 class DraftEntry(Part):
@@ -224,6 +173,8 @@ class Manifest(Part):
         draft: The layer that drafts, if there is one; the field is left out where there is none.
         weights: What blocks' matrices and heads are stored as, where they are quantised; the field
             is left out where they are as `precision` says.
+        check: The head that exit policies ask; they ask the exit head where there is none, and the
+            field is left out.
         generation: How the checkpoint says that text is generated.
     """
 
@@ -245,8 +196,21 @@ class Manifest(Part):
     generation: GenerationDefaults = NO_DEFAULTS
     draft: DraftEntry | None = None
     weights: WeightFormat | None = None
+    check: CheckEntry | None = None
     files: dict[str, FileEntry]
     built: Built
+
+    @property
+    def all_graphs(self) -> tuple[GraphEntry, ...]:
+        """The model's, the draft layer's and the check head's."""
+        others = (each.graphs for each in (self.draft, self.check) if each is not None)
+        return sum(others, self.graphs)
+
+    @property
+    def all_engines(self) -> tuple[EngineSet, ...]:
+        """The model's, the draft layer's and the check head's."""
+        others = (each.engines for each in (self.draft, self.check) if each is not None)
+        return sum(others, self.engines)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Manifest:
@@ -282,6 +246,8 @@ class Manifest(Part):
                 self.default.speculation.resolve_exit(blocks, has_layer=self.draft is not None)
         if self.draft is not None:
             self.draft.check_fits(self.model.spec, self.cache.max_length)
+        if self.check is not None:
+            self.check.check_fits(self.model.spec, self.cache.max_length)
         return self
 
     @model_validator(mode="after")
@@ -313,7 +279,7 @@ class Manifest(Part):
     def to_json(self) -> str:
         """The text of manifest.json."""
         fields = self.model_dump(mode="json")
-        for later in ("draft", "weights"):
+        for later in ("check", "draft", "weights"):
             if fields[later] is None:
                 del fields[later]  # what reads bundles of an earlier form knows no such field
         fields[DIGEST] = manifest_digest(fields)

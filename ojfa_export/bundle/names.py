@@ -13,6 +13,8 @@ STATISTICS = "statistics.npz"
 CHAT = "chat.json"
 # Of a draft layer, in the order of the computation.
 DRAFT_GRAPHS = ("draft_memory", "draft", "draft_head")
+# The exit head over some tokens alone, which policies ask.
+CHECK_HEAD = "check_head"
 # Weights of which an exit head has a part for each exit: it is told which exit its rows are of.
 OF_EXITS = frozenset({"gates", "exit.scale", "exit.bias"})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ojfa_export.bundle.manifest import DraftEntry, Manifest
-from ojfa_export.bundle.names import DRAFT_GRAPHS, OF_EXITS
+from ojfa_export.bundle.names import CHECK_HEAD, DRAFT_GRAPHS, OF_EXITS
 from ojfa_export.bundle.weight_format import BLOCK_MATRICES, WeightFormat
 from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
@@ -26,14 +26,22 @@ def expected_ports(manifest: Manifest, graph: str) -> tuple[Ports, Ports]:
         return _draft_ports(manifest.draft, graph, _compute(manifest))
     if graph == "embed":
         return _embed_ports(spec)
-    if graph in ("exit_head", "final_head"):
+    if graph in ("exit_head", CHECK_HEAD, "final_head"):
         inputs: dict[str, tuple[str, tuple[int | str, ...]]] = {
             "hidden": ("float", ("rows", spec.hidden_size))
         }
-        if graph == "exit_head" and manifest.shortcut.residual:
+        if graph != "final_head" and manifest.shortcut.residual:
             inputs["blocks_run"] = ("int32", ("rows",))
-        return inputs, {"logits": ("float", ("rows", spec.vocab_size))}
+        return inputs, {"logits": ("float", ("rows", _logits_of(manifest, graph).vocab_size))}
     return _block_ports(spec, _compute(manifest))
+
+
+def _logits_of(manifest: Manifest, head: str) -> ModelSpec:
+    """The model, of the tokens that a head's logits are of."""
+    spec, check = manifest.model.spec, manifest.check
+    if head == CHECK_HEAD and check is not None:
+        return spec.with_vocabulary(check.size)
+    return spec
 
 
 def _compute(manifest: Manifest) -> str:
@@ -125,7 +133,8 @@ def _plain_weights(
         return _embed_weights(manifest)
     if graph == "final_head":
         return _final_weights(spec)
-    if graph == "exit_head":
+    if graph in ("exit_head", CHECK_HEAD):
+        spec = _logits_of(manifest, graph)
         if manifest.shortcut.width is not None:
             return _mlp_weights(spec, manifest.shortcut.width)
         if manifest.shortcut.residual:

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from ojfa_export import backends
 from ojfa_export.cli.checkpoint_options import (
     calibration_options,
+    check_option,
     checkpoint_options,
     graph_options,
     overwrite_option,
@@ -31,6 +32,7 @@ from ojfa_export.cli.readable import readable_bytes, readable_seconds
 @calibration_options
 @shortcut_option
 @promise_options
+@check_option
 @graph_options
 @click.option(
     "--max-batch-size",

@@ -65,6 +65,15 @@ def calibration_options(function: Decorated) -> Decorated:
     return function
 
 
+check_option: Decorator[Any] = click.option(
+    "--check-vocabulary",
+    type=int,
+    metavar="N",
+    help="Check exits that decide by a head of the N most frequent tokens; 0 for the whole head.  "
+    "[default: 4096 with a promise, where the head is large]",
+)
+
+
 def promise_options(function: Decorated) -> Decorated:
     """What is to be promised of exits that are chosen per token."""
     for decorate in (

@@ -16,7 +16,8 @@ from ojfa_export.cli.readable import readable_bytes
 
 if TYPE_CHECKING:
     from ojfa_export.bundle.bundle import Bundle
-    from ojfa_export.bundle.manifest import DraftEntry, GraphEntry, Manifest, Port
+    from ojfa_export.bundle.entries import GraphEntry, Port
+    from ojfa_export.bundle.manifest import DraftEntry, Manifest
     from ojfa_export.bundle.shortcut_entry import ShortcutEntry
     from ojfa_export.models.spec import ModelSpec
 
@@ -59,10 +60,12 @@ def measure_sizes(bundle: Bundle) -> dict[str, int]:
 
     manifest = bundle.manifest
     draft = manifest.draft
-    entries = manifest.graphs + (draft.graphs if draft else ())
+    entries = manifest.all_graphs
     weights = {name for graph in entries for name in graph.weights}
     if draft is not None and draft.tokens is not None:
         weights.add(draft.tokens.file)
+    if manifest.check is not None:
+        weights.add(manifest.check.tokens.file)
     if manifest.rotary is not None:
         weights |= {manifest.rotary.cos.file, manifest.rotary.sin.file}
     graphs = {graph.file for graph in entries}
@@ -132,6 +135,7 @@ def _show_model(console: Console, manifest: Manifest) -> None:
             f"axes {', '.join(cache.axes)}",
             "shortcut": _describe(shortcut),
             "draft layer": "" if manifest.draft is None else _describe_draft(manifest.draft),
+            "exits are checked by": "" if manifest.check is None else manifest.check.reason,
             "gates": ", ".join(f"{gate:.2f}" for gate in shortcut.gates or ()),
             **_describe_weights(manifest),
         }
@@ -200,7 +204,7 @@ def _describe_draft(draft: DraftEntry) -> str:
 def _show_graphs(console: Console, manifest: Manifest) -> None:
     console.print()
     console.heading(f"Graphs, opset {manifest.opset}")
-    entries = manifest.graphs + (manifest.draft.graphs if manifest.draft else ())
+    entries = manifest.all_graphs
     for graphs in _alike(entries) if console.verbosity < 1 else [[g] for g in entries]:
         first, last = graphs[0], graphs[-1]
         several = f" to {last.name} ({len(graphs)} alike)" if len(graphs) > 1 else ""

@@ -11,11 +11,13 @@ from typing import Any
 
 from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
+from ojfa_export.backends.checks import check_runs_checks
 from ojfa_export.backends.precisions import check_precision
 from ojfa_export.backends.quantised import check_runs
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest, read_manifest
 from ojfa_export.bundle.names import ENGINES, MANIFEST, graph_names
+from ojfa_export.compiler.check_stage import build_check_engine, checked_by
 from ojfa_export.compiler.describe import describe_files
 from ojfa_export.compiler.draft_stage import build_draft_engines, described
 from ojfa_export.compiler.stages import build_engines, engine_set
@@ -51,6 +53,7 @@ def add_engines(
     backend, manifest = backends.load(backend_name), opened.manifest
     check_runs(backend, manifest.weights)
     check_precision(backend, manifest.precision)
+    check_runs_checks(backend, manifest.check.size if manifest.check else 0)
     names = graph_names(manifest.model.spec.blocks)
     checks = []
     with Work(directory, _fingerprint(opened, backend), f".{backend.name}.partial").open() as work:
@@ -62,12 +65,18 @@ def add_engines(
                 build_engines(work.bundle, names, manifest.model.spec, backend, progress)
                 if manifest.draft is not None:
                     build_draft_engines(manifest.draft, work.bundle, backend, progress)
+                if manifest.check is not None:
+                    spec = manifest.model.spec
+                    build_check_engine(manifest.check, work.bundle, spec, backend, progress)
         others = [each for each in manifest.engines if each.backend != backend.name]
         engines = (*others, engine_set(work.bundle, backend, names))
         (work.bundle / MANIFEST).unlink(missing_ok=True)
         files = describe_files(work.bundle)
         draft = manifest.draft and described(manifest.draft, work.bundle, backend)
-        changed = manifest.model_copy(update={"engines": engines, "files": files, "draft": draft})
+        check = manifest.check and checked_by(manifest.check, work.bundle, backend)
+        changed = manifest.model_copy(
+            update={"engines": engines, "files": files, "draft": draft, "check": check}
+        )
         (work.bundle / MANIFEST).write_text(changed.to_json(), encoding="utf-8")
         if not skip_verification:
             fresh = Bundle(work.bundle)

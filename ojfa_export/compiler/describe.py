@@ -7,13 +7,7 @@ from pathlib import Path
 
 import onnx
 
-from ojfa_export.bundle.manifest import (
-    FileEntry,
-    GraphEntry,
-    Port,
-    RotaryTables,
-    TensorSlice,
-)
+from ojfa_export.bundle.entries import FileEntry, GraphEntry, Port, RotaryTables, TensorSlice
 from ojfa_export.bundle.names import GRAPHS, MANIFEST, graph_names
 from ojfa_export.graphs.weights import TensorRef, references
 from ojfa_export.system.digest import sha256_file

@@ -9,7 +9,8 @@ import numpy as np
 from ojfa_export.backends.backend import Backend, Engines
 from ojfa_export.backends.draft import DraftEngines, DraftLayer, RunsDrafts
 from ojfa_export.bundle.draft_shortcut import DraftShortcut, rotations
-from ojfa_export.bundle.manifest import DraftEntry, RotaryTables
+from ojfa_export.bundle.entries import RotaryTables
+from ojfa_export.bundle.manifest import DraftEntry
 from ojfa_export.bundle.names import DRAFT, DRAFT_GRAPHS, GRAPHS
 from ojfa_export.compiler.describe import describe_slice, describe_some
 from ojfa_export.compiler.inputs import Inputs

@@ -7,9 +7,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from ojfa_export.compiler.check_stage import may_check
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.versions import tool_versions
 from ojfa_export.decoding.arrays import Int32
+from ojfa_export.promises.windows import tuning_part
 
 
 def stage_keys(inputs: Inputs) -> dict[str, str]:
@@ -44,6 +46,13 @@ def stage_keys(inputs: Inputs) -> dict[str, str]:
     if inputs.self_text is not None:
         rest = [_tokens(each) for each in windows.rest]
         keys["self-text"] = _digest(*model, texts, rest, inputs.self_text.fingerprint())
+    if may_check(inputs):
+        counted = [_tokens(each) for each in (windows.held_out, *map(tuning_part, windows.rest))]
+        keys["check"] = _digest(
+            keys["calibrate"],
+            [settings.check_vocabulary, checkpoint.spec.eos_token_ids],
+            [_tokens(windows.fit), counted, keys.get("self-text")],
+        )
     if inputs.decides_exits:
         keys |= _deciding_keys(inputs, keys, texts)
     keys["verify"] = _digest(
@@ -70,7 +79,12 @@ def _deciding_keys(
         [found.domains, found.given],
         [_tokens(each) for each in (*found.tuning, *found.certification)],
     ]
-    statistics = _digest(keys["calibrate"], on_files, keys.get("self-text"))
+    statistics = _digest(
+        keys["calibrate"],
+        on_files,
+        keys.get("self-text"),
+        *([keys["check"]] if "check" in keys else []),
+    )
     exits = _digest(
         statistics,
         keys.get("draft"),

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ojfa_export.backends.backend import Engines
+from ojfa_export.bundle.check_entry import DecidedGolden
 from ojfa_export.bundle.manifest import Golden
 from ojfa_export.decoding.arrays import Float32, Int32
+from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.session import Session
@@ -49,6 +51,74 @@ def make_golden(
             if exit == spec.blocks and lead.share > clearest[0]:
                 clearest = lead.share, (prompt, [lead.token])
     return tuple(golden) or (_golden(spec.blocks, *clearest[1]),)
+
+
+def decided_golden(
+    spec: ModelSpec, engines: Engines, windows: Int32, max_length: int, precision: Precision
+) -> DecidedGolden | None:
+    """Golden tokens of a policy with one exit, at half depth, some of which leave there.
+
+    Args:
+        spec: The model.
+        engines: The bundle's engines.
+        windows: [n, length] token ids to take prompts from.
+        max_length: Tokens that the bundle's cache holds, prompt and continuation.
+        precision: Of the bundle.
+
+    Returns:
+        None where in none of the prompts a token leaves clearly, and another clearly doesn't.
+    """
+    clear = LEAD[precision]
+    exits = (max(1, spec.blocks // 2),)
+    for window in windows[:8]:
+        prompt = window[: max(1, min(PROMPT_TOKENS, max_length // 2))].tolist()
+        count = min(NEW_TOKENS, max_length + 1 - len(prompt))
+        staying = ExitPolicy(exits=exits, measure="top", thresholds=(2.0,))
+        found = np.sort([each.sure for each in _decide(spec, engines, prompt, staying, count, 0)])
+        if len(found) < 2:
+            continue
+        widest = int(np.diff(found).argmax())
+        threshold = round(float(found[widest : widest + 2].mean()), 6)
+        policy = staying.model_copy(update={"thresholds": (threshold,)})
+        steps = _decide(spec, engines, prompt, policy, count, clear)
+        depths = tuple(each.depth for each in steps)
+        if len(set(depths)) > 1:
+            return DecidedGolden(
+                policy=policy,
+                prompt_token_ids=tuple(prompt),
+                token_ids=tuple(each.token for each in steps),
+                blocks_run=depths,
+            )
+    return None
+
+
+class _Decided(NamedTuple):
+    """A token of a policy with one exit, its depth, and how sure the exit was."""
+
+    token: int
+    depth: int
+    sure: float
+
+
+def _decide(
+    spec: ModelSpec,
+    engines: Engines,
+    prompt: list[int],
+    policy: ExitPolicy,
+    new_tokens: int,
+    clear: float,
+) -> list[_Decided]:
+    """A policy's greedy tokens up to the first that leads, or is decided, by less than `clear`."""
+    session = Session(spec, engines, 1, len(prompt) + new_tokens - 1)
+    pending, steps = prompt, list[_Decided]()
+    while len(steps) < new_tokens:
+        step = session.decide(pending, policy)
+        lead, sure = _Lead.of(step.logits[0]), float(step.confidence[0, 0])
+        if lead.share < clear or abs(sure - policy.thresholds[0]) < clear:
+            break
+        steps.append(_Decided(lead.token, int(step.blocks_run[0]), sure))
+        pending = [lead.token]
+    return steps
 
 
 def _golden(exit: int, prompt: list[int], tokens: list[int]) -> Golden:

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
+from ojfa_export.backends.checks import check_runs_checks
 from ojfa_export.backends.precisions import check_precision
 from ojfa_export.backends.quantised import RunsQuantised, check_runs
 from ojfa_export.compiler.fitted_weights import WeightFitter, fitting_text
@@ -55,6 +56,7 @@ class Inputs:
         self.backend: Backend = backends.load(options.backend)
         check_runs(self.backend, self.settings.weight_format)
         check_precision(self.backend, self.settings.precision)
+        check_runs_checks(self.backend, self.settings.check_vocabulary)
         self.calibration_data = options.calibration_data or tuple(shipped_text())
         self.texts: list[CalibrationText] = [read_source(path) for path in self.calibration_data]
         is_directory = Path(options.checkpoint).is_dir()

@@ -40,6 +40,9 @@ class BuildOptions:
         shortcut: "ojfa", "residual", or the file of a shortcut that exists; default the better one
             of this rank, as measured. Also, or beside it in a list, the file of a draft layer or
             the directory of an EAGLE-3 drafter.
+        check_vocabulary: Most frequent tokens of a head that exit policies ask in place of the
+            exit head, 2 or more; 0 for none. By default where a promise is asked for and the head
+            is a large part of a token (`check_stage`).
         max_cache_length: Tokens of a sequence at most.
         max_batch_size: Sequences of a session at most.
         calibration_data: Text or JSONL files, FILE or DOMAIN=FILE; default the text that ships.
@@ -71,6 +74,7 @@ class BuildOptions:
     group_size: int | None = None
     rank: int | None = None
     shortcut: Shipped | Path | Sequence[Shipped | Path] | None = None
+    check_vocabulary: int | None = None
     max_cache_length: int | None = None
     max_batch_size: int | None = None
     calibration_data: tuple[Path, ...] = ()
@@ -203,6 +207,14 @@ def _positive(name: str, value: Any) -> int:
     return whole_number(name, value, 1, hint=f"leave --{name} out for the default")
 
 
+def _check_vocabulary(name: str, value: Any) -> int:
+    hint = f"give 0 for no head of its own, or leave --{name} out for the default"
+    size = whole_number(name, value, 0, hint=hint)
+    if size == 1:  # which is always the likeliest
+        raise UsageError(f"{name} 1 can't be: one token says nothing", hint=hint)
+    return size
+
+
 _REQUIRED = (
     "checkpoint",
     "output",
@@ -224,6 +236,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "group_size": _group_size,
     "rank": whole_number,
     "shortcut": _shortcuts,
+    "check_vocabulary": _check_vocabulary,
     "max_cache_length": _positive,
     "max_batch_size": _positive,
     "calibration_data": _paths,

@@ -11,9 +11,18 @@ import numpy as np
 
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import read_manifest
-from ojfa_export.bundle.names import DRAFT_GRAPHS, GRAPHS, MANIFEST, REPORT, STATISTICS, graph_names
+from ojfa_export.bundle.names import (
+    CHECK_HEAD,
+    DRAFT_GRAPHS,
+    GRAPHS,
+    MANIFEST,
+    REPORT,
+    STATISTICS,
+    graph_names,
+)
 from ojfa_export.bundle.promise import Promise
 from ojfa_export.compiler import exits, stages
+from ojfa_export.compiler.check_stage import kept_check, make_check, may_check, with_golden
 from ojfa_export.compiler.decided import Decided, load_decided, why_not_planned
 from ojfa_export.compiler.draft_stage import kept_draft, make_draft
 from ojfa_export.compiler.fingerprints import fingerprint, stage_keys
@@ -29,6 +38,7 @@ from ojfa_export.compiler.shortcut_stage import (
     run_text,
 )
 from ojfa_export.compiler.work import StageRecord, Work, check_output
+from ojfa_export.graphs.export import Exporter
 from ojfa_export.runtime.model import Model
 from ojfa_export.system.progress import SILENT, Progress
 from ojfa_export.verify.change import Change
@@ -75,6 +85,7 @@ class BuildResult:
             "stages": [asdict(stage) for stage in self.stages],
             **({"weights": report.weights} if report.weights else {}),
             **({"change": report.change.model_dump()} if report.change else {}),
+            **({"check": report.check} if report.check else {}),
             "checks": [check.model_dump() for check in report.checks],
             **self.decided.model_dump(mode="json"),
             "report": str(self.bundle / REPORT / "report.html"),
@@ -96,6 +107,7 @@ class BuildResult:
             + (f"; {report.change}" if report.change else "")
             + ("\n" if report.weights else "")
             + f"exits: {report.worth}\n"
+            + (f"checks: {report.check}\n" if report.check else "")
             + (f"exit auto: {self.promise.reason}\n" if self.promise else "")
             + f"default: {default.reason if default else self._why_not_planned()}\n"
             + f"report: {self.bundle / REPORT / 'report.html'}"
@@ -157,19 +169,28 @@ def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
             for path in work.scratch.glob("*.f32"):
                 path.unlink()
     remove_states(work)
-    if inputs.given.draft is not None:
-        with work.stage("draft") as needed:
-            if needed:
-                make_draft(inputs, work, exporter, progress)
+    _make_extras(inputs, work, exporter, progress)
     if inputs.decides_exits:
         _decide_exits(inputs, work, progress)
 
 
-def _decide_exits(inputs: Inputs, work: Work, progress: Progress) -> None:
+def _make_extras(inputs: Inputs, work: Work, exporter: Exporter, progress: Progress) -> None:
+    """What not every bundle has: a draft layer, text of the model's own, a check head."""
+    if inputs.given.draft is not None:
+        with work.stage("draft") as needed:
+            if needed:
+                make_draft(inputs, work, exporter, progress)
     if inputs.self_text is not None:
         with work.stage("self-text") as needed:
             if needed:
                 write_self_text(inputs.checkpoint, inputs.self_text, work, progress)
+    if may_check(inputs):
+        with work.stage("check") as needed:
+            if needed:
+                make_check(inputs, work, exporter, progress)
+
+
+def _decide_exits(inputs: Inputs, work: Work, progress: Progress) -> None:
     with work.stage("statistics") as needed:
         if needed:
             exits.collect(inputs, work, progress)
@@ -185,19 +206,24 @@ def _verify(inputs: Inputs, work: Work, progress: Progress) -> tuple[Calibration
     change: Change | None = None
     with work.stage("verify"):
         golden = stages.find_golden(inputs, work)
+        check = with_golden(kept_check(work), inputs, work)
         decided = load_decided(work)
         report = stages.load_report(kept, [], decided.promise)
         draft = kept_draft(work)
         if not inputs.options.skip_verification:
-            stages.write_manifest(work.bundle, inputs, report, golden, decided, draft)
+            stages.write_manifest(work.bundle, inputs, report, golden, decided, draft, check)
             checks, change = _compare(inputs, work.bundle, progress)
             report = stages.load_report(kept, checks, decided.promise)
         form = inputs.settings.weight_format
-        said = {"weights": None if form is None else str(form), "change": change}
+        said = {
+            "weights": None if form is None else str(form),
+            "change": change,
+            "check": check and check.reason,
+        }
         report = report.model_copy(update=said)
         write_report(report, work.bundle / REPORT)
         (work.bundle / MANIFEST).unlink(missing_ok=True)
-        stages.write_manifest(work.bundle, inputs, report, golden, decided, draft)
+        stages.write_manifest(work.bundle, inputs, report, golden, decided, draft, check)
     return report, decided
 
 
@@ -264,7 +290,11 @@ def plan(options: BuildOptions) -> dict[str, Any]:
             "calibration_data": [str(path) for path in inputs.calibration_data],
         },
         "stages": list(stage_keys(inputs)),
-        "graphs": graph_names(spec.blocks) + (list(DRAFT_GRAPHS) if drafting else []),
+        "graphs": [
+            *graph_names(spec.blocks),
+            *(DRAFT_GRAPHS if drafting else ()),
+            *((CHECK_HEAD,) if settings.check_vocabulary else ()),
+        ],
         "checkpoint_bytes": stored,
         "calibration_tokens": tokens,
         "scratch_bytes": 4 * tokens * spec.hidden_size * (spec.blocks + 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from ojfa_export.bundle.weight_format import (
     GROUP_SIZES,
@@ -44,6 +44,8 @@ class BuildSettings(BaseModel):
     Attributes:
         weights: None where matrices are stored as `precision` says.
         group_size: None without quantised weights.
+        check_vocabulary: Tokens of a check head, 0 for none; None where it is decided by what a
+            check of the exit head costs (`check_stage`).
         window: Tokens of a window of calibration text.
     """
 
@@ -53,6 +55,7 @@ class BuildSettings(BaseModel):
     weights: Quantised | None = None
     group_size: PositiveInt | None = None
     rank: PositiveInt
+    check_vocabulary: NonNegativeInt | None = None
     max_cache_length: PositiveInt
     max_batch_size: PositiveInt
     calibration_tokens: PositiveInt
@@ -139,6 +142,7 @@ def decide(options: BuildOptions, spec: ModelSpec, rotary: Rotary | None) -> Bui
         decided["group_size"] = DEFAULT_GROUP_SIZE
     _check_weights(decided["weights"], decided["group_size"], decided["precision"], spec)
     _check(decided["rank"], decided["max_cache_length"], spec, rotary)
+    _check_size(decided["check_vocabulary"], spec)
     length = decided["max_cache_length"]
     # A window of text is one forward pass of the reference, and must be read by one set of factors.
     decided["window"] = min(
@@ -198,6 +202,15 @@ def _check_weights(
                 if fitting
                 else "this model's weights can't be quantised",
             )
+
+
+def _check_size(check_vocabulary: int | None, spec: ModelSpec) -> None:
+    if check_vocabulary is not None and check_vocabulary > spec.vocab_size:
+        raise UsageError(
+            f"check-vocabulary {check_vocabulary} is more than the model's {spec.vocab_size} "
+            "tokens",
+            hint="give fewer, or 0 for no head of its own",
+        )
 
 
 def _check(rank: int, length: int, spec: ModelSpec, rotary: Rotary | None) -> None:

@@ -15,19 +15,21 @@ from tokenizers import Tokenizer
 
 from ojfa_export.backends.backend import Backend, Engines, SharesEngines
 from ojfa_export.backends.frugal import frugal
+from ojfa_export.bundle.check_entry import CheckEntry
+from ojfa_export.bundle.entries import EngineSet
 from ojfa_export.bundle.manifest import (
     Built,
     CacheLayout,
     Calibration,
     CalibrationSource,
     DraftEntry,
-    EngineSet,
     Golden,
     Manifest,
     Model,
 )
 from ojfa_export.bundle.names import (
     CHAT,
+    CHECK_HEAD,
     ENGINES,
     GRAPHS,
     MANIFEST,
@@ -105,9 +107,11 @@ def engine_files(bundle: Path, backend: Backend, names: list[str]) -> dict[str, 
 
 
 def open_engines(inputs: Inputs, work: Work) -> Engines:
-    """Opens the engines that ship, exit head included."""
+    """Opens the engines that ship, exit head and check head included."""
     spec, bundle = inputs.checkpoint.spec, work.bundle
     files = engine_files(bundle, inputs.backend, graph_names(spec.blocks))
+    check = engine_files(bundle, inputs.backend, [CHECK_HEAD])
+    files |= {name: path for name, path in check.items() if path.exists()}
     return inputs.backend.open_engines(spec, bundle / GRAPHS, files, rotary_tables(bundle))
 
 
@@ -173,6 +177,7 @@ def write_manifest(
     golden: tuple[Golden, ...],
     decided: Decided,
     draft: DraftEntry | None,
+    check: CheckEntry | None,
 ) -> Manifest:
     """Writes the manifest over everything that is in the bundle."""
     checkpoint, settings, spec = inputs.checkpoint, inputs.settings, inputs.checkpoint.spec
@@ -210,6 +215,7 @@ def write_manifest(
         default=decided.default,
         generation=checkpoint.generation,
         draft=draft,
+        check=check,
         weights=settings.weight_format,
         files=describe_files(bundle),
         built=Built(

@@ -56,6 +56,12 @@ class HeadRequest:
         """How the token of each row is chosen."""
         return self.samplings or [self.sampling] * rows
 
+    def of(self, rows: Sequence[int]) -> HeadRequest:
+        """Of rows by their indices, without what follows an exit."""
+        draws = [self.draws[row] for row in rows] if self.draws else ()
+        samplings = [self.samplings[row] for row in rows] if self.samplings else ()
+        return HeadRequest(self.sampling, draws, None, samplings)
+
     def part(self, rows: slice) -> HeadRequest:
         """Of some rows, without what follows an exit."""
         return HeadRequest(self.sampling, self.draws[rows], None, self.samplings[rows])

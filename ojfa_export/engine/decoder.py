@@ -25,6 +25,7 @@ from ojfa_export.decoding.speculation import (
 from ojfa_export.engine.next_step import NextStep, StepOutput
 from ojfa_export.runtime.decoding import Chosen
 from ojfa_export.runtime.sequence import Sequence
+from ojfa_export.runtime.steps import stages_of
 
 # Yields what it needs or a token; is sent the output to what it needs.
 Decoding = Generator[NextStep | Chosen, StepOutput | None, None]
@@ -99,10 +100,12 @@ class Decoder:
         self, policy: ExitPolicy, last: NextStep
     ) -> Generator[NextStep, StepOutput, StepOutput]:
         """The output of the first exit that is confident, or of the last step."""
-        for depth, threshold in zip(policy.exits, policy.thresholds, strict=True):
-            output = yield last._replace(depth=depth, may_go_on=True)
-            if output.confidence(policy.measure) >= threshold:
-                return output
+        for stage in stages_of(policy, self._blocks):
+            check = stage.check
+            if check is not None:
+                output = yield last._replace(depth=stage.depth, check=check)
+                if output.confidence(check.measure) >= check.threshold:
+                    return output
         output = yield last
         return output
 

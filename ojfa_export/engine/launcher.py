@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ojfa_export.backends.backend import AsksExitsTogether
+from ojfa_export.backends.checks import checking
 from ojfa_export.backends.draft import Drafts
 from ojfa_export.decoding.arrays import Hidden
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest, HostHeadOutput
 from ojfa_export.decoding.sampling import GREEDY
+from ojfa_export.engine.checked_heads import logits_after, run_checked
 from ojfa_export.engine.costs import PassCosts
 from ojfa_export.engine.heads import (
     ChainHeads,
@@ -174,7 +176,8 @@ class Launcher:
         runner, depth = self._runner, launched.depth
         sequences = [each.sequence for each in launched.running]
         steps = [step for step in launched.steps if step is not None]
-        if len(steps) == len(sequences) and ask_for_one_token(steps):
+        checked = self._is_checked(steps)
+        if len(steps) == len(sequences) and ask_for_one_token(steps) and not checked:
             # As a rule: a device has a short way for that.
             output = runner.choose(sequences, depth, head_request(steps), following)
             launched.heads = Heads(output)
@@ -187,7 +190,7 @@ class Launcher:
         counts = [0 if step is None else step.rows for step in launched.steps]
         hidden = runner.run(sequences, depth, counts, following, stops)
         if steps:
-            launched.heads = run_heads(self._engines, hidden, depth, steps)
+            launched.heads = self._run_heads(hidden, steps)
 
     def _launch_each(
         self, work: Work, steps: list[NextStep | None], tokens: float
@@ -229,12 +232,17 @@ class Launcher:
         ]
 
     def _run_heads(self, hidden: Hidden, steps: Sequence[NextStep]) -> Heads:
+        engines, checks = self._engines, checking(self._engines)
+        if checks is not None and self._is_checked(steps):
+            return run_checked(engines, checks, hidden, steps)
         blocks_run = [step.depth for step in steps for _ in range(step.rows)]
         if len(set(blocks_run)) == 1:
-            return run_heads(self._engines, hidden, blocks_run[0], steps)
-        assert isinstance(self._engines, AsksExitsTogether)
-        logits = self._engines.logits_of_exits(hidden, blocks_run)
-        return Heads(HostHeadOutput(logits, HeadRequest()))
+            return run_heads(engines, hidden, blocks_run[0], steps)
+        return Heads(HostHeadOutput(logits_after(engines, hidden, blocks_run), HeadRequest()))
+
+    def _is_checked(self, steps: Sequence[NextStep]) -> bool:
+        """Whether a check head says how sure any of them is."""
+        return checking(self._engines) is not None and any(step.check is not None for step in steps)
 
     def _count(self, work: Work) -> float:
         """Tokens that a block of this work runs, on average; counts what runs."""

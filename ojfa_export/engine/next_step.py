@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.decoding.confidence import Measure
+from ojfa_export.decoding.head_output import ExitCheck
 from ojfa_export.decoding.sampling import GREEDY, Sampling
 
 
@@ -20,7 +21,7 @@ class NextStep(NamedTuple):
         draw: A number from [0, 1) for that, where it is sampled.
         logits: Whether the output must have logits: tokens and confidence are always there, and on
             a device they are all that comes to the host.
-        may_go_on: Whether the output decides if the same tokens run deeper.
+        check: Where the output decides if the same token runs deeper: how sure it must be.
         drafts: At depth 0, how many are wanted, the likeliest one after the other; others than one
             are given where there is a short way for them.
     """
@@ -30,7 +31,7 @@ class NextStep(NamedTuple):
     sampling: Sampling = GREEDY
     draw: float = 0.0
     logits: bool = False
-    may_go_on: bool = False
+    check: ExitCheck | None = None
     drafts: int = 1
 
 

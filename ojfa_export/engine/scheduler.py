@@ -121,7 +121,8 @@ class Scheduler:
                 each.waits = 0 if block == entry else each.waits + 1
         chosen = groups[entry]
         limit = min(
-            (each.step.depth for each in chosen if each.step.may_go_on), default=self._blocks
+            (each.step.depth for each in chosen if each.step.check is not None),
+            default=self._blocks,
         )
         work = Work(entry=entry)
         for each in chosen:

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from ojfa_export.bundle.draft_shortcut import DraftShortcut, rotations
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
-from ojfa_export.bundle.names import DRAFT_GRAPHS, block_name
+from ojfa_export.bundle.names import CHECK_HEAD, DRAFT_GRAPHS, block_name
 from ojfa_export.bundle.shortcut import Shortcut
-from ojfa_export.bundle.weight_format import BLOCK_MATRICES, QuantisedMatrix
+from ojfa_export.bundle.weight_format import BLOCK_MATRICES, ENDS, QuantisedMatrix
+from ojfa_export.decoding.arrays import Int32
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.draft import draft_part_graph
@@ -23,13 +24,17 @@ from ojfa_export.graphs.fold import FoldedHead
 from ojfa_export.graphs.gptq import InputFactor
 from ojfa_export.graphs.heads import final_head_graph, jump_head_graph
 from ojfa_export.graphs.quantised import Quantiser
-from ojfa_export.graphs.weights import TensorRef, WeightFile, references
+from ojfa_export.graphs.weights import TensorRef, WeightFile, map_tensors, references
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.families.tensors import Source
 from ojfa_export.models.precision import Precision
 from ojfa_export.system.atomic import write_atomically
 
 ExitHead = FoldedHead | Shortcut | MlpShortcut
+# Weights of an exit head that have a row, or a number, for each token.
+OF_VOCABULARY = frozenset(
+    {"vocabulary.bias", *(name + end for name in ("head", "vocabulary") for end in ("", *ENDS))}
+)
 
 
 class DraftTensors(NamedTuple):
@@ -176,6 +181,28 @@ class Exporter:
             weights = jump | references(self._load("final_head"))
         model = jump_head_graph(self.checkpoint.spec, weights, self.dialect)
         self._write("exit_head", model)
+
+    def check_head(self, tokens: Int32) -> TensorRef:
+        """Exports the exit head over some tokens; the exit head must have been exported.
+
+        Rows of its matrix to the vocabulary are copied as they are stored, quantised ones too; all
+        else is shared with it.
+
+        Args:
+            tokens: Ids [n], rising.
+
+        Returns:
+            Where the ids are.
+        """
+        exit_head = self._load("exit_head")
+        weights, arrays = references(exit_head), map_tensors(exit_head, self.directory)
+        with WeightFile(self.directory, f"{CHECK_HEAD}.bin", self.precision) as file:
+            for name in sorted(OF_VOCABULARY & weights.keys()):
+                weights[name] = file.add_as_stored(arrays[name][tokens], weights[name].dtype)
+            ids = file.add_integers(tokens)
+        spec = self.checkpoint.spec.with_vocabulary(len(tokens))
+        self._write(CHECK_HEAD, jump_head_graph(spec, weights, self.dialect, CHECK_HEAD))
+        return ids
 
     def draft(self, shortcut: DraftShortcut) -> DraftTensors:
         """Exports a draft layer; embedding and final head must have been exported.

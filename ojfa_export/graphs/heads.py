@@ -5,9 +5,16 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
+from ojfa_export.bundle.names import CHECK_HEAD
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.graph import FLOAT, INT32
 from ojfa_export.models.spec import ModelSpec
+
+_ABOUT = {
+    "exit_head": "Any block's output to logits: shortcut, final norm and LM head",
+    CHECK_HEAD: "Any block's output to logits of frequent tokens: shortcut, final norm and rows of "
+    "the LM head",
+}
 
 
 def final_head_graph(
@@ -35,7 +42,9 @@ def final_head_graph(
     return graph.model()
 
 
-def exit_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.ModelProto:
+def exit_head_graph(
+    spec: ModelSpec, weights: Weights, dialect: Portable, name: str = "exit_head"
+) -> onnx.ModelProto:
     """The shortcut, folded with final norm and LM head (design: `graphs.fold`).
 
     Args:
@@ -43,10 +52,9 @@ def exit_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onn
         weights: `project` [H, k] and `project.bias` [k], fp32; `vocabulary` [V, k]; for LayerNorm
             models `vocabulary.bias` [V].
         dialect: The operators to write it in.
+        name: Of the graph.
     """
-    graph = dialect.graph(
-        "exit_head", "Any block's output to logits: shortcut, final norm and LM head"
-    )
+    graph = dialect.graph(name, _ABOUT[name])
     hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
     projected = graph.op("MatMul", hidden, graph.weight("project", weights["project"]))
     projected = graph.op("Add", projected, graph.weight("project.bias", weights["project.bias"]))
@@ -60,15 +68,26 @@ def exit_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onn
     return graph.model()
 
 
-def jump_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.ModelProto:
-    """The exit head of whatever shortcut the weights are of."""
-    for name, make in (("gates", residual_head_graph), ("exit.scale", mlp_head_graph)):
-        if name in weights:
-            return make(spec, weights, dialect)
-    return exit_head_graph(spec, weights, dialect)
+def jump_head_graph(
+    spec: ModelSpec, weights: Weights, dialect: Portable, name: str = "exit_head"
+) -> onnx.ModelProto:
+    """The exit head of whatever shortcut the weights are of, or the check head.
+
+    Args:
+        spec: The model; for a check head, of as many tokens as that has.
+        weights: Those of the emitter below that is of the shortcut.
+        dialect: The operators to write it in.
+        name: "exit_head" or "check_head".
+    """
+    for part, make in (("gates", residual_head_graph), ("exit.scale", mlp_head_graph)):
+        if part in weights:
+            return make(spec, weights, dialect, name)
+    return exit_head_graph(spec, weights, dialect, name)
 
 
-def mlp_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.ModelProto:
+def mlp_head_graph(
+    spec: ModelSpec, weights: Weights, dialect: Portable, name: str = "exit_head"
+) -> onnx.ModelProto:
     """The MLP shortcut, then final norm and LM head.
 
     Each row says after how many blocks it comes, which picks the scale of the MLP's input and the
@@ -79,10 +98,9 @@ def mlp_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx
         weights: `exit.scale` [L-1, H] and `exit.bias` [L-1, columns], fp32; `mlp.up.weight`
             [H, columns] and `mlp.down.weight` [width, H]; and those of the final head.
         dialect: The operators to write it in.
+        name: Of the graph.
     """
-    graph = dialect.graph(
-        "exit_head", "Any block's output to logits: shortcut, final norm and LM head"
-    )
+    graph = dialect.graph(name, _ABOUT[name])
     hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
     blocks_run = graph.input("blocks_run", INT32, "rows")
     index = graph.op("Sub", blocks_run, graph.constant(1, np.int32))
@@ -102,7 +120,9 @@ def mlp_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx
     return graph.model()
 
 
-def residual_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) -> onnx.ModelProto:
+def residual_head_graph(
+    spec: ModelSpec, weights: Weights, dialect: Portable, name: str = "exit_head"
+) -> onnx.ModelProto:
     """The residual shortcut, then final norm and LM head: its output has no low rank to fold.
 
     Each row says after how many blocks it comes, which picks its gate.
@@ -112,10 +132,9 @@ def residual_head_graph(spec: ModelSpec, weights: Weights, dialect: Portable) ->
         weights: `project` [H, r], `project.bias` [r], `up` [r, H] and `gates` [L-1], fp32; and
             those of the final head.
         dialect: The operators to write it in.
+        name: Of the graph.
     """
-    graph = dialect.graph(
-        "exit_head", "Any block's output to logits: shortcut, final norm and LM head"
-    )
+    graph = dialect.graph(name, _ABOUT[name])
     hidden = graph.input("hidden", FLOAT, "rows", spec.hidden_size)
     blocks_run = graph.input("blocks_run", INT32, "rows")
     projected = graph.op("MatMul", hidden, graph.weight("project", weights["project"]))

@@ -126,6 +126,15 @@ class WeightFile:
         """Appends bytes."""
         return self._add_raw(array, onnx.TensorProto.UINT8)
 
+    def add_as_stored(self, array: NDArray[Any], dtype: int) -> TensorRef:
+        """Appends numbers that are stored already, as they are.
+
+        Args:
+            array: Of `map_tensors`, or some rows of one.
+            dtype: An onnx.TensorProto data type.
+        """
+        return self._add_raw(array, dtype)
+
     def _add_raw(self, array: NDArray[Any], dtype: int) -> TensorRef:
         self._file.write(bytes(-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()

@@ -105,6 +105,10 @@ class ModelSpec(BaseModel):
         """Whether positions are an embedding rather than a rotation."""
         return self.rotary_dim == 0
 
+    def with_vocabulary(self, size: int) -> ModelSpec:
+        """The model as a head sees it whose logits are of so many of its tokens."""
+        return self.model_copy(update={"vocab_size": size})
+
     def rotary_dim_of(self, block: int) -> int:
         """Leading features of each head that rotate in a block."""
         return self.rotary_dim if not self.rotated or self.rotated[block] else 0

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from ojfa_export.backends.backend import Engines
+from ojfa_export.backends.checks import checking
 from ojfa_export.decoding.confidence import Measure
 from ojfa_export.decoding.head_output import HeadRequest
 from ojfa_export.decoding.policy import ExitPolicy
@@ -51,6 +52,8 @@ class StepCosts(BaseModel):
         final_row: What another row adds to that.
         decide: What a policy adds to a step, whatever it asks.
         checks: Asking one exit that doesn't stop, by the measure of confidence.
+        leaving: What a token that stops at an exit takes beside its check: the exit head, where a
+            check head was asked before it.
         catch_up: What a block costs more when it runs any tokens that waited.
         waiting: What each of them adds to that.
         late_pass: What a pass costs more than those two say, timed at half depth, where tokens
@@ -69,6 +72,7 @@ class StepCosts(BaseModel):
     catch_up: float
     waiting: float
     late_pass: float = 0.0
+    leaving: float = 0.0
     drafting: LayerDrafting | None = None
 
     @property
@@ -96,7 +100,7 @@ class StepCosts(BaseModel):
         depths = [ms - head + self.decide for ms, head in zip(self.exits, heads, strict=True)]
         return Costs(
             tuple(depths), self.checks, self.final_head, catch_up=self.catch_up,
-            waiting=self.waiting,
+            waiting=self.waiting, leaving=self.leaving,
         )  # fmt: skip
 
 
@@ -201,9 +205,10 @@ class _Steps:
         last, asked = self._asked[-1], len(self._asked)
         one = typical["ask", "one"]
         checks = {m: (typical["every", m] - one) / max(asked - 1, 1) for m in MEASURES}
+        leaving = 0.0 if checking(self._engines) is None else exit_head
         if asked == 1:  # nothing to tell the check from the rest of the step
-            checks = dict.fromkeys(MEASURES, exit_head)
-        decide = one - exits[last - 1] + exit_head - checks["top"]
+            checks = dict.fromkeys(MEASURES, exit_head - leaving)
+        decide = one - exits[last - 1] + exit_head - leaving - checks["top"]
         catch_up, waiting = self._catching_up(exits, typical)
         return StepCosts(
             exits=tuple(exits.tolist()),
@@ -215,6 +220,7 @@ class _Steps:
             catch_up=catch_up,
             waiting=waiting,
             late_pass=self._late_pass(exits, typical, catch_up + waiting),
+            leaving=leaving,
         )
 
     def _late_pass(self, exits: Float64, typical: Times, block: float) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Engines, Executor
+from ojfa_export.backends.checks import ChecksExits, checking
 from ojfa_export.backends.passes import Chunk
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.errors import CalibrationError
@@ -82,7 +83,10 @@ def collect_statistics(
                 logits = _logits(engines, hidden, depth, spec.blocks)
                 if depth < spec.blocks:
                     tokens[index, :, depth - 1] = logits.argmax(axis=1)
-                    confidence[:, index, :, depth - 1] = round_down(confidences(logits))
+                    # What a policy compares with its thresholds; the token is the whole head's.
+                    checks = checking(engines)
+                    asked = logits if checks is None else _checked(checks, hidden, depth)
+                    confidence[:, index, :, depth - 1] = round_down(confidences(asked))
                 else:
                     agrees[index], extra[index] = compare(logits, tokens[index])
             task.advance()
@@ -153,10 +157,17 @@ def _deepen(executor: Executor, text: Int32, hidden: Float32, depth: int) -> Flo
     return np.asarray(executor.run(block, source, chunks, long_context=False))
 
 
+def _checked(checks: ChecksExits, hidden: Float32, blocks_run: int) -> Float32:
+    return _finite(checks.check_logits(hidden, blocks_run), "check head")
+
+
 def _logits(engines: Engines, hidden: Float32, blocks_run: int, blocks: int) -> Float32:
-    logits = engines.logits(np.ascontiguousarray(hidden), blocks_run)
+    whose = "full model" if blocks_run == blocks else "exit head"
+    return _finite(engines.logits(np.ascontiguousarray(hidden), blocks_run), whose)
+
+
+def _finite(logits: Float32, whose: str) -> Float32:
     if not np.isfinite(logits).all():
-        whose = "full model" if blocks_run == blocks else "exit head"
         raise CalibrationError(
             f"the {whose}'s logits hold NaN or infinity on the calibration text",
             hint="build with --precision fp32, or check the checkpoint",

@@ -28,6 +28,8 @@ class Costs:
         depths: [L] of its first 1..L blocks, with all that it costs beside blocks and heads.
         checks: Of asking one exit, head and confidence, by the measure of confidence.
         final: Of the model's own head.
+        leaving: Of a token that leaves at an exit, beside its check: the exit head, where a check
+            head was asked instead.
         catch_up: What a block costs more when it runs any tokens that waited beside the newest.
         waiting: What each of them adds to that.
     """
@@ -37,6 +39,7 @@ class Costs:
     final: float
     catch_up: float = 0.0
     waiting: float = 0.0
+    leaving: float = 0.0
 
     @classmethod
     def even(cls, blocks: int, block: float, check: float, final: float) -> Costs:
@@ -132,7 +135,7 @@ def _apply(
         differs += (leaves & ~statistics.agrees[..., column]).sum(axis=1)
         extra = np.minimum(statistics.extra_surprisal[..., column].astype(np.float64), clip)
         surprisal += (extra * leaves).sum(axis=1)
-        cost += costs.depths[here - 1] * left
+        cost += (costs.depths[here - 1] + costs.leaving) * left
         depth += here * left
         late = costs.catching_up(remaining.mean(axis=1), statistics.neighbours(remaining))
         cost += (next_depth - here) * late * tokens

@@ -103,6 +103,11 @@ def _by_domain(texts: Sequence[CalibrationText], rest: Sequence[Int32]) -> dict[
     return domains
 
 
+def tuning_part(windows: Int32) -> Int32:
+    """Of a source's free windows, those that none is certified on, whatever is promised."""
+    return windows[: _tuning(windows)]
+
+
 def _tuning(windows: Int32) -> int:
     """How many of a source's windows are for tuning, from its beginning."""
     return int(TUNING_SHARE * len(windows))
@@ -113,7 +118,7 @@ def _divide(
 ) -> PromiseWindows:
     return PromiseWindows(
         tuple(domains),
-        tuple(_spread([w[: _tuning(w)] for w in each], most_tuning) for each in domains.values()),
+        tuple(_spread(list(map(tuning_part, each)), most_tuning) for each in domains.values()),
         tuple(
             _spread([w[_tuning(w) :] for w in each], most_certification)
             for each in domains.values()

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from typing_extensions import Unpack
 
 from ojfa_export import backends
+from ojfa_export.backends.checks import check_runs_checks
 from ojfa_export.backends.precisions import check_precision
 from ojfa_export.backends.quantised import check_runs
 from ojfa_export.bundle.bundle import Bundle
@@ -77,12 +78,12 @@ class Model:
         opener = backends.load(backend)  # first: an unknown name is no missing engine
         check_runs(opener, manifest.weights)
         check_precision(opener, manifest.precision)
+        check_runs_checks(opener, manifest.check.size if manifest.check else 0)
         built = bundle.engines(backend)
         opener.check(built.built_with)
         tables = manifest.rotary
         rotary = (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None
-        directory = bundle.files.directory
-        engines = {name: directory / file for name, file in built.files.items()}
+        engines = bundle.engine_files(backend)
         self.engines = opener.open_engines(self.spec, bundle.graphs, engines, rotary, bundle.files)
         self.drafts = open_draft(bundle, opener, self.engines)
         self._backend = opener

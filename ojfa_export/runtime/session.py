@@ -7,10 +7,12 @@ from itertools import islice
 from typing import Literal, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.draft import DraftEngines
 from ojfa_export.decoding.arrays import Float32, Hidden, Int32
+from ojfa_export.decoding.confidence import Measure
 from ojfa_export.decoding.events import Listener, ShadowCheck
 from ojfa_export.decoding.exits import Exit, resolve_exit
 from ojfa_export.decoding.head_output import HeadOutput
@@ -20,6 +22,7 @@ from ojfa_export.errors import UsageError
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.batch import TokenIds, check_counts, check_tokens
 from ojfa_export.runtime.exclusive import Exclusive, exclusive
+from ojfa_export.runtime.exit_confidence import exit_confidence
 from ojfa_export.runtime.proposals import Proposals
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
@@ -414,6 +417,30 @@ class Session(Exclusive):
         depth = resolve_exit(exit, self.spec.blocks)
         pending = [sequence.pending(depth) for sequence in self._sequences]
         return self._logits(pending, depth, every_position)
+
+    @exclusive
+    def confidence(
+        self, logits: Float32, exit: Exit, measure: Measure, row: int = 0
+    ) -> NDArray[np.float64]:
+        """How sure a policy takes an exit to be of a sequence's newest tokens.
+
+        That is the exit head's confidence, or the check head's, where the bundle has one.
+
+        Args:
+            logits: [n, V], which `advance` or `deepen` has just given of the newest n tokens.
+            exit: Where.
+            measure: Of confidence.
+            row: Of the sequence.
+
+        Returns:
+            [n] float64, larger for surer.
+
+        Raises:
+            UsageError: An exit outside the model, a row that isn't there, or more tokens than have
+                run so deep.
+        """
+        depth, sequence = resolve_exit(exit, self.spec.blocks), self._sequences[self._row(row)]
+        return exit_confidence(self._runner, sequence, logits, depth, measure)
 
     @exclusive
     def run_shadow_checks(self, budget: int | None = None) -> list[ShadowCheck]:

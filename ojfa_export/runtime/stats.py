@@ -12,9 +12,9 @@ class Stats:
 
     Attributes:
         exits: Steps of one sequence by blocks run (of the newest token).
-        exit_heads: Rows that the exit head was applied to.
+        exit_heads: Rows that the exit head was applied to; not those that a check head alone was.
         final_heads: Rows that the model's own head was applied to.
-        checks: Those of `exit_heads` that an exit policy's threshold was compared with.
+        checks: Rows whose confidence an exit policy's threshold was compared with.
         drafted: Tokens that speculation proposed.
         accepted: Those of them that the full model took.
         rounds: Full passes that checked drafts; each gives one token beside the accepted.

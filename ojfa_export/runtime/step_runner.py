@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ojfa_export.backends.checks import checking
+from ojfa_export.decoding.check_output import CheckOutput
 from ojfa_export.decoding.head_output import HeadOutput, HostHeadOutput
 from ojfa_export.decoding.sampling import GREEDY, Sampling
 from ojfa_export.runtime.runner import ModelRunner
@@ -33,10 +35,14 @@ class StepRunner:
         """
         step: Step[HostHeadOutput] = Step([Row(sequence, stages) for sequence in sequences], GREEDY)
         while not step.decided:
-            stage = step.next_stage
-            hidden = self._runner.run(step.sequences, stage.depth)
-            logits = self._runner.engines.logits(hidden, stage.depth)
-            step.add(stage, HostHeadOutput(logits, step.request(stage)))
+            stage, engines = step.next_stage, self._runner.engines
+            hidden, request = self._runner.run(step.sequences, stage.depth), step.request(stage)
+            if stage.check is not None and checking(engines) is not None:
+                output = engines.choose(hidden, stage.depth, request)
+                assert isinstance(output, CheckOutput)
+                step.add(stage, output)
+            else:
+                step.add(stage, HostHeadOutput(engines.logits(hidden, stage.depth), request))
             if stage.check is not None:
                 step.judge()
         return step

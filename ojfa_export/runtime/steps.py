@@ -6,10 +6,12 @@ before them are known.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
+from ojfa_export.decoding.check_output import CheckOutput
 from ojfa_export.decoding.head_output import ExitCheck, HeadOutput, HeadRequest
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.decoding.sampling import Sampling
@@ -83,15 +85,19 @@ class PendingOutput(Generic[C]):
     Attributes:
         stage: Where.
         rows: Whose tokens, in the order of the output's rows.
-        output: The answer.
+        output: The answer; of a check head, only how sure it is.
+        stopped: The rows that stopped here, once that is known.
     """
 
     stage: Stage
     rows: list[Row[C]]
-    output: C
+    output: C | CheckOutput
+    stopped: list[Row[C]] = field(default_factory=list)
 
     def judge(self) -> list[Row[C]]:
         """Waits for the answer of an exit that is checked; who is confident stops there.
+
+        Where a check head was asked, the whole head is, at once, about those that stop.
 
         Returns:
             The rows that go on.
@@ -101,29 +107,42 @@ class PendingOutput(Generic[C]):
             self.stop()
             return []
         said = self.output.confidence(check.measure)
-        going = []
+        going, stopping = [], []
         for index, (row, confidence) in enumerate(zip(self.rows, said, strict=True)):
             row.confidence.append(confidence)
             if confidence >= check.threshold:
-                row.output, row.index, row.depth = self.output, index, self.stage.depth
+                stopping.append(index)
             else:
                 going.append(row)
+        self._stop(stopping)
         return going
 
     def stop(self) -> None:
         """Lets all rows stop here."""
-        for index, row in enumerate(self.rows):
-            row.output, row.index, row.depth = self.output, index, self.stage.depth
+        self._stop(range(len(self.rows)))
+
+    def _stop(self, indices: Sequence[int]) -> None:
+        output, places = self.output, indices
+        if isinstance(output, CheckOutput):
+            if not indices:
+                return
+            # Where steps have logits, those are what their heads give: so is this.
+            output, places = cast("C", output.leave(indices)), range(len(indices))
+        for index, place in zip(indices, places, strict=True):
+            row = self.rows[index]
+            row.output, row.index, row.depth = output, place, self.stage.depth
+            self.stopped.append(row)
 
     def count(self, stats: Stats, blocks: int) -> None:
         """Counts the rows that the head was asked about, and those that stopped."""
-        stats.count_head(len(self.rows), final=self.stage.depth == blocks)
+        asked = self.stopped if isinstance(self.output, CheckOutput) else self.rows
+        stats.count_head(len(asked), final=self.stage.depth == blocks)
         if self.stage.check is None:
             return
         stats.checks += len(self.rows)
-        stopped = [row.confidence[-1] for row in self.rows if row.output is self.output]
-        if stopped:
-            stats.count_stopped(self.stage.depth, len(stopped), sum(stopped))
+        if self.stopped:
+            sure = [row.confidence[-1] for row in self.stopped]
+            stats.count_stopped(self.stage.depth, len(sure), sum(sure))
 
 
 class Step(Generic[C]):
@@ -176,7 +195,7 @@ class Step(Generic[C]):
         draws = [row.draw for row in self.going] if self._sampling.temperature else ()
         return HeadRequest(self._sampling, draws, stage.check)
 
-    def add(self, stage: Stage, output: C) -> None:
+    def add(self, stage: Stage, output: C | CheckOutput) -> None:
         """Takes what a stage's head was asked about the rows that go on."""
         self._asked.append(PendingOutput(stage, self.going, output))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ojfa_export.backends.backend import Backend, Engines, Tracing
+from ojfa_export.backends.checks import checking
 from ojfa_export.backends.frugal import frugal
 from ojfa_export.bundle.names import block_name
 from ojfa_export.bundle.shortcut_file import ExitShortcut
@@ -52,6 +53,7 @@ class Subject:
         shortcut: What the exit head was made of.
         engines: Opened; large ones should keep one block loaded at a time.
         trace: Gives tensors inside a block on one sequence [S,H], where the backend can.
+        check_tokens: Ids [n] that the logits of a check head are of, where there is one.
     """
 
     spec: ModelSpec
@@ -61,6 +63,7 @@ class Subject:
     shortcut: ExitShortcut
     engines: Engines
     trace: Trace | None = None
+    check_tokens: Int32 | None = None
 
 
 def make_subject(
@@ -71,6 +74,7 @@ def make_subject(
     shortcut: ExitShortcut,
     engines: Engines,
     backend: Backend,
+    check_tokens: Int32 | None = None,
 ) -> Subject:
     """What is compared, of engines that a backend opened: one block at a time if it is large."""
     trace: Trace | None = None
@@ -80,7 +84,9 @@ def make_subject(
         def trace(block: int, hidden: Float32) -> Mapping[str, Float32]:
             return tracing.trace_block(engines, block, hidden)
 
-    return Subject(spec, arithmetic, graphs, rotary, shortcut, frugal(engines, spec), trace)
+    return Subject(
+        spec, arithmetic, graphs, rotary, shortcut, frugal(engines, spec), trace, check_tokens
+    )
 
 
 def verify_blocks(subject: Subject, token_ids: Int32, progress: Progress) -> list[Check]:
@@ -193,6 +199,11 @@ def _compare_head(
     actual = subject.engines.logits(rows, blocks_run)
     name = "final_head" if blocks_run == spec.blocks else f"exit_head after {blocks_run}"
     comparisons.record(f"float64 {name}: logits", "logits", actual, expected, allowance)
+    tokens, checks_exits = subject.check_tokens, checking(subject.engines)
+    if tokens is not None and checks_exits is not None and blocks_run < spec.blocks:
+        actual = checks_exits.check_logits(rows, blocks_run)
+        label = f"float64 check_head after {blocks_run}: logits"
+        comparisons.record(label, "logits", actual, expected[:, tokens], allowance)
     jump = exact.mlp_jump(inputs, blocks_run) if blocks_run < spec.blocks else {}
     checks = _check_range(name, jump) if jump and subject.arithmetic == "fp16" else []
     return checks + comparisons.checks()

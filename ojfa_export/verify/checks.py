@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Engines
+from ojfa_export.backends.checks import checking
 from ojfa_export.backends.frugal import frugal
 from ojfa_export.backends.onnxruntime.portable import PortableGraphs
 from ojfa_export.bundle import shortcut_file
@@ -55,6 +56,7 @@ class Parts:
         open_engines: Opens the engines; called anew for each block, so that an opener that keeps
             none open keeps one block in memory.
         shortcut: What the exit head was made of.
+        check_tokens: Ids [n] that the logits of a check head are of, where there is one.
     """
 
     spec: ModelSpec
@@ -62,6 +64,7 @@ class Parts:
     graphs: Path
     open_engines: Callable[[], Engines]
     shortcut: ExitShortcut
+    check_tokens: Int32 | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,14 @@ def verify_against(
             verify_defaults(manifest, source),
         ]
     engines = frugal(model.engines, model.spec)
-    parts = Parts(model.spec, manifest.precision, bundle.graphs, lambda: engines, shortcut)
+    parts = Parts(
+        model.spec,
+        manifest.precision,
+        bundle.graphs,
+        lambda: engines,
+        shortcut,
+        bundle.check_tokens(),
+    )
     fitting = token_ids[: manifest.cache.max_batch_size, : manifest.cache.max_length]
     return [
         *verify_tokenizer(model, checkpoint),
@@ -327,6 +337,13 @@ def compare_exits(
         comparisons.record("graph exit_head", "logits", actual, target, allowance)
         actual = engines.logits(flat, blocks_run)
         comparisons.record("engine exit_head", "logits", actual, target, allowance)
+        checks, ids = checking(engines), parts.check_tokens
+        if checks is not None and ids is not None:
+            actual = graphs.check_logits(flat, blocks_run)
+            graphs.close()
+            comparisons.record("graph check_head", "logits", actual, target[:, ids], allowance)
+            actual = checks.check_logits(flat, blocks_run)
+            comparisons.record("engine check_head", "logits", actual, target[:, ids], allowance)
         if blocks_run == 1:
             tokens = window.token_ids[:, :count].tolist()
             logits = session.advance(tokens, exit=1, every_position=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ojfa_export.bundle.check_entry import DecidedGolden
 from ojfa_export.bundle.manifest import Golden, Manifest
 from ojfa_export.errors import OjfaError
 from ojfa_export.models.families import read_spec
@@ -18,7 +19,11 @@ def verify_golden(model: Model) -> list[Check]:
     Args:
         model: An opened bundle.
     """
-    return [_golden_check(model, golden) for golden in model.manifest.golden]
+    checks = [_golden_check(model, golden) for golden in model.manifest.golden]
+    check = model.manifest.check
+    if check is not None and check.golden is not None:
+        checks.append(_decided_check(model, check.golden))
+    return checks
 
 
 def verify_spec(manifest: Manifest) -> Check:
@@ -60,6 +65,25 @@ def _golden_check(model: Model, golden: Golden) -> Check:
     name = "full depth" if golden.exit == model.blocks else f"exit {golden.exit}"
     return Check(
         name=f"golden tokens {name}",
+        max_abs_diff=different,
+        tolerance=0,
+        passed=different == 0,
+    )
+
+
+def _decided_check(model: Model, golden: DecidedGolden) -> Check:
+    """Decides golden tokens again; the difference is the number of other tokens or depths."""
+    session = model.session(1, len(golden.prompt_token_ids) + len(golden.token_ids) - 1)
+    pending, different = list(golden.prompt_token_ids), 0.0
+    for token, depth in zip(golden.token_ids, golden.blocks_run, strict=True):
+        step = session.decide(pending, golden.policy)
+        if not np.isfinite(step.logits).all():
+            different = np.inf
+            break
+        pending = [int(step.logits[0].argmax())]
+        different += pending[0] != token or int(step.blocks_run[0]) != depth
+    return Check(
+        name="golden tokens of a policy",
         max_abs_diff=different,
         tolerance=0,
         passed=different == 0,

@@ -151,6 +151,7 @@ def compare_blocks(
         shortcut,
         model.engines,
         backends.load(backend),
+        bundle.check_tokens(),
     )
     with np.errstate(invalid="ignore", over="ignore"):  # a check that fails says it
         checks = verify_blocks(subject, token_ids, progress)

@@ -23,7 +23,7 @@ from gpu.cases import BUNDLES
 
 import ojfa_export
 from ojfa_export.bundle.bundle import Bundle
-from ojfa_export.bundle.manifest import EngineSet
+from ojfa_export.bundle.entries import EngineSet
 from ojfa_export.cli.app import app
 from ojfa_export.compiler.add_engines import add_engines
 from ojfa_export.errors import BackendError, BundleError, CalibrationError, VerificationError

@@ -124,6 +124,7 @@ PYTHON_ONLY: dict[str, str] = {
     "Session.proposes_at_once": LAYER,
     "Session.complete_greedily": "speculation does it by itself",
     "Session.spec": "the model has it",
+    "Session.confidence": "a decision has it",
     "Session.max_length": CALLER,
     "Choice.tokens": ONE_TOKEN,
     "Choice.blocks_run": ONE_TOKEN,

@@ -14,7 +14,8 @@ import pytest
 from bundle_copy import BundleCopy
 
 from ojfa_export.bundle.bundle import Bundle
-from ojfa_export.bundle.manifest import FORMAT_VERSION, TensorSlice, manifest_digest, read_manifest
+from ojfa_export.bundle.entries import TensorSlice
+from ojfa_export.bundle.manifest import FORMAT_VERSION, manifest_digest, read_manifest
 from ojfa_export.bundle.names import MANIFEST, graph_names
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.errors import BundleError

@@ -50,6 +50,14 @@ void check_digest(const std::string& text, const Json& raw, const std::filesyste
                          "run it in Python, or build it again without --weights");
 }
 
+// Thresholds of a check head are none of the exit head's: policies asked otherwise would not keep what was
+// promised.
+[[noreturn]] void refuse_check_head() {
+    throw bundle_failure(
+        "the bundle's exits are checked by a head of their own, which this library doesn't run",
+        "run it in Python, or build it again with --check-vocabulary 0");
+}
+
 // That of a bundle which some backend of the library runs.
 std::string read_precision(Fields& fields) {
     std::string precision = fields.one_of("precision", {"fp32", "fp16", "bf16"});
@@ -68,6 +76,7 @@ Manifest read_fields(const Json& raw) {
     manifest.spec = read_model(fields.object("model"));
     manifest.precision = read_precision(fields);
     if (const Json* weights = fields.maybe("weights")) refuse_quantised(Fields(*weights, "weights"));
+    if (fields.maybe("check")) refuse_check_head();
     fields.integer("opset", 1);
     Fields cache = fields.object("cache");
     cache.maybe("axes");

@@ -29,6 +29,7 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     suffix = ".onnx"
+    runs_checks = True
 
     def versions(self) -> dict[str, str]:
         """What the engines depend on."""

@@ -10,7 +10,7 @@ import onnxruntime as ort
 from ojfa_export.backends.choice import ChoosesOnHost
 from ojfa_export.backends.onnxruntime.executor import OnnxRuntimeExecutor
 from ojfa_export.backends.onnxruntime.opened import OpenedModel
-from ojfa_export.bundle.names import block_name
+from ojfa_export.bundle.names import CHECK_HEAD, block_name
 from ojfa_export.decoding.arrays import Float32, Int32
 
 
@@ -38,9 +38,20 @@ class OnnxRuntimeEngines(OpenedModel, ChoosesOnHost):
         result: Float32 = session.run(None, head_inputs(session, hidden, blocks_run))[0]
         return result
 
+    @property
+    def has_check_head(self) -> bool:
+        """See `backends.checks.ChecksExits`."""
+        return CHECK_HEAD in self._engines
+
+    def check_logits(self, hidden: Float32, blocks_run: int | Sequence[int]) -> Float32:
+        """See `backends.checks.ChecksExits`."""
+        session = self.session(CHECK_HEAD)
+        result: Float32 = session.run(None, head_inputs(session, hidden, blocks_run))[0]
+        return result
+
     def unload_heads(self) -> None:
-        """Closes both heads; they are opened again when used."""
-        for name in ("exit_head", "final_head"):
+        """Closes the heads; they are opened again when used."""
+        for name in ("exit_head", CHECK_HEAD, "final_head"):
             self.close(name)
 
 

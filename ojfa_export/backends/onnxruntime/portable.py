@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ojfa_export.backends.onnxruntime.engines import head_inputs
 from ojfa_export.backends.onnxruntime.session import share_thread_pool
-from ojfa_export.bundle.names import block_name
+from ojfa_export.bundle.names import CHECK_HEAD, block_name
 from ojfa_export.bundle.onnx_file import read_onnx
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.errors import BackendError
@@ -95,9 +95,11 @@ class PortableGraphs:
     def logits(self, hidden: Float32, blocks_run: int) -> Float32:
         """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
         session = self._session("final_head" if blocks_run == self.spec.blocks else "exit_head")
-        inputs = head_inputs(session, hidden, blocks_run)
-        logits: Float32 = session.run(["logits"], inputs)[0]
-        return logits
+        return _run_head(session, hidden, blocks_run)
+
+    def check_logits(self, hidden: Float32, blocks_run: int) -> Float32:
+        """Applies the check head: [rows, H] to [rows, n]."""
+        return _run_head(self._session(CHECK_HEAD), hidden, blocks_run)
 
     def close(self) -> None:
         """Closes the graph that is open; what runs next opens its own."""
@@ -113,6 +115,11 @@ class PortableGraphs:
             self.close()  # its memory goes before the next one's is taken
             self._open = name, open_portable(self._directory / f"{name}.onnx")
         return self._open[1]
+
+
+def _run_head(session: ort.InferenceSession, hidden: Float32, blocks_run: int) -> Float32:
+    logits: Float32 = session.run(["logits"], head_inputs(session, hidden, blocks_run))[0]
+    return logits
 
 
 def _runnable(path: Path) -> str | bytes:

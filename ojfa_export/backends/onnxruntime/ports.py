@@ -7,6 +7,7 @@ from typing import Any
 
 import onnxruntime as ort
 
+from ojfa_export.bundle.names import CHECK_HEAD
 from ojfa_export.errors import BackendError
 from ojfa_export.models.spec import ModelSpec
 
@@ -28,6 +29,8 @@ def check_ports(session: ort.InferenceSession, spec: ModelSpec, name: str, depth
         BackendError: They differ.
     """
     found = _ports(session.get_inputs()), _ports(session.get_outputs())
+    if name == CHECK_HEAD:
+        spec = _of_some_tokens(spec, found[1])
     wanted = _expected(spec, name, depths, gated="blocks_run" in found[0])
     for what, has, needs in zip(("inputs", "outputs"), found, wanted, strict=True):
         if has != needs:
@@ -36,6 +39,14 @@ def check_ports(session: ort.InferenceSession, spec: ModelSpec, name: str, depth
                 f"of {needs}",
                 hint="don't use this bundle: build it again",
             )
+
+
+def _of_some_tokens(spec: ModelSpec, outputs: Ports) -> ModelSpec:
+    """The model, of as many tokens as a head has logits, where it has no more than the model."""
+    _, shape = outputs.get("logits", ("", ()))
+    width = shape[-1] if shape else None
+    fits = width is not None and 0 < width <= spec.vocab_size
+    return spec.with_vocabulary(width) if width is not None and fits else spec
 
 
 def _expected(spec: ModelSpec, name: str, depths: int, *, gated: bool) -> tuple[Ports, Ports]:
@@ -47,9 +58,9 @@ def _expected(spec: ModelSpec, name: str, depths: int, *, gated: bool) -> tuple[
     if name == "draft_memory":
         memory = (FLOAT, (None, spec.hidden_size))
         return {"states": (FLOAT, (None, depths * spec.hidden_size))}, {"memory": memory}
-    if name in ("exit_head", "final_head", "draft_head"):
+    if name in ("exit_head", CHECK_HEAD, "final_head", "draft_head"):
         inputs: Ports = {"hidden": (FLOAT, (None, spec.hidden_size))}
-        if gated and name == "exit_head":
+        if gated and name in ("exit_head", CHECK_HEAD):
             inputs["blocks_run"] = (INT32, (None,))
         return inputs, {"logits": (FLOAT, (None, spec.vocab_size))}
     hidden = (FLOAT, (None, spec.hidden_size))

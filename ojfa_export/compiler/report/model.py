@@ -81,6 +81,7 @@ class CalibrationReport(_Strict):
         promise: What was asked and shown of `--exit auto`, if anything.
         weights: What matrices are quantised to, in words; None where none is. Left out of JSON.
         change: What quantising changed, once it was measured. Left out as well.
+        check: Of a check head: how many tokens, and why. Left out as well.
 
     Raises:
         ValidationError: Unknown fields, or a number of exits or a matrix that does not fit L.
@@ -107,6 +108,7 @@ class CalibrationReport(_Strict):
     promise: Promise | None = None
     weights: str | None = None
     change: Change | None = None
+    check: str | None = None
 
     @model_serializer(mode="wrap")
     def _without_later(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -115,7 +117,7 @@ class CalibrationReport(_Strict):
         return {
             name: value
             for name, value in fields.items()
-            if value is not None or name not in ("weights", "change")
+            if value is not None or name not in ("weights", "change", "check")
         }
 
     @property

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ojfa_export.decoding.confidence import confidence
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.promises.drift.unit import Unit
 from ojfa_export.promises.measures import round_down
@@ -44,7 +43,7 @@ def read_text(
         ):
             # Where LongRoPE begins anew, more than the new tokens run; theirs are the last.
             logits = _run(session, new, depth, first=index == 0)[-len(going) :]
-            asked = confidence(logits, policy.measure)
+            asked = session.confidence(logits, depth, policy.measure)
             said[part, index][going] = asked[going]
             leaves = going & (asked >= threshold)
             depths[part][leaves] = depth
