@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +33,6 @@ VALIDATED_LOGITS = 400_000_000
 VALIDATED_TOKENS = 128, 512
 VALIDATED_EVERY = 50
 GATE_TOKENS = 1024
-# Rows of a product with the head: with few its weights are read too often.
-ROWS_AT_ONCE = 256
 # Checks in a row without a gain, after which there is no more to be had.
 PATIENCE = 3
 # Of a parameter's own root mean square, per step of Adam.
@@ -249,27 +247,18 @@ def _close_gates(
 ) -> tuple[Shortcut, tuple[int, ...]]:
     """Sets gates to 0 where the identity agrees with the full model about as often."""
     assert shortcut.gates is not None
-    full = _top(head, np.asarray(hidden(blocks)[tokens]))
+    full = head.likeliest(np.asarray(hidden(blocks)[tokens], np.float32))
     gates, closed = shortcut.gates.copy(), []
     with progress.task("calibrating: comparing gates with none", blocks - 1, "exits") as task:
         for exit in range(1, blocks):
-            h = np.asarray(hidden(exit)[tokens])
-            with_jump = _top(head, shortcut.apply(h, exit)) == full
-            gain = with_jump.astype(float) - (_top(head, h) == full)
+            h = np.asarray(hidden(exit)[tokens], np.float32)
+            with_jump = head.likeliest(shortcut.apply(h, exit)) == full
+            gain = with_jump.astype(float) - (head.likeliest(h) == full)
             if gain.mean() < SURE * gain.std() / math.sqrt(len(tokens)) or not gain.any():
                 gates[exit - 1] = 0
                 closed.append(exit)
             task.advance()
     return replace(shortcut, gates=gates), tuple(closed)
-
-
-def _top(head: LanguageHead, y: NDArray[Any]) -> NDArray[np.intp]:
-    """Top tokens [n] of hidden states [n, H]."""
-    parts = [
-        head.logits(y[start : start + ROWS_AT_ONCE].astype(np.float32)).argmax(axis=1)
-        for start in range(0, len(y), ROWS_AT_ONCE)
-    ]
-    return np.concatenate(parts)
 
 
 def _rows(hidden: HiddenByDepth, depth: int, tokens: NDArray[np.int64]) -> torch.Tensor:
