@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.models.head import FinalNorm, LanguageHead, head_chunks
+from ojfa_export.models.likeliest import Likeliest
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,12 @@ class FoldedHead:
         if self.logit_bias is not None:
             logits += self.logit_bias
         return logits
+
+    def likeliest(self, h: NDArray[Any]) -> NDArray[np.int64]:
+        """The tokens of the largest logits [n] of hidden states h [n, H]; the lowest of equals."""
+        found = Likeliest(len(h))
+        found.see(self.narrowed(h), self.weight, self.logit_bias)
+        return found.tokens
 
     def narrowed(self, h: NDArray[Any]) -> NDArray[Any]:
         """What the weight is multiplied with, z / rms(z): [n, k] of h [n, H]."""

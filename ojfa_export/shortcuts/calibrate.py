@@ -112,9 +112,9 @@ def calibrate(
     with progress.task("calibrating: measuring exits", blocks - 1, "exits") as task:
         for depth, shortcut in enumerate(shortcuts, start=1):
             hidden = sample.hidden(depth)
-            own = NarrowTokens(fold(shortcut, head.norm, head.weight, head.bias))
+            own = fold(shortcut, head.norm, head.weight, head.bias)
             one.append(evaluate(narrow, hidden, reference))
-            multi.append(evaluate(own, hidden, reference))
+            multi.append(evaluate(own.likeliest, hidden, reference))
             identity.append(evaluate(head.likeliest, hidden, reference))
             if distilled is not None:
                 residual.append(
