@@ -5,6 +5,7 @@ Every token then opens each of them again: right for a few passes, never for ser
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 from ojfa_export.backends.backend import Engines, Executor
@@ -16,8 +17,8 @@ from ojfa_export.models.spec import ModelSpec
 from ojfa_export.system.heap import trim_heap
 
 # Models whose blocks and head take less in fp32 stay loaded: opening them again would take
-# longer than the memory is worth.
-LARGE_BYTES = 500_000_000
+# longer than the memory is worth. Builds time them whole, which takes as much.
+LARGE_BYTES = 1_000_000_000
 
 
 def weight_bytes(spec: ModelSpec) -> int:
@@ -38,11 +39,31 @@ def frugal(engines: Engines, spec: ModelSpec) -> Engines:
     return FrugalEngines(engines) if is_large(spec) else engines
 
 
-class FrugalEngines(ChoosesOnHost):
-    """Engines that close each block and head after it has run."""
+def close_all(engines: Engines, spec: ModelSpec) -> None:
+    """Closes all blocks and heads; each is opened again when it is used.
 
-    def __init__(self, engines: Engines) -> None:
-        self._engines = engines
+    Args:
+        engines: Engines that no session runs on now.
+        spec: Their model.
+    """
+    gc.collect()  # sessions that nobody holds refer to themselves, and hold blocks
+    executor = engines.executor(1, 1)
+    for block in range(spec.blocks):
+        executor.unload(block)
+    engines.unload_heads()
+    trim_heap()
+
+
+class FrugalEngines(ChoosesOnHost):
+    """Engines that close each block and head after it has run.
+
+    Args:
+        engines: The engines.
+        keep_heads: Whether heads stay open, for many calls between which blocks run.
+    """
+
+    def __init__(self, engines: Engines, *, keep_heads: bool = False) -> None:
+        self._engines, self._keep_heads = engines, keep_heads
 
     def load_blocks(self, depth: int) -> None:
         """Loads nothing ahead."""
@@ -54,8 +75,8 @@ class FrugalEngines(ChoosesOnHost):
     def logits(self, hidden: Hidden, blocks_run: int) -> Float32:
         """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
         logits = self._engines.logits(hidden, blocks_run)
-        self._engines.unload_heads()
-        trim_heap()
+        if not self._keep_heads:
+            self.unload_heads()
         return logits
 
     @property
@@ -73,7 +94,9 @@ class FrugalEngines(ChoosesOnHost):
         return logits
 
     def unload_heads(self) -> None:
-        """Nothing is left to close."""
+        """Closes both heads, where they stayed open."""
+        self._engines.unload_heads()
+        trim_heap()
 
 
 class FrugalExecutor:

@@ -35,3 +35,11 @@ def check_precision(backend: Backend, precision: Precision) -> None:
             f"the model is in {precision}, which the {backend.name} backend doesn't run",
             hint=f"build it with --precision {' or '.join(backend.precisions)}",
         )
+
+
+def wider_than_fp16(backend: Backend) -> str:
+    """The precisions with fp32's range that a backend runs, as options: for hints."""
+    wider: tuple[Precision, ...] = ("bf16", "fp32")
+    if isinstance(backend, RunsSomePrecisions):
+        wider = tuple(each for each in wider if each in backend.precisions)
+    return f"--precision {' or '.join(wider)}"

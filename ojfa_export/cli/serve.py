@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import click
@@ -18,6 +20,8 @@ from ojfa_export.errors import OjfaError, UsageError
 if TYPE_CHECKING:
     from ojfa_export.engine.engine import Engine
     from ojfa_export.runtime.model import Model
+    from ojfa_export.serving.catalogue import Served
+    from ojfa_export.serving.settings import Settings
 
 
 @define("serve")
@@ -100,17 +104,13 @@ def command(
     Listens on this machine alone unless --host says otherwise. Ends on SIGTERM, when what runs has
     finished.
     """
-    try:
-        from ojfa_export.engine.budget import read_bytes
-        from ojfa_export.serving import logs, server
-        from ojfa_export.serving.catalogue import Served, names_of, open_served
-        from ojfa_export.serving.keys import read_keys
-        from ojfa_export.serving.settings import Settings
-    except ModuleNotFoundError as error:
-        raise OjfaError(
-            f"serving needs {error.name}, which is not installed",
-            hint="pip install 'ojfa-export[serve]'",
-        ) from error
+    server = _import_server()
+    from ojfa_export.engine.budget import read_bytes
+    from ojfa_export.serving import logs
+    from ojfa_export.serving.catalogue import names_of
+    from ojfa_export.serving.keys import read_keys
+    from ojfa_export.serving.settings import Settings
+
     settings = Settings(
         api_keys=() if api_key_file is None else read_keys(api_key_file),
         timeout=timeout,
@@ -120,36 +120,87 @@ def command(
         drain_timeout=drain_timeout,
     )
     cache_bytes = None if kv_cache is None else read_bytes(kv_cache)
+    opening = _Opening(console, backend, settings, max_sequences, cache_bytes, max_queue)
     _check_there(bundles)
     logs.write_to_standard_error()
-
-    def make_engine(model: Model) -> Engine:
-        from ojfa_export.engine.engine import Engine
-
-        model.resolve_exit(exit)  # type: ignore[arg-type]
-        return Engine(
-            model, max_sequences=max_sequences, kv_cache_bytes=cache_bytes, max_queue=max_queue
-        )
-
-    def opened(name: str, bundle: Path) -> Served:
-        begun = time.perf_counter()
-        console.note(f"loading {bundle}, and replaying its golden tokens")
-        served = open_served(
-            name, bundle, backend=backend, shadow_share=shadow_share, make_engine=make_engine
-        )
-        console.note(f"loaded {name} in {time.perf_counter() - begun:.1f} s")
-        return served
-
-    pairs = zip(names_of(bundles), bundles, strict=True)
-    loaders = [functools.partial(opened, *pair) for pair in pairs]
+    names = names_of(bundles)
+    loaders = [
+        functools.partial(opening.open, name, bundle)
+        for name, bundle in zip(names, bundles, strict=True)
+    ]
     listening = server.open_socket(host, port)
     address = server.address_of(listening)
     if console.json:
-        console.emit({"address": address, "models": names_of(bundles)})
+        console.emit({"address": address, "models": names})
     else:
         console.print(f"listening on {address}")
     console.stdout.flush()
     server.serve(listening, loaders, settings, lambda: console.note(f"ready on {address}"))
+
+
+def _import_server() -> ModuleType:
+    """The module of the server.
+
+    Raises:
+        OjfaError: A package that it needs is not installed.
+    """
+    try:
+        from ojfa_export.serving import server
+    except ModuleNotFoundError as error:
+        raise OjfaError(
+            f"serving needs {error.name}, which is not installed",
+            hint="pip install 'ojfa-export[serve]'",
+        ) from error
+    return server
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """How bundles are opened.
+
+    Attributes:
+        console: Says what is being loaded.
+        backend: Engines to run.
+        settings: Of the server.
+        max_sequences: Requests of a bundle that run at once.
+        cache_bytes: For keys and values of a bundle; None for what they may need.
+        max_queue: Requests that wait.
+    """
+
+    console: Console
+    backend: str
+    settings: Settings
+    max_sequences: int
+    cache_bytes: int | None
+    max_queue: int
+
+    def open(self, name: str, bundle: Path) -> Served:
+        """Loads a bundle and makes its engine."""
+        from ojfa_export.serving.catalogue import open_served
+
+        begun = time.perf_counter()
+        self.console.note(f"loading {bundle}, and replaying its golden tokens")
+        served = open_served(
+            name,
+            bundle,
+            backend=self.backend,
+            shadow_share=self.settings.shadow_share,
+            exit=self.settings.exit,
+            make_engine=self._make_engine,
+        )
+        self.console.note(f"loaded {name} in {time.perf_counter() - begun:.1f} s")
+        return served
+
+    def _make_engine(self, model: Model) -> Engine:
+        from ojfa_export.engine.engine import Engine
+
+        model.resolve_exit(self.settings.exit)  # type: ignore[arg-type]
+        return Engine(
+            model,
+            max_sequences=self.max_sequences,
+            kv_cache_bytes=self.cache_bytes,
+            max_queue=self.max_queue,
+        )
 
 
 def _check_there(bundles: tuple[Path, ...]) -> None:

@@ -82,7 +82,7 @@ def add_engines(
             fresh = Bundle(work.bundle)
             checks = compare_blocks(fresh, Model(fresh, backend.name), backend.name, progress)
             try:
-                raise_failed(checks, "float64 on the bundle's weights", manifest.precision)
+                raise_failed(checks, "float64 on the bundle's weights", manifest.precision, backend)
             except VerificationError:
                 shutil.rmtree(work.directory)  # these engines are of no use
                 raise

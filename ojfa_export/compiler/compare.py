@@ -22,7 +22,7 @@ from ojfa_export.graphs.export import ExitHead, Exporter
 from ojfa_export.graphs.fold import fold_if_narrow
 from ojfa_export.models.head import LanguageHead
 from ojfa_export.planning.machine import describe_machine
-from ojfa_export.shortcuts.calibrate import has_torch, jumped
+from ojfa_export.shortcuts.calibrate import has_torch, tokens_of
 from ojfa_export.shortcuts.comparison.claims import judge
 from ojfa_export.shortcuts.comparison.cost import FOLDED, HEADS, RESIDUAL, measure_heads
 from ojfa_export.shortcuts.comparison.fit import Fitted, fit_kinds
@@ -120,8 +120,8 @@ def _measure(
         for depth in range(1, spec.blocks):
             hidden = sample.hidden(depth)
             for name, each in maps.items():
-                logits = partial(jumped, each, head, depth)
-                qualities[name].append(evaluate(logits, hidden, reference))
+                likeliest = partial(tokens_of, each, head, depth)
+                qualities[name].append(evaluate(likeliest, hidden, reference))
             task.advance()
     heads: dict[str, ExitHead] = {FOLDED: fold_if_narrow(one_jump, head), RESIDUAL: residual}
     heads |= {name: fold_if_narrow(each, head) for name, each in others.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from ojfa_export.backends.frugal import weight_bytes
+from ojfa_export.backends.frugal import LARGE_BYTES, weight_bytes
 from ojfa_export.bundle.promise import Promise
 from ojfa_export.compiler.work import Work
 from ojfa_export.decoding.default import Default
@@ -15,7 +15,7 @@ from ojfa_export.models.spec import ModelSpec
 FULL_DEPTH = ExitPolicy(exits=(), measure="top", thresholds=())
 # Of a model that is timed whole, in fp32. One of these loads in seconds, and building it has taken
 # about as much memory already.
-WHOLE_BYTES = 1_000_000_000
+WHOLE_BYTES = LARGE_BYTES
 
 
 class Decided(BaseModel):

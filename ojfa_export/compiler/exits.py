@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -15,13 +16,15 @@ from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.self_text import read_self_text
 from ojfa_export.compiler.stages import open_engines
 from ojfa_export.compiler.work import Work
+from ojfa_export.decoding.default import Default
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.planning.drafting import measure_layer
 from ojfa_export.planning.plan import plan_default
 from ojfa_export.planning.rehearse import ROOM
-from ojfa_export.planning.step_costs import StepCosts, measure_costs
+from ojfa_export.planning.step_costs import StepCosts, measure_costs, measure_exits
 from ojfa_export.planning.turns import Turns
 from ojfa_export.promises.certify import certify
-from ojfa_export.promises.collect import RUN, TOKENS_PER_WINDOW, collect_statistics
+from ojfa_export.promises.collect import RUN, collect_statistics
 from ojfa_export.promises.self_text import DOMAIN
 from ojfa_export.promises.statistics import ExitStatistics, join, load_statistics, save_statistics
 from ojfa_export.promises.windows import PromiseWindows
@@ -41,7 +44,7 @@ def collect(inputs: Inputs, work: Work, progress: Progress) -> None:
     found = [] if inputs.statistics_windows is None else [inputs.statistics_windows]
     if inputs.self_text is not None:
         found.append(read_self_text(inputs.self_text, work))
-    most = TOKENS_PER_WINDOW
+    most = min(each.sampled for each in found)
     if len(found) > 1:  # as many of each window, whatever its length
         most = min(most, *(each.counted // RUN * RUN for each in found))
     both = [_collect(inputs, work, windows, most, progress) for windows in found]
@@ -76,13 +79,25 @@ def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
 
     What was decided is kept in the scratch directory for the manifest. Timing takes both heads and
     some blocks at once: of a large model that is more than a build may take, and is done only
-    where a promise needs it. Such a model's default is full depth; `plan` tells more.
+    where a promise needs it. Such a model's default is full depth; `plan` tells more. Nor is more
+    timed than can change the default.
     """
+    if is_timed_whole(inputs.checkpoint.spec) or inputs.options.limits is not None:
+        decided = _decide(inputs, work, progress)
+        gc.collect()  # what was timed refers to itself
+        trim_heap()
+        (work.scratch / "exits.json").write_text(decided.model_dump_json(), encoding="utf-8")
+
+
+def _decide(inputs: Inputs, work: Work, progress: Progress) -> Decided:
     spec, limits = inputs.checkpoint.spec, inputs.options.limits
     large = not is_timed_whole(spec)
-    if large and limits is None:
-        return
     engines, length = open_engines(inputs, work), inputs.settings.max_cache_length
+    splits = load_statistics(work.bundle / STATISTICS)
+    if limits is None and not _drafts(work):
+        default = _full_depth_anyhow(spec, engines, length, splits, progress)
+        if default is not None:
+            return Decided(default=default)
     costs = measure_costs(
         spec,
         engines,
@@ -93,7 +108,6 @@ def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
         most_bytes=TIMED_BYTES if large else WHOLE_BYTES,
     )
     costs = _with_drafting(costs, inputs, work, engines, progress)
-    splits = load_statistics(work.bundle / STATISTICS)
     promise = None
     if limits is not None:
         of_policies = costs.of_policies()
@@ -102,11 +116,29 @@ def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
     turns = None if large else Turns(spec, engines, length, ROOM)
     policy = promise.policy if promise else None
     default = plan_default(splits, costs, policy, turns, SECONDS, progress)
-    del turns, engines
-    gc.collect()  # what was timed refers to itself
-    trim_heap()
-    decided = Decided(promise=promise, default=default)
-    (work.scratch / "exits.json").write_text(decided.model_dump_json(), encoding="utf-8")
+    return Decided(promise=promise, default=default)
+
+
+def _full_depth_anyhow(
+    spec: ModelSpec,
+    engines: Engines,
+    length: int,
+    splits: Mapping[str, ExitStatistics],
+    progress: Progress,
+) -> Default | None:
+    """Full depth, if no draft would pay even where passes over several tokens cost one token's.
+
+    Most models need not be timed any further then; None where they do.
+    """
+    exits = measure_exits(spec, engines, length, rounds=ROUNDS, seconds=SECONDS, progress=progress)
+    default = plan_default(splits, StepCosts.of_steps(exits), None)
+    return default if default.speculation is None else None
+
+
+def _drafts(work: Work) -> bool:
+    """Whether a draft layer was built and counted."""
+    kept = kept_draft(work)
+    return kept is not None and bool(kept.acceptance)
 
 
 def _with_drafting(

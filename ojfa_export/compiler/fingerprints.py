@@ -76,7 +76,7 @@ def _deciding_keys(
     """Of the stages that look at exits."""
     found, limits, plan = inputs.statistics_windows, inputs.options.limits, inputs.self_text
     on_files = found and [
-        [found.domains, found.given],
+        [found.domains, found.given, found.sampled],
         [_tokens(each) for each in (*found.tuning, *found.certification)],
     ]
     statistics = _digest(

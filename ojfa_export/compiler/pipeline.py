@@ -238,7 +238,8 @@ def _compare(inputs: Inputs, bundle: Path, progress: Progress) -> tuple[list[Che
     rows = inputs.windows.held_out[:VERIFIED_SEQUENCES, :VERIFIED_TOKENS]
     token_ids = np.ascontiguousarray(rows)
     checks = compare_blocks(opened, model, backend, progress, token_ids)
-    raise_failed(checks, "float64 on its own weights", inputs.settings.precision)
+    precision = inputs.settings.precision
+    raise_failed(checks, "float64 on its own weights", precision, inputs.backend)
     if not has_reference():
         return checks, None
     from ojfa_export.verify.checks import verify_against  # needs torch
@@ -251,7 +252,7 @@ def _compare(inputs: Inputs, bundle: Path, progress: Progress) -> tuple[list[Che
         progress,
         trust_remote_code=inputs.options.trust_remote_code,
     )
-    raise_failed(against, "transformers", inputs.settings.precision)
+    raise_failed(against, "transformers", precision, inputs.backend)
     return checks + against, _measure_change(inputs, model, progress)
 
 

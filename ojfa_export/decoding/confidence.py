@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from ojfa_export.decoding.arrays import Float32
 
 Measure = Literal["top", "margin", "entropy"]
+# Rows at a time: the terms of so few stay in a core's caches.
+_ROWS = 4
 
 
 def confidence(logits: Float32, measure: Measure) -> NDArray[np.float64]:
@@ -31,6 +33,10 @@ def confidence(logits: Float32, measure: Measure) -> NDArray[np.float64]:
 
 def confidences(logits: Float32, measures: Sequence[Measure]) -> NDArray[np.float64]:
     """Several measures of `confidence` from one softmax: [measures, n] float64."""
+    if len(logits) > _ROWS:
+        parts = range(0, len(logits), _ROWS)
+        some = [confidences(logits[start : start + _ROWS], measures) for start in parts]
+        return np.concatenate(some, axis=1)
     below = logits - logits.max(axis=-1, keepdims=True)
     weights = np.exp(below)
     # Terms in float32, sums in float64: what lies beside the largest is lost in a float32 sum.

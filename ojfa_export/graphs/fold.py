@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.models.head import FinalNorm, LanguageHead, head_chunks
+from ojfa_export.models.likeliest import Likeliest
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +37,24 @@ class FoldedHead:
 
     def logits(self, h: NDArray[Any]) -> NDArray[Any]:
         """Logits [n, V] of hidden states h [n, H], in the head's dtype."""
-        dtype = self.project.dtype
-        z = h.astype(dtype) @ self.project + self.bias
-        mean_square = np.mean(z * z, axis=-1, keepdims=True)
-        logits: NDArray[Any] = (z / np.sqrt(mean_square + dtype.type(self.eps))) @ self.weight.T
+        logits: NDArray[Any] = self.narrowed(h) @ self.weight.T
         if self.logit_bias is not None:
             logits += self.logit_bias
         return logits
+
+    def likeliest(self, h: NDArray[Any]) -> NDArray[np.int64]:
+        """The tokens of the largest logits [n] of hidden states h [n, H]; the lowest of equals."""
+        found = Likeliest(len(h))
+        found.see(self.narrowed(h), self.weight, self.logit_bias)
+        return found.tokens
+
+    def narrowed(self, h: NDArray[Any]) -> NDArray[Any]:
+        """What the weight is multiplied with, z / rms(z): [n, k] of h [n, H]."""
+        dtype = self.project.dtype
+        z = h.astype(dtype) @ self.project + self.bias
+        mean_square = np.mean(z * z, axis=-1, keepdims=True)
+        result: NDArray[Any] = z / np.sqrt(mean_square + dtype.type(self.eps))
+        return result
 
 
 def fold_if_narrow(shortcut: ExitShortcut, head: LanguageHead) -> FoldedHead | ExitShortcut:

@@ -148,7 +148,7 @@ class WeightFile:
             raise CheckpointError(
                 f"weight '{name}' holds {np.abs(values.astype(np.float32)).max():.3g}, "
                 "which fp16 can't hold (largest 65504)",
-                hint="build with --precision bf16 or fp32",
+                hint="build with --precision fp32, or bf16 where the backend runs it",
             )
         self._file.write(converted.tobytes())
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.models.activation import softcapped
+from ojfa_export.models.likeliest import Likeliest
 
 _BYTES_AT_ONCE = 64 * 2**20
 
@@ -65,6 +66,17 @@ class LanguageHead:
         if self.bias is not None:
             logits += self.bias.astype(h.dtype)
         return softcapped(logits, self.softcap)
+
+    def likeliest(self, h: NDArray[Any]) -> NDArray[np.int64]:
+        """The tokens of the largest logits [n] of hidden states h [n, H]; the lowest of equals.
+
+        A softcap is left out: it changes no order.
+        """
+        normed, found = self.norm.apply(h), Likeliest(len(h))
+        for rows, weight in head_chunks(self.weight, h.dtype):
+            bias = None if self.bias is None else self.bias[rows].astype(h.dtype)
+            found.see(normed, weight, bias, rows.start)
+        return found.tokens
 
 
 def head_chunks(weight: NDArray[Any], dtype: np.dtype[Any]) -> Iterator[tuple[slice, NDArray[Any]]]:

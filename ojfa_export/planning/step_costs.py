@@ -75,6 +75,14 @@ class StepCosts(BaseModel):
     leaving: float = 0.0
     drafting: LayerDrafting | None = None
 
+    @classmethod
+    def of_steps(cls, exits: tuple[float, ...]) -> StepCosts:
+        """Steps at each exit, [L], and all else for nothing: no way costs less than by these."""
+        return cls(
+            exits=exits, exit_head=0.0, final_head=0.0, final_row=0.0, decide=0.0,
+            checks=dict.fromkeys(MEASURES, 0.0), catch_up=0.0, waiting=0.0,
+        )  # fmt: skip
+
     @property
     def full(self) -> float:
         """A step of full depth."""
@@ -134,6 +142,32 @@ def measure_costs(
     return steps.costs()
 
 
+def measure_exits(
+    spec: ModelSpec,
+    engines: Engines,
+    max_length: int,
+    *,
+    rounds: int,
+    seconds: float,
+    progress: Progress,
+    clock: Clock = time.perf_counter,
+) -> tuple[float, ...]:
+    """Times steps at each exit alone, [L] milliseconds: the least of what `measure_costs` times.
+
+    Args:
+        spec: The model.
+        engines: Its engines.
+        max_length: As of `measure_costs`, and so the others.
+        rounds: Turns of each exit.
+        seconds: No new round is begun after so many, but for the first three.
+        progress: Shows rounds.
+        clock: Seconds.
+    """
+    steps = _Steps(spec, engines, spec.blocks, max_length, clock)
+    steps.time(rounds, seconds, progress, only_exits=True)
+    return tuple(steps.exits().tolist())
+
+
 class _Steps:
     """Every kind of step, and what a step of it took (milliseconds)."""
 
@@ -153,14 +187,21 @@ class _Steps:
         self._late = self._sizes[:1] if depth - 1 > self._shallow else []
         self._typical: dict[Kind, float] = {}
 
-    def time(self, rounds: int, seconds: float, progress: Progress) -> None:
-        """Times all kinds in turns."""
-        kinds = dict(self._make_kinds())
+    def time(
+        self, rounds: int, seconds: float, progress: Progress, *, only_exits: bool = False
+    ) -> None:
+        """Times all kinds in turns, or steps at exits alone."""
+        kinds = dict(self._at_exits() if only_exits else self._make_kinds())
         times = self._turns.time(kinds, rounds, seconds, "timing blocks and heads", progress)
         self._typical = {
             kind: float(each.sum()) / (ASKING_STEPS if kind[0] == "every" else STEPS)
             for kind, each in times.items()
         }
+
+    def _at_exits(self) -> list[tuple[Kind, list[Step]]]:
+        """Steps at exits, STEPS of each."""
+        steps = self._turns.steps
+        return [(("exit", exit), steps([exit] * STEPS)) for exit in self._exits.tolist()]
 
     def _make_kinds(self) -> list[tuple[Kind, list[Step]]]:
         """Every kind's steps: STEPS, or what does as much at once; ASKING_STEPS of "every"."""
@@ -184,7 +225,7 @@ class _Steps:
             return [run] * STEPS
 
         return [
-            *((("exit", exit), turns.steps([exit] * STEPS)) for exit in self._exits.tolist()),
+            *self._at_exits(),
             *((("every", m), asking(self._asked, m, ASKING_STEPS)) for m in MEASURES),
             (("ask", "one"), asking(self._asked[-1:], "top", STEPS)),
             *((("at once", size), catching_up(size)) for size in self._sizes),
@@ -194,12 +235,16 @@ class _Steps:
             (("head", "rows"), head(len(hidden), self._spec.blocks)),
         ]
 
+    def exits(self) -> Float64:
+        """A step at each exit, [L]; beyond the timed blocks without the model's own head."""
+        return self._all_exits([self._typical["exit", int(e)] for e in self._exits])
+
     def costs(self) -> StepCosts:
         """What the times say."""
         typical = self._typical
         exit_head, final_head = typical["head", "exit"], typical["head", "final"]
         rows = AT_ONCE[-1] - 1
-        exits = self._all_exits([typical["exit", int(e)] for e in self._exits])
+        exits = self.exits()
         if self._depth < self._spec.blocks:
             exits[-1] += final_head - exit_head
         last, asked = self._asked[-1], len(self._asked)

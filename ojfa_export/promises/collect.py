@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -62,46 +64,86 @@ def collect_statistics(
     count, length = text.shape
     places, run = sample_places(rng, count, length - given, most)
     places += given
-    sampled, levels = places.shape[1], spec.blocks - 1
-    confidence = np.empty((len(MEASURES), count, sampled, levels), np.float16)
-    tokens = np.empty((count, sampled, levels), np.int64)
-    agrees = np.empty(tokens.shape, np.bool_)
-    extra = np.empty(tokens.shape, np.float16)
-    path = scratch / "promise.f32"
-    with path.open("wb") as file:  # a full disk is an error here, and a crash in a map without room
-        os.posix_fallocate(file.fileno(), 0, 4 * count * length * spec.hidden_size)
-    states = np.memmap(path, np.float32, "r+", 0, (count, length, spec.hidden_size))
-    with progress.task("running text through every exit", spec.blocks + 1, "blocks") as task:
+    found = _Found(count, places.shape[1], spec.blocks)
+    with (
+        _hidden_states(scratch, (count, length, spec.hidden_size)) as states,
+        progress.task("running text through every exit", spec.blocks + 1, "blocks") as task,
+    ):
         for depth in range(spec.blocks + 1):
             engines = open_engines()
             executor = engines.executor(1, length)
-            for index in range(count):
-                states[index] = _deepen(executor, text[index], states[index], depth)
-                if depth == 0:
-                    continue
-                hidden = states[index][places[index]]
-                logits = _logits(engines, hidden, depth, spec.blocks)
-                if depth < spec.blocks:
-                    tokens[index, :, depth - 1] = logits.argmax(axis=1)
-                    # What a policy compares with its thresholds; the token is the whole head's.
-                    checks = checking(engines)
-                    asked = logits if checks is None else _checked(checks, hidden, depth)
-                    confidence[:, index, :, depth - 1] = round_down(confidences(asked))
-                else:
-                    agrees[index], extra[index] = compare(logits, tokens[index])
+            for index, window in enumerate(text):
+                end = int(places[index].max()) + 1  # nothing is asked of those after it
+                hidden = states[index, :end]
+                hidden[...] = _deepen(executor, window[:end], hidden, depth)
+                if depth:
+                    sampled_states = hidden[places[index]]
+                    logits = _logits(engines, sampled_states, depth, spec.blocks)
+                    checks = checking(engines) if depth < spec.blocks else None
+                    asked = logits if checks is None else _checked(checks, sampled_states, depth)
+                    found.note(index, depth, logits, asked)
             task.advance()
-    del states
+    domain = np.repeat(np.arange(len(windows)), list(map(len, windows))).astype(np.int16)
+    return found.statistics(tuple(domains), domain, run)
+
+
+class _Found:
+    """What exits say on sampled tokens, noted window by window.
+
+    Args:
+        count: Windows.
+        sampled: Tokens of each.
+        blocks: L, the last of which is the full model.
+    """
+
+    def __init__(self, count: int, sampled: int, blocks: int) -> None:
+        shape = count, sampled, blocks - 1
+        self._blocks = blocks
+        self._confidence = np.empty((len(MEASURES), *shape), np.float16)
+        self._tokens = np.empty(shape, np.int64)
+        self._agrees = np.empty(shape, np.bool_)
+        self._extra = np.empty(shape, np.float16)
+
+    def note(self, window: int, blocks_run: int, logits: Float32, asked: Float32) -> None:
+        """Notes what heads say of a window; the full model comes last.
+
+        Args:
+            window: Which.
+            blocks_run: Before the head.
+            logits: [sampled, V], whose token counts.
+            asked: [sampled, V or fewer], whose confidence a policy compares with its thresholds.
+        """
+        if blocks_run < self._blocks:
+            exit = blocks_run - 1
+            self._tokens[window, :, exit] = logits.argmax(axis=1)
+            self._confidence[:, window, :, exit] = round_down(confidences(asked))
+        else:
+            self._agrees[window], self._extra[window] = compare(logits, self._tokens[window])
+
+    def statistics(
+        self, domains: tuple[str, ...], domain: NDArray[np.int16], run: int
+    ) -> ExitStatistics:
+        """All that was noted; see `ExitStatistics`."""
+        return ExitStatistics(
+            blocks=self._blocks,
+            exits=tuple(range(1, self._blocks)),
+            domains=domains,
+            domain=domain,
+            confidence=self._confidence,
+            agrees=self._agrees,
+            extra_surprisal=self._extra,
+            run=run,
+        )
+
+
+@contextmanager
+def _hidden_states(scratch: Path, shape: tuple[int, int, int]) -> Iterator[Float32]:
+    """Hidden states [n, length, H] in a file, which goes in the end."""
+    path = scratch / "promise.f32"
+    with path.open("wb") as file:  # a full disk is an error here, and a crash in a map without room
+        os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+    yield np.memmap(path, np.float32, "r+", 0, shape)
     path.unlink()
-    return ExitStatistics(
-        blocks=spec.blocks,
-        exits=tuple(range(1, spec.blocks)),
-        domains=tuple(domains),
-        domain=np.repeat(np.arange(len(windows)), list(map(len, windows))).astype(np.int16),
-        confidence=confidence,
-        agrees=agrees,
-        extra_surprisal=extra,
-        run=run,
-    )
 
 
 def sample_places(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from ojfa_export.bundle.promise import Limits
 from ojfa_export.decoding.arrays import Int32
 from ojfa_export.errors import CalibrationError
 from ojfa_export.models.calibration_text import CalibrationText
+from ojfa_export.promises.collect import TOKENS_PER_WINDOW
 from ojfa_export.promises.p_values import windows_needed
 
 # Of the windows that are left, for the choice of measure, exits and path.
@@ -19,9 +20,11 @@ TUNING_SHARE = 0.25
 # about 3 / windows at a confidence of 95%.
 TUNING_WINDOWS = 64
 CERTIFICATION_WINDOWS = 256
-# The same without a promise, to plan with: 1,000 tokens of a domain give a share to within 0.02 or
-# 0.03 (one standard error), for a tenth of the time.
+# The same without a promise, to plan with, for a fortieth of the time: 512 tokens of a domain give
+# a share to within 0.02 or 0.03 (one standard error), most of it from how windows differ. Their
+# middle is where steps are timed (`planning.turns.PAST`).
 PLANNING_WINDOWS = 8, 16
+PLANNING_LENGTH, PLANNING_TOKENS = 256, 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +36,14 @@ class PromiseWindows:
         tuning: For each domain, [n, length] int32.
         certification: For each domain, [n, length] int32, from other parts of the text.
         given: First tokens of each window that don't count.
+        sampled: Tokens that are looked at in each window, at most.
     """
 
     domains: tuple[str, ...]
     tuning: tuple[Int32, ...]
     certification: tuple[Int32, ...]
     given: int = 0
+    sampled: int = TOKENS_PER_WINDOW
 
     @property
     def counted(self) -> int:
@@ -78,7 +83,7 @@ def most_needed(limits: Limits) -> int:
 def planning_windows(
     texts: Sequence[CalibrationText], rest: Sequence[Int32]
 ) -> PromiseWindows | None:
-    """A few windows of what is left, divided in the same way, where nothing is to be promised.
+    """A few short windows of what is left, divided alike, where nothing is to be promised.
 
     Args:
         texts: The sources.
@@ -92,7 +97,13 @@ def planning_windows(
         for domain, sources in _by_domain(texts, rest).items()
         if any(map(_tuning, sources))
     }
-    return _divide(enough, *PLANNING_WINDOWS) if enough else None
+    if not enough:
+        return None
+    short = {
+        domain: [windows[:, :PLANNING_LENGTH] for windows in sources]
+        for domain, sources in enough.items()
+    }
+    return replace(_divide(short, *PLANNING_WINDOWS), sampled=PLANNING_TOKENS)
 
 
 def _by_domain(texts: Sequence[CalibrationText], rest: Sequence[Int32]) -> dict[str, list[Int32]]:

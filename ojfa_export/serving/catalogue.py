@@ -153,9 +153,18 @@ def open_served(
     *,
     backend: str = backends.DEFAULT,
     shadow_share: float = 0.0,
+    exit: Exit | str = "full",
     make_engine: Callable[[Model], Engine] = Engine,
 ) -> Served:
     """Opens a bundle, and replays its golden tokens before anybody may use it.
+
+    Args:
+        name: What clients call it.
+        bundle: Its directory.
+        backend: Engines to run.
+        shadow_share: The probability that a token is compared with the full model.
+        exit: Blocks to run where a request doesn't say: what is warmed up beside full depth.
+        make_engine: Makes what runs it.
 
     Raises:
         VerificationError: It doesn't give its golden tokens here.
@@ -171,8 +180,15 @@ def open_served(
         )
     engine = make_engine(model)
     if backend != backends.DEFAULT:  # a CPU has nothing to warm up
-        engine.warm_up(sampled=True)
+        engine.warm_up(sampled=True, exits=_below_full(model, exit))
     watch = None
     if shadow_share and model.manifest.promise is not None:
         watch = PromiseWatch(engine, model.manifest.promise, shadow_share)
     return Served(name, model, engine, watch)
+
+
+def _below_full(model: Model, exit: Exit | str) -> tuple[int, ...]:
+    """The depths below full at which requests leave by an exit or a policy."""
+    decided = model.resolve_exit(exit)  # type: ignore[arg-type]
+    depths = (decided,) if isinstance(decided, int) else decided.exits
+    return tuple(depth for depth in depths if depth < model.blocks)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.decoding.arrays import Float32
@@ -28,6 +29,7 @@ from ojfa_export.shortcuts.hidden import HiddenStates
 from ojfa_export.shortcuts.kinds import ExitMap, Shipped
 from ojfa_export.shortcuts.metrics import ExitQuality, FullModelReference, evaluate
 from ojfa_export.shortcuts.moments import Moments
+from ojfa_export.shortcuts.narrow_tokens import NarrowTokens
 from ojfa_export.shortcuts.residual import fit_residual
 from ojfa_export.shortcuts.sample import Sample, exit_sample, matrix_sample
 from ojfa_export.system.progress import Progress
@@ -105,17 +107,18 @@ def calibrate(
         distilled = result.shortcut
     sample = exit_sample(states, blocks, fit_tokens, head)
     reference = FullModelReference(sample.hidden(blocks), head, scratch)
+    narrow = NarrowTokens(folded)
     one, multi, identity, residual = [], [], [], []
     with progress.task("calibrating: measuring exits", blocks - 1, "exits") as task:
         for depth, shortcut in enumerate(shortcuts, start=1):
             hidden = sample.hidden(depth)
             own = fold(shortcut, head.norm, head.weight, head.bias)
-            one.append(evaluate(folded.logits, hidden, reference))
-            multi.append(evaluate(own.logits, hidden, reference))
-            identity.append(evaluate(head.logits, hidden, reference))
+            one.append(evaluate(narrow, hidden, reference))
+            multi.append(evaluate(own.likeliest, hidden, reference))
+            identity.append(evaluate(head.likeliest, hidden, reference))
             if distilled is not None:
                 residual.append(
-                    evaluate(partial(jumped, distilled, head, depth), hidden, reference)
+                    evaluate(partial(tokens_of, distilled, head, depth), hidden, reference)
                 )
             task.advance()
     if distilled is None:
@@ -164,10 +167,11 @@ def fit_shared_residual(
     return begin, distil(begin, states.open, fit_tokens, head, progress=progress)
 
 
-def jumped(shortcut: ExitMap, head: LanguageHead, depth: int, hidden: Float32) -> Float32:
-    """Logits of a jump through the model's own head."""
-    logits: Float32 = head.logits(shortcut.apply(hidden, depth))
-    return logits
+def tokens_of(
+    shortcut: ExitMap, head: LanguageHead, depth: int, hidden: Float32
+) -> NDArray[np.int64]:
+    """Likeliest tokens [n] of a jump through the model's own head."""
+    return head.likeliest(shortcut.apply(hidden, depth))
 
 
 def has_torch() -> bool:

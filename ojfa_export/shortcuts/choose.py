@@ -14,6 +14,7 @@ from ojfa_export.graphs.fold import fold
 from ojfa_export.models.head import FinalNorm
 from ojfa_export.shortcuts.kinds import Shipped
 from ojfa_export.shortcuts.metrics import ExitQuality, FullModelReference, evaluate
+from ojfa_export.shortcuts.narrow_tokens import NarrowTokens
 
 Progress = Callable[[int, int], None]
 
@@ -89,9 +90,9 @@ def transfer_matrix(
         raise ValueError(f"{levels} shortcuts, but hidden states of {len(hidden_by_level)} levels")
     measures = np.empty((4, levels, levels))
     for row, shortcut in enumerate(shortcuts):
-        head = fold(shortcut, norm, head_weight, head_bias)
+        likeliest = NarrowTokens(fold(shortcut, norm, head_weight, head_bias))
         for column, hidden in enumerate(hidden_by_level):
-            quality = evaluate(head.logits, hidden, reference)
+            quality = evaluate(likeliest, hidden, reference)
             measures[:, row, column] = (
                 quality.precision_at_1,
                 quality.precision_at_5,

@@ -6,15 +6,16 @@ Needs torch; the LM head is frozen.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.models.head import LanguageHead
+from ojfa_export.shortcuts.gates import close_gates
 from ojfa_export.shortcuts.residual import HiddenByDepth
 from ojfa_export.shortcuts.sample import within
 from ojfa_export.system.progress import SILENT, Progress
@@ -28,20 +29,15 @@ STEPS = 400
 LOGITS_AT_ONCE = 1 << 22
 EXITS_PER_TOKEN = 4
 PAIRS = 64, 512  # of a token and an exit, in a step
-# Logits of a validation, and tokens: a vocabulary of 49,152 seen from 29 exits gets 280.
-VALIDATED_LOGITS = 400_000_000
+# Logits of a validation, and tokens: a vocabulary of 49,152 seen from 29 exits gets 140. States of
+# one training are compared on the same tokens, of which few are enough.
+VALIDATED_LOGITS = 200_000_000
 VALIDATED_TOKENS = 128, 512
 VALIDATED_EVERY = 50
-GATE_TOKENS = 1024
-# Rows of a product with the head: with few its weights are read too often.
-ROWS_AT_ONCE = 256
 # Checks in a row without a gain, after which there is no more to be had.
 PATIENCE = 3
 # Of a parameter's own root mean square, per step of Adam.
 LEARNING_RATE = 0.03
-# A gate other than 0 must agree with the full model on more tokens than the identity does, by this
-# many standard errors of the difference: at late exits the two are close, and 0 is never worse.
-SURE = 2.0
 
 
 @dataclass(frozen=True)
@@ -94,8 +90,6 @@ def distil(
         steps: At most.
         progress: Shows steps.
     """
-    import torch
-
     if shortcut.gates is None:
         raise ValueError("only a jump with gates can be distilled")
     blocks = shortcut.gates.size + 1
@@ -104,6 +98,56 @@ def distil(
     count = within(VALIDATED_TOKENS, VALIDATED_LOGITS // ((blocks - 1) * vocabulary))
     sample = validation[:: max(1, len(validation) // count)]
     model = _Student(shortcut, head)
+    kept, taken, before, best = _train(
+        model, shortcut, hidden, sample, _batches(training, blocks, head, steps), steps, progress
+    )
+    finished, closed = close_gates(kept, hidden, validation, head, progress)
+    return Distilled(replace(finished, kind="residual"), taken, before, best, closed)
+
+
+def _train(
+    model: _Student,
+    shortcut: Shortcut,
+    hidden: HiddenByDepth,
+    sample: NDArray[np.int64],
+    batches: Iterable[tuple[NDArray[np.int64], list[int]]],
+    steps: int,
+    progress: Progress,
+) -> tuple[Shortcut, int, float, float]:
+    """Trains until a few validations in a row bring nothing.
+
+    Returns:
+        The best state, the steps taken, and the loss on `sample` before and of that state.
+    """
+    optimiser, schedule = _optimiser(model, steps)
+    before = best = model.loss(hidden, sample)
+    kept, stale, step = shortcut, 0, 0
+    with progress.task("calibrating: distilling", steps, "steps") as task:
+        for step, (tokens, exits) in enumerate(batches, start=1):
+            optimiser.zero_grad()
+            full = model.full(hidden, tokens)
+            model.divergence(hidden, tokens, exits, full).mean().backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+            task.advance()
+            if step % VALIDATED_EVERY and step < steps:
+                continue
+            loss = model.loss(hidden, sample)
+            stale = 0 if loss < best else stale + 1
+            if loss < best:
+                best, kept = loss, model.shortcut(shortcut)
+            if stale == PATIENCE:
+                break
+        task.advance(steps - step)
+    return kept, step, before, best
+
+
+def _optimiser(
+    model: _Student, steps: int
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR]:
+    """Adam, at rates that suit each tensor, warmed up and then falling along a cosine."""
+    import torch
+
     optimiser = torch.optim.Adam(
         [{"params": [each], "lr": LEARNING_RATE * _scale(each)} for each in model.parameters]
     )
@@ -111,35 +155,22 @@ def distil(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda s: min(1, (s + 1) / warm) * 0.5 * (1 + math.cos(math.pi * s / steps))
     )
-    before = best = model.loss(hidden, sample, blocks)
-    kept, stale, step = shortcut, 0, 0
-    with progress.task("calibrating: distilling", steps, "steps") as task:
-        for step, (tokens, exits) in enumerate(_batches(training, blocks, head, steps), start=1):
-            optimiser.zero_grad()
-            full = model.full(hidden, tokens, blocks)
-            model.divergence(hidden, tokens, exits, full).mean().backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            schedule.step()
-            task.advance()
-            if step % VALIDATED_EVERY and step < steps:
-                continue
-            loss = model.loss(hidden, sample, blocks)
-            stale = 0 if loss < best else stale + 1
-            if loss < best:
-                best, kept = loss, model.shortcut(shortcut)
-            if stale == PATIENCE:
-                break
-        task.advance(steps - step)
-    sample = validation[:: max(1, len(validation) // GATE_TOKENS)]
-    finished, closed = _close_gates(kept, hidden, sample, head, blocks, progress)
-    return Distilled(replace(finished, kind="residual"), step, before, best, closed)
+    return optimiser, schedule
 
 
 class _Student:
-    """The jump's tensors, and the frozen head."""
+    """The jump's tensors, and the frozen head.
+
+    Args:
+        shortcut: With gates.
+        head: The model's own norm and head.
+    """
 
     def __init__(self, shortcut: Shortcut, head: LanguageHead) -> None:
         import torch
+
+        assert shortcut.gates is not None
+        self._blocks = shortcut.gates.size + 1
 
         def trained(array: NDArray[np.float32] | None) -> torch.Tensor:
             return torch.tensor(array, requires_grad=True)
@@ -164,7 +195,7 @@ class _Student:
         shift, down, up, gates = (each.detach().numpy().copy() for each in self.parameters)
         return replace(like, shift=shift, down=down, up=up, gates=gates)
 
-    def loss(self, hidden: HiddenByDepth, tokens: NDArray[np.int64], blocks: int) -> float:
+    def loss(self, hidden: HiddenByDepth, tokens: NDArray[np.int64]) -> float:
         """Mean divergence over tokens and all exits."""
         import torch
 
@@ -173,17 +204,17 @@ class _Student:
         with torch.no_grad():
             for start in range(0, len(tokens), at_once):
                 part = tokens[start : start + at_once]
-                full = self.full(hidden, part, blocks)
-                for exit in range(1, blocks):
+                full = self.full(hidden, part)
+                for exit in range(1, self._blocks):
                     total += float(self.divergence(hidden, part, [exit], full).sum())
-        return total / (len(tokens) * (blocks - 1))
+        return total / (len(tokens) * (self._blocks - 1))
 
-    def full(self, hidden: HiddenByDepth, tokens: NDArray[np.int64], blocks: int) -> torch.Tensor:
+    def full(self, hidden: HiddenByDepth, tokens: NDArray[np.int64]) -> torch.Tensor:
         """Log-probabilities of the full model, [tokens, V]."""
         import torch
 
         with torch.no_grad():
-            return torch.log_softmax(self._logits(_rows(hidden, blocks, tokens)), -1)
+            return torch.log_softmax(self._logits(_rows(hidden, self._blocks, tokens)), -1)
 
     def divergence(
         self,
@@ -237,39 +268,6 @@ def _batches(
             tokens,
             sorted(rng.choice(np.arange(1, blocks), exits, replace=False, p=weights).tolist()),
         )
-
-
-def _close_gates(
-    shortcut: Shortcut,
-    hidden: HiddenByDepth,
-    tokens: NDArray[np.int64],
-    head: LanguageHead,
-    blocks: int,
-    progress: Progress,
-) -> tuple[Shortcut, tuple[int, ...]]:
-    """Sets gates to 0 where the identity agrees with the full model about as often."""
-    assert shortcut.gates is not None
-    full = _top(head, np.asarray(hidden(blocks)[tokens]))
-    gates, closed = shortcut.gates.copy(), []
-    with progress.task("calibrating: comparing gates with none", blocks - 1, "exits") as task:
-        for exit in range(1, blocks):
-            h = np.asarray(hidden(exit)[tokens])
-            with_jump = _top(head, shortcut.apply(h, exit)) == full
-            gain = with_jump.astype(float) - (_top(head, h) == full)
-            if gain.mean() < SURE * gain.std() / math.sqrt(len(tokens)) or not gain.any():
-                gates[exit - 1] = 0
-                closed.append(exit)
-            task.advance()
-    return replace(shortcut, gates=gates), tuple(closed)
-
-
-def _top(head: LanguageHead, y: NDArray[Any]) -> NDArray[np.intp]:
-    """Top tokens [n] of hidden states [n, H]."""
-    parts = [
-        head.logits(y[start : start + ROWS_AT_ONCE].astype(np.float32)).argmax(axis=1)
-        for start in range(0, len(y), ROWS_AT_ONCE)
-    ]
-    return np.concatenate(parts)
 
 
 def _rows(hidden: HiddenByDepth, depth: int, tokens: NDArray[np.int64]) -> torch.Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ojfa_export.backends.backend import Backend, Executor
 from ojfa_export.backends.passes import Chunk
+from ojfa_export.backends.precisions import wider_than_fp16
 from ojfa_export.bundle.names import block_name
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.errors import CalibrationError
@@ -94,7 +95,9 @@ def collect_hidden_states(
                         before = None if source is None else source[index]
                         hidden = _run_window(executor, window, before, depth)
                         if not np.isfinite(hidden).all():
-                            raise _not_finite(spec, weights, rotary, before, depth)
+                            raise _not_finite(
+                                spec, weights, rotary, before, depth, wider_than_fp16(backend)
+                            )
                         file.write(hidden.tobytes())
                     file.flush()
                     os.fsync(file.fileno())
@@ -119,8 +122,18 @@ def _not_finite(
     rotary: tuple[Float32, Float32] | None,
     before: Float32 | None,
     depth: int,
+    wider: str,
 ) -> CalibrationError:
-    """What to raise where hidden states are not finite: names a tensor that fp16 can't hold."""
+    """What to raise where hidden states are not finite: names a tensor that fp16 can't hold.
+
+    Args:
+        spec: The model.
+        weights: Directory of the weight files.
+        rotary: Tables of rotations, or None.
+        before: What went in, [length, H]; None for the embedding.
+        depth: Blocks run.
+        wider: Options that may help.
+    """
     from ojfa_export.verify.blocks import largest_tensor
     from ojfa_export.verify.exact import ExactModel
     from ojfa_export.verify.tolerances import FP16_LARGEST
@@ -134,7 +147,7 @@ def _not_finite(
             return CalibrationError(
                 f"fp16 overflows in {block_name(depth - 1)} on the calibration text: "
                 f"{largest.tensor} reaches {largest.value:.3g}, fp16 holds {FP16_LARGEST:.0f}",
-                hint="build with --precision bf16 or fp32",
+                hint=f"build with {wider}",
             )
     return CalibrationError(
         f"hidden states after {where} hold NaN or infinity on the calibration text", hint=hint

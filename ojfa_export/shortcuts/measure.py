@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.models.head import LanguageHead
-from ojfa_export.shortcuts.calibrate import jumped
+from ojfa_export.shortcuts.calibrate import tokens_of
 from ojfa_export.shortcuts.hidden import HiddenStates
 from ojfa_export.shortcuts.metrics import ExitQuality, FullModelReference, evaluate
 from ojfa_export.shortcuts.sample import exit_sample
@@ -56,7 +56,7 @@ def measure(
     with progress.task("calibrating: measuring exits", blocks - 1, "exits") as task:
         for depth in range(1, blocks):
             hidden = sample.hidden(depth)
-            quality.append(evaluate(partial(jumped, shortcut, head, depth), hidden, reference))
-            identity.append(evaluate(head.logits, hidden, reference))
+            quality.append(evaluate(partial(tokens_of, shortcut, head, depth), hidden, reference))
+            identity.append(evaluate(head.likeliest, hidden, reference))
             task.advance()
     return Measured(shortcut, quality, identity, len(sample.rows))

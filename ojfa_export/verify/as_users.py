@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ojfa_export.backends.frugal import close_all
 from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.decoding.arrays import Int32
 from ojfa_export.decoding.generation_defaults import GenerationDefaults
@@ -114,16 +115,11 @@ def verify_generation(
         return [_generate(reference, config, prompt) for prompt in prompts]
 
     # One whole model at a time, where what was compared before is no longer.
-    _give_back()
+    close_all(model.engines, model.spec)
     expected = continue_prompts()
-    _give_back()
-    return [*checks, _compare_text(model, prompts, expected)]
-
-
-def _give_back() -> None:
-    """Gives memory of what is no longer used back to the system."""
     gc.collect()
     trim_heap()
+    return [*checks, _compare_text(model, prompts, expected)]
 
 
 def verify_defaults(manifest: Manifest, checkpoint: Checkpoint) -> Check:

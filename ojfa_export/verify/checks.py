@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.checks import checking
-from ojfa_export.backends.frugal import frugal
+from ojfa_export.backends.frugal import FrugalEngines, close_all, frugal, is_large
 from ojfa_export.backends.onnxruntime.portable import PortableGraphs
 from ojfa_export.bundle import shortcut_file
 from ojfa_export.bundle.bundle import Bundle
@@ -257,7 +257,8 @@ def compare_parts(
             exits[depth] = hidden[:, :per_row].copy()
         previous = hidden.copy()
         if depth == parts.spec.blocks:
-            graphs.close()  # its memory goes before the reference takes its head's
+            graphs.close()  # their memory goes before the reference takes its head's
+            engines.unload_heads()
         task.advance()
 
     logits = reference.forward(window.token_ids, visit)
@@ -322,6 +323,9 @@ def compare_exits(
 ) -> None:
     """Compares every exit with the shortcut in float64 on the reference's hidden states."""
     graphs, engines = PortableGraphs(parts.spec, parts.graphs), parts.open_engines()
+    # Each block runs once and each head at every exit: so heads stay open, and blocks don't.
+    close_all(engines, parts.spec)
+    engines = FrugalEngines(engines, keep_heads=True)
     batch, count, _ = expected.exits[1].shape
     session = Session(parts.spec, engines, batch, count)
     for blocks_run, hidden in expected.exits.items():
@@ -333,7 +337,8 @@ def compare_exits(
             parts.shortcut, head.norm, exact, target, parts.precision, blocks_run
         )
         actual = graphs.logits(flat, blocks_run)
-        graphs.close()  # a residual shortcut's holds the whole LM head, as the engine does
+        if is_large(parts.spec):
+            graphs.close()  # a residual shortcut's holds the whole LM head, as the engine does
         comparisons.record("graph exit_head", "logits", actual, target, allowance)
         actual = engines.logits(flat, blocks_run)
         comparisons.record("engine exit_head", "logits", actual, target, allowance)

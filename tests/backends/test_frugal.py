@@ -9,7 +9,7 @@ import pytest
 
 import ojfa_export
 from ojfa_export.backends import frugal as frugal_module
-from ojfa_export.backends.frugal import FrugalEngines, frugal
+from ojfa_export.backends.frugal import FrugalEngines, close_all, frugal
 from ojfa_export.runtime.session import Session
 
 
@@ -30,6 +30,21 @@ def test_a_block_or_head_is_closed_once_it_has_run(tiny_bundle: Path, rng):
         assert loaded(model.engines) == {"embed"}
         tokens = rng.integers(0, model.spec.vocab_size, (2, 1)).tolist()
     assert {"final_head", "exit_head", "block_03"} <= loaded(staying.engines)
+
+
+def test_heads_may_stay_and_all_may_be_closed(tiny_bundle: Path, rng):
+    model, staying = ojfa_export.load(tiny_bundle), ojfa_export.load(tiny_bundle)
+    engines = FrugalEngines(model.engines, keep_heads=True)
+    session, expected = Session(model.spec, engines, 1, 32), staying.session(1, 32)
+    tokens = rng.integers(0, model.spec.vocab_size, (1, 5)).tolist()
+    np.testing.assert_array_equal(session.advance(tokens, 2), expected.advance(tokens, exit=2))
+    assert loaded(model.engines) == {"embed", "exit_head"}
+    close_all(staying.engines, staying.spec)
+    assert loaded(staying.engines) == {"embed"}
+    # What was closed is opened again when it runs.
+    np.testing.assert_array_equal(
+        staying.session(1, 32).advance(tokens), model.session(1, 32).advance(tokens)
+    )
 
 
 @pytest.mark.parametrize("large", [True, False])

@@ -1,12 +1,14 @@
-"""What a build leaves out of a model that would take too much memory."""
+"""What a build leaves out: what takes too much memory, and what changes nothing."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -14,6 +16,8 @@ import ojfa_export
 from ojfa_export.cli.app import app
 from ojfa_export.compiler import decided, exits
 from ojfa_export.compiler.pipeline import build
+from ojfa_export.planning.step_costs import StepCosts
+from ojfa_export.promises.statistics import ExitStatistics, load_statistics
 
 
 def test_steps_of_a_large_model_are_not_timed_without_a_promise(
@@ -36,6 +40,35 @@ def test_steps_of_a_large_model_are_not_timed_without_a_promise(
     model = ojfa_export.load(bundle)
     generated = model.generate("import ", max_new_tokens=2)
     assert generated.prompts[0].exit_blocks == [model.blocks] * 2
+
+
+def test_what_cannot_change_the_default_is_not_timed(
+    options: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def measure_costs(*_: object, **__: object) -> StepCosts:
+        asked.append("all")
+        return StepCosts.of_steps(exits_ms)
+
+    monkeypatch.setattr(exits, "measure_costs", measure_costs)
+    monkeypatch.setattr(exits, "measure_exits", lambda *_, **__: exits_ms)
+    monkeypatch.setattr(exits, "Turns", lambda *_: None)  # no rehearsal
+    exits_ms = (1.0, 1.0, 1.0, 1.0)  # no draft saves anything
+    default = build(options()).decided.default
+    assert default is not None
+    assert (default.exit, default.speculation, default.ms_per_token) == ("full", None, 1.0)
+    assert asked == []
+    exits_ms = (1.0, 1.0, 1e-6, 1.0)  # drafts for nothing, and all of them right
+    monkeypatch.setattr(exits, "load_statistics", lambda path: _agreeing(load_statistics(path)))
+    default = build(options(overwrite=True)).decided.default
+    assert default is not None
+    assert default.speculation is not None
+    assert asked == ["all"]
+
+
+def _agreeing(splits: dict[str, ExitStatistics]) -> dict[str, ExitStatistics]:
+    return {name: replace(each, agrees=np.ones_like(each.agrees)) for name, each in splits.items()}
 
 
 def test_without_text_to_look_at_exits_on_it_is_said(

@@ -15,7 +15,7 @@ from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.errors import CalibrationError, UsageError
 from ojfa_export.planning.frontier import round_ms
 from ojfa_export.planning.reading import PIECE, cut_pieces, read_bundle, read_pieces, settling
-from ojfa_export.planning.step_costs import measure_costs
+from ojfa_export.planning.step_costs import measure_costs, measure_exits
 from ojfa_export.planning.traffic import block_bytes
 from ojfa_export.runtime.model import Model
 from ojfa_export.system.progress import SILENT
@@ -41,6 +41,10 @@ def test_costs_are_found(
     expected = step_costs(4).model_dump()
     for name, value in found.model_dump().items():
         assert value == pytest.approx(expected[name], abs=1e-9), name
+    exits = measure_exits(
+        model.spec, engines, length, rounds=1, seconds=1e9, progress=SILENT, clock=engines.clock
+    )
+    assert exits == pytest.approx(expected["exits"], abs=1e-9)
 
 
 @pytest.mark.parametrize("length", [1, 2, 4])

@@ -16,6 +16,7 @@ from ojfa_export.planning.frontier import policies
 from ojfa_export.planning.picture import frontier
 from ojfa_export.planning.plan import make_plan, plan_default
 from ojfa_export.planning.recommend import MARGIN
+from ojfa_export.planning.step_costs import StepCosts
 from ojfa_export.promises.statistics import ExitStatistics
 from ojfa_export.system.progress import SILENT
 
@@ -54,6 +55,24 @@ def test_the_default_saves_time_or_is_full_depth(
     # Without a promise, only what gives the tokens of full depth.
     assert policy is not None or found.exit == "full"
     assert Default.model_validate_json(found.model_dump_json()) == found
+
+
+@given(
+    share=st.floats(0, 1),
+    catch_up=st.floats(0, 2),
+    waiting=st.floats(0, 1),
+    final_row=st.floats(0, 1),
+)
+def test_what_pays_for_nothing_else_is_no_default_with_all_costs(
+    share: float, catch_up: float, waiting: float, final_row: float
+) -> None:
+    costs = step_costs(catch_up=catch_up, waiting=waiting, final_row=final_row)
+    splits, steps = agreeing(share), StepCosts.of_steps(costs.exits)
+    most = plan_default(splits, steps, None)
+    found = plan_default(splits, costs, None)
+    assert most.ms_per_token <= found.ms_per_token
+    if most.speculation is None:
+        assert found == most
 
 
 def test_drafts_are_the_default_where_they_are_nearly_always_right() -> None:

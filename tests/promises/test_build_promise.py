@@ -206,6 +206,15 @@ def test_windows_to_plan_with() -> None:
         together = np.concatenate([tuning, certification]).ravel().tolist()
         assert len(set(together)) == len(together)
     assert planning_windows(texts[3:], [np.zeros((3, 1), np.int32)]) is None
+    # Shorter than those of a promise, and less is asked of each.
+    long = np.arange(100 * 512, dtype=np.int32).reshape(100, 512)
+    windows = planning_windows(texts[:1], [long])
+    assert windows is not None
+    assert {each.shape[1] for each in (*windows.tuning, *windows.certification)} == {256}
+    assert {int(row[0]) % 512 for row in windows.certification[0]} == {0}
+    promised = promise_windows(texts[:1], [long], Limits(max_disagreement=0.3))
+    assert promised.certification[0].shape[1] == 512
+    assert windows.sampled < promised.sampled
 
 
 def test_too_little_text_to_plan_with_is_no_error(

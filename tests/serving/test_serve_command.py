@@ -13,10 +13,11 @@ import pytest
 from click.testing import CliRunner
 from serving.started import Started
 
+from ojfa_export import backends
 from ojfa_export.cli.app import app
 from ojfa_export.errors import UsageError
 from ojfa_export.runtime.model import Model
-from ojfa_export.serving.catalogue import names_of
+from ojfa_export.serving.catalogue import names_of, open_served
 from ojfa_export.serving.keys import Keys, read_keys
 
 
@@ -117,3 +118,23 @@ def test_keys_and_names(tmp_path):
     assert names_of([Path("x/a.ojfa"), Path("b")]) == ["a", "b"]
     with pytest.raises(UsageError, match="two bundles"):
         names_of([Path("x/a.ojfa"), Path("y/a.ojfa")])
+
+
+@pytest.mark.parametrize(("exit", "depths"), [("full", ()), (2, (2,)), ("auto", None)])
+def test_a_device_is_warmed_up_for_the_exit_of_requests(
+    served_bundle: Path, model: Model, monkeypatch: pytest.MonkeyPatch, exit, depths
+):
+    asked: list[tuple[bool, tuple[int, ...]]] = []
+
+    class Watched:
+        def __init__(self, model: Model) -> None: ...
+
+        def warm_up(self, *, sampled: bool, exits: tuple[int, ...]) -> None:
+            asked.append((sampled, tuple(exits)))
+
+    monkeypatch.setattr(backends, "DEFAULT", "another")  # as if the CPU were a device
+    open_served("small", served_bundle, backend="onnxruntime", exit=exit, make_engine=Watched)
+    if depths is None:
+        depths = model.auto_policy().exits
+        assert depths
+    assert asked == [(True, depths)]

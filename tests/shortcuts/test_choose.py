@@ -40,7 +40,7 @@ def test_every_cell_is_the_jump_of_its_row_at_the_exit_of_its_column(
             jump = jumps[fitted_at - 1]
             # Unfolded, in fp32: a token whose top two logits tie to 1e-6 is not to be expected.
             expected = evaluate(
-                lambda h, jump=jump: head.logits(jump.apply(h)), hidden[used_at - 1], reference
+                lambda h, jump=jump: head.likeliest(jump.apply(h)), hidden[used_at - 1], reference
             )
             measured = matrix.quality(fitted_at=fitted_at, used_at=used_at)
             assert measured.model_dump() == pytest.approx(expected.model_dump(), abs=1e-9)

@@ -100,7 +100,7 @@ def test_divergence_is_that_of_the_definition(mixed, rng, kind, softcap):
         own = log_probabilities(shortcut.apply(mixed[exit][tokens], exit))
         expected = (np.exp(full) * (full - own)).sum(axis=1)
         student = _Student(shortcut, head)
-        full = student.full(mixed.__getitem__, tokens, BLOCKS)
+        full = student.full(mixed.__getitem__, tokens)
         found = student.divergence(mixed.__getitem__, tokens, [exit], full)
         np.testing.assert_allclose(found.detach().numpy()[0], expected, atol=LOGITS_FP32)
 
@@ -113,7 +113,7 @@ def test_distillation_lowers_the_divergence(mixed, rng, kind):
     assert result.loss_after < result.loss_before
     _, validation = split_rows(ROWS)
     before, after = (
-        _Student(each, head).loss(mixed.__getitem__, validation, BLOCKS)
+        _Student(each, head).loss(mixed.__getitem__, validation)
         for each in (begin, result.shortcut)
     )
     assert before == pytest.approx(result.loss_before, rel=1e-5)

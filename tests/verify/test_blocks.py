@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -129,7 +130,7 @@ def test_the_first_block_that_departs_is_named(rng, tmp_path):
     assert failed[0] == "float64 block_02: hidden"
     assert "float64 block_03: hidden" not in failed  # its input is the reference's
     with pytest.raises(VerificationError, match="the first: float64 block_02: hidden differs"):
-        raise_failed(checks, "float64", "fp32")
+        raise_failed(checks, "float64", "fp32", backends.load("onnxruntime"))
 
 
 def test_a_tensor_inside_a_block_is_named_where_the_backend_shows_it(rng, tmp_path):
@@ -154,11 +155,14 @@ def test_an_overflow_is_named_with_its_size(rng, tmp_path):
     enlarge(chain, "block_01", "mlp.norm.weight", 3000)
     checks = verify_blocks(subject(chain), token_ids(rng), SILENT)
     exact = ExactModel(chain.spec, chain.graphs, tables(chain))
-    with pytest.raises(VerificationError) as caught:
-        raise_failed(checks, "float64", "fp16")
-    message = str(caught.value)
-    assert message.startswith("fp16 overflows in block_01: mlp.inner reaches ")
-    assert "--precision bf16 or fp32" in str(caught.value.hint)
+    everything = backends.load("onnxruntime")
+    without_bf16 = SimpleNamespace(precisions=("fp16", "fp32"))  # as onnxruntime-cuda
+    for backend, advice in ((everything, "bf16 or fp32"), (without_bf16, "fp32")):
+        with pytest.raises(VerificationError) as caught:
+            raise_failed(checks, "float64", "fp16", backend)
+        message = str(caught.value)
+        assert message.startswith("fp16 overflows in block_01: mlp.inner reaches ")
+        assert str(caught.value.hint).endswith(f"build with --precision {advice}")
     hidden = rng.normal(size=(1, 4, chain.spec.hidden_size))
     largest = largest_tensor(exact.block(1, hidden))
     assert largest.tensor == "mlp.inner"
