@@ -30,7 +30,7 @@ from ojfa_export.decoding.confidence import confidence
 from ojfa_export.models.calibration_text import read_source, shipped_text
 from ojfa_export.models.tokenizer import encode_all
 from ojfa_export.planning.machine import describe_machine
-from ojfa_export.promises.outcomes import isotonic
+from ojfa_export.promises.path import isotonic
 from ojfa_export.promises.statistics import ExitStatistics, load_statistics
 from ojfa_export.runtime.model import Model, load
 

@@ -27,7 +27,7 @@ from ojfa_export.planning.rehearse import ROOM, time_points
 from ojfa_export.planning.step_costs import StepCosts, measure_costs
 from ojfa_export.planning.turns import Clock, Turns
 from ojfa_export.promises.certify import most_eager
-from ojfa_export.promises.outcomes import paths
+from ojfa_export.promises.path import paths
 from ojfa_export.promises.statistics import ExitStatistics, load_statistics
 from ojfa_export.runtime.model import Model, load
 from ojfa_export.system.progress import SILENT

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from ojfa_export.bundle.promise import DomainEvidence, Limits, Promise
 from ojfa_export.promises.learn_then_test import fixed_sequence, union_p_value
-from ojfa_export.promises.outcomes import EAGERNESS, Costs, Outcome, Path, paths
+from ojfa_export.promises.outcomes import Costs, Outcome
 from ojfa_export.promises.p_values import best_stake, betting, n_log_wealth
+from ojfa_export.promises.path import Path, paths
 from ojfa_export.promises.statistics import ExitStatistics
 
 # Fewer exits mean fewer checks and engines' stops: one more must be worth this share of the cost.
@@ -113,7 +114,7 @@ def most_eager(
 ) -> int | None:
     """The most eager step that keeps the targets in every domain, found by bisection."""
     members = tuning.members()
-    low, high = -1, EAGERNESS.size
+    low, high = -1, path.steps
     while high - low > 1:
         step = (low + high) // 2
         risks = _risks(path.apply(step, tuning, costs, limits.surprisal_clip), limits)

@@ -1,4 +1,4 @@
-"""Exit policies, and the path of them that one number leads along."""
+"""What an exit policy does to text: tokens that differ, and what they cost."""
 
 from __future__ import annotations
 
@@ -14,10 +14,6 @@ from ojfa_export.promises.measures import MEASURES
 from ojfa_export.promises.statistics import ExitStatistics
 
 Float64 = NDArray[np.float64]
-
-# The path: the share of tokens that may differ, as each exit estimates it, at which it lets go.
-# Fixed in advance, and fine: fixed-sequence testing pays nothing for many candidates.
-EAGERNESS: Float64 = np.geomspace(1e-4, 0.9, 160)
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ def apply(
     """
     columns = [statistics.exits.index(depth) for depth in policy.exits]
     thresholds = np.array(policy.thresholds)
-    return _apply(statistics, policy.measure, columns, thresholds, costs, surprisal_clip)
+    return apply_thresholds(statistics, policy.measure, columns, thresholds, costs, surprisal_clip)
 
 
 def depths_of(statistics: ExitStatistics, policy: ExitPolicy) -> NDArray[np.int32]:
@@ -109,7 +105,7 @@ def depths_of(statistics: ExitStatistics, policy: ExitPolicy) -> NDArray[np.int3
     return depths
 
 
-def _apply(
+def apply_thresholds(
     statistics: ExitStatistics,
     measure: Measure,
     columns: list[int],
@@ -117,6 +113,7 @@ def _apply(
     costs: Costs,
     clip: float,
 ) -> Outcome:
+    """As `apply`, of some of the statistics' exits; an infinite threshold leaves its exit out."""
     windows, tokens, _ = statistics.agrees.shape
     remaining = np.ones((windows, tokens), np.bool_)
     differs = np.zeros(windows)
@@ -143,89 +140,3 @@ def _apply(
     cost += costs.full * stayed
     depth += statistics.blocks * stayed
     return Outcome(differs / tokens, surprisal / (tokens * clip), cost / tokens, depth / tokens)
-
-
-@dataclass(frozen=True, eq=False)
-class Path:
-    """Candidate policies from full depth to the most eager: one for each value of EAGERNESS.
-
-    Every exit's threshold is the least confidence at which its tokens agree with the full model
-    with probability 1 - eagerness or more, as isotonic regression on the tuning split has it. More
-    eagerness lowers every threshold, so no token leaves later than before.
-
-    Attributes:
-        measure: Of confidence.
-        exits: [E] blocks run.
-        thresholds: [len(EAGERNESS), E]; infinite where the exit is not taken.
-    """
-
-    measure: Measure
-    exits: tuple[int, ...]
-    thresholds: Float64
-
-    def policy(self, step: int) -> ExitPolicy | None:
-        """The candidate at a step of the path; None is full depth."""
-        taken = np.flatnonzero(np.isfinite(self.thresholds[step]))
-        if not len(taken):
-            return None
-        return ExitPolicy(
-            exits=tuple(self.exits[i] for i in taken),
-            measure=self.measure,
-            thresholds=tuple(float(self.thresholds[step, i]) for i in taken),
-        )
-
-    def only(self, exits: tuple[int, ...]) -> Path:
-        """The path that uses some of the exits."""
-        columns = [self.exits.index(depth) for depth in exits]
-        return Path(self.measure, exits, self.thresholds[:, columns])
-
-    def apply(
-        self, step: int, statistics: ExitStatistics, costs: Costs, surprisal_clip: float
-    ) -> Outcome:
-        """What the candidate at a step does to the statistics' tokens."""
-        columns = [statistics.exits.index(depth) for depth in self.exits]
-        return _apply(
-            statistics, self.measure, columns, self.thresholds[step], costs, surprisal_clip
-        )
-
-
-def paths(tuning: ExitStatistics) -> list[Path]:
-    """For each measure, the path that uses every exit."""
-    return [_path(tuning, measure) for measure in MEASURES]
-
-
-def _path(tuning: ExitStatistics, measure: Measure) -> Path:
-    exits = len(tuning.exits)
-    thresholds = np.full((EAGERNESS.size, exits), np.inf)
-    for column in range(exits):
-        confidence = tuning.of(measure)[..., column].astype(np.float64).ravel()
-        steps, agreement = isotonic(confidence, tuning.agrees[..., column].ravel())
-        first = np.searchsorted(agreement, 1 - EAGERNESS)  # agreement increases with confidence
-        reached = first < agreement.size
-        thresholds[reached, column] = steps[first[reached]]
-    return Path(measure, tuning.exits, thresholds)
-
-
-def isotonic(confidence: Float64, agrees: NDArray[np.bool_]) -> tuple[Float64, Float64]:
-    """The increasing step function of confidence nearest to `agrees` in least squares.
-
-    Pool-adjacent-violators (Ayer et al., 1955).
-
-    Args:
-        confidence: [n], n >= 1.
-        agrees: [n].
-
-    Returns:
-        The confidence at which each step begins, and the share that agrees there; both increase.
-    """
-    starts, inverse = np.unique(confidence, return_inverse=True)
-    sizes = np.bincount(inverse)
-    hits = np.bincount(inverse, weights=agrees)
-    pooled: list[tuple[float, float, float]] = []  # start, hits, size
-    for start, hit, size in zip(starts.tolist(), hits.tolist(), sizes.tolist(), strict=True):
-        while pooled and pooled[-1][1] * size >= hit * pooled[-1][2]:
-            start, more_hits, more = pooled.pop()
-            hit, size = hit + more_hits, size + more
-        pooled.append((start, hit, size))
-    steps = np.array(pooled)
-    return steps[:, 0], steps[:, 1] / steps[:, 2]

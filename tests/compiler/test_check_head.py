@@ -32,7 +32,8 @@ from ojfa_export.graphs.weights import map_tensors, references
 from ojfa_export.planning.step_costs import measure_costs
 from ojfa_export.promises.collect import collect_statistics
 from ojfa_export.promises.measures import MEASURES
-from ojfa_export.promises.outcomes import Costs, apply, paths
+from ojfa_export.promises.outcomes import Costs, apply
+from ojfa_export.promises.path import paths
 from ojfa_export.promises.statistics import load_statistics
 from ojfa_export.runtime.model import Model
 from ojfa_export.system.progress import SILENT
