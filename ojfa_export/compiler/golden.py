@@ -10,6 +10,7 @@ import numpy as np
 from ojfa_export.backends.backend import Engines
 from ojfa_export.bundle.manifest import Golden
 from ojfa_export.decoding.arrays import Float32, Int32
+from ojfa_export.decoding.exits import nearest_exit
 from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.session import Session
@@ -25,7 +26,7 @@ LEAD: Mapping[Precision, float] = {"fp32": 0.01, "fp16": 0.01, "bf16": 0.06}
 def make_golden(
     spec: ModelSpec, engines: Engines, windows: Int32, max_length: int, precision: Precision
 ) -> tuple[Golden, ...]:
-    """Generates golden tokens at full depth and at half depth.
+    """Generates golden tokens at full depth and at half depth, or the exit nearest to that.
 
     Where no token leads clearly, as of random weights, the one that leads most is golden at full
     depth: a bundle without any could not be verified.
@@ -38,7 +39,8 @@ def make_golden(
         precision: Of the bundle.
     """
     golden, clearest = [], (-1.0, ([0], [0]))
-    for exit in dict.fromkeys((spec.blocks, max(1, spec.blocks // 2))):
+    served = None if engines.exit_blocks is None else engines.exit_blocks.exits
+    for exit in dict.fromkeys((spec.blocks, nearest_exit(spec.blocks // 2, served))):
         for window in windows[:8]:
             prompt = window[: max(1, min(PROMPT_TOKENS, max_length // 2))].tolist()
             new_tokens = min(NEW_TOKENS, max_length + 1 - len(prompt))

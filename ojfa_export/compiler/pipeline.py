@@ -11,7 +11,7 @@ import numpy as np
 
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import read_manifest
-from ojfa_export.bundle.names import DRAFT_GRAPHS, GRAPHS, MANIFEST, REPORT, STATISTICS, graph_names
+from ojfa_export.bundle.names import DRAFT_GRAPHS, GRAPHS, MANIFEST, REPORT, STATISTICS
 from ojfa_export.bundle.promise import Promise
 from ojfa_export.compiler import exits, stages
 from ojfa_export.compiler.decided import Decided, load_decided, why_not_planned
@@ -141,7 +141,7 @@ def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
             stages.write_chat(inputs.chat, work.bundle)
     with work.stage("engines") as needed:
         if needed:
-            names = [name for name in graph_names(spec.blocks) if name != "exit_head"]
+            names = [name for name in inputs.graph_names if name not in inputs.exit_names]
             stages.build_engines(work.bundle, names, spec, backend, progress)
     if "calibrate" not in work.finished:  # hidden states are not kept after it
         with work.stage("text") as needed:
@@ -151,8 +151,8 @@ def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
         if needed:
             states = kept_states(inputs, work)
             head, report = make_shortcut(inputs, states, work, progress)
-            exporter.exit_head(head)
-            stages.build_engines(work.bundle, ["exit_head"], spec, backend, progress)
+            exporter.shortcut(head)
+            stages.build_engines(work.bundle, inputs.exit_names, spec, backend, progress)
             stages.save_report(report, work.scratch / "report.json")
             for path in work.scratch.glob("*.f32"):
                 path.unlink()
@@ -264,7 +264,7 @@ def plan(options: BuildOptions) -> dict[str, Any]:
             "calibration_data": [str(path) for path in inputs.calibration_data],
         },
         "stages": list(stage_keys(inputs)),
-        "graphs": graph_names(spec.blocks) + (list(DRAFT_GRAPHS) if drafting else []),
+        "graphs": inputs.graph_names + (list(DRAFT_GRAPHS) if drafting else []),
         "checkpoint_bytes": stored,
         "calibration_tokens": tokens,
         "scratch_bytes": 4 * tokens * spec.hidden_size * (spec.blocks + 1),

@@ -37,7 +37,7 @@ def collect_statistics(
     given: int = 0,
     most: int = TOKENS_PER_WINDOW,
 ) -> ExitStatistics:
-    """Statistics of every exit on sampled tokens of the windows.
+    """Statistics of every exit that there is, on sampled tokens of the windows.
 
     Hidden states of one depth are on disk at a time, replaced in place by the next depth's.
 
@@ -61,7 +61,9 @@ def collect_statistics(
     count, length = text.shape
     places, run = sample_places(rng, count, length - given, most)
     places += given
-    sampled, levels = places.shape[1], spec.blocks - 1
+    served = open_engines().exit_blocks
+    exits = tuple(range(1, spec.blocks)) if served is None else served.exits
+    sampled, levels = places.shape[1], len(exits)
     confidence = np.empty((len(MEASURES), count, sampled, levels), np.float16)
     tokens = np.empty((count, sampled, levels), np.int64)
     agrees = np.empty(tokens.shape, np.bool_)
@@ -78,11 +80,14 @@ def collect_statistics(
                 states[index] = _deepen(executor, text[index], states[index], depth)
                 if depth == 0:
                     continue
-                hidden = states[index][places[index]]
+                if depth not in (*exits, spec.blocks):
+                    continue
+                hidden = _at_exit(engines, states[index], depth, spec.blocks)[places[index]]
                 logits = _logits(engines, hidden, depth, spec.blocks)
                 if depth < spec.blocks:
-                    tokens[index, :, depth - 1] = logits.argmax(axis=1)
-                    confidence[:, index, :, depth - 1] = round_down(confidences(logits))
+                    column = exits.index(depth)
+                    tokens[index, :, column] = logits.argmax(axis=1)
+                    confidence[:, index, :, column] = round_down(confidences(logits))
                 else:
                     agrees[index], extra[index] = compare(logits, tokens[index])
             task.advance()
@@ -90,7 +95,7 @@ def collect_statistics(
     path.unlink()
     return ExitStatistics(
         blocks=spec.blocks,
-        exits=tuple(range(1, spec.blocks)),
+        exits=exits,
         domains=tuple(domains),
         domain=np.repeat(np.arange(len(windows)), list(map(len, windows))).astype(np.int16),
         confidence=confidence,
@@ -151,6 +156,15 @@ def _deepen(executor: Executor, text: Int32, hidden: Float32, depth: int) -> Flo
         return np.asarray(executor.embed(text.tolist(), chunks))
     block, source = range(depth - 1, depth), np.ascontiguousarray(hidden)
     return np.asarray(executor.run(block, source, chunks, long_context=False))
+
+
+def _at_exit(engines: Engines, hidden: Float32, depth: int, blocks: int) -> Float32:
+    """What a head sees of a whole window [length, H]: behind an exit's block, what that gives."""
+    if engines.exit_blocks is None or depth == blocks:
+        return hidden
+    chunks, source = [Chunk(0, 0, len(hidden))], np.ascontiguousarray(hidden)
+    executor = engines.exit_blocks.executor(1, len(hidden))
+    return np.asarray(executor.run(depth, source, chunks, long_context=False))
 
 
 def _logits(engines: Engines, hidden: Float32, blocks_run: int, blocks: int) -> Float32:

@@ -18,9 +18,10 @@ from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.frugal import frugal
 from ojfa_export.backends.onnxruntime.portable import PortableGraphs
 from ojfa_export.bundle import shortcut_file
+from ojfa_export.bundle.block_shortcut import BlockShortcut, BlocksOnSequences
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import SHORTCUT, block_name
-from ojfa_export.bundle.shortcut_file import ExitShortcut
+from ojfa_export.bundle.shortcut_file import ExitShortcut, RowShortcut, exits_of
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
@@ -32,6 +33,7 @@ from ojfa_export.runtime.session import Session
 from ojfa_export.system.progress import Progress, Task
 from ojfa_export.verify.as_users import verify_defaults, verify_generation, verify_tokenizer
 from ojfa_export.verify.check import Check
+from ojfa_export.verify.exit_blocks import exit_block_in_pieces, graph_logits
 from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
 from ojfa_export.verify.quantised import verify_weights
 from ojfa_export.verify.reference import TransformersReference
@@ -168,14 +170,17 @@ def verify_parts(
     comparisons = Comparisons(parts.precision)
     blocks = parts.spec.blocks
     windows = make_windows(checkpoint, token_ids)
-    total = len(windows) * (blocks + 2) + blocks - 1
+    exits = exits_of(parts.shortcut, blocks)
+    total = len(windows) * (blocks + 2) + len(exits)
     with progress.task("verifying", total, "blocks and exits") as task:
         for window in windows:
             expected = compare_parts(parts, reference, window, comparisons, task)
             compare_full_depth(parts, window, expected, comparisons)
             task.advance()
-            if not window.long_context:  # no exit head knows of positions
-                compare_exits(parts, window, expected, language_head(checkpoint), comparisons, task)
+            if not window.long_context:  # no exit head knows of positions, and blocks few
+                jump = _as_map(parts, checkpoint, expected)
+                head = language_head(checkpoint)
+                compare_exits(parts, window, expected, jump, head, comparisons, task)
     return comparisons.checks()
 
 
@@ -302,39 +307,67 @@ def compare_full_depth(
         comparisons.record(f"decode {name}", "logits", decoded, target)
 
 
+def _as_map(
+    parts: Parts, checkpoint: Checkpoint, expected: Reference
+) -> RowShortcut | BlocksOnSequences:
+    """The shortcut as a map of the reference's hidden states."""
+    if not isinstance(parts.shortcut, BlockShortcut):
+        return parts.shortcut
+    count = next(iter(expected.exits.values())).shape[1]
+    rotary = checkpoint.family.rotary(checkpoint.config)
+    tables = None if rotary is None else rotary.tables(count)
+    return BlocksOnSequences(parts.shortcut, parts.spec, tables, count)
+
+
 def compare_exits(
     parts: Parts,
     window: Window,
     expected: Reference,
+    jump: RowShortcut | BlocksOnSequences,
     head: LanguageHead,
     comparisons: Comparisons,
     task: Task,
 ) -> None:
     """Compares every exit with the shortcut in float64 on the reference's hidden states."""
     graphs, engines = PortableGraphs(parts.spec, parts.graphs), parts.open_engines()
-    batch, count, _ = expected.exits[1].shape
-    session = Session(parts.spec, engines, batch, count)
-    for blocks_run, hidden in expected.exits.items():
+    exits = exits_of(parts.shortcut, parts.spec.blocks)
+    batch, count, _ = expected.exits[exits[0]].shape
+    session, tokens = Session(parts.spec, engines, batch, count), window.token_ids[:, :count]
+    for blocks_run in exits:
+        hidden = expected.exits[blocks_run]
         batch, count, size = hidden.shape
-        flat = hidden.reshape(batch * count, size)
-        exact = flat.astype(np.float64)
-        target = head.logits(parts.shortcut.apply(exact, blocks_run))
-        allowance = exit_allowance(
-            parts.shortcut, head.norm, exact, target, parts.precision, blocks_run
-        )
-        actual = graphs.logits(flat, blocks_run)
+        exact = hidden.reshape(batch * count, size).astype(np.float64)
+        target = head.logits(jump.apply(exact, blocks_run))
+        allowance = exit_allowance(jump, head.norm, exact, target, parts.precision, blocks_run)
+        by_graphs, by_engines = _exit_logits(parts, graphs, engines, tokens, hidden, blocks_run)
         graphs.close()  # a residual shortcut's holds the whole LM head, as the engine does
-        comparisons.record("graph exit_head", "logits", actual, target, allowance)
-        actual = engines.logits(flat, blocks_run)
-        comparisons.record("engine exit_head", "logits", actual, target, allowance)
-        if blocks_run == 1:
-            tokens = window.token_ids[:, :count].tolist()
-            logits = session.advance(tokens, exit=1, every_position=True)
+        name = "exit_block" if isinstance(parts.shortcut, BlockShortcut) else "exit_head"
+        comparisons.record(f"graph {name}", "logits", by_graphs, target, allowance)
+        comparisons.record(f"engine {name}", "logits", by_engines, target, allowance)
+        if blocks_run == exits[0]:
+            logits = session.advance(tokens.tolist(), blocks_run, every_position=True)
         else:  # the tokens that stopped at the exit before run one block more
             logits = session.deepen(blocks_run, every_position=True)
         name = f"logits exit {blocks_run}"
         comparisons.record(name, "logits", np.concatenate(logits), target, allowance)
         task.advance()
+
+
+def _exit_logits(
+    parts: Parts,
+    graphs: PortableGraphs,
+    engines: Engines,
+    token_ids: Int32,
+    hidden: Float32,
+    blocks_run: int,
+) -> tuple[Float32, Float32]:
+    """Logits [B n,V] behind an exit, of hidden states [B,n,H]: of the graphs, and of engines."""
+    shortcut, rows = parts.shortcut, hidden.reshape(-1, hidden.shape[-1])
+    if not isinstance(shortcut, BlockShortcut):
+        return graphs.logits(rows, blocks_run), engines.logits(rows, blocks_run)
+    by_graphs = graph_logits(graphs, shortcut, blocks_run, token_ids, hidden)
+    outputs, _ = exit_block_in_pieces(engines, blocks_run, hidden)
+    return by_graphs, engines.logits(outputs.reshape(rows.shape), blocks_run)
 
 
 def language_head(checkpoint: Checkpoint) -> LanguageHead:
