@@ -69,14 +69,13 @@ def check_runs_jump(backend: Backend, exits: Sequence[int] | None) -> None:
         )
 
 
-def open_jump(backend: Backend, engines: Engines, jump: BlockJump | None) -> None:
-    """Gives engines the blocks of their block jump, where there is one.
+def open_jump(backend: Backend, engines: Engines, jump: BlockJump) -> None:
+    """Gives engines the blocks of their block jump.
 
     Args:
-        backend: Whose engines; it runs block jumps where there is one.
+        backend: Whose engines; it runs block jumps, see `check_runs_jump`.
         engines: Of the model.
-        jump: The block jump; None where the shortcut is another.
+        jump: The block jump.
     """
-    if jump is not None:
-        assert isinstance(backend, RunsBlockJumps)
-        engines.exit_blocks = backend.open_exit_blocks(engines, jump)
+    assert isinstance(backend, RunsBlockJumps)
+    engines.exit_blocks = backend.open_exit_blocks(engines, jump)

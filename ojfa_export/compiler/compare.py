@@ -176,10 +176,12 @@ def _result(kind: Kind, fitted: Fitted, check: HeadCost, exits: list[ExitQuality
 def _given(
     name: str, shortcut: ExitShortcut, check: HeadCost, exits: list[ExitQuality]
 ) -> KindResult:
+    served = shortcut.exits if isinstance(shortcut, BlockShortcut) else None
+    at = "" if served is None else f", at exits {', '.join(map(str, served))}"
     return KindResult(
         kind=None,
-        title=f"{shortcut.kind}, {name}",
-        served=shortcut.exits if isinstance(shortcut, BlockShortcut) else None,
+        title=f"{shortcut.kind}, {name}{at}",
+        served=served,
         parameters=shortcut.parameters,
         bytes=4 * shortcut.parameters,
         fitted_at=None,

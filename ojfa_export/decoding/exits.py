@@ -63,8 +63,8 @@ def nearest_exit(depth: int, served: Sequence[int] | None = None) -> int:
 
     Args:
         depth: Blocks run.
-        served: The exits that there are, one at least; None for all.
+        served: The exits that there are; none where nothing is known of them.
     """
-    if served is None:
+    if not served:
         return max(1, depth)
     return min(served, key=lambda exit: abs(exit - depth))

@@ -40,7 +40,7 @@ class OnnxRuntimeEngines(OpenedModel, ChoosesOnHost):
 
     def _head_of(self, blocks_run: int) -> str:
         """The head's graph after so many blocks; behind exits' blocks it is the model's own."""
-        own = blocks_run == self.spec.blocks or "exit_head" not in self._engines
+        own = blocks_run == self.spec.blocks or self.exit_blocks is not None
         return "final_head" if own else "exit_head"
 
     def unload_heads(self) -> None:

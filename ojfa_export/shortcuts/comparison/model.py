@@ -57,6 +57,12 @@ class KindResult(_Strict):
     served: tuple[int, ...] | None = None
     exits: list[ExitQuality]
 
+    def at(self, exit: int) -> ExitQuality | None:
+        """Its figures at an exit; None where it doesn't serve that."""
+        if self.served is None:
+            return self.exits[exit - 1]
+        return self.exits[self.served.index(exit)] if exit in self.served else None
+
     def mean(self, measure: str) -> float:
         """A measure of `ExitQuality`, the mean over exits."""
         values: list[float] = [getattr(each, measure) for each in self.exits]
