@@ -148,7 +148,7 @@ def of_kind(kind: Kind, spec: ModelSpec, rank: int, seed: int) -> ExitShortcut:
     if kind == "mlp":
         return random_mlp(spec, 8 * rank, seed)
     if kind == "block":
-        exits = tuple(range(1, spec.blocks, 2)) or (1,)
+        exits = tuple(sorted({1, spec.blocks - 1}))
         return random_blocks(spec, exits, seed, each=bool(seed % 2))
     shortcut = random_shortcut(spec.hidden_size, rank, seed)
     if kind == "narrow":

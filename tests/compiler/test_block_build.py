@@ -214,6 +214,35 @@ def test_a_backend_that_runs_none_refuses_it(built, options, jump_file, tmp_path
             assert "onnxruntime" in caught.value.hint
 
 
+def test_onnxruntime_cuda_runs_it_on_a_stand_in(built, model, tmp_path, monkeypatch):
+    """Its engines are verified as they are added; steps begin before the token before is known."""
+    from stand_in import stand_in_gpu
+    from stand_in.onnxruntime_cuda import make_onnxruntime
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = shutil.copytree(built.bundle, tmp_path / "b.ojfa")
+    policy = ExitPolicy(exits=EXITS, measure="top", thresholds=(0.02, 0.01))
+    ways = [{"exit": 1}, {"exit": 3}, {"exit": policy}, {"exit": "full"}, {"exit": 3}]
+    ways += [{"speculate": Speculation(3, 2)}]
+    prompt, most = list(range(5, 25)), {"max_new_tokens": 8, "ignore_eos": True}
+    wanted = [model.generate([prompt], **way, **most).prompts[0] for way in ways]
+    with stand_in_gpu() as driver:
+        from ojfa_export.backends.onnxruntime_cuda import provider
+
+        monkeypatch.setattr(provider, "ort", make_onnxruntime(driver))
+        added = add_engines(bundle, "onnxruntime-cuda", SILENT)
+        assert added["checks"] > 10
+        device = ojfa_export.load(bundle, backend="onnxruntime-cuda")
+        with ojfa_export.Engine(device, max_sequences=3) as engine:
+            running = [engine.submit(prompt, **way, **most) for way in ways]
+            found = [each.result(60) for each in running]
+        found += [device.generate([prompt], **way, **most).prompts[0] for way in ways]
+        for each, other in zip(found, wanted * 2, strict=True):
+            assert each.token_ids == other.token_ids
+            assert each.exit_blocks == other.exit_blocks
+        del device, engine, running
+
+
 def test_engines_are_built_again(built, tmp_path):
     bundle = shutil.copytree(built.bundle, tmp_path / "b.ojfa")
     shutil.rmtree(bundle / "engines" / "onnxruntime")
