@@ -129,8 +129,9 @@ def measure_costs(
     """
     depth = int(min(spec.blocks, max(2.0, most_bytes / block_bytes(spec))))
     served = None if engines.exit_blocks is None else engines.exit_blocks.exits
-    if served is not None and depth < spec.blocks:  # an exit that there is
+    if served is not None and depth < spec.blocks:  # the second exit that there is, or a later one
         depth = max((exit for exit in served if exit <= depth), default=served[0])
+        depth = max(depth, served[min(1, len(served) - 1)])
     steps = _Steps(spec, engines, depth, max_length, clock, served)
     steps.time(rounds, seconds, progress)
     return steps.costs()
@@ -248,15 +249,24 @@ class _Steps:
 
     def _all_exits(self, measured: list[float]) -> Float64:
         """A step at each exit of the model; beyond the timed blocks all cost the same."""
-        first, last = float(measured[0]), float(measured[-1])
-        slope = (last - first) / max(self._depth - 1, 1)
+        first, last, start = float(measured[0]), float(measured[-1]), int(self._exits[0])
+        slope = (last - first) / max(self._depth - start, 1)
+        if self._depth == start:  # one exit alone
+            slope = (first - self._typical["head", "exit"]) / start
         blocks = np.arange(1, self._spec.blocks + 1)
         beyond = np.maximum(blocks - self._depth, 0) * slope
         result: Float64 = np.interp(blocks, self._exits, measured) + beyond
         return result
 
     def _catching_up(self, exits: Float64, typical: Times) -> tuple[float, float]:
-        """The line through what blocks cost more on several tokens."""
+        """The line through what blocks cost more on several tokens.
+
+        Where there is one exit alone within what is timed, nothing is known of that: a token that
+        waited is taken to cost a block whole.
+        """
+        if self._depth == self._shallow:
+            step = float(exits[self._depth - 1]) - typical["head", "exit"]
+            return 0.0, max(0.0, step / self._depth)
         deep, shallow = exits[self._depth - 1], exits[self._shallow - 1]
         blocks = self._depth - self._shallow
         extra = [

@@ -87,7 +87,8 @@ class ModelRunner:
             stops: As of `plan_passes`.
 
         Returns:
-            Hidden states [sum of counts, H] after `depth` blocks, sequence by sequence.
+            [sum of counts, H] for the head after `depth` blocks, sequence by sequence: hidden
+            states, or what a block behind the exit makes of them.
         """
         arrays, wanted = self.executor.arrays, counts or [1] * len(sequences)
         groups = by_context(sequences)
@@ -135,8 +136,8 @@ class ModelRunner:
             stops: As of `plan_passes`.
 
         Returns:
-            Of each depth, which sequences have come there, and their hidden states [sum of counts,
-            H]; none of which nothing counts.
+            Of each depth, which sequences have come there, and what `run` gives for them [sum of
+            counts, H]; none of which nothing counts.
         """
         results: list[tuple[list[int], Hidden]] = []
         for group in by_context(sequences):

@@ -163,7 +163,10 @@ class Sequence:
             self.drafting.lower_to(length)
 
     def take_over(self, other: Sequence, count: int) -> None:
-        """Takes over what is known of another's first tokens, which are the same."""
+        """Takes over what is known of another's first tokens, which are the same.
+
+        Of exits only those that it will ask: states after others need not be kept for it.
+        """
         self.marks = other.marks.copy_below(count)
         shared = {exit: min(mark, count) for exit, mark in other.exits.items()}
         self.exits = {exit: mark for exit, mark in shared.items() if exit in self.asks}

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from chain import random_blocks
 from click.testing import CliRunner
+from drafts import draft_for
 from tolerances import LOGITS_FP32
 
 import ojfa_export
 from ojfa_export import errors
+from ojfa_export.backends.frugal import FrugalEngines
 from ojfa_export.bundle.block_shortcut import BlockShortcut, BlocksOnSequences
 from ojfa_export.bundle.manifest import manifest_digest
 from ojfa_export.bundle.names import GRAPHS, MANIFEST, SHORTCUT, STATISTICS
@@ -27,8 +29,11 @@ from ojfa_export.compiler.pipeline import BuildResult, build, plan
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
+from ojfa_export.planning.step_costs import measure_costs
+from ojfa_export.planning.traffic import block_bytes
 from ojfa_export.promises.statistics import load_statistics
 from ojfa_export.runtime.model import Model
+from ojfa_export.runtime.session import Session
 from ojfa_export.system.progress import SILENT
 from ojfa_export.verify.checks import language_head
 from ojfa_export.verify.verify import verify_bundle
@@ -134,10 +139,52 @@ def test_statistics_and_plans_know_its_exits_alone(built, model):
     document = json.loads(shown.stdout)
     fixed = [each["exit"] for each in document["frontier"] if each["kind"] == "fixed"]
     assert fixed == list(EXITS)
-    costs = document["costs_ms"]
-    assert costs["exit_head"] > costs["final_head"] > 0
     drafting = {each["exit"] for each in document["frontier"] if each["kind"] == "speculation"}
     assert drafting <= set(EXITS)
+
+
+def test_costs_of_a_model_that_is_too_large_to_time_whole(model):
+    """The blocks that are timed end at an exit that there is."""
+    spec = model.spec
+    for blocks in (1.5, 2.5, 3.5):
+        costs = measure_costs(
+            spec, model.engines, 64, rounds=1, seconds=0.0, progress=SILENT,
+            most_bytes=blocks * block_bytes(spec),
+        )  # fmt: skip
+        assert len(costs.exits) == spec.blocks
+
+
+def test_engines_that_keep_one_block_loaded_give_the_same(model, rng):
+    frugal, session = Session(model.spec, FrugalEngines(model.engines), 1, 64), model.session()
+    for exit in (3, model.blocks, 1, 3):
+        new = rng.integers(model.spec.vocab_size, size=5).tolist()
+        np.testing.assert_array_equal(frugal.advance(new, exit), session.advance(new, exit))
+
+
+def test_a_draft_layer_beside_it(options, checkpoint, jump_file, model, tmp_path):
+    """Passes are cut for both; each knows what it must whatever the other does."""
+    layer = tmp_path / "draft.safetensors"
+    save(draft_for(checkpoint.spec, seed=3), layer, checkpoint.sha256())
+    both = ojfa_export.load(build(options(shortcut=[jump_file, layer], rank=None)).bundle)
+    prompt, most = list(range(5, 20)), {"max_new_tokens": 12, "ignore_eos": True}
+    ways = [{"exit": 3}, {"exit": "full"}, {"speculate": Speculation(3, 2)}]
+    for way in ways:
+        wanted = model.generate([prompt], **way, **most).prompts[0]
+        assert both.generate([prompt], **way, **most).prompts[0].token_ids == wanted.token_ids
+    drafted = both.generate([prompt], speculate=Speculation(0, 2), **most).prompts[0]
+    assert drafted.token_ids == both.generate([prompt], exit="full", **most).prompts[0].token_ids
+    session = both.session(drafts=True)
+    first = session.advance(prompt)[0]
+    token = int(first.argmax())
+    session.propose([[token]])
+    session.complete_greedily([[7]], [2])
+    session.rewind(len(prompt) + 1)
+    expected = model.session()
+    expected.advance([*prompt, token])
+    for exit in (1, 3):
+        np.testing.assert_allclose(
+            session.advance([9], exit), expected.advance([9], exit), rtol=0, atol=LOGITS_FP32
+        )
 
 
 def test_every_way_of_decoding_runs(model):
