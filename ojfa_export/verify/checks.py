@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Engines
-from ojfa_export.backends.checks import checking
-from ojfa_export.backends.frugal import FrugalEngines, close_all, frugal, is_large
+from ojfa_export.backends.frugal import FrugalEngines, close_all, frugal
 from ojfa_export.backends.onnxruntime.portable import PortableGraphs
 from ojfa_export.bundle import shortcut_file
 from ojfa_export.bundle.block_shortcut import BlockShortcut, BlocksOnSequences
@@ -34,7 +33,7 @@ from ojfa_export.runtime.session import Session
 from ojfa_export.system.progress import Progress, Task
 from ojfa_export.verify.as_users import verify_defaults, verify_generation, verify_tokenizer
 from ojfa_export.verify.check import Check
-from ojfa_export.verify.exit_blocks import exit_block_in_pieces, graph_outputs
+from ojfa_export.verify.exit_heads import ExitHeads
 from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
 from ojfa_export.verify.quantised import verify_weights
 from ojfa_export.verify.reference import TransformersReference
@@ -340,10 +339,12 @@ def compare_exits(
     task: Task,
 ) -> None:
     """Compares every exit with the shortcut in float64 on the reference's hidden states."""
-    graphs, engines = PortableGraphs(parts.spec, parts.graphs), parts.open_engines()
+    engines = parts.open_engines()
     # Each block runs once and each head at every exit: so heads stay open, and blocks don't.
     close_all(engines, parts.spec)
     engines = FrugalEngines(engines, keep_heads=True)
+    graphs = PortableGraphs(parts.spec, parts.graphs)
+    heads = ExitHeads(parts.spec, graphs, engines, parts.shortcut, parts.check_tokens)
     exits = exits_of(parts.shortcut, parts.spec.blocks)
     batch, count, _ = expected.exits[exits[0]].shape
     session, tokens = Session(parts.spec, engines, batch, count), window.token_ids[:, :count]
@@ -352,8 +353,7 @@ def compare_exits(
         exact = hidden.reshape(-1, hidden.shape[-1]).astype(np.float64)
         target = head.logits(jump.apply(exact, blocks_run))
         allowance = exit_allowance(jump, head.norm, exact, target, parts.precision, blocks_run)
-        seen = _behind_exit(parts.shortcut, graphs, engines, tokens, hidden, blocks_run)
-        _compare_heads(parts, graphs, engines, seen, blocks_run, target, allowance, comparisons)
+        heads.compare(tokens, hidden, blocks_run, target, allowance, comparisons)
         if blocks_run == exits[0]:
             logits = session.advance(tokens.tolist(), blocks_run, every_position=True)
         else:  # the tokens that stopped at the exit before run one block more
@@ -361,51 +361,6 @@ def compare_exits(
         name = f"logits exit {blocks_run}"
         comparisons.record(name, "logits", np.concatenate(logits), target, allowance)
         task.advance()
-
-
-def _behind_exit(
-    shortcut: ExitShortcut,
-    graphs: PortableGraphs,
-    engines: Engines,
-    token_ids: Int32,
-    hidden: Float32,
-    blocks_run: int,
-) -> tuple[Float32, Float32]:
-    """What heads see [B n,H] of hidden states [B,n,H] at an exit: of the graphs, and of engines."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    if not isinstance(shortcut, BlockShortcut):
-        return rows, rows
-    by_graphs = graph_outputs(graphs, shortcut, blocks_run, token_ids, hidden)
-    by_engines, _ = exit_block_in_pieces(engines, blocks_run, hidden)
-    return by_graphs, by_engines.reshape(rows.shape)
-
-
-def _compare_heads(
-    parts: Parts,
-    graphs: PortableGraphs,
-    engines: Engines,
-    seen: tuple[Float32, Float32],
-    blocks_run: int,
-    target: NDArray[np.float64],
-    allowance: NDArray[np.float64],
-    comparisons: Comparisons,
-) -> None:
-    """Compares the heads of an exit, of graphs and of engines, on what each sees [rows,H]."""
-    by_graphs, by_engines = seen
-    name = "exit_block" if isinstance(parts.shortcut, BlockShortcut) else "exit_head"
-    actual = graphs.logits(by_graphs, blocks_run)
-    if is_large(parts.spec):
-        graphs.close()  # a residual shortcut's holds the whole LM head, as the engine does
-    comparisons.record(f"graph {name}", "logits", actual, target, allowance)
-    actual = engines.logits(by_engines, blocks_run)
-    comparisons.record(f"engine {name}", "logits", actual, target, allowance)
-    checks, ids = checking(engines), parts.check_tokens
-    if checks is not None and ids is not None:
-        actual = graphs.check_logits(by_graphs, blocks_run)
-        graphs.close()
-        comparisons.record("graph check_head", "logits", actual, target[:, ids], allowance)
-        actual = checks.check_logits(by_engines, blocks_run)
-        comparisons.record("engine check_head", "logits", actual, target[:, ids], allowance)
 
 
 def language_head(checkpoint: Checkpoint) -> LanguageHead:
