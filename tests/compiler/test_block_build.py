@@ -34,6 +34,7 @@ from ojfa_export.planning.traffic import block_bytes
 from ojfa_export.promises.statistics import load_statistics
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.session import Session
+from ojfa_export.system.digest import sha256_file
 from ojfa_export.system.progress import SILENT
 from ojfa_export.verify.checks import language_head
 from ojfa_export.verify.verify import verify_bundle
@@ -328,6 +329,22 @@ def test_a_manifest_that_lies_is_refused(built, tmp_path, changes, message):
     write(bundle, fields)
     with pytest.raises(errors.BundleError, match=message):
         ojfa_export.load(bundle)
+
+
+def test_verification_names_a_block_that_is_another(built, tmp_path, rng):
+    """Weights written anew, with right digests: the engines run them, the file differs."""
+    bundle = shutil.copytree(built.bundle, tmp_path / "b.ojfa")
+    path = bundle / GRAPHS / "exit_block_01.bin"
+    numbers = np.fromfile(path, np.float32)
+    numbers[rng.integers(len(numbers) // 2, len(numbers), size=50)] += 0.5
+    path.write_bytes(numbers.tobytes())
+    fields = json.loads((bundle / MANIFEST).read_text(encoding="utf-8"))
+    fields["files"][f"{GRAPHS}/exit_block_01.bin"]["sha256"] = sha256_file(path)
+    write(bundle, fields)
+    checks = verify_bundle(bundle, None, "onnxruntime", SILENT)
+    wrong = [each.name for each in checks if not each.passed]
+    assert "shortcut file exit_block_01 at exit 3: hidden" in wrong
+    assert not any("exit 1" in name or "float64" in name for name in wrong)
 
 
 def test_quantised_weights_leave_the_blocks_behind_exits_as_they_are(options, jump, jump_file):
