@@ -22,6 +22,7 @@ from ojfa_export.compiler.check_stage import DEFAULT_TOKENS, default_size
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import BuildResult, build
 from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.errors import UsageError
 from ojfa_export.graphs.weights import references
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.planning.step_costs import measure_costs
@@ -152,7 +153,7 @@ def test_golden_tokens_of_an_exit_that_there_is_not(built: BuildResult, model: M
         "blocks_run": [2],
     }
     raw["check"]["golden"] = golden
-    with pytest.raises(ValueError, match="exit 2 is none of this bundle's"):
+    with pytest.raises(UsageError, match="exit 2 is none of this bundle's"):
         Manifest.model_validate_json(json.dumps(raw))
     if check.golden is not None:
         assert set(check.golden.policy.exits) <= set(EXITS)
