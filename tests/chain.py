@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 from shortcut_kinds import Kind
 
+from ojfa_export.backends.block_jump import BlockJump
 from ojfa_export.backends.onnxruntime.build import build_engine
 from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
+from ojfa_export.backends.onnxruntime.exit_blocks import OnnxRuntimeExitBlocks
 from ojfa_export.backends.onnxruntime.quantise import quantise
+from ojfa_export.bundle.block_shortcut import KEY_NORM, QUERY_NORM, BlockShortcut
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.names import CHECK_HEAD, graph_names
 from ojfa_export.bundle.shortcut import Shortcut
@@ -55,9 +58,8 @@ class Chain:
         return Session(self.spec, self.engines, batch, max_length or self.max_length)
 
     def open_engines(self) -> OnnxRuntimeEngines:
-        rotary = self.checkpoint.family.rotary(self.checkpoint.config)
-        tables = rotary.tables(self.max_length) if rotary else None
-        return OnnxRuntimeEngines(self.spec, self.graphs, self.engine_files, tables)
+        files = self.engine_files
+        return open_onnxruntime(self.checkpoint, self.graphs, files, self.shortcut, self.max_length)
 
     def parts(self) -> Parts:
         """For `verify_parts`; engines are opened anew, so that weights are read again."""
@@ -108,10 +110,55 @@ def random_mlp(spec: ModelSpec, width: int, seed: int = 0) -> MlpShortcut:
     )
 
 
+def random_blocks(
+    spec: ModelSpec, exits: tuple[int, ...], seed: int = 0, *, each: bool = False
+) -> BlockShortcut:
+    """A block of the model's own kind, or one for each exit, whose products keep sizes.
+
+    Biases are there where every family's blocks may have them.
+    """
+    rng = np.random.default_rng(seed)
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    blocks = len(exits) if each else 1
+
+    def matrix(inputs: int, outputs: int) -> np.ndarray:
+        return (rng.normal(size=(blocks, inputs, outputs)) * inputs**-0.5).astype(np.float32)
+
+    def vector(features: int, around: float) -> np.ndarray:
+        return (around + 0.3 * rng.normal(size=(blocks, features))).astype(np.float32)
+
+    weights = {
+        "attention.qkv.weight": matrix(hidden, queries + 2 * keys),
+        "attention.out.weight": matrix(queries, hidden),
+        "mlp.up.weight": matrix(hidden, 2 * inner if spec.gated else inner),
+        "mlp.down.weight": matrix(inner, hidden),
+    }
+    for name in [name for name in weights if rng.random() < 0.5]:
+        weights[name.replace("weight", "bias")] = vector(weights[name].shape[-1], 0)
+    norms = ["attention.norm", "mlp.norm"]
+    norms += ["attention.after_norm", "mlp.after_norm"] if spec.norms == "both" else []
+    for norm in norms:
+        weights[f"{norm}.weight"] = vector(hidden, 1)
+        if spec.norm == "layer":
+            weights[f"{norm}.bias"] = vector(hidden, 0)
+    for name, features in zip((QUERY_NORM, KEY_NORM), spec.qk_norm_features, strict=True):
+        if features:
+            weights[name] = vector(features, 1)
+    scale, shift = (
+        1 + 0.3 * rng.normal(size=(len(exits), hidden)),
+        rng.normal(size=(len(exits), hidden)),
+    )
+    return BlockShortcut(exits, scale.astype(np.float32), 0.3 * shift.astype(np.float32), weights)
+
+
 def of_kind(kind: Kind, spec: ModelSpec, rank: int, seed: int) -> ExitShortcut:
     """A random shortcut."""
     if kind == "mlp":
         return random_mlp(spec, 8 * rank, seed)
+    if kind == "block":
+        exits = tuple(sorted({1, spec.blocks - 1}))
+        return random_blocks(spec, exits, seed, each=bool(seed % 2))
     shortcut = random_shortcut(spec.hidden_size, rank, seed)
     if kind == "narrow":
         return shortcut
@@ -130,6 +177,7 @@ def build_chain(
     seed: int = 0,
     kind: Kind = "narrow",
     check_tokens: np.ndarray | None = None,
+    shortcut: ExitShortcut | None = None,
 ) -> Chain:
     """Exports a checkpoint into tmp_path/graphs and builds engines in tmp_path/engines.
 
@@ -143,6 +191,7 @@ def build_chain(
         seed: Of the random shortcut.
         kind: Of the shortcut; a residual one has gates.
         check_tokens: Ids of a check head, rising.
+        shortcut: In place of a random one.
     """
     checkpoint = Checkpoint(Path(checkpoint_dir))
     graphs, engine_directory = tmp_path / "graphs", tmp_path / "engines"
@@ -154,21 +203,36 @@ def build_chain(
     for index in range(checkpoint.spec.blocks):
         exporter.block(index)
     exporter.final_head()
-    shortcut = of_kind(kind, checkpoint.spec, rank, seed)
-    exporter.exit_head(fold_if_narrow(shortcut, language_head(checkpoint)))
+    shortcut = of_kind(kind, checkpoint.spec, rank, seed) if shortcut is None else shortcut
+    exporter.shortcut(fold_if_narrow(shortcut, language_head(checkpoint)))
     files = {}
-    for name in graph_names(checkpoint.spec.blocks):
+    blocks = shortcut.blocks if isinstance(shortcut, BlockShortcut) else 0
+    for name in graph_names(checkpoint.spec.blocks, blocks):
         files[name] = engine_directory / f"{name}.onnx"
         build_engine(checkpoint.spec, graphs / f"{name}.onnx", files[name])
     if check_tokens is not None:
-        exporter.check_head(check_tokens)
+        exporter.check_head(check_tokens, "final_head" if blocks else "exit_head")
         files[CHECK_HEAD] = engine_directory / f"{CHECK_HEAD}.onnx"
         narrowed = checkpoint.spec.with_vocabulary(len(check_tokens))
         build_engine(narrowed, graphs / f"{CHECK_HEAD}.onnx", files[CHECK_HEAD])
-    rotary = checkpoint.family.rotary(checkpoint.config)
-    engines = OnnxRuntimeEngines(
-        checkpoint.spec, graphs, files, rotary.tables(max_length) if rotary else None
-    )
+    engines = open_onnxruntime(checkpoint, graphs, files, shortcut, max_length)
     return Chain(
         checkpoint, precision, max_length, graphs, files, shortcut, engines, weights, check_tokens
     )
+
+
+def open_onnxruntime(
+    checkpoint: Checkpoint,
+    graphs: Path,
+    files: dict[str, Path],
+    shortcut: ExitShortcut,
+    max_length: int,
+) -> OnnxRuntimeEngines:
+    """Opens engines of ONNX Runtime, the blocks of a block jump with them."""
+    rotary, spec = checkpoint.family.rotary(checkpoint.config), checkpoint.spec
+    tables = rotary.tables(max_length) if rotary else None
+    engines = OnnxRuntimeEngines(spec, graphs, files, tables)
+    if isinstance(shortcut, BlockShortcut):
+        jump = BlockJump(shortcut.exits, shortcut.blocks, spec, graphs, files, tables)
+        engines.exit_blocks = OnnxRuntimeExitBlocks(jump)
+    return engines

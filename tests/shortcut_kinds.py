@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Kind = Literal["narrow", "residual", "mlp"]
+Kind = Literal["narrow", "residual", "mlp", "block"]
 
 
 def split_kind(name: str) -> tuple[str, Kind]:

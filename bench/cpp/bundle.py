@@ -19,7 +19,7 @@ from ojfa_export.bundle.entries import FileEntry
 from ojfa_export.bundle.manifest import Built, CacheLayout, Calibration, Manifest, Model
 from ojfa_export.bundle.names import MANIFEST, graph_names
 from ojfa_export.bundle.shortcut_entry import ShortcutEntry
-from ojfa_export.compiler.describe import describe_graphs, describe_rotary
+from ojfa_export.compiler.describe import describe_rotary, describe_some
 from ojfa_export.compiler.stages import engine_set
 from ojfa_export.compiler.versions import tool_versions
 from ojfa_export.graphs.graph import OPSET
@@ -64,7 +64,7 @@ def write_bundle(name: str, bundle: Path, max_length: int) -> None:
         opset=OPSET,
         cache=CacheLayout(max_length=max_length, max_batch_size=16),
         rotary=describe_rotary(bundle),
-        graphs=describe_graphs(bundle, spec.blocks),
+        graphs=describe_some(bundle, names),
         engines=(engine_set(bundle, BACKEND, names),),
         shortcut=ShortcutEntry(
             kind="ojfa",

@@ -58,7 +58,7 @@ def compile_checkpoint(checkpoint: Path, directory: Path, max_length: int) -> Co
     for block in range(source.spec.blocks):
         exporter.block(block)
     exporter.final_head()
-    exporter.exit_head(random_head(source.spec))
+    exporter.shortcut(random_head(source.spec))
     backend = backends.load("onnxruntime")
     files = {name: engines / f"{name}.onnx" for name in graph_names(source.spec.blocks)}
     for name, file in files.items():

@@ -194,6 +194,7 @@ TEST(Lies, OfTheManifestAreSeenInTheGraphs) {
          "is none of the manifest's model"},
         {"llama.ojfa", {{"/shortcut/rank", 9}}, "weight 'project'"},
         {"llama.ojfa", {{"/shortcut/kind", "mlp"}}, "is an MLP, which this library doesn't run"},
+        {"llama.ojfa", {{"/shortcut/kind", "block"}}, "is a block jump, which this library doesn't run"},
         {"llama.ojfa",
          {{"/weights", {{"storage", "int4"}, {"group_size", 32}, {"zero_points", true}}}},
          "weights are int4, which this library doesn't run"},

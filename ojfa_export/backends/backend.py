@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from ojfa_export.backends.exit_blocks import ExitBlocks
 from ojfa_export.backends.passes import Chunk, Newest, Pass
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.decoding.arrays import Float32, Hidden, Tokens
@@ -88,9 +89,12 @@ class Engines(Protocol):
     Attributes:
         follows: Whether `Executor.embed` takes choices in place of token ids, before they are
             known.
+        exit_blocks: Of a block jump, set by whoever opens one; heads below full depth are then
+            asked about what comes out of these, and are the model's own.
     """
 
     follows: bool
+    exit_blocks: ExitBlocks | None
 
     def load_blocks(self, depth: int) -> None:
         """Loads the first blocks."""

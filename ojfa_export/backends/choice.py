@@ -11,6 +11,7 @@ from typing import Protocol
 
 from ojfa_export.backends.backend import Executor
 from ojfa_export.backends.checks import checking
+from ojfa_export.backends.exit_blocks import ExitBlocks
 from ojfa_export.backends.passes import Newest, Pass
 from ojfa_export.decoding.arrays import Float32, Hidden
 from ojfa_export.decoding.check_output import CheckOutput
@@ -49,6 +50,8 @@ class _GivesLogits(Chooses, Protocol):
 
 class PreparesByParts:
     """The part of `Engines` that prepares, for engines that know no shorter way."""
+
+    exit_blocks: ExitBlocks | None = None
 
     def prepare(
         self: Chooses,

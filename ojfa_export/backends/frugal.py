@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ojfa_export.backends.backend import Engines, Executor
 from ojfa_export.backends.checks import checking
 from ojfa_export.backends.choice import ChoosesOnHost
+from ojfa_export.backends.exit_blocks import ExitBlocks, ExitExecutor
 from ojfa_export.backends.passes import Chunk
 from ojfa_export.decoding.arrays import Float32, Hidden, Tokens
 from ojfa_export.models.spec import ModelSpec
@@ -50,6 +51,10 @@ def close_all(engines: Engines, spec: ModelSpec) -> None:
     executor = engines.executor(1, 1)
     for block in range(spec.blocks):
         executor.unload(block)
+    if engines.exit_blocks is not None:
+        behind = engines.exit_blocks.executor(1, 1)
+        for exit in engines.exit_blocks.exits:
+            behind.unload(exit)
     engines.unload_heads()
     trim_heap()
 
@@ -64,6 +69,8 @@ class FrugalEngines(ChoosesOnHost):
 
     def __init__(self, engines: Engines, *, keep_heads: bool = False) -> None:
         self._engines, self._keep_heads = engines, keep_heads
+        blocks = engines.exit_blocks
+        self.exit_blocks = None if blocks is None else FrugalExitBlocks(blocks)
 
     def load_blocks(self, depth: int) -> None:
         """Loads nothing ahead."""
@@ -142,4 +149,51 @@ class FrugalExecutor:
 
     def copy_prefix(self, source: int, target: int, count: int) -> None:
         """See `Executor`."""
+        self._executor.copy_prefix(source, target, count)
+
+
+class FrugalExitBlocks:
+    """Blocks behind exits that are closed after they have run.
+
+    Args:
+        blocks: The opened blocks.
+
+    Attributes:
+        exits: See `ExitBlocks`.
+        token_bytes: See `ExitBlocks`.
+    """
+
+    def __init__(self, blocks: ExitBlocks) -> None:
+        self._blocks = blocks
+        self.exits, self.token_bytes = blocks.exits, blocks.token_bytes
+
+    def executor(self, slots: int, capacity: int) -> ExitExecutor:
+        """See `ExitBlocks`."""
+        return FrugalExitExecutor(self._blocks.executor(slots, capacity))
+
+
+class FrugalExitExecutor:
+    """An executor of exits' blocks that closes each after it has run; keys and values stay."""
+
+    def __init__(self, executor: ExitExecutor) -> None:
+        self._executor = executor
+
+    def run(
+        self, exit: int, hidden: Hidden, chunks: Sequence[Chunk], *, long_context: bool
+    ) -> Hidden:
+        """See `ExitExecutor`."""
+        hidden = self._executor.run(exit, hidden, chunks, long_context=long_context)
+        self._executor.unload(exit)
+        trim_heap()
+        return hidden
+
+    def unload(self, exit: int) -> None:
+        """Nothing is left to close."""
+
+    def release(self, slot: int) -> None:
+        """See `ExitExecutor`."""
+        self._executor.release(slot)
+
+    def copy_prefix(self, source: int, target: int, count: int) -> None:
+        """See `ExitExecutor`."""
         self._executor.copy_prefix(source, target, count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
@@ -154,6 +155,19 @@ def rows_of(ranges: Sequence[range], part: Sequence[int]) -> slice | list[int]:
     if rows[-1] - rows[0] == len(rows) - 1:
         return slice(rows[0], rows[-1] + 1)
     return rows
+
+
+def select_chunks(
+    chunks: Sequence[Chunk], hidden: Hidden, slots: AbstractSet[int]
+) -> tuple[Sequence[Chunk], Hidden]:
+    """The chunks of some slots, and their rows of hidden states [tokens, H]."""
+    wanted = [index for index, chunk in enumerate(chunks) if chunk.slot in slots]
+    if len(wanted) == len(chunks):
+        return chunks, hidden
+    if not wanted:
+        return [], hidden[:0]
+    rows = rows_of(row_ranges(chunks), wanted)
+    return [chunks[index] for index in wanted], hidden[rows]
 
 
 def write_rows(target: Any, rows: slice | list[int], values: Any) -> None:

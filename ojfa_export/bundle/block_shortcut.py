@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ojfa_export.bundle.arrays import check_array
 from ojfa_export.models.activation import activate, gated, softcapped
-from ojfa_export.models.spec import ModelSpec
+from ojfa_export.models.spec import SECOND, ModelSpec
 
 # Of a block, by the names of `graphs.block`.
 WEIGHTS = (
@@ -23,6 +23,7 @@ WEIGHTS = (
 BIASES = tuple(name.replace("weight", "bias") for name in WEIGHTS)
 QUERY_NORM, KEY_NORM = "attention.q_norm.weight", "attention.k_norm.weight"
 AFTER_NORMS = ("attention.after_norm.weight", "mlp.after_norm.weight")
+OPTIONAL = (*BIASES, QUERY_NORM, KEY_NORM, *AFTER_NORMS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class BlockShortcut:
         rising = all(a < b for a, b in pairwise(self.exits))
         if not self.exits or self.exits[0] < 1 or not rising:
             raise ValueError(f"exits are {list(self.exits)}, expected rising numbers from 1 on")
-        known = {*WEIGHTS, *BIASES, QUERY_NORM, KEY_NORM, *AFTER_NORMS}
+        known = {*WEIGHTS, *OPTIONAL}
         unknown = sorted(self.weights.keys() - known)
         missing = [name for name in WEIGHTS if name not in self.weights]
         if unknown or missing:
@@ -177,6 +178,57 @@ class BlockShortcut:
         down = _linear(inner, weights, "mlp.down")
         y: NDArray[Any] = attended + normed(down, "mlp", "after")
         return y
+
+
+@dataclass(frozen=True, eq=False)
+class BlocksOnSequences:
+    """A block jump as a map of rows that are sequences of one length, one after the other.
+
+    Attributes:
+        shortcut: The jump.
+        spec: Of the model.
+        rotary: The model's tables of cosines and sines [rows, rotary_dim/2], or None.
+        length: Tokens of a sequence.
+    """
+
+    shortcut: BlockShortcut
+    spec: ModelSpec
+    rotary: tuple[NDArray[Any], ...] | None
+    length: int
+
+    @property
+    def kind(self) -> str:
+        """The jump's."""
+        return self.shortcut.kind
+
+    @property
+    def parameters(self) -> int:
+        """The jump's."""
+        return self.shortcut.parameters
+
+    def apply(self, h: NDArray[Any], blocks_run: int | None = None) -> NDArray[Any]:
+        """Predicts the last block's output for whole sequences, from position 0 on.
+
+        Args:
+            h: [sequences * length, H].
+            blocks_run: After which block.
+
+        Returns:
+            As `h`.
+
+        Raises:
+            ValueError: No exit that it serves.
+        """
+        if blocks_run is None:
+            raise ValueError("a block jump must know its exit")
+        tables, start = self.rotary or (), 0
+        if tables and self.spec.rotations_of(self.spec.blocks - 1) == SECOND:
+            start = len(tables[0]) // 2
+        rows = tuple(table[start : start + self.length].astype(h.dtype) for table in tables)
+        sequences = h.reshape(-1, self.length, h.shape[-1])
+        return np.concatenate(
+            [self.shortcut.apply(each, blocks_run, self.spec, rows) for each in sequences]
+        )
 
 
 Weights = Mapping[str, NDArray[Any]]

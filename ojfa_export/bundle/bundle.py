@@ -20,7 +20,6 @@ from ojfa_export.bundle.names import (
     MANIFEST,
     SHORTCUT,
     TOKENIZER,
-    graph_names,
 )
 from ojfa_export.errors import BundleError
 from ojfa_export.system.paths import check_utf8
@@ -182,9 +181,7 @@ class Bundle:
             raise BundleError(
                 f"{self.directory / MANIFEST} refers to {name!r} without its digest", hint=WHOLE
             )
-        self._check_parts(
-            manifest.graphs, manifest.engines, graph_names(manifest.model.spec.blocks)
-        )
+        self._check_parts(manifest.graphs, manifest.engines, manifest.graph_names)
         if draft is not None:
             self._check_parts(draft.graphs, draft.engines, list(DRAFT_GRAPHS))
         if check is not None:

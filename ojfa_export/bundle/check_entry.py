@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field
 
 from ojfa_export.bundle.entries import EngineSet, GraphEntry, TensorSlice
@@ -47,8 +49,15 @@ class CheckEntry(Part):
         """Tokens that its logits are of, n."""
         return self.tokens.shape[0]
 
-    def check_fits(self, model: ModelSpec, max_length: int) -> None:
+    def check_fits(
+        self, model: ModelSpec, max_length: int, served: Sequence[int] | None = None
+    ) -> None:
         """Refuses a head of another model.
+
+        Args:
+            model: The bundle's.
+            max_length: Tokens of its cache.
+            served: The exits before the last block that there are; None for all.
 
         Raises:
             ValueError: What doesn't fit.
@@ -58,7 +67,7 @@ class CheckEntry(Part):
         golden = self.golden
         if golden is None:
             return
-        golden.policy.check_fits(model.blocks)
+        golden.policy.check_fits(model.blocks, served)
         ids = (*golden.prompt_token_ids, *golden.token_ids)
         depths = {*golden.policy.exits, model.blocks}
         fits = max(ids) < model.vocab_size and len(ids) <= max_length + 1

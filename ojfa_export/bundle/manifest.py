@@ -22,12 +22,13 @@ from pydantic import (
 
 from ojfa_export.bundle.check_entry import CheckEntry
 from ojfa_export.bundle.entries import EngineSet, FileEntry, GraphEntry, RotaryTables, TensorSlice
-from ojfa_export.bundle.names import MANIFEST
+from ojfa_export.bundle.names import MANIFEST, graph_names
 from ojfa_export.bundle.part import NonNegativeInt, Part, PositiveInt, Sha256
 from ojfa_export.bundle.promise import Promise, Share
 from ojfa_export.bundle.shortcut_entry import ShortcutEntry
 from ojfa_export.bundle.weight_format import WeightFormat, quantised_features
 from ojfa_export.decoding.default import Default
+from ojfa_export.decoding.exits import resolve_exit
 from ojfa_export.decoding.generation_defaults import NO_DEFAULTS, GenerationDefaults
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.errors import BundleError, UsageError
@@ -234,20 +235,31 @@ class Manifest(Part):
             raise ValueError("the shortcut's gates must be one for each exit")
         return self
 
+    @property
+    def graph_names(self) -> list[str]:
+        """The model's graphs, its shortcut's among them, in the order of the computation."""
+        return graph_names(self.model.spec.blocks, self.shortcut.blocks or 0)
+
     @model_validator(mode="after")
     def _exits_fit(self) -> Manifest:
-        blocks = self.model.spec.blocks
+        blocks, served = self.model.spec.blocks, self.shortcut.exits
+        if served is not None and served[-1] >= blocks:
+            raise ValueError(f"the shortcut's exits: {served[-1]} is none of {blocks} blocks")
+        for golden in self.golden:
+            resolve_exit(golden.exit, blocks, served)
         if self.auto is not None:
-            self.auto.check_fits(blocks)
+            self.auto.check_fits(blocks, served)
         if self.default is not None:
             if self.default.exit == "auto" and self.auto is None:
                 raise ValueError("the default is auto, which the bundle doesn't have")
             if self.default.speculation is not None:
-                self.default.speculation.resolve_exit(blocks, has_layer=self.draft is not None)
+                self.default.speculation.resolve_exit(
+                    blocks, has_layer=self.draft is not None, served=served
+                )
         if self.draft is not None:
             self.draft.check_fits(self.model.spec, self.cache.max_length)
         if self.check is not None:
-            self.check.check_fits(self.model.spec, self.cache.max_length)
+            self.check.check_fits(self.model.spec, self.cache.max_length, served)
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ojfa_export.bundle.manifest import DraftEntry, Manifest
-from ojfa_export.bundle.names import CHECK_HEAD, DRAFT_GRAPHS, OF_EXITS
+from ojfa_export.bundle.names import CHECK_HEAD, DRAFT_GRAPHS, EXIT_BLOCK, OF_EXITS
 from ojfa_export.bundle.weight_format import BLOCK_MATRICES, WeightFormat
 from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
@@ -20,7 +20,7 @@ COMPUTED: Mapping[Precision, str] = {"fp32": "float", "fp16": "float16", "bf16":
 
 
 def expected_ports(manifest: Manifest, graph: str) -> tuple[Ports, Ports]:
-    """Inputs and outputs of a portable graph; see `graphs.block`, `embed`, `heads`, `draft`."""
+    """Inputs and outputs of a portable graph; see its emitter in `graphs`."""
     spec = manifest.model.spec
     if graph in DRAFT_GRAPHS and manifest.draft is not None:
         return _draft_ports(manifest.draft, graph, _compute(manifest))
@@ -33,7 +33,10 @@ def expected_ports(manifest: Manifest, graph: str) -> tuple[Ports, Ports]:
         if graph != "final_head" and manifest.shortcut.residual:
             inputs["blocks_run"] = ("int32", ("rows",))
         return inputs, {"logits": ("float", ("rows", _logits_of(manifest, graph).vocab_size))}
-    return _block_ports(spec, _compute(manifest))
+    of_block, outputs = _block_ports(spec, _compute(manifest))
+    if graph.startswith(EXIT_BLOCK):
+        of_block = {**of_block, "exit": ("int32", TOKENS)}
+    return of_block, outputs
 
 
 def _logits_of(manifest: Manifest, head: str) -> ModelSpec:
@@ -135,6 +138,8 @@ def _plain_weights(
         return _final_weights(spec)
     if graph in ("exit_head", CHECK_HEAD):
         spec = _logits_of(manifest, graph)
+        if manifest.shortcut.blocks is not None:
+            return _final_weights(spec)
         if manifest.shortcut.width is not None:
             return _mlp_weights(spec, manifest.shortcut.width)
         if manifest.shortcut.residual:
@@ -142,7 +147,11 @@ def _plain_weights(
         else:  # folded with the final norm, whose rank may be one more
             rank = found["project"][-1] if found.get("project") else 0
         return _exit_weights(spec, rank, residual=manifest.shortcut.residual)
-    return _block_weights(spec, spec.hidden_size)
+    weights = _block_weights(spec, spec.hidden_size)
+    if graph.startswith(EXIT_BLOCK):
+        each = (len(manifest.shortcut.exits or ()), spec.hidden_size)
+        return {**weights, "exit.scale": (each, True), "exit.shift": (each, True)}
+    return weights
 
 
 def _block_weights(spec: ModelSpec, seen: int) -> WeightShapes:

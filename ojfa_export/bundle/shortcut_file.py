@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.bundle.block_shortcut import BIASES, WEIGHTS, BlockShortcut
+from ojfa_export.bundle.block_shortcut import OPTIONAL, WEIGHTS, BlockShortcut
 from ojfa_export.bundle.draft_shortcut import DraftShortcut
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.shortcut import Shortcut
@@ -22,11 +22,11 @@ from ojfa_export.system.atomic import write_atomically
 from ojfa_export.system.files import check_regular
 from ojfa_export.system.paths import check_utf8
 
-# Takes an exit's hidden states to the model's head.
-ExitShortcut = Shortcut | MlpShortcut
-# What something runs.
-Runnable = ExitShortcut | DraftShortcut
-AnyShortcut = Runnable | BlockShortcut
+# Takes an exit's hidden states to the model's head, each by itself.
+RowShortcut = Shortcut | MlpShortcut
+# The same, or with those of the tokens before.
+ExitShortcut = RowShortcut | BlockShortcut
+AnyShortcut = ExitShortcut | DraftShortcut
 
 # Version 1 is a low-rank jump, version 2 has `gates` as well, version 3 is an MLP, version 4 a
 # draft layer, version 5 a block, or one for each exit.
@@ -42,7 +42,7 @@ _TENSORS: Mapping[str, tuple[str, ...]] = {
     BLOCK: ("scale", "shift", *WEIGHTS),
 }
 # Of a draft both or none.
-_OPTIONAL: Mapping[str, tuple[str, ...]] = {DRAFT: ("head", "tokens"), BLOCK: BIASES}
+_OPTIONAL: Mapping[str, tuple[str, ...]] = {DRAFT: ("head", "tokens"), BLOCK: OPTIONAL}
 _METADATA: Mapping[str, tuple[str, ...]] = {
     LOW_RANK: ("kind", "rank", "fitted_at", "residual", "model_sha256", "format_version"),
     WITH_GATES: ("kind", "rank", "fitted_at", "residual", "model_sha256", "format_version"),
@@ -179,30 +179,20 @@ def load_exit(path: Path) -> tuple[ExitShortcut, str]:
     """Reads the file of a jump that serves exits; see `load`.
 
     Raises:
-        OjfaError: As of `load_runnable`, or it is a draft layer.
+        OjfaError: As of `load`, or it is a draft layer.
     """
-    shortcut, of_model = load_runnable(path)
+    shortcut, of_model = load(path)
     if isinstance(shortcut, DraftShortcut):
         raise OjfaError(
             f"{path} is a draft layer, where a jump of exits is needed.",
-            hint="Give one of kind residual or mlp.",
+            hint="Give one of kind residual, mlp or block.",
         )
     return shortcut, of_model
 
 
-def load_runnable(path: Path) -> tuple[Runnable, str]:
-    """Reads the file of a shortcut that something runs; see `load`.
-
-    Raises:
-        OjfaError: As of `load`, or it is a block.
-    """
-    shortcut, of_model = load(path)
-    if isinstance(shortcut, BlockShortcut):
-        raise OjfaError(
-            f"{path} is a jump of kind block, and nothing runs those yet",
-            hint="this release trains and measures block jumps, engines for them do not exist yet",
-        )
-    return shortcut, of_model
+def exits_of(shortcut: ExitShortcut, blocks: int) -> tuple[int, ...]:
+    """The exits that a shortcut serves in a model of so many blocks."""
+    return shortcut.exits if isinstance(shortcut, BlockShortcut) else tuple(range(1, blocks))
 
 
 def _low_rank(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> AnyShortcut:
@@ -247,7 +237,9 @@ def _block(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> AnyShortc
         exits=tuple(map(int, metadata["exits"].split(","))),
         scale=tensors["scale"],
         shift=tensors["shift"],
-        weights={name: tensors[name] for name in (*WEIGHTS, *BIASES) if tensors[name] is not None},
+        weights={
+            name: tensors[name] for name in (*WEIGHTS, *OPTIONAL) if tensors[name] is not None
+        },
     )
 
 

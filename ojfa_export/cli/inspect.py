@@ -117,7 +117,8 @@ def _show_model(console: Console, manifest: Manifest) -> None:
             "revision": model.revision,
             "ignored fields": ", ".join(model.ignored_fields),
             "digest": model.sha256,
-            "exits": f"1 to {spec.blocks - 1} by the shortcut, {spec.blocks} by the full head",
+            "exits": f"{_describe_exits(shortcut, spec.blocks)} by the shortcut, "
+            f"{spec.blocks} by the full head",
             "hidden size": spec.hidden_size,
             "attention": f"{spec.heads} heads, {spec.kv_heads} of keys and values, "
             f"{spec.head_dim} features each{_describe_window(spec)}"
@@ -182,10 +183,19 @@ def _describe_norms(spec: ModelSpec) -> str:
     return f"{spec.norm}, epsilon {spec.norm_epsilon:g}{place}{more}"
 
 
+def _describe_exits(shortcut: ShortcutEntry, blocks: int) -> str:
+    if shortcut.exits is None:
+        return f"1 to {blocks - 1}"
+    return ", ".join(map(str, shortcut.exits))
+
+
 def _describe(shortcut: ShortcutEntry) -> str:
     size = f"{shortcut.parameters:,} parameters"
     if shortcut.width is not None:
         return f"one MLP for all exits, {shortcut.width} features, {size}"
+    if shortcut.blocks is not None:
+        behind = "one block for all exits" if shortcut.blocks == 1 else "a block for each exit"
+        return f"{behind}, with keys and values of its own, {size}"
     fitted = "" if shortcut.gates else f"fitted after block {shortcut.fitted_at}, "
     added = ", residual" if shortcut.residual and shortcut.kind != "residual" else ""
     return f"{shortcut.kind}, rank {shortcut.rank}, {fitted}{size}{added}"

@@ -11,12 +11,13 @@ from typing import Any
 
 from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
+from ojfa_export.backends.block_jump import check_runs_jump
 from ojfa_export.backends.checks import check_runs_checks
 from ojfa_export.backends.precisions import check_precision
 from ojfa_export.backends.quantised import check_runs
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest, read_manifest
-from ojfa_export.bundle.names import ENGINES, MANIFEST, graph_names
+from ojfa_export.bundle.names import ENGINES, MANIFEST
 from ojfa_export.compiler.check_stage import build_check_engine, checked_by
 from ojfa_export.compiler.describe import describe_files
 from ojfa_export.compiler.draft_stage import build_draft_engines, described
@@ -54,7 +55,8 @@ def add_engines(
     check_runs(backend, manifest.weights)
     check_precision(backend, manifest.precision)
     check_runs_checks(backend, manifest.check.size if manifest.check else 0)
-    names = graph_names(manifest.model.spec.blocks)
+    check_runs_jump(backend, manifest.shortcut.exits)
+    names = manifest.graph_names
     checks = []
     with Work(directory, _fingerprint(opened, backend), f".{backend.name}.partial").open() as work:
         with work.stage("copy") as needed:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ojfa_export.backends.backend import Backend
 from ojfa_export.backends.checks import RunsChecks
 from ojfa_export.backends.frugal import frugal
+from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.bundle.check_entry import CheckEntry
 from ojfa_export.bundle.names import CHECK_HEAD, SHORTCUT
 from ojfa_export.bundle.shortcut_entry import ShortcutEntry
@@ -57,7 +58,7 @@ def make_check(inputs: Inputs, work: Work, exporter: Exporter, progress: Progres
     share = counts[tokens].sum() / counts.sum()
     bundle, spec = work.bundle, inputs.checkpoint.spec
     entry = CheckEntry(
-        tokens=describe_slice(exporter.check_head(tokens)),
+        tokens=describe_slice(exporter.check_head(tokens, _whole_head(inputs))),
         reason=f"{count:,} of {spec.vocab_size:,} tokens, {share:.1%} of the text they were "
         f"counted in: {reason}",
         graphs=describe_some(bundle, [CHECK_HEAD]),
@@ -142,6 +143,11 @@ def frequent(counts: NDArray[np.float64], always: tuple[int, ...], size: int) ->
     return chosen
 
 
+def _whole_head(inputs: Inputs) -> str:
+    """The graph of the exit head; behind exits' blocks it is the model's own."""
+    return "final_head" if isinstance(inputs.given.exits, BlockShortcut) else "exit_head"
+
+
 def _choose(inputs: Inputs, work: Work) -> tuple[int, str]:
     """How many tokens, 0 for no check head, and why."""
     asked = inputs.settings.check_vocabulary
@@ -161,8 +167,10 @@ def default_size(
         shortcut: Of its exit head.
         form: What quantised weights are stored as, where they are.
     """
-    check = exit_head_bytes(spec, shortcut, form)
-    share = check / (spec.blocks * block_bytes(spec, form) + head_bytes(spec, form))
+    # A block behind an exit runs for every check, whatever head follows it.
+    whole = head_bytes(spec, form)
+    check = exit_head_bytes(spec, shortcut, form) if shortcut.blocks is None else whole
+    share = check / (spec.blocks * block_bytes(spec, form) + whole)
     said = f"a check of the exit head would read {share:.0%} of what a token of full depth does"
     is_large = spec.vocab_size >= LEAST_VOCABULARY and share >= LEAST_SHARE
     return (DEFAULT_TOKENS if is_large else 0), said

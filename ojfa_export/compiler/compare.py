@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.bundle.names import GRAPHS, block_name
 from ojfa_export.bundle.shortcut import Shortcut
-from ojfa_export.bundle.shortcut_file import ExitShortcut
+from ojfa_export.bundle.shortcut_file import ExitShortcut, exits_of
 from ojfa_export.compiler import stages
 from ojfa_export.compiler.fingerprints import fingerprint
 from ojfa_export.compiler.given import read_exit_shortcut
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.options import BuildOptions
-from ojfa_export.compiler.shortcut_stage import run_text
+from ojfa_export.compiler.shortcut_stage import on_windows, run_text
 from ojfa_export.compiler.work import Work, check_output
 from ojfa_export.errors import OjfaError, UsageError
 from ojfa_export.graphs.export import ExitHead, Exporter
@@ -30,6 +31,7 @@ from ojfa_export.shortcuts.comparison.model import Comparison, HeadCost, KindRes
 from ojfa_export.shortcuts.comparison.write import NAMED, write_comparison
 from ojfa_export.shortcuts.hidden import HiddenStates
 from ojfa_export.shortcuts.kinds import KINDS, TITLES, ExitMap, Kind
+from ojfa_export.shortcuts.measure import evaluate_shortcut
 from ojfa_export.shortcuts.metrics import ExitQuality, FullModelReference, evaluate
 from ojfa_export.shortcuts.sample import exit_sample
 from ojfa_export.system.progress import Progress
@@ -114,14 +116,19 @@ def _measure(
     sample = exit_sample(states, spec.blocks, inputs.windows.fit.size, head)
     reference = FullModelReference(sample.hidden(spec.blocks), head, work.scratch)
     maps: dict[str, ExitMap] = {str(kind): each for kind, each in fitted.maps.items()}
-    maps.update(others)
-    qualities: dict[str, list[ExitQuality]] = {name: [] for name in maps}
+    rotary = stages.rotary_tables(work.bundle)
+    given = {name: on_windows(inputs, each, rotary) for name, each in others.items()}
+    qualities: dict[str, list[ExitQuality]] = {name: [] for name in [*maps, *others]}
     with progress.task("comparing: measuring exits", spec.blocks - 1, "exits") as task:
         for depth in range(1, spec.blocks):
             hidden = sample.hidden(depth)
-            for name, each in maps.items():
+            for kind, each in maps.items():
                 likeliest = partial(tokens_of, each, head, depth)
-                qualities[name].append(evaluate(likeliest, hidden, reference))
+                qualities[kind].append(evaluate(likeliest, hidden, reference))
+            for name, other in others.items():
+                if depth in exits_of(other, spec.blocks):
+                    found = evaluate_shortcut(given[name], head, depth, sample, reference)
+                    qualities[name].append(found)
             task.advance()
     heads: dict[str, ExitHead] = {FOLDED: fold_if_narrow(one_jump, head), RESIDUAL: residual}
     heads |= {name: fold_if_narrow(each, head) for name, each in others.items()}
@@ -169,9 +176,12 @@ def _result(kind: Kind, fitted: Fitted, check: HeadCost, exits: list[ExitQuality
 def _given(
     name: str, shortcut: ExitShortcut, check: HeadCost, exits: list[ExitQuality]
 ) -> KindResult:
+    served = shortcut.exits if isinstance(shortcut, BlockShortcut) else None
+    at = "" if served is None else f", at exits {', '.join(map(str, served))}"
     return KindResult(
         kind=None,
-        title=f"{shortcut.kind}, {name}",
+        title=f"{shortcut.kind}, {name}{at}",
+        served=served,
         parameters=shortcut.parameters,
         bytes=4 * shortcut.parameters,
         fitted_at=None,

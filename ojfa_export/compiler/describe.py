@@ -8,14 +8,9 @@ from pathlib import Path
 import onnx
 
 from ojfa_export.bundle.entries import FileEntry, GraphEntry, Port, RotaryTables, TensorSlice
-from ojfa_export.bundle.names import GRAPHS, MANIFEST, graph_names
+from ojfa_export.bundle.names import GRAPHS, MANIFEST
 from ojfa_export.graphs.weights import TensorRef, references
 from ojfa_export.system.digest import sha256_file
-
-
-def describe_graphs(bundle: Path, blocks: int) -> tuple[GraphEntry, ...]:
-    """Describes the model's portable graphs, in the order of the computation."""
-    return describe_some(bundle, graph_names(blocks))
 
 
 def describe_some(bundle: Path, names: Iterable[str]) -> tuple[GraphEntry, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ojfa_export.bundle.draft_shortcut import DraftShortcut
-from ojfa_export.bundle.shortcut_file import ExitShortcut, Runnable, load_runnable, save
+from ojfa_export.bundle.shortcut_file import AnyShortcut, ExitShortcut, load, save
 from ojfa_export.compiler.eagle3 import read_eagle3
 from ojfa_export.errors import CheckpointError, OjfaError, UsageError
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
@@ -116,13 +116,13 @@ def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file())
 
 
-def _read(path: Path, checkpoint: Checkpoint, model_sha256: str) -> Runnable:
+def _read(path: Path, checkpoint: Checkpoint, model_sha256: str) -> AnyShortcut:
     hint = "make one with 'ojfa-export train' or 'ojfa-export calibrate'"
-    shortcut: Runnable
+    shortcut: AnyShortcut
     if path.is_dir():
         shortcut = read_eagle3(path, checkpoint.spec)
     else:
-        shortcut, of_model = load_runnable(path)
+        shortcut, of_model = load(path)
         if of_model != model_sha256:
             raise CheckpointError(
                 f"{path} is a shortcut of another model than {checkpoint.directory}", hint=hint

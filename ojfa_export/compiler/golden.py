@@ -11,6 +11,7 @@ from ojfa_export.backends.backend import Engines
 from ojfa_export.bundle.check_entry import DecidedGolden
 from ojfa_export.bundle.manifest import Golden
 from ojfa_export.decoding.arrays import Float32, Int32
+from ojfa_export.decoding.exits import nearest_exit
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
@@ -27,7 +28,7 @@ LEAD: Mapping[Precision, float] = {"fp32": 0.01, "fp16": 0.01, "bf16": 0.06}
 def make_golden(
     spec: ModelSpec, engines: Engines, windows: Int32, max_length: int, precision: Precision
 ) -> tuple[Golden, ...]:
-    """Generates golden tokens at full depth and at half depth.
+    """Generates golden tokens at full depth and at half depth, or the exit nearest to that.
 
     Where no token leads clearly, as of random weights, the one that leads most is golden at full
     depth: a bundle without any could not be verified.
@@ -40,7 +41,7 @@ def make_golden(
         precision: Of the bundle.
     """
     golden, clearest = [], (-1.0, ([0], [0]))
-    for exit in dict.fromkeys((spec.blocks, max(1, spec.blocks // 2))):
+    for exit in dict.fromkeys((spec.blocks, _middle_exit(spec, engines))):
         for window in windows[:8]:
             prompt = window[: max(1, min(PROMPT_TOKENS, max_length // 2))].tolist()
             new_tokens = min(NEW_TOKENS, max_length + 1 - len(prompt))
@@ -56,7 +57,7 @@ def make_golden(
 def decided_golden(
     spec: ModelSpec, engines: Engines, windows: Int32, max_length: int, precision: Precision
 ) -> DecidedGolden | None:
-    """Golden tokens of a policy with one exit, at half depth, some of which leave there.
+    """Golden tokens of a policy with one exit, near half depth, some of which leave there.
 
     Args:
         spec: The model.
@@ -69,7 +70,7 @@ def decided_golden(
         None where in none of the prompts a token leaves clearly, and another clearly doesn't.
     """
     clear = LEAD[precision]
-    exits = (max(1, spec.blocks // 2),)
+    exits = (_middle_exit(spec, engines),)
     for window in windows[:8]:
         prompt = window[: max(1, min(PROMPT_TOKENS, max_length // 2))].tolist()
         count = min(NEW_TOKENS, max_length + 1 - len(prompt))
@@ -90,6 +91,11 @@ def decided_golden(
                 blocks_run=depths,
             )
     return None
+
+
+def _middle_exit(spec: ModelSpec, engines: Engines) -> int:
+    behind = engines.exit_blocks
+    return nearest_exit(spec.blocks // 2, None if behind is None else behind.exits)
 
 
 class _Decided(NamedTuple):

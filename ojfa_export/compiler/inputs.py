@@ -9,9 +9,12 @@ from tokenizers import Tokenizer
 
 from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
+from ojfa_export.backends.block_jump import check_runs_jump
 from ojfa_export.backends.checks import check_runs_checks
 from ojfa_export.backends.precisions import check_precision
 from ojfa_export.backends.quantised import RunsQuantised, check_runs
+from ojfa_export.bundle.block_shortcut import BlockShortcut
+from ojfa_export.bundle.names import exit_names, graph_names
 from ojfa_export.compiler.fitted_weights import WeightFitter, fitting_text
 from ojfa_export.compiler.given import Given, read_given
 from ojfa_export.compiler.options import BuildOptions
@@ -89,6 +92,8 @@ class Inputs:
                 hint="leave --rank out",
             )
 
+        if isinstance(self.given.exits, BlockShortcut):
+            check_runs_jump(self.backend, self.given.exits.exits)
         if self.given.draft is not None and self.settings.weights is not None:
             raise UsageError(
                 f"weights {self.settings.weights} can't go with a draft layer: "
@@ -111,6 +116,21 @@ class Inputs:
             exact = ExactModel(self.checkpoint.spec, directory, tables)
             exporter.fitter = WeightFitter(exact, self.fitted_text, quantiser)
         return exporter
+
+    @property
+    def exit_names(self) -> list[str]:
+        """Graphs of the shortcut."""
+        return exit_names(self._exit_blocks)
+
+    @property
+    def graph_names(self) -> list[str]:
+        """All graphs of the model and its shortcut, in the order of the computation."""
+        return graph_names(self.checkpoint.spec.blocks, self._exit_blocks)
+
+    @property
+    def _exit_blocks(self) -> int:
+        exits = self.given.exits
+        return exits.blocks if isinstance(exits, BlockShortcut) else 0
 
     @property
     def fitted_text(self) -> Int32 | None:

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ojfa_export.bundle.names import DRAFT_GRAPHS, GRAPHS, SHORTCUT, block_name, graph_names
+from ojfa_export.bundle.block_shortcut import BlockShortcut
+from ojfa_export.bundle.names import (
+    DRAFT_GRAPHS,
+    GRAPHS,
+    SHORTCUT,
+    block_name,
+    exit_names,
+    graph_names,
+)
 from ojfa_export.compiler import stages
 from ojfa_export.compiler.fingerprints import fingerprint
 from ojfa_export.compiler.given import read_given
@@ -87,11 +95,13 @@ def export_only(
         directory.mkdir()
         exporter = inputs.exporter(directory)
         stages.export(exporter, progress)
-        names = [name for name in graph_names(inputs.checkpoint.spec.blocks) if name != "exit_head"]
+        blocks = inputs.checkpoint.spec.blocks
+        names = [name for name in graph_names(blocks) if name != "exit_head"]
         if given.exits is not None:
             head = stages.language_head(inputs.checkpoint, exporter.directory)
-            exporter.exit_head(fold_if_narrow(given.exits, head))
-            names.append("exit_head")
+            exporter.shortcut(fold_if_narrow(given.exits, head))
+            behind = given.exits.blocks if isinstance(given.exits, BlockShortcut) else 0
+            names += exit_names(behind)
         if given.draft is not None:
             exporter.draft(given.draft)
             names += DRAFT_GRAPHS

@@ -18,7 +18,6 @@ from ojfa_export.bundle.names import (
     MANIFEST,
     REPORT,
     STATISTICS,
-    graph_names,
 )
 from ojfa_export.bundle.promise import Promise
 from ojfa_export.compiler import exits, stages
@@ -153,7 +152,7 @@ def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
             stages.write_chat(inputs.chat, work.bundle)
     with work.stage("engines") as needed:
         if needed:
-            names = [name for name in graph_names(spec.blocks) if name != "exit_head"]
+            names = [name for name in inputs.graph_names if name not in inputs.exit_names]
             stages.build_engines(work.bundle, names, spec, backend, progress)
     if "calibrate" not in work.finished:  # hidden states are not kept after it
         with work.stage("text") as needed:
@@ -163,8 +162,8 @@ def _make_parts(inputs: Inputs, work: Work, progress: Progress) -> None:
         if needed:
             states = kept_states(inputs, work)
             head, report = make_shortcut(inputs, states, work, progress)
-            exporter.exit_head(head)
-            stages.build_engines(work.bundle, ["exit_head"], spec, backend, progress)
+            exporter.shortcut(head)
+            stages.build_engines(work.bundle, inputs.exit_names, spec, backend, progress)
             stages.save_report(report, work.scratch / "report.json")
             for path in work.scratch.glob("*.f32"):
                 path.unlink()
@@ -292,7 +291,7 @@ def plan(options: BuildOptions) -> dict[str, Any]:
         },
         "stages": list(stage_keys(inputs)),
         "graphs": [
-            *graph_names(spec.blocks),
+            *inputs.graph_names,
             *(DRAFT_GRAPHS if drafting else ()),
             *((CHECK_HEAD,) if settings.check_vocabulary else ()),
         ],

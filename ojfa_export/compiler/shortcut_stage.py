@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 
+from ojfa_export.bundle.block_shortcut import BlockShortcut, BlocksOnSequences
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.names import GRAPHS, SHORTCUT, block_name
-from ojfa_export.bundle.shortcut_file import save
+from ojfa_export.bundle.shortcut import Shortcut
+from ojfa_export.bundle.shortcut_file import ExitShortcut, RowShortcut, save
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.report.model import CalibrationReport, ExitReport
 from ojfa_export.compiler.stages import engine_files, language_head, rotary_tables
 from ojfa_export.compiler.work import Work
+from ojfa_export.decoding.arrays import Float32
 from ojfa_export.graphs.export import ExitHead
 from ojfa_export.graphs.fold import fold_if_narrow
 from ojfa_export.shortcuts.calibrate import Calibrated, calibrate
@@ -44,9 +47,20 @@ def make_shortcut(
         return calibrated.head, report_calibrated(inputs, calibrated)
     head = language_head(inputs.checkpoint, work.bundle / GRAPHS)
     blocks = inputs.checkpoint.spec.blocks
-    measured = measure(states, blocks, given.exits, head, work.scratch, progress)
+    jump = on_windows(inputs, given.exits, rotary_tables(work.bundle))
+    measured = measure(states, blocks, jump, head, work.scratch, progress)
     given.copy(given.exits_path, work.bundle / SHORTCUT, inputs.model_sha256)
     return fold_if_narrow(given.exits, head), report_measured(inputs, measured)
+
+
+def on_windows(
+    inputs: Inputs, shortcut: ExitShortcut, rotary: tuple[Float32, Float32] | None
+) -> RowShortcut | BlocksOnSequences:
+    """A shortcut as it is measured: a block jump on whole windows of the calibration text."""
+    if not isinstance(shortcut, BlockShortcut):
+        return shortcut
+    spec, length = inputs.checkpoint.spec, inputs.calibrated.shape[1]
+    return BlocksOnSequences(shortcut, spec, rotary, length)
 
 
 def run_calibration(
@@ -129,15 +143,16 @@ def report_calibrated(inputs: Inputs, calibrated: Calibrated) -> CalibrationRepo
 def report_measured(inputs: Inputs, measured: Measured) -> CalibrationReport:
     """The report of a shortcut that was given."""
     spec, shortcut = inputs.checkpoint.spec, measured.shortcut
-    both = zip(measured.quality, measured.identity, strict=True)
+    each = zip(measured.exits, measured.quality, measured.identity, strict=True)
     return CalibrationReport(
         model=inputs.name,
         blocks=spec.blocks,
         hidden_size=spec.hidden_size,
         kind=shortcut.kind,
-        rank=None if isinstance(shortcut, MlpShortcut) else shortcut.rank,
+        rank=shortcut.rank if isinstance(shortcut, Shortcut) else None,
         width=shortcut.width if isinstance(shortcut, MlpShortcut) else None,
-        fitted_at=None if isinstance(shortcut, MlpShortcut) else shortcut.fitted_at,
+        exit_blocks=shortcut.blocks if isinstance(shortcut, BlockShortcut) else None,
+        fitted_at=shortcut.fitted_at if isinstance(shortcut, Shortcut) else None,
         reason=f"The shortcut was given: {inputs.given.exits_path}. "
         f"Measured on {measured.tokens:,} held-out tokens.",
         parameters=shortcut.parameters,
@@ -145,6 +160,6 @@ def report_measured(inputs: Inputs, measured: Measured) -> CalibrationReport:
         tokens_held_out=measured.tokens,
         exits=[
             ExitReport(blocks=depth, given=quality, identity=identity)
-            for depth, (quality, identity) in enumerate(both, start=1)
+            for depth, quality, identity in each
         ],
     )

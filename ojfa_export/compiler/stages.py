@@ -14,7 +14,9 @@ import onnx
 from tokenizers import Tokenizer
 
 from ojfa_export.backends.backend import Backend, Engines, SharesEngines
+from ojfa_export.backends.block_jump import BlockJump, open_jump
 from ojfa_export.backends.frugal import frugal
+from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.bundle.check_entry import CheckEntry
 from ojfa_export.bundle.entries import EngineSet
 from ojfa_export.bundle.manifest import (
@@ -35,7 +37,6 @@ from ojfa_export.bundle.names import (
     MANIFEST,
     SHORTCUT,
     TOKENIZER,
-    graph_names,
 )
 from ojfa_export.bundle.promise import Promise
 from ojfa_export.bundle.shortcut_entry import ShortcutEntry
@@ -47,7 +48,7 @@ from ojfa_export.bundle.weight_format import (
     matrix_of,
 )
 from ojfa_export.compiler.decided import Decided
-from ojfa_export.compiler.describe import describe_files, describe_graphs, describe_rotary
+from ojfa_export.compiler.describe import describe_files, describe_rotary, describe_some
 from ojfa_export.compiler.golden import make_golden
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.report.model import CalibrationReport
@@ -109,10 +110,16 @@ def engine_files(bundle: Path, backend: Backend, names: list[str]) -> dict[str, 
 def open_engines(inputs: Inputs, work: Work) -> Engines:
     """Opens the engines that ship, exit head and check head included."""
     spec, bundle = inputs.checkpoint.spec, work.bundle
-    files = engine_files(bundle, inputs.backend, graph_names(spec.blocks))
+    files = engine_files(bundle, inputs.backend, inputs.graph_names)
     check = engine_files(bundle, inputs.backend, [CHECK_HEAD])
     files |= {name: path for name, path in check.items() if path.exists()}
-    return inputs.backend.open_engines(spec, bundle / GRAPHS, files, rotary_tables(bundle))
+    graphs, rotary = bundle / GRAPHS, rotary_tables(bundle)
+    engines = inputs.backend.open_engines(spec, graphs, files, rotary)
+    shortcut = inputs.given.exits
+    if isinstance(shortcut, BlockShortcut):
+        jump = BlockJump(shortcut.exits, shortcut.blocks, spec, graphs, files, rotary)
+        open_jump(inputs.backend, engines, jump)
+    return engines
 
 
 def rotary_tables(bundle: Path) -> tuple[Float32, Float32] | None:
@@ -182,7 +189,7 @@ def write_manifest(
     """Writes the manifest over everything that is in the bundle."""
     checkpoint, settings, spec = inputs.checkpoint, inputs.settings, inputs.checkpoint.spec
     shortcut, _ = load_exit(bundle / SHORTCUT)
-    names = graph_names(spec.blocks)
+    names = inputs.graph_names
     manifest = Manifest(
         model=Model(
             name=inputs.name,
@@ -198,7 +205,7 @@ def write_manifest(
             max_length=settings.max_cache_length, max_batch_size=settings.max_batch_size
         ),
         rotary=describe_rotary(bundle),
-        graphs=describe_graphs(bundle, spec.blocks),
+        graphs=describe_some(bundle, names),
         engines=(engine_set(bundle, inputs.backend, names),),
         shortcut=ShortcutEntry.of(shortcut),
         calibration=Calibration(

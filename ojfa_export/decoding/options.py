@@ -189,23 +189,31 @@ class GenerationOptions:
             or self.frequency_penalty != 0
         )
 
-    def check_fits(self, blocks: int, vocab_size: int, *, has_layer: bool = False) -> None:
+    def check_fits(
+        self,
+        blocks: int,
+        vocab_size: int,
+        *,
+        has_layer: bool = False,
+        served: Sequence[int] | None = None,
+    ) -> None:
         """Checks what depends on the model.
 
         Args:
             blocks: Of the model.
             vocab_size: Of the model.
             has_layer: Whether it has a draft layer.
+            served: The exits that there are before the last block; None for all.
 
         Raises:
             UsageError: An exit or a token outside the model, or an exit beside speculation.
         """
         if isinstance(self.exit, ExitPolicy):
-            self.exit.check_fits(blocks)
+            self.exit.check_fits(blocks, served)
         elif self.exit not in (None, "auto"):
-            resolve_exit(self.exit, blocks)  # type: ignore[arg-type]
+            resolve_exit(self.exit, blocks, served)  # type: ignore[arg-type]
         if self.speculation is not None:
-            self.speculation.resolve_exit(blocks, has_layer=has_layer)
+            self.speculation.resolve_exit(blocks, has_layer=has_layer, served=served)
             if self.adjusts_logits:
                 raise UsageError(
                     "penalties, logit-bias and min-p can't be combined with speculation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import (
@@ -15,6 +16,7 @@ from pydantic import (
 )
 
 from ojfa_export.decoding.confidence import Measure
+from ojfa_export.decoding.exits import check_served
 from ojfa_export.errors import UsageError
 from ojfa_export.system.arguments import listed, real_number, whole_number
 
@@ -78,17 +80,22 @@ class ExitPolicy(BaseModel):
             )
         return self
 
-    def check_fits(self, blocks: int) -> None:
-        """Checks that the exits lie before a model's last block.
+    def check_fits(self, blocks: int, served: Sequence[int] | None = None) -> None:
+        """Checks that the exits lie before a model's last block, and that they are there.
+
+        Args:
+            blocks: Of the model.
+            served: The exits that there are; None for all.
 
         Raises:
-            UsageError: One doesn't.
+            UsageError: One isn't.
         """
         if self.exits and self.exits[-1] >= blocks:
             raise UsageError(
                 f"exit {self.exits[-1]} of the exit policy is outside this model's 1..{blocks - 1}",
                 hint="tokens that no exit stops run all blocks without being named",
             )
+        check_served(self.exits, served)
 
 
 def _exit(value: Any) -> int:

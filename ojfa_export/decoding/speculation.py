@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from ojfa_export.decoding.arrays import Float32
+from ojfa_export.decoding.exits import check_served, nearest_exit
 from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.errors import UsageError
 from ojfa_export.system.arguments import real_number, whole_number
@@ -72,19 +73,22 @@ class Speculation:
         for name, value in read.items():
             object.__setattr__(self, name, value)
 
-    def resolve_exit(self, blocks: int, *, has_layer: bool = False) -> int:
+    def resolve_exit(
+        self, blocks: int, *, has_layer: bool = False, served: Sequence[int] | None = None
+    ) -> int:
         """Blocks that draft; 0 for a draft layer.
 
         Args:
             blocks: Of the model.
             has_layer: Whether there is a draft layer.
+            served: The exits that there are; None for all.
 
         Raises:
             UsageError: Not before the last block, or a draft layer that there is not.
         """
         exit = self.exit
         if exit is None:
-            exit = 0 if has_layer else max(1, blocks // 2)
+            exit = 0 if has_layer else nearest_exit(blocks // 2, served)
         if exit == 0 and not has_layer:
             raise UsageError(
                 "exit 0 can't draft: the bundle has no draft layer",
@@ -96,6 +100,8 @@ class Speculation:
                 f"exit {exit} can't draft for this model of {blocks} blocks",
                 hint=f"drafts need an exit before the last block: 1..{blocks - 1}",
             )
+        if exit:
+            check_served((exit,), served)
         return exit
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Iterable
@@ -44,16 +45,21 @@ class CacheSize:
 
     Attributes:
         pages: How many there are.
-        page_tokens: Tokens that one holds.
+        page_tokens: Tokens that one holds, of a sequence that asks no exit with a block behind it.
+        exit_share: What such an exit's keys and values take, of what the model's do.
     """
 
     pages: int
     page_tokens: int
+    exit_share: float = 0.0
 
-    @property
-    def tokens(self) -> int:
-        """That it holds."""
-        return self.pages * self.page_tokens
+    def tokens(self, exits: int = 0) -> int:
+        """That it holds, of sequences that ask so many exits with a block behind each."""
+        return math.floor(self.pages * self.page_tokens / (1 + exits * self.exit_share))
+
+    def takes(self, tokens: int, exits: int) -> int:
+        """How many tokens of a sequence without such exits take as much memory as these."""
+        return math.ceil(tokens * (1 + exits * self.exit_share))
 
     def needed(self, lengths: Iterable[int]) -> int:
         """Pages of sequences of some lengths that share none."""
@@ -82,10 +88,13 @@ class CacheSize:
         Raises:
             UsageError: The limit is no size, or smaller than a page.
         """
+        behind = engines.exit_blocks
         paged = engines if isinstance(engines, PagedCache) else None
         page_tokens = paged.page_tokens if paged else PAGE_TOKENS
         size = page_bytes(spec, paged.cache_element_bytes if paged else 4, page_tokens)
-        pages, beside = sequences * pages_of(length, page_tokens), 0
+        share = 0.0 if behind is None else page_tokens * behind.token_bytes / size
+        most = cls(0, page_tokens, share).takes(length, 0 if behind is None else len(behind.exits))
+        pages, beside = sequences * pages_of(most, page_tokens), 0
         if drafts is not None and drafts.takes_whole:
             beside = sequences * length * drafts.token_bytes
         elif drafts is not None:
@@ -98,11 +107,11 @@ class CacheSize:
                 f"kv-cache-bytes {limit!r} holds no page of {page_tokens} tokens",
                 hint=f"a page takes {size} bytes{also}",
             )
-        return cls(pages, page_tokens)
+        return cls(pages, page_tokens, share)
 
-    def fits(self, tokens: int) -> bool:
+    def fits(self, tokens: int, exits: int = 0) -> bool:
         """Whether a request of so many tokens has room when it is alone."""
-        return pages_of(tokens, self.page_tokens) <= self.pages
+        return pages_of(self.takes(tokens, exits), self.page_tokens) <= self.pages
 
 
 class PageBudget:

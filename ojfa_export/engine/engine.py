@@ -12,13 +12,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ojfa_export.backends.backend import PagedCache
+from ojfa_export.decoding.exits import check_served
 from ojfa_export.decoding.options import GenerationOptions, OptionArguments
 from ojfa_export.engine.budget import CacheSize, PageBudget
 from ojfa_export.engine.costs import PassCosts
 from ojfa_export.engine.launcher import Launched, Launcher, foresee
 from ojfa_export.engine.next_step import StepOutput
 from ojfa_export.engine.request import Request
-from ojfa_export.engine.running import NO_SLOT, Running
+from ojfa_export.engine.running import NO_SLOT, Running, asked_exits
 from ojfa_export.engine.scheduler import Scheduler, Work
 from ojfa_export.engine.slots import Slots
 from ojfa_export.engine.stats import Counts, EngineStats
@@ -51,9 +52,10 @@ class Engine:
     Args:
         model: The opened model. The engine has its own KV cache; sessions may run beside it.
         max_sequences: Requests that run at once.
-        kv_cache_bytes: Memory for keys and values, and for what a draft layer keeps, a number or
-            text such as "4GiB"; by default as much as all sequences may need. When it runs out, the
-            youngest request goes back to the queue, and nothing of it is lost.
+        kv_cache_bytes: Memory for keys and values, those of blocks behind exits that requests ask
+            among them, and for what a draft layer keeps, a number or text such as "4GiB"; by
+            default as much as all sequences may need. When it runs out, the youngest request goes
+            back to the queue, and nothing of it is lost.
         max_queue: Requests that may wait; one more is refused.
         prefill_tokens: Tokens of a long prompt that run between two steps of other requests; None
             to adapt them so that they take about as long as such a step.
@@ -145,15 +147,19 @@ class Engine:
         options = self.model.resolve_speculation(options)
         assert options.exit is not None
         options.check_fits(
-            self.model.blocks, self.model.spec.vocab_size, has_layer=self.model.drafts is not None
+            self.model.blocks,
+            self.model.spec.vocab_size,
+            has_layer=self.model.drafts is not None,
+            served=self.model.exits,
         )
         exit = self.model.resolve_exit(options.exit)
         ids = self.model.encode(prompt)
         if timeout is not None:
             timeout = real_number("timeout", timeout, 0.0, hint="seconds from now on")
-        if not self._size.fits(len(ids) + 1):
+        asks = len(asked_exits(self.model, exit, options.speculation))
+        if not self._size.fits(len(ids) + 1, asks):
             raise UsageError(
-                f"the prompt has {len(ids)} tokens, the KV cache holds {self._size.tokens}",
+                f"the prompt has {len(ids)} tokens, the KV cache holds {self._size.tokens(asks)}",
                 hint="shorten it, or give the engine more kv-cache-bytes",
             )
         with self._wanted:
@@ -211,6 +217,7 @@ class Engine:
         spec, sampled = self.model.spec, flag("sampled", sampled)
         kinds = (False, True) if sampled else (False,)
         depths = [*(whole_number("exits", exit, 1, spec.blocks - 1) for exit in exits), spec.blocks]
+        check_served(depths[:-1], self.model.exits)
         with self._wanted:
             recorded = self._recorded
             if recorded is None and not self._closed:
@@ -248,6 +255,7 @@ class Engine:
             self._runner,
             self.max_sequences,
             self._budget,
+            self._size,
             self._max_length,
             reuse=self._prefix_cache,
         )
@@ -425,7 +433,8 @@ class Engine:
             self._may_admit = True
             if alone:
                 error = OjfaError(
-                    f"the request needs more than the {self._size.tokens} tokens of the KV cache",
+                    f"the request needs more than the {self._size.tokens(len(each.sequence.asks))} "
+                    "tokens of the KV cache",
                     hint="give the engine more kv-cache-bytes, or step for fewer tokens",
                 )
                 self._end(each, error)

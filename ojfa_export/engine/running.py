@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.engine.decoder import Decoder, Decoding
 from ojfa_export.engine.next_step import NextStep, StepOutput
 from ojfa_export.engine.request import FinishReason, Request, RequestToken
@@ -82,7 +83,8 @@ class Running:
         drafts, speculation, depth = model.drafts, options.speculation, None
         if drafts is not None and speculation is not None and speculation.exit == 0:
             depth = drafts.depths[-1]
-        sequence = Sequence(NO_SLOT, spec.blocks, spec.rotary_switch, depth)
+        asks = asked_exits(model, exit, speculation)
+        sequence = Sequence(NO_SLOT, spec.blocks, spec.rotary_switch, depth, asks)
         sequence.append(list(prompt))
         has_drafts = depth is not None
         decoder = Decoder(
@@ -207,3 +209,15 @@ class Running:
             return None
         is_all = self._count >= self.request.options.max_new_tokens
         return "max_new_tokens" if is_all else "cache_full"
+
+
+def asked_exits(
+    model: Model, exit: int | ExitPolicy, speculation: Speculation | None
+) -> frozenset[int]:
+    """The exits with a block behind them that a request will ask."""
+    behind = model.engines.exit_blocks
+    if behind is None:
+        return frozenset()
+    drafting = () if speculation is None or not speculation.exit else (speculation.exit,)
+    asked = exit.exits if isinstance(exit, ExitPolicy) else (exit,)
+    return frozenset(each for each in (*asked, *drafting) if each in behind.exits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from ojfa_export.engine.budget import PageBudget
+from ojfa_export.engine.budget import CacheSize, PageBudget
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import Sequence
 
@@ -24,14 +24,23 @@ class Slots:
         runner: Has the cache.
         count: Slots.
         budget: Pages.
+        size: Of the cache.
         capacity: Tokens of a slot.
         reuse: Whether to keep what sequences leave.
     """
 
     def __init__(
-        self, runner: ModelRunner, count: int, budget: PageBudget, capacity: int, *, reuse: bool
+        self,
+        runner: ModelRunner,
+        count: int,
+        budget: PageBudget,
+        size: CacheSize,
+        capacity: int,
+        *,
+        reuse: bool,
     ) -> None:
         self._runner, self._budget, self._capacity = runner, budget, capacity
+        self._size = size
         self._reuse = reuse
         self._free = list(range(count - 1, -1, -1))
         self._left: OrderedDict[int, Sequence] = OrderedDict()  # by slot, oldest first
@@ -52,7 +61,8 @@ class Slots:
             assert donor is not None
             del self._left[donor.slot]
             self._budget.move(donor, sequence)
-        if not self._make_room(sequence, len(sequence) + 1):
+        needed = self._size.takes(len(sequence) + 1, len(sequence.asks))
+        if not self._make_room(sequence, needed):
             if in_place:
                 self._put_back(donor, sequence)
             return None
@@ -62,7 +72,7 @@ class Slots:
             return None
         else:
             slot = free
-        self._budget.hold(sequence, len(sequence) + 1)
+        self._budget.hold(sequence, needed)
         sequence.slot = slot
         if donor is not None:
             if not in_place:
@@ -72,7 +82,7 @@ class Slots:
 
     def grow(self, sequence: Sequence, more: int = 0) -> bool:
         """Gives a sequence pages for all its tokens, and some more; False where there are none."""
-        tokens = len(sequence) + more
+        tokens = self._size.takes(len(sequence) + more, len(sequence.asks))
         if self._budget.covers(sequence, tokens):
             return True
         if not self._make_room(sequence, tokens):

@@ -22,7 +22,7 @@ import onnx
 
 from ojfa_export.bundle.names import block_name
 from ojfa_export.graphs.dialect import Portable, Weights
-from ojfa_export.graphs.graph import FLOAT, Graph
+from ojfa_export.graphs.graph import FLOAT, INT32, Graph
 from ojfa_export.models.spec import ModelSpec
 
 
@@ -42,15 +42,60 @@ def block_graph(
     )
     hidden = graph.input("hidden", FLOAT, *dialect.token_axes, spec.hidden_size)
     dialect.attention_inputs(graph)
-    if spec.norms_are("before"):
+    result = run_block(graph, hidden, index, weights, dialect)
+    graph.output(result, "hidden_out", FLOAT, *dialect.token_axes, spec.hidden_size)
+    return graph.model()
+
+
+def exit_block_graph(
+    spec: ModelSpec, name: str, weights: Weights, dialect: Portable
+) -> onnx.ModelProto:
+    """Emits a block that stands behind exits: what it computes is in `bundle.block_shortcut`.
+
+    Each token says of which of the shortcut's exits it is, which picks its scale and shift.
+
+    Args:
+        spec: The model.
+        name: Of the graph.
+        weights: Those of a block, and `exit.scale` and `exit.shift` [exits, H], fp32.
+        dialect: The operators to write it in.
+    """
+    graph = dialect.graph(
+        name, f"A block behind exits: their output to the last block's of a {spec.family} model"
+    )
+    hidden = graph.input("hidden", FLOAT, *dialect.token_axes, spec.hidden_size)
+    exit = graph.input("exit", INT32, *dialect.token_axes)
+    dialect.attention_inputs(graph)
+    scale, shift = (
+        graph.op("Gather", graph.weight(each, weights[each]), exit)
+        for each in ("exit.scale", "exit.shift")
+    )
+    scaled = graph.op("Add", graph.op("Mul", hidden, scale), shift)
+    result = run_block(graph, scaled, spec.blocks - 1, weights, dialect)
+    graph.output(result, "hidden_out", FLOAT, *dialect.token_axes, spec.hidden_size)
+    return graph.model()
+
+
+def run_block(graph: Graph, hidden: str, index: int, weights: Weights, dialect: Portable) -> str:
+    """All of a block.
+
+    Args:
+        graph: Its graph, with the inputs of attention.
+        hidden: What goes in, fp32.
+        index: Of the model's block whose attention it has, from 0.
+        weights: The block's weights.
+        dialect: The operators to write it in.
+
+    Returns:
+        What comes out, fp32.
+    """
+    if dialect.spec.norms_are("before"):
         seen = dialect.norm(graph, hidden, weights, "attention.norm")
     else:
         seen = dialect.to_compute(graph, hidden)
     qkv = dialect.linear(graph, seen, weights, "attention.qkv")
     mixed = dialect.attention(graph, qkv, index, weights)
-    result = after_attention(graph, hidden, mixed, weights, dialect)
-    graph.output(result, "hidden_out", FLOAT, *dialect.token_axes, spec.hidden_size)
-    return graph.model()
+    return after_attention(graph, hidden, mixed, weights, dialect)
 
 
 def after_attention(

@@ -10,13 +10,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.bundle.draft_shortcut import DraftShortcut, rotations
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
-from ojfa_export.bundle.names import CHECK_HEAD, DRAFT_GRAPHS, block_name
+from ojfa_export.bundle.names import CHECK_HEAD, DRAFT_GRAPHS, block_name, exit_block_name
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.bundle.weight_format import BLOCK_MATRICES, ENDS, QuantisedMatrix
 from ojfa_export.decoding.arrays import Int32
-from ojfa_export.graphs.block import block_graph
+from ojfa_export.graphs.block import block_graph, exit_block_graph
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.draft import draft_part_graph
 from ojfa_export.graphs.embed import embed_graph
@@ -30,7 +31,7 @@ from ojfa_export.models.families.tensors import Source
 from ojfa_export.models.precision import Precision
 from ojfa_export.system.atomic import write_atomically
 
-ExitHead = FoldedHead | Shortcut | MlpShortcut
+ExitHead = FoldedHead | Shortcut | MlpShortcut | BlockShortcut
 # Weights of an exit head that have a row, or a number, for each token.
 OF_VOCABULARY = frozenset(
     {"vocabulary.bias", *(name + end for name in ("head", "vocabulary") for end in ("", *ENDS))}
@@ -169,11 +170,14 @@ class Exporter:
             weights["head"] = self._embedding_ref()
         self._write("final_head", final_head_graph(self.checkpoint.spec, weights, self.dialect))
 
-    def exit_head(self, head: ExitHead) -> None:
-        """Exports the exit head: a narrow shortcut folded, or another as it is.
+    def shortcut(self, head: ExitHead) -> None:
+        """Exports the exit head: a narrow shortcut folded, or another as it is; or its blocks.
 
         Of another the final head must have been exported: its weights are shared.
         """
+        if isinstance(head, BlockShortcut):
+            self._exit_blocks(head)
+            return
         if isinstance(head, FoldedHead):
             weights = self._folded_head(head)
         else:
@@ -182,7 +186,7 @@ class Exporter:
         model = jump_head_graph(self.checkpoint.spec, weights, self.dialect)
         self._write("exit_head", model)
 
-    def check_head(self, tokens: Int32) -> TensorRef:
+    def check_head(self, tokens: Int32, head: str = "exit_head") -> TensorRef:
         """Exports the exit head over some tokens; the exit head must have been exported.
 
         Rows of its matrix to the vocabulary are copied as they are stored, quantised ones too; all
@@ -190,12 +194,13 @@ class Exporter:
 
         Args:
             tokens: Ids [n], rising.
+            head: Graph of the exit head; where blocks stand behind exits, the model's own.
 
         Returns:
             Where the ids are.
         """
-        exit_head = self._load("exit_head")
-        weights, arrays = references(exit_head), map_tensors(exit_head, self.directory)
+        whole = self._load(head)
+        weights, arrays = references(whole), map_tensors(whole, self.directory)
         with WeightFile(self.directory, f"{CHECK_HEAD}.bin", self.precision) as file:
             for name in sorted(OF_VOCABULARY & weights.keys()):
                 weights[name] = file.add_as_stored(arrays[name][tokens], weights[name].dtype)
@@ -290,6 +295,23 @@ class Exporter:
                 "up": file.add("up", shortcut.up),
                 "gates": file.add("gates", gates),
             }
+
+    def _exit_blocks(self, shortcut: BlockShortcut) -> None:
+        """Scales and shifts are in the first block's file, for all of them."""
+        exits: dict[str, TensorRef] = {}
+        for index in range(shortcut.blocks):
+            name = exit_block_name(index)
+            with WeightFile(self.directory, f"{name}.bin", self.precision) as file:
+                if not index:
+                    exits = {
+                        "exit.scale": file.add("exit.scale", shortcut.scale, "fp32"),
+                        "exit.shift": file.add("exit.shift", shortcut.shift, "fp32"),
+                    }
+                weights = {
+                    key: file.add(key, each[index]) for key, each in shortcut.weights.items()
+                }
+            spec, dialect = self.checkpoint.spec, self.dialect
+            self._write(name, exit_block_graph(spec, name, weights | exits, dialect))
 
     def _ends(self) -> Mapping[str, Source]:
         return self.checkpoint.family.ends(self.checkpoint.config, self.checkpoint.spec)

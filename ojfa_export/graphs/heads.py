@@ -73,15 +73,19 @@ def jump_head_graph(
 ) -> onnx.ModelProto:
     """The exit head of whatever shortcut the weights are of, or the check head.
 
+    Where blocks stand behind exits, a check head is the model's own head over some tokens.
+
     Args:
         spec: The model; for a check head, of as many tokens as that has.
-        weights: Those of the emitter below that is of the shortcut.
+        weights: Those of the emitter that is of the shortcut.
         dialect: The operators to write it in.
         name: "exit_head" or "check_head".
     """
     for part, make in (("gates", residual_head_graph), ("exit.scale", mlp_head_graph)):
         if part in weights:
             return make(spec, weights, dialect, name)
+    if "project" not in weights:
+        return final_head_graph(spec, weights, dialect, name, _ABOUT[name])
     return exit_head_graph(spec, weights, dialect, name)
 
 

@@ -120,8 +120,8 @@ def bench_bundle(
     )
     model, runs = load(bundle, backend=backend), backends.load(backend)
     spec = model.spec
-    chosen: Sequence[Exit] = exits or range(1, spec.blocks + 1)
-    depths = sorted({resolve_exit(exit, spec.blocks) for exit in chosen})
+    chosen: Sequence[Exit] = exits or [*model.exits, spec.blocks]
+    depths = sorted({resolve_exit(exit, spec.blocks, model.exits) for exit in chosen})
     _check(settings, model.manifest.cache.max_length)
     with progress.task("memory bandwidth", 1, "pass") as task:
         bandwidth = bandwidth_of(runs)
@@ -141,6 +141,7 @@ def bench_bundle(
             bandwidth,
             element,
             weights,
+            exit_block=model.engines.exit_blocks is not None,
         )
         for e in depths
     ]
@@ -225,12 +226,16 @@ def summarise(
     bandwidth: float,
     element_bytes: int = FLOAT_BYTES,
     weights: WeightFormat | None = None,
+    *,
+    exit_block: bool = False,
 ) -> ExitLatency:
     """Medians and percentiles of an exit's samples (milliseconds)."""
     decode, decode_p95 = np.percentile(samples["decode"], [50, 95]).tolist()
     prefill, prefill_p95 = np.percentile(samples["prefill"], [50, 95]).tolist()
     length = settings.prompt_length + 1 + BURST // 2
-    touched = decode_bytes(spec, exit, length, exit_head, element_bytes, weights)
+    touched = decode_bytes(
+        spec, exit, length, exit_head, element_bytes, weights, exit_block=exit_block
+    )
     return ExitLatency(
         blocks=exit,
         decode_ms_median=decode,

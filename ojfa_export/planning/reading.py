@@ -248,17 +248,19 @@ def _ways(
     ways: dict[str, Way] = {"full": model.blocks}
     asked: list[ExitChoice] = list(exits)
     if not exits and speculation is None:
-        asked = list(range(1, model.blocks))
+        asked = list(model.exits)
         if model.manifest.auto:
             asked.append("auto")
     for exit in asked:
         if exit == "auto":
             ways["auto"] = model.auto_policy()
         elif not isinstance(exit, ExitPolicy) and exit != "full":
-            ways[f"exit {exit}"] = resolve_exit(exit, model.blocks)
+            ways[f"exit {exit}"] = resolve_exit(exit, model.blocks, model.exits)
     if speculation is not None:
         length = "" if speculation.draft is None else f", {speculation.draft} drafted"
-        exit = speculation.resolve_exit(model.blocks, has_layer=model.drafts is not None)
+        exit = speculation.resolve_exit(
+            model.blocks, has_layer=model.drafts is not None, served=model.exits
+        )
         ways[f"speculation, exit {exit}{length}"] = speculation
     return ways
 

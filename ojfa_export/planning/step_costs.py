@@ -11,13 +11,15 @@ from pydantic import BaseModel, ConfigDict
 
 from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.checks import checking
+from ojfa_export.backends.passes import Chunk
 from ojfa_export.decoding.confidence import Measure
+from ojfa_export.decoding.exits import nearest_exit
 from ojfa_export.decoding.head_output import HeadRequest
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.planning.drafting import LayerDrafting
 from ojfa_export.planning.traffic import block_bytes
-from ojfa_export.planning.turns import Clock, Step, Turns
+from ojfa_export.planning.turns import PAST, Clock, Step, Turns
 from ojfa_export.promises.measures import MEASURES
 from ojfa_export.promises.outcomes import Costs
 from ojfa_export.system.progress import Progress
@@ -46,14 +48,15 @@ class StepCosts(BaseModel):
     these costs is that of the exits, each by itself.
 
     Attributes:
-        exits: [L] a step at each exit: embedding, blocks, head, choice of the token.
-        exit_head: The exit head on one row.
+        exits: [L] a step at each exit: embedding, blocks, head, choice of the token. Of exits that
+            there are not, what lies between those.
+        exit_head: The exit head on one row; where blocks stand behind exits, such a block as well.
         final_head: The model's own head on one row.
         final_row: What another row adds to that.
         decide: What a policy adds to a step, whatever it asks.
         checks: Asking one exit that doesn't stop, by the measure of confidence.
         leaving: What a token that stops at an exit takes beside its check: the exit head, where a
-            check head was asked before it.
+            check head was asked before it, without a block that stands before both.
         catch_up: What a block costs more when it runs any tokens that waited.
         waiting: What each of them adds to that.
         late_pass: What a pass costs more than those two say, timed at half depth, where tokens
@@ -137,6 +140,10 @@ def measure_costs(
         clock: Seconds; another than the wall's where the machine is shared.
     """
     depth = int(min(spec.blocks, max(2.0, most_bytes / block_bytes(spec))))
+    served = _served(engines)
+    if served is not None and depth < spec.blocks:  # the second exit that there is, or a later one
+        depth = max((exit for exit in served if exit <= depth), default=served[0])
+        depth = max(depth, served[min(1, len(served) - 1)])
     steps = _Steps(spec, engines, depth, max_length, clock)
     steps.time(rounds, seconds, progress)
     return steps.costs()
@@ -172,19 +179,27 @@ class _Steps:
     """Every kind of step, and what a step of it took (milliseconds)."""
 
     def __init__(
-        self, spec: ModelSpec, engines: Engines, depth: int, max_length: int, clock: Clock
+        self,
+        spec: ModelSpec,
+        engines: Engines,
+        depth: int,
+        max_length: int,
+        clock: Clock,
     ) -> None:
+        served = _served(engines)
         self._spec, self._engines, self._depth = spec, engines, depth
         max_length = min(max_length, spec.rotary_switch or max_length)
         self._sizes = [size for size in AT_ONCE if size <= max_length]
         room = max([1, *self._sizes])
         self._turns = Turns(spec, engines, max_length, room, depth, clock)
-        self._exits = np.unique(np.linspace(1, depth, min(depth, MOST_EXITS)).round()).astype(int)
+        there = [exit for exit in served or range(1, spec.blocks) if exit <= depth]
+        self._exits = _spread(sorted({*there, depth}), MOST_EXITS)
         # The last check of a policy always stops, so that no block beyond `depth` is needed.
-        self._asked = range(1, min(depth, spec.blocks - 1) + 1)
-        self._shallow = max(1, depth // 2)
+        self._asked = there
+        self._shallow = nearest_exit(depth // 2, served)
         # Where the last block isn't the one after half depth, and the cache has room.
-        self._late = self._sizes[:1] if depth - 1 > self._shallow else []
+        late = depth - 1 > self._shallow and depth - 1 in there
+        self._late = self._sizes[:1] if late else []
         self._typical: dict[Kind, float] = {}
 
     def time(
@@ -218,6 +233,16 @@ class _Steps:
         def catching_up(size: int, exit: int = shallow) -> list[Step]:
             return [turns.in_a_row([*[exit] * (size - 1), depth])] * STEPS
 
+        behind = self._engines.exit_blocks
+        past = min(PAST, self._turns.session.max_length - 1)
+        executor = None if behind is None else behind.executor(1, past + 1)
+
+        def behind_exit() -> object:
+            assert executor is not None
+            exit, chunk = self._asked[0], Chunk(0, past, 1)
+            y = executor.run(exit, hidden[:1], [chunk], long_context=False)
+            return self._engines.choose(y, exit, HeadRequest()).tokens()
+
         def head(count: int, blocks_run: int) -> list[Step]:
             def run() -> object:
                 return self._engines.choose(hidden[:count], blocks_run, HeadRequest()).tokens()
@@ -230,7 +255,7 @@ class _Steps:
             (("ask", "one"), asking(self._asked[-1:], "top", STEPS)),
             *((("at once", size), catching_up(size)) for size in self._sizes),
             *((("late", size), catching_up(size, depth - 1)) for size in self._late),
-            (("head", "exit"), head(1, 1)),
+            (("head", "exit"), head(1, 1) if executor is None else [behind_exit] * STEPS),
             (("head", "final"), head(1, self._spec.blocks)),
             (("head", "rows"), head(len(hidden), self._spec.blocks)),
         ]
@@ -250,7 +275,9 @@ class _Steps:
         last, asked = self._asked[-1], len(self._asked)
         one = typical["ask", "one"]
         checks = {m: (typical["every", m] - one) / max(asked - 1, 1) for m in MEASURES}
-        leaving = 0.0 if checking(self._engines) is None else exit_head
+        leaving = 0.0
+        if checking(self._engines) is not None:  # an exit's block has run for the check already
+            leaving = exit_head if self._engines.exit_blocks is None else final_head
         if asked == 1:  # nothing to tell the check from the rest of the step
             checks = dict.fromkeys(MEASURES, exit_head - leaving)
         decide = one - exits[last - 1] + exit_head - leaving - checks["top"]
@@ -275,15 +302,24 @@ class _Steps:
 
     def _all_exits(self, measured: list[float]) -> Float64:
         """A step at each exit of the model; beyond the timed blocks all cost the same."""
-        first, last = float(measured[0]), float(measured[-1])
-        slope = (last - first) / max(self._depth - 1, 1)
+        first, last, start = float(measured[0]), float(measured[-1]), int(self._exits[0])
+        slope = (last - first) / max(self._depth - start, 1)
+        if self._depth == start:  # one exit alone
+            slope = (first - self._typical["head", "exit"]) / start
         blocks = np.arange(1, self._spec.blocks + 1)
         beyond = np.maximum(blocks - self._depth, 0) * slope
         result: Float64 = np.interp(blocks, self._exits, measured) + beyond
         return result
 
     def _catching_up(self, exits: Float64, typical: Times) -> tuple[float, float]:
-        """The line through what blocks cost more on several tokens."""
+        """The line through what blocks cost more on several tokens.
+
+        Where there is one exit alone within what is timed, nothing is known of that: a token that
+        waited is taken to cost a block whole.
+        """
+        if self._depth == self._shallow:
+            step = float(exits[self._depth - 1]) - typical["head", "exit"]
+            return 0.0, max(0.0, step / self._depth)
         deep, shallow = exits[self._depth - 1], exits[self._shallow - 1]
         blocks = self._depth - self._shallow
         extra = [
@@ -294,3 +330,15 @@ class _Steps:
             return max(0.0, sum(extra)), 0.0
         slope, start = np.polyfit(np.array(self._sizes) - 1, extra, 1)
         return max(0.0, float(start)), max(0.0, float(slope))
+
+
+def _served(engines: Engines) -> tuple[int, ...] | None:
+    """The exits before the last block that there are; None for all."""
+    return None if engines.exit_blocks is None else engines.exit_blocks.exits
+
+
+def _spread(exits: Sequence[int], most: int) -> NDArray[np.int64]:
+    """So many of some rising exits at most, the first and the last among them."""
+    chosen = np.linspace(1, len(exits), min(len(exits), most)).round().astype(int) - 1
+    spread: NDArray[np.int64] = np.unique(np.array(exits)[chosen])
+    return spread

@@ -46,7 +46,13 @@ def folded_head_bytes(spec: ModelSpec, rank: int, weights: WeightFormat | None =
 def exit_head_bytes(
     spec: ModelSpec, shortcut: ShortcutEntry, weights: WeightFormat | None = None
 ) -> int:
-    """Weights of a bundle's exit head; where it can't be folded, the model's own and the jump."""
+    """Weights of a bundle's exit head; where it can't be folded, the model's own and the jump.
+
+    Of a block jump one exit's block, whose keys and values `decode_bytes` counts.
+    """
+    if shortcut.blocks is not None:
+        scaled = FLOAT_BYTES * 2 * spec.hidden_size
+        return head_bytes(spec, weights) + block_bytes(spec) + scaled
     if shortcut.width is not None:
         matrices = 3 if spec.gated else 2
         jump = matrices * shortcut.width * spec.hidden_size + 2 * spec.hidden_size
@@ -71,6 +77,8 @@ def decode_bytes(
     exit_head: int,
     element_bytes: int = FLOAT_BYTES,
     weights: WeightFormat | None = None,
+    *,
+    exit_block: bool = False,
 ) -> int:
     """Everything that one token reads.
 
@@ -82,9 +90,12 @@ def decode_bytes(
         element_bytes: Of a weight and of the cache; what stays fp32 in fp16 models (norms, the
             exit head's first matrix) is counted as if it didn't.
         weights: What quantised matrices are stored as, where they are.
+        exit_block: Whether a block with keys and values of its own stands behind exits.
     """
     rows = (2 if spec.learned_positions else 1) * FLOAT_BYTES * spec.hidden_size
     head = head_bytes(spec, weights) if blocks == spec.blocks else exit_head
     cache = sum(cache_bytes(spec, block, length) for block in range(blocks))
+    if exit_block and blocks < spec.blocks:
+        cache += cache_bytes(spec, spec.blocks - 1, length)
     total = rows + blocks * block_bytes(spec, weights) + cache + head
     return total // FLOAT_BYTES * element_bytes

@@ -69,10 +69,18 @@ class Turns:
         self._room, self._clock = room, clock
         length = min(max_length, self._past + room + _GROWTH)
         self.session = Session(spec, engines, 1, length, drafts=drafts)
+        # Where blocks stand behind exits, states are kept there once an exit was asked. Steps of
+        # full depth are timed without.
+        self._whole = self.session
+        if engines.exit_blocks is not None:
+            self._whole = Session(spec, engines, 1, length)
+        self._sessions = list(dict.fromkeys((self.session, self._whole)))
+        self._full = {"full", spec.blocks}
         ids = np.random.default_rng(0).integers(spec.vocab_size, size=1009)
         self._ids = itertools.cycle(ids.tolist())
         if self._past:
-            self.session.advance([self.token() for _ in range(self._past)], depth or "full")
+            for session in self._sessions:
+                session.advance([self.token() for _ in range(self._past)], depth or "full")
 
     def token(self) -> int:
         """Another token."""
@@ -90,7 +98,8 @@ class Turns:
 
         Where engines can't do that, and for the first, the token is made up.
         """
-        session = self.session
+        whole = all(not isinstance(exit, ExitPolicy) and exit in self._full for exit in exits)
+        session = self._whole if whole else self.session
 
         def run() -> None:
             ahead = None
@@ -136,12 +145,14 @@ class Turns:
         return {kind: np.median(np.array(taken), axis=0) for kind, taken in times.items()}
 
     def _turn(self, steps: Sequence[Step]) -> list[float]:
-        session, clock = self.session, self._clock
-        session.rewind(self._past)
+        clock = self._clock
+        for session in self._sessions:
+            session.rewind(self._past)
         milliseconds = []
         for step in [*steps[-SETTLING:], *steps]:
-            if session.lengths[0] + self._room > session.max_length:
-                session.rewind(self._past)
+            for session in self._sessions:
+                if session.lengths[0] + self._room > session.max_length:
+                    session.rewind(self._past)
             start = clock()
             step()
             milliseconds.append((clock() - start) * 1e3)

@@ -40,7 +40,7 @@ def collect_statistics(
     given: int = 0,
     most: int = TOKENS_PER_WINDOW,
 ) -> ExitStatistics:
-    """Statistics of every exit on sampled tokens of the windows.
+    """Statistics of every exit that there is, on sampled tokens of the windows.
 
     Hidden states of one depth are on disk at a time, replaced in place by the next depth's.
 
@@ -64,7 +64,9 @@ def collect_statistics(
     count, length = text.shape
     places, run = sample_places(rng, count, length - given, most)
     places += given
-    found = _Found(count, places.shape[1], spec.blocks)
+    served = open_engines().exit_blocks
+    exits = tuple(range(1, spec.blocks)) if served is None else served.exits
+    found = _Found(count, places.shape[1], exits, spec.blocks)
     with (
         _hidden_states(scratch, (count, length, spec.hidden_size)) as states,
         progress.task("running text through every exit", spec.blocks + 1, "blocks") as task,
@@ -76,11 +78,11 @@ def collect_statistics(
                 end = int(places[index].max()) + 1  # nothing is asked of those after it
                 hidden = states[index, :end]
                 hidden[...] = _deepen(executor, window[:end], hidden, depth)
-                if depth:
-                    sampled_states = hidden[places[index]]
-                    logits = _logits(engines, sampled_states, depth, spec.blocks)
+                if depth in (*exits, spec.blocks):
+                    seen = _at_exit(engines, hidden, depth, spec.blocks)[places[index]]
+                    logits = _logits(engines, seen, depth, spec.blocks)
                     checks = checking(engines) if depth < spec.blocks else None
-                    asked = logits if checks is None else _checked(checks, sampled_states, depth)
+                    asked = logits if checks is None else _checked(checks, seen, depth)
                     found.note(index, depth, logits, asked)
             task.advance()
     domain = np.repeat(np.arange(len(windows)), list(map(len, windows))).astype(np.int16)
@@ -93,12 +95,13 @@ class _Found:
     Args:
         count: Windows.
         sampled: Tokens of each.
+        exits: That there are.
         blocks: L, the last of which is the full model.
     """
 
-    def __init__(self, count: int, sampled: int, blocks: int) -> None:
-        shape = count, sampled, blocks - 1
-        self._blocks = blocks
+    def __init__(self, count: int, sampled: int, exits: tuple[int, ...], blocks: int) -> None:
+        shape = count, sampled, len(exits)
+        self._exits, self._blocks = exits, blocks
         self._confidence = np.empty((len(MEASURES), *shape), np.float16)
         self._tokens = np.empty(shape, np.int64)
         self._agrees = np.empty(shape, np.bool_)
@@ -114,7 +117,7 @@ class _Found:
             asked: [sampled, V or fewer], whose confidence a policy compares with its thresholds.
         """
         if blocks_run < self._blocks:
-            exit = blocks_run - 1
+            exit = self._exits.index(blocks_run)
             self._tokens[window, :, exit] = logits.argmax(axis=1)
             self._confidence[:, window, :, exit] = round_down(confidences(asked))
         else:
@@ -126,7 +129,7 @@ class _Found:
         """All that was noted; see `ExitStatistics`."""
         return ExitStatistics(
             blocks=self._blocks,
-            exits=tuple(range(1, self._blocks)),
+            exits=self._exits,
             domains=domains,
             domain=domain,
             confidence=self._confidence,
@@ -201,6 +204,15 @@ def _deepen(executor: Executor, text: Int32, hidden: Float32, depth: int) -> Flo
 
 def _checked(checks: ChecksExits, hidden: Float32, blocks_run: int) -> Float32:
     return _finite(checks.check_logits(hidden, blocks_run), "check head")
+
+
+def _at_exit(engines: Engines, hidden: Float32, depth: int, blocks: int) -> Float32:
+    """What a head sees of a whole window [length, H]: behind an exit's block, what that gives."""
+    if engines.exit_blocks is None or depth == blocks:
+        return hidden
+    chunks, source = [Chunk(0, 0, len(hidden))], np.ascontiguousarray(hidden)
+    executor = engines.exit_blocks.executor(1, len(hidden))
+    return np.asarray(executor.run(depth, source, chunks, long_context=False))
 
 
 def _logits(engines: Engines, hidden: Float32, blocks_run: int, blocks: int) -> Float32:

@@ -160,7 +160,7 @@ class StepWithLogits:
             logits, blocks_run = step.logits, step.blocks_run.tolist()
         else:
             logits = self._session.advance(pending, self._exit)
-            depth = resolve_exit(self._exit, self._session.spec.blocks)
+            depth = resolve_exit(self._exit, self._session.spec.blocks, self._session.exits)
             blocks_run = [depth] * len(logits)
         return [
             [self._choose(row, logits[row], blocks_run[row])] if ids else []

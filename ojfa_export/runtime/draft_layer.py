@@ -80,7 +80,9 @@ def with_exit(speculation: Speculation, manifest: Manifest, *, has_layer: bool) 
     Raises:
         UsageError: An exit that can't draft.
     """
-    exit = speculation.resolve_exit(manifest.model.spec.blocks, has_layer=has_layer)
+    exit = speculation.resolve_exit(
+        manifest.model.spec.blocks, has_layer=has_layer, served=manifest.shortcut.exits
+    )
     cost = speculation.draft_cost
     if exit == 0 and cost is None:
         cost = draft_share(manifest)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from itertools import pairwise
 from typing import Any
 
 from ojfa_export.backends.backend import Executor
 from ojfa_export.backends.draft import Chains, DraftEngines, Drafts
-from ojfa_export.backends.passes import Chunk, Pass, row_ranges, rows_of
+from ojfa_export.backends.passes import Chunk, Pass, select_chunks
 from ojfa_export.decoding.arrays import Hidden
 from ojfa_export.decoding.head_output import HeadOutput
 from ojfa_export.runtime.sequence import Sequence
@@ -71,28 +70,21 @@ class Drafter:
             return None
         return self._chains.check(executor, step)
 
-    def parts(self, step: Pass, sequences: Many[Sequence]) -> list[range]:
-        """A pass's blocks, cut where states are kept; whole where no sequence drafts."""
+    def cuts(self, step: Pass, sequences: Many[Sequence]) -> set[int]:
+        """Depths inside a pass at which states are kept; none where no sequence drafts."""
         blocks = step.blocks
         if not any(sequence.drafting for sequence in sequences):
-            return [blocks]
-        cuts = [depth for depth in self.engines.depths if blocks.start < depth < blocks.stop]
-        bounds = [blocks.start, *cuts, blocks.stop]
-        return [range(a, b) for a, b in pairwise(bounds)]
+            return set()
+        return {depth for depth in self.engines.depths if blocks.start < depth < blocks.stop}
 
     def keep(self, depth: int, step: Pass, hidden: Hidden, sequences: Many[Sequence]) -> None:
         """Keeps hidden states [tokens, H] of a pass after some block, where the layer sees them."""
         if depth not in self.engines.depths:
             return
         drafting = {sequence.slot for sequence in sequences if sequence.drafting}
-        wanted = [index for index, chunk in enumerate(step.chunks) if chunk.slot in drafting]
-        if not wanted:
-            return
-        chunks: Many[Chunk] = step.chunks
-        if len(wanted) < len(chunks):
-            hidden = hidden[rows_of(row_ranges(chunks), wanted)]
-            chunks = [chunks[index] for index in wanted]
-        self.executor.keep(self.engines.depths.index(depth), chunks, hidden)
+        chunks, hidden = select_chunks(step.chunks, hidden, drafting)
+        if chunks:
+            self.executor.keep(self.engines.depths.index(depth), chunks, hidden)
 
     def run(self, sequences: Many[Sequence]) -> Hidden:
         """What the layer says after each sequence's newest token, [sequences, H].

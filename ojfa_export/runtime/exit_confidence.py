@@ -41,5 +41,10 @@ def exit_confidence(
             f"the newest {len(logits)} tokens have not stopped at exit {depth}",
             hint="ask right after 'advance' or 'deepen' to it",
         )
-    hidden = runner.executor.load(states, [Chunk(sequence.slot, start, len(logits))])
+    chunks = [Chunk(sequence.slot, start, len(logits))]
+    hidden = runner.executor.load(states, chunks)
+    if runner.exits is not None:  # writes the keys and values that it has written before
+        hidden = runner.exits.executor.run(
+            depth, hidden, chunks, long_context=sequence.long_context
+        )
     return confidence(checks.check_logits(hidden, depth), measure)

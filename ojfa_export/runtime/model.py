@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from typing_extensions import Unpack
 
 from ojfa_export import backends
+from ojfa_export.backends.block_jump import check_runs_jump
 from ojfa_export.backends.checks import check_runs_checks
 from ojfa_export.backends.precisions import check_precision
 from ojfa_export.backends.quantised import check_runs
@@ -29,6 +30,7 @@ from ojfa_export.decoding.prompts import Prompts, listed_prompts
 from ojfa_export.errors import BundleError, UsageError
 from ojfa_export.models import tokenizer
 from ojfa_export.models.chat_template import Message
+from ojfa_export.runtime.block_jump import open_block_jump
 from ojfa_export.runtime.chat import Chat, open_chat
 from ojfa_export.runtime.disagreement import DEFAULT_FALSE_ALARMS, DisagreementMonitor
 from ojfa_export.runtime.draft_layer import needs_draft, open_draft, with_exit
@@ -79,12 +81,14 @@ class Model:
         check_runs(opener, manifest.weights)
         check_precision(opener, manifest.precision)
         check_runs_checks(opener, manifest.check.size if manifest.check else 0)
+        check_runs_jump(opener, manifest.shortcut.exits)
         built = bundle.engines(backend)
         opener.check(built.built_with)
         tables = manifest.rotary
         rotary = (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None
         engines = bundle.engine_files(backend)
         self.engines = opener.open_engines(self.spec, bundle.graphs, engines, rotary, bundle.files)
+        open_block_jump(bundle, opener, self.engines, engines)
         self.drafts = open_draft(bundle, opener, self.engines)
         self._backend = opener
 
@@ -99,8 +103,13 @@ class Model:
 
     @property
     def blocks(self) -> int:
-        """Blocks of the model: exits are 1 to this, or "full"."""
+        """Blocks of the model, which "full" runs all of."""
         return self.spec.blocks
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """The exits before the last block that there are: all, or those that its jump serves."""
+        return self.manifest.shortcut.exits or tuple(range(1, self.blocks))
 
     def session(
         self,
@@ -328,9 +337,9 @@ class Model:
         if isinstance(exit, str) and exit == "auto":
             return self.auto_policy()
         if isinstance(exit, ExitPolicy):
-            exit.check_fits(self.blocks)
+            exit.check_fits(self.blocks, self.exits)
             return exit
-        return resolve_exit(exit, self.blocks)
+        return resolve_exit(exit, self.blocks, self.exits)
 
     def resolve_speculation(self, options: GenerationOptions) -> GenerationOptions:
         """The options with speculation's own left out values: the exit, and what a draft costs.
@@ -367,7 +376,12 @@ class Model:
     def _settings(self, options: GenerationOptions, prompts: int) -> Settings:
         options = self.resolve_speculation(self.resolve_default(options, prompts))
         has_layer = self.drafts is not None
-        options.check_fits(self.blocks, self.spec.vocab_size, has_layer=has_layer)
+        options.check_fits(
+            self.blocks,
+            self.spec.vocab_size,
+            has_layer=has_layer,
+            served=self.exits,
+        )
         assert options.exit is not None
         exit = self.resolve_exit(options.exit)
         if options.speculation is not None and options.needs_logits:

@@ -12,99 +12,15 @@ from ojfa_export.decoding.arrays import Hidden
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.drafter import Drafter
+from ojfa_export.runtime.exit_runner import ExitRunner
+from ojfa_export.runtime.plan_passes import (
+    by_context,
+    decode_pass,
+    parts_of,
+    plan_passes,
+    whole_pass,
+)
 from ojfa_export.runtime.sequence import Sequence
-
-
-def plan_passes(
-    sequences: Many[Sequence],
-    depth: int | Many[int],
-    following: HeadOutput | None = None,
-    stops: Many[int] | None = None,
-) -> Iterator[Pass]:
-    """The passes that bring all tokens of some sequences to a depth.
-
-    A pass ends where more tokens join, those that stopped there, and where some leave. What runs
-    together is what a block lacks of each sequence, whatever its length and however many tokens.
-
-    Args:
-        sequences: All before, or all beyond LongRoPE's switch.
-        depth: Blocks to run, 1 or more; of all sequences, or of each.
-        following: What chooses each sequence's newest token, where that is not known yet; before
-            the first block nothing else is pending then.
-        stops: One past the last token of each sequence that counts; None for all tokens.
-    """
-    targets = [depth] * len(sequences) if isinstance(depth, int) else depth
-    depths = set(targets)
-    for sequence, target in zip(sequences, targets, strict=True):
-        depths.update(blocks.stop for blocks, _ in sequence.marks.spans(target))
-    ends = stops or [len(sequence) for sequence in sequences]
-    each_to = list(zip(sequences, targets, ends, strict=True))
-    start = 0
-    before: Pass | None = None
-    for until in sorted(depths):
-        chunks = tuple(
-            chunk
-            for each, target, stop in each_to
-            if start < target and (chunk := each.chunk(start, stop)).length > 0
-        )
-        if before is not None and before.chunks == chunks:
-            before.blocks = range(before.blocks.start, until)
-        else:
-            if before is not None:
-                yield before
-            before = None
-            if chunks:
-                before = Pass(range(start, until), chunks, sequences[0].long_context)
-                if not start:
-                    before.tokens = following or _token_ids(chunks, sequences)
-        start = until
-    if before is not None:
-        yield before
-
-
-def _decode_pass(
-    sequences: Many[Sequence], depth: int, following: HeadOutput | None
-) -> Pass | None:
-    """The one pass that brings sequences to a depth, where each has one token pending before it.
-
-    What `plan_passes` gives, found sooner: this is the way of every token.
-    """
-    entry, long_context, chunks = sequences[0].entry, sequences[0].long_context, []
-    for sequence in sequences:
-        last = len(sequence.tokens) - 1
-        if sequence.marks.end(entry, last) < depth or sequence.long_context != long_context:
-            return None
-        if entry and sequence.marks[entry - 1] != last + 1:
-            return None
-        chunks.append(Chunk(sequence.slot, last, 1))
-    step = Pass(range(entry, depth), tuple(chunks), long_context)
-    if not entry:
-        step.tokens = following or [sequence.tokens[-1] for sequence in sequences]
-    return step
-
-
-def _whole_pass(
-    sequences: Many[Sequence], counts: Many[int], drafts: Drafts | None, blocks: int
-) -> Pass | None:
-    """The one pass through all blocks that runs so many tokens of each sequence.
-
-    None where more tokens are pending, or some of them have begun to run.
-    """
-    chunks, long_context = [], sequences[0].long_context
-    for sequence, count in zip(sequences, counts, strict=True):
-        start = len(sequence) - count
-        done = sequence.marks.end(0, start) == blocks
-        if not done or sequence.long_context != long_context:
-            return None
-        chunks.append(Chunk(sequence.slot, start, count))
-    step = Pass(range(blocks), tuple(chunks), long_context)
-    step.tokens = drafts or _token_ids(step.chunks, sequences)
-    return step
-
-
-def _token_ids(chunks: tuple[Chunk, ...], sequences: Many[Sequence]) -> list[int]:
-    tokens = {sequence.slot: sequence.tokens for sequence in sequences}
-    return [token for slot, start, count in chunks for token in tokens[slot][start : start + count]]
 
 
 class ModelRunner:
@@ -121,6 +37,7 @@ class ModelRunner:
 
     Attributes:
         drafter: Runs that layer; None without one.
+        exits: Runs the blocks behind exits; None where there are none.
     """
 
     def __init__(
@@ -143,6 +60,11 @@ class ModelRunner:
         self.pending: dict[int, Hidden] = {}
         self._keep_final = keep_final
         self._newest = Newest()
+        self.exits: ExitRunner | None = None
+        if engines.exit_blocks is not None:
+            self.exits = ExitRunner(
+                engines.exit_blocks, self.executor, self._states_at, slots, capacity
+            )
         self.drafter: Drafter | None = None
         if drafts is not None:
             self.drafter = Drafter(drafts, self.executor.arrays, slots, capacity)
@@ -165,22 +87,30 @@ class ModelRunner:
             stops: As of `plan_passes`.
 
         Returns:
-            Hidden states [sum of counts, H] after `depth` blocks, sequence by sequence.
+            [sum of counts, H] for the head after `depth` blocks, sequence by sequence: hidden
+            states, or what a block behind the exit makes of them.
         """
         arrays, wanted = self.executor.arrays, counts or [1] * len(sequences)
-        groups = _by_context(sequences)
+        groups = by_context(sequences)
         parts: list[Hidden] = [None] * len(sequences)
         for group in groups:
             some = [sequences[index] for index in group]
-            ends = None if stops is None else [stops[index] for index in group]
+            ends = [len(each) for each in some] if stops is None else [stops[i] for i in group]
+            asked = self._begin_exits(some, [depth] * len(some), [wanted[i] for i in group])
             *_, (step, hidden) = self._passes(some, depth, following, ends)
+            chunks = step.chunks
+            if asked:
+                chunks, hidden = self._run_exit(depth, some, ends, asked)
+                for index in asked:
+                    some[index].exits[depth] = ends[index]
+                group = [group[index] for index in asked]
             newest = [
                 range(rows.stop - wanted[index], rows.stop)
-                for index, rows in zip(group, row_ranges(step.chunks), strict=True)
+                for index, rows in zip(group, row_ranges(chunks), strict=True)
             ]
             taken = [row for rows in newest for row in rows]
             if len(groups) == 1:
-                if step.is_decode and len(taken) == len(hidden):
+                if len(taken) == len(hidden) == len(chunks):
                     return arrays.ascontiguousarray(hidden)
                 return hidden[taken]
             # The next pass may write where it lies.
@@ -188,7 +118,7 @@ class ModelRunner:
             for index, rows in zip(group, newest, strict=True):
                 parts[index] = hidden[at : at + len(rows)]
                 at += len(rows)
-        return arrays.concatenate(parts)
+        return arrays.concatenate([part for part in parts if part is not None])
 
     def run_each(
         self,
@@ -206,25 +136,32 @@ class ModelRunner:
             stops: As of `plan_passes`.
 
         Returns:
-            Of each depth, which sequences have come there, and their hidden states [sum of counts,
-            H]; none of which nothing counts.
+            Of each depth, which sequences have come there, and what `run` gives for them [sum of
+            counts, H]; none of which nothing counts.
         """
         results: list[tuple[list[int], Hidden]] = []
-        for group in _by_context(sequences):
+        for group in by_context(sequences):
             of_slot = {sequences[index].slot: index for index in group}
             some = [sequences[index] for index in group]
             targets = [depths[index] for index in group]
             ends = [stops[index] for index in group]
+            asked = self._begin_exits(some, targets, [counts[index] for index in group])
             for step, hidden in self._passes(some, targets, None, ends):
+                depth, chunks = step.blocks.stop, step.chunks
+                here = [index for index in asked if targets[index] == depth]
+                if here:
+                    chunks, hidden = self._run_exit(depth, some, ends, here)
                 there: list[int] = []
                 taken: list[int] = []
-                for chunk, rows in zip(step.chunks, row_ranges(step.chunks), strict=True):
+                for chunk, rows in zip(chunks, row_ranges(chunks), strict=True):
                     index = of_slot[chunk.slot]
-                    if counts[index] and depths[index] == step.blocks.stop:
+                    if counts[index] and depths[index] == depth:
                         there.append(index)
                         taken += range(rows.stop - counts[index], rows.stop)
                 if there:
                     results.append((there, hidden[taken]))  # the next pass may write where it lies
+            for index in asked:  # not before the model's blocks: a pass may be interrupted
+                some[index].exits[targets[index]] = ends[index]
         return results
 
     def choose(
@@ -257,7 +194,9 @@ class ModelRunner:
             What is likeliest after each of those tokens, sequence by sequence.
         """
         depth, output = self.spec.blocks, None
-        step = None if self.drafter is None else _whole_pass(sequences, counts, drafts, depth)
+        step = None
+        if self.drafter is not None and not any(each.exits for each in sequences):
+            step = whole_pass(sequences, counts, drafts, depth)
         if self.drafter is not None and step is not None and self._states(depth) is None:
             self._newest.clear()
             output = self.drafter.check(self.executor, step, sequences)
@@ -288,9 +227,11 @@ class ModelRunner:
         Returns:
             None where it takes more than one pass, or more tokens are pending.
         """
-        if any(sequence.drafting for sequence in sequences):
+        if any(sequence.drafting or sequence.exits for sequence in sequences):
             return None  # states are kept on the way
-        step = _decode_pass(sequences, depth, following)
+        if self.exits is not None and self.exits.serves(depth):
+            return None  # a block follows
+        step = decode_pass(sequences, depth, following)
         if step is None or (step.blocks.start and not self._newest.is_of(step)):
             return None
         states = self._states(depth)
@@ -312,6 +253,8 @@ class ModelRunner:
         self.executor.copy_prefix(source, target, count)
         if self.drafter is not None:
             self.drafter.executor.copy_prefix(source, target, count)
+        if self.exits is not None:
+            self.exits.executor.copy_prefix(source, target, count)
         for states in self.pending.values():
             states[target, :count] = states[source, :count]
 
@@ -320,10 +263,12 @@ class ModelRunner:
         self.executor.release(slot)
         if self.drafter is not None:
             self.drafter.executor.release(slot)
+        if self.exits is not None:
+            self.exits.executor.release(slot)
 
     def run_together(self, sequences: Many[Sequence]) -> bool:
         """Whether one token of each takes one pass: LongRoPE's factors are one set for that."""
-        return self.spec.rotary_switch is None or len(_by_context(sequences)) == 1
+        return self.spec.rotary_switch is None or len(by_context(sequences)) == 1
 
     def keeps(self, depth: int) -> bool:
         """Whether there is room already for what is kept after so many blocks."""
@@ -353,14 +298,47 @@ class ModelRunner:
             sequence.marks.raise_to(stop, target)
 
     def _run_blocks(self, step: Pass, hidden: Hidden, sequences: Many[Sequence]) -> Hidden:
-        """Runs a pass; states that a draft layer sees are kept on the way."""
-        drafter = self.drafter
-        parts = [step.blocks] if drafter is None else drafter.parts(step, sequences)
-        for blocks in parts:
+        """Runs a pass; what a draft layer or blocks behind exits see is kept on the way."""
+        drafter, exits = self.drafter, self.exits
+        cuts = set() if drafter is None else drafter.cuts(step, sequences)
+        before_exits = set() if exits is None else exits.cuts(step, sequences)
+        for blocks in parts_of(step.blocks, cuts | before_exits):
             hidden = self.executor.run(blocks, hidden, step.chunks, long_context=step.long_context)
             if drafter is not None:
                 drafter.keep(blocks.stop, step, hidden, sequences)
+            if exits is not None and blocks.stop in before_exits:
+                exits.keep(blocks.stop, step, hidden, sequences)
         return hidden
+
+    def _begin_exits(
+        self, sequences: Many[Sequence], depths: Many[int], counts: Many[int]
+    ) -> list[int]:
+        """Has states kept for the exits' blocks that will be asked; whose those are."""
+        exits = self.exits
+        if exits is None:
+            return []
+        asked = [
+            index
+            for index, (each, depth) in enumerate(zip(sequences, depths, strict=True))
+            if exits.serves(depth) and (counts[index] or depth in each.asks)
+        ]
+        some = [sequences[index] for index in asked]
+
+        def again(step: Pass, depth: int) -> None:
+            self._newest.clear()
+            hidden = self._run_blocks(step, self._load(step), some)
+            self.executor.store(self._states_at(depth), step.chunks, hidden)
+
+        exits.begin(some, [depths[index] for index in asked], again)
+        return asked
+
+    def _run_exit(
+        self, depth: int, sequences: Many[Sequence], stops: Many[int], asked: Many[int]
+    ) -> tuple[tuple[Chunk, ...], Hidden]:
+        """Runs an exit's block for some of the sequences that have come there."""
+        assert self.exits is not None
+        some, ends = [sequences[i] for i in asked], [stops[i] for i in asked]
+        return self.exits.run(depth, some, ends, self._newest)
 
     def _load(self, step: Pass) -> Hidden:
         """What goes into a pass, [tokens, H]."""
@@ -374,14 +352,9 @@ class ModelRunner:
         """Where hidden states after so many blocks are kept, if they are."""
         if depth == self.spec.blocks and not self._keep_final:
             return None
+        return self._states_at(depth)
+
+    def _states_at(self, depth: int) -> Hidden:
         if depth not in self.pending:
             self.pending[depth] = self.executor.new_states()
         return self.pending[depth]
-
-
-def _by_context(sequences: Many[Sequence]) -> list[list[int]]:
-    """Indices of the sequences that run together: LongRoPE's factors are one set for a pass."""
-    groups: dict[bool, list[int]] = {}
-    for index, sequence in enumerate(sequences):
-        groups.setdefault(sequence.long_context, []).append(index)
-    return list(groups.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
 
@@ -61,6 +61,7 @@ class Sequence:
         blocks: Of the model.
         rotary_switch: Tokens beyond which LongRoPE's long factors apply, if there are any.
         draft_depth: Where a draft layer drafts for it, as of `Drafting`; else None.
+        asks: Exits that it will be asked at, as far as that is known.
 
     Attributes:
         slot: As given.
@@ -68,9 +69,21 @@ class Sequence:
         marks: The watermarks.
         expected: Whether the newest token runs before it is appended; see `expecting`.
         drafting: What a draft layer knows of it; None where none drafts for it.
+        asks: As given.
+        exits: By exit that is used and has a block behind it: tokens that this has processed, never
+            more than the model's block before it; see `runtime.exit_runner`.
     """
 
-    __slots__ = ("_rotary_switch", "drafting", "expected", "marks", "slot", "tokens")
+    __slots__ = (
+        "_rotary_switch",
+        "asks",
+        "drafting",
+        "exits",
+        "expected",
+        "marks",
+        "slot",
+        "tokens",
+    )
 
     def __init__(
         self,
@@ -78,8 +91,11 @@ class Sequence:
         blocks: int,
         rotary_switch: int | None = None,
         draft_depth: int | None = None,
+        asks: Iterable[int] = (),
     ) -> None:
         self.slot = slot
+        self.asks = frozenset(asks)
+        self.exits: dict[int, int] = {}
         self.tokens: list[int] = []
         self.marks = Watermarks(blocks)
         self.expected = False
@@ -141,12 +157,19 @@ class Sequence:
     def lower_to(self, length: int) -> None:
         """Forgets what was computed beyond so many tokens."""
         self.marks.lower_to(length)
+        for exit, mark in self.exits.items():
+            self.exits[exit] = min(mark, length)
         if self.drafting is not None:
             self.drafting.lower_to(length)
 
     def take_over(self, other: Sequence, count: int) -> None:
-        """Takes over what is known of another's first tokens, which are the same."""
+        """Takes over what is known of another's first tokens, which are the same.
+
+        Of exits only those that it will ask: states after others need not be kept for it.
+        """
         self.marks = other.marks.copy_below(count)
+        shared = {exit: min(mark, count) for exit, mark in other.exits.items()}
+        self.exits = {exit: mark for exit, mark in shared.items() if exit in self.asks}
         if self.drafting is not None:
             assert other.drafting is not None
             self.drafting.mark = other.drafting.mark

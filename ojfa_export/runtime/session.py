@@ -53,6 +53,7 @@ class Session(Exclusive):
         drafts: The draft layer, where `propose` shall draft with it.
 
     Attributes:
+        exits: Those that there are before the last block.
         stats: What the session has done.
         shadow: As given.
         on_event: Called with each `ExitTaken`, `DraftChecked` and `ShadowCheck`, in the middle of
@@ -72,6 +73,8 @@ class Session(Exclusive):
         self.spec = spec
         self.batch_size = batch_size
         self.max_length = max_length
+        behind = engines.exit_blocks
+        self.exits = tuple(range(1, spec.blocks)) if behind is None else behind.exits
         self.stats = Stats()
         self.shadow = shadow
         self._engines = engines
@@ -163,7 +166,7 @@ class Session(Exclusive):
             UsageError: An exit or a token outside the model, or no room in the cache; the session
                 is unchanged.
         """
-        depth = resolve_exit(exit, self.spec.blocks)
+        depth = resolve_exit(exit, self.spec.blocks, self.exits)
         counts = self._append(token_ids)
         self.stats.exits[depth] += sum(count > 0 for count in counts)
         logits = self._logits(counts, depth, every_position)
@@ -188,7 +191,7 @@ class Session(Exclusive):
             UsageError: An exit or a token outside the model, or no room in the cache; the session
                 is unchanged.
         """
-        stages = stages_of(instance("a policy", policy, ExitPolicy), self.spec.blocks)
+        stages = stages_of(instance("a policy", policy, ExitPolicy), self.spec.blocks, self.exits)
         step = self._steps.with_logits(self._wanted(self._append(token_ids)), stages)
         self._tell(step)
         return Step.of(step, self.batch_size, self.spec.vocab_size, len(policy.exits))
@@ -414,7 +417,7 @@ class Session(Exclusive):
         Raises:
             UsageError: An exit outside the model.
         """
-        depth = resolve_exit(exit, self.spec.blocks)
+        depth = resolve_exit(exit, self.spec.blocks, self.exits)
         pending = [sequence.pending(depth) for sequence in self._sequences]
         return self._logits(pending, depth, every_position)
 
@@ -439,7 +442,8 @@ class Session(Exclusive):
             UsageError: An exit outside the model, a row that isn't there, or more tokens than have
                 run so deep.
         """
-        depth, sequence = resolve_exit(exit, self.spec.blocks), self._sequences[self._row(row)]
+        depth = resolve_exit(exit, self.spec.blocks, self.exits)
+        sequence = self._sequences[self._row(row)]
         return exit_confidence(self._runner, sequence, logits, depth, measure)
 
     @exclusive
@@ -488,8 +492,8 @@ class Session(Exclusive):
 
     def _stages(self, exit: Exit | ExitPolicy) -> tuple[Stage, ...]:
         if isinstance(exit, ExitPolicy):
-            return stages_of(exit, self.spec.blocks)
-        return (Stage(resolve_exit(exit, self.spec.blocks)),)
+            return stages_of(exit, self.spec.blocks, self.exits)
+        return (Stage(resolve_exit(exit, self.spec.blocks, self.exits)),)
 
     def _wanted(self, counts: Sequence[int]) -> list[TokenSequence]:
         """Sequences with new tokens."""

@@ -42,7 +42,9 @@ class Speculator:
         eos_token_ids: Sequence[int] = (),
     ) -> None:
         self._session, self._sampling, self._generators = session, sampling, generators
-        self._exit = speculation.resolve_exit(session.spec.blocks, has_layer=session.has_drafts)
+        self._exit = speculation.resolve_exit(
+            session.spec.blocks, has_layer=session.has_drafts, served=session.exits
+        )
         self._fixed = speculation.draft
         draft_cost = speculation.draft_cost
         if draft_cost is None:

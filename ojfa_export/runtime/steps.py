@@ -35,13 +35,20 @@ class Stage:
 
 
 @lru_cache(maxsize=64)
-def stages_of(policy: ExitPolicy, blocks: int) -> tuple[Stage, ...]:
+def stages_of(
+    policy: ExitPolicy, blocks: int, served: tuple[int, ...] | None = None
+) -> tuple[Stage, ...]:
     """A policy's exits, and the model's own head.
 
+    Args:
+        policy: The policy.
+        blocks: Of the model.
+        served: The exits that there are; None for all.
+
     Raises:
-        UsageError: The exits don't fit a model with this many blocks.
+        UsageError: The exits don't fit a model with this many blocks, or there are none such.
     """
-    policy.check_fits(blocks)
+    policy.check_fits(blocks, served)
     depths = (*policy.exits, blocks)
     checked = [
         Stage(depth, ExitCheck(policy.measure, threshold, range(depth, after)))

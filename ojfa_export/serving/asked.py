@@ -160,7 +160,10 @@ def _options(model: Model, body: Generating, exit: ExitChoice, most: int) -> Gen
         # What doesn't depend on the prompt is refused before anything of the request begins.
         completed = options.completed(model.manifest.generation)
         completed.check_fits(
-            model.blocks, model.spec.vocab_size, has_layer=model.drafts is not None
+            model.blocks,
+            model.spec.vocab_size,
+            has_layer=model.drafts is not None,
+            served=model.exits,
         )
         assert options.exit is not None
         model.resolve_exit(options.exit)

@@ -51,6 +51,7 @@ class Served:
             "family": self.model.spec.family,
             "precision": manifest.precision,
             "exit": exit,
+            "exits": list(self.model.exits),
             "auto": manifest.auto is not None,
             "drafts": self.model.drafts is not None,
             "chat": "chat.json" in manifest.files,

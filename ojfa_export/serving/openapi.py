@@ -37,7 +37,7 @@ _MODEL = {
         "max_model_len": {"type": "integer", "description": "Tokens of the longest sequence."},
         "ojfa": {
             "type": "object",
-            "required": ["blocks", "exit", "auto", "drafts", "chat", "promise"],
+            "required": ["blocks", "exit", "exits", "auto", "drafts", "chat", "promise"],
             "properties": {
                 "blocks": {"type": "integer", "description": "Full depth."},
                 "family": {"type": "string"},
@@ -45,6 +45,11 @@ _MODEL = {
                 "exit": {
                     "type": ["integer", "string"],
                     "description": "Blocks to run where a request doesn't say.",
+                },
+                "exits": {
+                    "type": "array",
+                    "items": {"type": "integer"},
+                    "description": "Those before full depth that there are.",
                 },
                 "auto": {"type": "boolean", "description": "Whether it has a policy."},
                 "drafts": {"type": "boolean", "description": "Whether it has a draft layer."},

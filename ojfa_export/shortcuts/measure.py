@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ojfa_export.bundle.shortcut_file import ExitShortcut
+from ojfa_export.bundle.block_shortcut import BlocksOnSequences
+from ojfa_export.bundle.shortcut_file import ExitShortcut, RowShortcut, exits_of
 from ojfa_export.models.head import LanguageHead
 from ojfa_export.shortcuts.calibrate import tokens_of
 from ojfa_export.shortcuts.hidden import HiddenStates
 from ojfa_export.shortcuts.metrics import ExitQuality, FullModelReference, evaluate
-from ojfa_export.shortcuts.sample import exit_sample
+from ojfa_export.shortcuts.sample import Sample, exit_sample
 from ojfa_export.system.progress import Progress
 
 
@@ -21,42 +22,60 @@ class Measured:
 
     Attributes:
         shortcut: The shortcut.
-        quality: For exits 1..L-1.
+        exits: That it serves.
+        quality: At each of them.
         identity: Quality of no jump at all.
         tokens: Held-out tokens behind the figures of an exit.
     """
 
     shortcut: ExitShortcut
+    exits: tuple[int, ...]
     quality: list[ExitQuality]
     identity: list[ExitQuality]
     tokens: int
 
 
+def evaluate_shortcut(
+    shortcut: RowShortcut | BlocksOnSequences,
+    head: LanguageHead,
+    depth: int,
+    sample: Sample,
+    reference: FullModelReference,
+) -> ExitQuality:
+    """A shortcut's quality at an exit, on the sample's tokens.
+
+    A block jump is applied to the whole windows that they are in.
+    """
+    if isinstance(shortcut, BlocksOnSequences):
+        return evaluate(head.likeliest, sample.mapped(depth, shortcut), reference)
+    return evaluate(partial(tokens_of, shortcut, head, depth), sample.hidden(depth), reference)
+
+
 def measure(
     states: HiddenStates,
     blocks: int,
-    shortcut: ExitShortcut,
+    shortcut: RowShortcut | BlocksOnSequences,
     head: LanguageHead,
     scratch: Path,
     progress: Progress,
 ) -> Measured:
-    """Measures a shortcut at every exit.
+    """Measures a shortcut at every exit that it serves.
 
     Args:
         states: Hidden states of all depths, of held-out text.
         blocks: L.
-        shortcut: Of any kind.
+        shortcut: Of any kind; a block jump as a map of windows of the text.
         head: The model's own norm and head.
         scratch: Folder for the full model's log-probabilities.
         progress: Shows exits.
     """
     sample = exit_sample(states, blocks, 0, head)
     reference = FullModelReference(sample.hidden(blocks), head, scratch)
-    quality, identity = [], []
-    with progress.task("calibrating: measuring exits", blocks - 1, "exits") as task:
-        for depth in range(1, blocks):
-            hidden = sample.hidden(depth)
-            quality.append(evaluate(partial(tokens_of, shortcut, head, depth), hidden, reference))
-            identity.append(evaluate(head.likeliest, hidden, reference))
+    given = shortcut.shortcut if isinstance(shortcut, BlocksOnSequences) else shortcut
+    exits, quality, identity = exits_of(given, blocks), [], []
+    with progress.task("calibrating: measuring exits", len(exits), "exits") as task:
+        for depth in exits:
+            quality.append(evaluate_shortcut(shortcut, head, depth, sample, reference))
+            identity.append(evaluate(head.likeliest, sample.hidden(depth), reference))
             task.advance()
-    return Measured(shortcut, quality, identity, len(sample.rows))
+    return Measured(given, exits, quality, identity, len(sample.rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ojfa_export.bundle.block_shortcut import BlocksOnSequences
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.models.head import LanguageHead
 from ojfa_export.shortcuts.hidden import HiddenStates
@@ -28,6 +29,16 @@ class Sample:
     def hidden(self, depth: int) -> Float32:
         """Their hidden states at a depth, [count, H]."""
         return np.asarray(self._states.open(depth)[self.rows])
+
+    def mapped(self, depth: int, jump: BlocksOnSequences) -> Float32:
+        """What a block jump makes of them, [count, H]: whole windows go through it, one by one."""
+        states, windows = self._states.open(depth), self.rows // jump.length
+        found = np.empty((len(self.rows), states.shape[1]), np.float32)
+        for window in np.unique(windows).tolist():
+            start, here = window * jump.length, windows == window
+            outputs = jump.apply(np.asarray(states[start : start + jump.length]), depth)
+            found[here] = outputs[self.rows[here] - start]
+        return found
 
 
 def matrix_sample(states: HiddenStates, blocks: int, fit_tokens: int, head: LanguageHead) -> Sample:

@@ -16,6 +16,7 @@ import numpy as np
 from ojfa_export.backends.backend import Backend, Engines, Tracing
 from ojfa_export.backends.checks import checking
 from ojfa_export.backends.frugal import frugal
+from ojfa_export.bundle.block_shortcut import BlockShortcut, BlocksOnSequences
 from ojfa_export.bundle.names import block_name
 from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.decoding.arrays import Float32, Int32
@@ -25,6 +26,7 @@ from ojfa_export.runtime.session import Session
 from ojfa_export.system.progress import Progress
 from ojfa_export.verify.check import Check
 from ojfa_export.verify.exact import HIDDEN, ExactModel, Float64
+from ojfa_export.verify.exit_blocks import compare_exit_block
 from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
 from ojfa_export.verify.tolerances import (
     FP16_LARGEST,
@@ -106,7 +108,7 @@ def verify_blocks(subject: Subject, token_ids: Int32, progress: Progress) -> lis
     if ids.shape[1] < SHORTEST:
         return []
     exact = ExactModel(spec, subject.graphs, subject.rotary)
-    exits = sorted({1, max(1, spec.blocks // 2), spec.blocks - 1, spec.blocks})
+    exits = _compared_exits(subject)
     checks: list[Check] = []
     with progress.task("comparing with float64", spec.blocks + 2, "blocks") as task:
         hidden = exact.embed(ids).astype(np.float32)
@@ -116,7 +118,7 @@ def verify_blocks(subject: Subject, token_ids: Int32, progress: Progress) -> lis
             found, hidden = _compare_block(subject, exact, index, hidden)
             checks += found
             if index + 1 in exits:
-                checks += _compare_head(subject, exact, hidden, index + 1)
+                checks += _compare_exit(subject, exact, ids, hidden, index + 1)
             task.advance()
         checks += _compare_chain(subject, exact, ids, hidden)
         task.advance()
@@ -184,6 +186,46 @@ def largest_tensor(tensors: Mapping[str, Float64]) -> Largest:
     return next(beyond, max(found, key=lambda each: each.value))
 
 
+def _compared_exits(subject: Subject) -> set[int]:
+    """The first exit, one in the middle, the last one, and full depth."""
+    blocks, shortcut = subject.spec.blocks, subject.shortcut
+    if isinstance(shortcut, BlockShortcut):
+        served = shortcut.exits
+        return {served[0], served[len(served) // 2], served[-1], blocks}
+    return {1, max(1, blocks // 2), blocks - 1, blocks}
+
+
+def _compare_exit(
+    subject: Subject, exact: ExactModel, ids: Int32, hidden: Float32, blocks_run: int
+) -> list[Check]:
+    """What follows after some blocks: a head, or a block behind an exit."""
+    spec, shortcut, arithmetic = subject.spec, subject.shortcut, subject.arithmetic
+    if blocks_run == spec.blocks or not isinstance(shortcut, BlockShortcut):
+        return _compare_head(subject, exact, hidden, blocks_run)
+    jump = BlocksOnSequences(shortcut, spec, subject.rotary, ids.shape[1])
+    checks, label, tensors = compare_exit_block(
+        jump, subject.engines, exact, arithmetic, ids, hidden, blocks_run
+    )
+    checks += _compare_check_head(subject, exact, tensors[HIDDEN], exit=blocks_run)
+    return (_check_range(label, tensors) if arithmetic == "fp16" else []) + checks
+
+
+def _compare_check_head(
+    subject: Subject, exact: ExactModel, outputs: Float64, *, exit: int
+) -> list[Check]:
+    """The check head, where there is one, on what an exit's block gives [B,S,H]."""
+    spec, comparisons = subject.spec, Comparisons(subject.arithmetic)
+    tokens, checks_exits = subject.check_tokens, checking(subject.engines)
+    if tokens is None or checks_exits is None:
+        return []
+    rows = outputs.reshape(-1, spec.hidden_size)[-HEAD_ROWS:].astype(np.float32)
+    expected = exact.logits(rows.astype(np.float64), spec.blocks)[:, tokens]
+    actual = checks_exits.check_logits(rows, exit)
+    label = f"float64 check_head behind exit {exit}: logits"
+    comparisons.record(label, "logits", actual, expected)
+    return comparisons.checks()
+
+
 def _compare_head(
     subject: Subject, exact: ExactModel, hidden: Float32, blocks_run: int
 ) -> list[Check]:
@@ -192,6 +234,7 @@ def _compare_head(
     inputs = rows.astype(np.float64)
     expected, allowance = exact.logits(inputs, blocks_run), None
     if blocks_run < spec.blocks:
+        assert not isinstance(subject.shortcut, BlockShortcut)
         norm = FinalNorm(spec.norm, np.ones(spec.hidden_size), None, spec.norm_epsilon)
         allowance = exit_allowance(
             subject.shortcut, norm, inputs, expected, subject.arithmetic, blocks_run

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Engines
-from ojfa_export.backends.checks import checking
-from ojfa_export.backends.frugal import FrugalEngines, close_all, frugal, is_large
+from ojfa_export.backends.frugal import FrugalEngines, close_all, frugal
 from ojfa_export.backends.onnxruntime.portable import PortableGraphs
 from ojfa_export.bundle import shortcut_file
+from ojfa_export.bundle.block_shortcut import BlockShortcut, BlocksOnSequences
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import SHORTCUT, block_name
-from ojfa_export.bundle.shortcut_file import ExitShortcut
+from ojfa_export.bundle.shortcut_file import ExitShortcut, RowShortcut, exits_of
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
@@ -33,6 +33,7 @@ from ojfa_export.runtime.session import Session
 from ojfa_export.system.progress import Progress, Task
 from ojfa_export.verify.as_users import verify_defaults, verify_generation, verify_tokenizer
 from ojfa_export.verify.check import Check
+from ojfa_export.verify.exit_heads import ExitHeads
 from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
 from ojfa_export.verify.quantised import verify_weights
 from ojfa_export.verify.reference import TransformersReference
@@ -178,14 +179,17 @@ def verify_parts(
     comparisons = Comparisons(parts.precision)
     blocks = parts.spec.blocks
     windows = make_windows(checkpoint, token_ids)
-    total = len(windows) * (blocks + 2) + blocks - 1
+    exits = exits_of(parts.shortcut, blocks)
+    total = len(windows) * (blocks + 2) + len(exits)
     with progress.task("verifying", total, "blocks and exits") as task:
         for window in windows:
             expected = compare_parts(parts, reference, window, comparisons, task)
             compare_full_depth(parts, window, expected, comparisons)
             task.advance()
-            if not window.long_context:  # no exit head knows of positions
-                compare_exits(parts, window, expected, language_head(checkpoint), comparisons, task)
+            if not window.long_context:  # no exit head knows of positions, and blocks few
+                jump = _as_map(parts, checkpoint, expected)
+                head = language_head(checkpoint)
+                compare_exits(parts, window, expected, jump, head, comparisons, task)
     return comparisons.checks()
 
 
@@ -313,45 +317,45 @@ def compare_full_depth(
         comparisons.record(f"decode {name}", "logits", decoded, target)
 
 
+def _as_map(
+    parts: Parts, checkpoint: Checkpoint, expected: Reference
+) -> RowShortcut | BlocksOnSequences:
+    """The shortcut as a map of the reference's hidden states."""
+    if not isinstance(parts.shortcut, BlockShortcut):
+        return parts.shortcut
+    count = next(iter(expected.exits.values())).shape[1]
+    rotary = checkpoint.family.rotary(checkpoint.config)
+    tables = None if rotary is None else rotary.tables(count)
+    return BlocksOnSequences(parts.shortcut, parts.spec, tables, count)
+
+
 def compare_exits(
     parts: Parts,
     window: Window,
     expected: Reference,
+    jump: RowShortcut | BlocksOnSequences,
     head: LanguageHead,
     comparisons: Comparisons,
     task: Task,
 ) -> None:
     """Compares every exit with the shortcut in float64 on the reference's hidden states."""
-    graphs, engines = PortableGraphs(parts.spec, parts.graphs), parts.open_engines()
+    engines = parts.open_engines()
     # Each block runs once and each head at every exit: so heads stay open, and blocks don't.
     close_all(engines, parts.spec)
     engines = FrugalEngines(engines, keep_heads=True)
-    batch, count, _ = expected.exits[1].shape
-    session = Session(parts.spec, engines, batch, count)
-    for blocks_run, hidden in expected.exits.items():
-        batch, count, size = hidden.shape
-        flat = hidden.reshape(batch * count, size)
-        exact = flat.astype(np.float64)
-        target = head.logits(parts.shortcut.apply(exact, blocks_run))
-        allowance = exit_allowance(
-            parts.shortcut, head.norm, exact, target, parts.precision, blocks_run
-        )
-        actual = graphs.logits(flat, blocks_run)
-        if is_large(parts.spec):
-            graphs.close()  # a residual shortcut's holds the whole LM head, as the engine does
-        comparisons.record("graph exit_head", "logits", actual, target, allowance)
-        actual = engines.logits(flat, blocks_run)
-        comparisons.record("engine exit_head", "logits", actual, target, allowance)
-        checks, ids = checking(engines), parts.check_tokens
-        if checks is not None and ids is not None:
-            actual = graphs.check_logits(flat, blocks_run)
-            graphs.close()
-            comparisons.record("graph check_head", "logits", actual, target[:, ids], allowance)
-            actual = checks.check_logits(flat, blocks_run)
-            comparisons.record("engine check_head", "logits", actual, target[:, ids], allowance)
-        if blocks_run == 1:
-            tokens = window.token_ids[:, :count].tolist()
-            logits = session.advance(tokens, exit=1, every_position=True)
+    graphs = PortableGraphs(parts.spec, parts.graphs)
+    heads = ExitHeads(parts.spec, graphs, engines, parts.shortcut, parts.check_tokens)
+    exits = exits_of(parts.shortcut, parts.spec.blocks)
+    batch, count, _ = expected.exits[exits[0]].shape
+    session, tokens = Session(parts.spec, engines, batch, count), window.token_ids[:, :count]
+    for blocks_run in exits:
+        hidden = expected.exits[blocks_run]
+        exact = hidden.reshape(-1, hidden.shape[-1]).astype(np.float64)
+        target = head.logits(jump.apply(exact, blocks_run))
+        allowance = exit_allowance(jump, head.norm, exact, target, parts.precision, blocks_run)
+        heads.compare(tokens, hidden, blocks_run, target, allowance, comparisons)
+        if blocks_run == exits[0]:
+            logits = session.advance(tokens.tolist(), blocks_run, every_position=True)
         else:  # the tokens that stopped at the exit before run one block more
             logits = session.deepen(blocks_run, every_position=True)
         name = f"logits exit {blocks_run}"

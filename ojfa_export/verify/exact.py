@@ -80,6 +80,21 @@ class ExactModel:
         """
         return self.run_block(index, self._weights(block_name(index)), hidden)
 
+    def exit_block(self, graph: str, exit: int, hidden: Float64) -> Tensors:
+        """Runs a block behind an exit on whole sequences, without a cache.
+
+        Args:
+            graph: Its name.
+            exit: Of the shortcut's exits, from 0.
+            hidden: [B,S,H] after the exit's blocks.
+
+        Returns:
+            As `block`.
+        """
+        weights = self._weights(graph)
+        scaled = hidden * weights["exit.scale"][exit] + weights["exit.shift"][exit]
+        return self.run_block(self._spec.blocks - 1, weights, scaled)
+
     def run_block(
         self, index: int, weights: Weights, hidden: Float64, linear: Linear | None = None
     ) -> Tensors:

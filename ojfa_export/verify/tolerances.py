@@ -9,9 +9,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export.bundle.block_shortcut import BlocksOnSequences
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.shortcut import Shortcut
-from ojfa_export.bundle.shortcut_file import ExitShortcut
+from ojfa_export.bundle.shortcut_file import RowShortcut
 from ojfa_export.models.head import FinalNorm
 from ojfa_export.models.precision import Precision
 from ojfa_export.verify.check import Check
@@ -101,7 +102,7 @@ TRIALS = 8
 
 
 def exit_allowance(
-    shortcut: ExitShortcut,
+    shortcut: RowShortcut | BlocksOnSequences,
     norm: FinalNorm,
     hidden: NDArray[np.float64],
     logits: NDArray[np.float64],
@@ -114,11 +115,11 @@ def exit_allowance(
     it enlarges the rounding that y inherits from h: with independent errors of deviation e in
     the features of h, y = (h s + t) D U is off by e ||diag(s) D U|| (Frobenius) in the root mean
     square, and the logits of norm(y) by that share of ||y||. For a residual jump with gate g the
-    map is 1 + g diag(s) D U. What an MLP makes of such errors is tried with random ones, and its
-    own products round like those of one block more.
+    map is 1 + g diag(s) D U. What an MLP or a block makes of such errors is tried with random
+    ones, and its own products round like those of one block more.
 
     Args:
-        shortcut: The jump.
+        shortcut: The jump; a block jump as a map of the sequences that `hidden` has.
         norm: The final norm; LayerNorm takes the mean from y.
         hidden: [n,H].
         logits: [n,V] of norm(y).
@@ -130,7 +131,7 @@ def exit_allowance(
     """
     error = BLOCK_ROUNDING[arithmetic] * np.sqrt(blocks_run * np.mean(hidden**2, axis=1))
     y = _seen(norm, shortcut.apply(hidden, blocks_run))
-    if isinstance(shortcut, MlpShortcut):
+    if not isinstance(shortcut, Shortcut):
         tried = _tried(shortcut, norm, hidden, error, blocks_run)
         own = BLOCK_ROUNDING[arithmetic] * np.linalg.norm(y - _seen(norm, hidden), axis=1)
         moved = np.hypot(tried, own)
@@ -147,7 +148,7 @@ def _seen(norm: FinalNorm, y: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _tried(
-    shortcut: MlpShortcut,
+    shortcut: MlpShortcut | BlocksOnSequences,
     norm: FinalNorm,
     hidden: NDArray[np.float64],
     error: NDArray[np.float64],

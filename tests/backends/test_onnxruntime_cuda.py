@@ -19,7 +19,9 @@ from tiny_models import VARIANTS, VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_FP16_RELATIVE, LOGITS_FP32
 
 from ojfa_export import backends
+from ojfa_export.backends.block_jump import BlockJump, open_jump
 from ojfa_export.backends.frugal import FrugalEngines
+from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import block_name, graph_names
 from ojfa_export.compiler.add_engines import add_engines
@@ -110,12 +112,18 @@ def both_of(driver, chain_of, tmp_path):
 
     def make(name: str, precision: str = "fp32", kind: Kind = "narrow") -> Both:
         chain = chain_of(name, precision, kind)
-        plans = {each: tmp_path / f"{each}.json" for each in graph_names(chain.spec.blocks)}
+        jump = chain.shortcut if isinstance(chain.shortcut, BlockShortcut) else None
+        names = graph_names(chain.spec.blocks, 0 if jump is None else jump.blocks)
+        plans = {each: tmp_path / f"{each}.json" for each in names}
         for each, plan in plans.items():
             backend.build_engine(chain.spec, chain.graphs / f"{each}.onnx", plan)
         rotary = chain.checkpoint.family.rotary(chain.checkpoint.config)
         tables = rotary.tables(chain.max_length) if rotary else None
-        return Both(chain, backend.open_engines(chain.spec, chain.graphs, plans, tables))
+        engines = backend.open_engines(chain.spec, chain.graphs, plans, tables)
+        if jump is not None:
+            opened = BlockJump(jump.exits, jump.blocks, chain.spec, chain.graphs, plans, tables)
+            open_jump(backend, engines, opened)
+        return Both(chain, engines)
 
     return make
 
@@ -165,6 +173,32 @@ def test_exit_heads_that_know_the_exit(both_of, token_ids, name, precision, kind
         new = token_ids[0][4 * exit : 4 * exit + 4]
         both.assert_close(there.advance(new, exit), here.advance(new, exit))
         both.assert_close(there.advance([1], exit), here.advance([1], exit))
+
+
+@pytest.mark.parametrize(("name", "precision"), [("llama-gqa", "fp32"), ("gpt2", "fp16")])
+def test_blocks_behind_exits(both_of, token_ids, name, precision):
+    """Prompts, steps and rewinding, with exits asked in any order; half of them for the first time
+    of tokens that have run past them.
+    """
+    both = both_of(name, precision, "block")
+    here, there = both.sessions(2)
+    first, *_, last = both.chain.shortcut.exits
+    for number, exit in enumerate(("full", first, last, "full", first, first, last)):
+        start = 5 * number
+        new = [ids[start : start + (5 if number < 3 else 1 + number % 2)] for ids in token_ids]
+        for one, other in zip(
+            here.advance(new, exit, every_position=True),
+            there.advance(new, exit, every_position=True),
+            strict=True,
+        ):
+            both.assert_close(other, one)
+        if number == 4:
+            for session in (here, there):
+                session.rewind(9, 1)
+    policy = ExitPolicy(exits=(first, last), measure="top", thresholds=(0.02, 0.03))
+    expected, actual = here.decide([[1], [2]], policy), there.decide([[1], [2]], policy)
+    assert actual.blocks_run.tolist() == expected.blocks_run.tolist()
+    both.assert_close(actual.logits, expected.logits)
 
 
 def test_exits_per_token_speculation_and_shadow_checks(both_of, token_ids):

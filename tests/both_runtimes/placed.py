@@ -101,6 +101,8 @@ PYTHON_ONLY: dict[str, str] = {
     "Model.resolve_speculation": PARTS,
     "Model.session(drafts)": LAYER,
     "Model.drafts": LAYER,
+    "Model.exits": "C++ runs no block jumps; of any other bundle all exits are there",
+    "Session.exits": "the model has it",
     "Token.logprobs": LOGITS,
     "Engine": "in C++ a session for each request; an engine of its own comes later",
     "Model.monitor": PROMISE,

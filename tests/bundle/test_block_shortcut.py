@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from ojfa_export.bundle.block_shortcut import BIASES, WEIGHTS, BlockShortcut
+from ojfa_export.bundle.block_shortcut import (
+    AFTER_NORMS,
+    BIASES,
+    KEY_NORM,
+    QUERY_NORM,
+    WEIGHTS,
+    BlockShortcut,
+)
 from ojfa_export.bundle.shortcut_file import load, load_exit, save
 from ojfa_export.errors import OjfaError
 
@@ -50,9 +59,7 @@ def test_round_trip_and_same_bytes(blocks, biases, rng, tmp_path):
     with safe_open(tmp_path / "s", framework="numpy") as file:
         assert file.metadata()["format_version"] == "5"
         assert sum(file.get_tensor(name).size for name in file.keys()) == block.parameters  # noqa: SIM118
-    with pytest.raises(OjfaError, match="is a jump of kind block") as caught:
-        load_exit(tmp_path / "s")
-    assert "engines for them do not exist yet" in caught.value.hint
+    assert load_exit(tmp_path / "s")[0].exits == (1, 4)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +96,16 @@ def test_a_damaged_one_is_refused(changes, message, rng, tmp_path):
     with pytest.raises(OjfaError, match=message) as caught:
         load(path)
     assert caught.value.hint
+
+
+def test_norms_of_queries_and_keys_and_those_after_are_in_the_file(rng, tmp_path):
+    block = random_block(rng)
+    names = {QUERY_NORM: 4, KEY_NORM: 4, **dict.fromkeys(AFTER_NORMS, 16)}
+    more = {name: rng.normal(size=(2, width)).astype(np.float32) for name, width in names.items()}
+    save(replace(block, weights={**block.weights, **more}), tmp_path / "s", SHA)
+    loaded, _ = load(tmp_path / "s")
+    for name, weight in more.items():
+        np.testing.assert_array_equal(loaded.weights[name], weight)
 
 
 def test_an_exit_that_it_does_not_serve(rng):

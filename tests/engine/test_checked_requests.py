@@ -7,25 +7,37 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chain import random_blocks
 from engine.random_requests import TIMEOUT, check_each_gives_what_it_gives_alone
 from engine.watched_engine import WatchedEngine
 
 import ojfa_export
+from ojfa_export.bundle.shortcut_file import save
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build
 from ojfa_export.decoding.policy import ExitPolicy
+from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.runtime.model import Model
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["residual", "block"])
 def checked(
-    tiny_checkpoint: Path, calibration_text: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny_checkpoint: Path,
+    calibration_text: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Model:
+    directory = tmp_path_factory.mktemp("checked")
+    shortcut: Any = request.param
+    if shortcut == "block":
+        checkpoint, shortcut = Checkpoint(tiny_checkpoint), directory / "jump.safetensors"
+        blocks = random_blocks(checkpoint.spec, (1, 2, 3), seed=6)
+        save(blocks, shortcut, checkpoint.sha256(), {"text": "made up"})
     options = BuildOptions(
         str(tiny_checkpoint),
-        tmp_path_factory.mktemp("checked") / "checked.ojfa",
-        rank=8,
-        shortcut="residual",
+        directory / "checked.ojfa",
+        rank=None if request.param == "block" else 8,
+        shortcut=shortcut,
         check_vocabulary=40,
         calibration_data=(calibration_text,),
         calibration_tokens=1024,

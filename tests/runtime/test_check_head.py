@@ -24,7 +24,7 @@ from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.shadow import Shadow
 
 # Other families, shortcuts and products; GPT-2's exit head has a bias for each token.
-CASES = ["llama-gqa-residual", "gpt2-narrow", "phi3-longrope-mlp"]
+CASES = ["llama-gqa-residual", "gpt2-narrow", "phi3-longrope-mlp", "qwen3-block"]
 STORED = [f"llama-gqa-residual {storage}" for storage in ("int8", "int4", "fp16", "bf16")]
 SIZE, BATCH, MAX_LENGTH = 40, 3, 40
 
@@ -79,7 +79,7 @@ def whole_logits(chain: Chain, ids: list[int], exit: int) -> np.ndarray:
 def test_its_logits_are_the_exit_heads_of_its_tokens(case, chain_of, rng):
     chain = chain_of(case)
     hidden = rng.standard_normal((5, chain.spec.hidden_size), np.float32)
-    for exit in range(1, chain.spec.blocks):
+    for exit in session_of(chain).exits:
         expected = chain.engines.logits(hidden, exit)[:, chain.check_tokens]
         given = chain.engines.check_logits(hidden, exit)
         np.testing.assert_allclose(given, expected, atol=LOGITS_FP32, rtol=0)
@@ -109,7 +109,7 @@ def test_tokens_and_depths_are_those_of_whole_logits(case, chain_of, program):
     for new, exits, measure in [*program, ([[1]] * BATCH, {2: 0.0}, "top")]:
         room = min(MAX_LENGTH - max(map(len, ids)), 3)
         new = [each[:room] for each in new]
-        asked = sorted(exit for exit in exits if exit < chain.spec.blocks)
+        asked = sorted(exit for exit in exits if exit in session.exits)
         policy = ExitPolicy(
             exits=asked, measure=measure, thresholds=[exits[exit] for exit in asked]
         )
@@ -136,7 +136,8 @@ def test_tokens_and_depths_are_those_of_whole_logits(case, chain_of, program):
             np.testing.assert_allclose(step.logits[row], expected, atol=LOGITS_FP32, rtol=0)
             assert choice.tokens[row] == step.logits[row].argmax()
             assert choice.blocks_run[row] == depth
-        np.testing.assert_array_equal(choice.confidence, step.confidence)
+        if any(new):  # a choice of nothing knows of no exits
+            np.testing.assert_array_equal(choice.confidence, step.confidence)
 
 
 class Counted(ChoosesOnHost):
@@ -219,14 +220,21 @@ def test_a_text_at_once_is_decided_as_token_by_token(case, chain_of, rng):
         np.testing.assert_allclose(unit.confidence[index], step.confidence[:, 0], rtol=2e-3)
 
 
-def test_confidence_is_of_tokens_that_stopped_there(chain_of):
-    chain = chain_of(CASES[0])
+@pytest.mark.parametrize("case", [CASES[0], CASES[-1]])
+def test_confidence_is_of_tokens_that_stopped_there(case, chain_of):
+    chain = chain_of(case)
     session = session_of(chain, 1)
-    [logits] = session.advance([1, 2, 3], 2, every_position=True)
-    said = session.confidence(logits, 2, "top")
+    first, *_, last = session.exits
+    session.advance([7, 8], first)
+    [logits] = session.advance([1, 2, 3], first, every_position=True)
+    said = session.confidence(logits, first, "top")
     expected = [sure(row[chain.check_tokens], "top") for row in logits]
     np.testing.assert_allclose(said, expected, atol=CONFIDENCE + LOGITS_FP32)
-    with pytest.raises(UsageError, match="the newest 3 tokens have not stopped at exit 3"):
-        session.confidence(logits, 3, "top")
+    [later] = session.advance([4], first, every_position=True)  # asking leaves all as it was
+    np.testing.assert_allclose(
+        later, whole_logits(chain, [7, 8, 1, 2, 3, 4], first)[None], atol=LOGITS_FP32, rtol=0
+    )
+    with pytest.raises(UsageError, match=f"the newest 3 tokens have not stopped at exit {last}"):
+        session.confidence(logits, last, "top")
     [full] = session.deepen("full", every_position=True)
     assert session.confidence(full, "full", "margin")[0] == pytest.approx(sure(full[0], "margin"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chain import random_mlp
+from chain import random_blocks, random_mlp
 from click.testing import CliRunner
 from PIL import Image
 
@@ -38,9 +38,9 @@ def one_torch_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def arguments(tiny_checkpoint: Path, calibration_text: Path, given: Path) -> list[str]:
+def arguments(tiny_checkpoint: Path, calibration_text: Path, given: Path, block: Path) -> list[str]:
     data = ["--calibration-data", str(calibration_text), "--calibration-tokens", "1024"]
-    others = ["--with", str(given)]
+    others = ["--with", str(given), "--with", str(block)]
     return ["compare", str(tiny_checkpoint), "--rank", str(RANK), *data, *others]
 
 
@@ -51,6 +51,21 @@ def given(tiny_checkpoint: Path, tmp_path_factory) -> Path:
     mlp = random_mlp(checkpoint.spec, 8)
     path = tmp_path_factory.mktemp("given") / "mlp.safetensors"
     save(replace(mlp, down=np.zeros_like(mlp.down)), path, checkpoint.sha256())
+    return path
+
+
+@pytest.fixture(scope="module")
+def block(tiny_checkpoint: Path, tmp_path_factory) -> Path:
+    """The file of blocks that are the identity at two exits: what they add is zero."""
+    checkpoint = Checkpoint(tiny_checkpoint)
+    blocks = random_blocks(checkpoint.spec, (1, 3), each=True)
+    nothing = {
+        name: np.zeros_like(each) if ".out." in name or ".down." in name else each
+        for name, each in blocks.weights.items()
+    }
+    same = {"scale": np.ones_like(blocks.scale), "shift": np.zeros_like(blocks.shift)}
+    path = tmp_path_factory.mktemp("given") / "block.safetensors"
+    save(replace(blocks, weights=nothing, **same), path, checkpoint.sha256())
     return path
 
 
@@ -82,10 +97,13 @@ def test_every_kind_has_its_parameters_and_figures(compared):
     _, report = compared
     hidden, exits = report.hidden_size, report.blocks - 1
     narrow, normed = 2 * hidden * RANK, 2 * hidden * (RANK + 1)
-    *fitted, mlp = report.kinds
+    *fitted, mlp, block = report.kinds
     assert (mlp.kind, mlp.title) == (None, "mlp, given: mlp.safetensors")
     assert mlp.exits == report.of("identity").exits
     assert mlp.parameters > 0
+    assert (block.kind, block.title) == (None, "block, given: block.safetensors, at exits 1, 3")
+    identity = report.of("identity")
+    assert [block.at(exit) for exit in (1, 2, 3)] == [identity.at(1), None, identity.at(3)]
     assert {each.kind: each.parameters for each in fitted} == {
         "identity": 0,
         "jtc": exits * hidden**2,
@@ -98,10 +116,12 @@ def test_every_kind_has_its_parameters_and_figures(compared):
         "residual": normed + exits,
     }
     assert [each.kind for each in fitted] == list(KINDS)
-    assert all(len(each.exits) == exits for each in report.kinds)
+    assert all(len(each.exits) == exits for each in (*fitted, mlp))
     read = {each.check.name: each.check.weights_read for each in report.kinds}
     whole = report.vocab_size * hidden + hidden
     assert read["model's own"] == whole
+    of_block = read["given: block.safetensors"] - whole
+    assert of_block > block.parameters / 2 - 2 * hidden  # one of two, and what 128 tokens left
     assert read["linear map"] == whole + hidden**2
     assert read["folded"] == RANK * (report.vocab_size + hidden + 1)
     assert read["residual"] == whole + narrow + RANK + exits

@@ -213,6 +213,9 @@ Shortcut read_shortcut(Fields fields) {
     if (kind == "mlp")
         throw bundle_failure("the bundle's shortcut is an MLP, which this library doesn't run",
                              "run it in Python, or build it again with --shortcut ojfa or residual");
+    if (kind == "block")
+        throw bundle_failure("the bundle's shortcut is a block jump, which this library doesn't run",
+                             "run it in Python, or build it again with --shortcut ojfa or residual");
     for (const char* name : {"fitted_at", "parameters"}) fields.integer(name, 1, ANY_SIZE);
     shortcut.rank = fields.integer("rank", 1);
     shortcut.residual = fields.truth("residual");

@@ -10,9 +10,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Backend, Engines
+from ojfa_export.backends.block_jump import BlockJump
 from ojfa_export.backends.draft import DraftLayer
 from ojfa_export.backends.onnxruntime.draft import OnnxRuntimeDraft
 from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
+from ojfa_export.backends.onnxruntime.exit_blocks import OnnxRuntimeExitBlocks
 from ojfa_export.backends.onnxruntime.quantise import quantise
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.bundle.weight_format import QuantisedMatrix, WeightFormat
@@ -67,6 +69,10 @@ class OnnxRuntime:
     def open_draft(self, engines: Engines, layer: DraftLayer) -> OnnxRuntimeDraft:
         """Opens a bundle's draft layer; see `backends.draft.RunsDrafts`."""
         return OnnxRuntimeDraft(layer)
+
+    def open_exit_blocks(self, engines: Engines, jump: BlockJump) -> OnnxRuntimeExitBlocks:
+        """Opens a bundle's block jump; see `backends.block_jump.RunsBlockJumps`."""
+        return OnnxRuntimeExitBlocks(jump)
 
 
 BACKEND: Backend = OnnxRuntime()

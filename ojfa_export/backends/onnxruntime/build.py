@@ -7,8 +7,8 @@ from pathlib import Path
 import onnx
 
 from ojfa_export.backends.onnxruntime.dialect import OnnxRuntimeCpu, check_fused_attention
-from ojfa_export.bundle.names import CHECK_HEAD, DRAFT_GRAPHS
-from ojfa_export.graphs.block import block_graph
+from ojfa_export.bundle.names import CHECK_HEAD, DRAFT_GRAPHS, EXIT_BLOCK
+from ojfa_export.graphs.block import block_graph, exit_block_graph
 from ojfa_export.graphs.draft import draft_part_graph
 from ojfa_export.graphs.embed import embed_graph
 from ojfa_export.graphs.heads import final_head_graph, jump_head_graph
@@ -41,6 +41,8 @@ def build_engine(spec: ModelSpec, graph: Path, engine: Path) -> None:
         model = draft_part_graph(name, spec, weights, dialect)
     elif name in ("exit_head", CHECK_HEAD):
         model = jump_head_graph(spec, weights, dialect, name)
+    elif name.startswith(EXIT_BLOCK):
+        model = exit_block_graph(spec, name, weights, dialect)
     else:
         model = block_graph(spec, int(name.removeprefix("block_")), weights, dialect)
     engine.write_bytes(model.SerializeToString(deterministic=True))

@@ -28,13 +28,13 @@ class OnnxRuntimeEngines(OpenedModel, ChoosesOnHost):
 
     def logits(self, hidden: Float32, blocks_run: int) -> Float32:
         """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
-        session = self.session("final_head" if blocks_run == self.spec.blocks else "exit_head")
+        session = self.session(self._head_of(blocks_run))
         result: Float32 = session.run(None, head_inputs(session, hidden, blocks_run))[0]
         return result
 
     def logits_of_exits(self, hidden: Float32, blocks_run: Sequence[int]) -> Float32:
         """See `backends.backend.AsksExitsTogether`."""
-        session = self.session("exit_head")
+        session = self.session(self._head_of(1))
         result: Float32 = session.run(None, head_inputs(session, hidden, blocks_run))[0]
         return result
 
@@ -48,6 +48,11 @@ class OnnxRuntimeEngines(OpenedModel, ChoosesOnHost):
         session = self.session(CHECK_HEAD)
         result: Float32 = session.run(None, head_inputs(session, hidden, blocks_run))[0]
         return result
+
+    def _head_of(self, blocks_run: int) -> str:
+        """The head's graph after so many blocks; behind exits' blocks it is the model's own."""
+        own = blocks_run == self.spec.blocks or self.exit_blocks is not None
+        return "final_head" if own else "exit_head"
 
     def unload_heads(self) -> None:
         """Closes the heads; they are opened again when used."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ojfa_export.backends.onnxruntime.engines import head_inputs
 from ojfa_export.backends.onnxruntime.session import share_thread_pool
-from ojfa_export.bundle.names import CHECK_HEAD, block_name
+from ojfa_export.bundle.names import CHECK_HEAD, block_name, exit_block_name
 from ojfa_export.bundle.onnx_file import read_onnx
 from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.errors import BackendError
@@ -76,7 +76,44 @@ class PortableGraphs:
         Returns:
             Hidden states [B,S,H], and the keys and values with the new tokens' appended.
         """
-        session = self._session(block_name(index))
+        return self._run_block(block_name(index), hidden, positions, rotations, past, {})
+
+    def exit_block(
+        self,
+        index: int,
+        exit: int,
+        hidden: Float32,
+        positions: Int32,
+        rotations: dict[str, Float32],
+        past: KeysValues | None = None,
+    ) -> tuple[Float32, KeysValues]:
+        """Runs a block that stands behind exits on new tokens.
+
+        Args:
+            index: Which of these blocks.
+            exit: Whose tokens they are, the shortcut's exits being numbered from 0.
+            hidden: As of `block`.
+            positions: As of `block`.
+            rotations: As of `block`.
+            past: As of `block`.
+
+        Returns:
+            As `block`.
+        """
+        beside = {"exit": np.full(hidden.shape[:2], exit, np.int32)}
+        name = exit_block_name(index)
+        return self._run_block(name, hidden, positions, rotations, past, beside)
+
+    def _run_block(
+        self,
+        name: str,
+        hidden: Float32,
+        positions: Int32,
+        rotations: dict[str, Float32],
+        past: KeysValues | None,
+        beside: dict[str, Int32],
+    ) -> tuple[Float32, KeysValues]:
+        session = self._session(name)
         if past is None:
             past = self._empty_past(session, hidden.shape[0])
         feeds = {
@@ -85,6 +122,7 @@ class PortableGraphs:
             "past_key": past[0],
             "past_value": past[1],
             **rotations,
+            **beside,
         }
         result, key, value = session.run(["hidden_out", "key", "value"], feeds)
         return result, (
@@ -94,7 +132,8 @@ class PortableGraphs:
 
     def logits(self, hidden: Float32, blocks_run: int) -> Float32:
         """Applies the model's own head, or the exit head: [rows, H] to [rows, V]."""
-        session = self._session("final_head" if blocks_run == self.spec.blocks else "exit_head")
+        own = blocks_run == self.spec.blocks or not self._has("exit_head")
+        session = self._session("final_head" if own else "exit_head")
         return _run_head(session, hidden, blocks_run)
 
     def check_logits(self, hidden: Float32, blocks_run: int) -> Float32:
@@ -109,6 +148,9 @@ class PortableGraphs:
         dtype = next(DTYPES[port.type] for port in session.get_inputs() if port.name == "past_key")
         empty = np.zeros((batch, self.spec.kv_heads, 0, self.spec.head_dim), dtype)
         return empty, empty
+
+    def _has(self, name: str) -> bool:
+        return (self._directory / f"{name}.onnx").exists()
 
     def _session(self, name: str) -> ort.InferenceSession:
         if self._open is None or self._open[0] != name:

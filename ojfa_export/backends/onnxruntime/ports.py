@@ -7,7 +7,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from ojfa_export.bundle.names import CHECK_HEAD
+from ojfa_export.bundle.names import CHECK_HEAD, EXIT_BLOCK
 from ojfa_export.errors import BackendError
 from ojfa_export.models.spec import ModelSpec
 
@@ -77,6 +77,8 @@ def _expected(spec: ModelSpec, name: str, depths: int, *, gated: bool) -> tuple[
     }
     if name == "draft":
         inputs["token_ids"] = (INT32, (None,))
+    if name.startswith(EXIT_BLOCK):
+        inputs["exit"] = (INT32, (None,))
     table = (FLOAT, (None, spec.rotary_dim // 2))
     inputs |= {f"rotary_{name}_table": table for name in spec.rotations}
     return inputs, {"hidden_out": hidden, "key": cache, "value": cache}

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from ojfa_export.backends.backend import Backend
+from ojfa_export.backends.backend import Backend, Engines
+from ojfa_export.backends.block_jump import BlockJump
 from ojfa_export.backends.cuda.arrays import DTYPES
 from ojfa_export.backends.cuda.bandwidth import copy_bandwidth
 from ojfa_export.backends.cuda.device import the_device
 from ojfa_export.backends.onnxruntime_cuda.engines import OnnxRuntimeCudaEngines
+from ojfa_export.backends.onnxruntime_cuda.exit_blocks import OnnxRuntimeCudaExitBlocks
 from ojfa_export.backends.onnxruntime_cuda.plan import NAME
 from ojfa_export.backends.onnxruntime_cuda.provider import check_provider
 from ojfa_export.bundle.checked import UNCHECKED, Files
@@ -59,6 +61,11 @@ class OnnxRuntimeCuda:
     ) -> OnnxRuntimeCudaEngines:
         """Opens built engines."""
         return OnnxRuntimeCudaEngines(the_device(), spec, weights, engines, rotary, files)
+
+    def open_exit_blocks(self, engines: Engines, jump: BlockJump) -> OnnxRuntimeCudaExitBlocks:
+        """Opens a bundle's block jump; see `backends.block_jump.RunsBlockJumps`."""
+        assert isinstance(engines, OnnxRuntimeCudaEngines)
+        return OnnxRuntimeCudaExitBlocks(engines, jump)
 
     def device(self) -> dict[str, str]:
         """GPU, driver and ONNX Runtime's version."""

@@ -9,8 +9,8 @@ import onnx
 from ojfa_export.backends.onnxruntime.dialect import check_fused_attention
 from ojfa_export.backends.onnxruntime_cuda.dialect import CudaGraph, OnnxRuntimeCuda
 from ojfa_export.backends.onnxruntime_cuda.plan import NAME, GraphPlan, Weight
-from ojfa_export.bundle.names import block_name
-from ojfa_export.graphs.block import block_graph
+from ojfa_export.bundle.names import EXIT_BLOCK, block_name, exit_block_name
+from ojfa_export.graphs.block import block_graph, exit_block_graph
 from ojfa_export.graphs.dialect import Weights
 from ojfa_export.graphs.embed import embed_graph
 from ojfa_export.graphs.heads import final_head_graph, jump_head_graph
@@ -75,5 +75,7 @@ def _model(
         return name, final_head_graph(spec, weights, dialect)
     if name == "exit_head":
         return name, jump_head_graph(spec, weights, dialect)
+    if name.startswith(EXIT_BLOCK):  # all alike
+        return exit_block_name(0), exit_block_graph(spec, exit_block_name(0), weights, dialect)
     first = spec.like(int(name.removeprefix("block_")))
     return block_name(first), block_graph(spec, first, weights, dialect)

@@ -65,7 +65,7 @@ class OnnxRuntimeCudaEngines(OpenedModel, PreparesByParts):
 
     def unload_heads(self) -> None:
         """Lets go of the heads' weights; they are uploaded again when used."""
-        for name in ("exit_head", "final_head"):
+        for name in {"exit_head", "final_head"} & self.plans.keys():
             self.close(name)
 
     def executor(self, slots: int, capacity: int) -> OnnxRuntimeCudaExecutor:
@@ -113,7 +113,8 @@ class OnnxRuntimeCudaEngines(OpenedModel, PreparesByParts):
         follows: Callable[[], None],
     ) -> None:
         """Puts a head on the stream, and what is done with its logits (`then` is its key)."""
-        name = "final_head" if blocks_run == self.spec.blocks else "exit_head"
+        own = blocks_run == self.spec.blocks or self.exit_blocks is not None
+        name = "final_head" if own else "exit_head"
         same = OF_EXITS.isdisjoint(self.plans[name].weights)  # at every exit
         count = len(hidden)
 

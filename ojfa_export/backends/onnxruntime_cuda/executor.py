@@ -249,7 +249,15 @@ class OnnxRuntimeCudaExecutor:
         self._recorder.clear()
         for tokens in self._steps.values():
             tokens.works = {key: work for key, work in tokens.works.items() if key[0] != block}
-        self._model.close(block_name(block))
+        self._model.close(self._graph_of(block))
+
+    def _graph_of(self, block: int) -> str:
+        """The name of a block's graph."""
+        return block_name(block)
+
+    def _beside(self, block: int, tokens: Tokens) -> dict[str, Array]:
+        """What a block takes beside what all blocks take."""
+        return {}
 
     def __del__(self) -> None:
         with suppress(Exception):
@@ -317,9 +325,10 @@ class OnnxRuntimeCudaExecutor:
             "total_length": np.array(length, np.int32),
             "past_key": key,
             "past_value": value,
+            **self._beside(block, tokens),
         }
         outputs = {"hidden_out": tokens.hidden[1 - block % 2], "key": key, "value": value}
-        return self._model.work(block_name(block), inputs, outputs)
+        return self._model.work(self._graph_of(block), inputs, outputs)
 
     def _empty(self, dtype: np.dtype) -> DeviceArray:
         """Keys or values of a block: finite where nothing was written, as all is looked at."""

@@ -15,6 +15,7 @@ from ojfa_export.backends.cuda.choosing import choose_in_parts
 from ojfa_export.backends.cuda.device import Device, PinnedArray
 from ojfa_export.backends.cuda.mailbox import DeviceHeadOutput, HeadArguments
 from ojfa_export.backends.cuda.recorder import Work
+from ojfa_export.backends.exit_blocks import ExitBlocks
 from ojfa_export.backends.passes import Newest, Pass
 from ojfa_export.backends.tensorrt.attention import PAGE
 from ojfa_export.backends.tensorrt.executor import SIZES, TensorRtExecutor
@@ -44,6 +45,7 @@ class TensorRtEngines(OpenedModel):
 
     Attributes:
         follows: See `backends.backend.Engines`.
+        exit_blocks: See there; none runs here.
         page_tokens: See `backends.backend.PagedCache`.
         cache_element_bytes: See there.
         pass_sizes: See there.
@@ -51,6 +53,7 @@ class TensorRtEngines(OpenedModel):
     """
 
     follows = True
+    exit_blocks: ExitBlocks | None = None
     page_tokens = PAGE
 
     def __init__(

@@ -61,18 +61,19 @@ class CalibrationReport(_Strict):
         model: The model's name.
         blocks: L, the number of blocks.
         hidden_size: H.
-        rank: r of every jump; None of an MLP.
+        rank: r of every jump; None of an MLP or a block.
         width: Of an MLP.
+        exit_blocks: Of a block jump: one for all exits, or one for each. Left out of JSON else.
         kind: Of the shortcut in the bundle.
         fitted_at: Blocks run before the hidden states that the one narrow jump was fitted on; None
-            of an MLP.
+            of an MLP or a block.
         reason: Why that level and that kind, in words.
         parameters: Weights of the shortcut in the bundle.
         parameters_multi_jump: Weights of a jump for every exit, where those were fitted.
         calibration_sources: Where the calibration text comes from.
         tokens_fitted: Tokens that the jumps were fitted on; 0 where the shortcut was given.
         tokens_held_out: Tokens that the qualities were measured on.
-        exits: For exits 1..L-1, in order.
+        exits: For exits 1..L-1, in order; of a block jump for those that it serves.
         precision_at_1: [L-1][L-1], indexed [fitted_at - 1][used_at - 1]; empty where the shortcut
             was given.
         surprisal: The same for the mean surprisal, in nats.
@@ -92,6 +93,7 @@ class CalibrationReport(_Strict):
     hidden_size: int = Field(ge=1)
     rank: int | None = Field(default=None, ge=1)
     width: int | None = Field(default=None, ge=1)
+    exit_blocks: int | None = Field(default=None, ge=1)
     kind: str
     fitted_at: int | None = Field(default=None, ge=1)
     reason: str
@@ -117,7 +119,7 @@ class CalibrationReport(_Strict):
         return {
             name: value
             for name, value in fields.items()
-            if value is not None or name not in ("weights", "change", "check")
+            if value is not None or name not in ("weights", "change", "check", "exit_blocks")
         }
 
     @property
@@ -134,8 +136,10 @@ class CalibrationReport(_Strict):
     @property
     def worth(self) -> str:
         """What the exits are worth, in words."""
-        picked = sorted({1, self.blocks // 2, self.blocks - 1})
-        shares = [f"{self.agreement[exit - 1]:.0%} after {exit}" for exit in picked]
+        exits = [row.blocks for row in self.exits]
+        middle = min(range(len(exits)), key=lambda index: abs(exits[index] - self.blocks // 2))
+        picked = sorted({0, middle, len(exits) - 1})
+        shares = [f"{self.agreement[index]:.0%} after {exits[index]}" for index in picked]
         return f"full depth's token for {', '.join(shares)} of {self.blocks} blocks"
 
     @property
@@ -143,15 +147,26 @@ class CalibrationReport(_Strict):
         """The shortcut in the bundle, in words."""
         if self.kind == "mlp":
             return f"one MLP of {self.width} features for all exits"
+        if self.exit_blocks is not None:
+            exits = ", ".join(str(row.blocks) for row in self.exits)
+            return f"{self._blocks_behind} exits {exits}"
         if self.kind == "residual":
             return f"shared residual shortcut of rank {self.rank}"
         return f"shortcut of rank {self.rank} fitted after block {self.fitted_at}"
 
+    @property
+    def _blocks_behind(self) -> str:
+        one = self.exit_blocks == 1
+        return "one block behind" if one else f"{self.exit_blocks} blocks behind"
+
     @model_validator(mode="after")
     def _levels_agree(self) -> CalibrationReport:
         levels = self.blocks - 1
-        if [row.blocks for row in self.exits] != list(range(1, self.blocks)):
+        exits = [row.blocks for row in self.exits]
+        if self.exit_blocks is None and exits != list(range(1, self.blocks)):
             raise ValueError(f"exits are not 1..{levels}")
+        if not exits or exits != sorted(set(exits)) or exits[-1] > levels:
+            raise ValueError(f"exits {exits} don't rise within 1..{levels}")
         if self.fitted_at is not None and self.fitted_at > levels:
             raise ValueError(f"fitted_at {self.fitted_at} is outside 1..{levels}")
         expected = 0 if self.exits[0].given else levels

@@ -76,9 +76,17 @@ function wordsOf(promise) {
       : "It is kept by full depth: no exits save time within that.");
 }
 
+/** The exit of the bundle, or full depth, that is nearest to where the slider is. */
+function exitOf() {
+  const { blocks, exits } = bundle().ojfa;
+  const value = Number(at("blocks").value);
+  const nearer = (best, exit) => (Math.abs(exit - value) < Math.abs(best - value) ? exit : best);
+  return exits.reduce(nearer, blocks);
+}
+
 function showDepth() {
   const { blocks, auto, drafts, promise } = bundle().ojfa;
-  const run = Number(at("blocks").value);
+  const run = exitOf();
   at("blocks-shown").textContent = `${run} of ${blocks}`;
   at("blocks").setAttribute("aria-valuetext", `${run} of ${blocks} blocks`);
   const notes = {
@@ -105,7 +113,7 @@ function bodyOf() {
 function depthOf() {
   const depth = chosen("depth");
   if (depth === "speculate") return { speculate: true };
-  return { exit: depth === "auto" ? "auto" : Number(at("blocks").value) };
+  return { exit: depth === "auto" ? "auto" : exitOf() };
 }
 
 async function run(event) {

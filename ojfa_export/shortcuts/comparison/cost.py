@@ -6,17 +6,22 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 
 from ojfa_export.backends.onnxruntime.engines import head_inputs
 from ojfa_export.backends.onnxruntime.session import open_session
+from ojfa_export.bundle.block_shortcut import BlockShortcut
+from ojfa_export.bundle.names import EXIT_BLOCK, exit_block_name
+from ojfa_export.decoding.arrays import Float32
 from ojfa_export.graphs.export import ExitHead, Exporter
 from ojfa_export.graphs.graph import FLOAT, Graph
 from ojfa_export.graphs.weights import WeightFile, references
+from ojfa_export.models.spec import ModelSpec
 from ojfa_export.shortcuts.comparison.model import HeadCost
 from ojfa_export.shortcuts.kinds import Kind
 
@@ -33,6 +38,8 @@ HEADS: Mapping[Kind, str] = {
     "residual": RESIDUAL,
 }
 ROUNDS, WARM_ROUNDS, BURST = 60, 5, 4
+# Tokens before the one that a block behind an exit runs.
+PAST = 128
 
 
 def measure_heads(
@@ -48,29 +55,65 @@ def measure_heads(
     Returns:
         By the head's name: those of `HEADS`, and the others'.
     """
+    spec = exporter.checkpoint.spec
+    whole = exporter.directory / "final_head.onnx"
     graphs = {
-        WHOLE: exporter.directory / "final_head.onnx",
-        LINEAR: _export_linear(exporter, scratch / "linear"),
+        WHOLE: [whole],
+        LINEAR: [_export_linear(exporter, scratch / "linear")],
         **{
             name: _export(exporter, head, scratch / f"head_{index}")
             for index, (name, head) in enumerate(heads.items())
         },
     }
-    sessions = {
-        name: open_session(path.read_bytes(), name, path.parent) for name, path in graphs.items()
-    }
-    rng = np.random.default_rng(0)
-    hidden = rng.normal(size=(1, exporter.checkpoint.spec.hidden_size)).astype(np.float32)
+    runs = {name: _opened(name, paths, spec) for name, paths in graphs.items()}
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     for turn in range(WARM_ROUNDS + ROUNDS):
-        for name, session in sessions.items():
-            inputs = head_inputs(session, hidden, 1)
+        for name, run in runs.items():
             start = time.perf_counter()
             for _ in range(BURST):
-                session.run(None, inputs)
+                run()
             if turn >= WARM_ROUNDS:
                 samples[name].append((time.perf_counter() - start) * 1e3 / BURST)
-    return {name: _cost(name, path, samples[name]) for name, path in graphs.items()}
+    return {name: _cost(name, paths, spec, samples[name]) for name, paths in graphs.items()}
+
+
+def _opened(name: str, paths: list[Path], spec: ModelSpec) -> Callable[[], object]:
+    """What runs a head's graphs on one token, one after the other."""
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(1, spec.hidden_size)).astype(np.float32)
+    sessions = [open_session(path.read_bytes(), name, path.parent) for path in paths]
+    inputs: list[dict[str, Any]] = [
+        _block_inputs(session, hidden, spec)
+        if path.stem.startswith(EXIT_BLOCK)
+        else dict(head_inputs(session, hidden, 1))
+        for session, path in zip(sessions, paths, strict=True)
+    ]
+
+    def run() -> None:
+        for session, feeds in zip(sessions, inputs, strict=True):
+            session.run(None, feeds)
+
+    return run
+
+
+def _block_inputs(session: Any, hidden: Float32, spec: ModelSpec) -> dict[str, Any]:
+    """What a block behind an exit takes: one token, behind PAST others."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "past_key": (1, spec.kv_heads, PAST, spec.head_dim),
+        "past_value": (1, spec.kv_heads, PAST, spec.head_dim),
+    }
+    feeds: dict[str, Any] = {}
+    for port in session.get_inputs():
+        if port.name == "hidden":
+            feeds[port.name] = hidden[None]
+        elif "int" in port.type:
+            feeds[port.name] = np.full((1, 1), PAST if port.name == "positions" else 0, np.int32)
+        else:
+            shape = shapes.get(port.name, (1, 1, spec.rotary_dim // 2))
+            dtype = np.float16 if "float16" in port.type else np.float32
+            feeds[port.name] = rng.normal(size=shape).astype(dtype)
+    return feeds
 
 
 def _copy(exporter: Exporter, directory: Path) -> Exporter:
@@ -83,10 +126,12 @@ def _copy(exporter: Exporter, directory: Path) -> Exporter:
     return Exporter(exporter.checkpoint, directory, exporter.precision, exporter.max_length)
 
 
-def _export(exporter: Exporter, head: ExitHead, directory: Path) -> Path:
-    """Exports an exit head; the graph's file."""
-    _copy(exporter, directory).exit_head(head)
-    return directory / "exit_head.onnx"
+def _export(exporter: Exporter, head: ExitHead, directory: Path) -> list[Path]:
+    """Exports an exit head, or blocks behind exits; the files of the graphs that a check runs."""
+    _copy(exporter, directory).shortcut(head)
+    if isinstance(head, BlockShortcut):
+        return [directory / f"{name}.onnx" for name in (exit_block_name(0), "final_head")]
+    return [directory / "exit_head.onnx"]
 
 
 def _export_linear(exporter: Exporter, directory: Path) -> Path:
@@ -109,12 +154,16 @@ def _export_linear(exporter: Exporter, directory: Path) -> Path:
     return path
 
 
-def _cost(name: str, graph: Path, samples: list[float]) -> HeadCost:
-    refs = references(onnx.load(graph, load_external_data=False)).values()
+def _cost(name: str, graphs: list[Path], spec: ModelSpec, samples: list[float]) -> HeadCost:
+    """Weights; of a block behind an exit its keys and values as well, in fp32."""
+    loaded = [references(onnx.load(graph, load_external_data=False)) for graph in graphs]
+    refs = [ref for each in loaded for ref in each.values()]
+    past = [graph for graph in graphs if graph.stem.startswith(EXIT_BLOCK)]
+    cached = len(past) * 2 * PAST * spec.kv_heads * spec.head_dim
     return HeadCost(
         name=name,
-        weights_read=sum(math.prod(ref.dims) for ref in refs),
-        bytes_read=sum(ref.length for ref in refs),
+        weights_read=sum(math.prod(ref.dims) for ref in refs) + cached,
+        bytes_read=sum(ref.length for ref in refs) + 4 * cached,
         milliseconds=statistics.median(samples),
         samples_ms=samples,
     )

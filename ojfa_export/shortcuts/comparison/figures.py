@@ -54,7 +54,7 @@ def quality_by_exit(report: Comparison) -> bytes:
         for axes, (measure, title, factor) in zip(panels.flat, _PANELS, strict=True):
             for result, label, style in _shown(report):
                 values = [factor * getattr(each, measure) for each in result.exits]
-                axes.plot(exits, values, label=label, markersize=4.5, **style)
+                axes.plot(result.served or exits, values, label=label, markersize=4.5, **style)
             axes.set_title(title)
             axes.set_ylim(0, None)
             axes.grid(axis="y", color="#dddddd", linewidth=0.8)

@@ -19,7 +19,7 @@ class HeadCost(_Strict):
 
     Attributes:
         name: Which of the heads: kinds of one form share it.
-        weights_read: Numbers.
+        weights_read: Numbers; of a block behind an exit, keys and values of 128 tokens among them.
         bytes_read: The same as they are stored.
         milliseconds: Median on this machine, through ONNX Runtime.
         samples_ms: All of them.
@@ -43,7 +43,8 @@ class KindResult(_Strict):
         fitted_at: Level of a jump that was fitted at one, else None.
         fit_seconds: What fitting took, processor time of all threads.
         check: What one exit costs.
-        exits: For exits 1..L-1.
+        served: Exits of a block jump; None where it serves all.
+        exits: For exits 1..L-1, or those that it serves.
     """
 
     kind: Kind | None
@@ -53,7 +54,14 @@ class KindResult(_Strict):
     fitted_at: int | None
     fit_seconds: float
     check: HeadCost
+    served: tuple[int, ...] | None = None
     exits: list[ExitQuality]
+
+    def at(self, exit: int) -> ExitQuality | None:
+        """Its figures at an exit; None where it doesn't serve that."""
+        if self.served is None:
+            return self.exits[exit - 1]
+        return self.exits[self.served.index(exit)] if exit in self.served else None
 
     def mean(self, measure: str) -> float:
         """A measure of `ExitQuality`, the mean over exits."""
