@@ -49,7 +49,12 @@ from ojfa_export.promises.certify import certify, most_eager
 from ojfa_export.promises.collect import collect_statistics
 from ojfa_export.promises.measures import MEASURES, confidences, round_down
 from ojfa_export.promises.outcomes import Costs, apply, depths_of, paths
-from ojfa_export.promises.statistics import SPLITS, ExitStatistics, save_statistics
+from ojfa_export.promises.statistics import (
+    SPLITS,
+    ExitStatistics,
+    load_statistics,
+    save_statistics,
+)
 from ojfa_export.runtime.model import Model, load
 from ojfa_export.system.progress import Progress
 
@@ -60,8 +65,8 @@ TUNING, CERTIFICATION = 24, 96
 # Every second exit is looked at, from this part of the depth on.
 FIRST_EXIT = 0.4
 # Checks that are timed of each head, and rounds in which policies are.
-REPEATS, ROUNDS = 150, 3
-SECONDS = 8.0
+REPEATS, ROUNDS = 150, 2
+SECONDS = 5.0
 WHOLE = 0
 
 
@@ -113,7 +118,11 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=CERTIFICATION, help="to certify on")
-    parser.add_argument("--statistics", type=Path, help="directory to keep statistics in")
+    parser.add_argument(
+        "--statistics",
+        type=Path,
+        help="directory that keeps statistics",
+    )
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     before, progress, model = commit(), Lines(sys.stderr), load(arguments.bundle)
@@ -133,10 +142,14 @@ def main() -> None:
             engines[size] = with_check(model, inputs, ids, Path(folder) / str(size))
         ms = time_checks(model, engines)
         print(json.dumps(ms, indent=1), flush=True)
-        splits = collect(model, inputs, tokens, arguments.windows, Path(folder), progress)
-        for size in (WHOLE, *tokens) if arguments.statistics else ():
-            kept = dict(zip(SPLITS, (each[size] for each in splits), strict=True))
-            save_statistics(arguments.statistics / f"{size}.npz", kept)
+        kept = arguments.statistics or Path(folder)
+        if not (kept / f"{WHOLE}.npz").is_file():
+            collected = collect(model, inputs, tokens, arguments.windows, Path(folder), progress)
+            for size in (WHOLE, *tokens):
+                both = dict(zip(SPLITS, (each[size] for each in collected), strict=True))
+                save_statistics(kept / f"{size}.npz", both)
+        read = {size: load_statistics(kept / f"{size}.npz") for size in (WHOLE, *tokens)}
+        splits = [{size: each[split] for size, each in read.items()} for split in SPLITS]
         found = policies(model, engines, splits, ms, progress)
     shares = {str(size): float(counts[ids].sum() / counts.sum()) for size, ids in tokens.items()}
     document = {
@@ -282,8 +295,9 @@ def costs_of(costs: StepCosts, ms: dict[int, dict[str, float]], size: int) -> St
     """The costs of steps, those of checks as a head of this size has them."""
     if size == WHOLE:
         return costs
+    # Ratios, as what else ran on the machine was not the same at both times.
     checks = {
-        measure: max(0.0, each - ms[WHOLE][measure] + ms[size][measure])
+        measure: each * ms[size][measure] / ms[WHOLE][measure]
         for measure, each in costs.checks.items()
     }
     return costs.model_copy(update={"checks": checks, "leaving": costs.exit_head})
