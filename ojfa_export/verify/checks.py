@@ -169,6 +169,7 @@ def verify_parts(
     blocks = parts.spec.blocks
     windows = make_windows(checkpoint, token_ids)
     total = len(windows) * (blocks + 2) + blocks - 1
+    close_all(parts.open_engines(), parts.spec)  # of comparisons before
     with progress.task("verifying", total, "blocks and exits") as task:
         for window in windows:
             expected = compare_parts(parts, reference, window, comparisons, task)
