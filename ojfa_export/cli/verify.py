@@ -54,14 +54,20 @@ def command(
     Of quantised weights float64 takes what they stand for. With --against they must be the
     checkpoint's to half a step; how far the model has moved is a figure, and no check.
     """
-    from ojfa_export.verify.verify import can_compare_blocks, quantisation_change, verify_bundle
+    from ojfa_export.verify.verify import (
+        can_compare_blocks,
+        open_model,
+        quantisation_change,
+        verify_model,
+    )
 
     if atol is not None and not math.isfinite(atol):
         raise UsageError(
             f"--atol must be a finite number, not {atol}", hint="leave it out, or try --atol 1e-3"
         )
-    checks = verify_bundle(
-        bundle,
+    model = open_model(bundle, backend)
+    checks = verify_model(
+        model,
         against,
         backend,
         console.progress(),
@@ -74,9 +80,8 @@ def command(
     change = None
     if against is not None:
         change = quantisation_change(
-            bundle,
+            model,
             against,
-            backend,
             console.progress(),
             revision=revision,
             trust_remote_code=trust_remote_code,

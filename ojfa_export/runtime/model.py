@@ -56,6 +56,7 @@ from ojfa_export.system.arguments import (
     whole_number,
     wrong,
 )
+from ojfa_export.system.heap import trim_heap
 
 
 class Model:
@@ -74,6 +75,7 @@ class Model:
         manifest = bundle.manifest
         self.spec = manifest.model.spec
         self.tokenizer = _read_tokenizer(bundle)
+        trim_heap()  # reading a tokenizer takes as much again as it keeps, 20 MB of 49,152 tokens
         self._prompts = PromptEncoder(
             self.tokenizer, self.spec.vocab_size, manifest.cache.max_length
         )

@@ -256,6 +256,7 @@ def _compare_chain(subject: Subject, exact: ExactModel, ids: Int32, hidden: Floa
     """Full depth: a prompt at once, then tokens one by one."""
     spec, comparisons = subject.spec, Comparisons(subject.arithmetic)
     batch, length = ids.shape
+    subject.engines.unload_heads()  # the exit head is not asked again
     session = Session(spec, subject.engines, batch, length)
     first = length - DECODED
     actual = [session.advance(ids[:, :first].tolist())]

@@ -181,6 +181,7 @@ def verify_parts(
     windows = make_windows(checkpoint, token_ids)
     exits = exits_of(parts.shortcut, blocks)
     total = len(windows) * (blocks + 2) + len(exits)
+    close_all(parts.open_engines(), parts.spec)  # of comparisons before
     with progress.task("verifying", total, "blocks and exits") as task:
         for window in windows:
             expected = compare_parts(parts, reference, window, comparisons, task)

@@ -9,12 +9,15 @@ import numpy as np
 from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.passes import Chunk
 from ojfa_export.decoding.arrays import Float32, Int32
+from ojfa_export.system.heap import trim_heap
 
 
 def engine_in_pieces(
     engines: Engines, block: int, hidden: Float32, *, long_context: bool
 ) -> list[Float32]:
     """A block's output [B,S,H] in one piece; and in three, the last of them a decode step.
+
+    The block is closed afterwards: beside it the reference has weights of its own.
 
     Args:
         engines: The opened engines.
@@ -23,9 +26,9 @@ def engine_in_pieces(
         long_context: Whether LongRoPE's long factors apply.
     """
     batch, length, _ = hidden.shape
-    results = []
-    for bounds in ((0, length), (0, length // 2, length - 1, length)):
-        executor = engines.executor(batch, length)
+    ways = (0, length), (0, length // 2, length - 1, length)
+    results, executors = [], [engines.executor(batch, length) for _ in ways]
+    for executor, bounds in zip(executors, ways, strict=True):
         result = np.empty_like(hidden)
         for start, stop in pairwise(bounds):
             piece = executor.run(
@@ -36,6 +39,9 @@ def engine_in_pieces(
             )
             result[:, start:stop] = np.asarray(piece).reshape(batch, stop - start, -1)
         results.append(result)
+    for executor in executors:
+        executor.unload(block)
+    trim_heap()
     return results
 
 

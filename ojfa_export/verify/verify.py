@@ -42,10 +42,38 @@ def verify_bundle(
     Raises:
         OjfaError: The bundle or the checkpoint can't be read, or they are of different models.
     """
+    return verify_model(
+        open_model(bundle, backend),
+        against,
+        backend,
+        progress,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def open_model(bundle: Path, backend: str) -> Model:
+    """Opens a bundle to verify it: once, as that reads every file.
+
+    Raises:
+        OjfaError: It can't be read.
+    """
+    return Model(Bundle(bundle), backend)
+
+
+def verify_model(
+    model: Model,
+    against: str | None,
+    backend: str,
+    progress: Progress,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[Check]:
+    """Verifies an opened bundle; see `verify_bundle`."""
     from ojfa_export.verify.golden import verify_golden, verify_spec
 
-    opened = Bundle(bundle)
-    model = Model(opened, backend)
+    opened = model.bundle
     checks = [verify_spec(opened.manifest), *verify_golden(model)]
     if can_compare_blocks():
         checks += compare_blocks(opened, model, backend, progress)
@@ -60,7 +88,8 @@ def verify_bundle(
     described = opened.manifest.model
     if Checkpoint(directory, described.ignored_fields).sha256() != described.sha256:
         raise CheckpointError(
-            f"{bundle} was not built from {against}: the digests of config and weights differ",
+            f"{opened.directory} was not built from {against}: the digests of config and weights "
+            "differ",
             hint="name the checkpoint that the bundle was built from",
         )
     token_ids = sample_token_ids(model, TOKENS)[: opened.manifest.cache.max_batch_size]
@@ -70,9 +99,8 @@ def verify_bundle(
 
 
 def quantisation_change(
-    bundle: Path,
+    model: Model,
     against: str,
-    backend: str,
     progress: Progress,
     *,
     revision: str | None = None,
@@ -81,9 +109,8 @@ def quantisation_change(
     """What quantising changed, on the texts that ship; None where nothing is quantised.
 
     Args:
-        bundle: A bundle that `verify_bundle` has compared with the same checkpoint.
+        model: That `verify_model` has compared with the same checkpoint.
         against: As there, and so the others.
-        backend: Engines to run.
         progress: Shows windows.
         revision: Of a hub id.
         trust_remote_code: Whether transformers may run code in the checkpoint.
@@ -92,10 +119,8 @@ def quantisation_change(
     from ojfa_export.verify.quantised import WINDOW_TOKENS, measure_change
     from ojfa_export.verify.sample import sample_token_ids
 
-    opened = Bundle(bundle)
-    if opened.manifest.weights is None:
+    if model.manifest.weights is None:
         return None
-    model = Model(opened, backend)
     return measure_change(
         model,
         resolve(against, revision),

@@ -94,18 +94,20 @@ def test_prefill_in_pieces_is_prefill_at_once(chain, monkeypatch, rng, piece, be
     expected = chain.session().advance(ids, every_position=True)[0][before:]
     per_token = 4 * chain.spec.heads * POSITIONS if limit == "SCORE_BYTES" else 1
     monkeypatch.setattr(executor_module, limit, piece * per_token)
-    session, lengths = chain.session(), []
+    session, lengths, gave_back = chain.session(), [], []
     run = Batch.run
 
-    def record(self, blocks, hidden, beside):
+    def record(self, blocks, hidden, beside, options=None):
         lengths.extend([len(hidden)] * len(blocks))
-        return run(self, blocks, hidden, beside)
+        gave_back.append(options is executor_module.GIVING_BACK)
+        return run(self, blocks, hidden, beside, options)
 
     session.advance(ids[:before])
     monkeypatch.setattr(Batch, "run", record)
     [logits] = session.advance(ids[before:], every_position=True)
     pieces = [min(piece, 50 - at) for at in range(0, 50, piece)]
     assert lengths == pieces * chain.spec.blocks
+    assert gave_back == [False] * (len(gave_back) - 1) + [True]  # scratch memory, once
     np.testing.assert_allclose(logits, expected, atol=LOGITS_FP32, rtol=0)
 
 

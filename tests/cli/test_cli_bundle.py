@@ -72,7 +72,8 @@ def _with_checks(monkeypatch: pytest.MonkeyPatch, *rows: tuple[str, float, float
         Check(name=name, max_abs_diff=diff, tolerance=tolerance, passed=diff <= tolerance)
         for name, diff, tolerance in rows
     ]
-    monkeypatch.setattr("ojfa_export.verify.verify.verify_bundle", lambda *_, **__: checks)
+    monkeypatch.setattr("ojfa_export.verify.verify.open_model", lambda *_: None)
+    monkeypatch.setattr("ojfa_export.verify.verify.verify_model", lambda *_, **__: checks)
 
 
 def test_failed_verification_is_status_3(invoke, monkeypatch: pytest.MonkeyPatch) -> None:

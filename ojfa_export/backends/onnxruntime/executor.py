@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnxruntime import OrtValue
+from onnxruntime import OrtValue, RunOptions
 
 from ojfa_export.backends.onnxruntime.opened import OpenedModel
 from ojfa_export.backends.onnxruntime.session import failure
@@ -28,6 +28,7 @@ from ojfa_export.backends.passes import (
     store_chunks,
 )
 from ojfa_export.decoding.arrays import Float32
+from ojfa_export.system.heap import trim_heap
 
 # Attention scores of a prefill are held for one piece of the prompt at a time: at most this
 # many bytes, and no more tokens than make products fast. A piece doesn't see the tokens after it,
@@ -43,7 +44,12 @@ PADDED_SCORE_BYTES = 256 << 20
 # Shapes of passes whose bindings are kept, those that were used last.
 MOST_SHAPES = 64
 
-Run = Callable[[], None]
+# What a long prompt's scores took, tens of megabytes, is given back when it has run: steps after it
+# need next to nothing.
+GIVING_BACK = RunOptions()
+GIVING_BACK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+
+Run = Callable[[RunOptions | None], None]
 # What a block takes beside hidden states, by name: a row for each token.
 Beside = Mapping[str, NDArray[np.int32]]
 NOTHING: Beside = {}
@@ -187,23 +193,43 @@ class OnnxRuntimeExecutor:
             Chunk(slot, start + at, min(self._prefill_tokens, count - at))
             for at in range(0, count, self._prefill_tokens)
         ]
-        batches = []
-        for piece in pieces:
-            one = slice(slot, slot + 1)
-            batch = Batch(self, one, piece.length, piece.length, long_context, beside)
-            batch.place([piece])
-            batches.append(batch)
-        if len(batches) == 1:
-            return batches[0].run(blocks, hidden, beside)
+        if len(pieces) == 1:
+            return self._batch(pieces[0], long_context, beside).run(blocks, hidden, beside)
+        hidden = self._run_pieces(blocks, hidden, pieces, long_context, beside)
+        trim_heap()
+        return hidden
+
+    def _run_pieces(
+        self,
+        blocks: range,
+        hidden: Float32,
+        pieces: Sequence[Chunk],
+        long_context: bool,
+        beside: Beside,
+    ) -> Float32:
+        """Runs block after block on all pieces; in the end scratch memory is given back."""
+        batches = [self._batch(piece, long_context, beside) for piece in pieces]
         for block in blocks:
             result, at = np.empty_like(hidden), 0
             for piece, batch in zip(pieces, batches, strict=True):
                 rows = slice(at, at + piece.length)
-                one_block = range(block, block + 1)
-                result[rows] = batch.run(one_block, hidden[rows], rows_beside(beside, rows))
+                last = block == blocks[-1] and batch is batches[-1]
+                result[rows] = batch.run(
+                    range(block, block + 1),
+                    hidden[rows],
+                    rows_beside(beside, rows),
+                    GIVING_BACK if last else None,
+                )
                 at += piece.length
             hidden = result
         return hidden
+
+    def _batch(self, piece: Chunk, long_context: bool, beside: Beside) -> Batch:
+        """A pass of one piece of a prompt."""
+        one = slice(piece.slot, piece.slot + 1)
+        batch = Batch(self, one, piece.length, piece.length, long_context, beside)
+        batch.place([piece])
+        return batch
 
 
 class Batch:
@@ -268,7 +294,9 @@ class Batch:
             last[slot - first] = start + count - 1
         inputs["total_length"][...] = max(start + count for _, start, count in chunks)
 
-    def run(self, blocks: range, hidden: Float32, beside: Beside) -> Float32:
+    def run(
+        self, blocks: range, hidden: Float32, beside: Beside, options: RunOptions | None = None
+    ) -> Float32:
         """Runs consecutive blocks on hidden states [tokens, H]."""
         self._hidden[blocks.start % 2][...] = hidden
         for name, array in beside.items():
@@ -276,7 +304,7 @@ class Batch:
         for block in blocks:
             if block not in self._runs:
                 self._runs[block] = self._bind(block)
-            self._runs[block]()
+            self._runs[block](options)
         return self._hidden[blocks.stop % 2]
 
     def unbind(self, block: int) -> None:
@@ -298,9 +326,9 @@ class Batch:
         for name, value in (("hidden_out", target), ("key", keys), ("value", values)):
             binding.bind_ortvalue_output(name, value)
 
-        def run() -> None:
+        def run(options: RunOptions | None) -> None:
             try:
-                session.run_with_iobinding(binding)
+                session.run_with_iobinding(binding, options)
             except Exception as error:  # onnxruntime's exceptions share no base class but this
                 raise failure(name_of_graph, error) from error
 
