@@ -48,7 +48,8 @@ from ojfa_export.planning.turns import Turns
 from ojfa_export.promises.certify import certify, most_eager
 from ojfa_export.promises.collect import collect_statistics
 from ojfa_export.promises.measures import MEASURES, confidences, round_down
-from ojfa_export.promises.outcomes import Costs, apply, depths_of, paths
+from ojfa_export.promises.outcomes import Costs, apply, depths_of
+from ojfa_export.promises.path import paths
 from ojfa_export.promises.statistics import (
     SPLITS,
     ExitStatistics,
