@@ -192,7 +192,7 @@ def _verify(inputs: Inputs, work: Work, progress: Progress) -> tuple[Calibration
             stages.write_manifest(work.bundle, inputs, report, golden, decided, draft)
             checks, change = _compare(inputs, work.bundle, progress)
             report = stages.load_report(kept, checks, decided.promise)
-        form = inputs.settings.weight_format
+        form = inputs.weight_format
         said = {"weights": None if form is None else str(form), "change": change}
         report = report.model_copy(update=said)
         write_report(report, work.bundle / REPORT)
@@ -231,13 +231,13 @@ def _compare(inputs: Inputs, bundle: Path, progress: Progress) -> tuple[list[Che
 
 def _measure_change(inputs: Inputs, model: Model, progress: Progress) -> Change | None:
     """What quantising changed on held-out text."""
-    if inputs.settings.weight_format is None:
+    if inputs.weight_format is None:
         return None
     from ojfa_export.verify.quantised import measure_change  # needs torch
 
     return measure_change(
         model,
-        inputs.checkpoint.directory,
+        inputs.checkpoint,
         inputs.windows.held_out,
         progress,
         trust_remote_code=inputs.options.trust_remote_code,

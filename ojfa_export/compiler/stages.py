@@ -210,7 +210,7 @@ def write_manifest(
         default=decided.default,
         generation=checkpoint.generation,
         draft=draft,
-        weights=settings.weight_format,
+        weights=inputs.weight_format,
         files=describe_files(bundle),
         built=Built(
             time=datetime.now(timezone.utc), host=platform.node(), versions=tool_versions()
