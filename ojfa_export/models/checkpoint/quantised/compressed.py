@@ -152,9 +152,9 @@ class Compressed:
         if dtype in WORDS and PACKED in tensors and found != shape:
             packed = tensors.whole(POINTS, (words_of(shape[0], scheme.bits), shape[1]))
             return np.ascontiguousarray(unpack(packed.T, scheme.bits, shape[0]).T)
-        plain = tensors.whole(POINTS, found)
-        if not _like(shape, found):
-            raise tensors.wrong(POINTS, f"has shape {list(found)}, expected {list(shape)}")
+        plain, wanted = tensors.whole(POINTS, found), tensors.header(SCALE)[0]
+        if not _like(wanted, found):
+            raise tensors.wrong(POINTS, f"has shape {list(found)}, expected {list(wanted)}")
         points = np.broadcast_to(plain.astype(np.int64) + middle, shape)
         if points.min() < 0 or points.max() >= 2 * middle:
             raise tensors.wrong(POINTS, f"holds what {scheme.bits} bits can't hold")
