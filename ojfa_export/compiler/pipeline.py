@@ -192,13 +192,20 @@ def _verify(inputs: Inputs, work: Work, progress: Progress) -> tuple[Calibration
             stages.write_manifest(work.bundle, inputs, report, golden, decided, draft)
             checks, change = _compare(inputs, work.bundle, progress)
             report = stages.load_report(kept, checks, decided.promise)
-        form = inputs.weight_format
-        said = {"weights": None if form is None else str(form), "change": change}
+        said = {"weights": _weights_in_words(inputs), "change": change}
         report = report.model_copy(update=said)
         write_report(report, work.bundle / REPORT)
         (work.bundle / MANIFEST).unlink(missing_ok=True)
         stages.write_manifest(work.bundle, inputs, report, golden, decided, draft)
     return report, decided
+
+
+def _weights_in_words(inputs: Inputs) -> str | None:
+    """What weights are stored as, where that is not as precision alone says."""
+    form, layout = inputs.weight_format, inputs.checkpoint.layout
+    if layout is None:
+        return None if form is None else str(form)
+    return f"{form or inputs.settings.precision}, the checkpoint's own ({layout.name})"
 
 
 def _compare(inputs: Inputs, bundle: Path, progress: Progress) -> tuple[list[Check], Change | None]:

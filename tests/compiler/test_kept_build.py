@@ -64,7 +64,8 @@ def built(
         max_cache_length=64,
     )
     result = build(options)
-    assert "\nweights: int4 in groups of 32 with zero points; perplexity " in result.summary()
+    form = "int4 in groups of 32 with zero points"
+    assert f"\nweights: {form}, the checkpoint's own (gptq); perplexity " in result.summary()
     names = {check.name for check in result.report.checks}
     assert {"quantised block_00: steps", "logits full depth", "generate"} <= names
     assert "quantised final_head: steps" not in names
@@ -195,6 +196,7 @@ def test_fp8_is_built_in_fp32(
     result = run(*arguments)
     assert result.exit_code == 0, result.stderr
     assert "checks passed" in result.stdout
+    assert "weights: fp32, the checkpoint's own (fp8)" in result.stdout
     shown = " ".join(run("inspect", bundle).stdout.split())
     assert "weights fp32, exactly what the checkpoint's (fp8) are" in shown
     assert "weights" not in json.loads((bundle / "manifest.json").read_text())
