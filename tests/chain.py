@@ -21,6 +21,7 @@ from ojfa_export.bundle.shortcut_file import ExitShortcut
 from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.graphs.export import Exporter
 from ojfa_export.graphs.fold import fold_if_narrow
+from ojfa_export.graphs.kept import kept_weights
 from ojfa_export.graphs.quantised import Quantiser
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.precision import Precision
@@ -185,7 +186,8 @@ def build_chain(
         checkpoint_dir: A checkpoint.
         tmp_path: Where to write.
         precision: Of the graphs.
-        weights: What matrices are quantised to, if they are.
+        weights: What matrices are quantised to, if they are; those that the checkpoint has
+            quantised are kept.
         max_length: Positions of the rotary tables and of a session's cache.
         rank: Of the random shortcut.
         seed: Of the random shortcut.
@@ -198,7 +200,9 @@ def build_chain(
     for directory in (graphs, engine_directory):
         directory.mkdir(parents=True)
     quantiser = None if weights is None else Quantiser(weights, quantise)
-    exporter = Exporter(checkpoint, graphs, precision, max_length, quantiser)
+    kept = kept_weights(checkpoint)
+    exporter = Exporter(checkpoint, graphs, precision, max_length, quantiser, kept)
+    weights = weights if kept is None else kept.form
     exporter.embed()
     for index in range(checkpoint.spec.blocks):
         exporter.block(index)

@@ -39,5 +39,6 @@ def check_runs(backend: Backend, form: WeightFormat | None) -> None:
     if form is not None and not isinstance(backend, RunsQuantised):
         raise BackendError(
             f"the weights are {form}, which the {backend.name} backend doesn't run",
-            hint="use the backend 'onnxruntime', or build the bundle without --weights",
+            hint="use the backend 'onnxruntime', or build without --weights, and from a checkpoint "
+            "that isn't quantised",
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ojfa_export.bundle.manifest import DraftEntry, Manifest
 from ojfa_export.bundle.names import CHECK_HEAD, DRAFT_GRAPHS, EXIT_BLOCK, OF_EXITS
-from ojfa_export.bundle.weight_format import BLOCK_MATRICES, WeightFormat
+from ojfa_export.bundle.weight_format import BLOCK_MATRICES, ORDER, WeightFormat
 from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
 
@@ -104,24 +104,26 @@ def expected_weights(
     plain = _plain_weights(manifest, graph, found)
     if manifest.weights is None:
         return plain
-    return _stored(manifest.weights, plain, found)
+    return _stored(manifest.weights, graph, plain, found)
 
 
 def _stored(
-    form: WeightFormat, plain: WeightShapes, found: Mapping[str, tuple[int, ...]]
+    form: WeightFormat, graph: str, plain: WeightShapes, found: Mapping[str, tuple[int, ...]]
 ) -> WeightShapes:
     """Weights of a graph with the tensors of quantised matrices in place of these."""
     stored: dict[str, tuple[tuple[int, ...], bool]] = {}
     for name, (shape, required) in plain.items():
-        if name in BLOCK_MATRICES and not set(found) & OF_EXITS:  # an MLP for exits stays as it is
+        # An MLP for exits stays as it is.
+        if name in BLOCK_MATRICES and not set(found) & OF_EXITS and form.stores(graph, name):
             inputs, outputs = shape
-        elif name == "head" or (name == "vocabulary" and name not in found):
+        elif (name == "head" and form.head) or (name == "vocabulary" and name not in found):
             outputs, inputs = shape
         else:
             stored[name] = (shape, required)
             continue
         parts = form.shapes(inputs, outputs)
         stored |= {name + end: (each, required) for end, each in parts.items()}
+        stored[name + ORDER] = ((inputs,), False)
     return stored
 
 

@@ -6,6 +6,9 @@ neighbouring weights share a scale and, where there are zero points, a zero poin
     weight = (number - zero point) * scale
 
 Numbers have 4 or 8 bits and no sign. Without zero points the zero point is the middle, 8 or 128.
+
+A matrix that came from a checkpoint whose groups are not of neighbours (GPTQ's act-order) has a
+fourth tensor: the order in which its inputs are to be gathered before they are multiplied.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ BITS: dict[Quantised, int] = {"int4": 4, "int8": 8}
 # What a group may be: powers of two, as MatMulNBits takes them.
 GROUP_SIZES = (16, 32, 64, 128, 256)
 # A quantised matrix is tensors of these names after its own; the last where there are zero points.
-PACKED, SCALES, ZERO_POINTS = ENDS = (".packed", ".scales", ".zero_points")
+PACKED, SCALES, ZERO_POINTS, ORDER = ENDS = (".packed", ".scales", ".zero_points", ".order")
 # The matrices of blocks that are quantised; of heads it is those to the vocabulary.
 BLOCK_MATRICES = (
     *("attention.qkv.weight", "attention.out.weight"),
@@ -41,18 +44,21 @@ class WeightFormat(Part):
         storage: Of their numbers.
         group_size: Quantised weights that share a scale; 1 where numbers stand for themselves.
         zero_points: Whether groups have a zero point of their own.
+        wide: Matrices that are stored as precision says all the same, GRAPH/NAME each: those of a
+            quantised checkpoint that are no whole numbers there.
     """
 
     storage: Storage
     group_size: PositiveInt = 1
     zero_points: bool = False
+    wide: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _possible(self) -> WeightFormat:
         if self.storage in BITS:
             if self.group_size not in GROUP_SIZES:
                 raise ValueError(f"groups of {self.group_size} quantised weights can't be")
-        elif self.group_size != 1 or self.zero_points:
+        elif self.group_size != 1 or self.zero_points or self.wide:
             raise ValueError(f"{self.storage} weights have no groups")
         return self
 
@@ -70,6 +76,15 @@ class WeightFormat(Part):
     def middle(self) -> int:
         """The zero point of groups that have none of their own."""
         return 1 << (self.bits - 1)
+
+    def stores(self, graph: str, name: str) -> bool:
+        """Whether a block's matrix, or the model's head, is quantised."""
+        return f"{graph}/{name}" not in self.wide
+
+    @property
+    def head(self) -> WeightFormat | None:
+        """What the model's head is stored as; None where it is as precision says."""
+        return self if self.stores("final_head", "head") else None
 
     def shapes(self, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors of a matrix, by the end of their names.
@@ -106,16 +121,18 @@ class QuantisedMatrix(NamedTuple):
         packed: Numbers [outputs, groups, bytes] uint8; of two in a byte the first is the low half.
         scales: [outputs, groups] float32.
         zero_points: [outputs, bytes] uint8, packed alike over the groups; or None.
+        order: [inputs] int32: the inputs as the groups have them; None where they are in order.
     """
 
     packed: NDArray[np.uint8]
     scales: NDArray[np.float32]
     zero_points: NDArray[np.uint8] | None
+    order: NDArray[np.int32] | None = None
 
     def rows(self, rows: slice) -> QuantisedMatrix:
         """Some of its outputs."""
         points = None if self.zero_points is None else self.zero_points[rows]
-        return QuantisedMatrix(self.packed[rows], self.scales[rows], points)
+        return QuantisedMatrix(self.packed[rows], self.scales[rows], points, self.order)
 
 
 def matrix_of(tensors: dict[str, NDArray[Any]], name: str) -> QuantisedMatrix | None:
@@ -123,7 +140,8 @@ def matrix_of(tensors: dict[str, NDArray[Any]], name: str) -> QuantisedMatrix | 
     packed = tensors.get(f"{name}{PACKED}")
     if packed is None:
         return None
-    return QuantisedMatrix(packed, tensors[f"{name}{SCALES}"], tensors.get(f"{name}{ZERO_POINTS}"))
+    scales, points = tensors[f"{name}{SCALES}"], tensors.get(f"{name}{ZERO_POINTS}")
+    return QuantisedMatrix(packed, scales, points, tensors.get(f"{name}{ORDER}"))
 
 
 def dequantise(
@@ -147,7 +165,46 @@ def dequantise(
     else:
         numbers -= _unpacked(matrix.zero_points, form.bits)[:, :groups, None].astype(dtype)
     numbers *= matrix.scales[:, :, None].astype(dtype)
-    return numbers.reshape(outputs, -1)
+    weights = numbers.reshape(outputs, -1)
+    if matrix.order is None:
+        return weights
+    in_place = np.empty_like(weights)
+    in_place[:, matrix.order] = weights
+    return in_place
+
+
+def pack(
+    numbers: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    points: NDArray[np.uint8],
+    form: WeightFormat,
+    order: NDArray[np.int32] | None = None,
+) -> QuantisedMatrix:
+    """Puts a quantised matrix together.
+
+    Args:
+        numbers: [outputs, inputs], as the groups have the inputs.
+        scales: [outputs, groups].
+        points: Zero points [outputs, groups], the middle where the format has none.
+        form: The format.
+        order: Of the inputs.
+    """
+    outputs, groups = scales.shape
+    if not form.zero_points:
+        packed_points = None
+    elif form.bits == 4:
+        packed_points = _in_pairs(np.pad(points, ((0, 0), (0, groups % 2))))
+    else:
+        packed_points = np.ascontiguousarray(points)
+    flat = _in_pairs(numbers) if form.bits == 4 else np.ascontiguousarray(numbers)
+    return QuantisedMatrix(
+        flat.reshape(outputs, groups, -1), np.ascontiguousarray(scales), packed_points, order
+    )
+
+
+def _in_pairs(numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Numbers of four bits [rows, n], two in a byte."""
+    return numbers[:, 0::2] | np.left_shift(numbers[:, 1::2], 4, dtype=np.uint8)
 
 
 def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

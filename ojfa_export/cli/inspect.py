@@ -13,6 +13,7 @@ from ojfa_export.bundle.names import CHAT, STATISTICS
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console
 from ojfa_export.cli.readable import readable_bytes
+from ojfa_export.models.families.config import QUANTISATION
 
 if TYPE_CHECKING:
     from ojfa_export.bundle.bundle import Bundle
@@ -146,17 +147,26 @@ def _show_model(console: Console, manifest: Manifest) -> None:
 def _describe_weights(manifest: Manifest) -> dict[str, str]:
     """What is quantised, and what is kept wider."""
     form, spec = manifest.weights, manifest.model.spec
+    stored = (manifest.model.config.get(QUANTISATION) or {}).get("quant_method", "")
     if form is None:
-        return {}
+        if not stored:
+            return {}
+        return {"weights": f"{manifest.precision}, exactly what the checkpoint's ({stored}) are"}
     # A low-rank jump folded with the head has a matrix of its own to the vocabulary.
     shortcut = manifest.shortcut
     folded = not shortcut.residual and shortcut.width is None
-    quantised = "the blocks' attention.qkv, attention.out, mlp.up, mlp.down, and the head"
-    if folded:
+    quantised = "the blocks' attention.qkv, attention.out, mlp.up, mlp.down"
+    if form.head:
+        quantised += ", and the head"
+    if folded and form.head and not stored:
         quantised += "; the exit head's matrix where its rank is whole groups"
-    tied = ", with which the head was tied" if spec.tied_head else ""
-    kept = f"{manifest.precision}: embeddings{tied}; norms, biases and the shortcut"
-    return {"weights": f"{form}: {quantised}", "kept wider": kept}
+    tied = ", with which the head was tied" if spec.tied_head and form.head else ""
+    head = "" if form.head else ", heads"
+    kept = f"{manifest.precision}: embeddings{tied}{head}; norms, biases and the shortcut"
+    if blocks := [name for name in form.wide if not name.startswith("final_head")]:
+        kept += f"; {', '.join(blocks)}"
+    made = f" as the checkpoint ({stored}) has them" if stored else ""
+    return {"weights": f"{form}{made}: {quantised}", "kept wider": kept}
 
 
 def _describe_window(spec: ModelSpec) -> str:

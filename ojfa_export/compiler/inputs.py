@@ -15,14 +15,16 @@ from ojfa_export.backends.precisions import check_precision
 from ojfa_export.backends.quantised import RunsQuantised, check_runs
 from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.bundle.names import exit_names, graph_names
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.compiler.fitted_weights import WeightFitter, fitting_text
 from ojfa_export.compiler.given import Given, read_given
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.self_text import SelfText, plan_self_text
-from ojfa_export.compiler.settings import BuildSettings, decide
+from ojfa_export.compiler.settings import BuildSettings, Stored, decide
 from ojfa_export.decoding.arrays import Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.graphs.export import Exporter
+from ojfa_export.graphs.kept import KeptWeights, kept_weights
 from ojfa_export.graphs.quantised import Quantiser
 from ojfa_export.models.calibration_text import (
     CalibrationText,
@@ -55,9 +57,10 @@ class Inputs:
         self.tokenizer: Tokenizer = read_tokenizer(directory)
         self.chat: ChatFormat | None = read_chat(directory, self.tokenizer)
         rotary = self.checkpoint.family.rotary(self.checkpoint.config)
-        self.settings: BuildSettings = decide(options, self.checkpoint.spec, rotary)
+        self.kept: KeptWeights | None = kept_weights(self.checkpoint)
+        self.settings: BuildSettings = decide(options, self.checkpoint.spec, rotary, self._stored())
         self.backend: Backend = backends.load(options.backend)
-        check_runs(self.backend, self.settings.weight_format)
+        check_runs(self.backend, self.weight_format)
         check_precision(self.backend, self.settings.precision)
         check_runs_checks(self.backend, self.settings.check_vocabulary)
         self.calibration_data = options.calibration_data or tuple(shipped_text())
@@ -105,10 +108,15 @@ class Inputs:
         """What writes the graphs into a directory."""
         settings, form = self.settings, self.settings.weight_format
         quantiser = None
-        if form is not None and isinstance(self.backend, RunsQuantised):
+        if self.kept is None and form is not None and isinstance(self.backend, RunsQuantised):
             quantiser = Quantiser(form, self.backend.quantise)
         exporter = Exporter(
-            self.checkpoint, directory, settings.precision, settings.max_cache_length, quantiser
+            self.checkpoint,
+            directory,
+            settings.precision,
+            settings.max_cache_length,
+            quantiser,
+            self.kept,
         )
         if quantiser is not None and self.fitted_text is not None:
             rotary = self.checkpoint.family.rotary(self.checkpoint.config)
@@ -135,7 +143,20 @@ class Inputs:
     @property
     def fitted_text(self) -> Int32 | None:
         """Windows that weights of four bits are fitted to; None without such."""
-        return fitting_text(self.windows.fit) if self.settings.weights == "int4" else None
+        is_fitted = self.settings.weights == "int4" and self.kept is None
+        return fitting_text(self.windows.fit) if is_fitted else None
+
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """What quantised matrices are stored as; None where none is."""
+        return self.settings.weight_format if self.kept is None else self.kept.form
+
+    def _stored(self) -> Stored | None:
+        """What the checkpoint has quantised already."""
+        layout = self.checkpoint.layout
+        if layout is None:
+            return None
+        return Stored(layout.name, None if self.kept is None else self.kept.form)
 
     @property
     def decides_exits(self) -> bool:

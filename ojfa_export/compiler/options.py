@@ -34,7 +34,7 @@ class BuildOptions:
         backend: Engines to build.
         precision: "fp32", "fp16" or "bf16".
         weights: "int4" or "int8", to quantise blocks' matrices and heads; default as precision
-            says.
+            says, and those of a checkpoint that is quantised as they are.
         group_size: Quantised weights that share a scale; default 32.
         rank: Of the shortcut; default the paper's, floor(H/100).
         shortcut: "ojfa", "residual", or the file of a shortcut that exists; default the better one

@@ -213,9 +213,8 @@ def _verify(inputs: Inputs, work: Work, progress: Progress) -> tuple[Calibration
             stages.write_manifest(work.bundle, inputs, report, golden, decided, draft, check)
             checks, change = _compare(inputs, work.bundle, progress)
             report = stages.load_report(kept, checks, decided.promise)
-        form = inputs.settings.weight_format
         said = {
-            "weights": None if form is None else str(form),
+            "weights": _weights_in_words(inputs),
             "change": change,
             "check": check and check.reason,
         }
@@ -224,6 +223,14 @@ def _verify(inputs: Inputs, work: Work, progress: Progress) -> tuple[Calibration
         (work.bundle / MANIFEST).unlink(missing_ok=True)
         stages.write_manifest(work.bundle, inputs, report, golden, decided, draft, check)
     return report, decided
+
+
+def _weights_in_words(inputs: Inputs) -> str | None:
+    """What weights are stored as, where that is not as precision alone says."""
+    form, layout = inputs.weight_format, inputs.checkpoint.layout
+    if layout is None:
+        return None if form is None else str(form)
+    return f"{form or inputs.settings.precision}, the checkpoint's own ({layout.name})"
 
 
 def _compare(inputs: Inputs, bundle: Path, progress: Progress) -> tuple[list[Check], Change | None]:
@@ -257,13 +264,13 @@ def _compare(inputs: Inputs, bundle: Path, progress: Progress) -> tuple[list[Che
 
 def _measure_change(inputs: Inputs, model: Model, progress: Progress) -> Change | None:
     """What quantising changed on held-out text."""
-    if inputs.settings.weight_format is None:
+    if inputs.weight_format is None:
         return None
     from ojfa_export.verify.quantised import measure_change  # needs torch
 
     return measure_change(
         model,
-        inputs.checkpoint.directory,
+        inputs.checkpoint,
         inputs.windows.held_out,
         progress,
         trust_remote_code=inputs.options.trust_remote_code,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
@@ -42,7 +44,8 @@ class BuildSettings(BaseModel):
     """What is decided for a model: the names are those of `BuildOptions`.
 
     Attributes:
-        weights: None where matrices are stored as `precision` says.
+        weights: None where matrices are stored as `precision` says. What a checkpoint has quantised
+            already counts as asked for.
         group_size: None without quantised weights.
         check_vocabulary: Tokens of a check head, 0 for none; None where it is decided by what a
             check of the exit head costs (`check_stage`).
@@ -67,6 +70,19 @@ class BuildSettings(BaseModel):
         if self.weights is None or self.group_size is None:
             return None
         return WeightFormat(storage=self.weights, group_size=self.group_size, zero_points=True)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint has quantised already.
+
+    Attributes:
+        layout: What people call it.
+        form: What a bundle stores its whole numbers as; None where it has none.
+    """
+
+    layout: str
+    form: WeightFormat | None
 
 
 class RecipeModel(BaseModel):
@@ -123,8 +139,16 @@ def read_recipe(name: str) -> Recipe:
         ) from error
 
 
-def decide(options: BuildOptions, spec: ModelSpec, rotary: Rotary | None) -> BuildSettings:
+def decide(
+    options: BuildOptions, spec: ModelSpec, rotary: Rotary | None, stored: Stored | None = None
+) -> BuildSettings:
     """Decides every setting: the user's, else the recipe's, else the default.
+
+    Args:
+        options: The user's.
+        spec: The model.
+        rotary: Its rotary embedding.
+        stored: What the checkpoint has quantised already, if anything.
 
     Raises:
         UsageError: A setting that doesn't suit the model, or a recipe for another model.
@@ -138,9 +162,12 @@ def decide(options: BuildOptions, spec: ModelSpec, rotary: Rotary | None) -> Bui
     decided = {
         name: getattr(settings, name) if value is None else value for name, value in given.items()
     }
-    if decided["weights"] is not None and decided["group_size"] is None:
-        decided["group_size"] = DEFAULT_GROUP_SIZE
-    _check_weights(decided["weights"], decided["group_size"], decided["precision"], spec)
+    if stored is not None:
+        _keep(decided, stored)
+    else:
+        if decided["weights"] is not None and decided["group_size"] is None:
+            decided["group_size"] = DEFAULT_GROUP_SIZE
+        _check_weights(decided["weights"], decided["group_size"], decided["precision"], spec)
     _check(decided["rank"], decided["max_cache_length"], spec, rotary)
     _check_size(decided["check_vocabulary"], spec)
     length = decided["max_cache_length"]
@@ -210,6 +237,31 @@ def _check_size(check_vocabulary: int | None, spec: ModelSpec) -> None:
             f"check-vocabulary {check_vocabulary} is more than the model's {spec.vocab_size} "
             "tokens",
             hint="give fewer, or 0 for no head of its own",
+        )
+
+
+def _keep(decided: dict[str, Any], stored: Stored) -> None:
+    """Takes over what a checkpoint has quantised; another format that is asked for is refused."""
+    form = stored.form
+    own = {
+        "weights": None if form is None else form.storage,
+        "group_size": None if form is None else form.group_size,
+    }
+    for name, value in own.items():
+        if decided[name] not in (None, value):
+            what = f"are {form}" if form is not None else "are 8-bit floats"
+            raise UsageError(
+                f"{name.replace('_', '-')} {decided[name]} is asked for, but this checkpoint's "
+                f"weights {what} already ({stored.layout})",
+                hint="leave --weights and --group-size out, or build from the checkpoint that it "
+                "was made from",
+            )
+        decided[name] = value
+    if form is not None and decided["precision"] != "fp32":
+        raise UsageError(
+            f"precision {decided['precision']} can't go with this checkpoint's weights, which are "
+            f"{form} already ({stored.layout})",
+            hint="give --precision fp32, or leave it out",
         )
 
 

@@ -223,7 +223,7 @@ def write_manifest(
         generation=checkpoint.generation,
         draft=draft,
         check=check,
-        weights=settings.weight_format,
+        weights=inputs.weight_format,
         files=describe_files(bundle),
         built=Built(
             time=datetime.now(timezone.utc), host=platform.node(), versions=tool_versions()

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ojfa_export.bundle.weight_format import PACKED, SCALES, ZERO_POINTS, WeightFormat
+from ojfa_export.bundle.weight_format import ORDER, PACKED, SCALES, ZERO_POINTS, WeightFormat
 from ojfa_export.graphs.graph import FLOAT, INT32, MICROSOFT, Dim, Graph
 from ojfa_export.graphs.quantised import OPERATOR
 from ojfa_export.graphs.weights import DATA_TYPES, TensorRef
@@ -86,6 +86,9 @@ class Portable:
         assert form is not None
         ends = (PACKED, SCALES, ZERO_POINTS) if form.zero_points else (PACKED, SCALES)
         outputs, groups, _ = weights[name + PACKED].dims
+        if name + ORDER in weights:
+            order = graph.weight(name + ORDER, weights[name + ORDER])
+            x = graph.op("Gather", x, order, axis=-1)
         product: str = graph.op(
             OPERATOR,
             x,

@@ -24,7 +24,8 @@ from ojfa_export.graphs.embed import embed_graph
 from ojfa_export.graphs.fold import FoldedHead
 from ojfa_export.graphs.gptq import InputFactor
 from ojfa_export.graphs.heads import final_head_graph, jump_head_graph
-from ojfa_export.graphs.quantised import Quantiser
+from ojfa_export.graphs.kept import KeptWeights, check_exact
+from ojfa_export.graphs.quantised import Quantiser, add_matrix
 from ojfa_export.graphs.weights import TensorRef, WeightFile, map_tensors, references
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.families.tensors import Source
@@ -84,6 +85,7 @@ class Exporter:
         max_length: Positions that the rotary tables cover.
         quantiser: Of blocks' matrices and of heads to the vocabulary; None keeps them as precision
             says. Embeddings, norms, biases and shortcuts are never quantised.
+        kept: Those that the checkpoint has quantised, in place of a quantiser.
 
     Attributes:
         fitter: Fits quantised matrices to text, to be set before the first block; without it each
@@ -99,15 +101,16 @@ class Exporter:
         precision: Precision,
         max_length: int,
         quantiser: Quantiser | None = None,
+        kept: KeptWeights | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.directory = directory
         self.precision = precision
         self.max_length = max_length
         self.quantiser = quantiser
-        self.dialect = Portable(
-            checkpoint.spec, precision, None if quantiser is None else quantiser.form
-        )
+        self.kept = kept
+        maker = quantiser or kept
+        self.dialect = Portable(checkpoint.spec, precision, None if maker is None else maker.form)
 
     def embed(self) -> None:
         """Exports the embedding, and the tables of rotations."""
@@ -139,12 +142,29 @@ class Exporter:
         with WeightFile(self.directory, f"{name}.bin", self.precision) as file:
             weights: dict[str, TensorRef] = {}
             for key, source in sources.items():
-                if self.quantiser is not None and key in BLOCK_MATRICES:
-                    made = fitted.get(key) or self.quantiser.make(checkpoint.read(source))
-                    weights |= self.quantiser.add(file, key, made)
+                matrix = fitted.get(key) or self._matrix(name, key, source)
+                if matrix is not None:
+                    weights |= add_matrix(file, key, matrix)
                 else:
-                    weights[key] = file.add(key, checkpoint.read(source))
+                    weights[key] = self._add_plain(file, key, source)
         self._write(name, block_graph(checkpoint.spec, index, weights, self.dialect))
+
+    def _matrix(self, graph: str, key: str, source: Source) -> QuantisedMatrix | None:
+        """A block's matrix as it is quantised; None where it isn't."""
+        if key not in BLOCK_MATRICES:
+            return None
+        if self.kept is not None:
+            return self.kept.matrix(graph, key, source)
+        if self.quantiser is not None:
+            return self.quantiser.make(self.checkpoint.read(source))
+        return None
+
+    def _add_plain(self, file: WeightFile, key: str, source: Source) -> TensorRef:
+        """Adds a weight as precision says; one that was quantised must stay what it was."""
+        array = self.checkpoint.read(source)
+        if array.ndim > 1 and self.checkpoint.has_quantised(source):
+            check_exact(key, array, self.precision)
+        return file.add(key, array)
 
     def final_head(self) -> None:
         """Exports final norm and LM head.
@@ -160,15 +180,26 @@ class Exporter:
             for name in ("final_norm.weight", "final_norm.bias"):
                 if name in sources:
                     weights[name] = file.add(name, self.checkpoint.read(sources[name]))
-            if not tied or self.quantiser is not None:
-                head = self.checkpoint.read(sources["token_embedding" if tied else "head"])
-                factor = None
-                if self.fitter is not None:
-                    factor = self.fitter.head(lambda key: self.checkpoint.read(sources[key]))
-                weights |= self._vocabulary(file, "head", head, factor)
-        if tied and self.quantiser is None:
+            source = sources["token_embedding" if tied else "head"]
+            matrix = self._head_matrix(source, sources)
+            if matrix is not None:
+                weights |= add_matrix(file, "head", matrix)
+            elif not tied:
+                weights["head"] = self._add_plain(file, "head", source)
+        if tied and matrix is None:
             weights["head"] = self._embedding_ref()
         self._write("final_head", final_head_graph(self.checkpoint.spec, weights, self.dialect))
+
+    def _head_matrix(self, source: Source, sources: Mapping[str, Source]) -> QuantisedMatrix | None:
+        """The head as it is quantised; None where it isn't."""
+        if self.kept is not None:
+            return self.kept.matrix("final_head", "head", source)
+        if self.quantiser is None:
+            return None
+        factor = None
+        if self.fitter is not None:
+            factor = self.fitter.head(lambda key: self.checkpoint.read(sources[key]))
+        return self.quantiser.make(self.checkpoint.read(source).T, factor)
 
     def shortcut(self, head: ExitHead) -> None:
         """Exports the exit head: a narrow shortcut folded, or another as it is; or its blocks.
@@ -263,16 +294,15 @@ class Exporter:
         return weights
 
     def _vocabulary(
-        self,
-        file: WeightFile,
-        name: str,
-        matrix: NDArray[Any],
-        factor: InputFactor | None = None,
+        self, file: WeightFile, name: str, matrix: NDArray[Any]
     ) -> dict[str, TensorRef]:
-        """Adds a head's matrix [V, features], quantised where its features are whole groups."""
+        """Adds an exit head's matrix [V, features], quantised where its features are whole groups.
+
+        One of a checkpoint that is quantised already stays as precision says.
+        """
         if self.quantiser is None or not self.quantiser.takes(matrix.shape[1]):
             return {name: file.add(name, matrix)}
-        return self.quantiser.add(file, name, self.quantiser.make(matrix.T, factor))
+        return add_matrix(file, name, self.quantiser.make(matrix.T))
 
     def _mlp(self, shortcut: MlpShortcut) -> dict[str, TensorRef]:
         with WeightFile(self.directory, "exit_head.bin", self.precision) as file:

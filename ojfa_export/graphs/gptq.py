@@ -12,12 +12,11 @@ what it costs to be wrong there after the later ones have made good what they ca
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ojfa_export.bundle.weight_format import QuantisedMatrix, WeightFormat
+from ojfa_export.bundle.weight_format import QuantisedMatrix, WeightFormat, pack
 from ojfa_export.decoding.arrays import Float32
 
 Float64 = NDArray[np.float64]
@@ -79,7 +78,7 @@ def quantise(columns: Float32, form: WeightFormat, factor: InputFactor) -> Quant
             left[at + 1 : stop] -= np.multiply.outer(upper[at, at + 1 : stop], error)
             lost[at - start] = error
         left[stop:] -= upper[start:stop, stop:].T @ lost
-    return _packed(numbers, scales, points, form)
+    return pack(numbers.T, scales.T, points.T.astype(np.uint8), form)
 
 
 def _ranges(weights: Float32, diagonal: Float32, most: int) -> tuple[Float32, Float32]:
@@ -97,20 +96,3 @@ def _ranges(weights: Float32, diagonal: Float32, most: int) -> tuple[Float32, Fl
         best = np.where(better, error, best)
         scales, points = np.where(better, scale, scales), np.where(better, point, points)
     return scales, points
-
-
-def _packed(
-    numbers: NDArray[np.uint8], scales: Float32, points: Float32, form: WeightFormat
-) -> QuantisedMatrix:
-    """As `QuantisedMatrix` stores it: outputs first, two numbers of four bits in a byte."""
-    groups, outputs = scales.shape
-    apart: NDArray[Any] = numbers.T.reshape(outputs, groups, form.group_size)
-    whole: NDArray[Any] = points.T.astype(np.uint8)
-    if form.bits == 4:
-        apart = apart[:, :, 0::2] | apart[:, :, 1::2] << 4
-        if groups % 2:
-            whole = np.pad(whole, ((0, 0), (0, 1)))
-        whole = whole[:, 0::2] | whole[:, 1::2] << 4
-    return QuantisedMatrix(
-        np.ascontiguousarray(apart), np.ascontiguousarray(scales.T), np.ascontiguousarray(whole)
-    )

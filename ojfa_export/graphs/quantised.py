@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ojfa_export.bundle.weight_format import (
+    ORDER,
     PACKED,
     SCALES,
     ZERO_POINTS,
@@ -67,19 +68,22 @@ class Quantiser:
             np.concatenate(points) if points else None,
         )
 
-    def add(self, file: WeightFile, name: str, matrix: QuantisedMatrix) -> dict[str, TensorRef]:
-        """Appends a matrix to a file.
 
-        Returns:
-            Its tensors.
-        """
-        refs = {
-            name + PACKED: file.add_bytes(matrix.packed),
-            name + SCALES: file.add(name + SCALES, matrix.scales, "fp32"),
-        }
-        if matrix.zero_points is not None:
-            refs[name + ZERO_POINTS] = file.add_bytes(matrix.zero_points)
-        return refs
+def add_matrix(file: WeightFile, name: str, matrix: QuantisedMatrix) -> dict[str, TensorRef]:
+    """Appends a quantised matrix to a file.
+
+    Returns:
+        Its tensors.
+    """
+    refs = {
+        name + PACKED: file.add_bytes(matrix.packed),
+        name + SCALES: file.add(name + SCALES, matrix.scales, "fp32"),
+    }
+    if matrix.zero_points is not None:
+        refs[name + ZERO_POINTS] = file.add_bytes(matrix.zero_points)
+    if matrix.order is not None:
+        refs[name + ORDER] = file.add_integers(matrix.order)
+    return refs
 
 
 def format_of(model: onnx.ModelProto) -> WeightFormat | None:

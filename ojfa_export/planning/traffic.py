@@ -31,15 +31,15 @@ def block_bytes(spec: ModelSpec, weights: WeightFormat | None = None) -> int:
 
 def head_bytes(spec: ModelSpec, weights: WeightFormat | None = None) -> int:
     """Weights of the model's own head."""
-    return (
-        matrix_bytes(spec.hidden_size * spec.vocab_size, weights) + FLOAT_BYTES * spec.hidden_size
-    )
+    form = None if weights is None else weights.head
+    return matrix_bytes(spec.hidden_size * spec.vocab_size, form) + FLOAT_BYTES * spec.hidden_size
 
 
 def folded_head_bytes(spec: ModelSpec, rank: int, weights: WeightFormat | None = None) -> int:
     """Weights of the exit head that a narrow shortcut of this rank is folded into."""
-    whole = weights is not None and rank % weights.group_size == 0
-    vocabulary = matrix_bytes(rank * spec.vocab_size, weights if whole else None)
+    form = None if weights is None else weights.head
+    whole = form is not None and rank % form.group_size == 0
+    vocabulary = matrix_bytes(rank * spec.vocab_size, form if whole else None)
     return vocabulary + FLOAT_BYTES * rank * (spec.hidden_size + 1)
 
 

@@ -29,7 +29,8 @@ from ojfa_export.system.heap import trim_heap
 from ojfa_export.system.memory import read_meminfo
 from ojfa_export.verify.check import Check
 from ojfa_export.verify.probes import probe_texts
-from ojfa_export.verify.tolerances import TOKENIZER, TOLERANCES
+from ojfa_export.verify.tolerances import TOKENIZER, TOLERANCES, Arithmetic
+from ojfa_export.verify.whole_model import load_whole
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 8
@@ -92,12 +93,11 @@ def verify_generation(
         CheckpointError: transformers can't open the model.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    directory = os.fspath(checkpoint.directory)
     checks = [verify_defaults(model.manifest, checkpoint)]
-    # Weights in 16 bits become twice as many bytes.
-    needed = 2 * sum(path.stat().st_size for path in checkpoint.weight_files)
+    # Weights in 16 bits become twice as many bytes, in 4 bits eight times.
+    wider = 2 if checkpoint.layout is None else 8
+    needed = wider * sum(path.stat().st_size for path in checkpoint.weight_files)
     if needed > read_meminfo().get("MemAvailable", needed):
         left_out = f"generate: left out, it may take {needed / 2**30:.1f} GiB"
         return [*checks, _equal(left_out, 0)]
@@ -105,12 +105,7 @@ def verify_generation(
 
     def continue_prompts() -> list[Continued]:
         with _speaking(checkpoint.directory, "model"):
-            reference = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-            ).eval()
+            reference = load_whole(checkpoint, torch.float32, trust_remote_code=trust_remote_code)
         config = _greedy(reference.generation_config, model.manifest, new_tokens)
         return [_generate(reference, config, prompt) for prompt in prompts]
 
@@ -166,7 +161,8 @@ def _prompts(manifest: Manifest, token_ids: Int32) -> tuple[list[list[int]], int
 
 def _compare_text(model: Model, prompts: list[list[int]], continued: list[Continued]) -> Check:
     """Greedy tokens: the difference is by how much transformers prefers its own first other one."""
-    manifest, precision = model.manifest, model.manifest.precision
+    manifest = model.manifest
+    arithmetic: Arithmetic = "int8" if manifest.weights else manifest.precision
     penalty = manifest.generation.repetition_penalty or 1.0
     difference = allowed = 0.0
     for prompt, (scores, expected) in zip(prompts, continued, strict=True):
@@ -176,7 +172,7 @@ def _compare_text(model: Model, prompts: list[list[int]], continued: list[Contin
         for step, (token, other) in enumerate(zip(expected, completion.token_ids, strict=True)):
             score = scores[step]
             largest = float(np.abs(score[np.isfinite(score)]).max(initial=0))
-            bound = TOLERANCES[precision]["logits"].bound(largest)
+            bound = TOLERANCES[arithmetic]["logits"].bound(largest)
             # Each of the two logits may be off by this much, and a penalty enlarges it.
             bound *= 2 * max(penalty, 1 / penalty)
             if token != other:

@@ -26,7 +26,6 @@ from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.head import FinalNorm, LanguageHead
-from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.session import Session
@@ -36,8 +35,8 @@ from ojfa_export.verify.check import Check
 from ojfa_export.verify.exit_heads import ExitHeads
 from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
 from ojfa_export.verify.quantised import verify_weights
-from ojfa_export.verify.reference import TransformersReference
-from ojfa_export.verify.tolerances import Comparisons, exit_allowance
+from ojfa_export.verify.reference import TransformersReference, reference_of
+from ojfa_export.verify.tolerances import Arithmetic, Comparisons, exit_allowance
 
 # Tokens of each sequence that are fed one by one.
 DECODED = 4
@@ -52,7 +51,8 @@ class Parts:
 
     Attributes:
         spec: The model.
-        precision: Of the portable graphs and the weights.
+        precision: Of the portable graphs and the weights; "int8" where products with quantised
+            weights round what they multiply.
         graphs: Directory of the portable graphs.
         open_engines: Opens the engines; called anew for each block, so that an opener that keeps
             none open keeps one block in memory.
@@ -61,7 +61,7 @@ class Parts:
     """
 
     spec: ModelSpec
-    precision: Precision
+    precision: Arithmetic
     graphs: Path
     open_engines: Callable[[], Engines]
     shortcut: ExitShortcut
@@ -105,7 +105,8 @@ def verify_against(
 ) -> list[Check]:
     """Compares a bundle with the checkpoint that it was built from.
 
-    Quantised weights are compared themselves, each with its own; not what they compute.
+    Weights that the build quantised are compared themselves, each with its own; not what they
+    compute. Those that the checkpoint had quantised are compared in both ways.
 
     Args:
         bundle: The bundle.
@@ -130,9 +131,9 @@ def verify_against(
             hint=f"name the checkpoint of {bundle.manifest.model.name}",
         )
     shortcut, _ = shortcut_file.load_exit(bundle.path(SHORTCUT))
-    reference = TransformersReference(checkpoint, trust_remote_code=trust_remote_code)
+    reference = reference_of(source, trust_remote_code=trust_remote_code)
     manifest = bundle.manifest
-    if manifest.weights is not None:
+    if manifest.weights is not None and source.layout is None:
         # transformers runs the original's weights, which these are not: what that changes is a
         # figure (`verify.quantised.measure_change`), and products are compared with float64.
         return [
@@ -141,9 +142,10 @@ def verify_against(
             verify_defaults(manifest, source),
         ]
     engines = frugal(model.engines, model.spec)
+    arithmetic: Arithmetic = "int8" if manifest.weights else manifest.precision
     parts = Parts(
         model.spec,
-        manifest.precision,
+        arithmetic,
         bundle.graphs,
         lambda: engines,
         shortcut,
@@ -152,6 +154,7 @@ def verify_against(
     fitting = token_ids[: manifest.cache.max_batch_size, : manifest.cache.max_length]
     return [
         *verify_tokenizer(model, checkpoint),
+        *(verify_weights(bundle, source, manifest.weights) if manifest.weights else ()),
         *verify_parts(parts, reference, source, fitting, progress),
         *verify_generation(model, source, fitting, trust_remote_code=trust_remote_code),
     ]

@@ -1,13 +1,14 @@
 """Quantised weights: are they those of the checkpoint, and what did rounding them change?
 
-The first is a check: no weight may be off by more than half a step of its group. The second is a
-figure: how far the model as a whole has moved is what its user accepts with the format.
+The first is a check: no weight may be off by more than half a step of its group, or at all where
+the checkpoint had it quantised already. The second is a figure: how far the model as a whole has
+moved is what its user accepts with the format.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,14 @@ from numpy.typing import NDArray
 
 from ojfa_export.backends.frugal import frugal
 from ojfa_export.bundle.bundle import Bundle
-from ojfa_export.bundle.names import block_name
 from ojfa_export.bundle.weight_format import (
-    BLOCK_MATRICES,
     QuantisedMatrix,
     WeightFormat,
     dequantise,
     matrix_of,
 )
 from ojfa_export.decoding.arrays import Float32, Int32
+from ojfa_export.graphs.kept import matrices_of
 from ojfa_export.graphs.weights import map_tensors
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.families.tensors import Source
@@ -33,7 +33,7 @@ from ojfa_export.runtime.session import Session
 from ojfa_export.system.progress import Progress
 from ojfa_export.verify.change import Change
 from ojfa_export.verify.check import Check
-from ojfa_export.verify.reference import TransformersReference
+from ojfa_export.verify.reference import reference_of
 
 # Half a step, and fp32's rounding of a quotient of up to 255 steps; twice as much without zero
 # points, where the largest weight's opposite is one step beyond the range.
@@ -42,6 +42,9 @@ HALF_STEP = 0.501
 # a matrix, in steps: 0.29 where each is the nearest number, 0.35 to 0.61 fitted (SmolLM2-135M),
 # about 3 where it is another.
 FITTED_STEPS = 1.0
+# Kept ones are the same numbers; where a family multiplies them (Granite), their scales are rounded
+# to fp32 once more: 6e-8 of up to 255 steps.
+KEPT_STEPS = 1e-4
 # Of a matrix, looked at in one go.
 OUTPUTS_AT_ONCE = 4096
 # Text that the change is measured on, and logits of the original that are held at once.
@@ -58,10 +61,11 @@ def verify_weights(bundle: Bundle, checkpoint: Checkpoint, form: WeightFormat) -
         form: Their format.
     """
     checks = []
-    is_fitted = form.storage == "int4"
+    is_kept = checkpoint.layout is not None
+    is_fitted = form.storage == "int4" and not is_kept
     tolerance = HALF_STEP if form.zero_points else 2 * HALF_STEP
-    tolerance = FITTED_STEPS if is_fitted else tolerance
-    for graph, sources in _sources(checkpoint):
+    tolerance = FITTED_STEPS if is_fitted else KEPT_STEPS if is_kept else tolerance
+    for graph, sources in _sources(checkpoint, form):
         model = onnx.load(bundle.graphs / f"{graph}.onnx", load_external_data=False)
         tensors = map_tensors(model, bundle.graphs)
         worst = 0.0
@@ -99,19 +103,17 @@ def _steps_off(
     return largest, squares / by_output.size
 
 
-def _sources(checkpoint: Checkpoint) -> Iterator[tuple[str, dict[str, Source]]]:
+def _sources(checkpoint: Checkpoint, form: WeightFormat) -> Iterator[tuple[str, dict[str, Source]]]:
     """Where the quantised matrices of each graph come from."""
-    spec, family, config = checkpoint.spec, checkpoint.family, checkpoint.config
-    for index in range(spec.blocks):
-        sources = family.block(config, spec, index)
-        yield block_name(index), {name: sources[name] for name in BLOCK_MATRICES}
-    ends = family.ends(config, spec)
-    yield "final_head", {"head": ends["token_embedding" if spec.tied_head else "head"]}
+    for graph, some in itertools.groupby(matrices_of(checkpoint), key=lambda each: each[0]):
+        found = {name: source for _, name, source in some if form.stores(graph, name)}
+        if found:
+            yield graph, found
 
 
 def measure_change(
     model: Model,
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     token_ids: Int32,
     progress: Progress,
     *,
@@ -121,7 +123,7 @@ def measure_change(
 
     Args:
         model: The bundle, opened.
-        checkpoint: Directory of the original.
+        checkpoint: The original.
         token_ids: [B,S] text, of which the beginnings of some rows are used.
         progress: Shows windows.
         trust_remote_code: Whether transformers may run code that lies in the checkpoint.
@@ -129,7 +131,7 @@ def measure_change(
     spec, cache = model.spec, model.manifest.cache
     longest = min(WINDOW_TOKENS, cache.max_length, spec.max_positions)
     ids = np.ascontiguousarray(token_ids[:WINDOWS, : min(longest, spec.rotary_switch or longest)])
-    reference = TransformersReference(checkpoint, trust_remote_code=trust_remote_code)
+    reference = reference_of(checkpoint, trust_remote_code=trust_remote_code)
     engines, length = frugal(model.engines, spec), ids.shape[1]
     together = max(1, LOGITS_AT_ONCE // (length * spec.vocab_size))
     sums = np.zeros(4)

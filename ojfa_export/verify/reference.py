@@ -22,7 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ojfa_export.errors import CheckpointError, OjfaError
+from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.checkpoint.quiet import quiet_transformers
+from ojfa_export.models.families.config import QUANTISATION
 from ojfa_export.models.families.tensors import HEAD, HEAD_NAMES
 
 if TYPE_CHECKING:
@@ -34,6 +36,17 @@ Visitor = Callable[[int, FloatArray], None]
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
+def reference_of(
+    checkpoint: Checkpoint, *, trust_remote_code: bool = False
+) -> TransformersReference:
+    """The reference for a checkpoint, quantised or not."""
+    return TransformersReference(
+        checkpoint.directory,
+        trust_remote_code=trust_remote_code,
+        dequantised=None if checkpoint.layout is None else checkpoint,
+    )
+
+
 class TransformersReference:
     """A causal language model as transformers runs it, in fp32 on the CPU.
 
@@ -41,18 +54,28 @@ class TransformersReference:
         checkpoint: Directory in Hugging Face layout: config.json, and weights in safetensors or
             `pytorch_model.bin`, single or sharded, fp32, fp16 or bf16. Nothing is downloaded.
         trust_remote_code: Whether to run model code that lies in the checkpoint.
+        dequantised: The same checkpoint, where its weights are quantised: transformers' own readers
+            of them want kernels of a GPU, so it gets what the numbers stand for.
 
     Raises:
         CheckpointError: The config or a tensor that the model needs is missing or unreadable.
         OjfaError: torch, transformers or accelerate is not installed.
     """
 
-    def __init__(self, checkpoint: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        trust_remote_code: bool = False,
+        dequantised: Checkpoint | None = None,
+    ) -> None:
         _require_packages()
         self._checkpoint = Path(checkpoint)
         with quiet_transformers():
             self._model = _build_without_weights(self._checkpoint, trust_remote_code)
-        self._weights = _WeightFiles(self._checkpoint)
+        self._weights: _WeightFiles | _Dequantised = (
+            _WeightFiles(self._checkpoint) if dequantised is None else _Dequantised(dequantised)
+        )
         self._keys = _checkpoint_keys(self._model, self._weights)
         self.blocks = len(decoder_layers(self._model))
 
@@ -138,6 +161,25 @@ class _WeightFiles:
         return tensors
 
 
+class _Dequantised:
+    """The tensors of a quantised checkpoint as one that isn't would have them."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._readers = dict(checkpoint.plain_tensors())
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._readers
+
+    def read(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The named tensors, in float32."""
+        import torch
+
+        return {
+            key: torch.from_numpy(np.ascontiguousarray(self._readers[key](), np.float32))
+            for key in set(keys)
+        }
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turns what torch and safetensors raise on a bad file into a CheckpointError."""
@@ -210,6 +252,8 @@ def _build_without_weights(checkpoint: Path, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(
             os.fspath(checkpoint), local_files_only=True, trust_remote_code=trust_remote_code
         )
+        if hasattr(config, QUANTISATION):  # layers are plain ones
+            delattr(config, QUANTISATION)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(
                 config,
@@ -255,7 +299,7 @@ def _units(
                 yield module, names
 
 
-def _checkpoint_keys(model: Any, weights: _WeightFiles) -> dict[str, str]:
+def _checkpoint_keys(model: Any, weights: _WeightFiles | _Dequantised) -> dict[str, str]:
     """The name in the checkpoint of every parameter, by its name in the model.
 
     Files of a bare base model, GPT-2's on the hub among them, lack its prefix; a tied parameter may

@@ -115,6 +115,7 @@ def quantisation_change(
         revision: Of a hub id.
         trust_remote_code: Whether transformers may run code in the checkpoint.
     """
+    from ojfa_export.models.checkpoint.checkpoint import Checkpoint
     from ojfa_export.models.checkpoint.hub import resolve
     from ojfa_export.verify.quantised import WINDOW_TOKENS, measure_change
     from ojfa_export.verify.sample import sample_token_ids
@@ -123,7 +124,7 @@ def quantisation_change(
         return None
     return measure_change(
         model,
-        resolve(against, revision),
+        Checkpoint(resolve(against, revision), model.manifest.model.ignored_fields),
         sample_token_ids(model, min(WINDOW_TOKENS, model.spec.max_positions)),
         progress,
         trust_remote_code=trust_remote_code,

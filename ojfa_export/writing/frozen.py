@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.checkpoint.quiet import quiet_transformers
 from ojfa_export.models.families.tensors import Source
 from ojfa_export.verify.reference import decoder_layers
+from ojfa_export.verify.whole_model import load_whole
 
 # Arguments of a block by position and by name, but for hidden states, which come first.
 Beside = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -244,16 +244,12 @@ def output_of(out: Any) -> Tensor:
 
 
 def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                os.fspath(checkpoint.directory), local_files_only=True, dtype=dtype
-            )
+            model = load_whole(checkpoint, dtype)
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"transformers can't load {checkpoint.directory}: {str(error).splitlines()[0]}",
             hint="check the checkpoint with 'ojfa-export verify', or install a newer transformers",
         ) from error
-    return model.eval().requires_grad_(False)
+    return model.requires_grad_(False)

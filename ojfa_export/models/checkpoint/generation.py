@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ojfa_export.decoding.generation_defaults import GenerationDefaults
 from ojfa_export.errors import CheckpointError
 from ojfa_export.models.checkpoint.fields import read_fields
-from ojfa_export.models.families.config import GENERATION_FIELDS, Config
+from ojfa_export.models.families.config import GENERATION_FIELDS, QUANTISATION, Config
 from ojfa_export.models.families.family import eos_token_ids
 
 GENERATION_CONFIG = "generation_config.json"
@@ -75,6 +75,9 @@ def read_generation(
     else:
         said = {name: value for name, value in config.fields.items() if name in GENERATION_FIELDS}
         fields, known = Config(said, config.source, config.ignored), {*config.fields}
+    stored = config.fields.get(QUANTISATION)
+    if isinstance(stored, dict):
+        known |= {f"{QUANTISATION}.{name}" for name in stored}
     for name in sorted(config.ignored - known):
         raise CheckpointError(
             f"{config.source} has no field {name!r:.60} that could be ignored"

@@ -77,5 +77,5 @@ def _to_numpy(tensor: torch.Tensor, where: str) -> NDArray[Any]:
     except (TypeError, RuntimeError) as error:  # a dtype or a layout that NumPy lacks
         raise CheckpointError(
             f"{where} has dtype {tensor.dtype}, which is not supported",
-            hint="quantised checkpoints must be dequantised first",
+            hint="save the checkpoint as safetensors, or dequantised",
         ) from error

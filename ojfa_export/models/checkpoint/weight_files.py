@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,17 @@ DTYPES: Mapping[str, Any] = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
     "F64": np.float64,
+}
+# Beside these, of quantised matrices.
+STORED: Mapping[str, Any] = {
+    **DTYPES,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }
 # In transformers' order: what comes first is taken, however new the others are.
 _PREFERRED = ("model.safetensors", "pytorch_model.bin")
@@ -117,6 +129,33 @@ def read_tensor(path: Path, name: str) -> Array:
         return tensor
 
 
+def read_stored(path: Path, name: str) -> Array:
+    """A tensor of a quantised matrix as it is stored, whole numbers and 8-bit floats too.
+
+    Raises:
+        CheckpointError: It can't be read.
+    """
+    if path.suffix == ".bin":
+        return read_torch_file(path)[name]
+    with _opened(path) as file:  # which has looked at the header
+        view = file.get_slice(name)
+        shape, dtype = tuple(view.get_shape()), view.get_dtype()
+        if not dtype.startswith("F8"):
+            tensor: Array = file.get_tensor(name)
+            return tensor
+    stored: Array = np.frombuffer(_read_bytes(path, name), STORED[dtype])
+    return stored.reshape(shape)
+
+
+def _read_bytes(path: Path, name: str) -> bytes:
+    """A tensor's bytes, of a dtype that safetensors has no NumPy array for."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start, stop = json.loads(file.read(length))[name]["data_offsets"]
+        file.seek(8 + length + start)
+        return file.read(int(stop) - int(start))
+
+
 def read_integers(path: Path, name: str) -> Array:
     """A tensor of whole numbers, int64.
 
@@ -145,13 +184,14 @@ def check_dtype(name: str, path: Path, dtype: str) -> None:
     if dtype not in DTYPES:
         raise CheckpointError(
             f"tensor '{name}' in {path} has dtype {dtype}, which is not supported",
-            hint=f"supported: {', '.join(DTYPES)}; quantised checkpoints must be dequantised first",
+            hint=f"supported: {', '.join(DTYPES)}; what is quantised needs its scales "
+            "beside it (docs/weights.md), or to be dequantised first",
         )
 
 
 def _dtype_name(array: Array) -> str:
     """As safetensors names it, where it is supported."""
-    return next((name for name in DTYPES if array.dtype == DTYPES[name]), str(array.dtype))
+    return next((name for name in STORED if array.dtype == STORED[name]), str(array.dtype))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from ojfa_export.errors import CheckpointError
-from ojfa_export.models.families.config import COMPLETE, Config
+from ojfa_export.models.families.config import COMPLETE, QUANTISATION, Config
 from ojfa_export.models.families.family import Family
 from ojfa_export.models.families.gemma2 import GEMMA2
 from ojfa_export.models.families.gemma3 import GEMMA3
@@ -63,7 +63,9 @@ def read_spec(config: Config) -> tuple[Family, ModelSpec]:
             f"{config.source}: model family '{model_type!s:.60}' is not supported",
             hint=f"supported: {', '.join(sorted(FAMILIES))}{_nearest(model_type)}",
         )
-    config.require("quantization_config")
+    stored = config.get(QUANTISATION)  # `models.checkpoint.quantised` reads it
+    if stored is not None and not (isinstance(stored, dict) and "quant_method" in stored):
+        raise config.wrong(QUANTISATION, "an object that names its quant_method", stored)
     # Nothing in transformers reads these, whose other values mean another model.
     for name in ("lm_head_bias", "rope_interleaved"):
         config.require(name, False)

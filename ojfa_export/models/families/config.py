@@ -60,6 +60,8 @@ MOST_BLOCKS = 65_536
 MOST_FEATURES = 65_536
 # Beyond it, or below its inverse, a factor would leave nothing of what it multiplies in fp16.
 LARGEST_FACTOR = 1e4
+# The field that says how weights are quantised.
+QUANTISATION = "quantization_config"
 # Of what the checkpoint was saved in; the tensors say their own.
 STORED_DTYPES = ("float32", "float16", "bfloat16", "float64")
 # transformers makes a name for each, though a language model has none.
@@ -168,6 +170,13 @@ class Config:
                 else f"supported: checkpoints without '{name}'",
             )
 
+    def unread(self, harmless: Collection[str]) -> list[str]:
+        """Fields with a value that nobody has read, and that are not among these or ignored."""
+        known = self._read | self.ignored | set(harmless)
+        return sorted(
+            name for name, value in self.fields.items() if name not in known and value is not None
+        )
+
     def refuse_unread(self, family: str) -> None:
         """Refuses fields that nobody understood: they could change the result.
 
@@ -182,12 +191,7 @@ class Config:
                 hint=f"leave out --ignore-config-field {name}",
             )
         self._check_irrelevant()
-        harmless = self._read | IRRELEVANT_FIELDS.keys() | GENERATION_FIELDS | self.ignored
-        unknown = sorted(
-            name
-            for name, value in self.fields.items()
-            if name not in harmless and value is not None
-        )
+        unknown = self.unread(IRRELEVANT_FIELDS.keys() | GENERATION_FIELDS)
         if unknown:
             raise CheckpointError(
                 f"{self.source}: fields not understood for family '{family}': "

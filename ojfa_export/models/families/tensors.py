@@ -27,6 +27,8 @@ class Source:
         parts: Checkpoint tensors with the outputs of each; concatenated along the outputs.
         inputs: Rows of the wanted matrix; None for a vector.
         transposed: Whether the checkpoint stores [outputs, inputs] (torch.nn.Linear).
+        table: Whether it is a table with a row for each token, which as a head multiplies from
+            the other side: `inputs` are tokens, and each part has its features.
         heads: How many, where queries, keys and values of one are stored before those of the next,
             and are wanted one kind after the other; 0 where they are stored so.
         offset: What is added to the tensors first, where the family's norms multiply by 1 + weight.
@@ -36,6 +38,7 @@ class Source:
     parts: tuple[tuple[str, int], ...]
     inputs: int | None = None
     transposed: bool = True
+    table: bool = False
     heads: int = 0
     offset: float = 0.0
     scale: float = 1.0
@@ -58,13 +61,18 @@ class Source:
             return (outputs,)
         return (outputs, self.inputs) if self.transposed else (self.inputs, outputs)
 
+    def linear_shape(self, outputs: int) -> tuple[int, int]:
+        """Outputs and inputs of the layer that one part of a matrix is the weight of."""
+        assert self.inputs is not None
+        return (self.inputs, outputs) if self.table else (outputs, self.inputs)
+
     def join(self, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
         """The weight as it is wanted, of the parts as the checkpoint has them.
 
         It has their dtype, or float32 where something is added or they are scaled.
         """
         if self.heads:
-            parts = [_by_kind(part, self.heads) for part in parts]
+            parts = [part[by_kind(len(part), self.heads)] for part in parts]
         if self.offset:
             parts = [part.astype(np.float32) + np.float32(self.offset) for part in parts]
         if self.scale != 1:
@@ -76,10 +84,9 @@ class Source:
         return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
-def _by_kind(part: NDArray[Any], heads: int) -> NDArray[Any]:
-    """[heads * 3 * features, ...] as [3 * heads * features, ...]."""
-    apart = part.reshape(heads, 3, -1, *part.shape[1:])
-    return apart.swapaxes(0, 1).reshape(part.shape)
+def by_kind(rows: int, heads: int) -> NDArray[np.intp]:
+    """The order in which [heads * 3 * features] is [3 * heads * features]."""
+    return np.arange(rows).reshape(heads, 3, -1).swapaxes(0, 1).reshape(-1)
 
 
 def vector(name: str, size: int) -> Source:
@@ -99,7 +106,7 @@ def conv1d(inputs: int, name: str, outputs: int) -> Source:
 
 def table(name: str, rows: int, columns: int) -> Source:
     """An embedding table or LM head [rows, columns], kept as it is stored."""
-    return Source(((name, columns),), rows, transposed=False)
+    return Source(((name, columns),), rows, transposed=False, table=True)
 
 
 def vectors(*parts: tuple[str, int]) -> Source:

@@ -476,7 +476,7 @@ def test_su_is_an_old_name_of_longrope() -> None:
         ("gpt_neox", {"head_dim": 32}, "'head_dim' is 32"),
         ("olmo2", {"clip_qkv": 8.0}, "not understood for family 'olmo2': clip_qkv"),
         ("llama", {"logits_scaling": 8.0}, "not understood for family 'llama': logits_scaling"),
-        ("llama", {"quantization_config": {}}, "'quantization_config' is {}"),
+        ("llama", {"quantization_config": {}}, "'quantization_config' must be an object that"),
     ],
 )
 def test_field_that_cannot_be_honoured(name: str, changes: Fields, match: str) -> None:

@@ -1,0 +1,164 @@
+"""Quantised matrices of a checkpoint as they are: numbers, scales, zero points.
+
+    weight[output, input] = (number - zero point) * scale
+
+with scale and zero point those of the input's group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+UInt8 = NDArray[np.uint8]
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A matrix x @ W of whole numbers.
+
+    Attributes:
+        bits: Of a number, 2 to 8.
+        scales: [outputs, groups] float32.
+        zero_points: [outputs, groups] uint8, below 2^bits.
+        group_of: [inputs] int32: which group each input is of.
+        numbers: Reads the numbers, [outputs, inputs] uint8.
+    """
+
+    bits: int
+    scales: Float32
+    zero_points: UInt8
+    group_of: NDArray[np.int32]
+    numbers: Callable[[], UInt8]
+
+    @property
+    def inputs(self) -> int:
+        """Features that it multiplies."""
+        return len(self.group_of)
+
+    @property
+    def group_size(self) -> int | None:
+        """Inputs of a group; None where groups have different sizes."""
+        sizes = np.bincount(self.group_of, minlength=self.scales.shape[1])
+        return int(sizes[0]) if (sizes == sizes[0]).all() else None
+
+    @property
+    def order(self) -> NDArray[np.int32] | None:
+        """The inputs group by group; None where they are so already."""
+        if (np.diff(self.group_of) >= 0).all():
+            return None
+        return np.argsort(self.group_of, kind="stable").astype(np.int32)
+
+    def dequantised(self) -> Float32:
+        """The weights [outputs, inputs]; each is one product, rounded once."""
+        weights = self.numbers().astype(np.float32)
+        weights -= self.zero_points.astype(np.float32)[:, self.group_of]
+        weights *= self.scales[:, self.group_of]
+        return weights
+
+    def outputs_at(self, order: NDArray[Any]) -> Kept:
+        """Some outputs, in an order."""
+        return replace(
+            self,
+            scales=self.scales[order],
+            zero_points=self.zero_points[order],
+            numbers=lambda: self.numbers()[order],
+        )
+
+    def times(self, factor: float) -> Kept:
+        """The weights multiplied: the scales are, rounded to fp32."""
+        return self if factor == 1 else replace(self, scales=self.scales * np.float32(factor))
+
+    def widened(self, bits: int) -> Kept:
+        """The same weights as numbers of as many bits or more; the middle stays in the middle."""
+        shift = np.uint8((1 << bits - 1) - (1 << self.bits - 1))
+        return replace(
+            self,
+            bits=bits,
+            zero_points=self.zero_points + shift,
+            numbers=lambda: self.numbers() + shift,
+        )
+
+    def in_order(self) -> Kept:
+        """The same weights with the inputs as `order` has them."""
+        order = self.order
+        if order is None:
+            return self
+        return replace(
+            self, group_of=self.group_of[order], numbers=lambda: self.numbers()[:, order]
+        )
+
+    def split(self, group_size: int) -> Kept:
+        """The same weights in smaller groups: in order, and of a size that divides this one's."""
+        assert self.group_size is not None
+        times = self.group_size // group_size
+        if times == 1:
+            return self
+        return replace(
+            self,
+            scales=np.repeat(self.scales, times, axis=1),
+            zero_points=np.repeat(self.zero_points, times, axis=1),
+            group_of=groups_in_order(self.inputs, group_size),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """A matrix x @ W of 8-bit floats.
+
+    Attributes:
+        scales: [outputs, inputs] float32 of blocks of weights, either of them 1 for all.
+        block: Weights of a block, outputs and inputs.
+        numbers: Reads the numbers, [outputs, inputs] in fp8.
+    """
+
+    scales: Float32
+    block: tuple[int, int]
+    numbers: Callable[[], NDArray[Any]]
+
+    def dequantised(self) -> Float32:
+        """The weights [outputs, inputs]; each is one product, rounded once."""
+        weights = self.numbers().astype(np.float32)
+        by_row = np.repeat(self.scales, self.block[0], axis=0)[: len(weights)]
+        for start in range(0, weights.shape[1], self.block[1]):
+            weights[:, start : start + self.block[1]] *= by_row[:, start // self.block[1], None]
+        return weights
+
+
+def groups_in_order(inputs: int, group_size: int) -> NDArray[np.int32]:
+    """Each input's group, where neighbours share one."""
+    return (np.arange(inputs) // group_size).astype(np.int32)
+
+
+def beside(parts: Sequence[Kept]) -> Kept | None:
+    """Matrices of the same inputs as one, with their outputs one after the other.
+
+    Numbers get the bits of the widest, groups the largest size that divides all.
+
+    Returns:
+        None where that can't be: inputs are grouped in different orders.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    bits = max(part.bits for part in parts)
+    if all(np.array_equal(part.group_of, parts[0].group_of) for part in parts):
+        same = [part.widened(bits) for part in parts]
+    else:
+        sizes = [part.group_size for part in parts if part.order is None]
+        if len(sizes) < len(parts) or None in sizes:
+            return None
+        size = math.gcd(*(each for each in sizes if each is not None))
+        same = [part.widened(bits).split(size) for part in parts]
+    return Kept(
+        bits,
+        np.concatenate([part.scales for part in same]),
+        np.concatenate([part.zero_points for part in same]),
+        same[0].group_of,
+        lambda: np.concatenate([part.numbers() for part in same]),
+    )
