@@ -136,7 +136,8 @@ def test_tokens_and_depths_are_those_of_whole_logits(case, chain_of, program):
             np.testing.assert_allclose(step.logits[row], expected, atol=LOGITS_FP32, rtol=0)
             assert choice.tokens[row] == step.logits[row].argmax()
             assert choice.blocks_run[row] == depth
-        np.testing.assert_array_equal(choice.confidence, step.confidence)
+        if any(new):
+            np.testing.assert_array_equal(choice.confidence, step.confidence)
 
 
 class Counted(ChoosesOnHost):
