@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,20 +111,28 @@ class DraftLength:
 
     With acceptance a, a round of K drafts gives 1 + a + ... + a^K tokens (arXiv 2211.17192, eq. 1)
     and costs 1 + r + K c full steps, r for checking at all, c for drafting a token and for checking
-    it; with K = 0, a full step. The K with the most tokens per cost is taken. Costs are constants,
-    so that a seed always gives the same tokens.
+    it; with K = 0, a full step. The K with the most tokens per cost is taken.
+
+    Beside others a step takes longer, and each more token that is checked is a larger part of it:
+    where one sequence's token adds the share s to a pass, those of n add n s / (1 + (n - 1) s) to a
+    pass of n.
 
     Args:
-        cost: c.
+        cost: c, of a sequence alone.
         round_cost: r.
         acceptance: a, before anything was drafted.
+        check_cost: s, the part of c that is the check's.
     """
 
     def __init__(
-        self, cost: float, round_cost: float = 0.0, acceptance: float = PRIOR_ACCEPTANCE
+        self,
+        cost: float,
+        round_cost: float = 0.0,
+        acceptance: float = PRIOR_ACCEPTANCE,
+        *,
+        check_cost: float = 0.0,
     ) -> None:
-        lengths = np.arange(MAX_DRAFT + 1)
-        self._costs = 1 + np.where(lengths > 0, round_cost, 0.0) + lengths * cost
+        self._cost, self._round_cost, self._check_cost = cost, round_cost, check_cost
         self._accepted = acceptance * PRIOR_WEIGHT
         self._checked = PRIOR_WEIGHT
         self._rounds_without, self._probe_after = 0, PROBE_ROUNDS
@@ -138,10 +147,16 @@ class DraftLength:
         """Whether the round after the one asked for last drafts nothing for sure."""
         return 0 < self._rounds_without < self._probe_after - 1
 
-    def next(self) -> int:
-        """The next round's draft length, 0 to MAX_DRAFT."""
+    def next(self, together: int = 1) -> int:
+        """The next round's draft length, 0 to MAX_DRAFT.
+
+        Args:
+            together: Sequences that run together. Only where tokens don't depend on the length:
+                sampled ones would no longer be those of their seed.
+        """
         tokens = np.cumsum(self.acceptance ** np.arange(MAX_DRAFT + 1))
-        length = int(np.argmax(tokens / self._costs))
+        costs = _costs(self._cost, self._round_cost, self._check_cost, together)
+        length = int(np.argmax(tokens / costs))
         if length:
             self._rounds_without, self._probe_after = 0, PROBE_ROUNDS
             return length
@@ -157,6 +172,15 @@ class DraftLength:
         for taken in [True] * accepted + [False] * (accepted < drafted):
             self._accepted = MEMORY * self._accepted + taken
             self._checked = MEMORY * self._checked + 1
+
+
+@lru_cache(maxsize=1024)
+def _costs(cost: float, round_cost: float, check_cost: float, together: int) -> Float64:
+    """Of rounds of 0 to MAX_DRAFT drafts, in full steps; see `DraftLength`."""
+    added = together * check_cost / (1 + (together - 1) * check_cost)
+    lengths = np.arange(MAX_DRAFT + 1)
+    rounds: Float64 = 1 + np.where(lengths > 0, round_cost, 0.0)
+    return rounds + lengths * (cost - check_cost + added)
 
 
 def check(

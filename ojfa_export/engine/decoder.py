@@ -7,7 +7,7 @@ pieces and whose turn it is, decoding doesn't know.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import lru_cache
 
 from ojfa_export.decoding.logits import LogitsProcessor, TokenLogprobs
@@ -42,6 +42,7 @@ class Decoder:
         max_length: Tokens that the sequence may hold.
         eos: After one of these nothing is drafted.
         has_drafts: Whether a draft layer is there.
+        together: How many requests run now, itself included.
     """
 
     def __init__(
@@ -54,10 +55,11 @@ class Decoder:
         eos: frozenset[int],
         *,
         has_drafts: bool = False,
+        together: Callable[[], int] = lambda: 1,
     ) -> None:
         self._sequence, self._options, self._exit = sequence, options, exit
         self._blocks, self._max_length, self._eos = blocks, max_length, eos
-        self._has_drafts = has_drafts
+        self._has_drafts, self._together = has_drafts, together
         self._sampling = options.sampling
         self._generator = self._sampling.generator(0)
         self._processor = LogitsProcessor(options, sequence.tokens)
@@ -133,8 +135,13 @@ class Decoder:
         if cost is None:
             cost = max(1, exit) / blocks
         lengths = DraftLength(
-            cost + speculation.check_cost, speculation.round_cost, speculation.acceptance
+            cost + speculation.check_cost,
+            speculation.round_cost,
+            speculation.acceptance,
+            check_cost=speculation.check_cost,
         )
+        # Sampled tokens are those of their seed, whatever runs beside them.
+        greedy = not self._sampling.temperature
         logits = self._on_host or self._sampling.temperature > 0
         left, prompt = self._options.max_new_tokens, len(sequence)
         while True:
@@ -142,7 +149,8 @@ class Decoder:
             # A draft layer begins after the prompt's round, whatever was cached of the prompt.
             if exit or (before > prompt and sequence.can_draft):
                 limit = min(left - 1, self._max_length - before, sequence.room_before_switch)
-                limit = min(limit, speculation.draft or lengths.next())
+                together = self._together() if greedy else 1
+                limit = min(limit, speculation.draft or lengths.next(together))
             drafts, proposals = yield from self._draft(exit, limit)
             output = yield NextStep(blocks, len(drafts) + 1, logits=logits)
             assert output is not None

@@ -173,7 +173,8 @@ class Engine:
             request = Request(self, self._next_id, ids, options)
             self._next_id += 1
             deadline = None if timeout is None else time.perf_counter() + timeout
-            self._enqueue(Running.of(self.model, request, exit, self._max_length, deadline))
+            of = self.model, request, exit, self._max_length, deadline
+            self._enqueue(Running.of(*of, together=lambda: max(1, len(self._running))))
         return request
 
     def cancel(self, request: Request) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 
 from ojfa_export.decoding.policy import ExitPolicy
@@ -76,8 +77,9 @@ class Running:
         exit: int | ExitPolicy,
         max_length: int,
         deadline: float | None,
+        together: Callable[[], int],
     ) -> Running:
-        """A request that has no slot yet, its exit resolved."""
+        """A request that has no slot yet, its exit resolved; `together` says how many run."""
         spec, prompt, options = model.spec, request.prompt_token_ids, request.options
         eos = frozenset() if options.ignore_eos else frozenset(spec.eos_token_ids)
         drafts, speculation, depth = model.drafts, options.speculation, None
@@ -88,7 +90,14 @@ class Running:
         sequence.append(list(prompt))
         has_drafts = depth is not None
         decoder = Decoder(
-            sequence, options, exit, spec.blocks, max_length, eos, has_drafts=has_drafts
+            sequence,
+            options,
+            exit,
+            spec.blocks,
+            max_length,
+            eos,
+            has_drafts=has_drafts,
+            together=together,
         )
         text = TextStream(model.tokenizer, options.stop, prompt)
         return cls(request, sequence, decoder, text, eos, max_length, deadline)

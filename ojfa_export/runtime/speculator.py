@@ -51,7 +51,13 @@ class Speculator:
             draft_cost = max(1, self._exit) / session.spec.blocks
         cost = draft_cost + speculation.check_cost
         self._lengths = [
-            DraftLength(cost, speculation.round_cost, speculation.acceptance) for _ in generators
+            DraftLength(
+                cost,
+                speculation.round_cost,
+                speculation.acceptance,
+                check_cost=speculation.check_cost,
+            )
+            for _ in generators
         ]
         self._eos = frozenset(eos_token_ids)
         greedy = sampling.temperature == 0
@@ -119,15 +125,18 @@ class Speculator:
 
     def _limits(self, pending: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[int]:
         """How many tokens to draft for each sequence at most."""
+        together = 1 if self._sampling.temperature else sum(1 for ids in pending if ids)
         if self._plain is not None and self._plain.is_ahead:
             # All rest: the step that was begun drafts nothing, and its token is in the session.
-            return [self._lengths[row].next() if ids else 0 for row, ids in enumerate(pending)]
+            return [
+                self._lengths[row].next(together) if ids else 0 for row, ids in enumerate(pending)
+            ]
         return [
-            self._draft_length(row, len(ids), wanted[row]) if ids else 0
+            self._draft_length(row, len(ids), wanted[row], together) if ids else 0
             for row, ids in enumerate(pending)
         ]
 
-    def _draft_length(self, row: int, new: int, wanted: int) -> int:
+    def _draft_length(self, row: int, new: int, wanted: int, together: int) -> int:
         """As many as pay, are wanted, and fit behind so many new tokens.
 
         A draft layer has nothing to go on before the prompt has run: the first round drafts none.
@@ -140,7 +149,7 @@ class Speculator:
         if switch is not None and length <= switch:
             # Longer, all positions would be rotated by the long factors, these ones too.
             limit = min(limit, switch - length)
-        return min(limit, self._fixed or self._lengths[row].next())
+        return min(limit, self._fixed or self._lengths[row].next(together))
 
     def _draft(
         self, pending: Sequence[Sequence[int]], limits: Sequence[int]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
 from hypothesis import given as forall
 from hypothesis import strategies as st
 from test_session import NAMES, examples, poison
@@ -127,9 +128,9 @@ def test_greedy_tokens_are_those_of_full_depth(name, sessions, chain_of, prompts
     while any(pending):
         poison(session)
         chosen = speculator.step(pending, [10 - len(ids) for ids in tokens])
-        for row, given in enumerate(chosen):
-            assert bool(given) == bool(pending[row])
-            tokens[row] += [token.id for token in given]
+        for row, chosen_here in enumerate(chosen):
+            assert bool(chosen_here) == bool(pending[row])
+            tokens[row] += [token.id for token in chosen_here]
             pending[row] = tokens[row][-1:]
             # All but the newest token, and nothing else, is in the session, at full depth.
             assert session.tokens(row) == (prompts[row] + tokens[row])[:-1]
@@ -349,6 +350,28 @@ def test_the_draft_length_has_the_most_tokens_per_cost(acceptance, cost):
         sum(acceptance**i for i in range(k + 1)) / (1 + k * cost) for k in range(MAX_DRAFT + 1)
     ]
     assert speed[lengths.next()] == max(speed)
+
+
+@given(
+    together=st.integers(1, 64),
+    token=st.floats(0.0, 2.0),
+    draft=st.floats(0.0, 0.5),
+    acceptance=st.floats(0.05, 0.95),
+)
+def test_the_draft_length_counts_who_runs_beside(
+    together: int, token: float, draft: float, acceptance: float
+) -> None:
+    """A pass takes 1 and `token` for each of its tokens; a draft a share of the sequence's step."""
+    alone = 1 + token
+    lengths = DraftLength(draft + token / alone, check_cost=token / alone)
+    lengths._accepted, lengths._checked = acceptance, 1.0
+    step = 1 + together * token
+    rates = [
+        sum(acceptance**i for i in range(k + 1))
+        / (1 + together * (k + 1) * token + k * draft * step)
+        for k in range(MAX_DRAFT + 1)
+    ]
+    assert rates[lengths.next(together)] == pytest.approx(max(rates))
 
 
 @pytest.mark.parametrize("exit", ["full", 4])

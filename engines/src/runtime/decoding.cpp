@@ -68,7 +68,7 @@ Speculator::Speculator(Session& session, const Speculation& speculation, const S
     const double draft_cost =
         speculation.draft_cost.value_or(static_cast<double>(exit_) / session.spec().blocks);
     const DraftLength length(draft_cost + speculation.check_cost, speculation.round_cost,
-                             speculation.acceptance);
+                             speculation.acceptance, speculation.check_cost);
     lengths_.assign(at(session.batch_size()), length);
 }
 
@@ -79,10 +79,14 @@ std::vector<std::vector<Chosen>> Speculator::step(const Pending& pending, const 
     const std::vector<Random> generators = generators_;
     const std::vector<DraftLength> lengths = lengths_;
     std::vector<int> before, limits;
+    // Sampled tokens are those of their seed, whatever runs beside them.
+    const auto running =
+        std::count_if(pending.begin(), pending.end(), [](const auto& ids) { return !ids.empty(); });
+    const int together = sampling_.greedy() ? static_cast<int>(running) : 1;
     for (int row = 0; row < rows; ++row) {
         const int count = static_cast<int>(pending[at(row)].size());
         before.push_back(session_.length(row));
-        limits.push_back(count ? draft_length(row, before.back() + count, wanted[at(row)]) : 0);
+        limits.push_back(count ? draft_length(row, before.back() + count, wanted[at(row)], together) : 0);
     }
     std::vector<Draft> drafts;
     std::vector<int> counts;
@@ -124,12 +128,12 @@ std::vector<std::vector<Chosen>> Speculator::step(const Pending& pending, const 
 }
 
 // As many as pay, are wanted, and fit behind `length` tokens.
-int Speculator::draft_length(int row, int length, int wanted) {
+int Speculator::draft_length(int row, int length, int wanted, int together) {
     int limit = std::min(wanted - 1, session_.max_length() - length);
     const auto& rotary_switch = session_.spec().rotary_switch;
     // Longer, all positions would be rotated by the long factors, these ones too.
     if (rotary_switch && length <= *rotary_switch) limit = std::min(limit, *rotary_switch - length);
-    return std::min(limit, fixed_ ? *fixed_ : lengths_[at(row)].next());
+    return std::min(limit, fixed_ ? *fixed_ : lengths_[at(row)].next(together));
 }
 
 std::vector<Speculator::Draft> Speculator::draft(const Pending& pending, const std::vector<int>& limits) {

@@ -69,7 +69,7 @@ class Speculator : public Decoder {
         std::vector<std::vector<double>> proposals;  // the distributions they were drawn from
     };
 
-    int draft_length(int row, int length, int wanted);
+    int draft_length(int row, int length, int wanted, int together);
     std::vector<Draft> draft(const Pending& pending, const std::vector<int>& limits);
     std::int32_t propose(Span<const float> logits, int row, Draft& draft);
     std::vector<std::int32_t> check(const Draft& draft, const float* logits, const std::int32_t* likeliest,

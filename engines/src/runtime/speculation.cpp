@@ -38,19 +38,22 @@ int Speculation::resolve_exit(int blocks) const {
     return depth;
 }
 
-DraftLength::DraftLength(double cost, double round_cost, double acceptance)
-    : accepted_(acceptance * PRIOR_WEIGHT), checked_(PRIOR_WEIGHT), probe_after_(PROBE_ROUNDS) {
-    for (int length = 0; length <= MOST_DRAFT; ++length)
-        costs_[static_cast<std::size_t>(length)] = 1 + (length ? round_cost : 0.0) + length * cost;
-}
+DraftLength::DraftLength(double cost, double round_cost, double acceptance, double check_cost)
+    : cost_(cost),
+      round_cost_(round_cost),
+      check_cost_(check_cost),
+      accepted_(acceptance * PRIOR_WEIGHT),
+      checked_(PRIOR_WEIGHT),
+      probe_after_(PROBE_ROUNDS) {}
 
-int DraftLength::next() {
+int DraftLength::next(int together) {
     const double acceptance = accepted_ / checked_;
+    const double cost = cost_ - check_cost_ + together * check_cost_ / (1 + (together - 1) * check_cost_);
     int best = 0;
     double tokens = 0, most = -1;
     for (int length = 0; length <= MOST_DRAFT; ++length) {
         tokens += std::pow(acceptance, length);
-        const double rate = tokens / costs_[static_cast<std::size_t>(length)];
+        const double rate = tokens / (1 + (length ? round_cost_ : 0.0) + length * cost);
         if (rate > most) most = rate, best = length;
     }
     if (best) {

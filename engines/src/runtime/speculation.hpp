@@ -2,7 +2,6 @@
 // ojfa_export/decoding/speculation.py (Leviathan et al., arXiv 2211.17192).
 #pragma once
 
-#include <array>
 #include <optional>
 
 namespace ojfa::core {
@@ -26,20 +25,20 @@ struct Speculation {
 };
 
 // How many tokens to draft for one sequence: with acceptance a, a round of K drafts gives 1 + a + ... + a^K
-// tokens and costs 1 + r + K c full steps; the K with the most tokens per cost is taken.
+// tokens and costs 1 + r + K c full steps; the K with the most tokens per cost is taken. Of c, s is the
+// check's: of n sequences together that part is n s / (1 + (n - 1) s).
 class DraftLength {
  public:
-    DraftLength(double cost, double round_cost, double acceptance);
+    DraftLength(double cost, double round_cost, double acceptance, double check_cost);
 
-    // The next round's draft length, 0 to MOST_DRAFT.
-    int next();
+    // The next round's draft length, 0 to MOST_DRAFT, where so many sequences run together.
+    int next(int together);
 
     // Takes a round's result; what follows the first rejected token says nothing.
     void learn(int accepted, int drafted);
 
  private:
-    std::array<double, MOST_DRAFT + 1> costs_{};
-    double accepted_, checked_;
+    double cost_, round_cost_, check_cost_, accepted_, checked_;
     int rounds_without_ = 0, probe_after_;
 };
 
