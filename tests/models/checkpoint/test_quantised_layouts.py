@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,43 @@ def test_a_config_that_is_refused(fields: dict[str, Any], message: str) -> None:
     assert caught.value.message.startswith("config.json")
     assert caught.value.hint
     assert "\n" not in caught.value.message
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9)
+    | st.sampled_from(["gptq", "gemm", "group", "block", "channel", "int", "float", "e4m3"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=4,
+)  # fmt: skip
+METHODS = [
+    gptq_config(4, 32, checkpoint_format="gptq", dynamic=None, pack_dtype="int32"),
+    awq_config(32),
+    compressed_config("pack-quantized", strategy="group", group_size=32),
+    {**compressed_config("float-quantized", **FLOAT8), "sparsity_config": {"format": "dense"}},
+    {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"},
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(fields=st.sampled_from(METHODS), data=st.data())
+def test_any_config_is_read_or_refused(fields: dict[str, Any], data: Any) -> None:
+    """Whatever a field holds, at any depth, what is raised names the file."""
+    changed = json.loads(json.dumps(fields))
+    place = changed
+    while True:
+        key = data.draw(st.sampled_from(sorted(place)))
+        if not isinstance(place[key], dict) or data.draw(st.booleans()):
+            place[key] = data.draw(VALUES)
+            break
+        place = place[key]
+    refused = None
+    try:
+        read_layout(Config({"quantization_config": changed}, "config.json"))
+    except CheckpointError as error:
+        refused = error
+    if refused is not None:
+        assert refused.message.startswith("config.json")
+        assert refused.hint
 
 
 def test_an_ignored_field() -> None:
