@@ -32,6 +32,7 @@ from ojfa_export.errors import CheckpointError
 from ojfa_export.models.checkpoint.quantised import read_layout
 from ojfa_export.models.checkpoint.quantised.kept import Kept, Scaled, beside
 from ojfa_export.models.checkpoint.quantised.layout import MatrixTensors
+from ojfa_export.models.checkpoint.torch_file import read_torch_file
 from ojfa_export.models.families.config import Config
 
 groupings = st.sampled_from([(32, 64), (64, 64), (-1, 96), (16, 96), (8, 32), (32, 32)])
@@ -315,6 +316,26 @@ def test_an_ignored_field() -> None:
     fields = gptq_config(4, 32, brand_new=1)
     name = "quantization_config.brand_new"
     assert read_layout(Config({"quantization_config": fields}, "config.json", [name])) is not None
+
+
+def test_torch_files(rng: np.random.Generator, tmp_path: Path) -> None:
+    """Whole numbers are read from torch's files too; 8-bit floats aren't, and it says so."""
+    path = tmp_path / "pytorch_model.bin"
+
+    def read_bin(fields: dict[str, Any], tensors: Any) -> Any:
+        named = {f"layer.{end}": tensor for end, tensor in tensors.items()}
+        torch.save(named, path)
+        layout = read_layout(Config({"quantization_config": fields}, "config.json"))
+        assert layout is not None
+        return layout.read(MatrixTensors("layer", dict.fromkeys(named, path), tmp_path), 64, 32)
+
+    matrix = random_matrix(rng, 32, 64, 4, 32)
+    assert_same(read_bin(gptq_config(4, 32), gptq_tensors(matrix)), matrix)
+    tensors = {"weight": float8_tensor(float8(rng, 32, 64)), "weight_scale": torch.ones(1)}
+    read_torch_file.cache_clear()
+    with pytest.raises(CheckpointError, match="float8_e4m3fn, which is not supported") as caught:
+        read_bin(FP8_CONFIG, tensors)
+    assert "safetensors" in str(caught.value.hint)
 
 
 def test_groups_that_divide_nothing(rng: np.random.Generator, tmp_path: Path) -> None:
