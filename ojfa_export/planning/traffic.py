@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ojfa_export.bundle.names import block_name
 from ojfa_export.bundle.shortcut_entry import ShortcutEntry
-from ojfa_export.bundle.weight_format import WeightFormat
+from ojfa_export.bundle.weight_format import BLOCK_MATRICES, WeightFormat
 from ojfa_export.models.spec import ModelSpec
 
 # ONNX Runtime's CPU provider multiplies in fp32, whatever precision the weights are stored in.
@@ -18,15 +19,21 @@ def matrix_bytes(numbers: int, weights: WeightFormat | None) -> int:
     return numbers * (weights.group_size * weights.bits + of_group) // (8 * weights.group_size)
 
 
-def block_bytes(spec: ModelSpec, weights: WeightFormat | None = None) -> int:
+def block_bytes(spec: ModelSpec, weights: WeightFormat | None = None, block: int = 0) -> int:
     """Weights of one block. Biases are left out: they are less than a thousandth."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
-    attended = spec.heads * spec.head_dim
-    qkv = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
-    mlp = (3 if spec.gated else 2) * hidden * inner
+    features = (
+        hidden * (spec.heads + 2 * spec.kv_heads) * spec.head_dim,
+        hidden * spec.heads * spec.head_dim,
+        hidden * inner * (2 if spec.gated else 1),
+        hidden * inner,
+    )
     norms = (4 if spec.norms == "both" else 2) * hidden + sum(spec.qk_norm_features)
-    matrices = matrix_bytes(hidden * (qkv + attended) + mlp, weights)
-    return matrices + FLOAT_BYTES * norms
+    total = FLOAT_BYTES * norms
+    for name, numbers in zip(BLOCK_MATRICES, features, strict=True):
+        is_wide = weights is None or not weights.stores(block_name(block), name)
+        total += matrix_bytes(numbers, None if is_wide else weights)
+    return total
 
 
 def head_bytes(spec: ModelSpec, weights: WeightFormat | None = None) -> int:
@@ -97,5 +104,6 @@ def decode_bytes(
     cache = sum(cache_bytes(spec, block, length) for block in range(blocks))
     if exit_block and blocks < spec.blocks:
         cache += cache_bytes(spec, spec.blocks - 1, length)
-    total = rows + blocks * block_bytes(spec, weights) + cache + head
+    matrices = sum(block_bytes(spec, weights, block) for block in range(blocks))
+    total = rows + matrices + cache + head
     return total // FLOAT_BYTES * element_bytes

@@ -22,13 +22,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ojfa_export.errors import CheckpointError, OjfaError
-from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.checkpoint.quiet import quiet_transformers
 from ojfa_export.models.families.config import QUANTISATION
 from ojfa_export.models.families.tensors import HEAD, HEAD_NAMES
 
 if TYPE_CHECKING:
     import torch
+
+    from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 
 FloatArray = npt.NDArray[np.float32]
 Visitor = Callable[[int, FloatArray], None]

@@ -44,6 +44,7 @@ from ojfa_export.graphs.kept import kept_weights
 from ojfa_export.graphs.quantised import format_of
 from ojfa_export.graphs.weights import map_tensors, references
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
+from ojfa_export.planning.traffic import block_bytes
 from ojfa_export.system.progress import SILENT
 from ojfa_export.verify.blocks import make_subject, verify_blocks
 from ojfa_export.verify.reference import TransformersReference, reference_of
@@ -245,6 +246,10 @@ def test_what_is_no_matrix_of_numbers_stays_wide(rng: np.random.Generator, tmp_p
             assert (key in refs) == (f"{name}/{key}" in wide)
             assert (key + PACKED in refs) == (f"{name}/{key}" not in wide)
             assert (key + ORDER in refs) == (f"{name}/{key}" == "block_00/attention.out.weight")
+    for index in range(chain.spec.blocks):
+        written = (chain.graphs / f"{block_name(index)}.bin").stat().st_size
+        # Tensors are aligned to 64 bytes, rows of zero points and an order are not counted.
+        assert 0 <= written - block_bytes(chain.spec, chain.weights, index) < 4000
     logits = run_portable(chain, rng)
     plain = TransformersReference(quantised.parent / "plain")
     theirs = plain.forward(logits["token_ids"], lambda *_: None)

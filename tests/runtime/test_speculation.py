@@ -128,9 +128,9 @@ def test_greedy_tokens_are_those_of_full_depth(name, sessions, chain_of, prompts
     while any(pending):
         poison(session)
         chosen = speculator.step(pending, [10 - len(ids) for ids in tokens])
-        for row, chosen_here in enumerate(chosen):
-            assert bool(chosen_here) == bool(pending[row])
-            tokens[row] += [token.id for token in chosen_here]
+        for row, said in enumerate(chosen):
+            assert bool(said) == bool(pending[row])
+            tokens[row] += [token.id for token in said]
             pending[row] = tokens[row][-1:]
             # All but the newest token, and nothing else, is in the session, at full depth.
             assert session.tokens(row) == (prompts[row] + tokens[row])[:-1]

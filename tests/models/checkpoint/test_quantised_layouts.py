@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ojfa_export.errors import CheckpointError
 from ojfa_export.models.checkpoint.quantised import read_layout
 from ojfa_export.models.checkpoint.quantised.kept import Kept, Scaled, beside
 from ojfa_export.models.checkpoint.quantised.layout import MatrixTensors
+from ojfa_export.models.checkpoint.torch_file import read_torch_file
 from ojfa_export.models.families.config import Config
 
 groupings = st.sampled_from([(32, 64), (64, 64), (-1, 96), (16, 96), (8, 32), (32, 32)])
@@ -273,10 +275,67 @@ def test_a_config_that_is_refused(fields: dict[str, Any], message: str) -> None:
     assert "\n" not in caught.value.message
 
 
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9)
+    | st.sampled_from(["gptq", "gemm", "group", "block", "channel", "int", "float", "e4m3"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=4,
+)  # fmt: skip
+METHODS = [
+    gptq_config(4, 32, checkpoint_format="gptq", dynamic=None, pack_dtype="int32"),
+    awq_config(32),
+    compressed_config("pack-quantized", strategy="group", group_size=32),
+    {**compressed_config("float-quantized", **FLOAT8), "sparsity_config": {"format": "dense"}},
+    {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"},
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(fields=st.sampled_from(METHODS), data=st.data())
+def test_any_config_is_read_or_refused(fields: dict[str, Any], data: Any) -> None:
+    """Whatever a field holds, at any depth, what is raised names the file."""
+    changed = json.loads(json.dumps(fields))
+    place = changed
+    while True:
+        key = data.draw(st.sampled_from(sorted(place)))
+        if not isinstance(place[key], dict) or data.draw(st.booleans()):
+            place[key] = data.draw(VALUES)
+            break
+        place = place[key]
+    refused = None
+    try:
+        read_layout(Config({"quantization_config": changed}, "config.json"))
+    except CheckpointError as error:
+        refused = error
+    if refused is not None:
+        assert refused.message.startswith("config.json")
+        assert refused.hint
+
+
 def test_an_ignored_field() -> None:
     fields = gptq_config(4, 32, brand_new=1)
     name = "quantization_config.brand_new"
     assert read_layout(Config({"quantization_config": fields}, "config.json", [name])) is not None
+
+
+def test_torch_files(rng: np.random.Generator, tmp_path: Path) -> None:
+    """Whole numbers are read from torch's files too; 8-bit floats aren't, and it says so."""
+    path = tmp_path / "pytorch_model.bin"
+
+    def read_bin(fields: dict[str, Any], tensors: Any) -> Any:
+        named = {f"layer.{end}": tensor for end, tensor in tensors.items()}
+        torch.save(named, path)
+        layout = read_layout(Config({"quantization_config": fields}, "config.json"))
+        assert layout is not None
+        return layout.read(MatrixTensors("layer", dict.fromkeys(named, path), tmp_path), 64, 32)
+
+    matrix = random_matrix(rng, 32, 64, 4, 32)
+    assert_same(read_bin(gptq_config(4, 32), gptq_tensors(matrix)), matrix)
+    tensors = {"weight": float8_tensor(float8(rng, 32, 64)), "weight_scale": torch.ones(1)}
+    read_torch_file.cache_clear()
+    with pytest.raises(CheckpointError, match="float8_e4m3fn, which is not supported") as caught:
+        read_bin(FP8_CONFIG, tensors)
+    assert "safetensors" in str(caught.value.hint)
 
 
 def test_groups_that_divide_nothing(rng: np.random.Generator, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 UInt8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
+# Weights that are dequantised at once, beside which their scales are spread out.
+_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +59,18 @@ class Kept:
 
     def dequantised(self) -> Float32:
         """The weights [outputs, inputs]; each is one product, rounded once."""
-        weights = self.numbers().astype(np.float32)
-        weights -= self.zero_points.astype(np.float32)[:, self.group_of]
-        weights *= self.scales[:, self.group_of]
+        numbers = self.numbers()
+        weights = np.empty(numbers.shape, np.float32)
+        step = max(1, _AT_ONCE // self.inputs)
+        for start in range(0, len(weights), step):
+            rows = slice(start, start + step)
+            np.subtract(
+                numbers[rows],
+                self.zero_points[rows][:, self.group_of],
+                weights[rows],
+                dtype=np.float32,
+            )
+            weights[rows] *= self.scales[rows][:, self.group_of]
         return weights
 
     def outputs_at(self, order: NDArray[Any]) -> Kept:
