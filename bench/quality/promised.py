@@ -25,6 +25,7 @@ from matplotlib.ticker import PercentFormatter
 
 from bench.commit import commit
 from ojfa_export.bundle.promise import Limits
+from ojfa_export.compiler.check_stage import DEFAULT_TOKENS
 from ojfa_export.planning.machine import describe_machine
 from ojfa_export.promises.certify import certify
 from ojfa_export.promises.measures import MEASURES
@@ -162,8 +163,7 @@ def draw(found: Sequence[Mapping[str, Any]]) -> bytes:
         here = [row for row in found if row["shape"] == shape]
         for kind in dict.fromkeys(row["kind"] for row in here):
             of_kind = [row for row in here if row["kind"] == kind]
-            checks = sorted({row["check"] for row in of_kind} - {0})
-            for check in (0, *checks[-1:]) if checks else (0,):
+            for check in sorted({row["check"] for row in of_kind} & {0, DEFAULT_TOKENS}):
                 line = [row for row in of_kind if row["check"] == check]
                 asks = f"check of {check:,} tokens" if check else f"check of {WHOLE}"
                 axes.plot(
@@ -175,6 +175,7 @@ def draw(found: Sequence[Mapping[str, Any]]) -> bytes:
                 )
         axes.set_title(f"at {shape}'s relative costs")
         axes.set_xlabel("promised: tokens that may differ")
+        axes.set_xticks([0, 0.05, 0.1, 0.15, 0.2])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.spines[["top", "right"]].set_visible(False)
