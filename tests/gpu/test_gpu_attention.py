@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 from attention_cases import VARIANTS, Example, Variant
@@ -21,31 +19,20 @@ WHOLE_MODELS = {
 EVERY = {**VARIANTS, **WHOLE_MODELS}
 
 
-@pytest.fixture(scope="module")
-def codes():
-    """Machine code of every variant: compiled beside one another, as each takes seconds."""
-    from ojfa_export.backends.cuda.device import the_device
-    from ojfa_export.backends.cuda.kernels import compile_kernels
-
-    chip = the_device().compute_capability
-    with ThreadPoolExecutor() as pool:
-        yield {
-            name: pool.submit(compile_kernels, variant.definitions(), chip)
-            for name, variant in EVERY.items()
-        }
-
-
 class Compiled:
     """A variant's kernels on the GPU."""
 
-    def __init__(self, variant: Variant, code: bytes) -> None:
+    def __init__(self, variant: Variant) -> None:
         from ojfa_export.backends.cuda.arrays import DeviceArrays
         from ojfa_export.backends.cuda.device import the_device
-        from ojfa_export.backends.cuda.kernels import Kernels
+        from ojfa_export.backends.cuda.kernels import Kernels, compile_kernels
         from ojfa_export.backends.tensorrt.attention import Attention, Scratch
 
         self.variant, self.device = variant, the_device()
         self.device.make_current()
+        # The other kernels would take most of the time.
+        chip, sources = self.device.compute_capability, ("attention.cu", "prompt.cu")
+        code = compile_kernels(variant.definitions(), chip, sources)
         self.arrays = DeviceArrays(self.device)
         geometry = variant.geometry
         kernels = Kernels(self.device, code)
@@ -63,9 +50,16 @@ class Compiled:
         example.check(out, keys, values)
 
 
-@pytest.fixture(scope="module", params=EVERY)
-def compiled(request, codes):
-    return Compiled(EVERY[request.param], codes[request.param].result())
+@pytest.fixture(
+    scope="module",
+    params=[
+        # Compiling takes seconds: by one process each.
+        pytest.param(name, marks=pytest.mark.xdist_group(f"gpu-attention-{name}"))
+        for name in EVERY
+    ],
+)
+def compiled(request):
+    return Compiled(EVERY[request.param])
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,11 @@ class Compiled:
 
 
 @pytest.fixture(
-    scope="module", params=["fp16-rms-gated", "fp16-layer", "fp32-layer", "bf16-rms-gated"]
+    scope="module",
+    params=[
+        pytest.param(kind, marks=pytest.mark.xdist_group(f"gpu-linear-{kind}"))
+        for kind in ("fp16-rms-gated", "fp16-layer", "fp32-layer", "bf16-rms-gated")
+    ],
 )
 def compiled(request):
     precision, _, kind = request.param.partition("-")
