@@ -13,7 +13,6 @@ from ojfa_export.bundle.names import CHAT, STATISTICS
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console
 from ojfa_export.cli.readable import readable_bytes
-from ojfa_export.models.families.config import QUANTISATION
 
 if TYPE_CHECKING:
     from ojfa_export.bundle.bundle import Bundle
@@ -146,6 +145,8 @@ def _show_model(console: Console, manifest: Manifest) -> None:
 
 def _describe_weights(manifest: Manifest) -> dict[str, str]:
     """What is quantised, and what is kept wider."""
+    from ojfa_export.models.families.config import QUANTISATION
+
     form, spec = manifest.weights, manifest.model.spec
     stored = (manifest.model.config.get(QUANTISATION) or {}).get("quant_method", "")
     if form is None:
