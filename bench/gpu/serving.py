@@ -59,7 +59,10 @@ class ShapeModel(Model):
         self._prompts = PromptEncoder(self.tokenizer, spec.vocab_size, length)
         model = SimpleNamespace(name="random weights", spec=spec)
         self._described: Any = SimpleNamespace(
-            cache=SimpleNamespace(max_length=length), model=model, generation=NO_DEFAULTS
+            cache=SimpleNamespace(max_length=length),
+            model=model,
+            generation=NO_DEFAULTS,
+            shortcut=SimpleNamespace(exits=None),
         )
 
     @property

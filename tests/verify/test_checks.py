@@ -286,7 +286,7 @@ def test_golden_tokens(rng, tmp_path):
         for exit in (4, 2)
     ]
     model = SimpleNamespace(
-        manifest=SimpleNamespace(golden=golden), blocks=4, session=chain.session
+        manifest=SimpleNamespace(golden=golden, check=None), blocks=4, session=chain.session
     )
     checks = verify_golden(model)
     assert [check.name for check in checks] == ["golden tokens full depth", "golden tokens exit 2"]
@@ -303,7 +303,7 @@ def test_golden_tokens_of_a_model_with_nan(rng, tmp_path):
     golden = Golden(exit=3, prompt_token_ids=(1, 2), token_ids=(3, 4))
     perturb(chain, "block_01", "mlp.norm.bias", lambda _: np.nan)
     model = SimpleNamespace(
-        manifest=SimpleNamespace(golden=[golden]), blocks=3, session=chain.session
+        manifest=SimpleNamespace(golden=[golden], check=None), blocks=3, session=chain.session
     )
     (check,) = verify_golden(model)
     assert not check.passed
