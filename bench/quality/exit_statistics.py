@@ -20,11 +20,12 @@ from ojfa_export.decoding.arrays import Int32
 from ojfa_export.promises.collect import compare, sample_places
 from ojfa_export.promises.measures import MEASURES, round_down
 from ojfa_export.promises.self_text import DOMAIN, divide, windows_to_write
-from ojfa_export.promises.statistics import SPLITS, ExitStatistics
+from ojfa_export.promises.statistics import SPLITS, ExitStatistics, save_statistics
 from ojfa_export.promises.windows import PromiseWindows
 from ojfa_export.system.progress import Progress
 from ojfa_export.training.inputs import Inputs
 from ojfa_export.training.kinds.jump import Jump
+from ojfa_export.training.windows import TrainingText
 from ojfa_export.writing.frozen import Frozen, States
 from ojfa_export.writing.self_text import Starts, write
 
@@ -47,6 +48,41 @@ class Judged:
     windows: PromiseWindows
     checks: tuple[int, ...]
     frequent: Int32
+
+
+class Promised:
+    """Keeps what exits say on text that the model writes for a promise.
+
+    Args:
+        directory: For NAME-TOKENS.npz of each jump; of a check of the whole head NAME-0.npz.
+        checks: Numbers of tokens that a check may look at.
+        inputs: Of the training; the model writes.
+        text: That jumps are trained on: what is frequent there is frequent.
+        scratch: Where the windows are kept.
+        progress: Shows tokens.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        checks: Sequence[int],
+        inputs: Inputs,
+        text: TrainingText,
+        scratch: Path,
+        progress: Progress,
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._frozen = Frozen(inputs.checkpoint, inputs.device, torch.float32)
+        assert inputs.starts is not None, "--statistics needs --self-text"
+        windows = write_windows(self._frozen, inputs, inputs.starts, scratch, progress)
+        frequent = most_frequent(text.windows, inputs.checkpoint.spec.vocab_size)
+        self._judged = Judged(windows, (WHOLE, *checks), frequent)
+
+    def keep(self, jump: Jump, name: str) -> None:
+        """Writes a jump's statistics."""
+        for check, splits in collect(self._frozen, jump, self._judged).items():
+            save_statistics(self._directory / f"{name}-{check}.npz", splits)
 
 
 def write_windows(

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from bench.commit import commit
-from bench.quality.exit_statistics import WHOLE, Judged, collect, most_frequent, write_windows
+from bench.quality.exit_statistics import Promised
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.bundle.shortcut_file import load, save
 from ojfa_export.cli.progress import Lines
@@ -36,7 +36,6 @@ from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.parts import calibrate_only
 from ojfa_export.models.calibration_text import read_source, shipped_text
 from ojfa_export.planning.machine import PACKAGES, describe_machine
-from ojfa_export.promises.statistics import save_statistics
 from ojfa_export.system.pictures import png, whole_ticks
 from ojfa_export.system.progress import SILENT
 from ojfa_export.training import divergence
@@ -149,7 +148,8 @@ def run(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
         writing = time.perf_counter() - start
     promised = None
     if arguments.statistics is not None:
-        promised = Promised(arguments, inputs, text, directory)
+        checks, windows = arguments.check, directory / "promised"
+        promised = Promised(arguments.statistics, checks, inputs, text, windows, _lines())
     judge = Judge(frozen, inputs, held_out)
     identity = Mlp.begin(frozen, text, MULTIPLE, 0).to(frozen.device)
     rows = [{"kind": "identity", "parameters": 0, **judge.figures(identity)}]
@@ -298,28 +298,6 @@ def trained(
         "on_its_text": _own(found),
     }
     return row, jump
-
-
-class Promised:
-    """Keeps what exits say on text that the model writes for a promise."""
-
-    def __init__(
-        self, arguments: argparse.Namespace, inputs: Inputs, text: TrainingText, directory: Path
-    ) -> None:
-        self._directory = arguments.statistics
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._frozen = Frozen(inputs.checkpoint, inputs.device, torch.float32)
-        assert inputs.starts is not None, "--statistics needs --self-text"
-        windows = write_windows(
-            self._frozen, inputs, inputs.starts, directory / "promised", _lines()
-        )
-        frequent = most_frequent(text.windows, inputs.checkpoint.spec.vocab_size)
-        self._judged = Judged(windows, (WHOLE, *arguments.check), frequent)
-
-    def keep(self, jump: Jump, name: str) -> None:
-        """Writes NAME-TOKENS.npz, of the whole head NAME-0.npz."""
-        for check, splits in collect(self._frozen, jump, self._judged).items():
-            save_statistics(self._directory / f"{name}-{check}.npz", splits)
 
 
 def _own(found: Trained) -> dict[str, Any]:
