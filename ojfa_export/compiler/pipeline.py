@@ -39,6 +39,7 @@ from ojfa_export.compiler.shortcut_stage import (
 from ojfa_export.compiler.work import StageRecord, Work, check_output
 from ojfa_export.graphs.export import Exporter
 from ojfa_export.runtime.model import Model
+from ojfa_export.system.pictures import check_can_draw
 from ojfa_export.system.progress import SILENT, Progress
 from ojfa_export.verify.change import Change
 from ojfa_export.verify.check import Check
@@ -120,6 +121,7 @@ def build(options: BuildOptions, progress: Progress = SILENT) -> BuildResult:
         OjfaError: Bad input, or a result that differs from the reference.
     """
     check_output(options.output, options.overwrite)
+    check_can_draw()
     inputs = Inputs(options)
     keys = stage_keys(inputs)
     with Work(options.output, fingerprint(inputs), keys=keys).open() as work:
@@ -280,6 +282,7 @@ def _measure_change(inputs: Inputs, model: Model, progress: Progress) -> Change 
 def plan(options: BuildOptions) -> dict[str, Any]:
     """What a build would do, for `--dry-run`: all input is checked, nothing is written."""
     check_output(options.output, options.overwrite)
+    check_can_draw()
     inputs = Inputs(options)
     spec, settings = inputs.checkpoint.spec, inputs.settings
     tokens = inputs.windows.fit.size + inputs.windows.held_out.size

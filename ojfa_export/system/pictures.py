@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from typing import TYPE_CHECKING, Any
+
+from ojfa_export.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +20,19 @@ STYLE: Any = {
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
 }
+
+
+def check_can_draw() -> None:
+    """Checks that a report can be drawn, before the work that it would show.
+
+    Raises:
+        UsageError: matplotlib isn't installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(
+            "the report is drawn by matplotlib, which isn't installed",
+            hint="pip install 'ojfa-export[build]'",
+        )
 
 
 def whole_ticks(axes: Axes, levels: int, *, both: bool = False) -> None:
