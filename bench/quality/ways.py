@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from bench.commit import commit
 from bench.serving.drafts import generated
@@ -31,7 +30,6 @@ from ojfa_export.runtime.model import Model, load
 from ojfa_export.system.pictures import png
 
 ROWS = 128  # of logits at a time
-STYLES = {"full": "*", "exit": "o", "auto": "s", "drafts": "D"}
 COLOURS = {"full": "#333333", "exit": "#0072B2", "auto": "#D55E00", "drafts": "#CC79A7"}
 
 
@@ -136,30 +134,29 @@ def agreement(model: Model, prompt: str, answer: Sequence[int]) -> float:
 
 
 def draw(document: Mapping[str, Any]) -> bytes:
-    """Agreement by ms/token: a PNG file's bytes."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    """A bar for each way, with its agreement: a PNG file's bytes."""
+    rows = document["ways"]
+    figure = Figure(figsize=(7, 0.6 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for row in document["ways"]:
+    for place, row in enumerate(rows):
         kind = row["way"].split()[0].rstrip(",")
-        point = row["ms_per_token"], row["agreement"]
-        size = 13 if kind == "full" else 7
-        axes.plot(*point, STYLES[kind], color=COLOURS[kind], markersize=size)
+        axes.barh(place, row["ms_per_token"], color=COLOURS[kind], height=0.65)
+        said = f"{row['ms_per_token']:.1f} ms, {row['agreement']:.1%} agree"
         axes.annotate(
-            row["way"],
-            point,
-            color=COLOURS[kind],
+            said,
+            (row["ms_per_token"], place),
+            color="white",
             textcoords="offset points",
-            xytext=(6, -11),
-            fontsize=8,
+            xytext=(-6, 0),
+            ha="right",
+            va="center",
+            fontsize=9,
         )
-    axes.set_xlim(left=0)
-    axes.set_ylim(0, 1.08)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_yticks(range(len(rows)), [row["way"] for row in rows])
+    axes.invert_yaxis()
     axes.set_xlabel("ms per token")
-    axes.set_ylabel("same token as the full model")
-    axes.set_title(f"{document['model']}: ways of decoding, measured on its answers")
+    axes.set_title(f"{document['model']}: ways of decoding, on its answers")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
     return png(figure)
 
 
