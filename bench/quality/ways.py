@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.commit import commit
-from bench.serving.drafts import generated
+from bench.serving.drafts import generated, read_prompts
 from ojfa_export import backends
 from ojfa_export.backends.passes import Chunk
 from ojfa_export.decoding.speculation import Speculation
@@ -37,10 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, records and draws."""
     options = _parser().parse_args(arguments)
     model = load(options.bundle, backend=options.backend)
-    prompts = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line]
-    if options.chat:
-        prompts = [model.render([{"role": "user", "content": line}]) for line in prompts]
-    rows = measured(model, prompts[: options.most], options)
+    rows = measured(model, read_prompts(model, options), options)
     document = {
         "commit": commit(),
         "machine": describe_machine(backend=backends.load(options.backend)),

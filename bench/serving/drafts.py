@@ -53,10 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 def of_bundle(options: argparse.Namespace) -> dict[str, Any]:
     """Generates from a bundle, each batch of prompts with drafts and without, in turns."""
     model, at_once = load(options.bundle, backend=options.backend), options.batch
-    prompts = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line]
-    if options.chat:
-        prompts = [model.render([{"role": "user", "content": line}]) for line in prompts]
-    prompts = prompts[: options.most]
+    prompts = read_prompts(model, options)
     asked: dict[str, dict[str, Any]] = {"full": {"exit": "full"}, "default": {}}
     if options.costs is not None:
         draft, check, once = options.costs
@@ -81,6 +78,15 @@ def of_bundle(options: argparse.Namespace) -> dict[str, Any]:
         "summary": told,
         "batches": [{name: {key: row[name][key] for key in kept} for name in ways} for row in rows],
     }
+
+
+def read_prompts(model: Model, options: argparse.Namespace) -> list[str]:
+    """The lines of `--prompts`, at most `--most`; with `--chat` each in the model's template."""
+    lines = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line]
+    lines = lines[: options.most]
+    if not options.chat:
+        return lines
+    return [model.render([{"role": "user", "content": line}]) for line in lines]
 
 
 def generated(model: Model, new: int, how: dict[str, Any], prompts: list[str]) -> dict[str, Any]:
