@@ -16,7 +16,9 @@ from ojfa_export.compiler.describe import describe_slice, describe_some
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.stages import build_engines, engine_files, engine_set, open_engines
 from ojfa_export.compiler.work import Work
+from ojfa_export.errors import OjfaError
 from ojfa_export.graphs.export import DraftTensors, Exporter
+from ojfa_export.models import chat_template
 from ojfa_export.planning.drafting import PROMPT_TOKENS, PROMPTS, measure_acceptance
 from ojfa_export.system.heap import trim_heap
 from ojfa_export.system.progress import Progress
@@ -65,17 +67,37 @@ def open_layer(inputs: Inputs, work: Work, engines: Engines) -> DraftEngines | N
 
 
 def _count_accepted(inputs: Inputs, work: Work, progress: Progress) -> tuple[float, ...]:
-    """How many drafts the model takes where it goes on from held-out text."""
+    """How many drafts the model takes in its answers to held-out text."""
     engines = open_engines(inputs, work)
     layer = open_layer(inputs, work, engines)
     if layer is None:
         return ()
-    prompts = inputs.windows.held_out[:PROMPTS, :PROMPT_TOKENS].tolist()
+    prompts = draft_prompts(inputs)
     spec, length = inputs.checkpoint.spec, inputs.settings.max_cache_length
     accepted = measure_acceptance(spec, engines, layer, prompts, length, progress)
     del layer, engines
     trim_heap()
     return accepted
+
+
+def draft_prompts(inputs: Inputs) -> list[list[int]]:
+    """Token ids of pieces of held-out text from all over it: as a user's words where there is a
+    chat template, since answers are what such a model writes.
+    """
+    held_out = inputs.windows.held_out
+    pieces: list[list[int]] = held_out[:: -(-len(held_out) // PROMPTS), :PROMPT_TOKENS].tolist()
+    template = inputs.chat.template(with_tools=False) if inputs.chat else None
+    if inputs.chat is None or template is None:
+        return pieces
+    prompts: list[list[int]] = []
+    for piece in pieces:
+        said = {"role": "user", "content": inputs.tokenizer.decode(piece)}
+        try:
+            text = chat_template.render(template, [said], inputs.chat.special_tokens)
+        except OjfaError:  # it takes other chats
+            return pieces
+        prompts.append(inputs.tokenizer.encode(text, add_special_tokens=False).ids)
+    return prompts
 
 
 def build_draft_engines(

@@ -30,6 +30,9 @@ MEMORY = 0.97
 # Where drafting doesn't pay, one token is drafted all the same after so many rounds, and then after
 # twice as many each time, up to the most, until it pays again.
 PROBE_ROUNDS, MOST_PROBE_ROUNDS = 16, 128
+# What drafts must gain where others run beside: they would pay for an acceptance that is estimated
+# too high, and of many estimates some always are.
+LEAST_GAIN_TOGETHER = 1.1
 
 Float64 = NDArray[np.float64]
 
@@ -115,7 +118,8 @@ class DraftLength:
 
     Beside others a step takes longer, and each more token that is checked is a larger part of it:
     where one sequence's token adds the share s to a pass, those of n add n s / (1 + (n - 1) s) to a
-    pass of n.
+    pass of n. A round of one holds up all: among n, drafts must gain a tenth, and where they don't
+    pay, each sequence tries them again an n-th as often as alone.
 
     Args:
         cost: c, of a sequence alone.
@@ -135,7 +139,8 @@ class DraftLength:
         self._cost, self._round_cost, self._check_cost = cost, round_cost, check_cost
         self._accepted = acceptance * PRIOR_WEIGHT
         self._checked = PRIOR_WEIGHT
-        self._rounds_without, self._probe_after = 0, PROBE_ROUNDS
+        # Rounds count an n-th where n run together.
+        self._rounds_without, self._probe_after = 0.0, PROBE_ROUNDS
 
     @property
     def acceptance(self) -> float:
@@ -145,7 +150,8 @@ class DraftLength:
     @property
     def rests(self) -> bool:
         """Whether the round after the one asked for last drafts nothing for sure."""
-        return 0 < self._rounds_without < self._probe_after - 1
+        # Nor if the others have ended by then.
+        return 0 < self._rounds_without < self._probe_after - 1 and not self._paying(1)
 
     def next(self, together: int = 1) -> int:
         """The next round's draft length, 0 to MAX_DRAFT.
@@ -154,18 +160,22 @@ class DraftLength:
             together: Sequences that run together. Only where tokens don't depend on the length:
                 sampled ones would no longer be those of their seed.
         """
-        tokens = np.cumsum(self.acceptance ** np.arange(MAX_DRAFT + 1))
-        costs = _costs(self._cost, self._round_cost, self._check_cost, together)
-        length = int(np.argmax(tokens / costs))
-        if length:
-            self._rounds_without, self._probe_after = 0, PROBE_ROUNDS
+        if length := self._paying(together):
+            self._rounds_without, self._probe_after = 0.0, PROBE_ROUNDS
             return length
-        self._rounds_without += 1
+        self._rounds_without += 1 / together
         if self._rounds_without < self._probe_after:
             return 0
-        self._rounds_without = 0
+        self._rounds_without = 0.0
         self._probe_after = min(2 * self._probe_after, MOST_PROBE_ROUNDS)
         return 1
+
+    def _paying(self, together: int) -> int:
+        """The length that is expected to gain most; 0 where none gains enough."""
+        tokens = np.cumsum(self.acceptance ** np.arange(MAX_DRAFT + 1))
+        rates = tokens / _costs(self._cost, self._round_cost, self._check_cost, together)
+        length = int(np.argmax(rates))
+        return length if together == 1 or rates[length] >= LEAST_GAIN_TOGETHER else 0
 
     def learn(self, accepted: int, drafted: int) -> None:
         """Takes a round's result; what follows the first rejected token says nothing."""

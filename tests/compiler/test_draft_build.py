@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from drafts import draft_for
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 import ojfa_export
 from ojfa_export import backends, errors
@@ -20,9 +22,11 @@ from ojfa_export.bundle.names import DRAFT, DRAFT_GRAPHS, MANIFEST, SHORTCUT
 from ojfa_export.bundle.shortcut_file import load, save
 from ojfa_export.cli.app import app
 from ojfa_export.compiler.add_engines import add_engines
+from ojfa_export.compiler.draft_stage import draft_prompts
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build, plan
 from ojfa_export.decoding.speculation import Speculation
+from ojfa_export.models.chat_format import ChatFormat
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.runtime.draft_layer import draft_share
 from ojfa_export.system.digest import sha256_file
@@ -73,6 +77,24 @@ def built(options, draft_file):
 @pytest.fixture(scope="module")
 def model(built):
     return ojfa_export.load(built.bundle)
+
+
+def test_drafts_are_counted_in_answers(tiny_checkpoint):
+    """Held-out text is what a user says, where the model has a template for that."""
+    tokenizer = Tokenizer.from_file(str(tiny_checkpoint / "tokenizer.json"))
+    held_out = np.random.default_rng(3).integers(3, tokenizer.get_vocab_size(), (40, 64))
+    chat = ChatFormat(templates={"default": "U:{{ messages[0].content }}\nA:"}, special_tokens={})
+    refuses = ChatFormat(templates={"default": "{{ raise_exception('no') }}"}, special_tokens={})
+    inputs = SimpleNamespace(
+        windows=SimpleNamespace(held_out=held_out), tokenizer=tokenizer, chat=None
+    )
+    plain = draft_prompts(inputs)
+    assert plain == held_out[::3, :48].tolist()
+    inputs.chat = refuses
+    assert draft_prompts(inputs) == plain
+    inputs.chat = chat
+    texts = [tokenizer.decode(ids) for ids in draft_prompts(inputs)]
+    assert texts == [f"U:{tokenizer.decode(ids)}\nA:" for ids in plain]
 
 
 def test_quantised_weights_are_refused(options, draft_file):

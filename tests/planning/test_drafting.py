@@ -70,6 +70,23 @@ def test_drafts_that_are_taken_are_counted(parts):
     assert poor[0] < 0.5
 
 
+def test_nothing_is_counted_behind_the_end_of_text(parts):
+    """Drafts that are mostly right up to an end of text, and know nothing behind it."""
+    chain, layer = parts
+    session, text = chain.session(1, 100), [7]
+    while len(text) < 80:
+        text.append(int(session.advance(text[-1:])[0].argmax()))
+    end = next(at for at in range(12, 80) if text[at] not in text[:at])
+    found = []
+    for eos in ((), (text[end],)):
+        spec = chain.spec.model_copy(update={"eos_token_ids": eos})
+        drafts = GoodDrafts(layer, [text[: end + 1]])
+        found.append(measure_acceptance(spec, chain.engines, drafts, [text[:2]], 100, SILENT)[0])
+    behind, before = found
+    assert before > 0.7
+    assert behind < 0.4
+
+
 def test_what_a_point_costs_is_a_round_over_its_tokens():
     costs = step_costs(drafting=LayerDrafting(round=13.0, each=1.0, acceptance=ACCEPTANCE))
     points = layer_speculation(12, costs)

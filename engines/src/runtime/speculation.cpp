@@ -16,6 +16,7 @@ constexpr double MEMORY = 0.97;
 // Where drafting doesn't pay, one token is drafted all the same after so many rounds, and then after twice as
 // many each time, up to the most, until it pays again.
 constexpr int PROBE_ROUNDS = 16, MOST_PROBE_ROUNDS = 128;
+constexpr double LEAST_GAIN_TOGETHER = 1.1;
 
 }  // namespace
 
@@ -56,11 +57,12 @@ int DraftLength::next(int together) {
         const double rate = tokens / (1 + (length ? round_cost_ : 0.0) + length * cost);
         if (rate > most) most = rate, best = length;
     }
-    if (best) {
+    if (best && (together == 1 || most >= LEAST_GAIN_TOGETHER)) {
         rounds_without_ = 0, probe_after_ = PROBE_ROUNDS;
         return best;
     }
-    if (++rounds_without_ < probe_after_) return 0;
+    rounds_without_ += 1.0 / together;
+    if (rounds_without_ < probe_after_) return 0;
     rounds_without_ = 0;
     probe_after_ = std::min(2 * probe_after_, MOST_PROBE_ROUNDS);
     return 1;
