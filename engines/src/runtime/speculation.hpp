@@ -26,8 +26,8 @@ struct Speculation {
 
 // How many tokens to draft for one sequence: with acceptance a, a round of K drafts gives 1 + a + ... + a^K
 // tokens and costs 1 + r + K c full steps; the K with the most tokens per cost is taken. Of c, s is the
-// check's: of n sequences together that part is n s / (1 + (n - 1) s). Among n drafts must gain a tenth, and each
-// sequence tries them again an n-th as often as alone.
+// check's: of n sequences together that part is n s / (1 + (n - 1) s). Among n drafts must gain a tenth, and
+// each sequence tries them again an n-th as often as alone.
 class DraftLength {
  public:
     DraftLength(double cost, double round_cost, double acceptance, double check_cost);
