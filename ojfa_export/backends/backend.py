@@ -165,6 +165,17 @@ class AsksExitsTogether(Protocol):
 
 
 @runtime_checkable
+class RecordsSteps(Protocol):
+    """Engines whose executors record their steps, so that one that has run is faster than a new.
+
+    Attributes:
+        records_steps: True.
+    """
+
+    records_steps: bool
+
+
+@runtime_checkable
 class PagedCache(Protocol):
     """Engines whose executors keep keys and values in pages, so that memory follows tokens.
 

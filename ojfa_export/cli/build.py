@@ -13,6 +13,7 @@ from ojfa_export.cli.checkpoint_options import (
     calibration_options,
     check_option,
     checkpoint_options,
+    draft_option,
     graph_options,
     overwrite_option,
     promise_options,
@@ -33,6 +34,7 @@ from ojfa_export.cli.readable import readable_bytes, readable_seconds
 @shortcut_option
 @promise_options
 @check_option
+@draft_option
 @graph_options
 @click.option(
     "--max-batch-size",

@@ -73,6 +73,14 @@ check_option: Decorator[Any] = click.option(
     "[default: 4096 with a promise, where the head is large]",
 )
 
+draft_option: Decorator[Any] = click.option(
+    "--draft-vocabulary",
+    type=int,
+    metavar="N",
+    help="Give a draft layer without a head of its own one of the N most frequent tokens; 0 for "
+    "the model's.  [default: 8192, where the model's is large]",
+)
+
 
 def promise_options(function: Decorated) -> Decorated:
     """What is to be promised of exits that are chosen per token."""

@@ -12,7 +12,9 @@ from ojfa_export.bundle.draft_shortcut import DraftShortcut, rotations
 from ojfa_export.bundle.entries import RotaryTables
 from ojfa_export.bundle.manifest import DraftEntry
 from ojfa_export.bundle.names import DRAFT, DRAFT_GRAPHS, GRAPHS
+from ojfa_export.bundle.shortcut_file import load, save
 from ojfa_export.compiler.describe import describe_slice, describe_some
+from ojfa_export.compiler.draft_head import with_frequent_head
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.stages import build_engines, engine_files, engine_set, open_engines
 from ojfa_export.compiler.work import Work
@@ -31,8 +33,12 @@ def make_draft(inputs: Inputs, work: Work, exporter: Exporter, progress: Progres
     given, bundle = inputs.given, work.bundle
     assert given.draft is not None
     assert given.draft_path is not None
-    given.copy(given.draft_path, bundle / DRAFT, inputs.model_sha256)
-    entry = _describe(bundle, given.draft, exporter.draft(given.draft), exporter)
+    draft = with_frequent_head(given.draft, inputs, exporter)
+    if draft is given.draft:
+        given.copy(given.draft_path, bundle / DRAFT, inputs.model_sha256)
+    else:
+        save(draft, bundle / DRAFT, inputs.model_sha256)
+    entry = _describe(bundle, draft, exporter.draft(draft), exporter)
     build_draft_engines(entry, bundle, inputs.backend, progress)
     entry = described(entry, bundle, inputs.backend)
     entry = entry.model_copy(update={"acceptance": _count_accepted(inputs, work, progress)})
@@ -49,9 +55,11 @@ def kept_draft(work: Work) -> DraftEntry | None:
 
 def open_layer(inputs: Inputs, work: Work, engines: Engines) -> DraftEngines | None:
     """Opens the draft layer that was built; None where there is none, or the backend runs none."""
-    draft, backend, bundle = inputs.given.draft, inputs.backend, work.bundle
-    if draft is None or not isinstance(backend, RunsDrafts):
+    backend, bundle = inputs.backend, work.bundle
+    if inputs.given.draft is None or not isinstance(backend, RunsDrafts):
         return None
+    draft, _ = load(bundle / DRAFT)  # with the head that it was given
+    assert isinstance(draft, DraftShortcut)
     spec = inputs.checkpoint.spec
     cos, sin = rotations(draft.rope_theta, draft.head_dim, 0, inputs.settings.max_cache_length)
     layer = DraftLayer(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ojfa_export.compiler.check_stage import may_check
+from ojfa_export.compiler.draft_head import draft_vocabulary
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.versions import tool_versions
 from ojfa_export.decoding.arrays import Int32
@@ -42,7 +43,11 @@ def stage_keys(inputs: Inputs) -> dict[str, str]:
     )
     if given.draft is not None:
         draft = given.digests.get(given.draft_path)
-        keys["draft"] = _digest(keys["engines"], draft, _tokens(windows.held_out))
+        size = draft_vocabulary(inputs)
+        counted = [_tokens(windows.fit), *map(_tokens, map(tuning_part, windows.rest))]
+        keys["draft"] = _digest(
+            keys["engines"], draft, _tokens(windows.held_out), [size, counted if size else []]
+        )
     if inputs.self_text is not None:
         rest = [_tokens(each) for each in windows.rest]
         keys["self-text"] = _digest(*model, texts, rest, inputs.self_text.fingerprint())

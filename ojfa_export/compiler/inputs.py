@@ -103,6 +103,23 @@ class Inputs:
                 f"{self.given.draft_path}",
                 hint="leave one of them out",
             )
+        self._check_draft_vocabulary()
+
+    def _check_draft_vocabulary(self) -> None:
+        asked, draft = self.options.draft_vocabulary, self.given.draft
+        if not asked:
+            return
+        if draft is None:
+            raise UsageError(
+                f"draft-vocabulary {asked} is asked for, and there is no draft layer",
+                hint="give one with --shortcut, or leave --draft-vocabulary out",
+            )
+        if draft.head is not None:
+            raise UsageError(
+                f"draft-vocabulary {asked} is asked for, and {self.given.draft_path} has a head of "
+                f"its own, over {len(draft.head)} tokens",
+                hint="leave --draft-vocabulary out",
+            )
 
     def exporter(self, directory: Path) -> Exporter:
         """What writes the graphs into a directory."""

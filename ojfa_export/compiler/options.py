@@ -43,6 +43,8 @@ class BuildOptions:
         check_vocabulary: Most frequent tokens of a head that exit policies ask in place of the
             exit head, 2 or more; 0 for none. By default where a promise is asked for and the head
             is a large part of a token (`check_stage`).
+        draft_vocabulary: Most frequent tokens, 2 or more, of the head that a draft layer without
+            one gets; 0 for the model's. By default where that is large (`draft_head`).
         max_cache_length: Tokens of a sequence at most.
         max_batch_size: Sequences of a session at most.
         calibration_data: Text or JSONL files, FILE or DOMAIN=FILE; default the text that ships.
@@ -75,6 +77,7 @@ class BuildOptions:
     rank: int | None = None
     shortcut: Shipped | Path | Sequence[Shipped | Path] | None = None
     check_vocabulary: int | None = None
+    draft_vocabulary: int | None = None
     max_cache_length: int | None = None
     max_batch_size: int | None = None
     calibration_data: tuple[Path, ...] = ()
@@ -207,7 +210,7 @@ def _positive(name: str, value: Any) -> int:
     return whole_number(name, value, 1, hint=f"leave --{name} out for the default")
 
 
-def _check_vocabulary(name: str, value: Any) -> int:
+def _vocabulary(name: str, value: Any) -> int:
     hint = f"give 0 for no head of its own, or leave --{name} out for the default"
     size = whole_number(name, value, 0, hint=hint)
     if size == 1:  # which is always the likeliest
@@ -236,7 +239,8 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "group_size": _group_size,
     "rank": whole_number,
     "shortcut": _shortcuts,
-    "check_vocabulary": _check_vocabulary,
+    "check_vocabulary": _vocabulary,
+    "draft_vocabulary": _vocabulary,
     "max_cache_length": _positive,
     "max_batch_size": _positive,
     "calibration_data": _paths,

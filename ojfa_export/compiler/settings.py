@@ -49,6 +49,8 @@ class BuildSettings(BaseModel):
         group_size: None without quantised weights.
         check_vocabulary: Tokens of a check head, 0 for none; None where it is decided by what a
             check of the exit head costs (`check_stage`).
+        draft_vocabulary: Tokens of the head that a draft layer gets, 0 for the model's own; None
+            where it is decided by how large that is (`draft_head`).
         window: Tokens of a window of calibration text.
     """
 
@@ -59,6 +61,7 @@ class BuildSettings(BaseModel):
     group_size: PositiveInt | None = None
     rank: PositiveInt
     check_vocabulary: NonNegativeInt | None = None
+    draft_vocabulary: NonNegativeInt | None = None
     max_cache_length: PositiveInt
     max_batch_size: PositiveInt
     calibration_tokens: PositiveInt
@@ -169,7 +172,8 @@ def decide(
             decided["group_size"] = DEFAULT_GROUP_SIZE
         _check_weights(decided["weights"], decided["group_size"], decided["precision"], spec)
     _check(decided["rank"], decided["max_cache_length"], spec, rotary)
-    _check_size(decided["check_vocabulary"], spec)
+    for name in ("check_vocabulary", "draft_vocabulary"):
+        _check_size(name.replace("_", "-"), decided[name], spec)
     length = decided["max_cache_length"]
     # A window of text is one forward pass of the reference, and must be read by one set of factors.
     decided["window"] = min(
@@ -231,11 +235,10 @@ def _check_weights(
             )
 
 
-def _check_size(check_vocabulary: int | None, spec: ModelSpec) -> None:
-    if check_vocabulary is not None and check_vocabulary > spec.vocab_size:
+def _check_size(name: str, size: int | None, spec: ModelSpec) -> None:
+    if size is not None and size > spec.vocab_size:
         raise UsageError(
-            f"check-vocabulary {check_vocabulary} is more than the model's {spec.vocab_size} "
-            "tokens",
+            f"{name} {size} is more than the model's {spec.vocab_size} tokens",
             hint="give fewer, or 0 for no head of its own",
         )
 

@@ -240,6 +240,15 @@ class Exporter:
         self._write(CHECK_HEAD, jump_head_graph(spec, weights, self.dialect, CHECK_HEAD))
         return ids
 
+    def head_rows(self, tokens: Int32) -> NDArray[np.float32]:
+        """Rows [n, H] of the model's head, which must have been exported, as they are stored.
+
+        Args:
+            tokens: Ids [n].
+        """
+        whole = self._load("final_head")
+        return map_tensors(whole, self.directory)["head"][tokens].astype(np.float32)
+
     def draft(self, shortcut: DraftShortcut) -> DraftTensors:
         """Exports a draft layer; embedding and final head must have been exported.
 

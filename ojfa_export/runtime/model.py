@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from typing_extensions import Unpack
 
 from ojfa_export import backends
+from ojfa_export.backends.backend import RecordsSteps
 from ojfa_export.backends.block_jump import check_runs_jump
 from ojfa_export.backends.checks import check_runs_checks
 from ojfa_export.backends.precisions import check_precision
@@ -43,6 +44,7 @@ from ojfa_export.runtime.generation import (
     generate_tokens,
     monitored,
 )
+from ojfa_export.runtime.last_session import ROOM, LastSession
 from ojfa_export.runtime.monitor import Monitor
 from ojfa_export.runtime.prompts import PromptEncoder
 from ojfa_export.runtime.session import Session
@@ -93,6 +95,7 @@ class Model:
         open_block_jump(bundle, opener, self.engines, engines)
         self.drafts = open_draft(bundle, opener, self.engines)
         self._backend = opener
+        self._last = LastSession()
 
     def __repr__(self) -> str:
         model = self.manifest.model
@@ -137,6 +140,7 @@ class Model:
             BundleError: Somebody has written into the bundle's files since they were checked.
         """
         self.bundle.files.check_in_place()
+        self._last.drop()
         cache = self.manifest.cache
         length = cache.max_length if max_length is None else max_length
         batch_size = _within("batch size", batch_size, cache.max_batch_size)
@@ -429,13 +433,23 @@ class Model:
         longest = max(map(len, encoded)) + settings.max_new_tokens
         length = min(longest, self.manifest.cache.max_length)
         speculation = settings.speculation
-        session = self.session(
-            len(encoded),
-            length,
-            monitor=settings.monitor,
-            drafts=speculation is not None and speculation.exit == 0,
-        )
+        drafts = speculation is not None and speculation.exit == 0
+        if settings.monitor is None and isinstance(self.engines, RecordsSteps):
+            return self._tokens_of_last(encoded, length, settings, drafts=drafts)
+        session = self.session(len(encoded), length, monitor=settings.monitor, drafts=drafts)
         return generate_tokens(session, encoded, self.tokenizer, settings)
+
+    def _tokens_of_last(
+        self, encoded: list[list[int]], length: int, settings: Settings, *, drafts: bool
+    ) -> Iterator[Token]:
+        """The same with the session of the last generation, if that fits, or kept for the next."""
+        self.bundle.files.check_in_place()
+        session = self._last.take(len(encoded), length, drafts)
+        if session is None:
+            room = min(-(-length // ROOM) * ROOM, self.manifest.cache.max_length)
+            session = self.session(len(encoded), room, drafts=drafts)
+        tokens = generate_tokens(session, encoded, self.tokenizer, settings)
+        return self._last.kept_after(session, tokens)
 
 
 def load(bundle: str | Path, *, backend: str = backends.DEFAULT) -> Model:

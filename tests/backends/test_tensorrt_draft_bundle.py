@@ -28,6 +28,7 @@ from ojfa_export.compiler.pipeline import build
 from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.errors import BackendError
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
+from ojfa_export.runtime.model import Model
 from ojfa_export.system.progress import SILENT
 from ojfa_export.verify.verify import compare_blocks
 
@@ -92,6 +93,49 @@ def test_a_shared_prefix_is_known_to_the_layer(models):
             assert result.token_ids == alone(models[1], prompt, options).token_ids
             if prompt[:-1] != prefix and len(prompt) > 70:
                 assert result.usage.cached_tokens >= 70
+
+
+def sessions_made(model, monkeypatch) -> list:
+    made = []
+
+    def noting(*args, **kwargs):
+        made.append(Model.session(model, *args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(model, "session", noting)
+    return made
+
+
+@pytest.mark.parametrize("speculate", [False, Speculation(0, 3)])
+def test_a_generation_goes_on_with_the_session_of_the_last(models, monkeypatch, speculate):
+    """Whose steps are recorded; tokens are those of a new one."""
+    device, cpu = models
+    made, recorder = sessions_made(device, monkeypatch), device.engines.device.recorder
+    how = {"exit": None if speculate else "full", "speculate": speculate, "max_new_tokens": 30}
+    for prompt in ([5, 6, 7], [9] * 20, [3]):
+        found, expected = (m.generate([prompt], **how).prompts[0] for m in models)
+        assert found.token_ids == expected.token_ids
+        newest = recorder.newest
+    assert len(made) == 1
+    assert made[0].stats.rounds == made[0].lengths[0] == 0
+    device.generate([[3]], **how)
+    assert recorder.newest is newest  # nothing is recorded that was before
+    device.generate([[3], [4]], **how)
+    device.generate([[3]], **{**how, "max_new_tokens": 120})
+    assert [each.batch_size for each in made] == [1, 2, 1]
+    assert cpu._last._session is None
+
+
+def test_a_session_is_not_kept_of_what_did_not_end(models, monkeypatch):
+    made = sessions_made(models[0], monkeypatch)
+    stream = models[0].stream([5, 6, 7], exit="full", max_new_tokens=9)
+    next(stream)
+    stream.close()
+    models[0].generate([[5]], exit="full", max_new_tokens=3)
+    assert len(made) == 2
+    models[0].session(1, 8)  # of whoever asks for one, who needs the memory
+    models[0].generate([[5]], exit="full", max_new_tokens=3)
+    assert len(made) == 4
 
 
 def test_where_engines_alone_run_it_says_so(bundle, monkeypatch):

@@ -22,7 +22,10 @@ from ojfa_export.bundle.names import DRAFT, DRAFT_GRAPHS, MANIFEST, SHORTCUT
 from ojfa_export.bundle.shortcut_file import load, save
 from ojfa_export.cli.app import app
 from ojfa_export.compiler.add_engines import add_engines
+from ojfa_export.compiler.draft_head import draft_vocabulary, frequent_tokens
 from ojfa_export.compiler.draft_stage import draft_prompts
+from ojfa_export.compiler.fingerprints import stage_keys
+from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build, plan
 from ojfa_export.decoding.speculation import Speculation
@@ -48,6 +51,14 @@ def draft(checkpoint):
 def draft_file(checkpoint, draft, tmp_path_factory):
     path = tmp_path_factory.mktemp("draft") / "d.safetensors"
     save(draft, path, checkpoint.sha256(), {"text": "made up"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def headless(checkpoint, draft, tmp_path_factory):
+    """A layer with the model's head."""
+    path = tmp_path_factory.mktemp("headless") / "h.safetensors"
+    save(replace(draft, head=None, tokens=None), path, checkpoint.sha256())
     return path
 
 
@@ -95,6 +106,57 @@ def test_drafts_are_counted_in_answers(tiny_checkpoint):
     inputs.chat = chat
     texts = [tokenizer.decode(ids) for ids in draft_prompts(inputs)]
     assert texts == [f"U:{tokenizer.decode(ids)}\nA:" for ids in plain]
+
+
+def test_a_head_over_frequent_tokens(options, headless, checkpoint):
+    """Rows of the model's head, of tokens that the text has, else of low numbers."""
+    made = build(options(shortcut=["ojfa", headless], rank=8, draft_vocabulary=40))
+    found, digest = load(made.bundle / DRAFT)
+    given, _ = load(headless)
+    assert digest == checkpoint.sha256()
+    ends = checkpoint.family.ends(checkpoint.config, checkpoint.spec)
+    head = checkpoint.read(ends.get("head", ends["token_embedding"]))
+    np.testing.assert_array_equal(found.head, head[found.tokens])
+    np.testing.assert_array_equal(found.qkv, given.qkv)
+    assert len(found.tokens) == 40
+    assert set(checkpoint.spec.eos_token_ids) <= set(found.tokens.tolist())
+    model = ojfa_export.load(made.bundle)
+    how = {"max_new_tokens": 20, "ignore_eos": True}
+    drafted = model.generate([[5, 6, 7]], speculate=Speculation(0, 3), **how)
+    assert drafted.prompts[0].token_ids == model.generate([[5, 6, 7]], **how).prompts[0].token_ids
+    assert "drafts 40 tokens" in CliRunner().invoke(app, ["inspect", str(made.bundle)]).output
+    inputs = [Inputs(options(shortcut=headless, draft_vocabulary=size)) for size in (40, 41)]
+    one, other = map(stage_keys, inputs)
+    assert {name for name in one if one[name] != other[name]} == {"draft", "exits", "verify"}
+
+
+def test_which_tokens_are_frequent(options, headless):
+    inputs = Inputs(options(shortcut=headless))
+    tokens = frequent_tokens(inputs, 60)
+    counts = np.bincount(inputs.windows.fit.ravel(), minlength=inputs.checkpoint.spec.vocab_size)
+    assert set(np.argsort(-counts)[:10].tolist()) <= set(tokens.tolist())
+    assert draft_vocabulary(inputs) == 0  # a small vocabulary
+
+
+@pytest.mark.parametrize(
+    ("size", "shortcut", "message"),
+    [
+        (40, "residual", "there is no draft layer"),
+        (1, None, "one token says nothing"),
+        (10**6, None, "is more than the model's"),
+        (40, "own", "has a head of its own, over 16 tokens"),
+    ],
+)
+def test_a_head_that_cannot_be_given(
+    options, draft, headless, checkpoint, tmp_path, size, shortcut, message
+):
+    if shortcut == "own":
+        shortcut = tmp_path / "own.safetensors"
+        head = np.zeros((16, checkpoint.spec.hidden_size), np.float32)
+        own = replace(draft, head=head, tokens=np.arange(16, dtype=np.int32))
+        save(own, shortcut, checkpoint.sha256())
+    with pytest.raises(errors.UsageError, match=message):
+        Inputs(options(shortcut=shortcut or headless, draft_vocabulary=size))
 
 
 def test_quantised_weights_are_refused(options, draft_file):

@@ -42,6 +42,7 @@ CHANGES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "rank": ({"rank": 3}, AFTER_TEXT),
     "shortcut": ({"shortcut": "residual"}, AFTER_TEXT),
     "check_vocabulary": ({"check_vocabulary": 20}, ("check", *ALL[4:])),
+    "draft_vocabulary": ({"draft_vocabulary": 0}, ()),  # without a draft layer
     "max_disagreement": ({"max_disagreement": 0.3}, ALL[4:]),
     "confidence": (PROMISE, ALL[4:]),
     "max_extra_surprisal": ({**PROMISE, "max_extra_surprisal": 0.5}, ALL[4:]),

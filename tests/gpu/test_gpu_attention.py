@@ -103,7 +103,7 @@ def test_tokens_that_attention_appends(compiled, rng, past, tokens):
 def test_chunks_that_attention_appends(compiled, rng, lengths):
     """Also where others are too long for that: all are appended before."""
     pasts, tokens = [190, 0, 62, 511, 64, 17][: len(lengths)], sum(lengths)
-    example = Example(compiled.variant, rng, pasts, 0, capacity=520, chunks=lengths)
+    example = Example(compiled.variant, rng, pasts, 0, capacity=640, chunks=lengths)
     scratch = compiled.scratch(tokens)
     few, many = (
         [i for i, each in enumerate(lengths) if (each <= STEP_QUERIES) == wanted]
@@ -163,7 +163,7 @@ def test_a_prompt(compiled, rng, past, tokens):
 
 def test_chunks_of_any_length_in_one_pass(compiled, rng):
     pasts, lengths = [70, 0, 200, 31, 64, 511], [1, 137, 3, 90, 1, 8]
-    example = Example(compiled.variant, rng, pasts, 0, capacity=520, chunks=lengths)
+    example = Example(compiled.variant, rng, pasts, 0, capacity=640, chunks=lengths)
     scratch, tokens = compiled.scratch(sum(lengths)), sum(lengths)
     lists = [compiled.arrays.asarray(example.chunk_list(which)) for which in ([0, 2, 4, 5], [1, 3])]
     launches = (Chunks(4, 8, lists[0].pointer), Chunks(2, 137, lists[1].pointer))

@@ -46,6 +46,7 @@ class TensorRtEngines(OpenedModel):
     Attributes:
         follows: See `backends.backend.Engines`.
         exit_blocks: See there; none runs here.
+        records_steps: See `backends.backend.RecordsSteps`.
         page_tokens: See `backends.backend.PagedCache`.
         cache_element_bytes: See there.
         pass_sizes: See there.
@@ -54,6 +55,7 @@ class TensorRtEngines(OpenedModel):
 
     follows = True
     exit_blocks: ExitBlocks | None = None
+    records_steps = True
     page_tokens = PAGE
 
     def __init__(
