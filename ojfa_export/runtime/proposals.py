@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -15,6 +16,31 @@ from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import UNKNOWN, Sequence
 
 Lists = list[list[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """Drafts and the pass that checks them, under way.
+
+    Attributes:
+        rows: Of the batch, with new tokens.
+        limits: Of each row of the batch, drafts at most.
+        sequences: Of those rows.
+        drafting: Those of them that draft.
+        lengths: Of these, before the drafts.
+        drafts: Of these; None where nobody drafts.
+        output: What the full model says.
+        counts: After how many of each sequence's newest tokens.
+    """
+
+    rows: Many[int]
+    limits: Many[int]
+    sequences: list[Sequence]
+    drafting: list[Sequence]
+    lengths: list[int]
+    drafts: Drafts | None
+    output: HeadOutput
+    counts: list[int]
 
 
 class Proposals:
@@ -63,16 +89,15 @@ class Proposals:
                 tokens[row] = token
         return tokens
 
-    def at_once(self, rows: Many[int], limits: Many[int]) -> tuple[Lists, Lists]:
+    def begin(self, rows: Many[int], limits: Many[int]) -> Round:
         """Drafts after the newest tokens of rows, and completes them.
+
+        Where all draft, nothing is waited for; drafts that the host doesn't know are UNKNOWN in
+        their sequences then.
 
         Args:
             rows: With tokens that have not run.
             limits: Of each row of the batch, drafts at most; 0 where none can be made.
-
-        Returns:
-            Of each row of the batch its drafts, and the full model's tokens after the newest token
-            and after each draft, or after more.
         """
         sequences, drafter = [self._sequences[row] for row in rows], self._runner.drafter
         drafting = [self._sequences[row] for row in rows if limits[row]]
@@ -82,16 +107,33 @@ class Proposals:
             drafts = drafter.chain(drafting, max(limits))
         try:
             output, counts = self._complete(sequences, drafting, drafts)
-            likeliest = iter(output.likeliest())
         except BaseException:
             for each, length in zip(drafting, lengths, strict=True):
                 each.truncate(length)
             raise
+        return Round(rows, limits, sequences, drafting, lengths, drafts, output, counts)
+
+    def finish(self, begun: Round) -> tuple[Lists, Lists]:
+        """Waits for a round.
+
+        Returns:
+            Of each row of the batch its drafts, and the full model's tokens after the newest token
+            and after each draft, or after more.
+        """
+        try:
+            if begun.drafts is not None:
+                for each, ids in zip(begun.drafting, begun.drafts.drafts(), strict=True):
+                    each.tokens[-len(ids) :] = ids
+            likeliest = iter(begun.output.likeliest())
+        except BaseException:
+            for each, length in zip(begun.drafting, begun.lengths, strict=True):
+                each.truncate(length)
+            raise
         found: Lists = [[] for _ in self._sequences]
         best: Lists = [[] for _ in self._sequences]
-        for row, each, count in zip(rows, sequences, counts, strict=True):
+        for row, each, count in zip(begun.rows, begun.sequences, begun.counts, strict=True):
             best[row] = list(islice(likeliest, count))
-            found[row] = each.tokens[len(each) - count + 1 :][: limits[row]]
+            found[row] = each.tokens[len(each) - count + 1 :][: begun.limits[row]]
         return found, best
 
     def _complete(
@@ -110,10 +152,7 @@ class Proposals:
             each.append(ids)
         slots = {each.slot for each in drafting}
         counts = [1 + drafts.count * (each.slot in slots) for each in sequences]
-        output = self._runner.check(sequences, counts, drafts if ahead else None)
-        for each, ids in zip(drafting, drafts.drafts(), strict=True):
-            each.tokens[-len(ids) :] = ids
-        return output, counts
+        return self._runner.check(sequences, counts, drafts if ahead else None), counts
 
     def logits(self, rows: Many[int]) -> Float32:
         """The same as logits [sequences, V]; zero for the other rows."""

@@ -23,7 +23,7 @@ from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.batch import TokenIds, check_counts, check_tokens
 from ojfa_export.runtime.exclusive import Exclusive, exclusive
 from ojfa_export.runtime.exit_confidence import exit_confidence
-from ojfa_export.runtime.proposals import Proposals
+from ojfa_export.runtime.proposals import Proposals, Round
 from ojfa_export.runtime.runner import ModelRunner
 from ojfa_export.runtime.sequence import Sequence as TokenSequence
 from ojfa_export.runtime.shadow import Shadow
@@ -378,13 +378,28 @@ class Session(Exclusive):
         Raises:
             UsageError: As of `propose`, or no short way; the session is unchanged.
         """
+        return self.finish_round(self.begin_round(token_ids, limits))
+
+    @exclusive
+    def begin_round(self, token_ids: Sequence[Sequence[int]], limits: Sequence[int]) -> Round:
+        """Begins what `propose_and_complete` does, without waiting for it where all draft.
+
+        Until `finish_round` the session takes nothing but `rewind`, which drops the round.
+
+        Raises:
+            UsageError: As of `propose_and_complete`.
+        """
         new = check_tokens(token_ids, self._sequences, self.max_length, self.spec.vocab_size)
         if not self.proposes_at_once:
             raise UsageError("this session can't propose and complete at once")
         self._proposals.check([ids if limits[row] else [] for row, ids in enumerate(new)])
         self._append(new)
-        rows = [row for row, ids in enumerate(new) if ids]
-        drafts, best = self._proposals.at_once(rows, limits)
+        return self._proposals.begin([row for row, ids in enumerate(new) if ids], limits)
+
+    @exclusive
+    def finish_round(self, begun: Round) -> tuple[list[list[int]], list[list[int]]]:
+        """Waits for a round that was begun: see `propose_and_complete`."""
+        drafts, best = self._proposals.finish(begun)
         self.stats.count_head(sum(map(len, best)), final=True)
         return drafts, best
 

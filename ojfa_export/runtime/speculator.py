@@ -18,6 +18,7 @@ from ojfa_export.decoding.speculation import (
     draw,
 )
 from ojfa_export.runtime.decoding import Chosen, StepByStep
+from ojfa_export.runtime.rounds_ahead import RoundsAhead
 from ojfa_export.runtime.session import Session
 
 
@@ -60,54 +61,114 @@ class Speculator:
             for _ in generators
         ]
         self._eos = frozenset(eos_token_ids)
-        greedy = sampling.temperature == 0
-        self._at_once = greedy and self._exit == 0 and session.proposes_at_once
-        # Rounds without drafts are plain steps: a device may begin one before the last has ended.
-        self._plain = StepByStep(session, "full", sampling, generators) if self._at_once else None
+        at_once = sampling.temperature == 0 and self._exit == 0 and session.proposes_at_once
+        # On a device a round is begun before it is asked for, and rounds without drafts are plain
+        # steps, of which one may begin before the last has ended.
+        self._rounds = RoundsAhead(session) if at_once else None
+        self._plain = StepByStep(session, "full", sampling, generators) if at_once else None
+        # How much to draft next, where that was asked for already.
+        self._planned: tuple[list[list[int]], list[int]] | None = None
 
     def step(self, pending: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[list[Chosen]]:
         """See `decoding.Decoder`: each sequence's accepted drafts, and one token of its own."""
-        session, blocks = self._session, self._session.spec.blocks
-        limits = self._limits(pending, wanted)
-        if self._plain is not None:
-            if not any(limits):
-                rest = all(self._lengths[row].rests for row, ids in enumerate(pending) if ids)
-                return self._plain.step(pending, wanted if rest else [1] * len(pending))
-            self._plain.end()
-        before = session.lengths
-        proposals: list[list[Float64]] = []
-        logits: list[Float32] = []
-        if self._at_once:
-            found, best = session.propose_and_complete(pending, limits)
-            drafts = [self._to_eos(draft) for draft in found]
-        else:
-            drafts, proposals = self._draft(pending, limits)
-            missing = [draft[-1:] or list(ids) for draft, ids in zip(drafts, pending, strict=True)]
-            both = zip(drafts, pending, strict=True)
-            counts = [len(draft) + 1 if ids else 0 for draft, ids in both]
-            best, logits = self._complete(missing, counts)
-        result: list[list[Chosen]] = [[] for _ in pending]
+        if self._rounds is not None and self._plain is not None:
+            return self._step_ahead(self._rounds, self._plain, pending, wanted)
+        before, limits = self._session.lengths, self._limits(pending, wanted)
+        drafts, proposals = self._draft(pending, limits)
+        missing = [draft[-1:] or list(ids) for draft, ids in zip(drafts, pending, strict=True)]
+        both = zip(drafts, pending, strict=True)
+        counts = [len(draft) + 1 if ids else 0 for draft, ids in both]
+        best, logits = self._complete(missing, counts)
+        result: list[list[int]] = [[] for _ in pending]
         for row, draft in ((row, drafts[row]) for row, ids in enumerate(pending) if ids):
             if self._sampling.temperature:
-                tokens = check(
+                result[row] = check(
                     draft, proposals[row], logits[row], self._sampling, self._generators[row]
                 )
             else:
-                tokens = agreeing(draft, best[row])
+                result[row] = agreeing(draft, best[row])
+        self._keep(before, pending, drafts, result)
+        return self._told(drafts, result)
+
+    def _step_ahead(
+        self,
+        rounds: RoundsAhead,
+        plain: StepByStep,
+        pending: Sequence[Sequence[int]],
+        wanted: Sequence[int],
+    ) -> list[list[Chosen]]:
+        begun = rounds.take(pending)
+        if begun is None:
+            limits = self._limits(pending, wanted)
+            if not any(limits):
+                rest = all(self._lengths[row].rests for row, ids in enumerate(pending) if ids)
+                return plain.step(pending, wanted if rest else [1] * len(pending))
+            plain.end()
+            begun = rounds.begin(pending, limits)
+        found, best = self._session.finish_round(begun.round)
+        drafts = [self._to_eos(draft) for draft in found]
+        result = [
+            agreeing(draft, likeliest) if ids else []
+            for draft, likeliest, ids in zip(drafts, best, pending, strict=True)
+        ]
+        self._keep(begun.before, pending, drafts, result)
+        self._begin_ahead(rounds, result, wanted)
+        return self._told(drafts, result)
+
+    def _begin_ahead(
+        self, rounds: RoundsAhead, result: list[list[int]], wanted: Sequence[int]
+    ) -> None:
+        """Begins the next round, if none of the sequences is known to end here."""
+        lengths = self._session.lengths
+        for row, tokens in enumerate(result):
+            full = lengths[row] >= self._session.max_length or wanted[row] <= len(tokens)
+            if tokens and (full or not self._eos.isdisjoint(tokens)):
+                return
+        pending = [tokens[-1:] for tokens in result]
+        left = [count - len(tokens) for count, tokens in zip(wanted, result, strict=True)]
+        limits = self._limits(pending, left)
+        if any(limits):
+            rounds.begin_ahead(pending, limits)
+        else:
+            self._planned = pending, limits
+
+    def _keep(
+        self,
+        before: Sequence[int],
+        pending: Sequence[Sequence[int]],
+        drafts: Sequence[Sequence[int]],
+        result: Sequence[Sequence[int]],
+    ) -> None:
+        """Drops the drafts that weren't taken, and learns from what was."""
+        for row, tokens in enumerate(result):
+            if tokens:
+                accepted = len(tokens) - 1
+                self._session.rewind(before[row] + len(pending[row]) + accepted, row)
+                self._lengths[row].learn(accepted, len(drafts[row]))
+
+    def _told(
+        self, drafts: Sequence[Sequence[int]], result: Sequence[Sequence[int]]
+    ) -> list[list[Chosen]]:
+        """The tokens; statistics and whoever listens are told of them."""
+        session, blocks = self._session, self._session.spec.blocks
+        for row, tokens in enumerate(result):
+            if not tokens:
+                continue
             accepted = len(tokens) - 1
-            session.rewind(before[row] + len(pending[row]) + accepted, row)
-            self._lengths[row].learn(accepted, len(draft))
-            session.stats.drafted += len(draft)
+            session.stats.drafted += len(drafts[row])
             session.stats.accepted += accepted
             session.stats.rounds += 1
             if session.on_event is not None:
-                session.on_event(DraftChecked(row, len(draft), accepted))
-            result[row] = [Chosen(t, blocks, i < accepted) for i, t in enumerate(tokens)]
-        return result
+                session.on_event(DraftChecked(row, len(drafts[row]), accepted))
+        return [
+            [Chosen(token, blocks, index < len(tokens) - 1) for index, token in enumerate(tokens)]
+            for tokens in result
+        ]
 
     def end(self) -> None:
         """See `decoding.Decoder`."""
-        if self._plain is not None:
+        if self._rounds is not None and self._plain is not None:
+            self._rounds.end()
             self._plain.end()
 
     def _complete(
@@ -125,6 +186,9 @@ class Speculator:
 
     def _limits(self, pending: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[int]:
         """How many tokens to draft for each sequence at most."""
+        planned, self._planned = self._planned, None
+        if planned is not None and [list(ids) for ids in pending] == planned[0]:
+            return planned[1]
         together = 1 if self._sampling.temperature else sum(1 for ids in pending if ids)
         if self._plain is not None and self._plain.is_ahead:
             # All rest: the step that was begun drafts nothing, and its token is in the session.

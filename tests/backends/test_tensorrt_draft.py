@@ -179,6 +179,25 @@ def test_steps_are_begun_ahead_where_drafting_does_not_pay(case, rng, batch, mon
             pending = [[token] for token in tokens]
 
 
+def test_rounds_are_begun_before_they_are_asked_for(case, rng, monkeypatch):
+    """But for the last, which nobody wants, and the first two."""
+    session, begun, waiting = case.session(), [], []
+    begin, finish = session.begin_round, session.finish_round
+    monkeypatch.setattr(session, "begin_round", lambda *a: begun.append(len(waiting)) or begin(*a))
+    monkeypatch.setattr(session, "finish_round", lambda *a: waiting.append(1) or finish(*a))
+    prompt = rng.integers(VOCAB_SIZE, size=6).tolist()
+    asked = Speculator(session, Speculation(0, 3), Sampling(), [np.random.default_rng(0)])
+    pending, left, steps = [prompt], 30, 0
+    while left:
+        [chosen] = asked.step(pending, [left])
+        pending, left, steps = [[chosen[-1].id]], left - min(left, len(chosen)), steps + 1
+        assert len(begun) == len(waiting) + (steps > 1 and left > 1)
+    assert steps - len(waiting) in (1, 2)  # without a draft: the prompt, and one last token
+    assert begun == list(range(len(waiting)))
+    asked.end()
+    assert (session.watermarks == session.lengths).all()
+
+
 def test_a_round_is_two_launches(case, rng):
     """Once it has been recorded, whatever it drafts and wherever the sequence is."""
     session = case.session()

@@ -77,6 +77,21 @@ def test_generated_tokens_are_those_of_the_cpu(models, speculate):
             assert one.token_ids == other.token_ids
 
 
+@pytest.mark.parametrize("speculate", [Speculation(0, 3), Speculation(0, draft_cost=0.01)])
+def test_texts_that_end_where_nobody_foresaw_it(models, speculate):
+    """The round that was begun ahead is dropped, for one sequence or for all."""
+    prompts = [[5, 6, 7], [8] * 20, [3]]
+    how = {"speculate": speculate, "max_new_tokens": 40}
+    whole = models[1].generate(prompts, **how).prompts
+    for end in (1, 4, 9, 20):
+        stop = tuple({each.token_ids[end] for each in whole})
+        for each in (prompts[:1], prompts[1:2], prompts):
+            found, expected = (m.generate(each, stop_token_ids=stop, **how) for m in models)
+            assert [one.token_ids for one in found.prompts] == [
+                one.token_ids for one in expected.prompts
+            ]
+
+
 @pytest.mark.parametrize("pages", [3, 100])
 @examples
 @given(requests=layer_requests, slots=st.integers(1, 4))

@@ -124,6 +124,8 @@ PYTHON_ONLY: dict[str, str] = {
     "Session.propose_logits": LAYER,
     "Session.propose_and_complete": LAYER,
     "Session.proposes_at_once": LAYER,
+    "Session.begin_round": LAYER,
+    "Session.finish_round": LAYER,
     "Session.complete_greedily": "speculation does it by itself",
     "Session.spec": "the model has it",
     "Session.confidence": "a decision has it",
