@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from ojfa_export.training.kinds.block import Block
 from ojfa_export.training.kinds.draft import Draft
 from ojfa_export.training.kinds.jump import Jump
 from ojfa_export.training.kinds.mlp import Mlp
 from ojfa_export.training.kinds.residual import Residual
 
-KINDS: Mapping[str, type[Jump]] = {"mlp": Mlp, "residual": Residual, "block": Block, "draft": Draft}
+KINDS: dict[str, type[Jump]] = {"mlp": Mlp, "residual": Residual, "block": Block, "draft": Draft}
