@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from shortcut_kinds import Kind
 
-from ojfa_export.backends.block_jump import BlockJump
+from ojfa_export.backends.backend import Backend
+from ojfa_export.backends.block_jump import BlockJump, open_jump
 from ojfa_export.backends.onnxruntime.build import build_engine
 from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
 from ojfa_export.backends.onnxruntime.exit_blocks import OnnxRuntimeExitBlocks
@@ -61,6 +63,25 @@ class Chain:
     def open_engines(self) -> OnnxRuntimeEngines:
         files = self.engine_files
         return open_onnxruntime(self.checkpoint, self.graphs, files, self.shortcut, self.max_length)
+
+    def open_on(self, backend: Backend, directory: Path) -> Any:
+        """Engines of another backend, built in a directory: a check head and exits' blocks too."""
+        blocks = self.shortcut.blocks if isinstance(self.shortcut, BlockShortcut) else 0
+        plans = {name: directory / f"{name}.json" for name in graph_names(self.spec.blocks, blocks)}
+        for name, plan in plans.items():
+            backend.build_engine(self.spec, self.graphs / f"{name}.onnx", plan)
+        if self.check_tokens is not None:
+            plans[CHECK_HEAD] = directory / f"{CHECK_HEAD}.json"
+            narrowed = self.spec.with_vocabulary(len(self.check_tokens))
+            backend.build_engine(narrowed, self.graphs / f"{CHECK_HEAD}.onnx", plans[CHECK_HEAD])
+        rotary = self.checkpoint.family.rotary(self.checkpoint.config)
+        tables = rotary.tables(self.max_length) if rotary else None
+        engines = backend.open_engines(self.spec, self.graphs, plans, tables)
+        if isinstance(self.shortcut, BlockShortcut):
+            exits = self.shortcut.exits
+            jump = BlockJump(exits, blocks, self.spec, self.graphs, plans, tables)
+            open_jump(backend, engines, jump)
+        return engines
 
     def parts(self) -> Parts:
         """For `verify_parts`; engines are opened anew, so that weights are read again."""

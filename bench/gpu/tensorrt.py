@@ -212,13 +212,13 @@ def head_times(engines: TensorRtEngines, spec: ModelSpec) -> dict[str, float]:
     asked = HeadArguments.of(HeadRequest())
     for kernels in ways(engines):
         engines.decode_kernels = kernels
-        engines._heads.clear()
         engines.device.recorder.clear()
         for final in (True, False):
+            engines._heads.clear()
             hidden = engines.arrays.asarray(np.ones((1, spec.hidden_size), np.float32))
             blocks_run = spec.blocks if final else 1
             engines.logits(hidden, blocks_run)
-            head = engines._heads[blocks_run]
+            [head] = engines._heads.values()
             which, how = "final" if final else "exit", "kernels" if kernels else "engine"
             logits = engines._logits[:1]
             works = {

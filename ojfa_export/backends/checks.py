@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from ojfa_export.backends.backend import Backend
 from ojfa_export.decoding.arrays import Float32, Hidden
+from ojfa_export.decoding.head_output import HeadOutput
 from ojfa_export.errors import BackendError
 
 
@@ -18,10 +19,11 @@ class RunsChecks(Protocol):
     `open_engines` its engine, where there is one.
 
     Attributes:
-        runs_checks: True.
+        checks_by_default: Whether a build has a check head where that is worth it and nobody says
+            otherwise.
     """
 
-    runs_checks: bool
+    checks_by_default: bool
 
 
 @runtime_checkable
@@ -46,10 +48,22 @@ class ChecksExits(Protocol):
         """
         ...
 
+    def check(self, hidden: Hidden, blocks_run: int | Sequence[int]) -> HeadOutput:
+        """Applies the check head as `check_logits` does; only the confidence counts."""
+        ...
+
 
 def checking(engines: object) -> ChecksExits | None:
     """The engines, where a check head, and not the exit head, says how sure exits are."""
     return engines if isinstance(engines, ChecksExits) and engines.has_check_head else None
+
+
+def same_for_all(blocks_run: int | Sequence[int]) -> int:
+    """How many blocks all rows have run, of engines that don't ask exits together."""
+    if isinstance(blocks_run, int):
+        return blocks_run
+    [one] = set(blocks_run)
+    return one
 
 
 def check_runs_checks(backend: Backend, tokens: int | None) -> None:
@@ -68,5 +82,5 @@ def check_runs_checks(backend: Backend, tokens: int | None) -> None:
         raise BackendError(
             f"exits are checked by a head of {tokens:,} tokens, which the {backend.name} backend "
             "doesn't run",
-            hint="use the backend 'onnxruntime', or build the bundle with --check-vocabulary 0",
+            hint="build the bundle with --check-vocabulary 0",
         )

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Protocol
 
 from ojfa_export.backends.backend import Executor
-from ojfa_export.backends.checks import checking
+from ojfa_export.backends.checks import ChecksExits, checking
 from ojfa_export.backends.exit_blocks import ExitBlocks
 from ojfa_export.backends.passes import Newest, Pass
 from ojfa_export.decoding.arrays import Float32, Hidden
@@ -65,8 +65,35 @@ class PreparesByParts:
         return partial(run_and_choose, self, executor, step, states, newest, request)
 
 
+def check_on_host(
+    engines: _GivesLogits,
+    checks: ChecksExits,
+    hidden: Hidden,
+    blocks_run: int,
+    request: HeadRequest,
+) -> CheckOutput:
+    """What a check head says, and the whole head when it is asked, by way of logits on the host.
+
+    Args:
+        engines: The engines.
+        checks: The same.
+        hidden: [rows, H].
+        blocks_run: Of all rows.
+        request: How tokens are chosen.
+    """
+
+    def whole(some: Hidden, asked: HeadRequest) -> HostHeadOutput:
+        return HostHeadOutput(engines.logits(some, blocks_run), asked)
+
+    said = HostHeadOutput(checks.check_logits(hidden, blocks_run), request)
+    return CheckOutput(said, hidden, request, whole)
+
+
 class ChoosesOnHost(PreparesByParts):
-    """The part of `Engines` that chooses, for engines whose logits are on the host anyway."""
+    """The part of `Engines` that chooses, for engines whose logits are on the host anyway.
+
+    And that of `ChecksExits`, where they have a check head.
+    """
 
     follows = False
 
@@ -77,8 +104,8 @@ class ChoosesOnHost(PreparesByParts):
         checks = checking(self)
         if request.check is None or checks is None:
             return HostHeadOutput(self.logits(hidden, blocks_run), request)
+        return check_on_host(self, checks, hidden, blocks_run, request)
 
-        def whole(rows: Sequence[int]) -> Float32:
-            return self.logits(hidden[rows], blocks_run)
-
-        return CheckOutput(checks.check_logits(hidden, blocks_run), request, whole)
+    def check(self: ChecksExits, hidden: Hidden, blocks_run: int | Sequence[int]) -> HostHeadOutput:
+        """See `backends.checks.ChecksExits`."""
+        return HostHeadOutput(self.check_logits(hidden, blocks_run), HeadRequest())

@@ -43,7 +43,8 @@ def may_check(inputs: Inputs) -> bool:
     if asked is not None:
         return asked > 0
     is_large = inputs.checkpoint.spec.vocab_size >= LEAST_VOCABULARY
-    is_run = isinstance(inputs.backend, RunsChecks)
+    backend = inputs.backend
+    is_run = isinstance(backend, RunsChecks) and backend.checks_by_default
     return is_run and is_large and inputs.options.limits is not None
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ojfa_export.decoding.arrays import Float32
-from ojfa_export.decoding.confidence import Measure, confidence
-from ojfa_export.decoding.head_output import HeadRequest, HostHeadOutput
+from ojfa_export.decoding.arrays import Hidden
+from ojfa_export.decoding.confidence import Measure
+from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 
 
 class CheckOutput:
@@ -16,25 +16,31 @@ class CheckOutput:
     be before the hidden states are overwritten: before anything else runs.
 
     Args:
-        logits: [rows, n] of the check head.
+        said: By the check head, of the same rows; only its confidence counts.
+        hidden: [rows, H], wherever the engines have it.
         request: How tokens are chosen.
-        whole: Gives the whole head's logits [len(indices), V] of some of the rows.
+        whole: Asks the whole head about hidden states.
     """
 
     def __init__(
-        self, logits: Float32, request: HeadRequest, whole: Callable[[Sequence[int]], Float32]
+        self,
+        said: HeadOutput,
+        hidden: Hidden,
+        request: HeadRequest,
+        whole: Callable[[Hidden, HeadRequest], HeadOutput],
     ) -> None:
-        self._logits, self._request, self._whole = logits, request, whole
-        self._all: HostHeadOutput | None = None
+        self._said, self._hidden, self._request, self._whole = said, hidden, request, whole
+        self._all: HeadOutput | None = None
 
     def confidence(self, measure: Measure) -> list[float]:
         """See `HeadOutput`: over the tokens of the check head."""
-        values: list[float] = confidence(self._logits, measure).tolist()
-        return values
+        return self._said.confidence(measure)
 
-    def leave(self, rows: Sequence[int]) -> HostHeadOutput:
-        """The whole head's output of the rows that leave here, in their order, by one call."""
-        return HostHeadOutput(self._whole(rows), self._request.of(rows))
+    def leave(self, rows: Sequence[int]) -> HeadOutput:
+        """The whole head's output of the rows that leave here, in rising order, by one call."""
+        hidden = self._hidden
+        some = hidden if len(rows) == len(hidden) else hidden[list(rows)]
+        return self._whole(some, self._request.of(rows))
 
     def tokens(self) -> list[int]:
         """See `HeadOutput`."""
@@ -42,13 +48,13 @@ class CheckOutput:
 
     def stand_ins(self) -> list[int]:
         """See `HeadOutput`."""
-        return self.tokens()
+        return self._asked().stand_ins()
 
     def likeliest(self) -> list[int]:
         """See `HeadOutput`."""
         return self._asked().likeliest()
 
-    def _asked(self) -> HostHeadOutput:
+    def _asked(self) -> HeadOutput:
         if self._all is None:
-            self._all = self.leave(range(len(self._logits)))
+            self._all = self.leave(range(len(self._hidden)))
         return self._all

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
+from itertools import accumulate
 
 from ojfa_export.backends.backend import AsksExitsTogether, Engines
 from ojfa_export.backends.checks import ChecksExits
 from ojfa_export.decoding.arrays import Float32, Hidden
-from ojfa_export.decoding.confidence import Measure, confidence
+from ojfa_export.decoding.confidence import Measure
 from ojfa_export.decoding.head_output import HeadRequest, HostHeadOutput
-from ojfa_export.decoding.sampling import GREEDY, Sampling
-from ojfa_export.engine.heads import Heads
+from ojfa_export.decoding.sampling import Sampling
+from ojfa_export.engine.heads import Heads, run_heads
 from ojfa_export.engine.next_step import NextStep
 
 # In place of the token of a row that goes on, which nobody asks for.
@@ -24,22 +23,24 @@ class CheckedHeads(Heads):
 
     Args:
         sure: By row, the confidence of those that were checked, in the measure that they asked.
-        output: Of the rows that the whole head was asked about, in their order.
-        places: Of each row, which one of the output it is; `NO_TOKEN` for rows that go on.
+        whole: What the whole head said of the rows that it was asked about, in their order; None
+            where there are none.
+        places: Of each row, which one of those it is; `NO_TOKEN` for rows that go on.
     """
 
-    def __init__(
-        self, sure: dict[int, float], output: HostHeadOutput, places: Sequence[int]
-    ) -> None:
-        super().__init__(output)
-        self._logits_of = output.logits
-        self._sure, self._places = sure, places
+    def __init__(self, sure: dict[int, float], whole: Heads | None, places: Sequence[int]) -> None:
+        self._sure, self._whole, self._places = sure, whole, places
         self._rows: list[int] | None = None
+
+    def wait(self) -> None:
+        """Waits until all has been said."""
+        if self._whole is not None:
+            self._whole.wait()
 
     def likeliest(self) -> list[int]:
         """The tokens of the largest logits; `NO_TOKEN` for rows that go on."""
         if self._rows is None:
-            given = super().likeliest() if len(self._logits_of) else []
+            given = [] if self._whole is None else self._whole.likeliest()
             self._rows = [NO_TOKEN if place < 0 else given[place] for place in self._places]
         return self._rows
 
@@ -49,14 +50,13 @@ class CheckedHeads(Heads):
 
     def token(self, row: int, sampling: Sampling, draw: float) -> int:
         """See `Heads`."""
-        if sampling is GREEDY:
-            return self.likeliest()[row]
-        return sampling.pick(self._logits_of[self._places[row]], draw)
+        assert self._whole is not None
+        return self._whole.token(self._places[row], sampling, draw)
 
     def logits(self, row: int, rows: int) -> Float32:
         """See `Heads`."""
-        first = self._places[row]
-        return self._logits_of[first : first + rows]
+        assert self._whole is not None
+        return self._whole.logits(self._places[row], rows)
 
 
 def run_checked(
@@ -65,7 +65,7 @@ def run_checked(
     """Asks the check head about what is checked, and the whole head about all that gets a token.
 
     Args:
-        engines: The opened engines, whose hidden states are on the host.
+        engines: The opened engines.
         checks: The same.
         hidden: [sum of rows, H], step by step; after as many blocks as each step says, which are
             as many for all unless the engines ask exits together.
@@ -79,40 +79,40 @@ def run_checked(
         for row, step in enumerate(rows)
         if step.check is None or sure[row] >= step.check.threshold
     ]
-    logits = np.zeros((0, 0), np.float32)
+    heads = None
     if whole:
-        logits = logits_after(engines, hidden[whole], [rows[row].depth for row in whole])
+        firsts = accumulate((step.rows for step in steps[:-1]), initial=0)
+        leaving = [step for step, row in zip(steps, firsts, strict=True) if row in set(whole)]
+        heads = run_heads_after(engines, _rows_of(hidden, whole), leaving)
     places = {row: place for place, row in enumerate(whole)}
-    output = HostHeadOutput(logits, HeadRequest())
-    return CheckedHeads(sure, output, [places.get(row, NO_TOKEN) for row in range(len(rows))])
+    return CheckedHeads(sure, heads, [places.get(row, NO_TOKEN) for row in range(len(rows))])
+
+
+def run_heads_after(engines: Engines, hidden: Hidden, steps: Sequence[NextStep]) -> Heads:
+    """Asks the heads after each step's own blocks what all requests want to know.
+
+    Args:
+        engines: That ask exits together, where the rows come from several.
+        hidden: [sum of rows, H], step by step.
+        steps: Of each request.
+    """
+    depths = [step.depth for step in steps for _ in range(step.rows)]
+    if len(set(depths)) == 1:
+        return run_heads(engines, hidden, depths[0], steps)
+    assert isinstance(engines, AsksExitsTogether)
+    return Heads(HostHeadOutput(engines.logits_of_exits(hidden, depths), HeadRequest()))
 
 
 def _sure(
     checks: ChecksExits, hidden: Hidden, rows: Sequence[NextStep], asked: Sequence[int]
 ) -> dict[int, float]:
     """How sure the check head is of some rows, each in the measure that its step asks."""
-    logits = checks.check_logits(hidden[asked], [rows[row].depth for row in asked])
-    by_measure: dict[Measure, list[int]] = {}
-    for index, row in enumerate(asked):
-        check = rows[row].check
-        assert check is not None
-        by_measure.setdefault(check.measure, []).append(index)
-    return {
-        asked[index]: value
-        for measure, indices in by_measure.items()
-        for index, value in zip(indices, confidence(logits[indices], measure).tolist(), strict=True)
-    }
+    said = checks.check(_rows_of(hidden, asked), [rows[row].depth for row in asked])
+    measures = {row: check.measure for row in asked if (check := rows[row].check) is not None}
+    known = {measure: said.confidence(measure) for measure in set(measures.values())}
+    return {row: known[measures[row]][index] for index, row in enumerate(asked)}
 
 
-def logits_after(engines: Engines, hidden: Hidden, blocks_run: Sequence[int]) -> Float32:
-    """Logits of rows [rows, H] after so many blocks each, by one call.
-
-    Args:
-        engines: That ask exits together, where the rows come from several.
-        hidden: [rows, H].
-        blocks_run: [rows].
-    """
-    if len(set(blocks_run)) == 1:
-        return engines.logits(hidden, blocks_run[0])
-    assert isinstance(engines, AsksExitsTogether)
-    return engines.logits_of_exits(hidden, blocks_run)
+def _rows_of(hidden: Hidden, rows: Sequence[int]) -> Hidden:
+    """Some rows in rising order; all of them where they lie."""
+    return hidden if len(rows) == len(hidden) else hidden[list(rows)]

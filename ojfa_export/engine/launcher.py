@@ -15,9 +15,9 @@ from ojfa_export.backends.backend import AsksExitsTogether
 from ojfa_export.backends.checks import checking
 from ojfa_export.backends.draft import Drafts
 from ojfa_export.decoding.arrays import Hidden
-from ojfa_export.decoding.head_output import HeadOutput, HeadRequest, HostHeadOutput
+from ojfa_export.decoding.head_output import HeadOutput
 from ojfa_export.decoding.sampling import GREEDY
-from ojfa_export.engine.checked_heads import logits_after, run_checked
+from ojfa_export.engine.checked_heads import run_checked, run_heads_after
 from ojfa_export.engine.costs import PassCosts
 from ojfa_export.engine.heads import (
     ChainHeads,
@@ -235,10 +235,7 @@ class Launcher:
         engines, checks = self._engines, checking(self._engines)
         if checks is not None and self._is_checked(steps):
             return run_checked(engines, checks, hidden, steps)
-        blocks_run = [step.depth for step in steps for _ in range(step.rows)]
-        if len(set(blocks_run)) == 1:
-            return run_heads(engines, hidden, blocks_run[0], steps)
-        return Heads(HostHeadOutput(logits_after(engines, hidden, blocks_run), HeadRequest()))
+        return run_heads_after(engines, hidden, steps)
 
     def _is_checked(self, steps: Sequence[NextStep]) -> bool:
         """Whether a check head says how sure any of them is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ojfa_export.backends.checks import checking
-from ojfa_export.decoding.check_output import CheckOutput
+from ojfa_export.backends.choice import check_on_host
 from ojfa_export.decoding.head_output import HeadOutput, HostHeadOutput
 from ojfa_export.decoding.sampling import GREEDY, Sampling
 from ojfa_export.runtime.runner import ModelRunner
@@ -37,10 +37,9 @@ class StepRunner:
         while not step.decided:
             stage, engines = step.next_stage, self._runner.engines
             hidden, request = self._runner.run(step.sequences, stage.depth), step.request(stage)
-            if stage.check is not None and checking(engines) is not None:
-                output = engines.choose(hidden, stage.depth, request)
-                assert isinstance(output, CheckOutput)
-                step.add(stage, output)
+            checks = None if stage.check is None else checking(engines)
+            if checks is not None:
+                step.add(stage, check_on_host(engines, checks, hidden, stage.depth, request))
             else:
                 step.add(stage, HostHeadOutput(engines.logits(hidden, stage.depth), request))
             if stage.check is not None:
@@ -79,7 +78,7 @@ class StepRunner:
         sequences = [row.sequence for row in before.rows]
         with expecting(sequences):
             step = _new_step(sequences, stages, sampling, draws)
-            self._ask(step, after=before.last.output)
+            self._ask(step, after=before.last.chosen)
         return step
 
     def stop_together(self, step: Step[HeadOutput]) -> bool:

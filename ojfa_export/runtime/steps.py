@@ -94,12 +94,19 @@ class PendingOutput(Generic[C]):
         rows: Whose tokens, in the order of the output's rows.
         output: The answer; of a check head, only how sure it is.
         stopped: The rows that stopped here, once that is known.
+        left: Where a check head was asked, what the whole head said of those.
     """
 
     stage: Stage
     rows: list[Row[C]]
     output: C | CheckOutput
     stopped: list[Row[C]] = field(default_factory=list)
+    left: C | None = None
+
+    @property
+    def chosen(self) -> C:
+        """What chooses the tokens of all rows, where all have stopped here."""
+        return cast("C", self.output if self.left is None else self.left)
 
     def judge(self) -> list[Row[C]]:
         """Waits for the answer of an exit that is checked; who is confident stops there.
@@ -134,7 +141,8 @@ class PendingOutput(Generic[C]):
             if not indices:
                 return
             # Where steps have logits, those are what their heads give: so is this.
-            output, places = cast("C", output.leave(indices)), range(len(indices))
+            output = self.left = cast("C", output.leave(indices))
+            places = range(len(indices))
         for index, place in zip(indices, places, strict=True):
             row = self.rows[index]
             row.output, row.index, row.depth = output, place, self.stage.depth

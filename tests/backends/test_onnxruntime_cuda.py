@@ -19,11 +19,9 @@ from tiny_models import VARIANTS, VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_FP16_RELATIVE, LOGITS_FP32
 
 from ojfa_export import backends
-from ojfa_export.backends.block_jump import BlockJump, open_jump
 from ojfa_export.backends.frugal import FrugalEngines
-from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.bundle.bundle import Bundle
-from ojfa_export.bundle.names import block_name, graph_names
+from ojfa_export.bundle.names import block_name
 from ojfa_export.compiler.add_engines import add_engines
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build
@@ -112,18 +110,7 @@ def both_of(driver, chain_of, tmp_path):
 
     def make(name: str, precision: str = "fp32", kind: Kind = "narrow") -> Both:
         chain = chain_of(name, precision, kind)
-        jump = chain.shortcut if isinstance(chain.shortcut, BlockShortcut) else None
-        names = graph_names(chain.spec.blocks, 0 if jump is None else jump.blocks)
-        plans = {each: tmp_path / f"{each}.json" for each in names}
-        for each, plan in plans.items():
-            backend.build_engine(chain.spec, chain.graphs / f"{each}.onnx", plan)
-        rotary = chain.checkpoint.family.rotary(chain.checkpoint.config)
-        tables = rotary.tables(chain.max_length) if rotary else None
-        engines = backend.open_engines(chain.spec, chain.graphs, plans, tables)
-        if jump is not None:
-            opened = BlockJump(jump.exits, jump.blocks, chain.spec, chain.graphs, plans, tables)
-            open_jump(backend, engines, opened)
-        return Both(chain, engines)
+        return Both(chain, chain.open_on(backend, tmp_path))
 
     return make
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from stand_in import stand_in_gpu
+from stand_in.onnxruntime_cuda import make_onnxruntime
 
 import ojfa_export
 from ojfa_export import backends
+from ojfa_export.backends.checks import check_runs_checks
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.manifest import Manifest, manifest_digest
 from ojfa_export.bundle.names import CHECK_HEAD, MANIFEST, STATISTICS
@@ -207,19 +210,43 @@ def test_golden_tokens_of_a_policy(model: Model) -> None:
     assert failed[0].max_abs_diff == len(golden.token_ids)
 
 
-def test_a_backend_that_does_not_run_it(bundle: Path, options: Options) -> None:
-    message = "a head of 50 tokens, which the tensorrt backend doesn't run"
-    before = (bundle / MANIFEST).read_bytes()
-    with stand_in_gpu():
-        with pytest.raises(BackendError, match=message) as caught:
-            add_engines(bundle, "tensorrt", SILENT)
-        assert "--check-vocabulary 0" in str(caught.value.hint)
-        assert (bundle / MANIFEST).read_bytes() == before
-        with pytest.raises(BackendError, match=message):
-            plan(options(backend="tensorrt", check_vocabulary=50))
-        with pytest.raises(BackendError, match=message):
-            ojfa_export.load(bundle, backend="tensorrt")
-        assert "check" not in plan(options(backend="tensorrt", check_vocabulary=0))["stages"]
+@pytest.mark.parametrize("name", ["tensorrt", "onnxruntime-cuda"])
+def test_engines_for_a_gpu(
+    name: str, model: Model, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On stand-ins: a policy gives the tokens of the CPU, from its depths."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copy, golden = shutil.copytree(bundle, tmp_path / "device.ojfa"), model.manifest.check.golden
+    prompts, way = [[5, 6, 7], list(golden.prompt_token_ids)], {"exit": golden.policy}
+    with stand_in_gpu() as driver:
+        from ojfa_export.backends.onnxruntime_cuda import provider
+
+        monkeypatch.setattr(provider, "ort", make_onnxruntime(driver))
+        add_engines(copy, name, SILENT)
+        checks = verify_bundle(copy, None, name, SILENT)
+        assert all(each.passed for each in checks)
+        assert {"float64 check_head after 1: logits", "golden tokens of a policy"} <= {
+            each.name for each in checks
+        }
+        device = ojfa_export.load(copy, backend=name)
+        found, wanted = (
+            each.generate(prompts, **way, max_new_tokens=20, ignore_eos=True).prompts
+            for each in (device, model)
+        )
+        for one, other in zip(found, wanted, strict=True):
+            assert one.token_ids == other.token_ids
+            assert one.exit_blocks == other.exit_blocks
+        assert len({depth for each in found for depth in each.exit_blocks}) > 1
+        del device
+
+
+def test_a_backend_that_does_not_run_it() -> None:
+    other: Any = SimpleNamespace(name="other")
+    check_runs_checks(other, None)
+    message = "a head of 50 tokens, which the other backend doesn't run"
+    with pytest.raises(BackendError, match=message) as caught:
+        check_runs_checks(other, 50)
+    assert "--check-vocabulary 0" in str(caught.value.hint)
 
 
 def test_engines_are_built_again(bundle: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import pytest
 from chain import random_blocks
 from engine.random_requests import TIMEOUT, check_each_gives_what_it_gives_alone
 from engine.watched_engine import WatchedEngine
+from stand_in import stand_in_gpu
 
 import ojfa_export
 from ojfa_export.bundle.shortcut_file import save
+from ojfa_export.compiler.add_engines import add_engines
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.runtime.model import Model
+from ojfa_export.system.progress import SILENT
 
 
 @pytest.fixture(scope="module", params=["residual", "block"])
@@ -56,7 +60,7 @@ def policy_of(model: Model, exits: tuple[int, ...], measure: Any, share: float) 
     return never.model_copy(update={"thresholds": tuple(np.quantile(said, 1 - share, axis=0))})
 
 
-def test_requests_give_the_tokens_of_each_alone(checked: Model, rng: np.random.Generator) -> None:
+def random_requests(checked: Model, rng: np.random.Generator) -> list[dict[str, Any]]:
     """Of every way to decode, joining at random: also such as ask several exits in one pass."""
     some = policy_of(checked, (1, 3), "top", 0.4)
     others = policy_of(checked, (2,), "margin", 0.5)
@@ -70,19 +74,39 @@ def test_requests_give_the_tokens_of_each_alone(checked: Model, rng: np.random.G
         {"exit": "full"},
         {"exit": "full", "speculate": True},
     ]
+    return [
+        {
+            "prompt": (rng.integers(320, size=rng.integers(1, 20)).tolist(),),
+            "options": {"max_new_tokens": int(rng.integers(1, 20)), **ways[index]},
+            "comes": int(rng.integers(12)),
+            "cancelled_after": None,
+        }
+        for index in rng.integers(len(ways), size=10)
+    ]
+
+
+def test_requests_give_the_tokens_of_each_alone(checked: Model, rng: np.random.Generator) -> None:
     for _ in range(3):
-        requests = [
-            {
-                "prompt": (rng.integers(320, size=rng.integers(1, 20)).tolist(),),
-                "options": {"max_new_tokens": int(rng.integers(1, 20)), **ways[index]},
-                "comes": int(rng.integers(12)),
-                "cancelled_after": None,
-            }
-            for index in rng.integers(len(ways), size=10)
-        ]
-        slots = int(rng.integers(2, 6))
+        requests, slots = random_requests(checked, rng), int(rng.integers(2, 6))
         engine = check_each_gives_what_it_gives_alone(checked, checked, requests, slots, 100)
         assert not engine.ahead
+
+
+def test_requests_on_a_device(
+    checked: Model, rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the stand-in for a GPU, whose heads give tokens and no logits."""
+    if checked.manifest.shortcut.exits is not None:
+        pytest.skip("TensorRT runs no block jumps")
+    copy = shutil.copytree(checked.bundle.directory, tmp_path / "device.ojfa")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with stand_in_gpu():
+        add_engines(copy, "tensorrt", SILENT)
+        device = ojfa_export.load(copy, backend="tensorrt")
+        for _ in range(3):
+            requests, slots = random_requests(checked, rng), int(rng.integers(2, 6))
+            check_each_gives_what_it_gives_alone(device, checked, requests, slots, 100)
+        del device
 
 
 def test_whoever_goes_on_asks_the_whole_head_once(

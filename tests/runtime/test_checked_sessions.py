@@ -7,8 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 from chain import Chain, build_chain
+from checked_programs import (
+    BATCH,
+    MAX_LENGTH,
+    check_program,
+    checked_tokens,
+    programs,
+    session_of,
+    sure,
+    whole_logits,
+)
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from shortcut_kinds import split_kind
 from tiny_models import VOCAB_SIZE, make_checkpoint
 from tolerances import CONFIDENCE, LOGITS_FP32
@@ -20,13 +29,11 @@ from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.decoding.sampling import Sampling
 from ojfa_export.errors import UsageError
 from ojfa_export.promises.drift.read import read_text
-from ojfa_export.runtime.session import Session
 from ojfa_export.runtime.shadow import Shadow
 
 # Other families, shortcuts and products; GPT-2's exit head has a bias for each token.
 CASES = ["llama-gqa-residual", "gpt2-narrow", "phi3-longrope-mlp", "qwen3-block"]
 STORED = [f"llama-gqa-residual {storage}" for storage in ("int8", "int4", "fp16", "bf16")]
-SIZE, BATCH, MAX_LENGTH = 40, 3, 40
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +47,6 @@ def chain_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
             directory = tmp_path_factory.mktemp(case.replace(" ", "-"))
             quantised = storage.startswith("int")
             form = WeightFormat(storage=storage, group_size=32) if quantised else None
-            rng = np.random.default_rng(5)
-            tokens = np.sort(rng.choice(VOCAB_SIZE, SIZE, replace=False)).astype(np.int32)
             chains[case] = build_chain(
                 make_checkpoint(variant, directory / "checkpoint", seed=3),
                 directory,
@@ -49,30 +54,11 @@ def chain_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 weights=form,
                 precision="fp32" if quantised or not storage else storage,
                 max_length=64,
-                check_tokens=tokens,
+                check_tokens=checked_tokens(),
             )
         return chains[case]
 
     return build
-
-
-def session_of(chain: Chain, batch: int = BATCH, engines: Any = None) -> Session:
-    return Session(chain.spec, engines or chain.engines, batch, MAX_LENGTH)
-
-
-def sure(logits: np.ndarray, measure: str) -> float:
-    """Confidence of one row, in float64."""
-    log = logits.astype(np.float64)
-    log = log - np.logaddexp.reduce(log)
-    if measure == "entropy":
-        return float((np.exp(log) * log).sum())
-    second, first = np.sort(np.exp(log))[-2:]
-    return float(first - second if measure == "margin" else first)
-
-
-def whole_logits(chain: Chain, ids: list[int], exit: int) -> np.ndarray:
-    """Of the whole head, in a fresh session."""
-    return session_of(chain, 1).advance(ids, exit)[0]
 
 
 @pytest.mark.parametrize("case", CASES + STORED)
@@ -85,59 +71,16 @@ def test_its_logits_are_the_exit_heads_of_its_tokens(case, chain_of, rng):
         np.testing.assert_allclose(given, expected, atol=LOGITS_FP32, rtol=0)
 
 
-threshold = st.sampled_from([0.0, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 1.1])
-steps = st.tuples(
-    st.lists(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=3), min_size=BATCH, max_size=BATCH)
-    | st.just([[5]] * BATCH),
-    st.dictionaries(st.integers(1, 3), threshold, max_size=3),
-    st.sampled_from(["top", "margin"]),
-)
-
-
 @pytest.mark.parametrize("case", CASES)
 @settings(
     max_examples=20,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(program=st.lists(steps, min_size=1, max_size=5))
+@given(program=programs)
 def test_tokens_and_depths_are_those_of_whole_logits(case, chain_of, program):
-    """Who leaves follows from the whole head's logits of the check head's tokens, in NumPy."""
     chain = chain_of(case)
-    session, ids = session_of(chain), [[] for _ in range(BATCH)]
-    chosen = session_of(chain)
-    for new, exits, measure in [*program, ([[1]] * BATCH, {2: 0.0}, "top")]:
-        room = min(MAX_LENGTH - max(map(len, ids)), 3)
-        new = [each[:room] for each in new]
-        asked = sorted(exit for exit in exits if exit in session.exits)
-        policy = ExitPolicy(
-            exits=asked, measure=measure, thresholds=[exits[exit] for exit in asked]
-        )
-        step, choice = session.decide(new, policy), chosen.choose(new, policy)
-        for row, added in enumerate(new):
-            ids[row] += added
-            if not added:
-                assert step.blocks_run[row] == choice.blocks_run[row] == 0
-                continue
-            depth = int(step.blocks_run[row])
-            for index, (exit, least) in enumerate(
-                zip(policy.exits, policy.thresholds, strict=True)
-            ):
-                said = step.confidence[index, row]
-                assert np.isnan(said) == (exit > depth)
-                if exit > depth:
-                    continue
-                whole = whole_logits(chain, ids[row], exit)
-                expected = sure(whole[chain.check_tokens], measure)
-                # A softmax moves by no more than its logits.
-                assert said == pytest.approx(expected, abs=CONFIDENCE + LOGITS_FP32)
-                assert (said >= least) == (exit == depth)
-            expected = whole_logits(chain, ids[row], depth)
-            np.testing.assert_allclose(step.logits[row], expected, atol=LOGITS_FP32, rtol=0)
-            assert choice.tokens[row] == step.logits[row].argmax()
-            assert choice.blocks_run[row] == depth
-        if any(new):  # a choice of nothing knows of no exits
-            np.testing.assert_array_equal(choice.confidence, step.confidence)
+    check_program(chain, chain.engines, program)
 
 
 class Counted(ChoosesOnHost):

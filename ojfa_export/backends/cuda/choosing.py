@@ -25,11 +25,11 @@ class Chooser:
     Args:
         kernels: The compiled kernels.
         mailbox: Where answers go.
-        vocabulary: Logits of a row.
+        tokens: Logits of a row.
     """
 
-    def __init__(self, kernels: Kernels, mailbox: Mailbox, vocabulary: int) -> None:
-        self.kernels, self.mailbox, self._vocabulary = kernels, mailbox, vocabulary
+    def __init__(self, kernels: Kernels, mailbox: Mailbox, tokens: int) -> None:
+        self.kernels, self.mailbox, self.tokens = kernels, mailbox, tokens
 
     def choose(self, logits: DeviceArray, asked: HeadArguments) -> None:
         """Gives an answer from logits [rows, V]."""
@@ -39,7 +39,7 @@ class Chooser:
             (CHOOSE_THREADS, 1, 1),
             (
                 pointer(logits.pointer),
-                integer(self._vocabulary),
+                integer(self.tokens),
                 *self.mailbox.asked(asked),
             ),
             overlapping=True,
@@ -56,7 +56,7 @@ class Chooser:
             (SAMPLE_THREADS, 1, 1),
             (
                 pointer(logits.pointer),
-                integer(self._vocabulary),
+                integer(self.tokens),
                 *self.mailbox.arguments(),
             ),
             overlapping=True,

@@ -31,7 +31,7 @@ class OnnxRuntime:
 
     name = "onnxruntime"
     suffix = ".onnx"
-    runs_checks = True
+    checks_by_default = True
 
     def versions(self) -> dict[str, str]:
         """What the engines depend on."""

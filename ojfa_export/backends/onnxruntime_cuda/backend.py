@@ -27,6 +27,7 @@ class OnnxRuntimeCuda:
 
     name = NAME
     suffix = ".json"
+    checks_by_default = False  # not measured
     precisions: tuple[Precision, ...] = ("fp16", "fp32")
 
     def versions(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ import onnx
 from ojfa_export.backends.onnxruntime.dialect import check_fused_attention
 from ojfa_export.backends.onnxruntime_cuda.dialect import CudaGraph, OnnxRuntimeCuda
 from ojfa_export.backends.onnxruntime_cuda.plan import NAME, GraphPlan, Weight
-from ojfa_export.bundle.names import EXIT_BLOCK, block_name, exit_block_name
+from ojfa_export.bundle.names import CHECK_HEAD, EXIT_BLOCK, block_name, exit_block_name
 from ojfa_export.graphs.block import block_graph, exit_block_graph
 from ojfa_export.graphs.dialect import Weights
 from ojfa_export.graphs.embed import embed_graph
@@ -73,8 +73,8 @@ def _model(
         return name, embed_graph(spec, weights, 0, rotations=False, graph_type=CudaGraph)
     if name == "final_head":
         return name, final_head_graph(spec, weights, dialect)
-    if name == "exit_head":
-        return name, jump_head_graph(spec, weights, dialect)
+    if name in ("exit_head", CHECK_HEAD):
+        return name, jump_head_graph(spec, weights, dialect, name)
     if name.startswith(EXIT_BLOCK):  # all alike
         return exit_block_name(0), exit_block_graph(spec, exit_block_name(0), weights, dialect)
     first = spec.like(int(name.removeprefix("block_")))

@@ -27,6 +27,8 @@ class TensorRt:
 
     name = "tensorrt"
     suffix = ".json"
+    # The C++ runtime runs these engines too, and refuses check heads; nor are they measured here.
+    checks_by_default = False
 
     def versions(self) -> dict[str, str]:
         """What the engines depend on."""

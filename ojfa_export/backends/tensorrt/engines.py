@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ojfa_export.backends.backend import Executor
+from ojfa_export.backends.checks import same_for_all
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
 from ojfa_export.backends.cuda.choosing import choose_in_parts
 from ojfa_export.backends.cuda.device import Device, PinnedArray
@@ -32,8 +33,9 @@ from ojfa_export.backends.tensorrt.opened import OpenedModel
 from ojfa_export.backends.tensorrt.pass_kinds import pass_kinds
 from ojfa_export.backends.tensorrt.replays import Replays
 from ojfa_export.bundle.checked import UNCHECKED, Files
-from ojfa_export.bundle.names import block_name
+from ojfa_export.bundle.names import CHECK_HEAD, OF_EXITS, block_name
 from ojfa_export.decoding.arrays import Float32
+from ojfa_export.decoding.check_output import CheckOutput
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
 from ojfa_export.models.spec import ModelSpec
 
@@ -72,10 +74,15 @@ class TensorRtEngines(OpenedModel):
         self.pass_sizes = tuple(size for size in SIZES if size <= self.most_pass_tokens())
         self.in_flight = InFlight(self)
         self._replays = Replays(self, self, self.in_flight)
-        self._heads: dict[int, Head] = {}  # by blocks run
+        self._heads: dict[tuple[str, int], Head] = {}  # by graph, and by exit where that matters
         self._states = self.arrays.lasting((HEAD_ROWS, spec.hidden_size), np.float32)
         self._logits = self.arrays.lasting((HEAD_ROWS, spec.vocab_size), np.float32)
         self._pinned = PinnedArray((HEAD_ROWS, spec.vocab_size), np.float32)
+
+    @property
+    def has_check_head(self) -> bool:
+        """See `backends.checks.ChecksExits`."""
+        return CHECK_HEAD in self._plans
 
     def load_blocks(self, depth: int) -> None:
         """Uploads the weights of the embedding and the first blocks."""
@@ -86,7 +93,7 @@ class TensorRtEngines(OpenedModel):
     def unload_heads(self) -> None:
         """Lets go of the heads' weights; they are uploaded again when used."""
         self._heads.clear()
-        for name in ("exit_head", "final_head"):
+        for name in {"exit_head", CHECK_HEAD, "final_head"} & self._plans.keys():
             self.close(name)
 
     def executor(self, slots: int, capacity: int, pages: int | None = None) -> TensorRtExecutor:
@@ -99,39 +106,83 @@ class TensorRtEngines(OpenedModel):
 
     def logits(self, hidden: Float32 | DeviceArray, blocks_run: int) -> Float32:
         """Applies the head after so many blocks: [rows, H] to [rows, V]."""
+        return self._logits_by(self._head_after(blocks_run), hidden, blocks_run)
+
+    def check_logits(
+        self, hidden: Float32 | DeviceArray, blocks_run: int | Sequence[int]
+    ) -> Float32:
+        """See `backends.checks.ChecksExits`; all rows after as many blocks."""
+        return self._logits_by(CHECK_HEAD, hidden, same_for_all(blocks_run))
+
+    def check(self, hidden: Float32 | DeviceArray, blocks_run: int | Sequence[int]) -> HeadOutput:
+        """See `backends.checks.ChecksExits`; all rows after as many blocks."""
+        return self._ask(CHECK_HEAD, hidden, same_for_all(blocks_run), HeadRequest())
+
+    def _logits_by(self, name: str, hidden: Float32 | DeviceArray, blocks_run: int) -> Float32:
+        """Logits [rows, tokens of the head] of a head, by the name of its graph."""
         self.device.make_current()
         states = self.arrays.asarray(hidden)
-        head = self._head(blocks_run)
+        head = self._head(name, blocks_run)
         if self.in_flight.may_be_off:
             self.in_flight.call_off()
-        result = np.empty((len(states), self.spec.vocab_size), np.float32)
+        result = np.empty((len(states), head.chooser.tokens), np.float32)
         for at in range(0, len(states), HEAD_ROWS):
             part = states if len(states) <= HEAD_ROWS else states[at : at + HEAD_ROWS]
-            count, size = len(part), result[at : at + HEAD_ROWS].nbytes
+            some = result[at : at + HEAD_ROWS]
+            part, logits = self._in_place(part), self._logits_room(head, len(part))
 
-            part = self._in_place(part)
-
-            def work(part: DeviceArray = part, count: int = count, size: int = size) -> None:
-                head.run(part, self._logits[:count])
-                self.device.download(self._logits.pointer, self._pinned.pointer, size)
+            def work(
+                part: DeviceArray = part, logits: DeviceArray = logits, size: int = some.nbytes
+            ) -> None:
+                head.run(part, logits)
+                self.device.download(logits.pointer, self._pinned.pointer, size)
 
             self.device.recorder.add(
-                ("logits", self.mailbox, blocks_run, count, part.pointer), work
+                ("logits", self.mailbox, name, blocks_run, len(part), part.pointer), work
             )
             self.device.synchronize()
-            result[at : at + HEAD_ROWS] = self._pinned.array[:count]
+            some[...] = self._pinned.array.reshape(-1)[: some.size].reshape(some.shape)
         return result
 
     def choose(
         self, hidden: Float32 | DeviceArray, blocks_run: int, request: HeadRequest
     ) -> HeadOutput:
         """Applies the head after so many blocks, and chooses on the device."""
+        if request.check is None or not self.has_check_head:
+            return self._ask(self._head_after(blocks_run), hidden, blocks_run, request)
+        states = self.arrays.asarray(hidden)
+        said = self._ask(CHECK_HEAD, states, blocks_run, HeadRequest(check=request.check))
+        return self.of_check(said, states, blocks_run, request)
+
+    def of_check(
+        self, said: HeadOutput, states: DeviceArray, blocks_run: int, request: HeadRequest
+    ) -> HeadOutput:
+        """What a head said, or where that was the check head, also the whole head when it is asked.
+
+        Args:
+            said: By whichever head `choose` asks.
+            states: [rows, H], which it was asked about.
+            blocks_run: Of all rows.
+            request: As of `choose`.
+        """
+        if request.check is None or not self.has_check_head:
+            return said
+
+        def whole(some: DeviceArray, asked: HeadRequest) -> HeadOutput:
+            return self.choose(some, blocks_run, asked)
+
+        return CheckOutput(said, states, request, whole)
+
+    def _ask(
+        self, name: str, hidden: Float32 | DeviceArray, blocks_run: int, request: HeadRequest
+    ) -> HeadOutput:
+        """Applies a head by the name of its graph, and chooses on the device."""
         if not self.device.recorder.pending:  # else this thread has just run blocks
             self.device.make_current()
         states = self.arrays.asarray(hidden)
         if self.in_flight.may_be_off:
             self.in_flight.call_off()
-        return choose_in_parts(partial(self._choose, blocks_run), states, request)
+        return choose_in_parts(partial(self._choose, name, blocks_run), states, request)
 
     def prepare(
         self,
@@ -147,10 +198,10 @@ class TensorRtEngines(OpenedModel):
         return self._replays.prepare(executor, step, states, newest, request)
 
     def _choose(
-        self, blocks_run: int, states: DeviceArray, request: HeadRequest
+        self, name: str, blocks_run: int, states: DeviceArray, request: HeadRequest
     ) -> DeviceHeadOutput:
-        head, count = self._head(blocks_run), states.shape[0]
-        states = self._in_place(states)
+        head, count = self._head(name, blocks_run), states.shape[0]
+        logits, states = self._logits_room(head, count), self._in_place(states)
         last, check = self.in_flight.last_pass, request.check
         if last is None or not last.executor.can_begin(last):
             check = None
@@ -160,10 +211,10 @@ class TensorRtEngines(OpenedModel):
         self.in_flight.keeping = (), None
 
         def work() -> None:
-            head.choose(states, self._logits[:count], asked, keeping)
+            head.choose(states, logits, asked, keeping)
 
         asked = HeadArguments.of(replace(request, check=check))
-        key = ("choose", self.mailbox, blocks_run, count, states.pointer, asked, *key)
+        key = ("choose", self.mailbox, name, blocks_run, count, states.pointer, asked, *key)
         if check is None or last is None:
             recorder.add(key, work)
         else:
@@ -186,23 +237,29 @@ class TensorRtEngines(OpenedModel):
         self.device.copy(states.pointer, target.pointer, states.nbytes)
         return target
 
-    def _head(self, blocks_run: int) -> Head:
-        head = self._heads.get(blocks_run)
+    def _logits_room(self, head: Head, rows: int) -> DeviceArray:
+        """Room for a head's logits of some rows: the first numbers of what all heads share."""
+        return self._logits.reshape(rows, head.chooser.tokens)
+
+    def _head_after(self, blocks_run: int) -> str:
+        """The graph of the head after so many blocks."""
+        return "final_head" if blocks_run == self.spec.blocks else "exit_head"
+
+    def _head(self, name: str, blocks_run: int) -> Head:
+        same = OF_EXITS.isdisjoint(self.plan(name).weights)  # at every exit
+        key = name, 0 if same else blocks_run
+        head = self._heads.get(key)
         if head is None:
-            head = self._heads[blocks_run] = self._open_head(blocks_run)
+            head = self._heads[key] = self._open_head(name, blocks_run)
         return head
 
-    def _open_head(self, blocks_run: int) -> Head:
-        if blocks_run == self.spec.blocks:
-            return FinalHead(self)
-        weights = self.plan("exit_head").weights
+    def _open_head(self, name: str, blocks_run: int) -> Head:
+        weights = self.plan(name).weights
         if "gates" in weights:
-            return ResidualExitHead(self, blocks_run)
+            return ResidualExitHead(self, name, blocks_run)
         if "exit.scale" in weights:
-            return MlpExitHead(self, blocks_run)
-        # Every exit's head is the same: none but a residual jump knows of exits.
-        others = (head for head in self._heads.values() if isinstance(head, ExitHead))
-        return next(others, None) or ExitHead(self)
+            return MlpExitHead(self, name, blocks_run)
+        return ExitHead(self, name) if "project" in weights else FinalHead(self, name)
 
 
 def _one_after_the_other(first: Work, second: Work) -> None:

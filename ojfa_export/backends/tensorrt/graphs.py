@@ -17,7 +17,7 @@ from dataclasses import replace
 import onnx
 
 from ojfa_export.backends.tensorrt.plan import MLP, QKV
-from ojfa_export.bundle.names import DRAFT_GRAPHS, OF_EXITS
+from ojfa_export.bundle.names import CHECK_HEAD, DRAFT_GRAPHS, OF_EXITS
 from ojfa_export.graphs.block import after_attention
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.graph import FLOAT, Graph, WeightInputs
@@ -67,10 +67,12 @@ def parts(
     dialect = TensorRtDialect(spec, precision)
     if name == "embed" or name in DRAFT_GRAPHS:
         return {}
+    if name == CHECK_HEAD and "head" in weights:  # behind a jump's kernels
+        return {name: final_head_graph(spec, weights, dialect)}
     if not weights.keys().isdisjoint(OF_EXITS):  # kernels, and the final head's
         return {}
-    if name == "exit_head":
-        return {name: exit_head_graph(spec, weights, dialect)}
+    if name in ("exit_head", CHECK_HEAD):
+        return {name: exit_head_graph(spec, weights, dialect, name)}
     if name == "final_head":
         return {name: final_head_graph(spec, weights, dialect)}
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,14 +32,21 @@ CHECK_THREADS, BESIDE_THREADS, CHECK_RANK, KEEP_THREADS = 512, 128, 128, 256
 NOTHING_TO_KEEP = (pointer(None), pointer(None), pointer(None), integer(0))
 # What the folded exit head consists of; another exit head runs in its engine.
 FOLDED = {"project", "project.bias", "vocabulary", "vocabulary.bias"}
+# And the model's own.
+FINAL = {"final_norm.weight", "final_norm.bias", "head"}
 
 
 class Head(Protocol):
-    """The model's own head, or the exit head."""
+    """The model's own head, the exit head, or the check head."""
 
     @property
     def is_small(self) -> bool:
         """Whether a check of a few rows takes so little that the next block runs beside it."""
+        ...
+
+    @property
+    def chooser(self) -> Chooser:
+        """Chooses among the tokens that its logits are of."""
         ...
 
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
@@ -108,9 +116,13 @@ class Keeping:
 
 
 class ByLogits:
-    """A head that chooses by way of its logits."""
+    """A head that chooses by way of its logits.
 
-    _chooser: Chooser
+    Attributes:
+        chooser: Chooses among the tokens that these are of.
+    """
+
+    chooser: Chooser
     is_small = False
 
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
@@ -128,45 +140,55 @@ class ByLogits:
         if keeping is not None:
             keeping.run()
         self.run(hidden, logits)
-        self._chooser.choose(logits, asked)
+        self.chooser.choose(logits, asked)
 
 
-def _run_engine(model: OpenedModel, name: str, hidden: DeviceArray, logits: DeviceArray) -> None:
+def _run_engine(
+    model: OpenedModel,
+    name: str,
+    weights: Mapping[str, DeviceArray],
+    hidden: DeviceArray,
+    logits: DeviceArray,
+) -> None:
     rows, width = hidden.shape
     # Addresses must be multiples of 256; a row of hidden states may lie anywhere.
     aligned = hidden if hidden.pointer % 256 == 0 else hidden.copy()
     model.engine(name, name).run(
         rows,
         {"hidden": (aligned.pointer, width), "logits": (logits.pointer, 0)},
-        {key: array.pointer for key, array in model.weights(name).items()},
+        {key: array.pointer for key, array in weights.items()},
     )
 
 
 class FinalHead(ByLogits):
-    """Final norm and LM head.
+    """Final norm and LM head, or some of its rows.
 
     Args:
         model: The opened model.
+        graph: Whose weights these are.
     """
 
-    def __init__(self, model: OpenedModel) -> None:
-        self._model, self._chooser = model, model.chooser
-        weights = model.weights("final_head")
+    def __init__(self, model: OpenedModel, graph: str = "final_head") -> None:
+        self._model, self._graph = model, graph
+        self._weights = {
+            name: array for name, array in model.weights(graph).items() if name in FINAL
+        }
         self._norm = Norm(
-            weights["final_norm.weight"],
-            weights.get("final_norm.bias"),
+            self._weights["final_norm.weight"],
+            self._weights.get("final_norm.bias"),
             model.spec.norm_epsilon,
         )
-        self._matrix = weights["head"]
+        self._matrix = self._weights["head"]
+        self.chooser = model.chooser(len(self._matrix))
 
     def run(self, hidden: DeviceArray, logits: DeviceArray) -> None:
         """See `Head`."""
         products = self._model.products(len(hidden))
         if products:
             products.norm_linear(logits, hidden, self._norm, self._matrix, None)
-            cap_logits(self._chooser.kernels, logits, self._model.spec.logit_softcap)
+            cap_logits(self.chooser.kernels, logits, self._model.spec.logit_softcap)
         else:
-            _run_engine(self._model, "final_head", hidden, logits)
+            _run_engine(self._model, self._graph, self._weights, hidden, logits)
 
 
 class ExitHead(ByLogits):
@@ -174,11 +196,13 @@ class ExitHead(ByLogits):
 
     Args:
         model: The opened model.
+        graph: Whose weights these are: of the exit head, or of a check head with some rows of V.
     """
 
-    def __init__(self, model: OpenedModel) -> None:
-        self._model, self._chooser = model, model.chooser
-        weights = model.plan("exit_head").weights
+    def __init__(self, model: OpenedModel, graph: str) -> None:
+        self._model, self._graph = model, graph
+        weights = model.plan(graph).weights
+        self.chooser = model.chooser(weights["vocabulary"].shape[0])
         self._kernels: tuple[LinearKernels, LinearKernels] | None = None
         self._gemms: tuple[GemmProducts | None, GemmProducts | None] = (None, None)
         self.is_small = False
@@ -189,7 +213,7 @@ class ExitHead(ByLogits):
         self._project = model.store.padded(project, turned=True)
         self._vocabulary = model.store.padded(vocabulary, turned=False)
         self._z = model.arrays.lasting((HEAD_ROWS, project.shape[1]), np.float32)
-        small = model.weights("exit_head")
+        small = model.weights(graph)
         self._project_bias = small["project.bias"]
         self._bias = small.get("vocabulary.bias")
         self._norm = Norm(None, None, model.spec.norm_epsilon)
@@ -214,13 +238,14 @@ class ExitHead(ByLogits):
         """See `Head`; at most HEAD_ROWS rows."""
         products = self._products(len(hidden))
         if products is None:
-            _run_engine(self._model, "exit_head", hidden, logits)
+            weights = self._model.weights(self._graph)
+            _run_engine(self._model, self._graph, weights, hidden, logits)
             return
         first, second = products
         z = self._z[: len(hidden)]
         first.linear(z, None, hidden, self._project, self._project_bias)
         second.norm_linear(logits, z, self._norm, self._vocabulary, self._bias)
-        cap_logits(self._chooser.kernels, logits, self._model.spec.logit_softcap)
+        cap_logits(self.chooser.kernels, logits, self._model.spec.logit_softcap)
 
     def _products(self, rows: int) -> tuple[Products, Products] | None:
         """What multiplies with both matrices, for so many rows; None where an engine runs."""
@@ -249,7 +274,7 @@ class ExitHead(ByLogits):
             if asked.measure < 0
             else ("exit_check_beside", BESIDE_THREADS)
         )
-        self._chooser.kernels.launch(
+        self.chooser.kernels.launch(
             f"{kind}_{len(hidden)}",
             (self._model.device.multiprocessors, 1, 1),
             (threads, 1, 1),
@@ -267,8 +292,8 @@ class ExitHead(ByLogits):
                 integer(outputs),
                 number(self._norm.epsilon),
                 *(keeping.arguments() if keeping else NOTHING_TO_KEEP),
-                *self._chooser.mailbox.asked(asked),
+                *self.chooser.mailbox.asked(asked),
             ),
             overlapping=True,
         )
-        self._chooser.sample(logits, asked)
+        self.chooser.sample(logits, asked)

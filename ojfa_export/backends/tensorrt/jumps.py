@@ -1,4 +1,4 @@
-"""Exit heads that run a jump of their own, then the model's own head."""
+"""Exit heads that run a jump of their own, then the model's own head; check heads, its rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, Norm
 from ojfa_export.backends.tensorrt.opened import OpenedModel
 from ojfa_export.backends.tensorrt.products import Products
 from ojfa_export.backends.tensorrt.weights import ROW_BYTES
+from ojfa_export.bundle.names import CHECK_HEAD
 
 ROW_ELEMENTS = ROW_BYTES // 4  # of fp32, as a kernel loads them
+
+
+def final_head_of(model: OpenedModel, graph: str) -> FinalHead:
+    """What follows a jump: the model's own head, or of a check head its rows."""
+    return FinalHead(model, graph if graph == CHECK_HEAD else "final_head")
 
 
 class ResidualExitHead(ByLogits):
@@ -21,12 +27,14 @@ class ResidualExitHead(ByLogits):
 
     Args:
         model: The opened model.
+        graph: Of the exit head, or of the check head.
         blocks_run: The exit, which picks the gate.
     """
 
-    def __init__(self, model: OpenedModel, blocks_run: int) -> None:
-        self._final, self._chooser = FinalHead(model), model.chooser
-        store, plan = model.store, model.plan("exit_head")
+    def __init__(self, model: OpenedModel, graph: str, blocks_run: int) -> None:
+        self._final = final_head_of(model, graph)
+        self.chooser = self._final.chooser
+        store, plan = model.store, model.plan(graph)
         project, up, gates = (store.read(plan.weights[n]) for n in ("project", "up", "gates"))
         bias = store.read(plan.weights["project.bias"])
         rank = -(-len(up) // ROW_ELEMENTS) * ROW_ELEMENTS  # filled up with zeros
@@ -63,12 +71,14 @@ class MlpExitHead(ByLogits):
 
     Args:
         model: The opened model.
+        graph: Of the exit head, or of the check head.
         blocks_run: The exit, which picks scale and bias.
     """
 
-    def __init__(self, model: OpenedModel, blocks_run: int) -> None:
-        self._model, self._final, self._chooser = model, FinalHead(model), model.chooser
-        store, plan, weights = model.store, model.plan("exit_head"), model.weights("exit_head")
+    def __init__(self, model: OpenedModel, graph: str, blocks_run: int) -> None:
+        self._model, self._final = model, final_head_of(model, graph)
+        self.chooser = self._final.chooser
+        store, plan, weights = model.store, model.plan(graph), model.weights(graph)
         scale, bias = (
             store.read(plan.weights[name])[blocks_run - 1] for name in ("exit.scale", "exit.bias")
         )

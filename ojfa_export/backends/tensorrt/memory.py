@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ojfa_export.backends.cuda.sizes import readable
 from ojfa_export.backends.tensorrt.plan import PASS_TOKENS, GraphPlan, Place
-from ojfa_export.bundle.names import block_name
+from ojfa_export.bundle.names import CHECK_HEAD, block_name
 from ojfa_export.errors import BackendError
 from ojfa_export.models.spec import ModelSpec
 
@@ -82,8 +82,8 @@ class Room:
             opened: Whether TensorRT's engines are.
         """
         spec = self._spec
-        head = "final_head" if request.blocks.stop == spec.blocks else "exit_head"
-        names = ["embed", *map(block_name, request.blocks), head]
+        heads = ["final_head"] if request.blocks.stop == spec.blocks else ["exit_head", CHECK_HEAD]
+        names = ["embed", *map(block_name, request.blocks), *heads]
         missing = {
             place: size
             for name in names

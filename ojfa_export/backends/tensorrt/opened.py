@@ -97,7 +97,6 @@ class OpenedModel:
         self._weights: dict[str, dict[str, DeviceArray]] = {}
         self.mailbox: Mailbox = beside.mailbox if beside else Mailbox(device)
         chosen = self.kernels[self.precision]
-        self.chooser = Chooser(chosen, self.mailbox, spec.vocab_size)
         self.most_linear_tokens = MOST_TOKENS
         if self.precision != "fp32" and spec.hidden_size <= SMALL_WIDTH:
             self.most_linear_tokens = 0
@@ -113,6 +112,10 @@ class OpenedModel:
         if self._cublas is not None and embed.products is not None:
             self._choose_algorithms(self._cublas, self._directory / embed.products)
         self._gemm = self.gemm(self.precision)
+
+    def chooser(self, tokens: int) -> Chooser:
+        """Chooses among so many tokens."""
+        return Chooser(self.kernels[self.precision], self.mailbox, tokens)
 
     def plan(self, name: str) -> GraphPlan:
         """A graph's plan."""

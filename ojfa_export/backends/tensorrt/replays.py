@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial
+from typing import Protocol
 
 from ojfa_export.backends.choice import Chooses, run_and_choose
+from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.recorder import Recording
 from ojfa_export.backends.passes import Newest, Pass, positions_of
 from ojfa_export.backends.tensorrt.executor import TensorRtExecutor
@@ -19,6 +21,16 @@ from ojfa_export.backends.tensorrt.in_flight import InFlight, NewestDecode
 from ojfa_export.backends.tensorrt.opened import OpenedModel
 from ojfa_export.decoding.arrays import Hidden
 from ojfa_export.decoding.head_output import HeadOutput, HeadRequest
+
+
+class Asks(Chooses, Protocol):
+    """The part of `engines.TensorRtEngines` that heads are asked through."""
+
+    def of_check(
+        self, said: HeadOutput, states: DeviceArray, blocks_run: int, request: HeadRequest
+    ) -> HeadOutput:
+        """See there."""
+        ...
 
 
 class Replays:
@@ -30,7 +42,7 @@ class Replays:
         in_flight: What is on the device of its newest pass.
     """
 
-    def __init__(self, engines: Chooses, model: OpenedModel, in_flight: InFlight) -> None:
+    def __init__(self, engines: Asks, model: OpenedModel, in_flight: InFlight) -> None:
         self._engines, self._in_flight = engines, in_flight
         self._mailbox, self._recorder = model.mailbox, model.device.recorder
 
@@ -109,10 +121,10 @@ class Replays:
                 workspace.name(step.tokens, positions)
             workspace.moved_to([])
         self._recorder.replay(graph)
-        choices = self._mailbox.expect(len(chunks))
+        said = self._mailbox.expect(len(chunks))
         if step.tokens is not None:
             workspace.moved_to(positions)
         hidden = workspace.hidden[depth % 2]
         newest.set(step, hidden)
         in_flight.last_pass = NewestDecode(executor, depth, chunks, step.long_context, hidden)
-        return choices
+        return self._engines.of_check(said, hidden, depth, request)
