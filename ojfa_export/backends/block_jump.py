@@ -65,8 +65,7 @@ def check_runs_jump(backend: Backend, exits: Sequence[int] | None) -> None:
     if exits is not None and not isinstance(backend, RunsBlockJumps):
         raise BackendError(
             f"the shortcut is a block jump, which the {backend.name} backend doesn't run",
-            hint="use the backend 'onnxruntime' or 'onnxruntime-cuda', or build the bundle with "
-            "another shortcut",
+            hint="build the bundle with another shortcut",
         )
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from tolerances import LOGITS_FP32
 
 import ojfa_export
 from ojfa_export import errors
+from ojfa_export.backends.block_jump import check_runs_jump
 from ojfa_export.backends.frugal import FrugalEngines
 from ojfa_export.bundle.block_shortcut import BlockShortcut, BlocksOnSequences
 from ojfa_export.bundle.manifest import manifest_digest
@@ -245,24 +247,17 @@ def test_a_jump_that_does_not_belong_there_is_refused(options, checkpoint, jump,
             plan(options(shortcut=path, rank=None))
 
 
-def test_a_backend_that_runs_none_refuses_it(built, options, jump_file, tmp_path, monkeypatch):
-    from stand_in import stand_in_gpu
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    bundle = shutil.copytree(built.bundle, tmp_path / "b.ojfa")
-    match = "the shortcut is a block jump, which the tensorrt backend doesn't run"
-    with stand_in_gpu():
-        for ask in (
-            lambda: plan(options(shortcut=jump_file, rank=None, backend="tensorrt")),
-            lambda: add_engines(bundle, "tensorrt", SILENT),
-            lambda: ojfa_export.load(bundle, backend="tensorrt"),
-        ):
-            with pytest.raises(errors.BackendError, match=match) as caught:
-                ask()
-            assert "onnxruntime" in caught.value.hint
+def test_a_backend_that_runs_none_refuses_it():
+    other: Any = SimpleNamespace(name="other")
+    check_runs_jump(other, None)
+    match = "the shortcut is a block jump, which the other backend doesn't run"
+    with pytest.raises(errors.BackendError, match=match) as caught:
+        check_runs_jump(other, EXITS)
+    assert "another shortcut" in caught.value.hint
 
 
-def test_onnxruntime_cuda_runs_it_on_a_stand_in(built, model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("backend", ["onnxruntime-cuda", "tensorrt"])
+def test_backends_for_a_gpu_run_it_on_stand_ins(built, model, tmp_path, monkeypatch, backend):
     """Its engines are verified as they are added; steps begin before the token before is known."""
     from stand_in import stand_in_gpu
     from stand_in.onnxruntime_cuda import make_onnxruntime
@@ -278,9 +273,9 @@ def test_onnxruntime_cuda_runs_it_on_a_stand_in(built, model, tmp_path, monkeypa
         from ojfa_export.backends.onnxruntime_cuda import provider
 
         monkeypatch.setattr(provider, "ort", make_onnxruntime(driver))
-        added = add_engines(bundle, "onnxruntime-cuda", SILENT)
+        added = add_engines(bundle, backend, SILENT)
         assert added["checks"] > 10
-        device = ojfa_export.load(bundle, backend="onnxruntime-cuda")
+        device = ojfa_export.load(bundle, backend=backend)
         with ojfa_export.Engine(device, max_sequences=3) as engine:
             running = [engine.submit(prompt, **way, **most) for way in ways]
             found = [each.result(60) for each in running]

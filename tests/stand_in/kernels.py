@@ -389,6 +389,11 @@ class StandInKernels:
 
     exit_check_beside = exit_check
 
+    def scale_and_shift(self, a: Any) -> None:
+        x = self._floats(a.x, a.grid[0], a.features)
+        scale, shift = (self._floats(each, a.features) for each in (a.scale, a.shift))
+        self._floats(a.y, a.grid[0], a.features)[...] = x * scale + shift
+
     def side_by_side(self, a: Any) -> None:
         tokens, depths = a.grid[:2]
         positions, sequences = (

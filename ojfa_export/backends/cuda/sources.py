@@ -28,6 +28,7 @@ SOURCES = (
     "sample.cu",
     "exit_check.cu",
     "draft.cu",
+    "exit_block.cu",
 )
 HEADERS = (
     "element.cuh",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ojfa_export.backends.backend import Backend, Engines
+from ojfa_export.backends.block_jump import BlockJump
 from ojfa_export.backends.cuda.arrays import DTYPES
 from ojfa_export.backends.cuda.bandwidth import copy_bandwidth
 from ojfa_export.backends.cuda.cublas import cublas_version
@@ -14,6 +15,7 @@ from ojfa_export.backends.draft import DraftLayer
 from ojfa_export.backends.tensorrt import api
 from ojfa_export.backends.tensorrt.draft import TensorRtDraft
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
+from ojfa_export.backends.tensorrt.exit_blocks import TensorRtExitBlocks
 from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for, read_plan
 from ojfa_export.backends.tensorrt.probe import trace_block
 from ojfa_export.bundle.checked import UNCHECKED, Files
@@ -69,6 +71,11 @@ class TensorRt:
         """Opens a bundle's draft layer, which shares weights with its model."""
         assert isinstance(engines, TensorRtEngines)
         return TensorRtDraft(engines, layer)
+
+    def open_exit_blocks(self, engines: Engines, jump: BlockJump) -> TensorRtExitBlocks:
+        """Opens a bundle's block jump; see `backends.block_jump.RunsBlockJumps`."""
+        assert isinstance(engines, TensorRtEngines)
+        return TensorRtExitBlocks(engines, jump)
 
     def engine_names(self, spec: ModelSpec, graph: Path) -> list[str]:
         """Engines that a graph needs, equal ones of several graphs by the same name."""

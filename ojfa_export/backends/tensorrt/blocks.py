@@ -23,10 +23,14 @@ class Block:
         model: The opened model.
         index: Which block.
         cache: Of the executor.
+        like: Which block of the model its attention is that of; None for its own.
     """
 
-    def __init__(self, model: OpenedModel, index: int, cache: KvCache) -> None:
+    def __init__(
+        self, model: OpenedModel, index: int, cache: KvCache, like: int | None = None
+    ) -> None:
         self._model, self._index, self._cache = model, index, cache
+        self._like = index if like is None else like
         self._name = block_name(index)
         dtype = DTYPES[model.precision]
         self._keys = model.arrays.lasting(cache.shape, dtype)
@@ -188,17 +192,17 @@ class Block:
             sequences=workspace.sequences,
             table=cache.pages.pointer,
             most_pages=cache.pages.most,
-            scale=spec.attention_scales[self._index],
-            of_all=bool(spec.windowed) and spec.window_of(self._index) is None,
+            scale=spec.attention_scales[self._like],
+            of_all=bool(spec.windowed) and spec.window_of(self._like) is None,
         )
         cache.attention.run(operands, cache.scratch, workspace.tokens, workspace.launches)
 
     def _rotations(self, long_context: bool) -> tuple[int, int]:
         tables, spec = self._model.rotary, self._model.spec
-        if tables is None or not spec.rotary_dim_of(self._index):
+        if tables is None or not spec.rotary_dim_of(self._like):
             return 0, 0
         cosines, sines = tables
         long = long_context and spec.rotary_switch is not None
-        second = long or spec.rotations_of(self._index) == SECOND
+        second = long or spec.rotations_of(self._like) == SECOND
         skipped = cosines.nbytes // 2 if second else 0
         return cosines.pointer + skipped, sines.pointer + skipped

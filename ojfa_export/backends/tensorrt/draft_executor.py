@@ -19,7 +19,7 @@ from ojfa_export.backends.tensorrt.draft_block import DraftBlock, Steps
 from ojfa_export.backends.tensorrt.draft_model import DRAFT_TOKENS, DraftModel
 from ojfa_export.backends.tensorrt.drafted import DeviceDrafts
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
-from ojfa_export.backends.tensorrt.executor import TensorRtExecutor
+from ojfa_export.backends.tensorrt.executor import TensorRtExecutor, is_few
 from ojfa_export.backends.tensorrt.heads import KEEP_THREADS
 from ojfa_export.backends.tensorrt.pages import Copy
 from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS
@@ -136,9 +136,9 @@ class TensorRtDraftExecutor:
         self._make_ready(chunks, count - 1)
         recorder, mailbox = self._recorder, self._layer.mailbox
         workspace = self._placed([Chunk(slot, 0, 1) for slot, _, _ in chunks])
-        is_few = rows == 1 and chunks[0].length <= STEP_QUERIES
+        is_one = rows == 1 and chunks[0].length <= STEP_QUERIES
         key = self._key, "chain", chunks[0].length, count
-        known = recorder.find(key) if is_few and not recorder.pending else None
+        known = recorder.find(key) if is_one and not recorder.pending else None
         launches = recorder.launches
         if known is not None:
             self._name_few(tokens, chunks)
@@ -151,7 +151,7 @@ class TensorRtDraftExecutor:
             recorder.replay(known[0])
         else:
             recorder.flush()
-            if is_few and recorder.launches == launches + 1:
+            if is_one and recorder.launches == launches + 1:
                 recorder.name(key, None)
         outputs = [self._layer.named(mailbox.expect(rows)) for _ in range(count)]
         first = [tokens[part.stop - 1] for part in row_ranges(chunks)]
@@ -162,7 +162,7 @@ class TensorRtDraftExecutor:
         assert isinstance(executor, TensorRtExecutor)
         chunks, recorder, in_flight = step.chunks, self._recorder, self._engines.in_flight
         count = sum(length for _, _, length in chunks)
-        if not executor.is_few(chunks):
+        if not is_few(chunks):
             return None
         self._device.make_current()
         is_named = count <= ROWS and not recorder.pending and not in_flight.may_be_off

@@ -47,7 +47,7 @@ class TensorRtEngines(OpenedModel):
 
     Attributes:
         follows: See `backends.backend.Engines`.
-        exit_blocks: See there; none runs here.
+        exit_blocks: See there.
         records_steps: See `backends.backend.RecordsSteps`.
         page_tokens: See `backends.backend.PagedCache`.
         cache_element_bytes: See there.
@@ -228,7 +228,7 @@ class TensorRtEngines(OpenedModel):
     def _in_place(self, states: DeviceArray) -> DeviceArray:
         """Hidden states where they always lie, as recordings refer to them."""
         last = self.in_flight.last_pass
-        if last is not None and last.holds(states):
+        if last is not None and last.gives(states):
             return states
         self.in_flight.last_pass = None
         if states.lasts:
@@ -242,8 +242,9 @@ class TensorRtEngines(OpenedModel):
         return self._logits.reshape(rows, head.chooser.tokens)
 
     def _head_after(self, blocks_run: int) -> str:
-        """The graph of the head after so many blocks."""
-        return "final_head" if blocks_run == self.spec.blocks else "exit_head"
+        """The graph of the head after so many blocks; behind exits' blocks it is the model's."""
+        own = blocks_run == self.spec.blocks or self.exit_blocks is not None
+        return "final_head" if own else "exit_head"
 
     def _head(self, name: str, blocks_run: int) -> Head:
         same = OF_EXITS.isdisjoint(self.plan(name).weights)  # at every exit

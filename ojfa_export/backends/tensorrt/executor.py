@@ -81,29 +81,17 @@ class TensorRtExecutor:
         self._device.make_current()  # the caller's thread may be another each time
         self.make_ready(chunks)  # here already: it may have to copy, and nothing is pending yet
         positions = positions_of(chunks)
-        is_few = self.is_few(chunks)
-        if isinstance(tokens, DeviceDrafts) and is_few:
+        few = is_few(chunks)
+        if isinstance(tokens, DeviceDrafts) and few:
             return self._embed_few([0] * len(positions), chunks, tokens.pointer)
         if not isinstance(tokens, list):
             if self._follows(tokens, positions):
                 return self._embed_following(positions)
             tokens = tokens.tokens()  # type: ignore[union-attr]
-        if is_few:
+        if few:
             return self._embed_few(tokens, chunks)
         self._in_flight.call_off()
         return self._embed_many(tokens, positions)
-
-    def is_few(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether a pass has few tokens of each sequence, and is recorded as it is.
-
-        One longer chunk among steps is as a rule the rest of a prompt. Its length is any, so that
-        such a pass is filled up like others with prompts: there would be too many recordings.
-        """
-        lengths = [length for _, _, length in chunks]
-        count = sum(lengths)
-        if count > RECORDED_TOKENS or max(lengths) > STEP_QUERIES:
-            return False
-        return count <= MOST_TILED_TOKENS or len(lengths) - lengths.count(1) != 1
 
     def name_few(self, tokens: Sequence[int], chunks: Sequence[Chunk]) -> None:
         """Leaves few tokens where a recording of theirs finds them, which is launched next."""
@@ -190,7 +178,7 @@ class TensorRtExecutor:
         count = len(states)
         self._open(blocks, count)
         self.make_ready(chunks)
-        if self.is_few(chunks):
+        if is_few(chunks):
             result = self.run_on(blocks, states, chunks, long_context)
             if len(chunks) < count:
                 # A session counts on what it was given: it is no longer pending.
@@ -431,3 +419,16 @@ class TensorRtExecutor:
         result = workspace.hidden[blocks.stop % 2][:count]
         self._in_flight.ran(result, chunks, workspace)
         return result
+
+
+def is_few(chunks: Sequence[Chunk]) -> bool:
+    """Whether a pass has few tokens of each sequence, and is recorded as it is.
+
+    One longer chunk among steps is as a rule the rest of a prompt. Its length is any, so that such
+    a pass is filled up like others with prompts: there would be too many recordings.
+    """
+    lengths = [length for _, _, length in chunks]
+    count = sum(lengths)
+    if count > RECORDED_TOKENS or max(lengths) > STEP_QUERIES:
+        return False
+    return count <= MOST_TILED_TOKENS or len(lengths) - lengths.count(1) != 1

@@ -17,7 +17,7 @@ from dataclasses import replace
 import onnx
 
 from ojfa_export.backends.tensorrt.plan import MLP, QKV
-from ojfa_export.bundle.names import CHECK_HEAD, DRAFT_GRAPHS, OF_EXITS
+from ojfa_export.bundle.names import CHECK_HEAD, DRAFT_GRAPHS, EXIT_BLOCK, OF_EXITS
 from ojfa_export.graphs.block import after_attention
 from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.graph import FLOAT, Graph, WeightInputs
@@ -69,7 +69,8 @@ def parts(
         return {}
     if name == CHECK_HEAD and "head" in weights:  # behind a jump's kernels
         return {name: final_head_graph(spec, weights, dialect)}
-    if not weights.keys().isdisjoint(OF_EXITS):  # kernels, and the final head's
+    is_jump = not weights.keys().isdisjoint(OF_EXITS)
+    if is_jump and not name.startswith(EXIT_BLOCK):  # kernels, and the final head's
         return {}
     if name in ("exit_head", CHECK_HEAD):
         return {name: exit_head_graph(spec, weights, dialect, name)}

@@ -37,6 +37,7 @@ class NewestDecode:
         chunks: Whose tokens.
         long_context: As of `backends.backend.Executor.run`.
         hidden: The result, [tokens, H].
+        behind: What an exit's block has made of it, if any.
     """
 
     executor: BeginsAhead
@@ -44,11 +45,19 @@ class NewestDecode:
     chunks: Sequence[Chunk]
     long_context: bool
     hidden: DeviceArray
+    behind: DeviceArray | None = None
 
     def holds(self, states: DeviceArray) -> bool:
         """Whether hidden states are the pass's result."""
-        hidden = self.hidden
-        return states.pointer == hidden.pointer and states.shape[0] == hidden.shape[0]
+        return _same(self.hidden, states)
+
+    def gives(self, states: DeviceArray) -> bool:
+        """Whether hidden states are what a head is asked about there."""
+        return self.holds(states) or (self.behind is not None and _same(self.behind, states))
+
+
+def _same(one: DeviceArray, other: DeviceArray) -> bool:
+    return one.pointer == other.pointer and one.shape[0] == other.shape[0]
 
 
 class InFlight:

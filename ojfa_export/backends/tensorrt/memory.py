@@ -82,7 +82,8 @@ class Room:
             opened: Whether TensorRT's engines are.
         """
         spec = self._spec
-        heads = ["final_head"] if request.blocks.stop == spec.blocks else ["exit_head", CHECK_HEAD]
+        own = request.blocks.stop == spec.blocks or "exit_head" not in self._weights
+        heads = ["final_head"] if own else ["exit_head", CHECK_HEAD]
         names = ["embed", *map(block_name, request.blocks), *heads]
         missing = {
             place: size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 
@@ -73,10 +74,7 @@ class Workspace:
         lasting = buffers is not None
         buffers = buffers or Buffers(model, tokens, lasting=False)
         self.tokens = tokens
-        self.hidden = tuple(each[:tokens] for each in buffers.hidden)
-        self.qkv, self.mixed = buffers.qkv[:tokens], buffers.mixed[:tokens]
-        self.inner = buffers.inner[:tokens]
-        self.product = None if buffers.product is None else buffers.product[:tokens]
+        self._work_in(buffers)
         # Positions, slots, and two lists of chunks: together at most four times as many as tokens,
         # by rounding, with two numbers each.
         self._places = arrays.empty((10, tokens), np.int32)
@@ -89,6 +87,19 @@ class Workspace:
         self._sequences: list[int] = []
         self._listed: list[int] = []
         self.launches: tuple[Chunks, ...] = (Chunks(tokens, 1),)
+
+    def _work_in(self, buffers: Buffers) -> None:
+        tokens = self.tokens
+        self.hidden = tuple(each[:tokens] for each in buffers.hidden)
+        self.qkv, self.mixed = buffers.qkv[:tokens], buffers.mixed[:tokens]
+        self.inner = buffers.inner[:tokens]
+        self.product = None if buffers.product is None else buffers.product[:tokens]
+
+    def with_buffers(self, buffers: Buffers) -> Workspace:
+        """The same tokens, where the device has them now, in buffers of somebody else."""
+        other = copy(self)
+        other._work_in(buffers)
+        return other
 
     @property
     def named_at(self) -> tuple[Argument, Argument]:
