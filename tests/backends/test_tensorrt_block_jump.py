@@ -18,6 +18,7 @@ from jumped_programs import (
     run_program,
 )
 from stand_in.kernels import view
+from tiny_models import VOCAB_SIZE
 
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.decoding.sampling import Sampling
@@ -110,3 +111,25 @@ def test_a_step_is_one_launch(decides, opened, driver, monkeypatch):
     assert bool(begun) == decides
     for each in launched[6:-1]:
         assert each == ["graph"] * (2 if decides else 1)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_prompt_in_pieces(opened, rng, monkeypatch, kernels):
+    """More tokens than run at once; and in TensorRT's engines, which the model's blocks share."""
+    from ojfa_export.backends.tensorrt import exit_blocks
+
+    jump, engines = opened("llama-gqa")
+    monkeypatch.setattr(exit_blocks, "EXIT_TOKENS", 16)
+    monkeypatch.setattr(exit_blocks, "SIZES", (16,))
+    monkeypatch.setattr(engines, "decode_kernels", kernels)
+    session = session_of((jump, engines), 2)
+    prompts = rng.integers(VOCAB_SIZE, size=(2, 27)).tolist()
+    for _ in range(3):  # recorded, and replayed
+        for exit in (3, 1):
+            session.rewind(0, 0)
+            session.rewind(0, 1)
+            for new in (prompts, [[5], [6, 7]]):
+                every = session.advance(new, exit, every_position=True)
+                for row, logits in enumerate(every):
+                    jump.check(logits, session.tokens(row), exit)
+    engines.device.recorder.clear()

@@ -25,6 +25,13 @@ CASES = {
     "llama-gqa-mlp": "fp32",
     "llama-gqa-mlp-fp16": "fp16",
     "gpt2-mlp-fp16": "fp16",
+    # And with blocks behind exits, one for all or one each.
+    "llama-gqa-block": "fp32",
+    "qwen3-block": "fp32",
+    "llama-gqa-block-fp16": "fp16",
+    "gpt2-block-fp16": "fp16",
+    "gemma2-block-fp16": "fp16",
+    "phi3-longrope-block-fp16": "fp16",
     "mistral-sliding-window-fp16": "fp16",
     "qwen2-fp16": "fp16",
     # Grouped heads with a scale of their own; with LongRoPE of three quarters of a head.
@@ -54,8 +61,14 @@ CASES |= {
     for name in (
         *("llama-gqa", "llama-gqa-mlp", "gpt2", "gpt2-residual", "mistral-sliding-window"),
         *("qwen3", "smollm3", "stablelm-mlp", "phi3-longrope", "gemma2", "gemma3_text"),
+        *("qwen3-block", "mistral-sliding-window-block"),
     )
 }
+# Those whose exits are checked by a head of some tokens: folded, behind each kind of jump, a block.
+CHECKED = {"qwen3", "gpt2-fp16", "llama-gqa-bf16", "gemma2", "gpt2-residual-fp16", "llama-gqa-mlp"}
+CHECKED |= {"llama-gqa-mlp-fp16", "stablelm-mlp-bf16", "qwen3-block", "llama-gqa-block-fp16"}
+# Those with a block for each exit.
+EACH = {"qwen3-block", "gpt2-block-fp16", "qwen3-block-bf16"}
 # Those that also have a draft layer: with a head of its own, and with the model's.
 DRAFTS = {"llama-gqa": True, "llama-gqa-fp16": True, "gpt2-fp16": False, "qwen3-fp16": False}
 DRAFTS |= {"llama-gqa-bf16": True, "gpt2-bf16": False}

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from ojfa_export import backends
-from ojfa_export.bundle.names import graph_names
+from ojfa_export.backends.block_jump import BlockJump, open_jump
+from ojfa_export.bundle.names import CHECK_HEAD, graph_names
 from ojfa_export.errors import OjfaError
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.session import Session
@@ -54,6 +55,7 @@ class Case:
     precision: str
     expected: dict[str, np.ndarray]
     plans: dict[str, Path]
+    exits: tuple[tuple[int, ...], int] | None = None  # of a block jump, and how many blocks
     recorded: bool = True
     opened: dict = field(default_factory=dict)
 
@@ -74,6 +76,10 @@ class Case:
             rotary = self.expected["cosines"], self.expected["sines"]
         backend = backends.load(BACKEND)
         engines = backend.open_engines(self.spec, self.graphs, self.plans, rotary)
+        if self.exits is not None:
+            exits, blocks = self.exits
+            jump = BlockJump(exits, blocks, self.spec, self.graphs, self.plans, rotary)
+            open_jump(backend, engines, jump)
         if not self.recorded:
             engines.record = False
         return engines
@@ -124,12 +130,19 @@ def load_case(directory: Path, built: Path) -> Case:
     if described["precision"] == "bf16" and BACKEND != "tensorrt":
         pytest.skip(f"{BACKEND} doesn't run bf16")
     spec = ModelSpec.model_validate_json(json.dumps(described["spec"]))
-    plans = {name: built / f"{name}.json" for name in graph_names(spec.blocks)}
+    exits, blocks = tuple(described.get("exits", ())), described.get("exit_blocks", 0)
+    plans = {name: built / f"{name}.json" for name in graph_names(spec.blocks, blocks)}
     for name, plan in plans.items():
         backend.build_engine(spec, directory / "graphs" / f"{name}.onnx", plan)
     with np.load(directory / "expected.npz") as arrays:
         expected = dict(arrays)
-    return Case(directory.name, directory, spec, described["precision"], expected, plans)
+    if "check_tokens" in expected:
+        plans[CHECK_HEAD] = built / f"{CHECK_HEAD}.json"
+        narrowed = spec.with_vocabulary(len(expected["check_tokens"]))
+        graph = directory / "graphs" / f"{CHECK_HEAD}.onnx"
+        backend.build_engine(narrowed, graph, plans[CHECK_HEAD])
+    jump = (exits, blocks) if exits else None
+    return Case(directory.name, directory, spec, described["precision"], expected, plans, jump)
 
 
 @pytest.fixture

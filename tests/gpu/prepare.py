@@ -17,15 +17,18 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from chain import Chain, build_chain
+from chain import Chain, build_chain, random_blocks
+from checked_programs import checked_tokens
 from drafts import draft_for, open_draft
 from elements import split_precision
 from gpu.cases import (
     BUNDLES,
     CASES,
+    CHECKED,
     DRAFT_PROMPT,
     DRAFTED,
     DRAFTS,
+    EACH,
     EXIT,
     LENGTH,
     RANK,
@@ -35,9 +38,11 @@ from gpu.cases import (
 from shortcut_kinds import split_kind
 from tiny_models import make_checkpoint
 
+from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.bundle.draft_shortcut import rotations
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build
+from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.precision import Precision
 from ojfa_export.runtime.session import Session
 
@@ -51,6 +56,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             variant, kind = split_kind(split_precision(name)[0])
             checkpoint = make_checkpoint(variant, Path(folder) / "checkpoint", seed=SEED)
+            blocks = None
+            if kind == "block":
+                exits = 1, EXIT
+                blocks = random_blocks(Checkpoint(checkpoint).spec, exits, each=name in EACH)
             chain = build_chain(
                 checkpoint,
                 directory / name,
@@ -58,6 +67,8 @@ def main() -> None:
                 max_length=2 * LENGTH,
                 rank=RANK,
                 kind=kind,
+                shortcut=blocks,
+                check_tokens=checked_tokens() if name in CHECKED else None,
             )
             describe(chain, directory / name)
             if name in DRAFTS:
@@ -105,8 +116,12 @@ def describe(chain: Chain, directory: Path) -> None:
         arrays[name] = np.stack(every)
     if tables is not None:
         arrays["cosines"], arrays["sines"] = tables
+    if chain.check_tokens is not None:
+        arrays["check_tokens"] = chain.check_tokens
     np.savez(directory / "expected.npz", **arrays)
     described = {"spec": spec.model_dump(mode="json"), "precision": chain.precision}
+    if isinstance(chain.shortcut, BlockShortcut):
+        described |= {"exits": chain.shortcut.exits, "exit_blocks": chain.shortcut.blocks}
     (directory / "case.json").write_text(json.dumps(described))
 
 
