@@ -61,6 +61,13 @@ class ExitBlocks(Protocol):
     exits: tuple[int, ...]
     token_bytes: int
 
-    def executor(self, slots: int, capacity: int) -> ExitExecutor:
-        """Makes caches for this many sequences of at most this many tokens."""
+    def executor(self, slots: int, capacity: int, pages: int | None = None) -> ExitExecutor:
+        """Makes caches for this many sequences of at most this many tokens.
+
+        Args:
+            slots: Sequences.
+            capacity: Tokens of each at most.
+            pages: That the model's cache has for all of them, if it has pages: no exit of theirs
+                needs more.
+        """
         ...

@@ -167,9 +167,9 @@ class FrugalExitBlocks:
         self._blocks = blocks
         self.exits, self.token_bytes = blocks.exits, blocks.token_bytes
 
-    def executor(self, slots: int, capacity: int) -> ExitExecutor:
+    def executor(self, slots: int, capacity: int, pages: int | None = None) -> ExitExecutor:
         """See `ExitBlocks`."""
-        return FrugalExitExecutor(self._blocks.executor(slots, capacity))
+        return FrugalExitExecutor(self._blocks.executor(slots, capacity, pages))
 
 
 class FrugalExitExecutor:

@@ -28,6 +28,7 @@ class ExitRunner:
         states: Gives where states after an exit are kept.
         slots: Sequences.
         capacity: Tokens that each may hold.
+        pages: As of `ExitBlocks.executor`.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class ExitRunner:
         states: Callable[[int], Hidden],
         slots: int,
         capacity: int,
+        pages: int | None = None,
     ) -> None:
         self._exits = frozenset(blocks.exits)
-        self.executor = blocks.executor(slots, capacity)
+        self.executor = blocks.executor(slots, capacity, pages)
         self._model, self._states = executor, states
 
     def serves(self, depth: int) -> bool:

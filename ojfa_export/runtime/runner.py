@@ -63,7 +63,7 @@ class ModelRunner:
         self.exits: ExitRunner | None = None
         if engines.exit_blocks is not None:
             self.exits = ExitRunner(
-                engines.exit_blocks, self.executor, self._states_at, slots, capacity
+                engines.exit_blocks, self.executor, self._states_at, slots, capacity, pages
             )
         self.drafter: Drafter | None = None
         if drafts is not None:

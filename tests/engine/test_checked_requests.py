@@ -109,7 +109,8 @@ def test_requests_on_a_device(
         device = ojfa_export.load(copy, backend="tensorrt")
         for _ in range(3):
             requests, slots = random_requests(checked, rng), int(rng.integers(2, 6))
-            check_each_gives_what_it_gives_alone(device, checked, requests, slots, 100)
+            pages = int(rng.integers(5, 12))  # some wait for others' pages
+            check_each_gives_what_it_gives_alone(device, checked, requests, slots, pages)
         del device
 
 

@@ -30,7 +30,9 @@ class OnnxRuntimeExitBlocks(OpenedModel):
         """The name of the graph of an exit's block, exits being numbered from 0."""
         return exit_block_name(block if self._blocks > 1 else 0)
 
-    def executor(self, slots: int, capacity: int) -> OnnxRuntimeExitExecutor:
+    def executor(
+        self, slots: int, capacity: int, pages: int | None = None
+    ) -> OnnxRuntimeExitExecutor:
         """Makes caches; memory is taken as positions are written."""
         return OnnxRuntimeExitExecutor(self, slots, capacity)
 

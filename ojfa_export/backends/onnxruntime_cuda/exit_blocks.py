@@ -37,7 +37,9 @@ class OnnxRuntimeCudaExitBlocks:
         """The name of the graph of an exit's block, exits being numbered from 0."""
         return exit_block_name(index if self._blocks > 1 else 0)
 
-    def executor(self, slots: int, capacity: int) -> OnnxRuntimeCudaExitExecutor:
+    def executor(
+        self, slots: int, capacity: int, pages: int | None = None
+    ) -> OnnxRuntimeCudaExitExecutor:
         """Makes caches; an exit's takes memory when it is first asked."""
         return OnnxRuntimeCudaExitExecutor(self, slots, capacity)
 

@@ -41,9 +41,9 @@ class TensorRtExitBlocks:
         """The name of the graph of an exit's block."""
         return exit_block_name(self.exits.index(exit) if self._blocks > 1 else 0)
 
-    def executor(self, slots: int, capacity: int) -> TensorRtExitExecutor:
+    def executor(self, slots: int, capacity: int, pages: int | None = None) -> TensorRtExitExecutor:
         """Makes caches; an exit's takes memory when it is first asked."""
-        return TensorRtExitExecutor(self, slots, capacity)
+        return TensorRtExitExecutor(self, slots, capacity, pages)
 
 
 class TensorRtExitExecutor:
@@ -56,13 +56,16 @@ class TensorRtExitExecutor:
         blocks: The blocks.
         slots: Sequences.
         capacity: Positions of each.
+        pages: Of an exit's cache; None for all that all slots may need.
     """
 
-    def __init__(self, blocks: TensorRtExitBlocks, slots: int, capacity: int) -> None:
+    def __init__(
+        self, blocks: TensorRtExitBlocks, slots: int, capacity: int, pages: int | None
+    ) -> None:
         self._jump, self._model = blocks, blocks.model
         self._device, self._recorder = self._model.device, self._model.device.recorder
         self._device.make_current()
-        self._cache = KvCache(self._model, slots, capacity)
+        self._cache = KvCache(self._model, slots, capacity, pages)
         self._blocks: dict[int, ExitBlock] = {}  # by exit
         self._buffers: Buffers | None = None
         self._workspaces: dict[int, Workspace] = {}
