@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ojfa_export.backends.checks import checking
 from ojfa_export.decoding.head_output import HeadRequest
 from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.decoding.sampling import Sampling
@@ -62,9 +63,12 @@ def record_kinds(
             _record(runner, lengths, depth, _request(len(lengths), sampled=sampled))
     for rows in range(1, most + 1):
         hidden = np.zeros((rows, runner.spec.hidden_size), np.float32)
+        checks = checking(runner.engines) if depth < runner.spec.blocks else None
         for _ in range(ROUNDS):
             request = _request(rows, sampled=sampled)
             runner.engines.choose(hidden, depth, request).tokens()
+            if checks is not None:
+                checks.check(hidden, depth).confidence("top")
 
 
 def _request(rows: int, *, sampled: bool) -> HeadRequest:
@@ -82,6 +86,12 @@ def _record(runner: ModelRunner, lengths: list[int], depth: int, request: HeadRe
         output.tokens()
         if depth < blocks:
             runner.run_each(sequences, [blocks] * len(lengths), [1] * len(lengths), lengths)
+    checks = checking(runner.engines)
+    if depth < blocks and checks is not None:  # who leaves is asked before what the token is
+        with _in_slots(runner, lengths) as sequences:
+            hidden = runner.run(sequences, depth)
+            checks.check(hidden, depth).confidence("top")
+            runner.engines.choose(hidden, depth, request).tokens()
     if depth < blocks:  # where others go on, heads are asked later
         with _in_slots(runner, lengths) as sequences:
             runner.run_each(sequences, [depth] * len(lengths), [1] * len(lengths), lengths)

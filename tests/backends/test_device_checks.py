@@ -87,7 +87,7 @@ def test_its_logits_are_rows_of_the_exit_head(case, kernels, opened, rng, monkey
 
 @pytest.mark.parametrize("case", IN_FP32)
 @settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -82,7 +82,7 @@ def behind_dtype(array: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", CASES)
-@settings(examples, max_examples=15)
+@settings(examples, max_examples=10)
 @given(program=programs)
 def test_whatever_came_before_it_is_the_definition(name, opened, program):
     run_program(opened(name)[0], session_of(opened(name)), program, poison)

@@ -126,24 +126,29 @@ def change_file(copy: BundleCopy, name: str, change: Callable[[bytes], bytes]) -
     copy.edit_manifest(lambda fields: fields["files"].update({name: entry}), resign=True)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", ["fp32", "fp16", "bf16", "blocks"])
 def test_added_engines_are_verified_and_give_the_same_tokens(
-    made: Path, precision: str, tmp_path: Path
+    made: Path, name: str, tmp_path: Path
 ) -> None:
-    copy = BundleCopy(made / f"{precision}.ojfa", tmp_path / "added.ojfa")
+    copy = BundleCopy(made / f"{name}.ojfa", tmp_path / "added.ojfa")
     add_engines(copy.directory, "tensorrt", SILENT)
     checks = verify_bundle(copy.directory, None, "tensorrt", SILENT)
     assert [check.name for check in checks if not check.passed] == []
     names = {check.name for check in checks}
-    qkv = "attention.qkv normed" if precision == "fp32" else "attention.qkv"  # a Qwen3
+    qkv = "attention.qkv normed" if name in ("fp32", "blocks") else "attention.qkv"  # a Qwen3
     for block in range(4):
         for tensor in (qkv, "attention.mixed", "hidden"):
             assert f"float64 block_{block:02d}: {tensor}" in names
-    half = precision == "fp16"
-    assert half == any(name.startswith("fp16 range block_03") for name in names)
-    kinds = {Path(name).suffix for name in Bundle(copy.directory).manifest.files}
-    assert (".engine" in kinds) == (precision != "bf16")
-    assert any(name.startswith("golden tokens") for name in names)
+    half = name in ("fp16", "blocks")
+    assert half == any(each.startswith("fp16 range block_03") for each in names)
+    kinds = {Path(each).suffix for each in Bundle(copy.directory).manifest.files}
+    assert (".engine" in kinds) == (name != "bf16")
+    assert any(each.startswith("golden tokens") for each in names)
+    checked = {each.partition(" ")[2] for each in names if each.startswith("float64 check_head")}
+    behind = "behind exit" if name == "blocks" else "after"
+    wanted = {f"check_head {behind} {exit}: logits" for exit in (1, 2)}
+    assert (wanted <= checked) == (name != "fp16")
+    assert ("float64 exit_block_01 at exit 2: hidden" in names) == (name == "blocks")
 
 
 def test_engines_say_what_they_were_built_for(built: Path) -> None:

@@ -98,6 +98,24 @@ def test_requests_give_the_tokens_of_each_alone(checked: Model, rng: np.random.G
         assert not engine.ahead
 
 
+def check_that_nothing_is_recorded_after_warming_up(
+    model: Model, policy: ExitPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, captured = model.engines.device, []
+
+    def capture(work: Any) -> Any:
+        captured.append(work)
+        return type(device).capture(device, work)
+
+    with monkeypatch.context() as patch, WatchedEngine(model, max_sequences=1) as engine:
+        patch.setattr(device, "capture", capture)
+        engine.warm_up(exits=policy.exits)
+        before = len(captured)
+        running = engine.submit([5, 6, 7], exit=policy, max_new_tokens=20, ignore_eos=True)
+        assert len(set(running.result(TIMEOUT).exit_blocks)) > 1
+        assert len(captured) == before
+
+
 def test_requests_on_a_device(
     checked: Model, rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,7 +125,10 @@ def test_requests_on_a_device(
     with stand_in_gpu():
         add_engines(copy, "tensorrt", SILENT)
         device = ojfa_export.load(copy, backend="tensorrt")
-        for _ in range(3):
+        if checked.manifest.shortcut.exits is None:
+            policy = policy_of(checked, (2,), "top", 0.5)
+            check_that_nothing_is_recorded_after_warming_up(device, policy, monkeypatch)
+        for _ in range(2):
             requests, slots = random_requests(checked, rng), int(rng.integers(2, 6))
             pages = int(rng.integers(5, 12))  # some wait for others' pages
             check_each_gives_what_it_gives_alone(device, checked, requests, slots, pages)

@@ -40,6 +40,7 @@ from tiny_models import make_checkpoint
 
 from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.bundle.draft_shortcut import rotations
+from ojfa_export.bundle.shortcut_file import save
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
@@ -77,19 +78,31 @@ def main() -> None:
 
 
 def make_bundles(directory: Path) -> None:
-    """Tiny bundles for a GPU to add its engines to; checkpoint of those of 16 bits, and text."""
+    """Tiny bundles for a GPU to add its engines to; checkpoint of those of 16 bits, and text.
+
+    Exits of some are checked by a head of some tokens; one has blocks behind its exits.
+    """
     make_checkpoint("llama-gqa", directory / "checkpoint", seed=SEED)
     make_checkpoint("qwen3", directory / "qwen3", seed=SEED)
     text = directory / "text.txt"
     text.write_text(inspect.getsource(argparse)[:30_000], encoding="utf-8")
-    made: dict[Precision, str] = {"fp32": "qwen3", "fp16": "checkpoint", "bf16": "checkpoint"}
-    for precision, checkpoint in made.items():
+    checkpoint, jump = Checkpoint(directory / "qwen3"), directory / "blocks.safetensors"
+    blocks = random_blocks(checkpoint.spec, (1, EXIT), SEED, each=True)
+    save(blocks, jump, checkpoint.sha256(), {"text": "made up"})
+    made: dict[str, tuple[Precision, str, int, Path | None]] = {
+        "fp32": ("fp32", "qwen3", 60, None),
+        "fp16": ("fp16", "checkpoint", 0, None),
+        "bf16": ("bf16", "checkpoint", 60, None),
+        "blocks": ("fp16", "qwen3", 60, jump),
+    }
+    for name, (precision, model, checked, shortcut) in made.items():
         options = BuildOptions(
-            str(directory / checkpoint),
-            directory / f"{precision}.ojfa",
+            str(directory / model),
+            directory / f"{name}.ojfa",
             precision=precision,
-            rank=RANK,
-            shortcut="ojfa",
+            rank=None if shortcut else RANK,
+            shortcut=shortcut or "ojfa",
+            check_vocabulary=checked,
             calibration_data=(text,),
             calibration_tokens=1024,
             max_cache_length=2 * LENGTH,
