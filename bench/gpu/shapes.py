@@ -10,13 +10,15 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.backends.draft import DraftLayer
+from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.bundle.draft_shortcut import DraftShortcut, rotations
+from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.names import block_name
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.dialect import Portable
@@ -28,6 +30,7 @@ from ojfa_export.models.families.rotary import Rotary
 from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
 
+JumpKind = Literal["mlp", "block"]
 PRECISION: Precision = "fp16"
 # Enough numbers that no cache sees a pattern, few enough to be drawn in a second.
 POOL = 1 << 24
@@ -186,6 +189,55 @@ class RandomGraphs:
                 weights["vocabulary.bias"] = file.add("bias", self._values(spec.vocab_size))
         graph = exit_head_graph(spec, weights, self._dialect)
         (self.directory / "exit_head.onnx").write_bytes(graph.SerializeToString())
+
+    def jump(self, kind: JumpKind, tokens: int) -> tuple[int, ...]:
+        """Writes a jump in place of the exit head, and a check head; the others must be there.
+
+        Args:
+            kind: An MLP as wide as the model's, or one block for all exits.
+            tokens: Of the check head.
+
+        Returns:
+            The exits that are worth timing.
+        """
+        spec, hidden, inner = self.spec, self.spec.hidden_size, self.spec.intermediate_size
+        exits = (max(1, spec.blocks // 10), spec.blocks // 2)
+        width, up = spec.heads * spec.head_dim, inner * (2 if spec.gated else 1)
+
+        def matrix(*shape: int) -> NDArray[np.float32]:
+            return self._values(*shape, scale=0.3 * shape[-2] ** -0.5)
+
+        jump: MlpShortcut | BlockShortcut
+        if kind == "mlp":
+            jump = MlpShortcut(
+                scale=self._values(spec.blocks - 1, hidden, scale=0.1, mean=1.0),
+                shift=self._values(spec.blocks - 1, hidden, scale=0.1),
+                up=matrix(hidden, up),
+                down=matrix(inner, hidden),
+                norm=spec.norm,
+                epsilon=spec.norm_epsilon,
+                activation=spec.activation,
+                gate=spec.gated,
+            )
+        else:
+            weights = {
+                "attention.norm.weight": self._values(1, hidden, scale=0.1, mean=1.0),
+                "attention.qkv.weight": matrix(
+                    1, hidden, width + 2 * spec.kv_heads * spec.head_dim
+                ),
+                "attention.out.weight": matrix(1, width, hidden),
+                "mlp.norm.weight": self._values(1, hidden, scale=0.1, mean=1.0),
+                "mlp.up.weight": matrix(1, hidden, up),
+                "mlp.down.weight": matrix(1, inner, hidden),
+            }
+            scale = self._values(len(exits), hidden, scale=0.1, mean=1.0)
+            jump = BlockShortcut(exits, scale, np.zeros_like(scale), weights)
+        checkpoint: Any = SimpleNamespace(spec=spec)
+        exporter = Exporter(checkpoint, self.directory, self._precision, self.max_length)
+        exporter.shortcut(jump)
+        head = "exit_head" if kind == "mlp" else "final_head"
+        exporter.check_head(np.arange(tokens, dtype=np.int32), head)
+        return exits
 
     def draft(self, tokens: int = 0) -> DraftShortcut:
         """Writes the graphs of a draft layer like one of the blocks; the others must be there.

@@ -157,8 +157,8 @@ class Sequence:
     def lower_to(self, length: int) -> None:
         """Forgets what was computed beyond so many tokens."""
         self.marks.lower_to(length)
-        for exit, mark in self.exits.items():
-            self.exits[exit] = min(mark, length)
+        # Of a sequence that begins anew, exits are used as they are asked again.
+        self.exits = {exit: min(mark, length) for exit, mark in self.exits.items() if length}
         if self.drafting is not None:
             self.drafting.lower_to(length)
 

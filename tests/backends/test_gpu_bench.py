@@ -45,6 +45,22 @@ def test_drafts_of_shapes(imported, tmp_path, monkeypatch, head):
     assert all(text["tokens_per_check"] >= 1 for text in shape["texts"])
 
 
+def test_exits_of_shapes(imported, tmp_path, monkeypatch):
+    """Both jumps, with the whole head and a check head, leaving and going on."""
+    exits, shapes = imported("bench.gpu.exits"), imported("bench.gpu.shapes")
+    running = imported("bench.gpu.run")
+    monkeypatch.setattr(running, "copy_bandwidth", lambda _: 1e12)
+    monkeypatch.setattr(running, "nvidia_smi", dict)
+    monkeypatch.setitem(shapes.SHAPES, "smollm2-135m", shapes._spec("llama", 4, 32, 4, 48, 96))
+    monkeypatch.setattr(shapes, "POOL", 1 << 12)
+    out = tmp_path / "exits.json"
+    arguments = ["--out", str(out), "--shapes", "smollm2-135m", "--past", "9", "--tokens", "4"]
+    exits.main([*arguments, "--batch", "1"])
+    [shape] = json.loads(out.read_text())["shapes"]
+    found = [(row["jump"], row["head"], row["exit"]) for row in shape["exits"]]
+    assert found == [(k, head, e) for k in ("mlp", "block") for head in (96, 48) for e in (1, 2)]
+
+
 def test_serving(imported, tmp_path, monkeypatch):
     serving, shapes = imported("bench.gpu.serving"), imported("bench.gpu.shapes")
     monkeypatch.setitem(shapes.SHAPES, "llama2-7b", shapes._spec("llama", 4, 32, 4, 48, 96))

@@ -81,6 +81,8 @@ def test_exits_that_are_not_asked_take_no_memory(jumped: Callable[[str], Jumped]
     states = session._runner.pending[2]
     assert states[1, :11].any(axis=-1).all()
     assert not states[0, 10].any(), "only the sequence that asks keeps states"
+    session.rewind(0, 1)
+    assert not session._sequences[1].exits, "one that begins anew uses none"
 
 
 def test_an_interrupted_step_can_be_run_again(jumped: Callable[[str], Jumped], rng) -> None:
