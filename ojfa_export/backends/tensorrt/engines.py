@@ -150,7 +150,7 @@ class TensorRtEngines(OpenedModel):
         """Applies the head after so many blocks, and chooses on the device."""
         if request.check is None or not self.has_check_head:
             return self._ask(self._head_after(blocks_run), hidden, blocks_run, request)
-        states = self.arrays.asarray(hidden)
+        states = self._on_device(hidden)
         said = self._ask(CHECK_HEAD, states, blocks_run, HeadRequest(check=request.check))
         return self.of_check(said, states, blocks_run, request)
 
@@ -177,12 +177,15 @@ class TensorRtEngines(OpenedModel):
         self, name: str, hidden: Float32 | DeviceArray, blocks_run: int, request: HeadRequest
     ) -> HeadOutput:
         """Applies a head by the name of its graph, and chooses on the device."""
-        if not self.device.recorder.pending:  # else this thread has just run blocks
-            self.device.make_current()
-        states = self.arrays.asarray(hidden)
+        states = self._on_device(hidden)
         if self.in_flight.may_be_off:
             self.in_flight.call_off()
         return choose_in_parts(partial(self._choose, name, blocks_run), states, request)
+
+    def _on_device(self, hidden: Float32 | DeviceArray) -> DeviceArray:
+        if not self.device.recorder.pending:  # else this thread has just run blocks
+            self.device.make_current()
+        return self.arrays.asarray(hidden)
 
     def prepare(
         self,
