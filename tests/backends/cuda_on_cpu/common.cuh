@@ -228,6 +228,9 @@ inline float block_sum(float x) {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 struct float4 {
     float x, y, z, w;
 };
