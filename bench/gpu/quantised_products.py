@@ -290,7 +290,7 @@ class Quantised:
         width = rows // 2 if paired else rows
         if normed and tokens <= 2:
             norm = (given.hidden, given.norm, None, EPSILON, HIDDEN)
-            arguments = (out, *norm, matrix, None, columns, width, tokens)
+            arguments = (out, *norm, None, matrix, None, columns, width, tokens)
             self._launch(f"norm_quantised_{kind}", name, tokens, arguments, columns)
             return
         x = given.x[columns]
@@ -302,7 +302,7 @@ class Quantised:
             )
         steps = self._pass_steps(name, tokens)
         before = (out,) if paired else (out, None)
-        arguments = (*before, x, matrix, None, columns, width, tokens, steps)
+        arguments = (*before, x, None, matrix, None, columns, width, tokens, steps)
         self._launch(f"quantised_{kind}_{8 if tokens <= 8 else 16}", name, tokens, arguments, steps)
 
     def _launch(

@@ -237,24 +237,59 @@ __device__ __forceinline__ void each_quantised_tile(Inputs inputs_of, const unsi
     }
 }
 
+// Where inputs lie, of a matrix whose groups are not of neighbours: `places` names the place of each, or is
+// none where they are in order.
+struct Places {
+    const int* places;
+
+    // Four neighbours, those of them that are of this pass.
+    __device__ __forceinline__ void put(Element* inputs, int column, int first, int stop, uint2 four) const {
+        for (int i = 0; i < 4; ++i) {
+            const int place = places[column + i];
+            if (place >= first && place < stop)
+                inputs[place - first] = element_of(i < 2 ? four.x : four.y, i % 2);
+        }
+    }
+};
+
 // Inputs [tokens, columns] as they are.
 struct Given {
     const Element* x;
+    Places in;
     int columns, tokens;
 
     __device__ __forceinline__ void before() const {}
 
+    __device__ __forceinline__ const uint4* chunk(int token, int column) const {
+        return reinterpret_cast<const uint4*>(x + static_cast<long long>(token) * columns + column);
+    }
+
     __device__ __forceinline__ void stage(Element* inputs, int apart, int first, int stop) const {
+        if (in.places) {
+            stage_in_order(inputs, apart, first, stop);
+            return;
+        }
         const int chunks = (stop - first) / WIDE;
 #pragma unroll 4
         for (int i = threadIdx.x; i < chunks * tokens; i += QUANTISED_THREADS) {
             const int token = i / chunks, at = i % chunks * WIDE;
             uint4 words{0u, 0u, 0u, 0u};
-            if (first + at < columns)
-                words = fresh(
-                    reinterpret_cast<const uint4*>(x + static_cast<long long>(token) * columns + first + at));
+            if (first + at < columns) words = fresh(chunk(token, first + at));
             *reinterpret_cast<uint4*>(inputs + token * apart + at) = words;
         }
+    }
+
+    __device__ void stage_in_order(Element* inputs, int apart, int first, int stop) const {
+        const int chunks = columns / WIDE;
+        for (int i = threadIdx.x; i < chunks * tokens; i += QUANTISED_THREADS) {
+            const int token = i / chunks, column = i % chunks * WIDE;
+            const uint4 words = fresh(chunk(token, column));
+            in.put(inputs + token * apart, column, first, stop, {words.x, words.y});
+            in.put(inputs + token * apart, column + 4, first, stop, {words.z, words.w});
+        }
+        const int padding = max(stop - max(columns, first), 0);
+        for (int i = threadIdx.x; i < padding * tokens; i += QUANTISED_THREADS)
+            store(inputs + i / padding * apart + stop - first - padding + i % padding, 0.0f);
     }
 };
 
@@ -263,6 +298,7 @@ struct Normed {
     static constexpr int LOADS_OF_THREAD = (HIDDEN_SIZE / 4 + QUANTISED_THREADS - 1) / QUANTISED_THREADS;
     const float *hidden, *norm_weight, *norm_bias;
     float epsilon;
+    Places in;
     int width, tokens;
     float4 weight[LOADS_OF_THREAD];
 
@@ -311,9 +347,13 @@ struct Normed {
                 float4 bias = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                 if (norm_bias) bias = *reinterpret_cast<const float4*>(norm_bias + at);
                 const float4 factor = weight[i];
-                *reinterpret_cast<uint2*>(inputs + token * apart + at) = {
+                const uint2 four{
                     pack(x[i].x * scale * factor.x + bias.x, x[i].y * scale * factor.y + bias.y),
                     pack(x[i].z * scale * factor.z + bias.z, x[i].w * scale * factor.w + bias.w)};
+                if (in.places)
+                    in.put(inputs + token * apart, at, 0, stop, four);
+                else
+                    *reinterpret_cast<uint2*>(inputs + token * apart + at) = four;
             }
             for (int at = width + threadIdx.x; at < stop; at += QUANTISED_THREADS)
                 store(inputs + token * apart + at, 0.0f);
@@ -358,16 +398,16 @@ __device__ __forceinline__ int tiles_of(int rows, int rows_of_tile) {
 
 #define FOR_TOKENS_UP_TO(TOKENS)                                                                             \
     extern "C" __global__ void __launch_bounds__(QUANTISED_THREADS, 2) quantised_linear_##TOKENS(            \
-        float* out, const float* residual, const Element* x, const unsigned char* matrix, const float* bias, \
-        int columns, int outputs, int tokens, int pass_steps) {                                              \
-        each_quantised_tile<TOKENS / 8, TILE_ROWS>(Given{x, columns, tokens}, matrix, columns,               \
+        float* out, const float* residual, const Element* x, const int* places, const unsigned char* matrix, \
+        const float* bias, int columns, int outputs, int tokens, int pass_steps) {                           \
+        each_quantised_tile<TOKENS / 8, TILE_ROWS>(Given{x, {places}, columns, tokens}, matrix, columns,     \
                                                    tiles_of(outputs, TILE_ROWS), tokens, pass_steps,         \
                                                    Added{out, residual, bias, outputs});                     \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(QUANTISED_THREADS, 2)                                       \
-        quantised_up_##TOKENS(Element* inner, const Element* x, const unsigned char* matrix,                 \
-                              const float* bias, int columns, int width_out, int tokens, int pass_steps) {   \
-        each_quantised_tile<TOKENS / 8, FEATURES>(Given{x, columns, tokens}, matrix, columns,                \
+    extern "C" __global__ void __launch_bounds__(QUANTISED_THREADS, 2) quantised_up_##TOKENS(                \
+        Element* inner, const Element* x, const int* places, const unsigned char* matrix, const float* bias, \
+        int columns, int width_out, int tokens, int pass_steps) {                                            \
+        each_quantised_tile<TOKENS / 8, FEATURES>(Given{x, {places}, columns, tokens}, matrix, columns,      \
                                                   tiles_of(width_out, FEATURES), tokens, pass_steps,         \
                                                   Activated{inner, bias, width_out});                        \
     }
@@ -379,19 +419,19 @@ FOR_TOKENS_UP_TO(16)
 // With a norm before the product, of up to 8 tokens: each thread block normalises for itself.
 extern "C" __global__ void __launch_bounds__(QUANTISED_THREADS, 2)
     norm_quantised_linear(float* out, const float* hidden, const float* norm_weight, const float* norm_bias,
-                          float epsilon, int width, const unsigned char* matrix, const float* bias,
-                          int columns, int outputs, int tokens) {
-    each_quantised_tile<1, TILE_ROWS>(Normed{hidden, norm_weight, norm_bias, epsilon, width, tokens}, matrix,
-                                      columns, tiles_of(outputs, TILE_ROWS), tokens, columns,
-                                      Added{out, nullptr, bias, outputs});
+                          float epsilon, int width, const int* places, const unsigned char* matrix,
+                          const float* bias, int columns, int outputs, int tokens) {
+    each_quantised_tile<1, TILE_ROWS>(
+        Normed{hidden, norm_weight, norm_bias, epsilon, {places}, width, tokens}, matrix, columns,
+        tiles_of(outputs, TILE_ROWS), tokens, columns, Added{out, nullptr, bias, outputs});
 }
 
 extern "C" __global__ void __launch_bounds__(QUANTISED_THREADS, 2)
     norm_quantised_up(Element* inner, const float* hidden, const float* norm_weight, const float* norm_bias,
-                      float epsilon, int width, const unsigned char* matrix, const float* bias, int columns,
-                      int width_out, int tokens) {
-    each_quantised_tile<1, FEATURES>(Normed{hidden, norm_weight, norm_bias, epsilon, width, tokens}, matrix,
-                                     columns, tiles_of(width_out, FEATURES), tokens, columns,
+                      float epsilon, int width, const int* places, const unsigned char* matrix,
+                      const float* bias, int columns, int width_out, int tokens) {
+    each_quantised_tile<1, FEATURES>(Normed{hidden, norm_weight, norm_bias, epsilon, {places}, width, tokens},
+                                     matrix, columns, tiles_of(width_out, FEATURES), tokens, columns,
                                      Activated{inner, bias, width_out});
 }
 }  // namespace quantised
