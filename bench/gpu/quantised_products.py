@@ -62,24 +62,37 @@ class Way:
     """How kernels of quantised weights are compiled and launched."""
 
     warps: int = 8
-    ring: int = 8
-    blocks: int = 1  # thread blocks of a launch on each multiprocessor
-    early: int = 0  # whether the next kernel may start before this one's inputs are there
-    overlapping: bool = True
+    together: int = 2  # tiles that a warp takes a step of at once
+    rings: tuple[int, int, int] = (4, 2, 2)  # steps on their way, of 1 and 2, to 8, to 16 tokens
+    bulk: int = 0  # whether copies are the hardware's own
+    late: int = 0  # whether the next kernel starts only when the last weights are on their way
+    normed: int = 2  # tokens that a product normalises itself
     reading: int = 0  # whether nothing is multiplied
 
     def __str__(self) -> str:
-        told = f"{self.warps} warps, ring {self.ring}, {self.blocks} on each"
-        told += (", early" if self.early else "") + (", reading alone" if self.reading else "")
-        return told + ("" if self.overlapping else ", one after the other")
+        told = f"{self.warps} warps x {self.together}, rings {self.rings}"
+        flags = {"bulk": self.bulk, "late": self.late, "reading alone": self.reading}
+        told += "".join(f", {name}" for name, there in flags.items() if there)
+        return told + (f", norm of {self.normed}" if self.normed != 2 else "")
 
 
 WAYS = [
-    *(Way(8, ring) for ring in (4, 6, 8, 10)),
-    *(Way(16, ring) for ring in (2, 4, 5)),
-    *(Way(8, 8, early=1), Way(16, 4, early=1), Way(8, 4, early=1)),
-    *(Way(8, 4, blocks=2), Way(8, 6, blocks=2), Way(4, 8, blocks=2), Way(4, 8, blocks=3)),
-    *(Way(8, 8, reading=1), Way(8, 10, reading=1, early=1), Way(8, 8, overlapping=False)),
+    *(
+        Way(warps, together, rings, bulk, late)
+        for bulk in (0, 1)
+        for late in (0, 1)
+        for warps, together, rings in (
+            (8, 2, (4, 2, 2)),
+            (16, 1, (4, 2, 2)),
+            (12, 2, (3, 2, 1)),
+            (8, 1, (8, 4, 4)),
+            (12, 1, (6, 3, 3)),
+        )
+    ),
+    *(Way(8, 2, rings, bulk) for bulk in (0, 1) for rings in ((2, 3, 3), (3, 4, 4), (5, 2, 2))),
+    *(Way(16, 1, rings, bulk) for bulk in (0, 1) for rings in ((2, 3, 3), (3, 4, 4), (5, 2, 2))),
+    *(Way(8, 2, normed=4), Way(16, 1, (4, 2, 2), normed=8)),
+    *(Way(warps, 1, (4, 2, 2), bulk, reading=1) for warps in (8, 16) for bulk in (0, 1)),
 ]
 
 
@@ -260,8 +273,9 @@ class Quantised:
 
     def __init__(self, way: Way) -> None:
         self._way = way
-        macros = MACROS | {"QUANTISED_WARPS": way.warps, "RING_STEPS": way.ring}
-        macros |= {"START_EARLY": way.early, "SKIP_PRODUCTS": way.reading}
+        macros = MACROS | {"QUANTISED_WARPS": way.warps, "TILES_TOGETHER": way.together}
+        macros |= dict(zip(("RING_1", "RING_8", "RING_16"), way.rings, strict=True))
+        macros |= {"BULK_COPIES": way.bulk, "START_LATE": way.late, "SKIP_PRODUCTS": way.reading}
         sources = ("quantised_layout.cu", "quantised_linear.cu", "around_products.cu")
         self.program = Program(sources, macros)
         self._blocks = torch.cuda.get_device_properties(0).multi_processor_count
@@ -288,7 +302,7 @@ class Quantised:
         tokens, out, normed = given.tokens, given.outs[name], name not in ("out", "down")
         kind = "up" if paired else "linear"
         width = rows // 2 if paired else rows
-        if normed and tokens <= 2:
+        if normed and tokens <= self._way.normed:
             norm = (given.hidden, given.norm, None, EPSILON, HIDDEN)
             arguments = (out, *norm, None, matrix, None, columns, width, tokens)
             self._launch(f"norm_quantised_{kind}", name, tokens, arguments, columns)
@@ -297,26 +311,28 @@ class Quantised:
         if normed:
             x = given.normed
             normalized = (x, given.hidden, given.norm, None, EPSILON, HIDDEN, HIDDEN)
-            self.program.launch(
-                "normalize", tokens, 512, normalized, overlapping=self._way.overlapping
-            )
+            self.program.launch("normalize", tokens, 512, normalized)
         steps = self._pass_steps(name, tokens)
         before = (out,) if paired else (out, None)
         arguments = (*before, x, None, matrix, None, columns, width, tokens, steps)
-        self._launch(f"quantised_{kind}_{8 if tokens <= 8 else 16}", name, tokens, arguments, steps)
+        self._launch(
+            f"quantised_{kind}_{(2, 8, 16)[self._size(tokens)]}", name, tokens, arguments, steps
+        )
 
     def _launch(
         self, kernel: str, name: str, tokens: int, arguments: Sequence[Any], steps: int
     ) -> None:
-        way = self._way
-        grid = min(_tiles(name), way.blocks * self._blocks)
+        grid = min(_tiles(name), self._blocks)
         shared = self.shared_bytes(name, tokens, steps)
-        threads = 32 * way.warps
-        self.program.launch(kernel, grid, threads, arguments, shared, overlapping=way.overlapping)
+        self.program.launch(kernel, grid, 32 * self._way.warps, arguments, shared)
+
+    @staticmethod
+    def _size(tokens: int) -> int:
+        return 0 if tokens <= 2 else 1 if tokens <= 8 else 2
 
     def _pass_steps(self, name: str, tokens: int) -> int:
         steps = MATRICES[name][1] // 128
-        room = (SHARED_BYTES - 1024) // self._way.blocks - 1024
+        room = SHARED_BYTES - 1024
         for passes in range(1, steps + 1):
             each = math.ceil(steps / passes)
             if self.shared_bytes(name, tokens, each) <= room:
@@ -326,11 +342,13 @@ class Quantised:
     def shared_bytes(self, name: str, tokens: int, steps: int) -> int:
         """Of a thread block with inputs of so many steps."""
         way, all_steps = self._way, MATRICES[name][1] // 128
-        own = math.ceil(_tiles(name) / (way.blocks * self._blocks))
-        kept = own if steps < all_steps else 2 * (4 if tokens <= 2 else 1)
+        own = math.ceil(_tiles(name) / self._blocks)
+        kept = own if steps < all_steps else 8 if tokens <= 2 else way.together
         inputs = tokens * (min(steps, all_steps) * 128 + 32) * 2
-        ring = way.ring * (1024 + 64 * max(1, 128 // GROUP))
-        return inputs + way.warps * (kept * tokens * 20 * 4 + ring)
+        slot = way.together * (1024 + 64 * max(1, 128 // GROUP)) + 16 * way.bulk
+        # A norm of several tokens is of a kernel that has the ring of one.
+        ring = way.rings[0 if tokens <= way.normed else self._size(tokens)]
+        return inputs + way.warps * (kept * tokens * 20 * 4 + ring * slot)
 
 
 def _tiles(name: str) -> int:
@@ -406,7 +424,15 @@ def copy_rate() -> float:
     """Bytes per second that a copy reads and writes."""
     source = torch.zeros(2 << 30, device=DEVICE, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / (timed(lambda: target.copy_(source), 5) * 1e-6)
+    samples = []
+    for _ in range(6):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        first.record()
+        target.copy_(source)
+        last.record()
+        torch.cuda.synchronize()
+        samples.append(float(first.elapsed_time(last)) * 1e-3)
+    return 2 * source.nbytes / sorted(samples)[2]
 
 
 def measured(

@@ -62,6 +62,13 @@ __device__ __forceinline__ void multiply_half(float (&sums)[4], const unsigned (
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// x & mask | above: of two constants, the compiler makes two instructions.
+__device__ __forceinline__ unsigned and_or(unsigned x, unsigned mask, unsigned above) {
+    unsigned word;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(word) : "r"(x), "r"(mask), "r"(above));
+    return word;
+}
+
 // Of two elements in a word each: x * y + z.
 __device__ __forceinline__ unsigned add_product(unsigned x, unsigned y, unsigned z) {
     unsigned words;

@@ -63,7 +63,7 @@ constexpr unsigned BELOW = 0xc300u;      // -128, and so less
 
 __device__ __forceinline__ Scale scale_from(uint2 words) {
     return {{scale_of(words.x), scale_of(words.y)},
-            {twice(BELOW | words.x & 15u), twice(BELOW | words.y & 15u)}};
+            {twice(BELOW | (words.x & 15u)), twice(BELOW | (words.y & 15u))}};
 }
 #else
 constexpr unsigned ONES = 0x3c003c00u, SIXTEENTHS = 0x2c002c00u;
@@ -73,7 +73,7 @@ constexpr unsigned BELOW = 0xe400u,
 
 __device__ __forceinline__ Scale scale_from(uint2 words) {
     return {{scale_of(words.x), scale_of(words.y)},
-            {twice(BELOW | words.x & 15u), twice(LOW | (words.y & 15u) << 4)}};
+            {twice(BELOW | (words.x & 15u)), twice(LOW | (words.y & 15u) << 4)}};
 }
 #endif
 
@@ -81,15 +81,15 @@ __device__ __forceinline__ Scale scale_from(uint2 words) {
 // row, columns 0, 2 and, in the upper half, 1, 3; the odd ones are of the second.
 __device__ __forceinline__ void unpack(unsigned (&left)[4], const unsigned* words, const Scale& of) {
     const unsigned word = words[0], late = word >> 8;
-    left[0] = add_product(word & 0x000f000fu | ABOVE, ONES, of.less[0]);
-    left[2] = add_product(late & 0x000f000fu | ABOVE, ONES, of.less[0]);
+    left[0] = add_product(and_or(word, 0x000f000fu, ABOVE), ONES, of.less[0]);
+    left[2] = add_product(and_or(late, 0x000f000fu, ABOVE), ONES, of.less[0]);
 #if BFLOAT
-    left[1] = add_product(word >> 4 & 0x000f000fu | ABOVE, ONES, of.less[1]);
-    left[3] = add_product(late >> 4 & 0x000f000fu | ABOVE, ONES, of.less[1]);
+    left[1] = add_product(and_or(word >> 4, 0x000f000fu, ABOVE), ONES, of.less[1]);
+    left[3] = add_product(and_or(late >> 4, 0x000f000fu, ABOVE), ONES, of.less[1]);
 #else
     // Numbers stay where they are: sixteen times too high.
-    left[1] = add_product(word & 0x00f000f0u | ABOVE, SIXTEENTHS, of.less[1]);
-    left[3] = add_product(late & 0x00f000f0u | ABOVE, SIXTEENTHS, of.less[1]);
+    left[1] = add_product(and_or(word, 0x00f000f0u, ABOVE), SIXTEENTHS, of.less[1]);
+    left[3] = add_product(and_or(late, 0x00f000f0u, ABOVE), SIXTEENTHS, of.less[1]);
 #endif
 }
 #endif

@@ -17,133 +17,273 @@ namespace quantised {
 #ifndef QUANTISED_WARPS
 #define QUANTISED_WARPS 8
 #endif
-#ifndef RING_STEPS
-#define RING_STEPS 8
+#ifndef TILES_TOGETHER
+#define TILES_TOGETHER 2
+#endif
+#ifndef RING_1
+#define RING_1 4
+#define RING_8 3
+#define RING_16 2
 #endif
 constexpr int QUANTISED_THREADS = QUANTISED_WARPS * LANES;
-constexpr int STEP_BYTES = NUMBER_BYTES + SCALE_BYTES;
-constexpr int RING_BYTES = RING_STEPS * STEP_BYTES;  // of a warp
-constexpr int LOADS = NUMBER_BYTES / (16 * LANES);   // of a lane
+// Tiles of a thread block that a warp takes a step of at once, so that inputs are read once for all of them.
+constexpr int TOGETHER = TILES_TOGETHER;
+constexpr int SLOT_BYTES = TOGETHER * (NUMBER_BYTES + SCALE_BYTES);
+constexpr int LOADS = NUMBER_BYTES / (16 * LANES);  // of a lane, of a step's numbers
 // Inputs of a token lie so far apart, beyond whole steps, that those of two are in different banks.
 constexpr int APART = 32;
 // Sums of a token, likewise.
 constexpr int SUMS = TILE_ROWS + 4;
 
-// Tiles after which warps wait for one another.
+// Tiles after which warps wait for one another, and those whose sums find room.
 __device__ __forceinline__ int batch_of(int tokens) {
-    return tokens <= 2 ? 4 : 1;
+    return tokens <= 2 ? 4 : TOGETHER;
+}
+__device__ __forceinline__ int kept_of(int tokens) {
+    return tokens <= 2 ? 8 : TOGETHER;
 }
 
-// Where a warp is: it takes every QUANTISED_WARPS-th step of its thread block's tiles, over all columns or,
-// where the inputs don't fit in shared memory together, over a part of the columns after the other.
+// What a thread block has to do: some tiles, every gridDim.x-th, over all columns or, where the inputs don't
+// fit in shared memory together, over a part of the columns after the other.
+struct Work {
+    int tiles, steps, pass_steps;  // of the thread block; of the matrix; of a pass
+
+    __device__ __forceinline__ Work(int all_tiles, int columns, int pass_steps)
+        : tiles((all_tiles - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x),
+          steps(steps_of(columns)),
+          pass_steps(min(pass_steps, steps_of(columns))) {}
+};
+
+// Where a warp is: it takes every QUANTISED_WARPS-th step of tiles that are taken together.
 struct Place {
-    int tiles, steps, pass_steps;  // of the matrix; of a pass
-    int first, stop;               // steps of the pass
-    int tile, step;
+    int first, stop;  // steps of the pass
+    int tile, step;   // the first of the tiles, of the thread block's
 
-    __device__ __forceinline__ Place(int tiles, int steps, int pass_steps)
-        : tiles(tiles),
-          steps(steps),
-          pass_steps(pass_steps),
-          first(0),
-          stop(min(pass_steps, steps)),
-          tile(blockIdx.x),
-          step(threadIdx.x / LANES) {}
+    __device__ __forceinline__ Place(const Work& work, int warp)
+        : first(0), stop(work.pass_steps), tile(0), step(warp) {}
 
-    __device__ __forceinline__ void next_tile() { step -= stop - first, tile += gridDim.x; }
-    __device__ __forceinline__ void next_pass() {
-        step += stop - first, tile = blockIdx.x;
-        first = stop, stop = min(stop + pass_steps, steps);
-    }
-    // Goes on to a step; false where there is none left.
-    __device__ __forceinline__ bool settle() {
-        while (step >= stop) {
-            next_tile();
-            if (tile < tiles) continue;
-            if (stop == steps) return false;
-            next_pass();
-        }
-        return true;
+    __device__ __forceinline__ void next_tiles() { step -= stop - first, tile += TOGETHER; }
+    __device__ __forceinline__ void next_pass(const Work& work) {
+        step += stop - first, tile = 0;
+        first = stop, stop = min(stop + work.pass_steps, work.steps);
     }
 };
 
-// A warp's steps that are on their way.
-struct Ring {
-    unsigned char* at;
-    const unsigned char *numbers, *scales;
-    Place next;
+#if BULK_COPIES
+__device__ __forceinline__ void barrier_init(unsigned barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barriers_ready() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_expect(unsigned barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void bulk_copy(unsigned to, const void* from, int bytes, unsigned barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+__device__ __forceinline__ void barrier_wait(unsigned barrier, int parity) {
+    asm volatile(
+        "{.reg .pred done;\n again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n @done bra "
+        "over;\n "
+        "bra again;\n over:\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+constexpr int SLOT_ROOM = SLOT_BYTES + 16;  // with a barrier
+#else
+constexpr int SLOT_ROOM = SLOT_BYTES;
+#endif
 
+// A warp's steps that are on their way.
+template <int SLOTS>
+struct Ring {
+    unsigned char* slots;
+    const unsigned char *numbers, *scales;  // of the matrix
+    Work work;
+    int tile_steps;  // from a tile of the thread block to the next
+    int at;          // the next step's, of the matrix
+    Place next;
+#if BULK_COPIES
+    unsigned first_slot, first_barrier;
+#endif
+
+    __device__ __forceinline__ Ring(unsigned char* slots, const unsigned char* matrix, int all_tiles,
+                                    const Work& work, int warp)
+        : slots(slots),
+          numbers(matrix),
+          scales(matrix + static_cast<long long>(all_tiles) * work.steps * NUMBER_BYTES),
+          work(work),
+          tile_steps(gridDim.x * work.steps),
+          at(blockIdx.x * work.steps + warp),
+          next(work, warp) {
+#if BULK_COPIES
+        first_slot = shared_address(slots), first_barrier = first_slot + SLOTS * SLOT_BYTES;
+        if (threadIdx.x % LANES == 0) {
+            for (int slot = 0; slot < SLOTS; ++slot) barrier_init(first_barrier + 16 * slot);
+            barriers_ready();
+        }
+        __syncwarp();
+#endif
+        settle();
+    }
+
+    __device__ __forceinline__ bool done() const {
+        return next.tile >= work.tiles;
+    }
+
+    // Goes on to the next step that there is.
+    __device__ __forceinline__ void settle() {
+        while (next.step >= next.stop) {
+            at += TOGETHER * tile_steps - (next.stop - next.first);
+            next.next_tiles();
+            if (!done()) continue;
+            if (next.stop == work.steps) return;
+            next.next_pass(work);
+            at = blockIdx.x * work.steps + next.step;
+        }
+    }
+
+#if BULK_COPIES
     __device__ __forceinline__ void fetch(int slot) {
-        const int lane = threadIdx.x % LANES;
-        if (next.tile < next.tiles && next.settle()) {
-            const long long step = static_cast<long long>(next.tile) * next.steps + next.step;
-            unsigned char* to = at + slot * STEP_BYTES + lane * 16;
+        if (done()) return;
+        if (threadIdx.x % LANES == 0) {
+            const unsigned to = first_slot + slot * SLOT_BYTES, barrier = first_barrier + 16 * slot;
+            const int tiles = min(work.tiles - next.tile, TOGETHER);
+            barrier_expect(barrier, tiles * (NUMBER_BYTES + SCALE_BYTES));
 #pragma unroll
-            for (int i = 0; i < LOADS; ++i)
-                copy_async<16>(to + i * 16 * LANES, numbers + step * NUMBER_BYTES + (i * LANES + lane) * 16,
-                               true);
-            if (lane * 16 < SCALE_BYTES)
-                copy_async<16>(to + NUMBER_BYTES, scales + step * SCALE_BYTES + lane * 16, true);
-            next.step += QUANTISED_WARPS;
+            for (int i = 0; i < TOGETHER; ++i) {
+                if (i >= tiles) break;
+                const long long step = at + i * tile_steps;
+                bulk_copy(to + i * NUMBER_BYTES, numbers + step * NUMBER_BYTES, NUMBER_BYTES, barrier);
+                bulk_copy(to + TOGETHER * NUMBER_BYTES + i * SCALE_BYTES, scales + step * SCALE_BYTES,
+                          SCALE_BYTES, barrier);
+            }
+        }
+        __syncwarp();
+        next.step += QUANTISED_WARPS, at += QUANTISED_WARPS;
+        settle();
+#if START_LATE
+        if (done()) let_next_start();
+#endif
+    }
+    __device__ __forceinline__ void wait(int slot, int round) const {
+        barrier_wait(first_barrier + 16 * slot, round % 2);
+    }
+    // Of those that were fetched before anything was waited for.
+    __device__ __forceinline__ void wait_for_all(int fetched) const {
+        for (int slot = 0; slot < fetched; ++slot) wait(slot, 0);
+    }
+#else
+    __device__ __forceinline__ void fetch(int slot) {
+        if (!done()) {
+            const int lane = threadIdx.x % LANES, tiles = work.tiles - next.tile;
+            unsigned char* to = slots + slot * SLOT_BYTES + lane * 16;
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) {
+                const unsigned char* from =
+                    numbers + static_cast<long long>(at + i * tile_steps) * NUMBER_BYTES + lane * 16;
+#pragma unroll
+                for (int j = 0; j < LOADS; ++j)
+                    copy_async<16>(to + i * NUMBER_BYTES + j * LANES * 16, from + j * LANES * 16, i < tiles);
+            }
+            constexpr int SCALE_LOADS = SCALE_BYTES / 16;
+#pragma unroll
+            for (int i = 0; i < (TOGETHER * SCALE_LOADS + LANES - 1) / LANES; ++i) {
+                const int load = i * LANES + lane, tile = load / SCALE_LOADS;
+                if (tile < TOGETHER)
+                    copy_async<16>(to + TOGETHER * NUMBER_BYTES + i * LANES * 16,
+                                   scales + static_cast<long long>(at + tile * tile_steps) * SCALE_BYTES +
+                                       load % SCALE_LOADS * 16,
+                                   tile < tiles);
+            }
+            next.step += QUANTISED_WARPS, at += QUANTISED_WARPS;
+            settle();
+#if START_LATE
+            if (done()) let_next_start();
+#endif
         }
         copies_end();
     }
+    __device__ __forceinline__ void wait(int, int) const {
+        copies_wait<SLOTS - 1>();
+        __syncwarp();  // other lanes have brought scales
+    }
+    __device__ __forceinline__ void wait_for_all(int) const {
+        copies_wait<0>();
+    }
+#endif
 };
 
-// Sums of a warp's part of a tile, for up to GROUPS * 8 tokens.
+// Sums of a warp's part of tiles, for up to GROUPS * 8 tokens.
 template <int GROUPS>
 struct TileSums {
-    // Products of a group alternate between chains, as each waits for the one before it.
-    static constexpr int CHAINS = GROUPS == 1 && PRODUCTS_OF_GROUP > 1 ? 2 : 1;
-    float total[GROUPS][4] = {};
+    float total[TOGETHER][GROUPS][4] = {};
 
     // `inputs` begin with the step's.
-    __device__ __forceinline__ void add(const unsigned char* step, const Element* inputs, int apart,
+    __device__ __forceinline__ void add(const unsigned char* slot, const Element* inputs, int apart,
                                         int tokens) {
+        // Products of a group alternate between chains, as each waits for the one before it.
+        constexpr int CHAINS = GROUPS * TOGETHER == 1 ? 2 : 1;
         const int lane = threadIdx.x % LANES;
-        const uint4* numbers = reinterpret_cast<const uint4*>(step) + lane;
-        const uint2* scales = reinterpret_cast<const uint2*>(step + NUMBER_BYTES) + lane / 4;
         const Element* inputs_of[GROUPS];
 #pragma unroll
         for (int group = 0; group < GROUPS; ++group)
             inputs_of[group] = inputs + min(group * 8 + lane / 4, tokens - 1) * apart + lane % 4 * WIDE;
-        unsigned words[LOADS * 4];
+        unsigned words[TOGETHER][LOADS * 4];
 #pragma unroll
-        for (int i = 0; i < LOADS; ++i) {
-            const uint4 loaded = numbers[i * LANES];
-            words[4 * i] = loaded.x, words[4 * i + 1] = loaded.y, words[4 * i + 2] = loaded.z,
-                      words[4 * i + 3] = loaded.w;
-        }
+        for (int tile = 0; tile < TOGETHER; ++tile)
+#pragma unroll
+            for (int i = 0; i < LOADS; ++i)
+                *reinterpret_cast<uint4*>(words[tile] + 4 * i) =
+                    reinterpret_cast<const uint4*>(slot + tile * NUMBER_BYTES)[i * LANES + lane];
 #pragma unroll
         for (int group_of_step = 0; group_of_step < STEP_GROUPS; ++group_of_step) {
-            const Scale scale = scale_from(scales[group_of_step * 8]);
-            float part[CHAINS][GROUPS][4] = {};
+            Scale scale[TOGETHER];
+#pragma unroll
+            for (int tile = 0; tile < TOGETHER; ++tile)
+                scale[tile] = scale_from(reinterpret_cast<const uint2*>(
+                    slot + TOGETHER * NUMBER_BYTES + tile * SCALE_BYTES)[group_of_step * 8 + lane / 4]);
+            float part[TOGETHER][CHAINS][GROUPS][4] = {};
 #pragma unroll
             for (int two = 0; two < PRODUCTS_OF_GROUP / 2; ++two) {
                 const int pair = group_of_step * PRODUCTS_OF_GROUP / 2 + two;
-                unsigned left[2][4];
-                unpack(left[0], words + pair * 2 * WORDS, scale);
-                unpack(left[1], words + (pair * 2 + 1) * WORDS, scale);
+                uint4 right[GROUPS];
 #pragma unroll
-                for (int group = 0; group < GROUPS; ++group) {
-                    const uint4 right = *reinterpret_cast<const uint4*>(inputs_of[group] + pair * 32);
-                    multiply_half(part[0][group], left[0], {right.x, right.y});
-                    multiply_half(part[CHAINS - 1][group], left[1], {right.z, right.w});
+                for (int group = 0; group < GROUPS; ++group)
+                    right[group] = *reinterpret_cast<const uint4*>(inputs_of[group] + pair * 32);
+#pragma unroll
+                for (int tile = 0; tile < TOGETHER; ++tile) {
+                    unsigned left[2][4];
+                    unpack(left[0], words[tile] + pair * 2 * WORDS, scale[tile]);
+                    unpack(left[1], words[tile] + (pair * 2 + 1) * WORDS, scale[tile]);
+#pragma unroll
+                    for (int group = 0; group < GROUPS; ++group) {
+                        multiply_half(part[tile][0][group], left[0], {right[group].x, right[group].y});
+                        multiply_half(part[tile][CHAINS - 1][group], left[1],
+                                      {right[group].z, right[group].w});
+                    }
                 }
             }
 #pragma unroll
-            for (int group = 0; group < GROUPS; ++group)
+            for (int tile = 0; tile < TOGETHER; ++tile)
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    float sum = part[0][group][i];
-                    if (CHAINS == 2) sum += part[1][group][i];
-                    total[group][i] += sum * scale.scale[i / 2];
-                }
+                for (int group = 0; group < GROUPS; ++group)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        float sum = part[tile][0][group][i];
+                        if (CHAINS == 2) sum += part[tile][CHAINS - 1][group][i];
+                        total[tile][group][i] += sum * scale[tile].scale[i / 2];
+                    }
         }
     }
 
-    // Puts them where the thread block adds them up, or adds them there: a warp's [tokens, SUMS].
-    __device__ __forceinline__ void keep(float* sums, int tokens, bool added) const {
+    // Puts those of a tile where the thread block adds them up, or adds them there: a warp's [tokens, SUMS].
+    __device__ __forceinline__ void keep(int tile, float* sums, int tokens, bool added) const {
         const int lane = threadIdx.x % LANES;
 #pragma unroll
         for (int group = 0; group < GROUPS; ++group)
@@ -151,7 +291,7 @@ struct TileSums {
             for (int i = 0; i < 4; ++i) {
                 const int token = group * 8 + lane % 4 * 2 + i % 2, row = i / 2 * 8 + lane / 4;
                 float* at = sums + token * SUMS + row;
-                if (token < tokens) *at = total[group][i] + (added ? *at : 0.0f);
+                if (token < tokens) *at = total[tile][group][i] + (added ? *at : 0.0f);
             }
     }
 };
@@ -170,69 +310,73 @@ struct WarpSums {
 };
 
 // Calls use(tile, row of the tile, token, sums) by a thread for each of USED rows of a tile and token.
-// `inputs` brings them into shared memory, with zeros up to whole steps; before() does what can be done while
-// the kernel before still runs. Shared memory: inputs of a pass [tokens, apart], sums [tiles,
-// QUANTISED_WARPS, tokens, SUMS] (of two batches, or of all tiles where there are several passes), rings.
-template <int GROUPS, int USED, class Inputs, class Use>
+// `inputs_of` brings them into shared memory, with zeros up to whole steps; its before() does what can be
+// done while the kernel before still runs. Shared memory: inputs of a pass [tokens, apart], sums [tiles,
+// QUANTISED_WARPS, tokens, SUMS] (of those that are kept, or of all where there are several passes), rings.
+template <int GROUPS, int SLOTS, int USED, class Inputs, class Use>
 __device__ __forceinline__ void each_quantised_tile(Inputs inputs_of, const unsigned char* matrix,
-                                                    int columns, int tiles, int tokens, int pass_steps,
+                                                    int columns, int all_tiles, int tokens, int pass_steps,
                                                     Use use) {
-    const int steps = steps_of(columns), warp = threadIdx.x / LANES, batch = batch_of(tokens);
-    const int apart = min(pass_steps, steps) * STEP + APART, warp_sums = tokens * SUMS;
-    const int own_tiles = (tiles - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
-    const int kept = pass_steps < steps ? (tiles + gridDim.x - 1) / gridDim.x : 2 * batch;
+    const Work work(all_tiles, columns, pass_steps);
+    const int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), batch = batch_of(tokens);
+    const int apart = work.pass_steps * STEP + APART, warp_sums = tokens * SUMS;
+    const int kept = work.pass_steps < work.steps ? (all_tiles + gridDim.x - 1) / gridDim.x : kept_of(tokens);
     Element* inputs = reinterpret_cast<Element*>(shared_memory);
     float* sums = reinterpret_cast<float*>(inputs + tokens * apart);
     unsigned char* rings = reinterpret_cast<unsigned char*>(sums + kept * QUANTISED_WARPS * warp_sums);
-    Place place(tiles, steps, pass_steps);
-    Ring ring{rings + warp * RING_BYTES, matrix,
-              matrix + static_cast<long long>(tiles) * steps * NUMBER_BYTES, place};
+    Place place(work, warp);
+    Ring<SLOTS> ring(rings + warp * SLOTS * SLOT_ROOM, matrix, all_tiles, work, warp);
+    int fetched = 0;
 #pragma unroll 1
-    for (int slot = 0; slot < RING_STEPS; ++slot) ring.fetch(slot);
+    for (int slot = 0; slot < SLOTS; ++slot) {
+        fetched += !ring.done();
+        ring.fetch(slot);
+    }
     inputs_of.before();
-#if START_EARLY
-    let_next_start();
     wait_for_previous();
-#else
-    wait_for_previous();
+#if !START_LATE
     let_next_start();
 #endif
     bool not_wanted = is_called_off();  // comes while the inputs do
-    for (int slot = 0;;) {
+    for (int slot = 0, round = 0;;) {
         inputs_of.stage(inputs, apart, place.first * STEP, place.stop * STEP);
         if (__syncthreads_or(not_wanted)) {
-            copies_wait<0>();
+            ring.wait_for_all(fetched);
             return;
         }
         not_wanted = false;
-        for (int own = 0; own < own_tiles; ++own) {
+        for (; place.tile < work.tiles;) {
             TileSums<GROUPS> tile_sums;
 #pragma unroll 1
             for (; place.step < place.stop; place.step += QUANTISED_WARPS) {
-                copies_wait<RING_STEPS - 1>();
-                __syncwarp();  // other lanes have brought scales
+                ring.wait(slot, round);
 #if !SKIP_PRODUCTS
-                tile_sums.add(ring.at + slot * STEP_BYTES, inputs + (place.step - place.first) * STEP, apart,
-                              tokens);
+                tile_sums.add(ring.slots + slot * SLOT_BYTES, inputs + (place.step - place.first) * STEP,
+                              apart, tokens);
 #endif
                 __syncwarp();  // and have read them
                 ring.fetch(slot);
-                slot = slot + 1 == RING_STEPS ? 0 : slot + 1;
+                if (++slot == SLOTS) slot = 0, ++round;
             }
-            tile_sums.keep(sums + (own % kept * QUANTISED_WARPS + warp) * warp_sums, tokens, place.first);
-            place.next_tile();
-            const int done = own % batch + 1;
-            if (place.stop < steps || (done < batch && own + 1 < own_tiles)) continue;
+            const int finished = min(place.tile + TOGETHER, work.tiles);
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i)
+                if (place.tile + i < finished)
+                    tile_sums.keep(i, sums + ((place.tile + i) % kept * QUANTISED_WARPS + warp) * warp_sums,
+                                   tokens, place.first);
+            place.next_tiles();
+            if (place.stop < work.steps || (finished % batch && finished < work.tiles)) continue;
+            const int begun = (finished - 1) / batch * batch, count = finished - begun;
             __syncthreads();
-            for (int i = threadIdx.x; i < done * USED * tokens; i += QUANTISED_THREADS) {
-                const int row = i % USED, of_batch = i / USED % done, token = i / (USED * done);
-                const int which = own + 1 - done + of_batch;
-                use(which * gridDim.x + blockIdx.x, row, token,
-                    WarpSums{sums + (which % kept * QUANTISED_WARPS * tokens + token) * SUMS, warp_sums});
+            for (int i = threadIdx.x; i < count * USED * tokens; i += QUANTISED_THREADS) {
+                const int row = i % USED, tile = begun + i / USED % count, token = i / (USED * count);
+                use(tile * gridDim.x + blockIdx.x, row, token,
+                    WarpSums{sums + (tile % kept * QUANTISED_WARPS * tokens + token) * SUMS, warp_sums});
             }
+            if (kept == batch) __syncthreads();  // the sums have been read
         }
-        if (place.stop == steps) return;
-        place.next_pass();
+        if (place.stop == work.steps) return;
+        place.next_pass(work);
         __syncthreads();  // the inputs before are no longer read
     }
 }
@@ -396,24 +540,25 @@ __device__ __forceinline__ int tiles_of(int rows, int rows_of_tile) {
     return (rows + rows_of_tile - 1) / rows_of_tile;
 }
 
-#define FOR_TOKENS_UP_TO(TOKENS)                                                                             \
+#define FOR_TOKENS_UP_TO(TOKENS, GROUPS, SLOTS)                                                              \
     extern "C" __global__ void __launch_bounds__(QUANTISED_THREADS, 2) quantised_linear_##TOKENS(            \
         float* out, const float* residual, const Element* x, const int* places, const unsigned char* matrix, \
         const float* bias, int columns, int outputs, int tokens, int pass_steps) {                           \
-        each_quantised_tile<TOKENS / 8, TILE_ROWS>(Given{x, {places}, columns, tokens}, matrix, columns,     \
-                                                   tiles_of(outputs, TILE_ROWS), tokens, pass_steps,         \
-                                                   Added{out, residual, bias, outputs});                     \
+        each_quantised_tile<GROUPS, SLOTS, TILE_ROWS>(Given{x, {places}, columns, tokens}, matrix, columns,  \
+                                                      tiles_of(outputs, TILE_ROWS), tokens, pass_steps,      \
+                                                      Added{out, residual, bias, outputs});                  \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(QUANTISED_THREADS, 2) quantised_up_##TOKENS(                \
         Element* inner, const Element* x, const int* places, const unsigned char* matrix, const float* bias, \
         int columns, int width_out, int tokens, int pass_steps) {                                            \
-        each_quantised_tile<TOKENS / 8, FEATURES>(Given{x, {places}, columns, tokens}, matrix, columns,      \
-                                                  tiles_of(width_out, FEATURES), tokens, pass_steps,         \
-                                                  Activated{inner, bias, width_out});                        \
+        each_quantised_tile<GROUPS, SLOTS, FEATURES>(Given{x, {places}, columns, tokens}, matrix, columns,   \
+                                                     tiles_of(width_out, FEATURES), tokens, pass_steps,      \
+                                                     Activated{inner, bias, width_out});                     \
     }
 
-FOR_TOKENS_UP_TO(8)
-FOR_TOKENS_UP_TO(16)
+FOR_TOKENS_UP_TO(2, 1, RING_1)
+FOR_TOKENS_UP_TO(8, 1, RING_8)
+FOR_TOKENS_UP_TO(16, 2, RING_16)
 #undef FOR_TOKENS_UP_TO
 
 // With a norm before the product, of up to 8 tokens: each thread block normalises for itself.
@@ -421,7 +566,7 @@ extern "C" __global__ void __launch_bounds__(QUANTISED_THREADS, 2)
     norm_quantised_linear(float* out, const float* hidden, const float* norm_weight, const float* norm_bias,
                           float epsilon, int width, const int* places, const unsigned char* matrix,
                           const float* bias, int columns, int outputs, int tokens) {
-    each_quantised_tile<1, TILE_ROWS>(
+    each_quantised_tile<1, RING_1, TILE_ROWS>(
         Normed{hidden, norm_weight, norm_bias, epsilon, {places}, width, tokens}, matrix, columns,
         tiles_of(outputs, TILE_ROWS), tokens, columns, Added{out, nullptr, bias, outputs});
 }
@@ -430,9 +575,9 @@ extern "C" __global__ void __launch_bounds__(QUANTISED_THREADS, 2)
     norm_quantised_up(Element* inner, const float* hidden, const float* norm_weight, const float* norm_bias,
                       float epsilon, int width, const int* places, const unsigned char* matrix,
                       const float* bias, int columns, int width_out, int tokens) {
-    each_quantised_tile<1, FEATURES>(Normed{hidden, norm_weight, norm_bias, epsilon, {places}, width, tokens},
-                                     matrix, columns, tiles_of(width_out, FEATURES), tokens, columns,
-                                     Activated{inner, bias, width_out});
+    each_quantised_tile<1, RING_1, FEATURES>(
+        Normed{hidden, norm_weight, norm_bias, epsilon, {places}, width, tokens}, matrix, columns,
+        tiles_of(width_out, FEATURES), tokens, columns, Activated{inner, bias, width_out});
 }
 }  // namespace quantised
 #endif
