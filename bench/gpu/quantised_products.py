@@ -33,6 +33,10 @@ MATRICES = {
     "head": (VOCABULARY, HIDDEN, False),
 }
 SHARED_BYTES = 227 << 10
+# Of a multiprocessor, and of a thread block beside which another finds room.
+ALONE, BESIDE = 228 << 10, (114 << 10) - 1280
+MOST_PASSES = 3
+NORMED = 2  # tokens that a product normalises itself
 DEVICE = "cuda"
 EPSILON = 1e-5
 TOLERANCE = 2e-3  # of the largest; inputs behind a norm are rounded to fp16 on both sides
@@ -59,40 +63,24 @@ MACROS = {
 
 @dataclass(frozen=True)
 class Way:
-    """How kernels of quantised weights are compiled and launched."""
+    """How kernels of quantised weights are compiled."""
 
     warps: int = 8
     together: int = 2  # tiles that a warp takes a step of at once
-    rings: tuple[int, int, int] = (4, 2, 2)  # steps on their way, of 1 and 2, to 8, to 16 tokens
-    bulk: int = 0  # whether copies are the hardware's own
-    late: int = 0  # whether the next kernel starts only when the last weights are on their way
-    normed: int = 2  # tokens that a product normalises itself
-    reading: int = 0  # whether nothing is multiplied
+    # Steps on their way: behind a norm, of 1 and 2 tokens, to 8, to 16 tokens.
+    rings: tuple[int, int, int, int] = (4, 3, 2, 3)
+    late: int = 1  # whether the next kernel starts only when the last weights are on their way
 
     def __str__(self) -> str:
-        told = f"{self.warps} warps x {self.together}, rings {self.rings}"
-        flags = {"bulk": self.bulk, "late": self.late, "reading alone": self.reading}
-        told += "".join(f", {name}" for name, there in flags.items() if there)
-        return told + (f", norm of {self.normed}" if self.normed != 2 else "")
+        late = ", late" if self.late else ""
+        return f"{self.warps} warps x {self.together}, rings {self.rings}{late}"
 
 
 WAYS = [
-    *(
-        Way(warps, together, rings, bulk, late)
-        for bulk in (0, 1)
-        for late in (0, 1)
-        for warps, together, rings in (
-            (8, 2, (4, 2, 2)),
-            (16, 1, (4, 2, 2)),
-            (12, 2, (3, 2, 1)),
-            (8, 1, (8, 4, 4)),
-            (12, 1, (6, 3, 3)),
-        )
-    ),
-    *(Way(8, 2, rings, bulk) for bulk in (0, 1) for rings in ((2, 3, 3), (3, 4, 4), (5, 2, 2))),
-    *(Way(16, 1, rings, bulk) for bulk in (0, 1) for rings in ((2, 3, 3), (3, 4, 4), (5, 2, 2))),
-    *(Way(8, 2, normed=4), Way(16, 1, (4, 2, 2), normed=8)),
-    *(Way(warps, 1, (4, 2, 2), bulk, reading=1) for warps in (8, 16) for bulk in (0, 1)),
+    *(Way(late=late) for late in (1, 0)),
+    *(Way(12, 2, (3, 2, 1, 2), late) for late in (1, 0)),
+    *(Way(rings=rings) for rings in ((5, 4, 2, 4), (3, 2, 2, 2), (9, 9, 4, 3))),
+    *(Way(16, 1, (4, 3, 2, 3), late) for late in (1, 0)),
 ]
 
 
@@ -274,8 +262,8 @@ class Quantised:
     def __init__(self, way: Way) -> None:
         self._way = way
         macros = MACROS | {"QUANTISED_WARPS": way.warps, "TILES_TOGETHER": way.together}
-        macros |= dict(zip(("RING_1", "RING_8", "RING_16"), way.rings, strict=True))
-        macros |= {"BULK_COPIES": way.bulk, "START_LATE": way.late, "SKIP_PRODUCTS": way.reading}
+        rings = ("RING_NORMED", "RING_2", "RING_8", "RING_16")
+        macros |= dict(zip(rings, way.rings, strict=True)) | {"START_LATE": way.late}
         sources = ("quantised_layout.cu", "quantised_linear.cu", "around_products.cu")
         self.program = Program(sources, macros)
         self._blocks = torch.cuda.get_device_properties(0).multi_processor_count
@@ -302,7 +290,7 @@ class Quantised:
         tokens, out, normed = given.tokens, given.outs[name], name not in ("out", "down")
         kind = "up" if paired else "linear"
         width = rows // 2 if paired else rows
-        if normed and tokens <= self._way.normed:
+        if normed and tokens <= NORMED:
             norm = (given.hidden, given.norm, None, EPSILON, HIDDEN)
             arguments = (out, *norm, None, matrix, None, columns, width, tokens)
             self._launch(f"norm_quantised_{kind}", name, tokens, arguments, columns)
@@ -323,7 +311,7 @@ class Quantised:
         self, kernel: str, name: str, tokens: int, arguments: Sequence[Any], steps: int
     ) -> None:
         grid = min(_tiles(name), self._blocks)
-        shared = self.shared_bytes(name, tokens, steps)
+        shared = self.shared_bytes(name, tokens, steps, normed=kernel.startswith("norm"))
         self.program.launch(kernel, grid, 32 * self._way.warps, arguments, shared)
 
     @staticmethod
@@ -332,23 +320,27 @@ class Quantised:
 
     def _pass_steps(self, name: str, tokens: int) -> int:
         steps = MATRICES[name][1] // 128
-        room = SHARED_BYTES - 1024
-        for passes in range(1, steps + 1):
-            each = math.ceil(steps / passes)
-            if self.shared_bytes(name, tokens, each) <= room:
-                return each
+        for room in (BESIDE, SHARED_BYTES - 1024) if tokens <= 8 else (SHARED_BYTES - 1024,):
+            for passes in range(1, MOST_PASSES + 1):
+                each = math.ceil(steps / passes)
+                if self.shared_bytes(name, tokens, each) <= room:
+                    return each
         raise SystemExit(f"no room for {tokens} tokens of {name}, {self._way}")
 
-    def shared_bytes(self, name: str, tokens: int, steps: int) -> int:
-        """Of a thread block with inputs of so many steps."""
+    def shared_bytes(self, name: str, tokens: int, steps: int, *, normed: bool = False) -> int:
+        """Of a thread block with inputs of so many steps.
+
+        A block of the next kernel finds room beside one of this, two of either don't: else one
+        multiprocessor would have two, and another none.
+        """
         way, all_steps = self._way, MATRICES[name][1] // 128
         own = math.ceil(_tiles(name) / self._blocks)
-        kept = own if steps < all_steps else 8 if tokens <= 2 else way.together
+        kept = own if steps < all_steps else {1: 16, 2: 8}.get(tokens, way.together)
         inputs = tokens * (min(steps, all_steps) * 128 + 32) * 2
-        slot = way.together * (1024 + 64 * max(1, 128 // GROUP)) + 16 * way.bulk
-        # A norm of several tokens is of a kernel that has the ring of one.
-        ring = way.rings[0 if tokens <= way.normed else self._size(tokens)]
-        return inputs + way.warps * (kept * tokens * 20 * 4 + ring * slot)
+        slot = way.together * (1024 + 64 * max(1, 128 // GROUP))
+        ring = way.rings[0 if normed else 1 + self._size(tokens)]
+        taken = inputs + way.warps * (kept * tokens * 20 * 4 + ring * slot)
+        return max(taken, ALONE // 3 if taken <= BESIDE else ALONE // 2)
 
 
 def _tiles(name: str) -> int:
@@ -504,7 +496,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             wrong = f", WRONG: {bad}" if bad else ""
             print(
                 f"{way}: worst error {max(errors.values()):.1e}{wrong}, registers {registers}, "
-                f"{product.shared_bytes('up', 1, 32) >> 10} KiB for a token, "
+                f"{product.shared_bytes('up', 1, 32, normed=True) >> 10} KiB for a token, "
                 f"{time.perf_counter() - began:.0f} s",
                 flush=True,
             )

@@ -14,16 +14,16 @@
 
 #if HALF && WEIGHT_BITS
 namespace quantised {
+// To be measured with others (bench/gpu/quantised_products.py). Rings are steps that are on their way: of a
+// product that normalises its inputs itself, and of others of up to so many tokens.
 #ifndef QUANTISED_WARPS
 #define QUANTISED_WARPS 8
-#endif
-#ifndef TILES_TOGETHER
 #define TILES_TOGETHER 2
-#endif
-#ifndef RING_1
-#define RING_1 4
-#define RING_8 3
-#define RING_16 2
+#define START_LATE 1
+#define RING_NORMED 4
+#define RING_2 3
+#define RING_8 2
+#define RING_16 3
 #endif
 constexpr int QUANTISED_THREADS = QUANTISED_WARPS * LANES;
 // Tiles of a thread block that a warp takes a step of at once, so that inputs are read once for all of them.
@@ -35,12 +35,9 @@ constexpr int APART = 32;
 // Sums of a token, likewise.
 constexpr int SUMS = TILE_ROWS + 4;
 
-// Tiles after which warps wait for one another, and those whose sums find room.
+// Tiles after which warps wait for one another, whose sums are kept.
 __device__ __forceinline__ int batch_of(int tokens) {
-    return tokens <= 2 ? 4 : TOGETHER;
-}
-__device__ __forceinline__ int kept_of(int tokens) {
-    return tokens <= 2 ? 8 : TOGETHER;
+    return tokens == 1 ? 16 : tokens == 2 ? 8 : TOGETHER;
 }
 
 // What a thread block has to do: some tiles, every gridDim.x-th, over all columns or, where the inputs don't
@@ -69,36 +66,6 @@ struct Place {
     }
 };
 
-#if BULK_COPIES
-__device__ __forceinline__ void barrier_init(unsigned barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barriers_ready() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_expect(unsigned barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-                 : "memory");
-}
-__device__ __forceinline__ void bulk_copy(unsigned to, const void* from, int bytes, unsigned barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-        "l"(from), "r"(bytes), "r"(barrier)
-        : "memory");
-}
-__device__ __forceinline__ void barrier_wait(unsigned barrier, int parity) {
-    asm volatile(
-        "{.reg .pred done;\n again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n @done bra "
-        "over;\n "
-        "bra again;\n over:\n}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-constexpr int SLOT_ROOM = SLOT_BYTES + 16;  // with a barrier
-#else
-constexpr int SLOT_ROOM = SLOT_BYTES;
-#endif
-
 // A warp's steps that are on their way.
 template <int SLOTS>
 struct Ring {
@@ -108,9 +75,6 @@ struct Ring {
     int tile_steps;  // from a tile of the thread block to the next
     int at;          // the next step's, of the matrix
     Place next;
-#if BULK_COPIES
-    unsigned first_slot, first_barrier;
-#endif
 
     __device__ __forceinline__ Ring(unsigned char* slots, const unsigned char* matrix, int all_tiles,
                                     const Work& work, int warp)
@@ -121,20 +85,10 @@ struct Ring {
           tile_steps(gridDim.x * work.steps),
           at(blockIdx.x * work.steps + warp),
           next(work, warp) {
-#if BULK_COPIES
-        first_slot = shared_address(slots), first_barrier = first_slot + SLOTS * SLOT_BYTES;
-        if (threadIdx.x % LANES == 0) {
-            for (int slot = 0; slot < SLOTS; ++slot) barrier_init(first_barrier + 16 * slot);
-            barriers_ready();
-        }
-        __syncwarp();
-#endif
         settle();
     }
 
-    __device__ __forceinline__ bool done() const {
-        return next.tile >= work.tiles;
-    }
+    __device__ __forceinline__ bool done() const { return next.tile >= work.tiles; }
 
     // Goes on to the next step that there is.
     __device__ __forceinline__ void settle() {
@@ -148,37 +102,6 @@ struct Ring {
         }
     }
 
-#if BULK_COPIES
-    __device__ __forceinline__ void fetch(int slot) {
-        if (done()) return;
-        if (threadIdx.x % LANES == 0) {
-            const unsigned to = first_slot + slot * SLOT_BYTES, barrier = first_barrier + 16 * slot;
-            const int tiles = min(work.tiles - next.tile, TOGETHER);
-            barrier_expect(barrier, tiles * (NUMBER_BYTES + SCALE_BYTES));
-#pragma unroll
-            for (int i = 0; i < TOGETHER; ++i) {
-                if (i >= tiles) break;
-                const long long step = at + i * tile_steps;
-                bulk_copy(to + i * NUMBER_BYTES, numbers + step * NUMBER_BYTES, NUMBER_BYTES, barrier);
-                bulk_copy(to + TOGETHER * NUMBER_BYTES + i * SCALE_BYTES, scales + step * SCALE_BYTES,
-                          SCALE_BYTES, barrier);
-            }
-        }
-        __syncwarp();
-        next.step += QUANTISED_WARPS, at += QUANTISED_WARPS;
-        settle();
-#if START_LATE
-        if (done()) let_next_start();
-#endif
-    }
-    __device__ __forceinline__ void wait(int slot, int round) const {
-        barrier_wait(first_barrier + 16 * slot, round % 2);
-    }
-    // Of those that were fetched before anything was waited for.
-    __device__ __forceinline__ void wait_for_all(int fetched) const {
-        for (int slot = 0; slot < fetched; ++slot) wait(slot, 0);
-    }
-#else
     __device__ __forceinline__ void fetch(int slot) {
         if (!done()) {
             const int lane = threadIdx.x % LANES, tiles = work.tiles - next.tile;
@@ -203,20 +126,13 @@ struct Ring {
             }
             next.step += QUANTISED_WARPS, at += QUANTISED_WARPS;
             settle();
-#if START_LATE
-            if (done()) let_next_start();
-#endif
         }
         copies_end();
     }
-    __device__ __forceinline__ void wait(int, int) const {
+    __device__ __forceinline__ void wait() const {
         copies_wait<SLOTS - 1>();
         __syncwarp();  // other lanes have brought scales
     }
-    __device__ __forceinline__ void wait_for_all(int) const {
-        copies_wait<0>();
-    }
-#endif
 };
 
 // Sums of a warp's part of tiles, for up to GROUPS * 8 tokens.
@@ -320,28 +236,24 @@ __device__ __forceinline__ void each_quantised_tile(Inputs inputs_of, const unsi
     const Work work(all_tiles, columns, pass_steps);
     const int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), batch = batch_of(tokens);
     const int apart = work.pass_steps * STEP + APART, warp_sums = tokens * SUMS;
-    const int kept = work.pass_steps < work.steps ? (all_tiles + gridDim.x - 1) / gridDim.x : kept_of(tokens);
+    const int kept = work.pass_steps < work.steps ? (all_tiles + gridDim.x - 1) / gridDim.x : batch;
     Element* inputs = reinterpret_cast<Element*>(shared_memory);
     float* sums = reinterpret_cast<float*>(inputs + tokens * apart);
     unsigned char* rings = reinterpret_cast<unsigned char*>(sums + kept * QUANTISED_WARPS * warp_sums);
     Place place(work, warp);
-    Ring<SLOTS> ring(rings + warp * SLOTS * SLOT_ROOM, matrix, all_tiles, work, warp);
-    int fetched = 0;
+    Ring<SLOTS> ring(rings + warp * SLOTS * SLOT_BYTES, matrix, all_tiles, work, warp);
 #pragma unroll 1
-    for (int slot = 0; slot < SLOTS; ++slot) {
-        fetched += !ring.done();
-        ring.fetch(slot);
-    }
+    for (int slot = 0; slot < SLOTS; ++slot) ring.fetch(slot);
     inputs_of.before();
     wait_for_previous();
-#if !START_LATE
-    let_next_start();
-#endif
+    // The next kernel's first weights are to come while this one ends, and the memory has nothing else to do.
+    bool started = !START_LATE || ring.done();
+    if (started) let_next_start();
     bool not_wanted = is_called_off();  // comes while the inputs do
-    for (int slot = 0, round = 0;;) {
+    for (int slot = 0;;) {
         inputs_of.stage(inputs, apart, place.first * STEP, place.stop * STEP);
         if (__syncthreads_or(not_wanted)) {
-            ring.wait_for_all(fetched);
+            copies_wait<0>();
             return;
         }
         not_wanted = false;
@@ -349,14 +261,13 @@ __device__ __forceinline__ void each_quantised_tile(Inputs inputs_of, const unsi
             TileSums<GROUPS> tile_sums;
 #pragma unroll 1
             for (; place.step < place.stop; place.step += QUANTISED_WARPS) {
-                ring.wait(slot, round);
-#if !SKIP_PRODUCTS
+                ring.wait();
                 tile_sums.add(ring.slots + slot * SLOT_BYTES, inputs + (place.step - place.first) * STEP,
                               apart, tokens);
-#endif
                 __syncwarp();  // and have read them
                 ring.fetch(slot);
-                if (++slot == SLOTS) slot = 0, ++round;
+                if (!started && ring.done()) started = true, let_next_start();
+                slot = slot + 1 == SLOTS ? 0 : slot + 1;
             }
             const int finished = min(place.tile + TOGETHER, work.tiles);
 #pragma unroll
@@ -373,7 +284,7 @@ __device__ __forceinline__ void each_quantised_tile(Inputs inputs_of, const unsi
                 use(tile * gridDim.x + blockIdx.x, row, token,
                     WarpSums{sums + (tile % kept * QUANTISED_WARPS * tokens + token) * SUMS, warp_sums});
             }
-            if (kept == batch) __syncthreads();  // the sums have been read
+            if (finished < work.tiles) __syncthreads();  // the sums have been read
         }
         if (place.stop == work.steps) return;
         place.next_pass(work);
@@ -556,7 +467,7 @@ __device__ __forceinline__ int tiles_of(int rows, int rows_of_tile) {
                                                      Activated{inner, bias, width_out});                     \
     }
 
-FOR_TOKENS_UP_TO(2, 1, RING_1)
+FOR_TOKENS_UP_TO(2, 1, RING_2)
 FOR_TOKENS_UP_TO(8, 1, RING_8)
 FOR_TOKENS_UP_TO(16, 2, RING_16)
 #undef FOR_TOKENS_UP_TO
@@ -566,7 +477,7 @@ extern "C" __global__ void __launch_bounds__(QUANTISED_THREADS, 2)
     norm_quantised_linear(float* out, const float* hidden, const float* norm_weight, const float* norm_bias,
                           float epsilon, int width, const int* places, const unsigned char* matrix,
                           const float* bias, int columns, int outputs, int tokens) {
-    each_quantised_tile<1, RING_1, TILE_ROWS>(
+    each_quantised_tile<1, RING_NORMED, TILE_ROWS>(
         Normed{hidden, norm_weight, norm_bias, epsilon, {places}, width, tokens}, matrix, columns,
         tiles_of(outputs, TILE_ROWS), tokens, columns, Added{out, nullptr, bias, outputs});
 }
@@ -575,7 +486,7 @@ extern "C" __global__ void __launch_bounds__(QUANTISED_THREADS, 2)
     norm_quantised_up(Element* inner, const float* hidden, const float* norm_weight, const float* norm_bias,
                       float epsilon, int width, const int* places, const unsigned char* matrix,
                       const float* bias, int columns, int width_out, int tokens) {
-    each_quantised_tile<1, RING_1, FEATURES>(
+    each_quantised_tile<1, RING_NORMED, FEATURES>(
         Normed{hidden, norm_weight, norm_bias, epsilon, {places}, width, tokens}, matrix, columns,
         tiles_of(width_out, FEATURES), tokens, columns, Activated{inner, bias, width_out});
 }

@@ -17,6 +17,7 @@ from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for, read_plan
 from ojfa_export.backends.tensorrt.probe import trace_block
 from ojfa_export.bundle.checked import UNCHECKED, Files
+from ojfa_export.bundle.weight_format import QuantisedMatrix, WeightFormat
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
@@ -27,6 +28,9 @@ class TensorRt:
 
     name = "tensorrt"
     suffix = ".json"
+    beside_quantised: tuple[Precision, ...] = ("fp16", "bf16")
+    # Larger groups are fewer bytes; smaller ones than these would be a product of tiles each.
+    group_sizes = (128, 64, 32, 256)
 
     def versions(self) -> dict[str, str]:
         """What the engines depend on."""
@@ -67,6 +71,12 @@ class TensorRt:
         """Opens a bundle's draft layer, which shares weights with its model."""
         assert isinstance(engines, TensorRtEngines)
         return TensorRtDraft(engines, layer)
+
+    def quantise(self, columns: Float32, form: WeightFormat) -> QuantisedMatrix:
+        """See `backends.quantised.RunsQuantised`."""
+        from ojfa_export.backends.tensorrt.rounding import quantise
+
+        return quantise(columns, form)
 
     def engine_names(self, spec: ModelSpec, graph: Path) -> list[str]:
         """Engines that a graph needs, equal ones of several graphs by the same name."""
