@@ -92,6 +92,41 @@ __device__ __forceinline__ void unpack(unsigned (&left)[4], const unsigned* word
     left[3] = add_product(and_or(late, 0x00f000f0u, ABOVE), SIXTEENTHS, of.less[1]);
 #endif
 }
+#elif BFLOAT
+__device__ __forceinline__ Scale scale_from(uint2 words) {
+    constexpr unsigned WHOLE = 0x4b000000u;  // 2^23 and, in its last bits, a number that is added
+    return {{scale_of(words.x), scale_of(words.y)}, {WHOLE | (words.x & 255u), WHOLE | (words.y & 255u)}};
+}
+
+// As below, by fp32: of 8 bits bf16 has none to add to.
+__device__ __forceinline__ void unpack(unsigned (&left)[4], const unsigned* words, const Scale& of) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int row = i % 2, first = i / 2 * 2;
+        const float less = __uint_as_float(of.less[row]);
+        const auto number = [&](int which) {
+            return __uint_as_float(__byte_perm(words[row], 0x4b000000u, 0x7440u | which)) - less;
+        };
+        left[i] = pack(number(first), number(first + 1));
+    }
+}
+#else
+constexpr unsigned ONES = 0x3c003c00u;
+constexpr unsigned BELOW = 0xe400u;  // -1024, and so less
+
+__device__ __forceinline__ Scale scale_from(uint2 words) {
+    return {{scale_of(words.x), scale_of(words.y)},
+            {twice(BELOW | (words.x & 255u)), twice(BELOW | (words.y & 255u))}};
+}
+
+// Eight numbers, less the zero point, as a product takes them: four columns of the first row, then of the
+// second.
+__device__ __forceinline__ void unpack(unsigned (&left)[4], const unsigned* words, const Scale& of) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)  // 1024 and, in its last bits, the number
+        left[i] =
+            add_product(__byte_perm(words[i % 2], 0x64u, i < 2 ? 0x4140u : 0x4342u), ONES, of.less[i % 2]);
+}
 #endif
 }  // namespace quantised
 #endif

@@ -14,19 +14,20 @@
 
 #if HALF && WEIGHT_BITS
 namespace quantised {
-// To be measured with others (bench/gpu/quantised_products.py). Rings are steps that are on their way: of a
-// product that normalises its inputs itself, and of others of up to so many tokens.
-#ifndef QUANTISED_WARPS
-#define QUANTISED_WARPS 8
+// Warps of a thread block for one token or two, which a product that normalises its inputs is for, and for
+// more; tiles of a thread block that a warp takes a step of at once, so that inputs are read once for all of
+// them; and steps that are on their way (measured: bench/gpu/quantised_products.py).
+#ifndef FEW_WARPS
+#define FEW_WARPS 12
+#define MANY_WARPS 8
 #define TILES_TOGETHER 2
-#define START_LATE 1
-#define RING_NORMED 4
-#define RING_2 3
-#define RING_8 2
-#define RING_16 3
+#define RING_NORMED (WEIGHT_BITS == 4 ? 3 : 2)
+#define RING_2 2
+#define RING_4 2
+#define RING_8 (WEIGHT_BITS == 4 ? 3 : 2)
+#define RING_16 (WEIGHT_BITS == 4 ? 3 : 2)
 #endif
-constexpr int QUANTISED_THREADS = QUANTISED_WARPS * LANES;
-// Tiles of a thread block that a warp takes a step of at once, so that inputs are read once for all of them.
+constexpr int FEW_THREADS = FEW_WARPS * LANES;
 constexpr int TOGETHER = TILES_TOGETHER;
 constexpr int SLOT_BYTES = TOGETHER * (NUMBER_BYTES + SCALE_BYTES);
 constexpr int LOADS = NUMBER_BYTES / (16 * LANES);  // of a lane, of a step's numbers
@@ -51,7 +52,7 @@ struct Work {
           pass_steps(min(pass_steps, steps_of(columns))) {}
 };
 
-// Where a warp is: it takes every QUANTISED_WARPS-th step of tiles that are taken together.
+// Where a warp is: it takes a step of tiles that are taken together, in turn with the other warps.
 struct Place {
     int first, stop;  // steps of the pass
     int tile, step;   // the first of the tiles, of the thread block's
@@ -124,7 +125,8 @@ struct Ring {
                                        load % SCALE_LOADS * 16,
                                    tile < tiles);
             }
-            next.step += QUANTISED_WARPS, at += QUANTISED_WARPS;
+            const int warps = blockDim.x / LANES;
+            next.step += warps, at += warps;
             settle();
         }
         copies_end();
@@ -219,8 +221,9 @@ struct WarpSums {
 
     __device__ __forceinline__ float operator()(int row) const {
         float total = 0.0f;
-#pragma unroll
-        for (int warp = 0; warp < QUANTISED_WARPS; ++warp) total += sums[warp * apart + row];
+        const int warps = blockDim.x / LANES;
+#pragma unroll 4
+        for (int warp = 0; warp < warps; ++warp) total += sums[warp * apart + row];
         return total;
     }
 };
@@ -228,26 +231,26 @@ struct WarpSums {
 // Calls use(tile, row of the tile, token, sums) by a thread for each of USED rows of a tile and token.
 // `inputs_of` brings them into shared memory, with zeros up to whole steps; its before() does what can be
 // done while the kernel before still runs. Shared memory: inputs of a pass [tokens, apart], sums [tiles,
-// QUANTISED_WARPS, tokens, SUMS] (of those that are kept, or of all where there are several passes), rings.
-template <int GROUPS, int SLOTS, int USED, class Inputs, class Use>
+// warps, tokens, SUMS] (of those that are kept, or of all where there are several passes), rings.
+template <int GROUPS, int SLOTS, bool LATE, int USED, class Inputs, class Use>
 __device__ __forceinline__ void each_quantised_tile(Inputs inputs_of, const unsigned char* matrix,
                                                     int columns, int all_tiles, int tokens, int pass_steps,
                                                     Use use) {
     const Work work(all_tiles, columns, pass_steps);
-    const int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), batch = batch_of(tokens);
+    const int warp = __shfl_sync(ALL, threadIdx.x / LANES, 0), warps = blockDim.x / LANES;
+    const int batch = batch_of(tokens);
     const int apart = work.pass_steps * STEP + APART, warp_sums = tokens * SUMS;
     const int kept = work.pass_steps < work.steps ? (all_tiles + gridDim.x - 1) / gridDim.x : batch;
     Element* inputs = reinterpret_cast<Element*>(shared_memory);
     float* sums = reinterpret_cast<float*>(inputs + tokens * apart);
-    unsigned char* rings = reinterpret_cast<unsigned char*>(sums + kept * QUANTISED_WARPS * warp_sums);
+    unsigned char* rings = reinterpret_cast<unsigned char*>(sums + kept * warps * warp_sums);
     Place place(work, warp);
     Ring<SLOTS> ring(rings + warp * SLOTS * SLOT_BYTES, matrix, all_tiles, work, warp);
 #pragma unroll 1
     for (int slot = 0; slot < SLOTS; ++slot) ring.fetch(slot);
     inputs_of.before();
     wait_for_previous();
-    // The next kernel's first weights are to come while this one ends, and the memory has nothing else to do.
-    bool started = !START_LATE || ring.done();
+    bool started = !LATE || ring.done();
     if (started) let_next_start();
     bool not_wanted = is_called_off();  // comes while the inputs do
     for (int slot = 0;;) {
@@ -260,7 +263,7 @@ __device__ __forceinline__ void each_quantised_tile(Inputs inputs_of, const unsi
         for (; place.tile < work.tiles;) {
             TileSums<GROUPS> tile_sums;
 #pragma unroll 1
-            for (; place.step < place.stop; place.step += QUANTISED_WARPS) {
+            for (; place.step < place.stop; place.step += warps) {
                 ring.wait();
                 tile_sums.add(ring.slots + slot * SLOT_BYTES, inputs + (place.step - place.first) * STEP,
                               apart, tokens);
@@ -273,16 +276,16 @@ __device__ __forceinline__ void each_quantised_tile(Inputs inputs_of, const unsi
 #pragma unroll
             for (int i = 0; i < TOGETHER; ++i)
                 if (place.tile + i < finished)
-                    tile_sums.keep(i, sums + ((place.tile + i) % kept * QUANTISED_WARPS + warp) * warp_sums,
-                                   tokens, place.first);
+                    tile_sums.keep(i, sums + ((place.tile + i) % kept * warps + warp) * warp_sums, tokens,
+                                   place.first);
             place.next_tiles();
             if (place.stop < work.steps || (finished % batch && finished < work.tiles)) continue;
             const int begun = (finished - 1) / batch * batch, count = finished - begun;
             __syncthreads();
-            for (int i = threadIdx.x; i < count * USED * tokens; i += QUANTISED_THREADS) {
+            for (int i = threadIdx.x; i < count * USED * tokens; i += blockDim.x) {
                 const int row = i % USED, tile = begun + i / USED % count, token = i / (USED * count);
                 use(tile * gridDim.x + blockIdx.x, row, token,
-                    WarpSums{sums + (tile % kept * QUANTISED_WARPS * tokens + token) * SUMS, warp_sums});
+                    WarpSums{sums + (tile % kept * warps * tokens + token) * SUMS, warp_sums});
             }
             if (finished < work.tiles) __syncthreads();  // the sums have been read
         }
@@ -326,7 +329,7 @@ struct Given {
         }
         const int chunks = (stop - first) / WIDE;
 #pragma unroll 4
-        for (int i = threadIdx.x; i < chunks * tokens; i += QUANTISED_THREADS) {
+        for (int i = threadIdx.x; i < chunks * tokens; i += blockDim.x) {
             const int token = i / chunks, at = i % chunks * WIDE;
             uint4 words{0u, 0u, 0u, 0u};
             if (first + at < columns) words = fresh(chunk(token, first + at));
@@ -336,30 +339,28 @@ struct Given {
 
     __device__ void stage_in_order(Element* inputs, int apart, int first, int stop) const {
         const int chunks = columns / WIDE;
-        for (int i = threadIdx.x; i < chunks * tokens; i += QUANTISED_THREADS) {
+        for (int i = threadIdx.x; i < chunks * tokens; i += blockDim.x) {
             const int token = i / chunks, column = i % chunks * WIDE;
             const uint4 words = fresh(chunk(token, column));
             in.put(inputs + token * apart, column, first, stop, {words.x, words.y});
             in.put(inputs + token * apart, column + 4, first, stop, {words.z, words.w});
         }
         const int padding = max(stop - max(columns, first), 0);
-        for (int i = threadIdx.x; i < padding * tokens; i += QUANTISED_THREADS)
+        for (int i = threadIdx.x; i < padding * tokens; i += blockDim.x)
             store(inputs + i / padding * apart + stop - first - padding + i % padding, 0.0f);
     }
 };
 
 // Hidden states [tokens, width] behind a norm; without a weight x / rms(x). In one pass.
 struct Normed {
-    static constexpr int LOADS_OF_THREAD = (HIDDEN_SIZE / 4 + QUANTISED_THREADS - 1) / QUANTISED_THREADS;
+    static constexpr int LOADS_OF_THREAD = (HIDDEN_SIZE / 4 + FEW_THREADS - 1) / FEW_THREADS;
     const float *hidden, *norm_weight, *norm_bias;
     float epsilon;
     Places in;
     int width, tokens;
     float4 weight[LOADS_OF_THREAD];
 
-    __device__ __forceinline__ int feature(int load) const {
-        return (load * QUANTISED_THREADS + threadIdx.x) * 4;
-    }
+    __device__ __forceinline__ int feature(int load) const { return (load * FEW_THREADS + threadIdx.x) * 4; }
 
     __device__ __forceinline__ void before() {
 #pragma unroll
@@ -410,7 +411,7 @@ struct Normed {
                 else
                     *reinterpret_cast<uint2*>(inputs + token * apart + at) = four;
             }
-            for (int at = width + threadIdx.x; at < stop; at += QUANTISED_THREADS)
+            for (int at = width + threadIdx.x; at < stop; at += blockDim.x)
                 store(inputs + token * apart + at, 0.0f);
         }
     }
@@ -451,42 +452,43 @@ __device__ __forceinline__ int tiles_of(int rows, int rows_of_tile) {
     return (rows + rows_of_tile - 1) / rows_of_tile;
 }
 
-#define FOR_TOKENS_UP_TO(TOKENS, GROUPS, SLOTS)                                                              \
-    extern "C" __global__ void __launch_bounds__(QUANTISED_THREADS, 2) quantised_linear_##TOKENS(            \
+#define FOR_TOKENS_UP_TO(TOKENS, GROUPS, SLOTS, LATE, WARPS)                                                 \
+    extern "C" __global__ void __launch_bounds__(WARPS* LANES, 2) quantised_linear_##TOKENS(                 \
         float* out, const float* residual, const Element* x, const int* places, const unsigned char* matrix, \
         const float* bias, int columns, int outputs, int tokens, int pass_steps) {                           \
-        each_quantised_tile<GROUPS, SLOTS, TILE_ROWS>(Given{x, {places}, columns, tokens}, matrix, columns,  \
-                                                      tiles_of(outputs, TILE_ROWS), tokens, pass_steps,      \
-                                                      Added{out, residual, bias, outputs});                  \
+        each_quantised_tile<GROUPS, SLOTS, LATE, TILE_ROWS>(                                                 \
+            Given{x, {places}, columns, tokens}, matrix, columns, tiles_of(outputs, TILE_ROWS), tokens,      \
+            pass_steps, Added{out, residual, bias, outputs});                                                \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(QUANTISED_THREADS, 2) quantised_up_##TOKENS(                \
+    extern "C" __global__ void __launch_bounds__(WARPS* LANES, 2) quantised_up_##TOKENS(                     \
         Element* inner, const Element* x, const int* places, const unsigned char* matrix, const float* bias, \
         int columns, int width_out, int tokens, int pass_steps) {                                            \
-        each_quantised_tile<GROUPS, SLOTS, FEATURES>(Given{x, {places}, columns, tokens}, matrix, columns,   \
-                                                     tiles_of(width_out, FEATURES), tokens, pass_steps,      \
-                                                     Activated{inner, bias, width_out});                     \
+        each_quantised_tile<GROUPS, SLOTS, LATE, FEATURES>(Given{x, {places}, columns, tokens}, matrix,      \
+                                                           columns, tiles_of(width_out, FEATURES), tokens,   \
+                                                           pass_steps, Activated{inner, bias, width_out});   \
     }
 
-FOR_TOKENS_UP_TO(2, 1, RING_2)
-FOR_TOKENS_UP_TO(8, 1, RING_8)
-FOR_TOKENS_UP_TO(16, 2, RING_16)
+FOR_TOKENS_UP_TO(2, 1, RING_2, true, FEW_WARPS)
+FOR_TOKENS_UP_TO(4, 1, RING_4, false, MANY_WARPS)
+FOR_TOKENS_UP_TO(8, 1, RING_8, false, MANY_WARPS)
+FOR_TOKENS_UP_TO(16, 2, RING_16, false, MANY_WARPS)
 #undef FOR_TOKENS_UP_TO
 
 // With a norm before the product, of up to 8 tokens: each thread block normalises for itself.
-extern "C" __global__ void __launch_bounds__(QUANTISED_THREADS, 2)
+extern "C" __global__ void __launch_bounds__(FEW_THREADS, 2)
     norm_quantised_linear(float* out, const float* hidden, const float* norm_weight, const float* norm_bias,
                           float epsilon, int width, const int* places, const unsigned char* matrix,
                           const float* bias, int columns, int outputs, int tokens) {
-    each_quantised_tile<1, RING_NORMED, TILE_ROWS>(
+    each_quantised_tile<1, RING_NORMED, true, TILE_ROWS>(
         Normed{hidden, norm_weight, norm_bias, epsilon, {places}, width, tokens}, matrix, columns,
         tiles_of(outputs, TILE_ROWS), tokens, columns, Added{out, nullptr, bias, outputs});
 }
 
-extern "C" __global__ void __launch_bounds__(QUANTISED_THREADS, 2)
+extern "C" __global__ void __launch_bounds__(FEW_THREADS, 2)
     norm_quantised_up(Element* inner, const float* hidden, const float* norm_weight, const float* norm_bias,
                       float epsilon, int width, const int* places, const unsigned char* matrix,
                       const float* bias, int columns, int width_out, int tokens) {
-    each_quantised_tile<1, RING_NORMED, FEATURES>(
+    each_quantised_tile<1, RING_NORMED, true, FEATURES>(
         Normed{hidden, norm_weight, norm_bias, epsilon, {places}, width, tokens}, matrix, columns,
         tiles_of(width_out, FEATURES), tokens, columns, Activated{inner, bias, width_out});
 }

@@ -15,12 +15,12 @@ from ojfa_export.backends.precisions import check_precision
 from ojfa_export.backends.quantised import RunsQuantised, check_runs
 from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.bundle.names import exit_names, graph_names
-from ojfa_export.bundle.weight_format import GROUP_SIZES, WeightFormat
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.compiler.fitted_weights import WeightFitter, fitting_text
 from ojfa_export.compiler.given import Given, read_given
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.self_text import SelfText, plan_self_text
-from ojfa_export.compiler.settings import BuildSettings, Stored, decide
+from ojfa_export.compiler.settings import DEFAULT_GROUP_SIZE, BuildSettings, Stored, decide
 from ojfa_export.decoding.arrays import Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.graphs.export import Exporter
@@ -172,7 +172,9 @@ class Inputs:
 
     def _group_sizes(self) -> tuple[int, ...]:
         """Of quantised weights that the backend runs, those that it would rather have first."""
-        return self.backend.group_sizes if isinstance(self.backend, RunsQuantised) else GROUP_SIZES
+        if isinstance(self.backend, RunsQuantised):
+            return self.backend.group_sizes
+        return (DEFAULT_GROUP_SIZE,)
 
     def _stored(self) -> Stored | None:
         """What the checkpoint has quantised already."""

@@ -31,6 +31,8 @@ else:
 DEFAULT_CACHE_LENGTH = 4096
 DEFAULT_BATCH_SIZE = 16
 DEFAULT_WINDOW = 512
+# Where no backend says what it would rather have.
+DEFAULT_GROUP_SIZE = 32
 # Tokens of calibration text, fitting and held out: enough for small models to be measured well,
 # and for large ones several times what fitting needs at least.
 DEFAULT_TOKENS = 16_384
@@ -146,7 +148,7 @@ def decide(
     spec: ModelSpec,
     rotary: Rotary | None,
     stored: Stored | None = None,
-    group_sizes: Sequence[int] = GROUP_SIZES,
+    group_sizes: Sequence[int] = (DEFAULT_GROUP_SIZE,),
 ) -> BuildSettings:
     """Decides every setting: the user's, else the recipe's, else the default.
 

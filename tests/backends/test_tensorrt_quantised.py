@@ -15,9 +15,12 @@ from tolerances import LOGITS_BF16_RELATIVE, LOGITS_FP16_RELATIVE
 
 from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.onnxruntime.dialect import OnnxRuntimeCpu
+from ojfa_export.backends.quantised import check_runs
 from ojfa_export.bundle.names import graph_names
-from ojfa_export.bundle.weight_format import WeightFormat
-from ojfa_export.errors import BackendError
+from ojfa_export.bundle.weight_format import WeightFormat, dequantise
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.settings import decide
+from ojfa_export.errors import BackendError, UsageError
 from ojfa_export.runtime.session import Session
 
 LENGTH = 80
@@ -124,3 +127,46 @@ def test_what_is_asked_of_engines_is_refused(case, monkeypatch):
     with pytest.raises(BackendError, match="int4 has no engines of TensorRT") as refused:
         case.open()
     assert "without --weights" in str(refused.value.hint)
+
+
+def test_what_the_backend_does_not_run(driver):
+    from ojfa_export.backends.tensorrt.backend import BACKEND
+
+    check_runs(BACKEND, INT4, "fp16")
+    check_runs(BACKEND, None, "fp32")
+    with pytest.raises(BackendError, match=r"int4 .* beside fp32, which the tensorrt") as caught:
+        check_runs(BACKEND, INT4, "fp32")
+    assert "--precision fp16 or bf16" in str(caught.value.hint)
+    small = INT4.model_copy(update={"group_size": 16})
+    with pytest.raises(BackendError, match=r"groups of 16 .*, whose groups the tensorrt") as caught:
+        check_runs(BACKEND, small, "bf16")
+    assert "groups of 32, 64, 128, 256" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("features", "size"), [(4096, 128), (576, 64), (96, 32), (48, 128)])
+def test_groups_are_as_large_as_a_gpu_would_have_them(case, driver, features, size):
+    """The largest up to 128 that divides; where none does, what is refused with sizes that do."""
+    from ojfa_export.backends.tensorrt.backend import BACKEND
+
+    sizes = {"hidden_size": features, "intermediate_size": 3 * features}
+    spec = case.chain.spec.model_copy(update={**sizes, "heads": 1, "head_dim": features})
+    options = BuildOptions("checkpoint", Path("out"), weights="int4", precision="fp16", rank=8)
+    if features % 32:
+        with pytest.raises(UsageError, match="128 doesn't divide the model's 48 features"):
+            decide(options, spec, None, None, BACKEND.group_sizes)
+    else:
+        decided = decide(options, spec, None, None, BACKEND.group_sizes)
+        assert decided.group_size == size
+
+
+def test_rounding_to_the_nearest(driver, rng):
+    """No weight is off by more than half a step of its group."""
+    from ojfa_export.backends.tensorrt.backend import BACKEND
+
+    columns = rng.normal(size=(128, 40)).astype(np.float32)
+    for storage in ("int4", "int8"):
+        form = INT4.model_copy(update={"storage": storage})
+        matrix = BACKEND.quantise(columns, form)
+        steps = np.repeat(matrix.scales.T, 32, axis=0)
+        assert np.abs(dequantise(matrix, form).T - columns).max() <= 0.501 * steps.max()
+        assert (np.abs(dequantise(matrix, form).T - columns) <= 0.501 * steps).mean() > 0.99

@@ -13,9 +13,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from stand_in.quantised import Layout, layout_of, stored_words
-
 from ojfa_export.backends.cuda.sources import ACTIVATIONS, SOURCES, source_directory
+from stand_in.quantised import Layout, layout_of, stored_words
 
 PAGE = 64  # as in tiles.cuh
 

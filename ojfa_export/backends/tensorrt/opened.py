@@ -26,7 +26,6 @@ from ojfa_export.backends.tensorrt.plan import (
     PREFILL_TOKENS,
     GraphPlan,
     has_engines,
-    largest,
     read_plan,
 )
 from ojfa_export.backends.tensorrt.products import Products
@@ -36,6 +35,7 @@ from ojfa_export.backends.tensorrt.quantised import (
     DequantisedProducts,
     QuantisedKernels,
 )
+from ojfa_export.backends.tensorrt.quantised_room import QuantisedShape
 from ojfa_export.backends.tensorrt.tiled import matrix_shapes, most_tokens
 from ojfa_export.backends.tensorrt.weights import WeightStore
 from ojfa_export.bundle.checked import UNCHECKED, Files
@@ -174,10 +174,15 @@ class OpenedModel:
         """What multiplies with quantised matrices: of few tokens, and of many."""
         assert self._gemm is not None
         dtype, made = DTYPES[self.precision], (self.device, self.arrays, kernels)
-        matrices = (each for plan in self._plans.values() for each in plan.quantised.values())
+        shapes = {
+            QuantisedShape(*each.shape(form), each.paired)
+            for plan in self._plans.values()
+            for each in plan.quantised.values()
+        }
+        largest = max((each.outputs * each.columns for each in shapes), default=0)
         return (
-            QuantisedKernels(*made, form, dtype, self.spec.hidden_size),
-            DequantisedProducts(*made, self._gemm, dtype, largest(matrices, form)),
+            QuantisedKernels(*made, form, dtype, shapes, self.spec.hidden_size),
+            DequantisedProducts(*made, self._gemm, dtype, largest),
         )
 
     def _check_no_engine_is_needed(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -170,11 +170,6 @@ class GraphPlan(Part):
         """The text of its file; what has no quantised weights says nothing of them."""
         left_out = {"form", "quantised"} if self.form is None else set()
         return self.model_dump_json(indent=2, exclude=left_out).encode()
-
-
-def largest(matrices: Iterable[QuantisedWeight], form: WeightFormat) -> int:
-    """Elements of the largest matrix; 0 where there is none."""
-    return max((math.prod(each.shape(form)) for each in matrices), default=0)
 
 
 def read_plan(path: Path, files: Files = UNCHECKED) -> GraphPlan:
