@@ -45,7 +45,8 @@ class Quantised:
 
     def on_device(self, matrix: QuantisedMatrix, *, paired: bool = False, order=None):
         from ojfa_export.backends.cuda.kernels import integer, pointer
-        from ojfa_export.backends.tensorrt.matrices import DeviceMatrix, inverse, tiles_of, words_of
+        from ojfa_export.backends.tensorrt.layout import inverse, tiles_of, words_of
+        from ojfa_export.backends.tensorrt.matrices import DeviceMatrix
 
         outputs, groups = matrix.scales.shape
         columns = groups * self.form.group_size

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from ojfa_export.backends.cuda.sizes import readable
-from ojfa_export.backends.tensorrt.matrices import words_of
+from ojfa_export.backends.tensorrt.layout import words_of
 from ojfa_export.backends.tensorrt.plan import PASS_TOKENS, GraphPlan, Place
 from ojfa_export.bundle.names import block_name
 from ojfa_export.errors import BackendError

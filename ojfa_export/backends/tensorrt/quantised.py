@@ -10,8 +10,9 @@ import numpy as np
 from ojfa_export.backends.cuda.arrays import DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.kernels import Argument, Kernels, integer, pointer
+from ojfa_export.backends.tensorrt.layout import LAYOUT_THREADS
 from ojfa_export.backends.tensorrt.linear import Norm, address
-from ojfa_export.backends.tensorrt.matrices import LAYOUT_THREADS, DeviceMatrix, Matrix
+from ojfa_export.backends.tensorrt.matrices import DeviceMatrix, Matrix
 from ojfa_export.backends.tensorrt.products import Products, ProductsWith
 from ojfa_export.backends.tensorrt.quantised_room import (
     NORMED,

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from ojfa_export.backends.cuda.device import Device
-from ojfa_export.backends.tensorrt.matrices import STEP, TILE, step_bytes, tiles_of
+from ojfa_export.backends.tensorrt.layout import STEP, TILE, step_bytes, tiles_of
 from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.errors import BackendError
 

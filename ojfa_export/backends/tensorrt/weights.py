@@ -14,14 +14,8 @@ from numpy.typing import NDArray
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.kernels import Kernels, integer, pointer
-from ojfa_export.backends.tensorrt.matrices import (
-    LAYOUT_THREADS,
-    DeviceMatrix,
-    Matrix,
-    inverse,
-    tiles_of,
-    words_of,
-)
+from ojfa_export.backends.tensorrt.layout import LAYOUT_THREADS, inverse, tiles_of, words_of
+from ojfa_export.backends.tensorrt.matrices import DeviceMatrix, Matrix
 from ojfa_export.backends.tensorrt.plan import (
     GraphPlan,
     Place,
