@@ -56,6 +56,14 @@ CASES |= {
         *("qwen3", "smollm3", "stablelm-mlp", "phi3-longrope", "gemma2", "gemma3_text"),
     )
 }
+# Weights of four and eight bits, in groups of 32.
+CASES |= {
+    "llama-gqa-int4-fp16": "fp16",
+    "llama-gqa-residual-int4-fp16": "fp16",
+    "gpt2-int4-bf16": "bf16",
+    "qwen3-int8-fp16": "fp16",
+    "gemma2-int8-bf16": "bf16",
+}
 # Those that also have a draft layer: with a head of its own, and with the model's.
 DRAFTS = {"llama-gqa": True, "llama-gqa-fp16": True, "gpt2-fp16": False, "qwen3-fp16": False}
 DRAFTS |= {"llama-gqa-bf16": True, "gpt2-bf16": False}

@@ -54,6 +54,7 @@ class Case:
     precision: str
     expected: dict[str, np.ndarray]
     plans: dict[str, Path]
+    quantised: bool = False
     recorded: bool = True
     opened: dict = field(default_factory=dict)
 
@@ -121,15 +122,16 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 def load_case(directory: Path, built: Path) -> Case:
     backend = backends.load(BACKEND)
     described = json.loads((directory / "case.json").read_text())
-    if described["precision"] == "bf16" and BACKEND != "tensorrt":
-        pytest.skip(f"{BACKEND} doesn't run bf16")
+    quantised = described.get("quantised", False)
+    if (described["precision"] == "bf16" or quantised) and BACKEND != "tensorrt":
+        pytest.skip(f"{BACKEND} runs neither bf16 nor quantised weights")
     spec = ModelSpec.model_validate_json(json.dumps(described["spec"]))
     plans = {name: built / f"{name}.json" for name in graph_names(spec.blocks)}
     for name, plan in plans.items():
         backend.build_engine(spec, directory / "graphs" / f"{name}.onnx", plan)
     with np.load(directory / "expected.npz") as arrays:
         expected = dict(arrays)
-    return Case(directory.name, directory, spec, described["precision"], expected, plans)
+    return Case(directory.name, directory, spec, described["precision"], expected, plans, quantised)
 
 
 @pytest.fixture
@@ -141,8 +143,8 @@ def case(cases: Callable[[str], Case], case_name: str) -> Case:
 def decode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, case: Case) -> str:
     """How steps of few tokens run: see DECODE."""
     if BACKEND == "tensorrt":
-        if case.precision == "bf16" and request.param == "engines":
-            pytest.skip("there are no engines in bf16")
+        if (case.precision == "bf16" or case.quantised) and request.param == "engines":
+            pytest.skip("there are no engines in bf16, and none of quantised weights")
         monkeypatch.setenv("OJFA_DECODE", request.param)
     else:
         monkeypatch.setattr(case, "recorded", request.param == "recorded")

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from chain import Chain, build_chain
 from drafts import draft_for, open_draft
-from elements import split_precision
+from elements import split_precision, split_weights
 from gpu.cases import (
     BUNDLES,
     CASES,
@@ -35,6 +35,7 @@ from gpu.cases import (
 from shortcut_kinds import split_kind
 from tiny_models import make_checkpoint
 
+from ojfa_export.backends.onnxruntime.dialect import OnnxRuntimeCpu
 from ojfa_export.bundle.draft_shortcut import rotations
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build
@@ -49,12 +50,16 @@ def main() -> None:
     make_bundles(directory / BUNDLES)
     for name, precision in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            variant, kind = split_kind(split_precision(name)[0])
+            before, form = split_weights(split_precision(name)[0])
+            variant, kind = split_kind(before)
+            # What products multiply isn't rounded to 8 bits: nor is it on a GPU.
+            OnnxRuntimeCpu.accuracy_level = 4 if form is None else 1
             checkpoint = make_checkpoint(variant, Path(folder) / "checkpoint", seed=SEED)
             chain = build_chain(
                 checkpoint,
                 directory / name,
                 precision=precision,
+                weights=form,
                 max_length=2 * LENGTH,
                 rank=RANK,
                 kind=kind,
@@ -107,6 +112,7 @@ def describe(chain: Chain, directory: Path) -> None:
         arrays["cosines"], arrays["sines"] = tables
     np.savez(directory / "expected.npz", **arrays)
     described = {"spec": spec.model_dump(mode="json"), "precision": chain.precision}
+    described["quantised"] = chain.weights is not None
     (directory / "case.json").write_text(json.dumps(described))
 
 
