@@ -33,9 +33,9 @@ MATRICES = {
     "head": (VOCABULARY, HIDDEN, False),
 }
 SHARED_BYTES = 227 << 10
-# Of a multiprocessor, and of a thread block beside which another finds room.
-ALONE, BESIDE = 228 << 10, (114 << 10) - 1280
-MOST_PASSES = 3
+# Of a multiprocessor; what the system and the kernels themselves take of a thread block.
+ALONE, DECLARED = 228 << 10, 1280
+MADE_FOR = (2, 4, 8, 16)  # tokens of the kernels
 NORMED = 2  # tokens that a product normalises itself
 DEVICE = "cuda"
 EPSILON = 1e-5
@@ -63,24 +63,21 @@ MACROS = {
 
 @dataclass(frozen=True)
 class Way:
-    """How kernels of quantised weights are compiled."""
+    """How kernels of quantised weights are compiled: as in quantised_linear.cu, unless said."""
 
-    warps: int = 8
-    together: int = 2  # tiles that a warp takes a step of at once
-    # Steps on their way: behind a norm, of 1 and 2 tokens, to 8, to 16 tokens.
-    rings: tuple[int, int, int, int] = (4, 3, 2, 3)
-    late: int = 1  # whether the next kernel starts only when the last weights are on their way
+    warps: tuple[int, int] = (12, 8)  # of one token or two, and of more
+    together: int = 2
+    rings: tuple[int, ...] = (3, 2, 2, 3, 3)  # behind a norm; of 2, 4, 8 and 16 tokens
 
     def __str__(self) -> str:
-        late = ", late" if self.late else ""
-        return f"{self.warps} warps x {self.together}, rings {self.rings}{late}"
+        return f"{self.warps} warps x {self.together}, rings {self.rings}"
 
 
 WAYS = [
-    *(Way(late=late) for late in (1, 0)),
-    *(Way(12, 2, (3, 2, 1, 2), late) for late in (1, 0)),
-    *(Way(rings=rings) for rings in ((5, 4, 2, 4), (3, 2, 2, 2), (9, 9, 4, 3))),
-    *(Way(16, 1, (4, 3, 2, 3), late) for late in (1, 0)),
+    Way(),
+    *(Way(warps) for warps in ((8, 12), (16, 8), (10, 8))),
+    *(Way(rings=rings) for rings in ((4, 3, 1, 2, 2), (2, 2, 3, 2, 4))),
+    Way((16, 16), 1, (4, 3, 3, 3, 3)),
 ]
 
 
@@ -261,9 +258,10 @@ class Quantised:
 
     def __init__(self, way: Way) -> None:
         self._way = way
-        macros = MACROS | {"QUANTISED_WARPS": way.warps, "TILES_TOGETHER": way.together}
-        rings = ("RING_NORMED", "RING_2", "RING_8", "RING_16")
-        macros |= dict(zip(rings, way.rings, strict=True)) | {"START_LATE": way.late}
+        macros = MACROS | {"TILES_TOGETHER": way.together}
+        macros |= dict(zip(("FEW_WARPS", "MANY_WARPS"), way.warps, strict=True))
+        rings = ("RING_NORMED", *(f"RING_{most}" for most in MADE_FOR))
+        macros |= dict(zip(rings, way.rings, strict=True))
         sources = ("quantised_layout.cu", "quantised_linear.cu", "around_products.cu")
         self.program = Program(sources, macros)
         self._blocks = torch.cuda.get_device_properties(0).multi_processor_count
@@ -304,7 +302,7 @@ class Quantised:
         before = (out,) if paired else (out, None)
         arguments = (*before, x, None, matrix, None, columns, width, tokens, steps)
         self._launch(
-            f"quantised_{kind}_{(2, 8, 16)[self._size(tokens)]}", name, tokens, arguments, steps
+            f"quantised_{kind}_{MADE_FOR[self._size(tokens)]}", name, tokens, arguments, steps
         )
 
     def _launch(
@@ -312,35 +310,43 @@ class Quantised:
     ) -> None:
         grid = min(_tiles(name), self._blocks)
         shared = self.shared_bytes(name, tokens, steps, normed=kernel.startswith("norm"))
-        self.program.launch(kernel, grid, 32 * self._way.warps, arguments, shared)
+        self.program.launch(kernel, grid, 32 * self._warps(tokens), arguments, shared)
 
     @staticmethod
     def _size(tokens: int) -> int:
-        return 0 if tokens <= 2 else 1 if tokens <= 8 else 2
+        return next(at for at, most in enumerate(MADE_FOR) if tokens <= most)
+
+    def _warps(self, tokens: int) -> int:
+        return self._way.warps[0 if tokens <= MADE_FOR[0] else 1]
 
     def _pass_steps(self, name: str, tokens: int) -> int:
         steps = MATRICES[name][1] // 128
-        for room in (BESIDE, SHARED_BYTES - 1024) if tokens <= 8 else (SHARED_BYTES - 1024,):
-            for passes in range(1, MOST_PASSES + 1):
-                each = math.ceil(steps / passes)
-                if self.shared_bytes(name, tokens, each) <= room:
-                    return each
+        for passes in range(1, steps + 1):
+            each = math.ceil(steps / passes)
+            if self._least(name, tokens, each) + DECLARED <= ALONE:
+                return each
         raise SystemExit(f"no room for {tokens} tokens of {name}, {self._way}")
 
     def shared_bytes(self, name: str, tokens: int, steps: int, *, normed: bool = False) -> int:
-        """Of a thread block with inputs of so many steps.
+        """As `backends.tensorrt.quantised_room` has it."""
+        least = {
+            each: self._least(
+                each, tokens, self._pass_steps(each, tokens), normed=shape[1] == HIDDEN
+            )
+            for each, shape in MATRICES.items()
+        }
+        beside = sum(sorted(least.values())[-2:]) + 2 * DECLARED <= ALONE
+        taken = self._least(name, tokens, steps, normed=normed)
+        return max(taken, ALONE // (3 if beside else 2))
 
-        A block of the next kernel finds room beside one of this, two of either don't: else one
-        multiprocessor would have two, and another none.
-        """
+    def _least(self, name: str, tokens: int, steps: int, *, normed: bool = False) -> int:
         way, all_steps = self._way, MATRICES[name][1] // 128
         own = math.ceil(_tiles(name) / self._blocks)
         kept = own if steps < all_steps else {1: 16, 2: 8}.get(tokens, way.together)
         inputs = tokens * (min(steps, all_steps) * 128 + 32) * 2
         slot = way.together * (1024 + 64 * max(1, 128 // GROUP))
-        ring = way.rings[0 if normed else 1 + self._size(tokens)]
-        taken = inputs + way.warps * (kept * tokens * 20 * 4 + ring * slot)
-        return max(taken, ALONE // 3 if taken <= BESIDE else ALONE // 2)
+        ring = way.rings[0 if normed and tokens <= NORMED else 1 + self._size(tokens)]
+        return inputs + self._warps(tokens) * (kept * tokens * 20 * 4 + ring * slot)
 
 
 def _tiles(name: str) -> int:

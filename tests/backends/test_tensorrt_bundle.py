@@ -294,7 +294,7 @@ def test_weights_of_four_bits_are_built_straight_to_this_backend(
     """No engine is built; what runs is within fp16's rounding of what the numbers stand for."""
     output = tmp_path / "int4.ojfa"
     result = build_from_checkpoint(made, output, made / "checkpoint", "fp16", "int4")
-    assert {"quantised block_03: steps", "float64 block_03: mlp.inner"} <= {
+    assert {"quantised block_03: steps", "float64 block_03: attention.mixed"} <= {
         check.name for check in result.report.checks
     }
     manifest = Bundle(output).manifest

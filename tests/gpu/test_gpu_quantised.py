@@ -114,18 +114,19 @@ def test_products(compiled, rng, columns, outputs):
     for tokens in (1, 2, 3, 8, 16, 40):
         x = rng.standard_normal((tokens, columns)).astype(compiled.element)
         out = arrays.lasting((tokens, outputs), np.float32)
-        products.linear(out, None, compiled.upload(x), laid_out[False], None)
+        given = compiled.upload(x)
+        products.linear(out, None, given, laid_out[False], None)
         compiled.check(out, x.astype(np.float64) @ exact)
         if columns > 4096:
             continue
         hidden = rng.standard_normal((tokens, columns)).astype(np.float32)
         weight = rng.uniform(0.5, 1.5, columns).astype(np.float32)
-        norm = Norm(arrays.upload(weight), None, EPSILON)
+        states, norm = arrays.upload(hidden), Norm(arrays.upload(weight), None, EPSILON)
         normed = hidden / np.sqrt((hidden**2).mean(axis=1, keepdims=True) + EPSILON) * weight
         y = normed.astype(compiled.element).astype(np.float64) @ exact
-        products.norm_linear(out, arrays.upload(hidden), norm, laid_out[False], None)
+        products.norm_linear(out, states, norm, laid_out[False], None)
         compiled.check(out, y)
         width = outputs // 2
         inner = arrays.lasting((tokens, width), compiled.stored)
-        products.norm_up(inner, arrays.upload(hidden), norm, laid_out[True], None)
+        products.norm_up(inner, states, norm, laid_out[True], None)
         compiled.check(inner, y[:, :width] / (1 + np.exp(-y[:, :width])) * y[:, width:])
