@@ -27,7 +27,9 @@ namespace quantised {
 #define RING_8 (WEIGHT_BITS == 4 ? 3 : 2)
 #define RING_16 (WEIGHT_BITS == 4 ? 3 : 2)
 #endif
-constexpr int FEW_THREADS = FEW_WARPS * LANES;
+constexpr int FEW_THREADS = FEW_WARPS * LANES, MANY_THREADS = MANY_WARPS * LANES;
+// Registers as of more threads, so that an exit's check (exit_check.cu) finds some beside two thread blocks.
+constexpr int FEW_BOUND = (FEW_WARPS + 2) * LANES;
 constexpr int TOGETHER = TILES_TOGETHER;
 constexpr int SLOT_BYTES = TOGETHER * (NUMBER_BYTES + SCALE_BYTES);
 constexpr int LOADS = NUMBER_BYTES / (16 * LANES);  // of a lane, of a step's numbers
@@ -452,15 +454,15 @@ __device__ __forceinline__ int tiles_of(int rows, int rows_of_tile) {
     return (rows + rows_of_tile - 1) / rows_of_tile;
 }
 
-#define FOR_TOKENS_UP_TO(TOKENS, GROUPS, SLOTS, LATE, WARPS)                                                 \
-    extern "C" __global__ void __launch_bounds__(WARPS* LANES, 2) quantised_linear_##TOKENS(                 \
+#define FOR_TOKENS_UP_TO(TOKENS, GROUPS, SLOTS, LATE, THREADS)                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) quantised_linear_##TOKENS(                      \
         float* out, const float* residual, const Element* x, const int* places, const unsigned char* matrix, \
         const float* bias, int columns, int outputs, int tokens, int pass_steps) {                           \
         each_quantised_tile<GROUPS, SLOTS, LATE, TILE_ROWS>(                                                 \
             Given{x, {places}, columns, tokens}, matrix, columns, tiles_of(outputs, TILE_ROWS), tokens,      \
             pass_steps, Added{out, residual, bias, outputs});                                                \
     }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(WARPS* LANES, 2) quantised_up_##TOKENS(                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2) quantised_up_##TOKENS(                          \
         Element* inner, const Element* x, const int* places, const unsigned char* matrix, const float* bias, \
         int columns, int width_out, int tokens, int pass_steps) {                                            \
         each_quantised_tile<GROUPS, SLOTS, LATE, FEATURES>(Given{x, {places}, columns, tokens}, matrix,      \
@@ -468,14 +470,14 @@ __device__ __forceinline__ int tiles_of(int rows, int rows_of_tile) {
                                                            pass_steps, Activated{inner, bias, width_out});   \
     }
 
-FOR_TOKENS_UP_TO(2, 1, RING_2, true, FEW_WARPS)
-FOR_TOKENS_UP_TO(4, 1, RING_4, false, MANY_WARPS)
-FOR_TOKENS_UP_TO(8, 1, RING_8, false, MANY_WARPS)
-FOR_TOKENS_UP_TO(16, 2, RING_16, false, MANY_WARPS)
+FOR_TOKENS_UP_TO(2, 1, RING_2, true, FEW_BOUND)
+FOR_TOKENS_UP_TO(4, 1, RING_4, false, MANY_THREADS)
+FOR_TOKENS_UP_TO(8, 1, RING_8, false, MANY_THREADS)
+FOR_TOKENS_UP_TO(16, 2, RING_16, false, MANY_THREADS)
 #undef FOR_TOKENS_UP_TO
 
 // With a norm before the product, of up to 8 tokens: each thread block normalises for itself.
-extern "C" __global__ void __launch_bounds__(FEW_THREADS, 2)
+extern "C" __global__ void __launch_bounds__(FEW_BOUND, 2)
     norm_quantised_linear(float* out, const float* hidden, const float* norm_weight, const float* norm_bias,
                           float epsilon, int width, const int* places, const unsigned char* matrix,
                           const float* bias, int columns, int outputs, int tokens) {
@@ -484,7 +486,7 @@ extern "C" __global__ void __launch_bounds__(FEW_THREADS, 2)
         tiles_of(outputs, TILE_ROWS), tokens, columns, Added{out, nullptr, bias, outputs});
 }
 
-extern "C" __global__ void __launch_bounds__(FEW_THREADS, 2)
+extern "C" __global__ void __launch_bounds__(FEW_BOUND, 2)
     norm_quantised_up(Element* inner, const float* hidden, const float* norm_weight, const float* norm_bias,
                       float epsilon, int width, const int* places, const unsigned char* matrix,
                       const float* bias, int columns, int width_out, int tokens) {
