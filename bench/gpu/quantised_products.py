@@ -67,17 +67,19 @@ class Way:
 
     warps: tuple[int, int] = (12, 8)  # of one token or two, and of more
     together: int = 2
+    chains: int = 1
     rings: tuple[int, ...] = (3, 2, 2, 3, 3)  # behind a norm; of 2, 4, 8 and 16 tokens
 
     def __str__(self) -> str:
-        return f"{self.warps} warps x {self.together}, rings {self.rings}"
+        return f"{self.warps} warps x {self.together}, {self.chains} chains, rings {self.rings}"
 
 
 WAYS = [
     Way(),
+    Way(chains=2),
     *(Way(rings=rings) for rings in ((3, 2, 3, 2, 4), (4, 3, 1, 2, 2))),
     *(Way(warps) for warps in ((10, 8), (8, 12), (16, 8))),
-    Way((16, 16), 1, (4, 3, 3, 3, 3)),
+    Way((16, 16), 1, 2, (4, 3, 3, 3, 3)),
 ]
 
 
@@ -258,7 +260,7 @@ class Quantised:
 
     def __init__(self, way: Way) -> None:
         self._way = way
-        macros = MACROS | {"TILES_TOGETHER": way.together}
+        macros = MACROS | {"TILES_TOGETHER": way.together, "PRODUCT_CHAINS": way.chains}
         macros |= dict(zip(("FEW_WARPS", "MANY_WARPS"), way.warps, strict=True))
         rings = ("RING_NORMED", *(f"RING_{most}" for most in MADE_FOR))
         macros |= dict(zip(rings, way.rings, strict=True))

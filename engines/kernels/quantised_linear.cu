@@ -16,11 +16,13 @@
 namespace quantised {
 // Warps of a thread block for one token or two, which a product that normalises its inputs is for, and for
 // more; tiles of a thread block that a warp takes a step of at once, so that inputs are read once for all of
-// them; and steps that are on their way (measured: bench/gpu/quantised_products.py).
+// them; sums that a group's products alternate between, as each waits for the one before it; and steps that
+// are on their way (measured: bench/gpu/quantised_products.py).
 #ifndef FEW_WARPS
 #define FEW_WARPS 12
 #define MANY_WARPS 8
 #define TILES_TOGETHER 2
+#define PRODUCT_CHAINS 1
 #define RING_NORMED (WEIGHT_BITS == 4 ? 3 : 2)
 #define RING_2 2
 #define RING_4 2
@@ -147,8 +149,7 @@ struct TileSums {
     // `inputs` begin with the step's.
     __device__ __forceinline__ void add(const unsigned char* slot, const Element* inputs, int apart,
                                         int tokens) {
-        // Products of a group alternate between chains, as each waits for the one before it.
-        constexpr int CHAINS = GROUPS * TOGETHER == 1 ? 2 : 1;
+        constexpr int CHAINS = GROUPS == 1 ? PRODUCT_CHAINS : 1;
         const int lane = threadIdx.x % LANES;
         const Element* inputs_of[GROUPS];
 #pragma unroll
