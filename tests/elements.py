@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.models.precision import Precision
 
 DTYPES: dict[Precision, Any] = {
@@ -23,6 +24,14 @@ def split_precision(name: str) -> tuple[str, Precision]:
         if last == precision:
             return variant, precision
     return name, "fp32"
+
+
+def split_weights(name: str) -> tuple[str, WeightFormat | None]:
+    """Of a case's name before its precision: what comes before quantised weights, and these."""
+    variant, _, last = name.rpartition("-")
+    if last not in ("int4", "int8"):
+        return name, None
+    return variant, WeightFormat(storage=last, group_size=32, zero_points=True)
 
 
 def macros(precision: Precision) -> dict[str, int]:

@@ -29,6 +29,7 @@ def run(
     measure_shape: MeasureShape,
     batch: Sequence[int],
     precisions: Sequence[Precision] = (),
+    weights: Sequence[str] = (),
 ) -> None:
     """Measures the shapes that are asked for; writes the file after each.
 
@@ -39,10 +40,14 @@ def run(
         measure_shape: Measures one, in a directory of its own.
         batch: Sizes by default.
         precisions: That there is a choice of.
+        weights: That matrices may be quantised to.
     """
     parser = _parser(description, batch)
     if precisions:
         parser.add_argument("--precision", choices=precisions, default=PRECISION)
+    if weights:
+        parser.add_argument("--weights", choices=weights)
+        parser.add_argument("--group-size", type=int, default=128)
     options = parser.parse_args(arguments)
     device = the_device()
     result: dict[str, Any] = {
@@ -54,6 +59,7 @@ def run(
             "warmup": WARMUP,
             "rounds": ROUNDS,
             "precision": getattr(options, "precision", PRECISION),
+            "weights": getattr(options, "weights", None),
         },
         "shapes": [],
     }

@@ -20,11 +20,19 @@ from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.bundle.draft_shortcut import DraftShortcut, rotations
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.names import block_name
+from ojfa_export.bundle.weight_format import (
+    PACKED,
+    SCALES,
+    ZERO_POINTS,
+    QuantisedMatrix,
+    WeightFormat,
+)
 from ojfa_export.graphs.block import block_graph
 from ojfa_export.graphs.dialect import Portable
 from ojfa_export.graphs.embed import embed_graph
 from ojfa_export.graphs.export import Exporter
 from ojfa_export.graphs.heads import exit_head_graph, final_head_graph
+from ojfa_export.graphs.quantised import add_matrix
 from ojfa_export.graphs.weights import TensorRef, WeightFile
 from ojfa_export.models.families.rotary import Rotary
 from ojfa_export.models.precision import Precision
@@ -83,10 +91,16 @@ class RandomGraphs:
         directory: Where to.
         max_length: Positions.
         precision: Of the matrices.
+        form: What blocks' matrices and the head are quantised to; None for none.
     """
 
     def __init__(
-        self, spec: ModelSpec, directory: Path, max_length: int, precision: Precision = PRECISION
+        self,
+        spec: ModelSpec,
+        directory: Path,
+        max_length: int,
+        precision: Precision = PRECISION,
+        form: WeightFormat | None = None,
     ) -> None:
         self.spec, self.directory, self.max_length = spec, directory, max_length
         self._precision = precision
@@ -94,7 +108,8 @@ class RandomGraphs:
         if spec.rotary_dim:
             self.rotary = Rotary(spec.rotary_dim, "default", 1e4, max_length, {}).tables(max_length)
         self._pool = np.random.default_rng(0).standard_normal(POOL, np.float32)
-        self._dialect = Portable(spec, self._precision)
+        self._form = form
+        self._dialect = Portable(spec, self._precision, form)
 
     def write(self) -> None:
         """Writes embed, blocks, exit_head and final_head."""
@@ -155,11 +170,29 @@ class RandomGraphs:
                     refs[f"{key}.bias"] = file.add(key, self._values(hidden, scale=0.1))
             for key, (rows, columns) in matrices.items():
                 # Small, so that the sum over 32 blocks stays within fp16.
-                scale = 0.3 * rows**-0.5
-                refs[f"{key}.weight"] = file.add(key, self._values(rows, columns, scale=scale))
+                refs |= self._matrix(file, f"{key}.weight", rows, columns, 0.3 * rows**-0.5)
                 if layer:
                     refs[f"{key}.bias"] = file.add(key, self._values(columns, scale=0.1))
         return refs
+
+    def _matrix(
+        self, file: WeightFile, name: str, rows: int, columns: int, scale: float
+    ) -> dict[str, TensorRef]:
+        """Adds a matrix x @ W of a deviation, quantised where that is asked for."""
+        form = self._form
+        if form is None:
+            return {name: file.add(name, self._values(rows, columns, scale=scale))}
+        shapes = form.shapes(rows, columns)
+        middle = form.middle * (0x11 if form.bits == 4 else 1)
+        # Numbers that are all as likely have this deviation.
+        step = scale / ((1 << form.bits) * 12**-0.5)
+        packed = self._pool.view(np.uint8).reshape(-1, 4)[:, 0]  # of fractions: any, as likely
+        matrix = QuantisedMatrix(
+            np.resize(packed, shapes[PACKED]),
+            np.full(shapes[SCALES], step, np.float32),
+            np.full(shapes[ZERO_POINTS], middle, np.uint8) if form.zero_points else None,
+        )
+        return add_matrix(file, name, matrix)
 
     def _heads(self) -> None:
         spec = self.spec
@@ -167,12 +200,14 @@ class RandomGraphs:
         layer = spec.norm == "layer"
         with WeightFile(self.directory, "final_head.bin", self._precision) as file:
             norm = file.add("norm", self._values(spec.hidden_size, mean=1.0))
-            head = self._table
-            if not spec.tied_head:
-                scale = spec.hidden_size**-0.5
-                shape = spec.vocab_size, spec.hidden_size
-                head = file.add("head", self._values(*shape, scale=scale))
-            weights = {"final_norm.weight": norm, "head": head}
+            weights = {"final_norm.weight": norm}
+            scale, shape = spec.hidden_size**-0.5, (spec.hidden_size, spec.vocab_size)
+            if self._form is not None:
+                weights |= self._matrix(file, "head", *shape, scale)
+            elif spec.tied_head:
+                weights["head"] = self._table
+            else:
+                weights["head"] = file.add("head", self._values(*shape[::-1], scale=scale))
             if layer:
                 weights["final_norm.bias"] = file.add("bias", self._values(spec.hidden_size))
         graph = final_head_graph(spec, weights, self._dialect)

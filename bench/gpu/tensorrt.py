@@ -29,6 +29,7 @@ from ojfa_export.backends.tensorrt.cache import KvCache
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.backends.tensorrt.workspace import Workspace
 from ojfa_export.bundle.names import graph_names
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.decoding.head_output import HeadRequest
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.runtime.session import Session
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure_shape,
         batch=(1, 4, 16),
         precisions=("fp16", "bf16"),
+        weights=("int4", "int8"),
     )
 
 
@@ -55,7 +57,11 @@ def measure_shape(
     """Builds a shape's engines and times them."""
     spec = SHAPES[name]
     length = max(options.past) + options.tokens + 2 * WARMUP + SPARE
-    graphs = RandomGraphs(spec, directory / "graphs", length, options.precision)
+    form = None
+    if options.weights is not None:
+        group_size = options.group_size
+        form = WeightFormat(storage=options.weights, group_size=group_size, zero_points=True)
+    graphs = RandomGraphs(spec, directory / "graphs", length, options.precision, form)
     graphs.write()
     plans, seconds = build(spec, directory)
     print(f"{name}: built in {sum(seconds.values()):.0f} s: {seconds}", flush=True)

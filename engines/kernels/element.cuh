@@ -37,10 +37,12 @@ __device__ __forceinline__ void store(Bfloat* at, float x) {
 typedef Bfloat Element;
 #define PACK "cvt.rn.bf16x2.f32"
 #define MULTIPLY "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#define ADD_PRODUCT "fma.rn.bf16x2"
 #elif HALF
 typedef Half Element;
 #define PACK "cvt.rn.f16x2.f32"
 #define MULTIPLY "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#define ADD_PRODUCT "fma.rn.f16x2"
 #else
 typedef float Element;
 #endif
@@ -58,5 +60,19 @@ __device__ __forceinline__ void multiply_half(float (&sums)[4], const unsigned (
     asm(MULTIPLY " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// x & mask | above: of two constants, the compiler makes two instructions.
+__device__ __forceinline__ unsigned and_or(unsigned x, unsigned mask, unsigned above) {
+    unsigned word;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(word) : "r"(x), "r"(mask), "r"(above));
+    return word;
+}
+
+// Of two elements in a word each: x * y + z.
+__device__ __forceinline__ unsigned add_product(unsigned x, unsigned y, unsigned z) {
+    unsigned words;
+    asm(ADD_PRODUCT " %0, %1, %2, %3;" : "=r"(words) : "r"(x), "r"(y), "r"(z));
+    return words;
 }
 #endif

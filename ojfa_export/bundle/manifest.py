@@ -266,8 +266,8 @@ class Manifest(Part):
     def _weights_fit(self) -> Manifest:
         if self.weights is None:
             return self
-        if not self.weights.quantised or self.precision != "fp32" or self.draft is not None:
-            raise ValueError("weights: they must be quantised, in fp32, without a draft layer")
+        if not self.weights.quantised or self.draft is not None:
+            raise ValueError("weights: they must be quantised, without a draft layer")
         if self.weights.wide:  # shapes of what is left are compared with the graphs
             return self
         for features in quantised_features(self.model.spec):

@@ -139,12 +139,14 @@ def graph_options(function: Decorated) -> Decorated:
             "--group-size",
             type=int,
             metavar="N",
-            help="Quantised weights that share a scale: 16, 32, 64, 128 or 256.  [default: 32]",
+            help="Quantised weights that share a scale: 16, 32, 64, 128 or 256.  "
+            "[default: 32 on the CPU, 128 on a GPU]",
         ),
         click.option(
             "--weights",
             type=click.Choice(["int4", "int8"]),
-            help="Quantise blocks' matrices and heads, for the onnxruntime backend.",
+            help="Quantise blocks' matrices and heads, for the onnxruntime backend in fp32 and for "
+            "tensorrt in fp16 or bf16.",
         ),
     ):
         function = decorate(function)

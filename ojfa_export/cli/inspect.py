@@ -159,7 +159,7 @@ def _describe_weights(manifest: Manifest) -> dict[str, str]:
     quantised = "the blocks' attention.qkv, attention.out, mlp.up, mlp.down"
     if form.head:
         quantised += ", and the head"
-    if folded and form.head and not stored:
+    if folded and form.head and not stored and manifest.precision == "fp32":
         quantised += "; the exit head's matrix where its rank is whole groups"
     tied = ", with which the head was tied" if spec.tied_head and form.head else ""
     head = "" if form.head else ", heads"

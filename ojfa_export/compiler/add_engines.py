@@ -52,7 +52,7 @@ def add_engines(
     opened = Bundle(bundle)
     directory = bundle.resolve()
     backend, manifest = backends.load(backend_name), opened.manifest
-    check_runs(backend, manifest.weights)
+    check_runs(backend, manifest.weights, manifest.precision)
     check_precision(backend, manifest.precision)
     check_runs_checks(backend, manifest.check.size if manifest.check else 0)
     check_runs_jump(backend, manifest.shortcut.exits)

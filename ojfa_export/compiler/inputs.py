@@ -20,7 +20,7 @@ from ojfa_export.compiler.fitted_weights import WeightFitter, fitting_text
 from ojfa_export.compiler.given import Given, read_given
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.self_text import SelfText, plan_self_text
-from ojfa_export.compiler.settings import BuildSettings, Stored, decide
+from ojfa_export.compiler.settings import DEFAULT_GROUP_SIZE, BuildSettings, Stored, decide
 from ojfa_export.decoding.arrays import Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.graphs.export import Exporter
@@ -58,9 +58,11 @@ class Inputs:
         self.chat: ChatFormat | None = read_chat(directory, self.tokenizer)
         rotary = self.checkpoint.family.rotary(self.checkpoint.config)
         self.kept: KeptWeights | None = kept_weights(self.checkpoint)
-        self.settings: BuildSettings = decide(options, self.checkpoint.spec, rotary, self._stored())
         self.backend: Backend = backends.load(options.backend)
-        check_runs(self.backend, self.weight_format)
+        self.settings: BuildSettings = decide(
+            options, self.checkpoint.spec, rotary, self._stored(), self._group_sizes()
+        )
+        check_runs(self.backend, self.weight_format, self.settings.precision)
         check_precision(self.backend, self.settings.precision)
         check_runs_checks(self.backend, self.settings.check_vocabulary)
         self.calibration_data = options.calibration_data or tuple(shipped_text())
@@ -167,6 +169,12 @@ class Inputs:
     def weight_format(self) -> WeightFormat | None:
         """What quantised matrices are stored as; None where none is."""
         return self.settings.weight_format if self.kept is None else self.kept.form
+
+    def _group_sizes(self) -> tuple[int, ...]:
+        """Of quantised weights that the backend runs, those that it would rather have first."""
+        if isinstance(self.backend, RunsQuantised):
+            return self.backend.group_sizes
+        return (DEFAULT_GROUP_SIZE,)
 
     def _stored(self) -> Stored | None:
         """What the checkpoint has quantised already."""

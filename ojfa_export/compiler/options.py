@@ -35,7 +35,8 @@ class BuildOptions:
         precision: "fp32", "fp16" or "bf16".
         weights: "int4" or "int8", to quantise blocks' matrices and heads; default as precision
             says, and those of a checkpoint that is quantised as they are.
-        group_size: Quantised weights that share a scale; default 32.
+        group_size: Quantised weights that share a scale; default what the backend says, 32 on the
+            CPU and 128 on a GPU, or the largest that divides the model's features.
         rank: Of the shortcut; default the paper's, floor(H/100).
         shortcut: "ojfa", "residual", or the file of a shortcut that exists; default the better one
             of this rank, as measured. Also, or beside it in a list, the file of a draft layer or

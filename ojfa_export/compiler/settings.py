@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ else:
 DEFAULT_CACHE_LENGTH = 4096
 DEFAULT_BATCH_SIZE = 16
 DEFAULT_WINDOW = 512
-# Smaller groups are nearer to the weights and take more room (docs/weights.md).
+# Where no backend says what it would rather have.
 DEFAULT_GROUP_SIZE = 32
 # Tokens of calibration text, fitting and held out: enough for small models to be measured well,
 # and for large ones several times what fitting needs at least.
@@ -143,7 +144,11 @@ def read_recipe(name: str) -> Recipe:
 
 
 def decide(
-    options: BuildOptions, spec: ModelSpec, rotary: Rotary | None, stored: Stored | None = None
+    options: BuildOptions,
+    spec: ModelSpec,
+    rotary: Rotary | None,
+    stored: Stored | None = None,
+    group_sizes: Sequence[int] = (DEFAULT_GROUP_SIZE,),
 ) -> BuildSettings:
     """Decides every setting: the user's, else the recipe's, else the default.
 
@@ -152,6 +157,8 @@ def decide(
         spec: The model.
         rotary: Its rotary embedding.
         stored: What the checkpoint has quantised already, if anything.
+        group_sizes: Of quantised weights; the first that divides the model's features is the
+            default.
 
     Raises:
         UsageError: A setting that doesn't suit the model, or a recipe for another model.
@@ -169,8 +176,8 @@ def decide(
         _keep(decided, stored)
     else:
         if decided["weights"] is not None and decided["group_size"] is None:
-            decided["group_size"] = DEFAULT_GROUP_SIZE
-        _check_weights(decided["weights"], decided["group_size"], decided["precision"], spec)
+            decided["group_size"] = _default_group_size(spec, group_sizes)
+        _check_weights(decided["weights"], decided["group_size"], spec)
     _check(decided["rank"], decided["max_cache_length"], spec, rotary)
     for name in ("check_vocabulary", "draft_vocabulary"):
         _check_size(name.replace("_", "-"), decided[name], spec)
@@ -207,9 +214,14 @@ def _check_recipe(recipe: Recipe, spec: ModelSpec, name: str) -> None:
             )
 
 
-def _check_weights(
-    weights: Quantised | None, group_size: int | None, precision: Precision, spec: ModelSpec
-) -> None:
+def _default_group_size(spec: ModelSpec, group_sizes: Sequence[int]) -> int:
+    """The first that divides all features; where none does, the first, which is refused."""
+    features = quantised_features(spec)
+    fitting = (size for size in group_sizes if not any(each % size for each in features))
+    return next(fitting, group_sizes[0])
+
+
+def _check_weights(weights: Quantised | None, group_size: int | None, spec: ModelSpec) -> None:
     if weights is None:
         if group_size is not None:
             raise UsageError(
@@ -217,12 +229,6 @@ def _check_weights(
                 hint="give --weights int4 or --weights int8 as well",
             )
         return
-    if precision != "fp32":
-        raise UsageError(
-            f"weights {weights} can't go with precision {precision}: what isn't quantised, and "
-            "what is computed, is fp32",
-            hint="give --precision fp32, or leave --weights out",
-        )
     assert group_size is not None
     for features in quantised_features(spec):
         if features % group_size:
@@ -260,12 +266,6 @@ def _keep(decided: dict[str, Any], stored: Stored) -> None:
                 "was made from",
             )
         decided[name] = value
-    if form is not None and decided["precision"] != "fp32":
-        raise UsageError(
-            f"precision {decided['precision']} can't go with this checkpoint's weights, which are "
-            f"{form} already ({stored.layout})",
-            hint="give --precision fp32, or leave it out",
-        )
 
 
 def _check(rank: int, length: int, spec: ModelSpec, rotary: Rotary | None) -> None:

@@ -81,9 +81,10 @@ class Portable:
         return biased
 
     def quantised_product(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
-        """x @ W of fp32 values and a quantised matrix; in fp32."""
+        """x @ W of a quantised matrix: x in compute precision, product and result fp32."""
         form = self.quantised
         assert form is not None
+        x = self.to_float(graph, x)
         ends = (PACKED, SCALES, ZERO_POINTS) if form.zero_points else (PACKED, SCALES)
         outputs, groups, _ = weights[name + PACKED].dims
         if name + ORDER in weights:

@@ -307,9 +307,11 @@ class Exporter:
     ) -> dict[str, TensorRef]:
         """Adds an exit head's matrix [V, features], quantised where its features are whole groups.
 
-        One of a checkpoint that is quantised already stays as precision says.
+        One of a checkpoint that is quantised already stays as precision says, and so does one
+        beside 16 bits: it is narrow, and a GPU's checks read it as it is.
         """
-        if self.quantiser is None or not self.quantiser.takes(matrix.shape[1]):
+        takes = self.quantiser is not None and self.quantiser.takes(matrix.shape[1])
+        if self.quantiser is None or not takes or self.precision != "fp32":
             return {name: file.add(name, matrix)}
         return add_matrix(file, name, self.quantiser.make(matrix.T))
 

@@ -82,7 +82,7 @@ class Model:
             self.tokenizer, self.spec.vocab_size, manifest.cache.max_length
         )
         opener = backends.load(backend)  # first: an unknown name is no missing engine
-        check_runs(opener, manifest.weights)
+        check_runs(opener, manifest.weights, manifest.precision)
         check_precision(opener, manifest.precision)
         check_runs_checks(opener, manifest.check.size if manifest.check else 0)
         check_runs_jump(opener, manifest.shortcut.exits)

@@ -29,7 +29,7 @@ from ojfa_export.system.heap import trim_heap
 from ojfa_export.system.memory import read_meminfo
 from ojfa_export.verify.check import Check
 from ojfa_export.verify.probes import probe_texts
-from ojfa_export.verify.tolerances import TOKENIZER, TOLERANCES, Arithmetic
+from ojfa_export.verify.tolerances import TOKENIZER, TOLERANCES, arithmetic_of
 from ojfa_export.verify.whole_model import load_whole
 
 PROMPT_TOKENS = 16
@@ -162,7 +162,7 @@ def _prompts(manifest: Manifest, token_ids: Int32) -> tuple[list[list[int]], int
 def _compare_text(model: Model, prompts: list[list[int]], continued: list[Continued]) -> Check:
     """Greedy tokens: the difference is by how much transformers prefers its own first other one."""
     manifest = model.manifest
-    arithmetic: Arithmetic = "int8" if manifest.weights else manifest.precision
+    arithmetic = arithmetic_of(manifest.precision, quantised=manifest.weights is not None)
     penalty = manifest.generation.repetition_penalty or 1.0
     difference = allowed = 0.0
     for prompt, (scores, expected) in zip(prompts, continued, strict=True):

@@ -36,7 +36,7 @@ from ojfa_export.verify.exit_heads import ExitHeads
 from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
 from ojfa_export.verify.quantised import verify_weights
 from ojfa_export.verify.reference import TransformersReference, reference_of
-from ojfa_export.verify.tolerances import Arithmetic, Comparisons, exit_allowance
+from ojfa_export.verify.tolerances import Arithmetic, Comparisons, arithmetic_of, exit_allowance
 
 # Tokens of each sequence that are fed one by one.
 DECODED = 4
@@ -142,7 +142,7 @@ def verify_against(
             verify_defaults(manifest, source),
         ]
     engines = frugal(model.engines, model.spec)
-    arithmetic: Arithmetic = "int8" if manifest.weights else manifest.precision
+    arithmetic = arithmetic_of(manifest.precision, quantised=manifest.weights is not None)
     parts = Parts(
         model.spec,
         arithmetic,

@@ -28,6 +28,14 @@ RANGE = "fp16 range "
 TOKENIZER = "tokenizer: "
 
 
+def arithmetic_of(precision: Precision, *, quantised: bool) -> Arithmetic:
+    """What a bundle's products are computed in.
+
+    Beside fp32, quantised weights are for the CPU, whose products round to 8 bits.
+    """
+    return "int8" if quantised and precision == "fp32" else precision
+
+
 @dataclass(frozen=True)
 class Tolerance:
     """A bound on the largest absolute difference.

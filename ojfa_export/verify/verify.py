@@ -16,6 +16,7 @@ from ojfa_export.runtime.model import Model
 from ojfa_export.system.progress import Progress
 from ojfa_export.verify.change import Change
 from ojfa_export.verify.check import Check
+from ojfa_export.verify.tolerances import arithmetic_of
 
 TOKENS = 48
 
@@ -171,7 +172,7 @@ def compare_blocks(
         ) from error
     subject = make_subject(
         model.spec,
-        "int8" if manifest.weights else manifest.precision,
+        arithmetic_of(manifest.precision, quantised=manifest.weights is not None),
         bundle.graphs,
         (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None,
         shortcut,

@@ -61,6 +61,25 @@ def test_exits_of_shapes(imported, tmp_path, monkeypatch):
     assert found == [(k, head, e) for k in ("mlp", "block") for head in (96, 48) for e in (1, 2)]
 
 
+def test_quantised_weights_of_shapes(imported, tmp_path, monkeypatch):
+    tensorrt, shapes = imported("bench.gpu.tensorrt"), imported("bench.gpu.shapes")
+    clock, run = imported("bench.gpu.clock"), imported("bench.gpu.run")
+    monkeypatch.setitem(shapes.SHAPES, "llama2-7b", shapes._spec("llama", 4, 64, 4, 96, 96))
+    monkeypatch.setattr(shapes, "POOL", 1 << 12)
+    monkeypatch.setattr(clock, "REPLAYS", 1)
+    monkeypatch.setattr(run, "copy_bandwidth", lambda _: 1.0)
+    monkeypatch.setattr(run, "nvidia_smi", dict)
+    for name, value in {"PREFILL": 8, "CHECKED_PAST": 8, "parts": lambda *_: {}}.items():
+        monkeypatch.setattr(tensorrt, name, value)
+    out = tmp_path / "int4.json"
+    few = ["--past", "8", "--batch", "1", "3", "--exits", "1", "4", "--tokens", "2"]
+    tensorrt.main(["--out", str(out), "--weights", "int4", "--group-size", "32", *few])
+    result = json.loads(out.read_text())
+    assert result["settings"]["weights"] == "int4"
+    decoded = [(row["batch"], row["blocks"]) for row in result["shapes"][0]["decode"]]
+    assert decoded == [(1, 1), (1, 4), (3, 1), (3, 4)]
+
+
 def test_serving(imported, tmp_path, monkeypatch):
     serving, shapes = imported("bench.gpu.serving"), imported("bench.gpu.shapes")
     monkeypatch.setitem(shapes.SHAPES, "llama2-7b", shapes._spec("llama", 4, 32, 4, 48, 96))

@@ -251,7 +251,9 @@ def enlarge(copy: BundleCopy, graph: str, weight: str, factor: float) -> None:
     change_file(copy, f"graphs/{ref.location}", change)
 
 
-def build_from_checkpoint(made: Path, output: Path, checkpoint: Path, precision: str) -> Any:
+def build_from_checkpoint(
+    made: Path, output: Path, checkpoint: Path, precision: str, weights: str | None = None
+) -> Any:
     from ojfa_export.compiler import pipeline
     from ojfa_export.compiler.options import BuildOptions
 
@@ -260,6 +262,7 @@ def build_from_checkpoint(made: Path, output: Path, checkpoint: Path, precision:
         output,
         backend="tensorrt",
         precision=precision,
+        weights=weights,
         rank=7,
         shortcut="ojfa",
         calibration_data=(made / "text.txt",),
@@ -288,6 +291,27 @@ def test_a_checkpoint_is_built_straight_to_this_backend(
     assert manifest.precision == precision
     checks = verify_bundle(output, None, "tensorrt", SILENT)
     assert all(check.passed for check in checks)
+
+
+def test_weights_of_four_bits_are_built_straight_to_this_backend(
+    made: Path, tmp_path: Path
+) -> None:
+    """No engine is built; what runs is within fp16's rounding of what the numbers stand for."""
+    output = tmp_path / "int4.ojfa"
+    result = build_from_checkpoint(made, output, made / "checkpoint", "fp16", "int4")
+    assert {"quantised block_03: steps", "float64 block_03: attention.mixed"} <= {
+        check.name for check in result.report.checks
+    }
+    manifest = Bundle(output).manifest
+    assert str(manifest.weights) == "int4 in groups of 32 with zero points"
+    assert ".engine" not in {Path(name).suffix for name in manifest.files}
+    checks = verify_bundle(output, None, "tensorrt", SILENT)
+    assert [check.name for check in checks if not check.passed] == []
+    shown = CliRunner().invoke(app, ["inspect", str(output)]).stdout
+    assert "kept wider" in shown
+    assert "whole groups" not in shown  # the exit head's own matrix stays in fp16
+    with pytest.raises(BackendError, match="beside fp16, which the onnxruntime backend"):
+        add_engines(output, "onnxruntime", SILENT)
 
 
 def test_an_overflow_while_building_is_named(made: Path, tmp_path: Path) -> None:

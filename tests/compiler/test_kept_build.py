@@ -129,8 +129,6 @@ def test_a_manifest_that_says_otherwise(
     [
         ({"weights": "int8"}, r"weights int8 is asked for, but this checkpoint's weights are int4"),
         ({"weights": "int4", "group_size": 16}, "group-size 16 is asked for, but this checkpoint"),
-        ({"precision": "fp16"}, "precision fp16 can't go with this checkpoint's weights"),
-        ({"precision": "bf16"}, r"which are int4 in groups of 32 .* already \(gptq\)"),
     ],
 )
 def test_what_it_has_is_not_made_again(
@@ -147,15 +145,23 @@ def test_what_it_has_is_not_made_again(
 class OtherBackend:
     """A backend that runs no quantised weights."""
 
-    name = "tensorrt"
+    name = "onnxruntime-cuda"
 
 
 def test_a_backend_that_runs_none(
     options: Options, quantised: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backends, "load", lambda _: OtherBackend())
-    with pytest.raises(BackendError, match="which the tensorrt backend doesn't run"):
-        plan(options(checkpoint=str(quantised), backend="tensorrt"))
+    with pytest.raises(BackendError, match="which the onnxruntime-cuda backend doesn't run"):
+        plan(options(checkpoint=str(quantised), backend="onnxruntime-cuda"))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_precision_beside_them(options: Options, quantised: Path, precision: str) -> None:
+    said = f"int4 in groups of 32 with zero points beside {precision}, which the onnxruntime"
+    with pytest.raises(BackendError, match=said) as caught:
+        plan(options(checkpoint=str(quantised), precision=precision))
+    assert "--precision fp32" in str(caught.value.hint)
 
 
 def test_damage_is_found_before_anything_is_written(

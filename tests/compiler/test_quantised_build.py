@@ -153,7 +153,6 @@ def test_generates_like_the_original(built: Path, tiny_bundle: Path, rng) -> Non
         ({"weights": "int4", "group_size": 512}, "group-size 512 can't be"),
         ({"weights": "int4", "group_size": 64}, "group-size 64 doesn't divide .* 96 features"),
         ({"group_size": 32}, "group-size 32 is of quantised weights, but none are asked for"),
-        ({"weights": "int8", "precision": "fp16"}, "int8 can't go with precision fp16"),
     ],
 )
 def test_what_cannot_be(options: Options, changes: dict[str, Any], message: str) -> None:
@@ -181,24 +180,31 @@ def test_a_model_of_no_whole_groups(options: Options, tmp_path: Path) -> None:
 class OtherBackend:
     """A backend that runs no quantised weights."""
 
-    name = "tensorrt"
+    name = "onnxruntime-cuda"
 
 
 def test_other_backends_refuse_it(
     options: Options, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     form = WeightFormat(storage="int4", group_size=32, zero_points=True)
-    check_runs(backends.load("onnxruntime"), form)
-    said = "in groups of 32 with zero points, which the tensorrt backend doesn't run"
+    check_runs(backends.load("onnxruntime"), form, "fp32")
+    said = "in groups of 32 with zero points, which the onnxruntime-cuda backend doesn't run"
     monkeypatch.setattr(backends, "load", lambda _: OtherBackend())
     for refused in (
-        lambda: plan(options(weights="int4", backend="tensorrt")),
-        lambda: add_engines(built, "tensorrt", SILENT),
-        lambda: Model(Bundle(built), "tensorrt"),
+        lambda: plan(options(weights="int4", backend="onnxruntime-cuda")),
+        lambda: add_engines(built, "onnxruntime-cuda", SILENT),
+        lambda: Model(Bundle(built), "onnxruntime-cuda"),
     ):
         with pytest.raises(BackendError, match=said) as caught:
             refused()
         assert "onnxruntime" in str(caught.value.hint)
+
+
+def test_what_goes_beside_them_is_the_backend_s_to_say(options: Options) -> None:
+    said = r"int8 .* beside fp16, which the onnxruntime backend"
+    with pytest.raises(BackendError, match=said) as caught:
+        plan(options(weights="int8", precision="fp16"))
+    assert "--precision fp32" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,14 @@ CHECKED = {"qwen3", "gpt2-fp16", "llama-gqa-bf16", "gemma2", "gpt2-residual-fp16
 CHECKED |= {"llama-gqa-mlp-fp16", "stablelm-mlp-bf16", "qwen3-block", "llama-gqa-block-fp16"}
 # Those with a block for each exit.
 EACH = {"qwen3-block", "gpt2-block-fp16", "qwen3-block-bf16"}
+# Weights of four and eight bits, in groups of 32.
+CASES |= {
+    "llama-gqa-int4-fp16": "fp16",
+    "llama-gqa-residual-int4-fp16": "fp16",
+    "gpt2-int4-bf16": "bf16",
+    "qwen3-int8-fp16": "fp16",
+    "gemma2-int8-bf16": "bf16",
+}
 # Those that also have a draft layer: with a head of its own, and with the model's.
 DRAFTS = {"llama-gqa": True, "llama-gqa-fp16": True, "gpt2-fp16": False, "qwen3-fp16": False}
 DRAFTS |= {"llama-gqa-bf16": True, "gpt2-bf16": False}

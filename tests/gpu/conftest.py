@@ -56,6 +56,7 @@ class Case:
     expected: dict[str, np.ndarray]
     plans: dict[str, Path]
     exits: tuple[tuple[int, ...], int] | None = None  # of a block jump, and how many blocks
+    quantised: bool = False
     recorded: bool = True
     opened: dict = field(default_factory=dict)
 
@@ -127,8 +128,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 def load_case(directory: Path, built: Path) -> Case:
     backend = backends.load(BACKEND)
     described = json.loads((directory / "case.json").read_text())
-    if described["precision"] == "bf16" and BACKEND != "tensorrt":
-        pytest.skip(f"{BACKEND} doesn't run bf16")
+    quantised = described.get("quantised", False)
+    if (described["precision"] == "bf16" or quantised) and BACKEND != "tensorrt":
+        pytest.skip(f"{BACKEND} runs neither bf16 nor quantised weights")
     spec = ModelSpec.model_validate_json(json.dumps(described["spec"]))
     exits, blocks = tuple(described.get("exits", ())), described.get("exit_blocks", 0)
     plans = {name: built / f"{name}.json" for name in graph_names(spec.blocks, blocks)}
@@ -142,7 +144,8 @@ def load_case(directory: Path, built: Path) -> Case:
         graph = directory / "graphs" / f"{CHECK_HEAD}.onnx"
         backend.build_engine(narrowed, graph, plans[CHECK_HEAD])
     jump = (exits, blocks) if exits else None
-    return Case(directory.name, directory, spec, described["precision"], expected, plans, jump)
+    precision = described["precision"]
+    return Case(directory.name, directory, spec, precision, expected, plans, jump, quantised)
 
 
 @pytest.fixture
@@ -154,8 +157,8 @@ def case(cases: Callable[[str], Case], case_name: str) -> Case:
 def decode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, case: Case) -> str:
     """How steps of few tokens run: see DECODE."""
     if BACKEND == "tensorrt":
-        if case.precision == "bf16" and request.param == "engines":
-            pytest.skip("there are no engines in bf16")
+        if (case.precision == "bf16" or case.quantised) and request.param == "engines":
+            pytest.skip("there are no engines in bf16, and none of quantised weights")
         monkeypatch.setenv("OJFA_DECODE", request.param)
     else:
         monkeypatch.setattr(case, "recorded", request.param == "recorded")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from chain import Chain, build_chain, random_blocks
 from checked_programs import checked_tokens
 from drafts import draft_for, open_draft
-from elements import split_precision
+from elements import split_precision, split_weights
 from gpu.cases import (
     BUNDLES,
     CASES,
@@ -38,6 +38,7 @@ from gpu.cases import (
 from shortcut_kinds import split_kind
 from tiny_models import make_checkpoint
 
+from ojfa_export.backends.onnxruntime.dialect import OnnxRuntimeCpu
 from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.bundle.draft_shortcut import rotations
 from ojfa_export.bundle.shortcut_file import save
@@ -55,7 +56,10 @@ def main() -> None:
     make_bundles(directory / BUNDLES)
     for name, precision in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            variant, kind = split_kind(split_precision(name)[0])
+            before, form = split_weights(split_precision(name)[0])
+            variant, kind = split_kind(before)
+            # What products multiply isn't rounded to 8 bits: nor is it on a GPU.
+            OnnxRuntimeCpu.accuracy_level = 4 if form is None else 1
             checkpoint = make_checkpoint(variant, Path(folder) / "checkpoint", seed=SEED)
             blocks = None
             if kind == "block":
@@ -65,6 +69,7 @@ def main() -> None:
                 checkpoint,
                 directory / name,
                 precision=precision,
+                weights=form,
                 max_length=2 * LENGTH,
                 rank=RANK,
                 kind=kind,
@@ -135,6 +140,7 @@ def describe(chain: Chain, directory: Path) -> None:
     described = {"spec": spec.model_dump(mode="json"), "precision": chain.precision}
     if isinstance(chain.shortcut, BlockShortcut):
         described |= {"exits": chain.shortcut.exits, "exit_blocks": chain.shortcut.blocks}
+    described["quantised"] = chain.weights is not None
     (directory / "case.json").write_text(json.dumps(described))
 
 

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from ojfa_export.backends.cuda.sources import ACTIVATIONS, SOURCES, source_directory
+from stand_in.quantised import Layout, layout_of, stored_words
 
 PAGE = 64  # as in tiles.cuh
 
@@ -37,6 +38,7 @@ for _source in SOURCES:
 CALLED_OFF = {"norm_linear", "norm_up", "linear", "tiled_linear", "tiled_up", "attention"}
 CALLED_OFF |= {"add_normed", "attention_of_all", "wide_attention_of_all"}
 CALLED_OFF |= {"wide_attention", "narrow_linear", "norm_narrow_linear", "norm_narrow_up"}
+CALLED_OFF |= {"quantised_linear", "quantised_up", "norm_quantised_linear", "norm_quantised_up"}
 PARAMETERS["exit_check_beside"] = PARAMETERS["exit_check"]
 for _name in ("attention", "wide_attention", "attention_of_all", "wide_attention_of_all"):
     PARAMETERS[_name] = PARAMETERS["NAME"]
@@ -137,6 +139,56 @@ class StandInKernels:
             cubic = np.tanh(0.79788456 * (gate + 0.044715 * gate**3))
             inner = 0.5 * gate * (1 + cubic)
         return inner * y[:, width:] if self.m.GATED else inner
+
+    def _layout(self, rows: int, columns: int, paired: bool) -> Layout:
+        return layout_of(rows, columns, paired, self.m.WEIGHT_BITS, self.m.WEIGHT_GROUP)
+
+    def lay_out_quantised(self, a: Any) -> None:
+        layout = self._layout(a.rows, a.columns, bool(a.paired))
+        numbers, words = stored_words(a, self.m.WEIGHT_BITS, self.m.WEIGHT_GROUP, view)
+        out = view(a.out, np.uint32, layout.number_words + layout.scale_words)
+        layout.put(out, numbers, words)
+
+    def _quantised(self, a: Any, rows: int, *, paired: bool) -> np.ndarray:
+        """[rows, columns], the columns as they lie."""
+        layout = self._layout(rows, a.columns, paired)
+        return layout.take(view(a.matrix, np.uint32, layout.number_words + layout.scale_words))
+
+    def dequantise(self, a: Any) -> None:
+        found = self._quantised(a, a.rows, paired=bool(a.paired))
+        order = view(a.order, np.int32, a.columns) if a.order else slice(None)
+        self._elements(a.elements, a.rows, a.columns)[:, order] = found
+
+    def _quantised_product(self, a: Any, x: np.ndarray, rows: int, *, paired: bool) -> np.ndarray:
+        places = view(a.places, np.int32, a.columns) if a.places else slice(None)
+        matrix = self._quantised(a, rows, paired=paired)[:, places]
+        return x @ matrix.T + (self._floats(a.bias, rows) if a.bias else np.float32(0))
+
+    def quantised_linear(self, a: Any) -> None:
+        x = self._elements(a.x, a.tokens, a.columns).astype(np.float32)
+        y = self._quantised_product(a, x, a.outputs, paired=False)
+        if a.residual:
+            y = y + self._floats(a.residual, a.tokens, a.outputs)
+        self._floats(a.out, a.tokens, a.outputs)[...] = y
+
+    def quantised_up(self, a: Any) -> None:
+        x = self._elements(a.x, a.tokens, a.columns).astype(np.float32)
+        self._quantised_up(a, x)
+
+    def _quantised_up(self, a: Any, x: np.ndarray) -> None:
+        gated = bool(self.m.GATED)
+        y = self._quantised_product(a, x, a.width_out * (2 if gated else 1), paired=gated)
+        inner = self._elements(a.inner, a.tokens, a.width_out)
+        inner[...] = self._activated(y, a.width_out)
+
+    def norm_quantised_linear(self, a: Any) -> None:
+        a.count = a.tokens
+        y = self._quantised_product(a, self._normed(a, a.width, a.columns), a.outputs, paired=False)
+        self._floats(a.out, a.tokens, a.outputs)[...] = y
+
+    def norm_quantised_up(self, a: Any) -> None:
+        a.count = a.tokens
+        self._quantised_up(a, self._normed(a, a.width, a.columns))
 
     def activate_products(self, a: Any) -> None:
         count, whole = a.grid[1], a.width * (2 if self.m.GATED else 1)

@@ -45,9 +45,10 @@ void check_digest(const std::string& text, const Json& raw, const std::filesyste
 
 // Quantised weights, which none of the library's backends runs.
 [[noreturn]] void refuse_quantised(Fields weights) {
-    throw bundle_failure("the bundle's weights are " + weights.one_of("storage", {"int4", "int8"}) +
-                             ", which this library doesn't run",
-                         "run it in Python, or build it again without --weights");
+    throw bundle_failure(
+        "the bundle's weights are " + weights.one_of("storage", {"int4", "int8"}) +
+            ", which this library doesn't run",
+        "run it in Python, or build it from a checkpoint that isn't quantised, without --weights");
 }
 
 // Thresholds of a check head are none of the exit head's: policies asked otherwise would not keep what was

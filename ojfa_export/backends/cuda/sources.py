@@ -6,6 +6,7 @@ import hashlib
 import struct
 from pathlib import Path
 
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.errors import BackendError
 from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
@@ -19,6 +20,8 @@ SOURCES = (
     "linear.cu",
     "tiled_linear.cu",
     "narrow_linear.cu",
+    "quantised_linear.cu",
+    "quantised_layout.cu",
     "around_products.cu",
     "qk_norm.cu",
     "attention.cu",
@@ -37,6 +40,7 @@ HEADERS = (
     "instructions.cuh",
     "activation.cuh",
     "staging.cuh",
+    "numbers.cuh",
     "tiles.cuh",
     "choose.cuh",
 )
@@ -45,8 +49,16 @@ SMALL_WIDTH = 1024
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
-def definitions(spec: ModelSpec, precision: Precision) -> dict[str, int]:
-    """The macros that the kernels are compiled with, for matrices of a precision."""
+def definitions(
+    spec: ModelSpec, precision: Precision, form: WeightFormat | None = None
+) -> dict[str, int]:
+    """The macros that the kernels are compiled with, for matrices of a precision.
+
+    Args:
+        spec: The model.
+        precision: Of the matrices, and of what quantised ones multiply.
+        form: What quantised matrices are stored as, where there are some.
+    """
     return {
         "HALF": int(precision != "fp32"),
         "BFLOAT": int(precision == "bf16"),
@@ -62,6 +74,9 @@ def definitions(spec: ModelSpec, precision: Precision) -> dict[str, int]:
         "ACTIVATION": ACTIVATIONS[spec.activation],
         "GATED": int(spec.gated),
         "SMALL": int(spec.hidden_size <= SMALL_WIDTH),
+        "HIDDEN_SIZE": spec.hidden_size,
+        "WEIGHT_BITS": form.bits if form is not None else 0,
+        "WEIGHT_GROUP": form.group_size if form is not None else 0,
     }
 
 

@@ -20,6 +20,7 @@ from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.bundle.weight_format import QuantisedMatrix, WeightFormat
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.errors import BackendError
+from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
 
 # What blocks take: the tokens of a pass packed together, and where each slot's are among them.
@@ -32,6 +33,9 @@ class OnnxRuntime:
     name = "onnxruntime"
     suffix = ".onnx"
     checks_by_default = True
+    beside_quantised: tuple[Precision, ...] = ("fp32",)
+    # Smaller groups are nearer to the weights and take more room (docs/weights.md).
+    group_sizes = (32, 16, 64, 128, 256)
 
     def versions(self) -> dict[str, str]:
         """What the engines depend on."""

@@ -19,6 +19,7 @@ from ojfa_export.backends.tensorrt.exit_blocks import TensorRtExitBlocks
 from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for, read_plan
 from ojfa_export.backends.tensorrt.probe import trace_block
 from ojfa_export.bundle.checked import UNCHECKED, Files
+from ojfa_export.bundle.weight_format import QuantisedMatrix, WeightFormat
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
@@ -31,6 +32,9 @@ class TensorRt:
     suffix = ".json"
     # The C++ runtime runs these engines too, and refuses check heads; nor are they measured here.
     checks_by_default = False
+    beside_quantised: tuple[Precision, ...] = ("fp16", "bf16")
+    # Larger groups are fewer bytes; smaller ones than these would be a product of tiles each.
+    group_sizes = (128, 64, 32, 256)
 
     def versions(self) -> dict[str, str]:
         """What the engines depend on."""
@@ -76,6 +80,12 @@ class TensorRt:
         """Opens a bundle's block jump; see `backends.block_jump.RunsBlockJumps`."""
         assert isinstance(engines, TensorRtEngines)
         return TensorRtExitBlocks(engines, jump)
+
+    def quantise(self, columns: Float32, form: WeightFormat) -> QuantisedMatrix:
+        """See `backends.quantised.RunsQuantised`."""
+        from ojfa_export.backends.tensorrt.rounding import quantise
+
+        return quantise(columns, form)
 
     def engine_names(self, spec: ModelSpec, graph: Path) -> list[str]:
         """Engines that a graph needs, equal ones of several graphs by the same name."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,16 @@ from ojfa_export.backends.tensorrt.plan import (
     INTERFACE,
     PROFILES,
     GraphPlan,
+    QuantisedWeight,
+    StoredTensor,
     Weight,
     has_engines,
 )
 from ojfa_export.backends.tensorrt.tiled import matrix_shapes
 from ojfa_export.bundle.names import DRAFT_GRAPHS
+from ojfa_export.bundle.weight_format import ENDS, PACKED, WeightFormat
 from ojfa_export.errors import BackendError
+from ojfa_export.graphs.quantised import format_of
 from ojfa_export.graphs.weights import PRECISIONS, TensorRef, precision_of, references
 from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
@@ -61,12 +65,12 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
     device = the_device()
     check_gpu(device.name, device.compute_capability)
     check_parts(spec)
-    refs, precision = _references(graph)
-    check_rows(spec, precision)
+    refs, precision, form = _references(graph)
+    check_rows(spec, precision, form)
     # By part: a name without what comes before it, "qkv" and "mlp" of a block.
     engines = {
         name.split(".")[-1]: _build(name, model, plan.parent, precision)
-        for name, model in _engines(graph.stem, spec, refs, precision).items()
+        for name, model in _engines(graph.stem, spec, refs, precision, form).items()
     }
     kinds: tuple[Precision, ...] = ()
     if graph.stem == DRAFT_LAYER:
@@ -77,9 +81,9 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
     described = GraphPlan(
         precision=precision,
         engines=engines,
-        kernels={kind: _kernels(spec, plan.parent, kind) for kind in kinds},
+        kernels={kind: _kernels(spec, plan.parent, kind, form) for kind in kinds},
         interface=INTERFACE,
-        products=_products(spec, plan.parent, precision) if graph.stem == "embed" else None,
+        products=_products(spec, plan.parent, precision, form) if graph.stem == "embed" else None,
         weights={
             name: Weight(
                 file=ref.location,
@@ -89,12 +93,19 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
                 transposed=transposed(name),
             )
             for name, ref in refs.items()
+            if not name.endswith(ENDS)
+        },
+        form=form,
+        quantised={
+            name.removesuffix(PACKED): _quantised(name.removesuffix(PACKED), refs, spec)
+            for name in refs
+            if name.endswith(PACKED)
         },
         activation_bytes=max(
             (_activation_bytes(plan.with_name(file)) for file in engines.values()), default=0
         ),
     )
-    write_atomically(plan, described.model_dump_json(indent=2).encode())
+    write_atomically(plan, described.to_json())
 
 
 def engine_names(spec: ModelSpec, graph: Path) -> list[str]:
@@ -103,21 +114,54 @@ def engine_names(spec: ModelSpec, graph: Path) -> list[str]:
         return [KERNELS]
     if graph.stem == DRAFT_LAYER:
         return [f"{KERNELS}.draft"]
-    refs, precision = _references(graph)
-    return list(_engines(graph.stem, spec, refs, precision))
+    return list(_engines(graph.stem, spec, *_references(graph)))
 
 
 def _engines(
-    name: str, spec: ModelSpec, refs: dict[str, TensorRef], precision: Precision
+    name: str,
+    spec: ModelSpec,
+    refs: dict[str, TensorRef],
+    precision: Precision,
+    form: WeightFormat | None,
 ) -> Mapping[str, onnx.ModelProto]:
     """The graphs of the engines that a portable graph needs, by name."""
-    return parts(name, spec, refs, precision) if has_engines(precision) else {}
+    return parts(name, spec, refs, precision) if has_engines(precision, form) else {}
 
 
-def _references(graph: Path) -> tuple[dict[str, TensorRef], Precision]:
-    """A graph's weights, and the precision of its matrix products."""
+def _references(graph: Path) -> tuple[dict[str, TensorRef], Precision, WeightFormat | None]:
+    """A graph's weights, the precision of its model's products, and its quantised format.
+
+    Where matrices are quantised, the embedding says what all else is in.
+    """
     refs = references(onnx.load(graph, load_external_data=False))
-    return refs, precision_of(refs.values())
+    form = _form(graph.parent, graph.with_name("embed.onnx").stat().st_mtime_ns)
+    if form is None:
+        return refs, precision_of(refs.values()), None
+    embed = onnx.load(graph.with_name("embed.onnx"), load_external_data=False)
+    return refs, precision_of(references(embed).values()), form
+
+
+@lru_cache(maxsize=1)
+def _form(graphs: Path, written: int) -> WeightFormat | None:
+    """What the quantised matrices of a bundle's graphs are stored as; None where there are none.
+
+    Args:
+        graphs: Where they are.
+        written: When the first of them was, so that others in their place are read again.
+    """
+    names = [*sorted(graphs.glob("block_*.onnx")), graphs / "final_head.onnx"]
+    forms = (format_of(onnx.load(path, load_external_data=False)) for path in names)
+    return next((form for form in forms if form is not None), None)
+
+
+def _quantised(name: str, refs: dict[str, TensorRef], spec: ModelSpec) -> QuantisedWeight:
+    """Where a quantised matrix is."""
+    tensors = {
+        end.removeprefix("."): StoredTensor(file=ref.location, offset=ref.offset, shape=ref.dims)
+        for end in ENDS
+        if (ref := refs.get(name + end)) is not None
+    }
+    return QuantisedWeight(**tensors, paired=spec.gated and name == "mlp.up.weight")
 
 
 def _build(name: str, model: onnx.ModelProto, directory: Path, precision: Precision) -> str:
@@ -184,9 +228,11 @@ def _range(
     return least, best, most
 
 
-def _kernels(spec: ModelSpec, directory: Path, precision: Precision) -> str:
+def _kernels(
+    spec: ModelSpec, directory: Path, precision: Precision, form: WeightFormat | None
+) -> str:
     """Compiles the kernels for matrices of a precision; the name of their file."""
-    macros = definitions(spec, precision)
+    macros = definitions(spec, precision, form)
     digest = _digest(sources_digest().encode(), {"macros": macros})
     path = directory / f"{KERNELS}.{precision}-{digest}.cubin"
     if not path.exists():
@@ -194,7 +240,9 @@ def _kernels(spec: ModelSpec, directory: Path, precision: Precision) -> str:
     return path.name
 
 
-def _products(spec: ModelSpec, directory: Path, precision: Precision) -> str | None:
+def _products(
+    spec: ModelSpec, directory: Path, precision: Precision, form: WeightFormat | None
+) -> str | None:
     """Measures how products of many tokens are made fastest; None where cuBLASLt isn't there.
 
     Raises:
@@ -203,7 +251,7 @@ def _products(spec: ModelSpec, directory: Path, precision: Precision) -> str | N
     try:
         version = Cublas(the_device()).version
     except BackendError:
-        if not has_engines(precision):
+        if not has_engines(precision, form):
             raise
         return None
     depends = {"shapes": matrix_shapes(spec), "precision": precision, "cublas": version}

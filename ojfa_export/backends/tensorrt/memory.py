@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from ojfa_export.backends.cuda.sizes import readable
+from ojfa_export.backends.tensorrt.layout import words_of
 from ojfa_export.backends.tensorrt.plan import PASS_TOKENS, GraphPlan, Place
 from ojfa_export.bundle.names import CHECK_HEAD, block_name
 from ojfa_export.errors import BackendError
@@ -61,7 +62,7 @@ class Room:
         self._spec, self._element = spec, element_bytes
         self._activations = max((plan.activation_bytes for plan in plans.values()), default=0)
         self._weights = {
-            name: {weight.place: _paged(weight.nbytes) for weight in plan.weights.values()}
+            name: {place: _paged(size) for place, size in _sizes(plan).items()}
             for name, plan in plans.items()
         }
 
@@ -167,6 +168,16 @@ class Room:
         if not ways:
             return "nothing smaller fits: free memory on the GPU ('nvidia-smi' shows whose it is)"
         return f"this would fit: {'; or '.join(ways)}"
+
+
+def _sizes(plan: GraphPlan) -> dict[Place, int]:
+    """Bytes of a graph's weights on the device."""
+    sizes = {weight.place: weight.nbytes for weight in plan.weights.values()}
+    for matrix in plan.quantised.values():
+        assert plan.form is not None
+        words = words_of(*matrix.shape(plan.form), plan.form, paired=matrix.paired)
+        sizes[matrix.place] = 4 * words
+    return sizes
 
 
 def _to_exit(request: Request, exit: int) -> Request:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
+from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArrays
 from ojfa_export.backends.cuda.choosing import Chooser
 from ojfa_export.backends.cuda.cublas import Cublas
 from ojfa_export.backends.cuda.device import Device
@@ -28,9 +29,17 @@ from ojfa_export.backends.tensorrt.plan import (
     read_plan,
 )
 from ojfa_export.backends.tensorrt.products import Products
+from ojfa_export.backends.tensorrt.quantised import (
+    MOST_QUANTISED_TOKENS,
+    ByMatrix,
+    DequantisedProducts,
+    QuantisedKernels,
+)
+from ojfa_export.backends.tensorrt.quantised_room import QuantisedShape
 from ojfa_export.backends.tensorrt.tiled import matrix_shapes, most_tokens
 from ojfa_export.backends.tensorrt.weights import WeightStore
 from ojfa_export.bundle.checked import UNCHECKED, Files
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.errors import BackendError, BundleError, UsageError
 from ojfa_export.models.precision import Precision
@@ -57,6 +66,7 @@ class OpenedModel:
             TensorRT's engines (OJFA_DECODE=engines).
         most_linear_tokens: Of a step that runs in matrix-vector kernels: none in a small model of
             fp16 or bf16, if tensor cores find room for it.
+        form: What quantised matrices are stored as; None where none is.
         has_engines: Whether there are engines of TensorRT.
         pass_tokens: Of a pass that our kernels and cuBLASLt run at once; more run in pieces.
     """
@@ -82,7 +92,8 @@ class OpenedModel:
         self._plans = {name: read_plan(path, files) for name, path in engines.items()}
         embed = self._plans["embed"]
         self.precision: Precision = embed.precision
-        self.has_engines = has_engines(self.precision)
+        self.form = embed.form
+        self.has_engines = has_engines(self.precision, self.form)
         self.kernels: dict[Precision, Kernels] = {
             kind: Kernels(device, files.read(self._directory / file))
             for kind, file in embed.kernels.items()
@@ -94,7 +105,7 @@ class OpenedModel:
         self.rotary = tuple(map(self.arrays.upload, rotary)) if rotary else None
         self.rotary_rows = len(rotary[0]) if rotary else 0
         self._engines: EngineSet | None = None
-        self._weights: dict[str, dict[str, DeviceArray]] = {}
+        self._weights: dict[str, dict[str, Any]] = {}
         self.mailbox: Mailbox = beside.mailbox if beside else Mailbox(device)
         chosen = self.kernels[self.precision]
         self.most_linear_tokens = MOST_TOKENS
@@ -112,6 +123,9 @@ class OpenedModel:
         if self._cublas is not None and embed.products is not None:
             self._choose_algorithms(self._cublas, self._directory / embed.products)
         self._gemm = self.gemm(self.precision)
+        self._quantised: tuple[QuantisedKernels, DequantisedProducts] | None = None
+        if self.form is not None:
+            self._quantised = self._with_quantised(self.form, chosen)
 
     def chooser(self, tokens: int) -> Chooser:
         """Chooses among so many tokens."""
@@ -121,8 +135,8 @@ class OpenedModel:
         """A graph's plan."""
         return self._plans[name]
 
-    def weights(self, name: str) -> dict[str, DeviceArray]:
-        """A graph's weights, uploaded on first use."""
+    def weights(self, name: str) -> dict[str, Any]:
+        """A graph's weights, uploaded on first use: arrays, or `DeviceMatrix` where quantised."""
         if name not in self._weights:
             self._weights[name] = self.store.load(self._plans[name])
         return self._weights[name]
@@ -137,6 +151,14 @@ class OpenedModel:
 
     def products(self, tokens: int) -> Products | None:
         """The kernels that run so many tokens of a step; None where TensorRT's engines do."""
+        plain = self._plain_products(tokens)
+        if plain is None or self._quantised is None:
+            return plain
+        few, many = self._quantised
+        return ByMatrix(plain, few if tokens <= MOST_QUANTISED_TOKENS else many)
+
+    def _plain_products(self, tokens: int) -> Products | None:
+        """Those with matrices of elements."""
         if not self.decode_kernels:
             return None
         if tokens <= self.most_linear_tokens:
@@ -149,17 +171,35 @@ class OpenedModel:
         """The matrix-vector kernels for matrices of a precision."""
         return LinearKernels(self.device, self.kernels[precision], DTYPES[precision].itemsize)
 
+    def _with_quantised(
+        self, form: WeightFormat, kernels: Kernels
+    ) -> tuple[QuantisedKernels, DequantisedProducts]:
+        """What multiplies with quantised matrices: of few tokens, and of many."""
+        assert self._gemm is not None
+        dtype, made = DTYPES[self.precision], (self.device, self.arrays, kernels)
+        shapes = {
+            QuantisedShape(*each.shape(form), each.paired)
+            for plan in self._plans.values()
+            for each in plan.quantised.values()
+        }
+        largest = max((each.outputs * each.columns for each in shapes), default=0)
+        return (
+            QuantisedKernels(*made, form, dtype, shapes, self.spec.hidden_size),
+            DequantisedProducts(*made, self._gemm, dtype, largest),
+        )
+
     def _check_no_engine_is_needed(self) -> None:
         """Refuses what TensorRT's engines would run, where there are none."""
+        what = self.precision if self.form is None else self.form.storage
         if not self.decode_kernels:
             raise BackendError(
-                f"a model in {self.precision} has no engines of TensorRT, and "
-                f"{DECODE_VARIABLE}=engines is set",
-                hint=f"unset {DECODE_VARIABLE}, or build with --precision fp16",
+                f"a model in {what} has no engines of TensorRT, and {DECODE_VARIABLE}=engines is "
+                "set",
+                hint=f"unset {DECODE_VARIABLE}, or build with --precision fp16, without --weights",
             )
         if self._cublas is None:
             raise BackendError(
-                f"passes of many tokens need cuBLASLt in {self.precision}, which was not found",
+                f"passes of many tokens need cuBLASLt in {what}, which was not found",
                 hint=NO_CUBLAS,
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ojfa_export.backends.tensorrt.plan import has_engines
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.errors import BackendError
 from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
@@ -32,13 +33,13 @@ def check_parts(spec: ModelSpec) -> None:
             )
 
 
-def check_rows(spec: ModelSpec, precision: Precision) -> None:
+def check_rows(spec: ModelSpec, precision: Precision, form: WeightFormat | None = None) -> None:
     """Refuses models with matrices that kernels can't load, where no engine runs them instead.
 
     Raises:
         BackendError: Naming the size.
     """
-    if has_engines(precision):
+    if has_engines(precision, form):
         return
     sizes = {
         "a hidden size": spec.hidden_size,
@@ -49,8 +50,8 @@ def check_rows(spec: ModelSpec, precision: Precision) -> None:
         if size % LOADED:
             raise BackendError(
                 f"this model has {what} of {size} features, which is no multiple of {LOADED}: no "
-                f"kernel runs that in {precision}",
-                hint="build it with '--precision fp16'",
+                f"kernel runs that in {precision if form is None else form.storage}",
+                hint="build it with '--precision fp16', without --weights",
             )
 
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ojfa_export.backends.cuda.plan import Part, read
 from ojfa_export.bundle.checked import UNCHECKED, Files
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.errors import BackendError, BundleError
 from ojfa_export.models.precision import BYTES, Precision
 
@@ -30,13 +31,17 @@ PROFILES = (DECODE_TOKENS, PREFILL_TOKENS)
 DECISIVE = ("tensorrt", "gpu", "compute capability")
 
 
-def has_engines(precision: Precision) -> bool:
-    """Whether a model of this precision has TensorRT's engines beside our kernels and cuBLASLt.
+def has_engines(precision: Precision, form: WeightFormat | None = None) -> bool:
+    """Whether a model has TensorRT's engines beside our kernels and cuBLASLt.
 
     None in bf16: TensorRT has it from version 10 on only, and what kernels and cuBLASLt run
-    together is all there is to run.
+    together is all there is to run. None of quantised weights, which no engine reads as they are.
+
+    Args:
+        precision: Of matrix products.
+        form: What quantised matrices are stored as, where there are some.
     """
-    return precision != "bf16"
+    return precision != "bf16" and form is None
 
 
 def check_built_for(built_with: Mapping[str, str], here: Mapping[str, str]) -> None:
@@ -92,6 +97,48 @@ class Weight(Part):
         return math.prod(self.shape) * BYTES[self.precision]
 
 
+class StoredTensor(Part):
+    """A tensor of a quantised matrix in a file of the bundle's graphs, little-endian."""
+
+    file: str
+    offset: NonNegativeInt
+    shape: tuple[PositiveInt, ...]
+
+
+class QuantisedWeight(Part):
+    """A quantised matrix in files of the bundle's graphs, as MatMulNBits has it.
+
+    Attributes:
+        packed: Numbers [outputs, groups, bytes].
+        scales: [outputs, groups] fp32.
+        zero_points: [outputs, bytes], or None.
+        order: Of inputs, int32; None where they are in order.
+        paired: Whether its outputs are gates and what they are multiplied with.
+    """
+
+    packed: StoredTensor
+    scales: StoredTensor
+    zero_points: StoredTensor | None = None
+    order: StoredTensor | None = None
+    paired: bool = False
+
+    @property
+    def place(self) -> Place:
+        """Where its numbers are."""
+        return self.packed.file, self.packed.offset
+
+    def shape(self, form: WeightFormat) -> tuple[int, int]:
+        """Outputs and columns."""
+        outputs, groups = self.scales.shape
+        return outputs, groups * form.group_size
+
+    @property
+    def tensors(self) -> list[StoredTensor]:
+        """All of it."""
+        each = (self.packed, self.scales, self.zero_points, self.order)
+        return [tensor for tensor in each if tensor is not None]
+
+
 class GraphPlan(Part):
     """One graph.
 
@@ -104,6 +151,8 @@ class GraphPlan(Part):
         products: File of measured ways to make products (`algorithms.py`), in this file's
             directory; None where cuBLASLt wasn't there.
         weights: By their names in the graph.
+        form: What quantised matrices are stored as; None where the model has none.
+        quantised: Those of the graph, by their names.
         activation_bytes: Memory that the largest of the engines works in.
     """
 
@@ -113,7 +162,14 @@ class GraphPlan(Part):
     interface: int = 1
     products: str | None = None
     weights: dict[str, Weight]
+    form: WeightFormat | None = None
+    quantised: dict[str, QuantisedWeight] = Field(default_factory=dict)
     activation_bytes: NonNegativeInt
+
+    def to_json(self) -> bytes:
+        """The text of its file; what has no quantised weights says nothing of them."""
+        left_out = {"form", "quantised"} if self.form is None else set()
+        return self.model_dump_json(indent=2, exclude=left_out).encode()
 
 
 def read_plan(path: Path, files: Files = UNCHECKED) -> GraphPlan:
@@ -149,3 +205,6 @@ def _named(plan: GraphPlan) -> Iterator[str]:
     yield from _files(plan)
     for weight in plan.weights.values():
         yield weight.file
+    for matrix in plan.quantised.values():
+        for tensor in matrix.tensors:
+            yield tensor.file

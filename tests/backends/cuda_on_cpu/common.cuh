@@ -211,6 +211,13 @@ inline unsigned atomicInc(unsigned* at, unsigned limit) {
 }
 
 inline unsigned __float_as_uint(float x) { return bits_as<unsigned>(x); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selected) {
+    const std::uint64_t both = static_cast<std::uint64_t>(y) << 32 | x;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(both >> (selected >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return result;
+}
+
 inline float __uint_as_float(unsigned x) { return bits_as<float>(x); }
 inline float __int_as_float(int x) { return bits_as<float>(x); }
 
@@ -227,6 +234,9 @@ inline float block_sum(float x) {
 
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
 };
 struct float4 {
     float x, y, z, w;

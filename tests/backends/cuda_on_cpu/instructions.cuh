@@ -38,6 +38,15 @@ inline unsigned pack(float low, float high) {
     return bits(low) | static_cast<unsigned>(bits(high)) << 16;
 }
 
+inline unsigned and_or(unsigned x, unsigned mask, unsigned above) { return (x & mask) | above; }
+
+inline unsigned add_product(unsigned x, unsigned y, unsigned z) {
+    const auto number = [](unsigned words, int i) {
+        return to_float(bits_as<Element>(static_cast<std::uint16_t>(words >> 16 * i)));
+    };
+    return pack(number(x, 0) * number(y, 0) + number(z, 0), number(x, 1) * number(y, 1) + number(z, 1));
+}
+
 template <bool TRANSPOSED>
 void load_matrices(unsigned (&words)[4], const void* row) {
     static const void* rows[1024];

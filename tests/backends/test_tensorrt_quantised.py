@@ -1,0 +1,172 @@
+"""Models with quantised weights on the TensorRT backend, on a stand-in for the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chain import Chain, build_chain
+from quantised_checkpoints import gptq_config, gptq_layer, write_checkpoint
+from stand_in.tensorrt import Builder
+from tiny_models import VOCAB_SIZE, make_checkpoint
+from tolerances import LOGITS_BF16_RELATIVE, LOGITS_FP16_RELATIVE
+
+from ojfa_export.backends.backend import Engines
+from ojfa_export.backends.onnxruntime.dialect import OnnxRuntimeCpu
+from ojfa_export.backends.quantised import check_runs
+from ojfa_export.bundle.names import graph_names
+from ojfa_export.bundle.weight_format import WeightFormat, dequantise
+from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.settings import decide
+from ojfa_export.errors import BackendError, UsageError
+from ojfa_export.runtime.session import Session
+
+LENGTH = 80
+INT4 = WeightFormat(storage="int4", group_size=32, zero_points=True)
+
+
+@dataclass
+class Case:
+    chain: Chain
+    plans: dict[str, Path]
+
+    def open(self) -> Engines:
+        from ojfa_export.backends.tensorrt.backend import BACKEND
+
+        rotary = self.chain.checkpoint.family.rotary(self.chain.checkpoint.config)
+        tables = rotary.tables(LENGTH) if rotary else None
+        return BACKEND.open_engines(self.chain.spec, self.chain.graphs, self.plans, tables)
+
+    def close(self, actual, expected) -> None:
+        relative = {"fp16": LOGITS_FP16_RELATIVE, "bf16": LOGITS_BF16_RELATIVE}
+        bound = relative[self.chain.precision] * np.abs(expected).max()
+        np.testing.assert_allclose(actual, expected, atol=bound, rtol=0)
+
+
+def plans_of(chain: Chain, directory: Path) -> dict[str, Path]:
+    from ojfa_export.backends.tensorrt.backend import BACKEND
+
+    directory.mkdir()
+    files = {name: directory / f"{name}.json" for name in graph_names(chain.spec.blocks)}
+    built = len(Builder.built)
+    for name, file in files.items():
+        BACKEND.build_engine(chain.spec, chain.graphs / f"{name}.onnx", file)
+    assert len(Builder.built) == built
+    return files
+
+
+# A gated MLP, biases and LayerNorm; a head that the exits share; numbers of a checkpoint with
+# its own order of inputs, and a head that it hasn't quantised.
+@pytest.fixture(
+    scope="module", params=["llama-gqa", "gpt2-bf16", "llama-gqa-residual", "gptq-act-order"]
+)
+def case(request, driver, tmp_path_factory) -> Case:
+    directory, name = tmp_path_factory.mktemp(request.param), request.param
+    if name == "gptq-act-order":
+        layer = gptq_layer(np.random.default_rng(5), 4, 32, act_order=True)
+        config = gptq_config(4, 32, desc_act=True)
+        checkpoint, form = write_checkpoint("llama-gqa", directory / "c", layer, config), None
+    else:
+        variant = name.removesuffix("-bf16").removesuffix("-residual")
+        checkpoint, form = make_checkpoint(variant, directory / "c", seed=5), INT4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnnxRuntimeCpu, "accuracy_level", 1)  # products of nothing rounded
+        chain = build_chain(
+            checkpoint,
+            directory,
+            precision="bf16" if name.endswith("bf16") else "fp16",
+            weights=form,
+            max_length=LENGTH,
+            kind="residual" if name.endswith("residual") else "narrow",
+        )
+    return Case(chain, plans_of(chain, directory / "built"))
+
+
+def test_steps_and_prompts_at_any_exit(case, rng):
+    """Of one token to more than the kernels of a step take."""
+    spec = case.chain.spec
+    session, reference = Session(spec, case.open(), 2, LENGTH), case.chain.session(2, LENGTH)
+    for tokens, exit in ((1, 1), (2, 2), (5, spec.blocks), (1, spec.blocks), (60, 1)):
+        ids = rng.integers(VOCAB_SIZE, size=(2, tokens)).tolist()
+        case.close(session.advance(ids, exit), reference.advance(ids, exit))
+    case.close(session.advance([[1], [2]]), reference.advance([[1], [2]]))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17, 60])
+def test_heads_of_any_rows(case, rng, rows):
+    hidden = rng.normal(size=(rows, case.chain.spec.hidden_size)).astype(np.float32)
+    for blocks_run in (1, case.chain.spec.blocks):
+        found = case.open().logits(hidden, blocks_run)
+        case.close(found, case.chain.engines.logits(hidden, blocks_run))
+
+
+def test_kernels_by_the_number_of_tokens(case, driver):
+    session = Session(case.chain.spec, case.open(), 1, LENGTH)
+    for tokens, wanted in ((1, "norm_quantised_up"), (7, "quantised_up_8"), (50, "dequantise")):
+        driver.launched.clear()
+        session.advance([list(range(tokens))])
+        assert wanted in driver.launched
+    assert "tiled_up_8" not in driver.launched
+
+
+def test_memory_is_counted_as_it_is_taken(case):
+    from ojfa_export.backends.tensorrt.memory import Request, Room
+
+    engines = case.open()
+    names = ("embed", "block_00", "exit_head")
+    arrays = [each for name in names for each in engines.weights(name).values()]
+    held = {array.pointer: array.nbytes for array in (getattr(e, "array", e) for e in arrays)}
+    room = Room(case.chain.spec, 2, {name: engines.plan(name) for name in names})
+    assert room.need(Request(range(1))).weights == sum(held.values())
+
+
+def test_what_is_asked_of_engines_is_refused(case, monkeypatch):
+    monkeypatch.setenv("OJFA_DECODE", "engines")
+    with pytest.raises(BackendError, match="int4 has no engines of TensorRT") as refused:
+        case.open()
+    assert "without --weights" in str(refused.value.hint)
+
+
+def test_what_the_backend_does_not_run(driver):
+    from ojfa_export.backends.tensorrt.backend import BACKEND
+
+    check_runs(BACKEND, INT4, "fp16")
+    check_runs(BACKEND, None, "fp32")
+    with pytest.raises(BackendError, match=r"int4 .* beside fp32, which the tensorrt") as caught:
+        check_runs(BACKEND, INT4, "fp32")
+    assert "--precision fp16 or bf16" in str(caught.value.hint)
+    small = INT4.model_copy(update={"group_size": 16})
+    with pytest.raises(BackendError, match=r"groups of 16 .*, whose groups the tensorrt") as caught:
+        check_runs(BACKEND, small, "bf16")
+    assert "groups of 32, 64, 128, 256" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("features", "size"), [(4096, 128), (576, 64), (96, 32), (48, 128)])
+def test_groups_are_as_large_as_a_gpu_would_have_them(case, driver, features, size):
+    """The largest up to 128 that divides; where none does, what is refused with sizes that do."""
+    from ojfa_export.backends.tensorrt.backend import BACKEND
+
+    sizes = {"hidden_size": features, "intermediate_size": 3 * features}
+    spec = case.chain.spec.model_copy(update={**sizes, "heads": 1, "head_dim": features})
+    options = BuildOptions("checkpoint", Path("out"), weights="int4", precision="fp16", rank=8)
+    if features % 32:
+        with pytest.raises(UsageError, match="128 doesn't divide the model's 48 features"):
+            decide(options, spec, None, None, BACKEND.group_sizes)
+    else:
+        decided = decide(options, spec, None, None, BACKEND.group_sizes)
+        assert decided.group_size == size
+
+
+def test_rounding_to_the_nearest(driver, rng):
+    """No weight is off by more than half a step of its group."""
+    from ojfa_export.backends.tensorrt.backend import BACKEND
+
+    columns = rng.normal(size=(128, 40)).astype(np.float32)
+    for storage in ("int4", "int8"):
+        form = INT4.model_copy(update={"storage": storage})
+        matrix = BACKEND.quantise(columns, form)
+        steps = np.repeat(matrix.scales.T, 32, axis=0)
+        assert np.abs(dequantise(matrix, form).T - columns).max() <= 0.501 * steps.max()
+        assert (np.abs(dequantise(matrix, form).T - columns) <= 0.501 * steps).mean() > 0.99
