@@ -27,7 +27,8 @@ from ojfa_export.serving.running import Running, all_tokens
 from ojfa_export.serving.settings import Settings
 from ojfa_export.serving.stream import Receive, Send, Stream
 
-# Encoding a longer body is left to a thread, as others wait for this one.
+# Encoding a longer body is left to a thread, as others wait for this one; so is any chat, whose
+# template may take seconds before it is stopped.
 _LONG_BODY = 16 << 10
 
 
@@ -80,7 +81,7 @@ class Handlers:
         data = await self._read(request)
         body = parse(kind, data)
         served = self._catalogue.find(body.model)
-        if len(data) > _LONG_BODY:
+        if len(data) > _LONG_BODY or isinstance(body, ChatRequest):
             wanted = await asyncio.to_thread(ask, served.model, body, self._settings.exit)
         else:
             wanted = ask(served.model, body, self._settings.exit)
