@@ -20,6 +20,7 @@ from ojfa_export.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     Generating,
+    StreamOptions,
     TokenizeRequest,
     parse,
 )
@@ -131,12 +132,14 @@ class Handlers:
         send: Send,
     ) -> None:
         """The answer as events."""
+        wanted = body.stream_options or StreamOptions()
         stream = Stream(
             running,
             form,
             self._metrics.latencies(running.served.name),
             keep_alive=self._settings.keep_alive,
-            with_usage=bool(body.stream_options and body.stream_options.include_usage),
+            with_usage=bool(wanted.include_usage),
+            with_counts=bool(wanted.continuous_usage_stats),
             headers=[],
         )
         with running:

@@ -38,7 +38,8 @@ def test_completions_are_those_of_the_model(client, model, exit):
         async with client() as http:
             body = {**GREEDY, "exit": exit, "token_details": True}
             whole = (await http.post(COMPLETIONS, json=body)).json()
-            body |= {"stream": True, "stream_options": {"include_usage": True}}
+            counts = {"include_usage": True, "continuous_usage_stats": True}
+            body |= {"stream": True, "stream_options": counts}
             return whole, events((await http.post(COMPLETIONS, json=body)).text)
 
     whole, chunks = asyncio.run(main())
@@ -49,6 +50,10 @@ def test_completions_are_those_of_the_model(client, model, exit):
     assert "".join(each["choices"][0]["text"] for each in chunks[:-1]) == wanted.text
     assert chunks[-2]["choices"][0]["finish_reason"] == "length"
     assert chunks[-1]["choices"] == []
+    so_far = [each["usage"]["completion_tokens"] for each in chunks]
+    assert so_far == sorted(so_far)
+    assert so_far[-2] == 12
+    assert {each["usage"]["prompt_tokens"] for each in chunks} == {whole["usage"]["prompt_tokens"]}
     assert chunks[-1]["usage"]["completion_tokens"] == 12 == whole["usage"]["completion_tokens"]
 
 
@@ -173,6 +178,10 @@ def test_logprobs_stops_echo_and_tokenize(client, model):
         ({"echo": True, "logprobs": 1}, "echo"),
         ({"min_tokens": 3, "ignore_eos": False}, "min_tokens"),
         ({"stream_options": {}}, "stream_options"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options",
+        ),
         ({"max_disagreement": 0.1, "exit": "auto"}, "max_disagreement"),
     ],
 )
