@@ -6,6 +6,7 @@ that has loopback alone.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -24,7 +26,7 @@ import psutil
 import pytest
 
 import ojfa_export
-from ojfa_export.errors import UsageError
+from ojfa_export.errors import BackendError, OverloadedError, UsageError
 from ojfa_export.runtime.model import Model
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -249,6 +251,31 @@ def test_the_file_of_the_documentation(long_bundle, tmp_path):
 def test_wrong_arguments_are_told(args, message):
     with pytest.raises(UsageError, match=message):
         ray_app.app(args)
+
+
+@pytest.mark.parametrize(
+    ("failed", "answer", "raises"),
+    [(0, BackendError("no device"), False), (1, BackendError("no device"), True),
+     (1, OverloadedError("busy"), False)],
+)  # fmt: skip
+def test_an_engine_that_gives_no_token_is_found(failed, answer, raises):
+    class Failing:
+        def stats(self) -> Any:
+            return SimpleNamespace(finished={"error": failed})
+
+        def submit(self, *_: Any, **__: Any) -> Any:
+            raise answer
+
+    replica = object.__new__(ray_app.Replica)
+    replica._failed = {"demo": 0}
+    replica._catalogue = SimpleNamespace(served={"demo": SimpleNamespace(engine=Failing())})
+    for _ in range(2):  # another look asks only where more have failed
+        try:
+            asyncio.run(replica.check_health())
+        except BackendError:
+            assert raises
+            raises = False
+    assert not raises
 
 
 def url(path: str, port: int = PORT) -> str:
