@@ -90,10 +90,11 @@ def read_arguments(args: dict[str, Any]) -> Arguments:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"args: {where}: {first['msg'].lower()}", hint=hint) from None
-    relative = [path for path in arguments.bundles.values() if not path.is_absolute()]
+    paths = [*arguments.bundles.values(), *filter(None, [arguments.api_key_file])]
+    relative = [path for path in paths if not path.is_absolute()]
     if relative:
         raise UsageError(
-            f"args: bundles: {relative[0]} is no absolute path",
+            f"args: {relative[0]} is no absolute path",
             hint="replicas run in directories of their own; give the path from / on",
         )
     return arguments
