@@ -89,7 +89,9 @@ class TritonPythonModel:
         sender, begun = request.get_response_sender(), time.perf_counter()
         facts: dict[str, Any] = {"id": request.request_id() or None, "model": self._served.name}
         try:
-            asked, is_streamed = _asked(self._served.model, request, self._exit)
+            # In a thread, as a chat's template may take long and streams go on meanwhile.
+            model = self._served.model
+            asked, is_streamed = await asyncio.to_thread(_asked, model, request, self._exit)
             result = await self._generate(sender, asked, is_streamed)
             facts |= {"new_tokens": result.usage.new_tokens, "ended": result.finish_reason}
         except (HttpError, OjfaError) as error:
