@@ -6,7 +6,7 @@ CONSTRAINTS := constraints.txt
 DEMO := calibration/demo/checkpoint
 BUNDLE := demo.ojfa
 
-.PHONY: demo serve test slow coverage engines lint bench clean
+.PHONY: demo serve test slow ray triton coverage engines lint bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/python.stamp:
@@ -53,6 +53,27 @@ test: $(VENV)/test.stamp lint
 # Wheels, whole trainings, a quarter of an hour of attacks: before a release.
 slow: $(VENV)/test.stamp
 	$(PYTEST) -m slow
+	$(MAKE) ray triton
+
+# Ray's processes talk to each other on every interface: where these tests run there is loopback alone.
+ray: .venv-ray/stamp
+	unshare -rn sh -c 'ip link set lo up && exec .venv-ray/bin/python -m pytest -m slow tests/serving/test_ray.py'
+
+# Its Python backend takes a Python 3.11 as Debian builds it, and fails with later ones of 3.11.
+triton: .venv-triton/stamp
+	.venv-triton/bin/python -m pytest -m slow tests/serving/test_triton.py
+
+.venv-triton/stamp: pyproject.toml $(VENV)/python.stamp
+	/usr/bin/python3.11 -m venv --without-pip .venv-triton
+	$(BIN)/python -m pip --python .venv-triton/bin/python install --quiet --disable-pip-version-check \
+	  -e '.[build,serve]' nvidia-pytriton==0.7.0 httpx pytest
+	@touch $@
+
+.venv-ray/stamp: $(CONSTRAINTS) pyproject.toml
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
+	  -e '.[build,serve,ray]' httpx openai psutil pytest
+	@touch $@
 
 coverage: $(VENV)/test.stamp
 	$(PYTEST) --cov=ojfa_export --cov-report=term:skip-covered
@@ -64,4 +85,4 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m bench.cpu.compare --help
 
 clean:
-	rm -rf $(VENV) $(BUNDLE) $(BUNDLE).partial build dist engines/build
+	rm -rf $(VENV) .venv-ray .venv-triton $(BUNDLE) $(BUNDLE).partial build dist engines/build

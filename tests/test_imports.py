@@ -15,6 +15,8 @@ SDKS = {
     "ojfa_export.backends.cuda.": {"cuda"},
     "ojfa_export.backends.onnxruntime_cuda.": {"cuda"},
     "ojfa_export.backends.tensorrt.": {"cuda", "tensorrt", "polygraphy"},
+    "ojfa_export.serving.ray_app": {"ray"},
+    "ojfa_export.serving.triton_model": {"triton_python_backend_utils"},
 }
 # Running the program is what importing it does.
 NOT_IMPORTED = {"ojfa_export.__main__"}

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import ojfa_export
 from bench.serving.http import Started, prompts_of
+from bench.serving.result import write_result
 
 SLOTS, QUEUE, TOKENS, PATIENCE = 4, 16, 12, 120.0
 BURST = 5 * (SLOTS + QUEUE)
@@ -32,7 +33,7 @@ class Soak:
     """
 
     def __init__(self, bundle: Path, seed: int = 0) -> None:
-        model = ojfa_export.load(bundle)
+        self.model = model = ojfa_export.load(bundle)
         self._random = random.Random(seed)
         self._prompts = prompts_of(model, 16)
         self._wanted = [
@@ -95,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     soak = Soak(args.bundle)
     try:
@@ -103,11 +105,11 @@ def main() -> None:
     except BaseException:
         soak.server.stop()
         raise
-    for outcome, count in sorted(soak.outcomes.items()):
-        print(f"{outcome:24} {count}")
     tenth = max(len(soak.memory) // 10, 1)
     mib = [soak.memory[at] / 2**20 for at in (tenth - 1, -1)]
-    print(f"memory after a tenth and at the end, MiB: {mib[0]:.0f} {mib[1]:.0f}")
+    figures: dict[str, float] = dict(sorted(soak.outcomes.items()))
+    figures |= {"memory after a tenth, MiB": mib[0], "memory at the end, MiB": mib[1]}
+    write_result(args.out, soak.model, figures, {"requests": args.requests, "memory": soak.memory})
     bad = {each for each in soak.outcomes if each not in ("200", "400", "429", "left")}
     if bad or status:
         sys.exit(f"failed: {', '.join(sorted(bad)) or f'exit status {status}'}")

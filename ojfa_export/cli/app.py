@@ -28,6 +28,7 @@ COMMANDS = (
     "run",
     "chat",
     "serve",
+    "triton",
     "plan",
     "monitor",
     "bench",

@@ -194,7 +194,6 @@ class _Opening:
     def _make_engine(self, model: Model) -> Engine:
         from ojfa_export.engine.engine import Engine
 
-        model.resolve_exit(self.settings.exit)  # type: ignore[arg-type]
         return Engine(
             model,
             max_sequences=self.max_sequences,

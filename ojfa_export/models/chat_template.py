@@ -1,7 +1,7 @@
 """Rendering a chat by a checkpoint's Jinja template, as transformers' `apply_chat_template` does.
 
-Templates come with checkpoints, so they are code of strangers: they run in Jinja's sandbox, and see
-nothing but plain JSON values.
+Templates come with checkpoints, so they are code of strangers: they run in Jinja's sandbox, see
+nothing but plain JSON values, and have limits (`models.template_limits`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ojfa_export.errors import OjfaError, UsageError
+from ojfa_export.models.template_limits import TooMuch, limited_environment, metered, watch
 from ojfa_export.system.arguments import shown, text
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def render(
         variables: What else the template reads, such as `enable_thinking`.
 
     Raises:
-        UsageError: The template refuses the chat, or fails on it.
+        UsageError: The template refuses the chat, fails on it, or takes too long.
         OjfaError: jinja2 is not installed.
     """
     given = [_aliased(_plain(message)) for message in messages]
@@ -56,13 +57,19 @@ def render(
     from jinja2 import TemplateError
 
     try:
-        return compiled.render(
-            messages=given,
-            tools=None if tools is None else _plain(list(tools)),
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **extra,
-        )
+        with metered():
+            return compiled.render(
+                messages=given,
+                tools=None if tools is None else _plain(list(tools)),
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **extra,
+            )
+    except TooMuch as error:
+        raise UsageError(
+            f"the model's chat template is stopped on this chat: {error}",
+            hint="shorten the chat; if that doesn't help, the template is broken: give a prompt",
+        ) from error
     except TemplateError as error:  # `raise_exception` of the template is one as well
         raise UsageError(
             f"the model's chat template refuses this chat: {_line(error)}",
@@ -110,7 +117,8 @@ def check(template: str) -> None:
 
 @lru_cache(maxsize=32)
 def _compiled(template: str) -> Template:
-    compiled: Template = _environment().from_string(template)
+    environment = _environment()
+    compiled: Template = environment.from_string(watch(environment.parse(template)))
     return compiled
 
 
@@ -118,7 +126,6 @@ def _environment() -> Any:
     """The environment that transformers renders in."""
     try:
         from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         raise OjfaError(
             "chats need jinja2, which is not installed", hint="pip install 'ojfa-export[chat]'"
@@ -139,7 +146,7 @@ def _environment() -> Any:
         def _same(self, caller: Any) -> str:
             return str(caller())
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = limited_environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json

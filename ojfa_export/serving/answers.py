@@ -87,7 +87,11 @@ class Form:
         return self._text(index, echoed) if echoed else None
 
     def chunk(
-        self, index: int, tokens: Sequence[RequestToken], before: int, trailing: str = ""
+        self,
+        index: int,
+        tokens: Sequence[RequestToken],
+        before: int,
+        used: tuple[int, int] | None = None,
     ) -> bytes | None:
         """The chunk of tokens that came together; None where there is nothing to say yet.
 
@@ -95,11 +99,12 @@ class Form:
             index: Of the choice.
             tokens: At least one.
             before: Characters of the text so far.
-            trailing: Text that no token of these brought.
+            used: Tokens of the choice's prompt, and generated so far, where chunks say so.
         """
-        text = "".join([token.text for token in tokens]) + trailing
+        text = "".join([token.text for token in tokens])
         reason = tokens[-1].finish_reason
-        if reason is None and not self._has_logprobs and not self._has_details:
+        is_plain = reason is None and not self._has_logprobs and not self._has_details
+        if is_plain and used is None:
             return self._text(index, text) if text else None
         return self._event(
             index,
@@ -109,13 +114,16 @@ class Form:
                 "finish_reason": finish_reason(reason),
                 **self._ours(tokens, reason),
             },
+            used,
         )
 
-    def last(self, index: int, text: str, reason: FinishReason) -> bytes:
+    def last(
+        self, index: int, text: str, reason: FinishReason, used: tuple[int, int] | None = None
+    ) -> bytes:
         """The chunk of a request that ended without a token that says so."""
         delta = {"delta": {"content": text} if text else {}} if self.is_chat else {"text": text}
         fields = {**delta, "logprobs": None, "finish_reason": finish_reason(reason)}
-        return self._event(index, {**fields, "finish_detail": reason})
+        return self._event(index, {**fields, "finish_detail": reason}, used)
 
     def usage(self, results: Sequence[RequestResult], prompts: int) -> bytes:
         """The chunk that says what was used."""
@@ -131,9 +139,16 @@ class Form:
             "system_fingerprint": None,
         }
 
-    def _event(self, index: int, fields: dict[str, Any]) -> bytes:
-        head = self._head(".chunk" if self.is_chat else "")
-        return event({**head, "choices": [{"index": index, **fields}]})
+    def _event(
+        self, index: int, fields: dict[str, Any], used: tuple[int, int] | None = None
+    ) -> bytes:
+        made = self._head(".chunk" if self.is_chat else "")
+        made["choices"] = [{"index": index, **fields}]
+        if used is not None:
+            prompt, new = used
+            counts = {"prompt_tokens": prompt, "completion_tokens": new}
+            made["usage"] = {**counts, "total_tokens": prompt + new}
+        return event(made)
 
     def _text(self, index: int, text: str) -> bytes:
         text = json.dumps(text)

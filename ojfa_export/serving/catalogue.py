@@ -172,6 +172,7 @@ def open_served(
         OjfaError: It can't be opened.
     """
     model = load(bundle, backend=backend)
+    model.resolve_exit(exit)  # type: ignore[arg-type]
     model.engines.load_blocks(model.blocks)
     failed = [check.name for check in verify_golden(model) if not check.passed]
     if failed:

@@ -20,6 +20,7 @@ from ojfa_export.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     Generating,
+    StreamOptions,
     TokenizeRequest,
     parse,
 )
@@ -27,7 +28,8 @@ from ojfa_export.serving.running import Running, all_tokens
 from ojfa_export.serving.settings import Settings
 from ojfa_export.serving.stream import Receive, Send, Stream
 
-# Encoding a longer body is left to a thread, as others wait for this one.
+# Encoding a longer body is left to a thread, as others wait for this one; so is any chat, whose
+# template may take seconds before it is stopped.
 _LONG_BODY = 16 << 10
 
 
@@ -80,7 +82,7 @@ class Handlers:
         data = await self._read(request)
         body = parse(kind, data)
         served = self._catalogue.find(body.model)
-        if len(data) > _LONG_BODY:
+        if len(data) > _LONG_BODY or isinstance(body, ChatRequest):
             wanted = await asyncio.to_thread(ask, served.model, body, self._settings.exit)
         else:
             wanted = ask(served.model, body, self._settings.exit)
@@ -130,12 +132,14 @@ class Handlers:
         send: Send,
     ) -> None:
         """The answer as events."""
+        wanted = body.stream_options or StreamOptions()
         stream = Stream(
             running,
             form,
             self._metrics.latencies(running.served.name),
             keep_alive=self._settings.keep_alive,
-            with_usage=bool(body.stream_options and body.stream_options.include_usage),
+            with_usage=bool(wanted.include_usage),
+            with_counts=bool(wanted.continuous_usage_stats),
             headers=[],
         )
         with running:

@@ -22,9 +22,16 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """What a stream tells beside the text."""
+    """What a stream tells beside the text.
+
+    Attributes:
+        include_usage: Whether a chunk at its end says what was used.
+        continuous_usage_stats: Whether each chunk also says what its choice has used so far; not
+            OpenAI's, but some clients count tokens by it.
+    """
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class Generating(_Body):
@@ -181,6 +188,9 @@ def _check_combinations(body: Generating) -> None:
     """Fields that are well by themselves."""
     if body.stream_options is not None and not body.stream:
         raise refused("stream_options", "only where stream is true")
+    wanted = body.stream_options
+    if wanted is not None and wanted.continuous_usage_stats and not wanted.include_usage:
+        raise refused("stream_options.continuous_usage_stats", "only together with include_usage")
     if body.min_tokens and not body.ignore_eos:
         raise refused("min_tokens", "only together with ignore_eos")
     if body.max_disagreement is not None and body.exit is not None:

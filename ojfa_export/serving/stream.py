@@ -38,6 +38,7 @@ class Stream:
         latencies: Told when tokens come.
         keep_alive: Seconds of silence after which a comment is sent.
         with_usage: Whether a chunk at the end says what was used.
+        with_counts: Whether each chunk says what its choice has used so far.
         headers: Beside those of any stream.
     """
 
@@ -49,10 +50,12 @@ class Stream:
         *,
         keep_alive: float,
         with_usage: bool,
+        with_counts: bool,
         headers: list[tuple[bytes, bytes]],
     ) -> None:
         self._running, self._form, self._latencies = running, form, latencies
         self._keep_alive, self._with_usage, self._headers = keep_alive, with_usage, headers
+        self._with_counts = with_counts
         self._sent = time.perf_counter()
         self.gone = False  # whether the client left
 
@@ -110,7 +113,8 @@ class Stream:
             latencies.tokens(now - before, len(tokens), is_first=not count)
             before, count = now, count + len(tokens)
             told = tokens[-1].finish_reason is not None
-            chunk = form.chunk(index, tokens, length)
+            used = (len(request.prompt_token_ids), count) if self._with_counts else None
+            chunk = form.chunk(index, tokens, length, used)
             length += sum(len(token.text) for token in tokens)
             if first is not None:  # goes out together with the first token
                 chunk, first = first + (chunk or b""), None
@@ -119,7 +123,8 @@ class Stream:
         result = await request
         if not told and not self.gone and result.finish_reason != "cancelled":
             rest = result.text[length - len(echoed) :]
-            last = form.last(index, rest, result.finish_reason)
+            used = (len(request.prompt_token_ids), count) if self._with_counts else None
+            last = form.last(index, rest, result.finish_reason, used)
             await body((first or b"") + last)
         return result
 

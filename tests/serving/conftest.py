@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -59,6 +61,18 @@ def served_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_chat(copy)
     add_promise(copy)
     return copy.directory
+
+
+@pytest.fixture(scope="session")
+def long_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint, whose answers take some seconds; for slow tests."""
+    bundle = tmp_path_factory.mktemp("long") / "demo.ojfa"
+    checkpoint = Path(__file__).parents[2] / "calibration" / "demo" / "checkpoint"
+    command = [sys.executable, "-m", "ojfa_export", "build", str(checkpoint), "-o", str(bundle)]
+    quick = ["--shortcut", "ojfa", "--rank", "8", "--skip-verification"]
+    sizes = ["--calibration-tokens", "2048", "--max-cache-length", "1024"]
+    subprocess.run([*command, *quick, *sizes], check=True)
+    return bundle
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,18 @@ import asyncio
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+from bundle.bundle_copy import BundleCopy
 from serving.conftest import client_of, events
 
+import ojfa_export
+from ojfa_export.bundle.names import CHAT as CHAT_FILE
 from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.engine.engine import Engine
+from ojfa_export.models import template_limits
 from ojfa_export.serving.catalogue import Catalogue, Served
 from ojfa_export.serving.promise_watch import PromiseWatch
 
@@ -32,7 +38,8 @@ def test_completions_are_those_of_the_model(client, model, exit):
         async with client() as http:
             body = {**GREEDY, "exit": exit, "token_details": True}
             whole = (await http.post(COMPLETIONS, json=body)).json()
-            body |= {"stream": True, "stream_options": {"include_usage": True}}
+            counts = {"include_usage": True, "continuous_usage_stats": True}
+            body |= {"stream": True, "stream_options": counts}
             return whole, events((await http.post(COMPLETIONS, json=body)).text)
 
     whole, chunks = asyncio.run(main())
@@ -43,6 +50,10 @@ def test_completions_are_those_of_the_model(client, model, exit):
     assert "".join(each["choices"][0]["text"] for each in chunks[:-1]) == wanted.text
     assert chunks[-2]["choices"][0]["finish_reason"] == "length"
     assert chunks[-1]["choices"] == []
+    so_far = [each["usage"]["completion_tokens"] for each in chunks]
+    assert so_far == sorted(so_far)
+    assert so_far[-2] == 12
+    assert {each["usage"]["prompt_tokens"] for each in chunks} == {whole["usage"]["prompt_tokens"]}
     assert chunks[-1]["usage"]["completion_tokens"] == 12 == whole["usage"]["completion_tokens"]
 
 
@@ -63,6 +74,36 @@ def test_chats_are_those_of_the_model(client, model):
     assert same["choices"][0]["message"] == whole["choices"][0]["message"]
     assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
     assert "".join(e["choices"][0]["delta"].get("content", "") for e in chunks) == wanted.text
+
+
+def test_a_template_without_end_stops_nobody_else(served_bundle, tmp_path, monkeypatch):
+    copy = BundleCopy(served_bundle, tmp_path / "endless.ojfa")
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    chat = {"templates": {"default": loop}, "special_tokens": {}}
+    copy.own(CHAT_FILE).write_text(json.dumps(chat), encoding="utf-8")
+    copy.sign(CHAT_FILE)
+    monkeypatch.setattr(template_limits, "SECONDS", 0.2)
+    answered: list[str] = []
+
+    async def post(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> httpx.Response:
+        answer = await http.post(path, json=body)
+        answered.append(path)
+        return answer
+
+    async def main():
+        model = ojfa_export.load(copy.directory)
+        with Engine(model, max_sequences=2) as engine:
+            async with client_of(Catalogue([Served("endless", model, engine)])) as http:
+                return await asyncio.gather(
+                    post(http, CHAT, {"messages": MESSAGES}), post(http, COMPLETIONS, GREEDY)
+                )
+
+    refused, other = asyncio.run(main())
+    assert refused.status_code == 400
+    assert "it takes more than 0.2 s" in refused.json()["error"]["message"]
+    assert refused.json()["error"]["param"] == "messages"
+    assert other.status_code == 200
+    assert answered == [COMPLETIONS, CHAT]
 
 
 def test_many_prompts_with_several_answers_each(client, model):
@@ -137,6 +178,10 @@ def test_logprobs_stops_echo_and_tokenize(client, model):
         ({"echo": True, "logprobs": 1}, "echo"),
         ({"min_tokens": 3, "ignore_eos": False}, "min_tokens"),
         ({"stream_options": {}}, "stream_options"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options",
+        ),
         ({"max_disagreement": 0.1, "exit": "auto"}, "max_disagreement"),
     ],
 )

@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from ojfa_export.errors import CheckpointError, UsageError
+from ojfa_export.models import template_limits
 from ojfa_export.models.checkpoint.chat import read_chat
 from ojfa_export.models.checkpoint.tokenizer import read_tokenizer
 from ojfa_export.runtime.chat import Chat
@@ -53,6 +54,20 @@ Today is {{ strftime_now('%Y-%m-%d') }}, last question {{ found.last }}.
 {%- endfor %}
 {% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}""",
+    # Loops that know how long they are, leave some out, go deeper, or have nothing to go over.
+    "loops": """{% macro role(message) %}{{ message.role[:1] * 3 }}{% endmacro -%}
+{% for message in messages if message.role != 'system' -%}
+{{ loop.index }}/{{ loop.length }} {{ role(message) }}{% if loop.last %}!{% endif %}
+{{- loop.cycle('a', 'b') }}{{ loop.previtem.role if loop.previtem is defined }}
+{{- loop.nextitem.role if loop.nextitem is defined }}{{ loop.changed(message.role) }}
+{% endfor %}
+{%- for key, value in {'a': 1, 'b': 2 ** 3}.items() recursive %}{{ key }}{{ value }}
+{%- if value == 1 %}{{ loop([('c', 2)]) }}{% endif %}{{ loop.depth }}{% endfor %}
+{%- for nothing in [] %}{% else %}none{% endfor %}
+{%- for nothing in missing %}{% else %}none{% endfor %}
+{%- for letter in 'ab' %}{{ letter }}{% if loop.first %}{% continue %}{% endif %}
+{%- break %}{% endfor %}
+{%- for at in range(3) | reverse %}{{ at }}{{ loop.revindex }}{% endfor %}""",
     # Reasoning that is cut out of earlier answers, a variable, and what the assistant says marked.
     "thinking": """{% for message in messages %}
 {%- set content = message.content %}
@@ -215,6 +230,29 @@ def test_damaged_templates_are_refused(chat_directory, template, message) -> Non
 def test_templates_run_in_a_sandbox(chat_directory, template) -> None:
     ours, _ = make(chat_directory, template)
     with pytest.raises(UsageError, match="chat template"):
+        ours.render(CHATS["question"])
+
+
+_LONG = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+_PAIRS = "{% macro pair(n) %}{{ pair(n - 1) ~ pair(n - 1) if n }}{% endmacro %}{{ pair(40) }}"
+_GROWS = "{% set a = namespace(n=9) %}{% for i in range(99) %}{% set a.n = a.n * a.n %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (_LONG, "it takes more than 0.05 s"),
+        (_PAIRS, "it takes more than 0.05 s"),
+        (_GROWS, "huge numbers"),
+        ("{{ 10 ** (10 ** 10) }}", "huge numbers"),
+        ("{{ 'a' * 10 ** 12 }}", "a huge text"),
+        ("{{ (10 ** 12 * ['a']) | length }}", "a huge text"),
+    ],
+)
+def test_templates_without_end_are_stopped(chat_directory, monkeypatch, template, why) -> None:
+    monkeypatch.setattr(template_limits, "SECONDS", 0.05)
+    ours, _ = make(chat_directory, template)
+    with pytest.raises(UsageError, match=rf"chat template is stopped on this chat: .*{why}"):
         ours.render(CHATS["question"])
 
 
