@@ -26,6 +26,10 @@ from ojfa_export.planning.machine import describe_machine
 from ojfa_export.runtime.model import Model, load
 
 
+# Batches of a way before the next way's turn: what a session records serves those after it.
+IN_A_ROW = 16
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, and writes one JSON file."""
     options = _parser().parse_args(arguments)
@@ -66,7 +70,11 @@ def of_bundle(options: argparse.Namespace) -> dict[str, Any]:
     batches = [prompts[at : at + at_once] for at in range(0, len(prompts), at_once)]
     for run in ways.values():
         run(batches[0])  # recordings are made
-    rows = [{name: run(batch) for name, run in ways.items()} for batch in batches]
+    rows: list[dict[str, dict[str, Any]]] = []
+    for at in range(0, len(batches), IN_A_ROW):
+        turn = batches[at : at + IN_A_ROW]
+        found = {name: [run(batch) for batch in turn] for name, run in ways.items()}
+        rows += [{name: found[name][i] for name in ways} for i in range(len(turn))]
     told = {name: summary([row[name] for row in rows], [r["full"] for r in rows]) for name in ways}
     for name, each in told.items():
         print(name, each, flush=True)

@@ -91,7 +91,8 @@ def measure_layer(
 def round_of(turns: Turns, exit: int, drafts: int) -> Step:
     """A round of so many drafts at an exit, 0 for the draft layer, and the pass that checks."""
     speculation = Speculation(exit=exit, draft=drafts)
-    speculator = Speculator(turns.session, speculation, Sampling(), [np.random.default_rng(0)])
+    generators = [np.random.default_rng(0)]
+    speculator = Speculator(turns.session, speculation, Sampling(), generators, ahead=False)
     return lambda: speculator.step([[turns.token()]], [MAX_DRAFT + 1])
 
 

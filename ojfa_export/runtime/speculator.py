@@ -32,6 +32,8 @@ class Speculator:
             same temperature, top-k and top-p.
         generators: Random numbers of each sequence.
         eos_token_ids: After one of these nothing is drafted.
+        ahead: Whether a round may begin before it is asked for. Else the session may be rewound
+            between two rounds.
     """
 
     def __init__(
@@ -41,6 +43,8 @@ class Speculator:
         sampling: Sampling,
         generators: Sequence[np.random.Generator],
         eos_token_ids: Sequence[int] = (),
+        *,
+        ahead: bool = True,
     ) -> None:
         self._session, self._sampling, self._generators = session, sampling, generators
         self._exit = speculation.resolve_exit(
@@ -65,6 +69,7 @@ class Speculator:
         # On a device a round is begun before it is asked for, and rounds without drafts are plain
         # steps, of which one may begin before the last has ended.
         self._rounds = RoundsAhead(session) if at_once else None
+        self._ahead = ahead
         self._plain = StepByStep(session, "full", sampling, generators) if at_once else None
         # How much to draft next, where that was asked for already.
         self._planned: tuple[list[list[int]], list[int]] | None = None
@@ -112,7 +117,8 @@ class Speculator:
             for draft, likeliest, ids in zip(drafts, best, pending, strict=True)
         ]
         self._keep(begun.before, pending, drafts, result)
-        self._begin_ahead(rounds, result, wanted)
+        if self._ahead:
+            self._begin_ahead(rounds, result, wanted)
         return self._told(drafts, result)
 
     def _begin_ahead(
