@@ -92,32 +92,41 @@ extern "C" __global__ void __launch_bounds__(LAYOUT_THREADS)
     let_next_start();
     const int steps = steps_of(columns);
     const unsigned* scales = matrix + static_cast<long long>(tiles) * steps * STEP_WORDS;
-    const long long all = static_cast<long long>(tiles) * steps * (PRODUCTS / 2) * LANES;
-    const long long stride = static_cast<long long>(gridDim.x) * LAYOUT_THREADS;
-    for (long long i = static_cast<long long>(blockIdx.x) * LAYOUT_THREADS + threadIdx.x; i < all;
-         i += stride) {
+    const int all = tiles * steps * (PRODUCTS / 2) * LANES;
+    const int stride = gridDim.x * LAYOUT_THREADS;
+    for (int i = blockIdx.x * LAYOUT_THREADS + threadIdx.x; i < all; i += stride) {
         const int lane = i % LANES, two = i / LANES % (PRODUCTS / 2);
-        const long long step_of_all = i / (LANES * (PRODUCTS / 2));
+        const int step_of_all = i / (LANES * (PRODUCTS / 2));
         const int tile = step_of_all / steps, column = step_of_all % steps * STEP + column_of(two * 2, lane);
         if (column >= columns) continue;
-        const Scale scale = scale_from(reinterpret_cast<const uint2*>(
-            scales + step_of_all * SCALE_WORDS + two * 2 / PRODUCTS_OF_GROUP * TILE_ROWS)[lane / 4]);
+        const Scale scale = scale_from(
+            reinterpret_cast<const uint2*>(scales + static_cast<long long>(step_of_all) * SCALE_WORDS +
+                                           two * 2 / PRODUCTS_OF_GROUP * TILE_ROWS)[lane / 4]);
         unsigned numbers[2][4], words[2 * WORDS];
+#pragma unroll
         for (int j = 0; j < 2 * WORDS; ++j) {
             const int word = two * 2 * WORDS + j;
-            words[j] = matrix[step_of_all * STEP_WORDS + (word / 4 * LANES + lane) * 4 + word % 4];
+            words[j] = matrix[static_cast<long long>(step_of_all) * STEP_WORDS +
+                              (word / 4 * LANES + lane) * 4 + word % 4];
         }
         unpack(numbers[0], words, scale);
         unpack(numbers[1], words + WORDS, scale);
+#pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = row_of(tile, half * 8 + lane / 4, rows, paired);
             if (row >= rows) continue;
             Element* to = elements + static_cast<long long>(row) * columns;
-            for (int j = 0; j < 8; ++j) {
-                const unsigned pair = numbers[j / 4][j % 4 / 2 * 2 + half];
-                const Element number = element_of(pair, j % 2);
-                const int place = order ? order[column + j] : column + j;
-                if (column + j < columns) store(to + place, to_float(number) * scale.scale[half]);
+            float values[8];
+#pragma unroll
+            for (int j = 0; j < 8; ++j)
+                values[j] =
+                    to_float(element_of(numbers[j / 4][j % 4 / 2 * 2 + half], j % 2)) * scale.scale[half];
+            if (order) {
+                for (int j = 0; j < 8; ++j) store(to + order[column + j], values[j]);
+            } else {
+                *reinterpret_cast<uint4*>(to + column) = {
+                    pack(values[0], values[1]), pack(values[2], values[3]), pack(values[4], values[5]),
+                    pack(values[6], values[7])};
             }
         }
     }

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chain import Chain, build_chain
+from elements import split_precision
 from quantised_checkpoints import gptq_config, gptq_layer, write_checkpoint
+from shortcut_kinds import split_kind
 from stand_in.tensorrt import Builder
 from tiny_models import VOCAB_SIZE, make_checkpoint
 from tolerances import LOGITS_BF16_RELATIVE, LOGITS_FP16_RELATIVE
@@ -16,7 +18,7 @@ from tolerances import LOGITS_BF16_RELATIVE, LOGITS_FP16_RELATIVE
 from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.onnxruntime.dialect import OnnxRuntimeCpu
 from ojfa_export.backends.quantised import check_runs
-from ojfa_export.bundle.names import graph_names
+from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.bundle.weight_format import WeightFormat, dequantise
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.settings import decide
@@ -30,14 +32,12 @@ INT4 = WeightFormat(storage="int4", group_size=32, zero_points=True)
 @dataclass
 class Case:
     chain: Chain
-    plans: dict[str, Path]
+    directory: Path
 
     def open(self) -> Engines:
         from ojfa_export.backends.tensorrt.backend import BACKEND
 
-        rotary = self.chain.checkpoint.family.rotary(self.chain.checkpoint.config)
-        tables = rotary.tables(LENGTH) if rotary else None
-        return BACKEND.open_engines(self.chain.spec, self.chain.graphs, self.plans, tables)
+        return self.chain.open_on(BACKEND, self.directory)
 
     def close(self, actual, expected) -> None:
         relative = {"fp16": LOGITS_FP16_RELATIVE, "bf16": LOGITS_BF16_RELATIVE}
@@ -45,50 +45,54 @@ class Case:
         np.testing.assert_allclose(actual, expected, atol=bound, rtol=0)
 
 
-def plans_of(chain: Chain, directory: Path) -> dict[str, Path]:
-    from ojfa_export.backends.tensorrt.backend import BACKEND
-
-    directory.mkdir()
-    files = {name: directory / f"{name}.json" for name in graph_names(chain.spec.blocks)}
-    built = len(Builder.built)
-    for name, file in files.items():
-        BACKEND.build_engine(chain.spec, chain.graphs / f"{name}.onnx", file)
-    assert len(Builder.built) == built
-    return files
+# A gated MLP, biases and LayerNorm; a head that the exits share, and rows of it that check them;
+# blocks behind exits; numbers of a checkpoint with its own order of inputs, and a head that it
+# hasn't quantised.
+CASES = ["llama-gqa", "gpt2-bf16", "llama-gqa-residual", "llama-gqa-block", "gptq-act-order"]
 
 
-# A gated MLP, biases and LayerNorm; a head that the exits share; numbers of a checkpoint with
-# its own order of inputs, and a head that it hasn't quantised.
-@pytest.fixture(
-    scope="module", params=["llama-gqa", "gpt2-bf16", "llama-gqa-residual", "gptq-act-order"]
-)
+@pytest.fixture(scope="module", params=CASES)
 def case(request, driver, tmp_path_factory) -> Case:
     directory, name = tmp_path_factory.mktemp(request.param), request.param
     if name == "gptq-act-order":
         layer = gptq_layer(np.random.default_rng(5), 4, 32, act_order=True)
         config = gptq_config(4, 32, desc_act=True)
         checkpoint, form = write_checkpoint("llama-gqa", directory / "c", layer, config), None
+        kind, precision = "narrow", "fp16"
     else:
-        variant = name.removesuffix("-bf16").removesuffix("-residual")
+        before, precision = split_precision(name)
+        variant, kind = split_kind(before)
         checkpoint, form = make_checkpoint(variant, directory / "c", seed=5), INT4
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnnxRuntimeCpu, "accuracy_level", 1)  # products of nothing rounded
         chain = build_chain(
             checkpoint,
             directory,
-            precision="bf16" if name.endswith("bf16") else "fp16",
+            precision="bf16" if precision == "bf16" else "fp16",
             weights=form,
             max_length=LENGTH,
-            kind="residual" if name.endswith("residual") else "narrow",
+            kind=kind,
+            check_tokens=np.arange(3, VOCAB_SIZE, 7, dtype=np.int32)
+            if kind == "residual"
+            else None,
         )
-    return Case(chain, plans_of(chain, directory / "built"))
+    (directory / "built").mkdir()
+    return Case(chain, directory / "built")
+
+
+def test_no_engine_is_built(case):
+    built = len(Builder.built)
+    case.open()
+    assert len(Builder.built) == built
+    assert not list(case.directory.glob("*.engine"))
 
 
 def test_steps_and_prompts_at_any_exit(case, rng):
     """Of one token to more than the kernels of a step take."""
     spec = case.chain.spec
     session, reference = Session(spec, case.open(), 2, LENGTH), case.chain.session(2, LENGTH)
-    for tokens, exit in ((1, 1), (2, 2), (5, spec.blocks), (1, spec.blocks), (60, 1)):
+    last = spec.blocks - 1
+    for tokens, exit in ((1, 1), (2, last), (5, spec.blocks), (1, spec.blocks), (60, 1)):
         ids = rng.integers(VOCAB_SIZE, size=(2, tokens)).tolist()
         case.close(session.advance(ids, exit), reference.advance(ids, exit))
     case.close(session.advance([[1], [2]]), reference.advance([[1], [2]]))
@@ -97,9 +101,13 @@ def test_steps_and_prompts_at_any_exit(case, rng):
 @pytest.mark.parametrize("rows", [1, 2, 17, 60])
 def test_heads_of_any_rows(case, rng, rows):
     hidden = rng.normal(size=(rows, case.chain.spec.hidden_size)).astype(np.float32)
-    for blocks_run in (1, case.chain.spec.blocks):
-        found = case.open().logits(hidden, blocks_run)
-        case.close(found, case.chain.engines.logits(hidden, blocks_run))
+    engines, chain = case.open(), case.chain
+    for blocks_run in (1, chain.spec.blocks):
+        expected = chain.engines.logits(hidden, blocks_run)
+        case.close(engines.logits(hidden, blocks_run), expected)
+        if chain.check_tokens is not None and blocks_run < chain.spec.blocks:
+            found = engines.check_logits(hidden, blocks_run)
+            case.close(found, expected[:, chain.check_tokens])
 
 
 def test_kernels_by_the_number_of_tokens(case, driver):
@@ -115,7 +123,9 @@ def test_memory_is_counted_as_it_is_taken(case):
     from ojfa_export.backends.tensorrt.memory import Request, Room
 
     engines = case.open()
-    names = ("embed", "block_00", "exit_head")
+    names = ["embed", "block_00", "exit_head"]
+    if isinstance(case.chain.shortcut, BlockShortcut):
+        names[-1] = "final_head"
     arrays = [each for name in names for each in engines.weights(name).values()]
     held = {array.pointer: array.nbytes for array in (getattr(e, "array", e) for e in arrays)}
     room = Room(case.chain.spec, 2, {name: engines.plan(name) for name in names})

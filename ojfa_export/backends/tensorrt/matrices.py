@@ -27,6 +27,9 @@ class DeviceMatrix:
     order: DeviceArray | None = None
     places: DeviceArray | None = None
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
     @property
     def tiles(self) -> int:
         """Of TILE rows."""
