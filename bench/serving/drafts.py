@@ -25,7 +25,6 @@ from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.planning.machine import describe_machine
 from ojfa_export.runtime.model import Model, load
 
-
 # Batches of a way before the next way's turn: what a session records serves those after it.
 IN_A_ROW = 16
 

@@ -202,9 +202,13 @@ def agreement_runs(statistics: ExitStatistics, column: int, longest: int) -> NDA
 
 
 def as_speculation(point: Point, statistics: ExitStatistics, costs: StepCosts) -> Speculation:
-    """How to draft at a point's exit: the length adapts, from what is expected on."""
+    """How to draft at a point's exit: the length adapts, from what is expected on.
+
+    A draft layer's is the point's: of answers adapting made less in every measurement
+    (docs/drafting.md), as it takes a while to see, and a device has a recording for each length.
+    """
     if point.exit == 0:
-        return _as_layer_speculation(costs)
+        return _as_layer_speculation(point, costs)
     assert point.exit is not None
     deep, full = statistics.blocks - point.exit, costs.full
     return Speculation(
@@ -216,11 +220,12 @@ def as_speculation(point: Point, statistics: ExitStatistics, costs: StepCosts) -
     )
 
 
-def _as_layer_speculation(costs: StepCosts) -> Speculation:
+def _as_layer_speculation(point: Point, costs: StepCosts) -> Speculation:
     drafting = costs.drafting
     assert drafting is not None
     return Speculation(
         exit=0,
+        draft=point.draft,
         draft_cost=drafting.each / costs.full,
         check_cost=0.0,  # a draft was timed with its check
         round_cost=max(0.0, drafting.round / costs.full - 1),

@@ -150,7 +150,7 @@ def settling(prompt_length: int) -> int:
 def _stepper(session: Session, way: Way) -> Callable[[int, int], tuple[list[int], int]]:
     """A step from a token on, with so many more at most: tokens that it gives, and its depth."""
     if isinstance(way, Speculation):
-        speculator = Speculator(session, way, Sampling(), [np.random.default_rng(0)], ahead=False)
+        speculator = Speculator(session, way, Sampling(), [np.random.default_rng(0)])
 
         def draft(token: int, wanted: int) -> tuple[list[int], int]:
             [chosen] = speculator.step([[token]], [wanted])

@@ -28,6 +28,7 @@ from ojfa_export.compiler.pipeline import build
 from ojfa_export.decoding.speculation import Speculation
 from ojfa_export.errors import BackendError
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
+from ojfa_export.planning.plan import plan_bundle
 from ojfa_export.runtime.model import Model
 from ojfa_export.system.progress import SILENT
 from ojfa_export.verify.verify import compare_blocks
@@ -159,6 +160,13 @@ def test_where_engines_alone_run_it_says_so(bundle, monkeypatch):
     assert model.generate([[5, 6]], max_new_tokens=2).prompts[0].token_ids
     with pytest.raises(BackendError, match="OJFA_DECODE=engines"):
         model.generate([[5, 6]], speculate=True, max_new_tokens=2)
+
+
+def test_rounds_are_timed(bundle, monkeypatch):
+    """The session is rewound between rounds: none is begun ahead."""
+    monkeypatch.setattr("ojfa_export.planning.plan.SECONDS", 0)
+    plan = plan_bundle(bundle, SILENT, backend="tensorrt")
+    assert any(point.exit == 0 for point in plan.points)
 
 
 def test_the_benchmark_generates_from_it(bundle, tmp_path):

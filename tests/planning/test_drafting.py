@@ -102,6 +102,7 @@ def test_the_draft_layer_is_the_default_where_it_pays():
     assert found.speculation is not None
     assert found.speculation.exit == 0
     assert found.speculation.acceptance == 0.5
+    assert found.speculation.draft == 4  # as many as were planned
     full = cheap.full
     assert found.speculation.draft_cost == pytest.approx(0.5 / full)
     assert found.speculation.round_cost == pytest.approx(13.0 / full - 1)
