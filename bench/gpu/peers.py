@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     write_atomically(options.out, (json.dumps(result) + "\n").encode())
 
 
-def make_model(spec: ModelSpec, device: str) -> Any:
-    """The shape as a transformers model in fp16, with its own random weights."""
+def make_model(spec: ModelSpec, device: str, dtype: torch.dtype = torch.float16) -> Any:
+    """The shape as a transformers model, with its own random weights."""
     if spec.family == "gpt2":
         config = transformers.GPT2Config(
             n_embd=spec.hidden_size,
@@ -81,7 +81,7 @@ def make_model(spec: ModelSpec, device: str) -> Any:
             pad_token_id=0,
         )
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()
 
 

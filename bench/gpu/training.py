@@ -22,6 +22,7 @@ import torch
 
 from bench.commit import commit
 from bench.gpu.machine import nvidia_smi
+from bench.gpu.peers import make_model
 from bench.gpu.shapes import SHAPES
 from ojfa_export.models.calibration_text import read_source, shipped_text
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
@@ -68,27 +69,7 @@ def main() -> None:
 
 def write_checkpoint(spec: ModelSpec, folder: Path) -> None:
     """A checkpoint of random weights in bf16, with the demo's tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        num_hidden_layers=spec.blocks,
-        num_attention_heads=spec.heads,
-        num_key_value_heads=spec.kv_heads,
-        vocab_size=spec.vocab_size,
-        max_position_embeddings=spec.max_positions,
-        tie_word_embeddings=spec.tied_head,
-        rms_norm_eps=spec.norm_epsilon,
-        dtype="bfloat16",
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            LlamaForCausalLM(config).save_pretrained(folder)
-    finally:
-        torch.set_default_dtype(before)
+    make_model(spec, "cuda", torch.bfloat16).save_pretrained(folder)
     torch.cuda.empty_cache()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, folder)

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ojfa_export import backends
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console
-from ojfa_export.cli.exit_option import METAVAR_WITH_AUTO, parse_exit_or_auto
+from ojfa_export.cli.engine_options import engine_options
 from ojfa_export.errors import OjfaError, UsageError
 
 if TYPE_CHECKING:
@@ -36,44 +35,13 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Keys of which a client must send one, a line each.",
 )
-@click.option(
-    "--max-sequences",
-    type=click.IntRange(min=1),
-    metavar="N",
-    default=16,
-    help="Requests that run at once, of each bundle.",
-)
-@click.option(
-    "--kv-cache", metavar="SIZE", help="Memory for keys and values, such as 4GiB, of each bundle."
-)
-@click.option(
-    "--max-queue",
-    type=click.IntRange(min=1),
-    metavar="N",
-    default=256,
-    help="Requests that wait; one more is told to come later.",
-)
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True, max=86400),
-    metavar="SECONDS",
-    default=600.0,
-    help="For a request, the time in the queue included.",
-)
+@engine_options
 @click.option(
     "--drain-timeout",
     type=click.FloatRange(min=0, max=86400),
     metavar="SECONDS",
     default=30.0,
     help="For what runs when the server is told to end.",
-)
-@click.option("--backend", metavar="NAME", default=backends.DEFAULT, help="Engines to run.")
-@click.option(
-    "--exit",
-    type=parse_exit_or_auto,
-    metavar=METAVAR_WITH_AUTO,
-    default="full",
-    help="Blocks to run where a request doesn't say.",
 )
 @click.option(
     "--shadow-share",

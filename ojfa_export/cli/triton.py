@@ -6,11 +6,10 @@ from pathlib import Path
 
 import click
 
-from ojfa_export import backends
 from ojfa_export.cli.checkpoint_options import overwrite_option
 from ojfa_export.cli.command import command as define
 from ojfa_export.cli.console import Console
-from ojfa_export.cli.exit_option import METAVAR_WITH_AUTO, parse_exit_or_auto
+from ojfa_export.cli.engine_options import engine_options
 
 
 @define("triton")
@@ -25,36 +24,7 @@ from ojfa_export.cli.exit_option import METAVAR_WITH_AUTO, parse_exit_or_auto
 )
 @click.option("--name", metavar="NAME", help="Of the model; without it the bundle's.")
 @click.option("--link", is_flag=True, help="Link to the bundle instead of copying it.")
-@click.option("--backend", metavar="NAME", default=backends.DEFAULT, help="Engines to run.")
-@click.option(
-    "--max-sequences",
-    type=click.IntRange(min=1),
-    metavar="N",
-    default=16,
-    help="Requests that run at once.",
-)
-@click.option("--kv-cache", metavar="SIZE", help="Memory for keys and values, such as 4GiB.")
-@click.option(
-    "--max-queue",
-    type=click.IntRange(min=1),
-    metavar="N",
-    default=256,
-    help="Requests that wait; one more is told to come later.",
-)
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True, max=86400),
-    metavar="SECONDS",
-    default=600.0,
-    help="For a request, the time in the queue included.",
-)
-@click.option(
-    "--exit",
-    type=parse_exit_or_auto,
-    metavar=METAVAR_WITH_AUTO,
-    default="full",
-    help="Blocks to run where a request doesn't say.",
-)
+@engine_options
 @overwrite_option
 def command(
     console: Console,
