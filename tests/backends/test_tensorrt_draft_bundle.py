@@ -112,6 +112,7 @@ def test_a_shared_prefix_is_known_to_the_layer(models):
 
 
 def sessions_made(model, monkeypatch) -> list:
+    model._last.drop()  # of the test before
     made = []
 
     def noting(*args, **kwargs):

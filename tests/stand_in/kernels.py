@@ -5,6 +5,7 @@ They show that the backend's own logic is right, and nothing about the kernels.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import re
 import types
@@ -19,9 +20,39 @@ from stand_in.quantised import Layout, layout_of, stored_words
 PAGE = 64  # as in tiles.cuh
 
 
+class Allocations:
+    """What is allocated, so that a kernel that goes beyond it fails as on a GPU."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.sizes: dict[int, int] = {}
+
+    def add(self, start: int, size: int) -> None:
+        bisect.insort(self.starts, start)
+        self.sizes[start] = size
+
+    def drop(self, start: int) -> None:
+        if self.sizes.pop(start, None) is not None:
+            del self.starts[bisect.bisect_left(self.starts, start)]
+
+    def check(self, pointer: int, size: int) -> None:
+        """Of memory that isn't the device's, such as a scalar's, nothing is known."""
+        at = bisect.bisect_right(self.starts, pointer) - 1
+        if at < 0:
+            return
+        start = self.starts[at]
+        end = start + self.sizes[start]
+        if pointer < end < pointer + size:
+            raise AssertionError(f"a kernel goes {pointer + size - end} bytes beyond an allocation")
+
+
+ALLOCATIONS = Allocations()
+
+
 def view(pointer: int, dtype: Any, *shape: int) -> np.ndarray:
     """Memory as an array; for a scalar parameter's pointer too."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    ALLOCATIONS.check(pointer, size)
     return np.frombuffer((ctypes.c_char * size).from_address(pointer), dtype).reshape(shape)
 
 

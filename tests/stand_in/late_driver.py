@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from stand_in.kernels import StandInKernels
+from stand_in.kernels import ALLOCATIONS, StandInKernels
 
 SMS = 5  # multiprocessors: no round number of anything
 
@@ -177,6 +177,7 @@ class StandInDriver(types.ModuleType):
         aligned = -(-ctypes.addressof(buffer) // 256) * 256
         ctypes.memset(ctypes.addressof(buffer), 0xFF, size + 256)
         self.memory[aligned] = (buffer, size)
+        ALLOCATIONS.add(aligned, size)
         return SUCCESS, aligned
 
     def cuMemAllocAsync(self, size: int, _: Any) -> Any:
@@ -203,6 +204,7 @@ class StandInDriver(types.ModuleType):
 
     def _free(self, pointer: int) -> None:
         _, size = self.memory[pointer]
+        ALLOCATIONS.drop(pointer)
         ctypes.memset(pointer, 0xFF, size)  # kept all the same: who reads it finds that
 
     def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, _: Any) -> Any:
