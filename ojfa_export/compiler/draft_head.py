@@ -20,8 +20,9 @@ from ojfa_export.graphs.export import Exporter
 # the model's head is at least as much as all the rest that a draft reads.
 DEFAULT_TOKENS = 8192
 LEAST_VOCABULARY = 4 * DEFAULT_TOKENS
-# A tokenizer that was made by merging numbers its tokens by how frequent they were: the first of
-# Zipf's law (which fits words from some rank on). It stands for what the counted text lacks.
+# A tokenizer that was made by merging numbers its tokens by how frequent they were in its text. So
+# a number says how frequent a token may be, by Zipf's law from some rank on, where the counted text
+# lacks it.
 ZIPF_OFFSET = 100
 
 
@@ -34,13 +35,8 @@ def draft_vocabulary(inputs: Inputs) -> int:
         return asked
     spec = inputs.checkpoint.spec
     is_large = spec.vocab_size >= LEAST_VOCABULARY
-    return DEFAULT_TOKENS if is_large and head_parameters(inputs) >= draft.parameters else 0
-
-
-def head_parameters(inputs: Inputs) -> int:
-    """Of the model's own head."""
-    spec = inputs.checkpoint.spec
-    return spec.vocab_size * spec.hidden_size
+    is_most = spec.vocab_size * spec.hidden_size >= draft.parameters
+    return DEFAULT_TOKENS if is_large and is_most else 0
 
 
 def with_frequent_head(draft: DraftShortcut, inputs: Inputs, exporter: Exporter) -> DraftShortcut:
