@@ -41,9 +41,12 @@ class Driver(StandInDriver):
         return SUCCESS, self.gpu.encode() + b"\0"
 
     def cuMemGetInfo(self) -> Any:
+        self.progress()  # what was freed on the way
         return SUCCESS, self.total - self.used, self.total
 
     def cuMemAlloc(self, size: int) -> Any:
+        if self.used + size > self.total and self.recording is None:
+            self.progress()  # what was freed on the way
         if self.used + size > self.total:
             return self.status("CUDA_ERROR_OUT_OF_MEMORY"), 0
         self.used += size
@@ -56,7 +59,7 @@ class Driver(StandInDriver):
 
     def check_inside(self, pointer: int, size: int) -> None:
         """Whether an address and what follows lie in one allocation."""
-        for start, (_, held) in self.memory.items():
+        for start, (_, held) in self.memory.copy().items():
             if start <= pointer and pointer + size <= start + held:
                 return
         raise AssertionError(f"{size} bytes at {pointer:#x} are in no allocation")

@@ -6,6 +6,7 @@ They show that the backend's own logic is right, and nothing about the kernels.
 from __future__ import annotations
 
 import bisect
+import collections
 import ctypes
 import re
 import types
@@ -18,22 +19,31 @@ from ojfa_export.backends.cuda.sources import ACTIVATIONS, SOURCES, source_direc
 from stand_in.quantised import Layout, layout_of, stored_words
 
 PAGE = 64  # as in tiles.cuh
+MOST_FREED = 64 << 20  # bytes
 
 
 class Allocations:
-    """What is allocated, so that a kernel that goes beyond it fails as on a GPU."""
+    """What is allocated, so that a kernel that goes beyond it, or uses what was freed, fails.
+
+    What was freed keeps its memory for a while, so that nothing else comes to lie there.
+    """
 
     def __init__(self) -> None:
         self.starts: list[int] = []
-        self.sizes: dict[int, int] = {}
+        self.held: dict[int, tuple[Any, int]] = {}
+        self.freed: collections.OrderedDict[int, int] = collections.OrderedDict()
 
-    def add(self, start: int, size: int) -> None:
+    def add(self, start: int, buffer: Any, size: int) -> None:
         bisect.insort(self.starts, start)
-        self.sizes[start] = size
+        self.held[start] = buffer, size
 
     def drop(self, start: int) -> None:
-        if self.sizes.pop(start, None) is not None:
-            del self.starts[bisect.bisect_left(self.starts, start)]
+        if start not in self.held or start in self.freed:
+            raise AssertionError(f"{start:#x} is freed, and is no allocation")
+        self.freed[start] = self.held[start][1]
+        while sum(self.freed.values()) > MOST_FREED:
+            oldest, _ = self.freed.popitem(last=False)
+            del self.held[oldest], self.starts[bisect.bisect_left(self.starts, oldest)]
 
     def check(self, pointer: int, size: int) -> None:
         """Of memory that isn't the device's, such as a scalar's, nothing is known."""
@@ -41,9 +51,13 @@ class Allocations:
         if at < 0:
             return
         start = self.starts[at]
-        end = start + self.sizes[start]
-        if pointer < end < pointer + size:
+        end = start + self.held[start][1]
+        if pointer >= end:
+            return
+        if end < pointer + size:
             raise AssertionError(f"a kernel goes {pointer + size - end} bytes beyond an allocation")
+        if start in self.freed:
+            raise AssertionError(f"memory is used that was freed: {size} bytes at {pointer:#x}")
 
 
 ALLOCATIONS = Allocations()

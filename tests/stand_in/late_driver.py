@@ -177,7 +177,7 @@ class StandInDriver(types.ModuleType):
         aligned = -(-ctypes.addressof(buffer) // 256) * 256
         ctypes.memset(ctypes.addressof(buffer), 0xFF, size + 256)
         self.memory[aligned] = (buffer, size)
-        ALLOCATIONS.add(aligned, size)
+        ALLOCATIONS.add(aligned, buffer, size)
         return SUCCESS, aligned
 
     def cuMemAllocAsync(self, size: int, _: Any) -> Any:
@@ -189,11 +189,10 @@ class StandInDriver(types.ModuleType):
         return status, pointer
 
     def cuMemFree(self, pointer: int) -> Any:
-        if self.running or self.recording is not None:
-            return self.cuMemFreeAsync(pointer, 0)
-        self.progress()
-        self._free(pointer)
-        return (SUCCESS,)
+        """When the stream gets there. A GPU's driver would wait for it at once, but this is called
+        where garbage is collected: NumPy and Python's own compiler break if kernels run in there.
+        """
+        return self.cuMemFreeAsync(pointer, 0)
 
     def cuMemFreeHost(self, pointer: int) -> Any:
         return self.cuMemFree(pointer)
@@ -205,27 +204,30 @@ class StandInDriver(types.ModuleType):
     def _free(self, pointer: int) -> None:
         _, size = self.memory[pointer]
         ALLOCATIONS.drop(pointer)
-        ctypes.memset(pointer, 0xFF, size)  # kept all the same: who reads it finds that
+        ctypes.memset(pointer, 0xFF, size)  # who reads it finds that, or is told
 
     def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, _: Any) -> Any:
         # A copy, as garbage that is collected meanwhile frees memory; tuple() would iterate first.
         for start in self.pinned.copy():
             _, held = self.memory.get(start, (None, 0))
             if start <= source < start + held:  # read as late as it may be
-                self.put(lambda: ctypes.memmove(target, source, size))
-                return (SUCCESS,)
+                return self.cuMemcpyDtoHAsync(target, source, size, _)
         data = ctypes.string_at(source, size)  # pageable memory is taken at once
-        self.put(lambda: ctypes.memmove(target, data, size))
+        self.put(lambda: _move(target, data, size))
         return (SUCCESS,)
 
     def cuMemcpyDtoHAsync(self, target: int, source: int, size: int, _: Any) -> Any:
-        self.put(lambda: ctypes.memmove(target, source, size))
+        self.put(lambda: _move(target, source, size))
         return (SUCCESS,)
 
     cuMemcpyDtoDAsync = cuMemcpyDtoHAsync
 
     def cuMemsetD8Async(self, pointer: int, value: int, size: int, _: Any) -> Any:
-        self.put(lambda: ctypes.memset(pointer, value, size))
+        def fill() -> None:
+            ALLOCATIONS.check(pointer, size)
+            ctypes.memset(pointer, value, size)
+
+        self.put(fill)
         return (SUCCESS,)
 
     def cuModuleLoadData(self, code: bytes) -> Any:
@@ -241,3 +243,10 @@ class StandInDriver(types.ModuleType):
         threads = config.blockDimX
         self.put(lambda: module.run(name, grid, arguments[0], threads), config.hStream)
         return (SUCCESS,)
+
+
+def _move(target: int, source: int | bytes, size: int) -> None:
+    for pointer in (target, source):
+        if isinstance(pointer, int):
+            ALLOCATIONS.check(pointer, size)
+    ctypes.memmove(target, source, size)
