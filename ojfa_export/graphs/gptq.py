@@ -4,9 +4,12 @@ Columns are rounded one after the other. What rounding one loses is made good by
 rounded yet, as far as inputs that go together allow: H = X^T X of the inputs says how far. Compared
 with rounding each weight to the nearest number, weights are farther off and products nearer.
 
-A group's scale and zero point are chosen when its first column is due, among ranges from all of its
-weights down to LEAST_RANGE of that, by the squared error that counts: each column's weighted by
-what it costs to be wrong there after the later ones have made good what they can.
+Columns whose inputs are largest come first ("act-order" of the authors' code): what they lose can
+be made good by most others. Groups stay those of neighbours all the same, so that nothing is
+gathered where the matrix runs: their scales and zero points are chosen before any column is
+rounded, among ranges from all of a group's weights down to LEAST_RANGE of that, by the squared
+error that counts: each column's weighted by what it costs to be wrong there after the later ones
+have made good what they can.
 """
 
 from __future__ import annotations
@@ -33,20 +36,24 @@ class InputFactor:
     """What is known of the inputs of a matrix.
 
     Attributes:
-        upper: U [inputs, inputs] float32, upper triangular, with H^-1 = U^T U of the damped H.
+        order: [inputs] int64, in which columns are rounded: largest inputs first.
+        upper: U [inputs, inputs] float32, upper triangular, with H^-1 = U^T U of the damped H,
+            whose rows and columns are in that order.
     """
 
+    order: NDArray[np.int64]
     upper: Float32
 
     @classmethod
     def of(cls, gram: Float64) -> InputFactor:
         """The factor of H = X^T X, [inputs, inputs]; features that never were count as well."""
-        damped = gram.copy()
+        order = np.argsort(-gram.diagonal(), kind="stable")
+        damped = gram[np.ix_(order, order)]
         mean = float(gram.diagonal().mean()) or 1.0
         damped[np.diag_indices_from(damped)] += DAMPING * mean
         inverse = np.linalg.inv(damped)
         lower = np.linalg.cholesky((inverse + inverse.T) / 2)
-        return cls(np.ascontiguousarray(lower.T, np.float32))
+        return cls(order, np.ascontiguousarray(lower.T, np.float32))
 
 
 def quantise(columns: Float32, form: WeightFormat, factor: InputFactor) -> QuantisedMatrix:
@@ -58,27 +65,36 @@ def quantise(columns: Float32, form: WeightFormat, factor: InputFactor) -> Quant
         factor: Of its inputs.
     """
     inputs, outputs = columns.shape
-    left, upper, size = columns.astype(np.float32), factor.upper, form.group_size
-    groups, most = inputs // size, (1 << form.bits) - 1
+    order, upper, size = factor.order, factor.upper, form.group_size
+    most = (1 << form.bits) - 1
+    scales, points = _ranges_of_groups(columns, factor, size, most)
     numbers = np.empty((inputs, outputs), np.uint8)
-    scales, points = (np.empty((groups, outputs), np.float32) for _ in range(2))
-    together = max(TOGETHER, size)
-    for start in range(0, inputs, together):
-        stop = min(start + together, inputs)
+    left = columns[order].astype(np.float32)
+    for start in range(0, inputs, TOGETHER):
+        stop = min(start + TOGETHER, inputs)
         lost = np.empty((stop - start, outputs), np.float32)
         for at in range(start, stop):
-            group = at // size
-            if at % size == 0:
-                due = slice(at, at + size)
-                scales[group], points[group] = _ranges(left[due], upper.diagonal()[due], most)
+            group = order[at] // size
             number = np.clip(np.rint(left[at] / scales[group] + points[group]), 0, most)
-            numbers[at] = number
+            numbers[order[at]] = number
             error = left[at] - (number - points[group]) * scales[group]
             error /= upper[at, at]
             left[at + 1 : stop] -= np.multiply.outer(upper[at, at + 1 : stop], error)
             lost[at - start] = error
         left[stop:] -= upper[start:stop, stop:].T @ lost
     return pack(numbers.T, scales.T, points.T.astype(np.uint8), form)
+
+
+def _ranges_of_groups(
+    columns: Float32, factor: InputFactor, size: int, most: int
+) -> tuple[Float32, Float32]:
+    """Scales and whole zero points [groups, outputs]."""
+    diagonal = np.empty(len(columns), np.float32)
+    diagonal[factor.order] = factor.upper.diagonal()
+    groups = [slice(at, at + size) for at in range(0, len(columns), size)]
+    found = [_ranges(columns[group], diagonal[group], most) for group in groups]
+    scales, points = (np.stack(each) for each in zip(*found, strict=True))
+    return scales, points
 
 
 def _ranges(weights: Float32, diagonal: Float32, most: int) -> tuple[Float32, Float32]:

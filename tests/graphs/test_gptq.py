@@ -26,22 +26,24 @@ def inputs_of(rng, rows, features):
 
 
 def by_the_paper(columns, form, gram):
-    """Numbers [inputs, outputs]: H's inverse is reduced by each column that is done."""
-    left = columns.astype(np.float64)
+    """What numbers [inputs, outputs] stand for: H's inverse is reduced by each column done."""
     damped = gram + DAMPING * gram.diagonal().mean() * np.eye(len(gram))
-    inverse, most = np.linalg.inv(damped), (1 << form.bits) - 1
-    costs = np.array([1 / InputFactor.of(gram).upper[i, i] ** 2 for i in range(len(gram))])
+    order, most = np.argsort(-gram.diagonal(), kind="stable"), (1 << form.bits) - 1
+    inverse = np.linalg.inv(damped)[np.ix_(order, order)]
+    left, rest = columns.astype(np.float64), inverse.copy()
+    diagonal = np.empty(len(gram), np.float32)
+    for at in range(len(gram)):  # a column's cost is what is left of H's inverse when it is due
+        diagonal[order[at]] = np.sqrt(rest[0, 0])
+        rest = rest[1:, 1:] - np.outer(rest[1:, 0], rest[0, 1:]) / rest[0, 0]
+    groups = [slice(at, at + form.group_size) for at in range(0, len(gram), form.group_size)]
+    ranges = [gptq._ranges(columns[group], diagonal[group], most) for group in groups]
     stands_for = np.empty_like(left)
-    for at in range(len(left)):
-        if at % form.group_size == 0:
-            due = slice(at, at + form.group_size)
-            scale, point = gptq._ranges(
-                left[due].astype(np.float32), 1 / np.sqrt(costs[due]).astype(np.float32), most
-            )
-        number = np.clip(np.rint(left[at] / scale + point), 0, most)
-        stands_for[at] = (number - point) * scale
-        error = (left[at] - stands_for[at]) / inverse[0, 0]
-        left[at + 1 :] -= np.outer(inverse[0, 1:], error)
+    for at, column in enumerate(order):
+        scale, point = ranges[column // form.group_size]
+        number = np.clip(np.rint(left[column] / scale + point), 0, most)
+        stands_for[column] = (number - point) * scale
+        error = (left[column] - stands_for[column]) / inverse[0, 0]
+        left[order[at + 1 :]] -= np.outer(inverse[0, 1:], error)
         inverse = inverse[1:, 1:] - np.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
     return stands_for
 
