@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import inspect
 import os
 from collections.abc import Callable
@@ -11,6 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of garbage collections, of which each build makes some."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ class CpuKernels:
             shutil.copy(source_directory() / name, directory)
         library = directory / "kernels.so"
         defined = [f"-D{name}={int(value)}" for name, value in macros.items()]
-        command = [compiler(), "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", *defined]
+        command = [compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", *defined]
         command += ["-o", str(library), str(directory / program)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
@@ -60,7 +60,7 @@ def compiler() -> str:
     """One that knows fp16."""
     if COMPILER is None:
         pytest.skip("needs g++")
-    command = [COMPILER, "-x", "c++", "-std=c++20", "-fsyntax-only", "-"]
+    command = [COMPILER, "-x", "c++", "-std=c++17", "-fsyntax-only", "-"]
     if subprocess.run(command, input=b"_Float16 x;", capture_output=True, check=False).returncode:
         pytest.skip("this g++ has no _Float16")
     return COMPILER

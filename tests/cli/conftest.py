@@ -34,6 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Path) -> Path:
+    """Of the text that ships, as for users; other tests here take `calibration_text`."""
     output = checkpoint.parent / "tiny.ojfa"
     args = ["build", str(checkpoint), "-o", str(output), "--skip-verification", "-q"]
     args += ["--shortcut", "ojfa"]

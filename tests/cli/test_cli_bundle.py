@@ -115,9 +115,12 @@ def test_atol_does_not_excuse_other_tokens(invoke, monkeypatch: pytest.MonkeyPat
     assert invoke("verify", "any", "--atol", "5").exit_code == 3
 
 
-def test_dry_run_writes_nothing(invoke, checkpoint: Path, tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(
+    invoke, checkpoint: Path, calibration_text: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out.ojfa"
-    options = ("--dry-run", "--precision", "fp16", "--max-cache-length", 64)
+    options = ("--dry-run", "--precision", "fp16", "--max-cache-length", 64,
+               "--calibration-data", calibration_text)  # fmt: skip
     plan = json.loads(invoke("build", checkpoint, "-o", output, *options, "--json").stdout)
     assert plan["settings"]["precision"] == "fp16"
     assert plan["settings"]["max_cache_length"] == 64
@@ -126,9 +129,12 @@ def test_dry_run_writes_nothing(invoke, checkpoint: Path, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_build_reports_stages(invoke, checkpoint: Path, tmp_path: Path) -> None:
+def test_build_reports_stages(
+    invoke, checkpoint: Path, calibration_text: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out.ojfa"
     result = invoke("build", checkpoint, "-o", output, "--skip-verification", "--json",
+                    "--calibration-data", calibration_text,
                     "--calibration-tokens", 4096, "--rank", 2)  # fmt: skip
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
@@ -141,13 +147,18 @@ def test_build_reports_stages(invoke, checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_interrupted_build_says_how_to_go_on(
-    invoke, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    invoke,
+    checkpoint: Path,
+    calibration_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ojfa_export.compiler.shortcut_stage.run_calibration", interrupt)
-    result = invoke("build", checkpoint, "-o", tmp_path / "out.ojfa", "-q")
+    data = ("--calibration-data", calibration_text)
+    result = invoke("build", checkpoint, "-o", tmp_path / "out.ojfa", "-q", *data)
     assert result.exit_code == 130
     assert result.stdout == ""
     assert result.stderr == (
@@ -171,9 +182,12 @@ def test_settings_of_a_bundle_are_fixed(invoke, bundle: Path, option) -> None:
     assert f"error: {option[0]} can't be changed in a bundle that exists" in result.stderr
 
 
-def test_calibrate_then_export(invoke, checkpoint: Path, tmp_path: Path) -> None:
+def test_calibrate_then_export(
+    invoke, checkpoint: Path, calibration_text: Path, tmp_path: Path
+) -> None:
     shortcut, report, graphs = (tmp_path / name for name in ("s.safetensors", "report", "graphs"))
     fitted = invoke("calibrate", checkpoint, "-o", shortcut, "--report", report, "--json",
+                    "--calibration-data", calibration_text,
                     "--calibration-tokens", 4096, "--rank", 2)  # fmt: skip
     assert fitted.exit_code == 0, fitted.stderr
     assert json.loads(fitted.stdout)["rank"] == 2

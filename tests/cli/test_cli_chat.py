@@ -31,10 +31,11 @@ def chat_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def chat_bundle(chat_checkpoint: Path) -> Path:
+def chat_bundle(chat_checkpoint: Path, calibration_text: Path) -> Path:
     output = chat_checkpoint.parent / "chat.ojfa"
     args = ["build", str(chat_checkpoint), "-o", str(output), "--skip-verification", "-q"]
-    assert CliRunner().invoke(app, [*args, "--shortcut", "ojfa"]).exit_code == 0
+    args += ["--shortcut", "ojfa", "--calibration-data", str(calibration_text)]
+    assert CliRunner().invoke(app, args).exit_code == 0
     return output
 
 

@@ -345,11 +345,12 @@ def test_depths_of_a_published_drafter(checkpoint, tmp_path):
     ],
 )
 def test_another_drafter_is_refused_in_one_line(
-    checkpoint, draft, tiny_checkpoint, tmp_path, config, message
+    checkpoint, draft, tiny_checkpoint, calibration_text, tmp_path, config, message
 ):
     directory = write_eagle3(tmp_path / "eagle", draft, checkpoint.spec, **config)
     arguments = ["build", str(tiny_checkpoint), "-o", str(tmp_path / "o"), "--dry-run"]
-    result = CliRunner().invoke(app, [*arguments, "--shortcut", str(directory)])
+    arguments += ["--calibration-data", str(calibration_text), "--shortcut", str(directory)]
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
     lines = result.stderr.strip().splitlines()
     assert [line.partition(":")[0] for line in lines] == ["error", "hint"]

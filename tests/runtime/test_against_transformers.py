@@ -112,21 +112,22 @@ def test_greedy_tokens_are_the_argmax_of_transformers(name, chain_of, model_of, 
 
 @pytest.mark.parametrize("name", UNBOUNDED)
 def test_greedy_tokens_are_those_of_generate(name, chain_of, model_of, rng):
+    """To beyond every switching length and window; the test before this goes to the cache's end."""
     prompt = [int(rng.integers(VOCAB_SIZE))]
-    tokens = greedy(chain_of(name), prompt)
+    tokens = greedy(chain_of(name), prompt, LENGTH)
     model = model_of(name)
     model.generation_config.eos_token_id = None
     output = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, 1, dtype=torch.long),
-        max_new_tokens=POSITIONS,
+        max_new_tokens=LENGTH,
         do_sample=False,
         pad_token_id=0,
         output_logits=True,
         return_dict_in_generate=True,
     )
     expected = output.sequences[0, 1:].tolist()
-    assert len(expected) == len(tokens) == POSITIONS
+    assert len(expected) == len(tokens) == LENGTH
     for step, logits in enumerate(output.logits):
         if not is_clear(logits[0].numpy()):
             break  # either token may be chosen, and all later ones depend on it
@@ -174,7 +175,7 @@ def is_clear(logits: np.ndarray) -> bool:
     return bool(first - second > 2 * LOGITS_FP32)
 
 
-def greedy(chain, prompt: list[int]) -> list[int]:
-    settings = Settings("full", POSITIONS, Sampling(), (), ())
+def greedy(chain, prompt: list[int], count: int = POSITIONS) -> list[int]:
+    settings = Settings("full", count, Sampling(), (), ())
     tokenizer = Tokenizer.from_file(str(chain.checkpoint.directory / "tokenizer.json"))
     return [t.id for t in generate_tokens(chain.session(), [prompt], tokenizer, settings)]

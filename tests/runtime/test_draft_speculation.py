@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from drafts import GoodDrafts, draft_for, open_draft
 from hypothesis import given as forall
+from hypothesis import settings
 from hypothesis import strategies as st
 from test_session import NAMES, examples, poison
 from test_speculation import first_difference, joint, p_value, run
@@ -41,7 +42,7 @@ def full_depth(chain, prompt: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("good", [False, True], ids=["random layer", "good drafts"])
-@examples
+@settings(examples, max_examples=25)  # of eight pairs each
 @forall(
     prompts=st.lists(
         st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=36), min_size=1, max_size=3

@@ -3,6 +3,8 @@
 // indices, barriers and masks can be tested where there is no GPU; nothing here says how fast it is.
 // Thread blocks run one after the other, or all at once, each in its own thread.
 #pragma once
+#undef _FORTIFY_SOURCE  // whose longjmp refuses to go to another stack
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -37,6 +39,7 @@ struct Dimensions {
 inline thread_local Dimensions threadIdx, blockIdx, blockDim, gridDim;
 alignas(128) inline thread_local unsigned char shared_memory[SHARED_BYTES];
 inline thread_local int used_bytes;
+inline thread_local bool beside_others;  // thread blocks in threads of their own
 
 // Whether a kernel wrote beyond the shared memory that it was launched with.
 inline bool overrun(int from) {
@@ -55,10 +58,12 @@ struct Copy {
     bool valid;
 };
 
+constexpr int STACK_BYTES = 128 << 10;
+
 struct Fiber {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
-    bool done = false;
+    jmp_buf where;
+    std::unique_ptr<char[]> stack{new char[STACK_BYTES]};  // not filled with zeros
+    bool begun = false, done = false;
     std::vector<Copy> copies;                // of the group that is being made
     std::deque<std::vector<Copy>> on_their_way;  // groups, oldest first
 };
@@ -67,14 +72,18 @@ struct Block {
     std::vector<Fiber> fibers;
     std::vector<Meeting> warps;
     Meeting all;
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     unsigned running = 0;
     std::function<void()> kernel;
 };
 inline thread_local Block block;
 
 inline Fiber& this_fiber() { return block.fibers[block.running]; }
-inline void let_others_run() { swapcontext(&this_fiber().context, &block.scheduler); }
+
+// By jumps, as swapcontext asks the system for the signal mask each time, which took most of the tests' time.
+inline void let_others_run() {
+    if (_setjmp(this_fiber().where) == 0) _longjmp(block.scheduler, 1);
+}
 
 template <class Work>
 void meet(Meeting& meeting, Work work) {
@@ -93,37 +102,44 @@ inline void fiber_main() {
     let_others_run();
 }
 
+// Lets the running thread of the block go on until it waits or ends.
+inline void run_fiber() {
+    Fiber& fiber = this_fiber();
+    if (_setjmp(block.scheduler) != 0) return;
+    if (fiber.begun) _longjmp(fiber.where, 1);
+    fiber.begun = true;
+    ucontext_t start;
+    getcontext(&start);
+    start.uc_stack.ss_sp = fiber.stack.get();
+    start.uc_stack.ss_size = STACK_BYTES;
+    makecontext(&start, fiber_main, 0);
+    setcontext(&start);
+}
+
 inline void run_block() {
     const unsigned threads = blockDim.x;
     std::memset(shared_memory, 0xff, used_bytes);  // NaN, whatever the type
-    block.fibers = std::vector<Fiber>(threads);
+    block.fibers.resize(threads);  // stacks of the block before are used again
+    for (Fiber& fiber : block.fibers) {
+        fiber.begun = fiber.done = false;
+        fiber.copies.clear(), fiber.on_their_way.clear();
+    }
     block.warps.assign((threads + LANES - 1) / LANES, Meeting{LANES});
     block.all = Meeting{threads};
-    for (Fiber& fiber : block.fibers) {
-        constexpr int STACK = 128 << 10;
-        fiber.stack.reset(new char[STACK]);  // not filled with zeros
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = STACK;
-        makecontext(&fiber.context, fiber_main, 0);
-    }
     for (bool alive = true; alive;) {
         alive = false;
         for (block.running = 0; block.running < threads; ++block.running) {
             if (this_fiber().done) continue;
             alive = true;
             threadIdx = {block.running, 0, 0};
-            swapcontext(&block.scheduler, &this_fiber().context);
+            run_fiber();
         }
     }
 }
 
 template <class... Types, std::size_t... Indices>
-void launch(void (*kernel)(Types...), void* const* arguments, std::index_sequence<Indices...>) {
-    block.kernel = [=] { kernel(*static_cast<Types*>(arguments[Indices])...); };
-    for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
-        for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
-            for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block();
+std::function<void()> with(void (*kernel)(Types...), void* const* arguments, std::index_sequence<Indices...>) {
+    return [=] { kernel(*static_cast<Types*>(arguments[Indices])...); };
 }
 
 template <class... Types>
@@ -132,7 +148,10 @@ void launch(void (*kernel)(Types...), const unsigned* grid, unsigned threads, vo
     std::memset(shared_memory, 0xff, SHARED_BYTES);
     used_bytes = shared_bytes;
     gridDim = {grid[0], grid[1], grid[2]}, blockDim = {threads, 1, 1};
-    launch(kernel, arguments, std::index_sequence_for<Types...>());
+    block.kernel = with(kernel, arguments, std::index_sequence_for<Types...>());
+    for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z)
+        for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
+            for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) run_block();
 }
 
 // All thread blocks at once: for kernels whose thread blocks wait for one another.
@@ -141,11 +160,9 @@ void launch_together(void (*kernel)(Types...), const unsigned* grid, unsigned th
     std::vector<std::thread> blocks;
     for (unsigned x = 0; x < grid[0]; ++x)
         blocks.emplace_back([=] {
+            beside_others = true;
             gridDim = {grid[0], 1, 1}, blockDim = {threads, 1, 1}, blockIdx = {x, 0, 0};
-            const auto run = [=]<std::size_t... Indices>(std::index_sequence<Indices...>) {
-                block.kernel = [=] { kernel(*static_cast<Types*>(arguments[Indices])...); };
-            };
-            run(std::index_sequence_for<Types...>());
+            block.kernel = with(kernel, arguments, std::index_sequence_for<Types...>());
             run_block();
         });
     for (std::thread& each : blocks) each.join();
@@ -168,13 +185,12 @@ inline void let_next_start() {}
 
 template <class T>
 T __shfl_sync(unsigned, T x, int lane) {
-    static thread_local T values[1024];
+    static thread_local T values[2][1024];
     const unsigned thread = threadIdx.x;
-    values[thread] = x;
+    T* here = values[this_warp().round % 2];  // who comes late reads what the next shuffle leaves alone
+    here[thread] = x;
     __syncwarp();
-    const T result = values[thread / LANES * LANES + lane];
-    __syncwarp();
-    return result;
+    return here[thread / LANES * LANES + lane];
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
@@ -186,8 +202,13 @@ T __shfl_up_sync(unsigned, T x, int distance) {
     return __shfl_sync(ALL, x, lane < distance ? lane : lane - distance);
 }
 inline unsigned __ballot_sync(unsigned, bool x) {
+    static thread_local bool values[2][1024];
+    const unsigned thread = threadIdx.x;
+    bool* here = values[this_warp().round % 2];
+    here[thread] = x;
+    __syncwarp();
     unsigned bits = 0;
-    for (int lane = 0; lane < LANES; ++lane) bits |= static_cast<unsigned>(__shfl_sync(ALL, x, lane)) << lane;
+    for (int lane = 0; lane < LANES; ++lane) bits |= static_cast<unsigned>(here[thread / LANES * LANES + lane]) << lane;
     return bits;
 }
 inline bool __any_sync(unsigned, bool x) { return __ballot_sync(ALL, x) != 0; }
@@ -255,6 +276,7 @@ T fresh(const T* at) {
 }
 
 inline unsigned long long load_word(const unsigned long long* at) {
+    if (beside_others) std::this_thread::yield();  // it may be asked for again and again
     std::this_thread::yield();  // it may be asked for again and again
     let_others_run();
     return __atomic_load_n(at, __ATOMIC_RELAXED);

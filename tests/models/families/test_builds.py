@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from tiny_models import make_checkpoint
 from ojfa_export.cli.app import app
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build
+from ojfa_export.compiler.report import figures
+from ojfa_export.compiler.report.model import CalibrationReport
 from ojfa_export.system.progress import SILENT
 from ojfa_export.verify.verify import verify_bundle
 
@@ -37,6 +41,21 @@ SHOWN = {
     "gemma2-untied": "32 features each, window 8 in 2 blocks, softcap 2",
     "gemma3_text-capped": "32 rotated features, otherwise in 3 blocks",
 }
+
+
+def _first(draw: Any, drawn: list[bytes], report: CalibrationReport) -> bytes:
+    if not drawn:
+        drawn.append(draw(report))
+    return drawn[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _draw_once() -> Iterator[None]:
+    """Draws each picture of the first report alone: families have none of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("precision_by_exit", "surprisal_by_exit", "precision_matrix"):
+            patch.setattr(figures, name, functools.partial(_first, getattr(figures, name), []))
+        yield
 
 
 @pytest.mark.parametrize(("name", "options"), BUILDS, ids=lambda each: str(each))
