@@ -277,7 +277,6 @@ T fresh(const T* at) {
 
 inline unsigned long long load_word(const unsigned long long* at) {
     if (beside_others) std::this_thread::yield();  // it may be asked for again and again
-    std::this_thread::yield();  // it may be asked for again and again
     let_others_run();
     return __atomic_load_n(at, __ATOMIC_RELAXED);
 }
