@@ -50,6 +50,32 @@ def test_pages_that_run_out_send_the_youngest_back(llama):
         assert result.token_ids == expected.token_ids
 
 
+def test_what_comes_while_an_idle_engine_is_held_begins_in_one_pass(llama):
+    options = GenerationOptions(max_new_tokens=8, ignore_eos=True)
+    with WatchedEngine(llama, max_sequences=4) as engine:
+        engine.hold()
+        held = [engine.submit([first, 2, 3], options) for first in (4, 5, 6)]
+        assert engine.stats().running == 0
+        engine.release()
+        results = [each.result(TIMEOUT) for each in held]
+        assert engine.stats().passes == 8
+    for each, result in zip(held, results, strict=True):
+        expected = alone(llama, each.prompt_token_ids, {"max_new_tokens": 8, "ignore_eos": True})
+        assert result.token_ids == expected.token_ids
+
+
+def test_an_engine_that_runs_is_not_held(llama):
+    with WatchedEngine(llama, max_sequences=2) as engine:
+        first = engine.submit([4, 2, 3], max_new_tokens=100, ignore_eos=True)
+        next(iter(first))
+        engine.hold()
+        engine.submit([5, 2, 3], max_new_tokens=2, ignore_eos=True).result(TIMEOUT)
+        first.result(TIMEOUT)
+        waiting = engine.submit([6, 2, 3], max_new_tokens=2)
+        assert not waiting.done
+    assert waiting.result(TIMEOUT).finish_reason == "cancelled"  # closing waits for no release
+
+
 def test_whoever_finds_no_pages_is_not_looked_at_in_every_pass(llama, monkeypatch):
     with WatchedEngine(llama, max_sequences=3, kv_cache_bytes=2 * page_bytes(llama.spec)) as engine:
         asked, take = [], engine._slots.take
