@@ -186,13 +186,15 @@ class Engine:
                     each.cancelled = self._cancelled = True
             self._wanted.notify()
 
-    def hold(self) -> None:
-        """Begins with nothing while it is idle, until `release`: requests of a burst share a pass.
+    def hold(self) -> bool:
+        """While idle it begins with nothing until `release`: requests of a burst share a pass.
 
-        Where requests run already, others join them as ever.
+        Returns:
+            Whether it is held; not where requests run, which others join as ever.
         """
         with self._wanted:
-            self._held = True
+            self._held = not self._running
+            return self._held
 
     def release(self) -> None:
         """Ends `hold`."""

@@ -33,10 +33,10 @@ class Burst:
 
     def came(self) -> None:
         """Is told before a request goes to the engine."""
-        self._count += 1
-        if self._count == 1:
-            self._begun = time.perf_counter()
-            self._engine.hold()
+        if self._count:
+            self._count += 1
+        elif self._engine.hold():
+            self._count, self._begun = 1, time.perf_counter()
             asyncio.get_running_loop().call_soon(self._look)
 
     def _look(self) -> None:

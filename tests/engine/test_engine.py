@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_pages_that_run_out_send_the_youngest_back(llama):
 def test_what_comes_while_an_idle_engine_is_held_begins_in_one_pass(llama):
     options = GenerationOptions(max_new_tokens=8, ignore_eos=True)
     with WatchedEngine(llama, max_sequences=4) as engine:
-        engine.hold()
+        assert engine.hold()
         held = [engine.submit([first, 2, 3], options) for first in (4, 5, 6)]
         assert engine.stats().running == 0
         engine.release()
@@ -64,16 +65,28 @@ def test_what_comes_while_an_idle_engine_is_held_begins_in_one_pass(llama):
         assert result.token_ids == expected.token_ids
 
 
-def test_an_engine_that_runs_is_not_held(llama):
+def test_an_engine_that_runs_is_not_held(llama, monkeypatch):
+    goes_on = threading.Event()
     with WatchedEngine(llama, max_sequences=2) as engine:
-        first = engine.submit([4, 2, 3], max_new_tokens=100, ignore_eos=True)
-        next(iter(first))
-        engine.hold()
-        engine.submit([5, 2, 3], max_new_tokens=2, ignore_eos=True).result(TIMEOUT)
-        first.result(TIMEOUT)
+        launch = engine._launcher.launch
+        monkeypatch.setattr(
+            engine._launcher, "launch", lambda work: goes_on.wait(TIMEOUT) and launch(work)
+        )
+        first = engine.submit([4, 2, 3], max_new_tokens=4, ignore_eos=True)
+        while not engine.stats().running:
+            time.sleep(0.001)
+        assert not engine.hold()
+        second = engine.submit([5, 2, 3], max_new_tokens=2, ignore_eos=True)
+        goes_on.set()
+        assert [len(each.result(TIMEOUT).token_ids) for each in (first, second)] == [4, 2]
+
+
+def test_closing_waits_for_no_release(llama):
+    with WatchedEngine(llama, max_sequences=2) as engine:
+        assert engine.hold()
         waiting = engine.submit([6, 2, 3], max_new_tokens=2)
         assert not waiting.done
-    assert waiting.result(TIMEOUT).finish_reason == "cancelled"  # closing waits for no release
+    assert waiting.result(TIMEOUT).finish_reason == "cancelled"
 
 
 def test_whoever_finds_no_pages_is_not_looked_at_in_every_pass(llama, monkeypatch):
