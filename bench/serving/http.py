@@ -2,7 +2,8 @@
 
 The engine alone and the same requests through the server take turns, the server in a process of its
 own with an engine of the same size. Every figure is a ratio of medians,
-or a difference of them, within the run.
+or a difference of them, within the run, but for processor time: that of the server's event loop and
+of the client, which others on the machine change less. Linux tells it by thread.
 """
 
 from __future__ import annotations
@@ -54,10 +55,13 @@ class Samples:
     Attributes:
         rates: Tokens a second of all clients together.
         alone: Of one client.
+        processor: Microseconds of processor time for each token of all clients together: of the
+            server's thread that speaks HTTP, and of the clients.
     """
 
     rates: dict[str, list[float]] = field(default_factory=lambda: {"engine": [], "http": []})
     alone: dict[str, list[Timed]] = field(default_factory=lambda: {"engine": [], "http": []})
+    processor: dict[str, list[float]] = field(default_factory=lambda: {"server": [], "client": []})
 
 
 def prompts_of(model: Model, count: int) -> list[list[int]]:
@@ -170,6 +174,11 @@ class Started:
         while not self._is_ready():
             time.sleep(0.05)
 
+    def loop_seconds(self) -> float:
+        """Processor time that its first thread, the event loop's, has taken."""
+        path = Path(f"/proc/{self.pid}/task/{self.pid}/schedstat")
+        return int(path.read_text(encoding="ascii").split()[0]) / 1e9
+
     def _is_ready(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self.port)
         connection.request("GET", "/health")
@@ -204,12 +213,19 @@ def measure(model: Model, bundle: Path, rounds: int, tokens: int = TOKENS) -> Sa
                     ),
                 }
                 for name, (together, one) in runs.items():
+                    spent = server.loop_seconds(), time.process_time()
                     begun = time.perf_counter()
-                    rate = together() / (time.perf_counter() - begun)
+                    count = together()
+                    rate = count / (time.perf_counter() - begun)
+                    now = server.loop_seconds(), time.process_time()
                     timed = one()
-                    if turn >= 0:
-                        samples.rates[name].append(rate)
-                        samples.alone[name].append(timed)
+                    if turn < 0:
+                        continue
+                    samples.rates[name].append(rate)
+                    samples.alone[name].append(timed)
+                    if name == "http":
+                        for who, before, after in zip(samples.processor, spent, now, strict=True):
+                            samples.processor[who].append(1e6 * (after - before) / count)
     finally:
         server.stop()
     return samples
@@ -226,6 +242,10 @@ def figures(samples: Samples) -> dict[str, float]:
         "share_of_engine": statistics.median(rates["http"]) / statistics.median(rates["engine"]),
         "added_to_first_token_ms": 1000 * (first["http"] - first["engine"]),
         "added_between_tokens_ms": 1000 * (between["http"] - between["engine"]),
+        **{
+            f"processor_us_per_token_{who}": statistics.median(each)
+            for who, each in samples.processor.items()
+        },
     }
 
 

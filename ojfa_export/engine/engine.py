@@ -98,6 +98,7 @@ class Engine:
         self._cancelled = False
         self._first_deadline = math.inf  # or before it
         self._may_admit = False
+        self._held = False  # whether it begins nothing while it is idle
         self._recorded: threading.Event | None = None  # set when passes of all kinds have run
         self._record_ways: list[tuple[int, bool]] = []  # each a depth, and whether tokens are drawn
         self._wanted = threading.Condition()
@@ -185,6 +186,22 @@ class Engine:
                     each.cancelled = self._cancelled = True
             self._wanted.notify()
 
+    def hold(self) -> bool:
+        """While idle it begins with nothing until `release`: requests of a burst share a pass.
+
+        Returns:
+            Whether it is held; not where requests run, which others join as ever.
+        """
+        with self._wanted:
+            self._held = not self._running
+            return self._held
+
+    def release(self) -> None:
+        """Ends `hold`."""
+        with self._wanted:
+            self._held = False
+            self._wanted.notify()
+
     def stats(self) -> EngineStats:
         """What is going on, and what was done."""
         with self._wanted:
@@ -270,7 +287,8 @@ class Engine:
         if each.deadline is not None:
             self._first_deadline = min(self._first_deadline, each.deadline)
         self._waiting.append(each)
-        self._wanted.notify()
+        if not self._held:
+            self._wanted.notify()
 
     def _run(self) -> None:
         """The engine's thread."""
@@ -278,9 +296,7 @@ class Engine:
             if not self._running:
                 self._tell()
             with self._wanted:
-                self._wanted.wait_for(
-                    lambda: self._closed or self._waiting or self._running or self._recorded
-                )
+                self._wanted.wait_for(self._has_something)
                 self._end_what_is_over()
                 if self._recorded is not None and not self._running:
                     self._record_kinds(self._recorded)
@@ -302,6 +318,11 @@ class Engine:
                     self._work(work)
             except Exception as error:  # nobody waits for ever, whatever it is
                 self._fail_all(error)
+
+    def _has_something(self) -> bool:
+        """Whether the engine's thread has something to do; with the lock."""
+        may_begin = bool(self._waiting) and not self._held
+        return bool(self._closed or may_begin or self._running or self._recorded)
 
     def _record_kinds(self, recorded: threading.Event) -> None:
         """Runs passes of all kinds, while nothing else runs."""

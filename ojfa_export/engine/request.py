@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Generator, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -92,7 +91,7 @@ class _Change(threading.Condition):
     def __init__(self, lock: threading.RLock, wakes: Wakes) -> None:
         super().__init__(lock)
         self._threads, self._wakes = 0, wakes
-        self._events: deque[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = deque()
+        self._futures: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     def wait(self, timeout: float | None = None) -> bool:
         """See `threading.Condition`."""
@@ -102,18 +101,21 @@ class _Change(threading.Condition):
         finally:
             self._threads -= 1
 
-    def event(self) -> asyncio.Event:
-        """Is set when it is told next; with the lock."""
-        event = asyncio.Event()
-        self._events.append((asyncio.get_running_loop(), event))
-        return event
+    def future(self) -> asyncio.Future[None]:
+        """Is done when it is told next; with the lock."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self._futures.append((loop, future))
+        return future
 
     def tell(self) -> None:
         """Wakes who waits; with the lock."""
         if self._threads:
             self.notify_all()
-        while self._events:
-            self._wakes.wake(*self._events.popleft())
+        if self._futures:
+            for loop, future in self._futures:
+                self._wakes.wake(loop, future)
+            self._futures.clear()
 
 
 class Cancels(Protocol):
@@ -226,12 +228,12 @@ class Request:
         while True:
             with self._lock:
                 new, done = self._tokens[at:], self.done
-                event = None if new or done else self._more.event()
+                told = None if new or done else self._more.future()
             if new:
                 yield new
             at += len(new)
-            if event is not None:
-                await event.wait()
+            if told is not None:
+                await told
             elif not new:
                 self._raise()
                 return
@@ -275,9 +277,9 @@ class Request:
 
     async def _result(self) -> RequestResult:
         with self._lock:
-            event = None if self.done else self._over.event()
-        if event is not None:
-            await event.wait()
+            told = None if self.done else self._over.future()
+        if told is not None:
+            await told
         return self.result()
 
     def put(self, token: RequestToken) -> None:

@@ -8,22 +8,22 @@ from contextlib import contextmanager, suppress
 
 
 class Wakes:
-    """Sets events of event loops; only the engine's thread calls it.
+    """Completes futures of event loops; only the engine's thread calls it.
 
     Every call into a loop writes to its pipe, and so gives the interpreter away. While wakes are
     held they are gathered, and each loop is called once for all of them.
     """
 
     def __init__(self) -> None:
-        self._held: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
+        self._held: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
         self._depth = 0
 
-    def wake(self, loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-        """Sets an event, now or where holding ends."""
+    def wake(self, loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> None:
+        """Completes a future, now or where holding ends."""
         if self._depth:
-            self._held.setdefault(loop, []).append(event)
+            self._held.setdefault(loop, []).append(future)
         else:
-            _set(loop, [event])
+            _complete(loop, [future])
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -35,15 +35,16 @@ class Wakes:
             self._depth -= 1
             if not self._depth and self._held:
                 held, self._held = self._held, {}
-                for loop, events in held.items():
-                    _set(loop, events)
+                for loop, futures in held.items():
+                    _complete(loop, futures)
 
 
-def _set(loop: asyncio.AbstractEventLoop, events: Sequence[asyncio.Event]) -> None:
+def _complete(loop: asyncio.AbstractEventLoop, futures: Sequence[asyncio.Future[None]]) -> None:
     with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-        loop.call_soon_threadsafe(_set_all, events)
+        loop.call_soon_threadsafe(_complete_all, futures)
 
 
-def _set_all(events: Sequence[asyncio.Event]) -> None:
-    for event in events:
-        event.set()
+def _complete_all(futures: Sequence[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():  # its task was cancelled
+            future.set_result(None)

@@ -13,6 +13,7 @@ from ojfa_export.decoding.exits import Exit
 from ojfa_export.engine.engine import Engine
 from ojfa_export.errors import UsageError, VerificationError
 from ojfa_export.runtime.model import Model, load
+from ojfa_export.serving.burst import Burst
 from ojfa_export.serving.errors import HttpError, draining
 from ojfa_export.serving.promise_watch import PromiseWatch
 from ojfa_export.verify.golden import verify_golden
@@ -30,6 +31,7 @@ class Served:
         engine: Runs it.
         watch: Compares some tokens with the full model; None where nothing is promised or asked.
         created: Seconds since 1970.
+        burst: Told of the requests that come.
     """
 
     name: str
@@ -37,6 +39,10 @@ class Served:
     engine: Engine
     watch: PromiseWatch | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    burst: Burst = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.burst = Burst(self.engine)
 
     def about(self, exit: Exit | str = "full") -> dict[str, Any]:
         """The bundle as `/v1/models` lists it; what is not OpenAI's is in `ojfa`.

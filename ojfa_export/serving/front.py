@@ -48,7 +48,8 @@ class Front:
         headers = dict(scope["headers"])
         id = logs.request_id(headers.get(b"x-request-id"))
         facts: dict[str, Any] = {}
-        scope["ojfa"] = {"id": id, "facts": facts}
+        # Bodies of streams are given to the server itself: what is between only looks at starts.
+        scope["ojfa"] = {"id": id, "facts": facts, "send": send}
 
         async def marked(message: MutableMapping[str, Any]) -> None:
             nonlocal status

@@ -130,8 +130,9 @@ class Handlers:
         facts: dict[str, Any],
         receive: Receive,
         send: Send,
+        send_body: Send,
     ) -> None:
-        """The answer as events."""
+        """The answer as events; see `Stream.run`."""
         wanted = body.stream_options or StreamOptions()
         stream = Stream(
             running,
@@ -143,7 +144,7 @@ class Handlers:
             headers=[],
         )
         with running:
-            results = await stream.run(receive, send)
+            results = await stream.run(receive, send, send_body)
         if results is not None:
             self._ended(running, results, facts)
             if self._settings.log_prompts:
@@ -195,7 +196,7 @@ class _Streaming(Response):
         self.status_code, self.background = 200, None
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        await self._handlers.stream(*self._parts, receive, send)
+        await self._handlers.stream(*self._parts, receive, send, scope["ojfa"]["send"])
 
 
 def _has_logprobs(body: CompletionRequest | ChatRequest) -> bool:

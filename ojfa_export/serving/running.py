@@ -35,6 +35,7 @@ class Running:
         self.requests: list[Request] = []
         self.echoed: list[str] = []
         self.begun = time.perf_counter()
+        served.burst.came()
         try:
             for prompt, options, echoed in zip(
                 asked.prompts, asked.options, asked.echoed, strict=True

@@ -59,8 +59,15 @@ class Stream:
         self._sent = time.perf_counter()
         self.gone = False  # whether the client left
 
-    async def run(self, receive: Receive, send: Send) -> list[RequestResult] | None:
+    async def run(
+        self, receive: Receive, send: Send, send_body: Send
+    ) -> list[RequestResult] | None:
         """Sends everything; what the client doesn't wait for is cancelled.
+
+        Args:
+            receive: Tells when the client leaves.
+            send: Takes the start of the answer.
+            send_body: Takes its chunks; may be nearer to the connection.
 
         Returns:
             The results, or None where a request failed or the client has gone.
@@ -68,7 +75,7 @@ class Stream:
 
         async def body(data: bytes, more: bool = True) -> None:
             self._sent = time.perf_counter()
-            await send({"type": "http.response.body", "body": data, "more_body": more})
+            await send_body({"type": "http.response.body", "body": data, "more_body": more})
 
         await send(
             {"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *self._headers]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -48,6 +49,44 @@ def test_pages_that_run_out_send_the_youngest_back(llama):
     for prompt, result in zip(prompts, results, strict=True):
         expected = alone(llama, prompt, {"max_new_tokens": 30, "ignore_eos": True})
         assert result.token_ids == expected.token_ids
+
+
+def test_what_comes_while_an_idle_engine_is_held_begins_in_one_pass(llama):
+    options = GenerationOptions(max_new_tokens=8, ignore_eos=True)
+    with WatchedEngine(llama, max_sequences=4) as engine:
+        assert engine.hold()
+        held = [engine.submit([first, 2, 3], options) for first in (4, 5, 6)]
+        assert engine.stats().running == 0
+        engine.release()
+        results = [each.result(TIMEOUT) for each in held]
+        assert engine.stats().passes == 8
+    for each, result in zip(held, results, strict=True):
+        expected = alone(llama, each.prompt_token_ids, {"max_new_tokens": 8, "ignore_eos": True})
+        assert result.token_ids == expected.token_ids
+
+
+def test_an_engine_that_runs_is_not_held(llama, monkeypatch):
+    goes_on = threading.Event()
+    with WatchedEngine(llama, max_sequences=2) as engine:
+        launch = engine._launcher.launch
+        monkeypatch.setattr(
+            engine._launcher, "launch", lambda work: goes_on.wait(TIMEOUT) and launch(work)
+        )
+        first = engine.submit([4, 2, 3], max_new_tokens=4, ignore_eos=True)
+        while not engine.stats().running:
+            time.sleep(0.001)
+        assert not engine.hold()
+        second = engine.submit([5, 2, 3], max_new_tokens=2, ignore_eos=True)
+        goes_on.set()
+        assert [len(each.result(TIMEOUT).token_ids) for each in (first, second)] == [4, 2]
+
+
+def test_closing_waits_for_no_release(llama):
+    with WatchedEngine(llama, max_sequences=2) as engine:
+        assert engine.hold()
+        waiting = engine.submit([6, 2, 3], max_new_tokens=2)
+        assert not waiting.done
+    assert waiting.result(TIMEOUT).finish_reason == "cancelled"
 
 
 def test_whoever_finds_no_pages_is_not_looked_at_in_every_pass(llama, monkeypatch):

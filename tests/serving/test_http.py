@@ -18,6 +18,7 @@ from ojfa_export.bundle.names import CHAT as CHAT_FILE
 from ojfa_export.decoding.options import GenerationOptions
 from ojfa_export.engine.engine import Engine
 from ojfa_export.models import template_limits
+from ojfa_export.serving import burst
 from ojfa_export.serving.catalogue import Catalogue, Served
 from ojfa_export.serving.promise_watch import PromiseWatch
 
@@ -104,6 +105,24 @@ def test_a_template_without_end_stops_nobody_else(served_bundle, tmp_path, monke
     assert refused.json()["error"]["param"] == "messages"
     assert other.status_code == 200
     assert answered == [COMPLETIONS, CHAT]
+
+
+def test_requests_of_a_burst_begin_together(model, monkeypatch):
+    """As many passes as the requests have tokens; seconds in place of fractions of them."""
+    for name in ("_ALONE", "_QUIET", "_MOST"):
+        monkeypatch.setattr(burst, name, 0.3)
+    bodies = [{**GREEDY, "prompt": [first, 3]} for first in (4, 5, 6)]
+
+    async def main():
+        with Engine(model, max_sequences=4) as engine:
+            async with client_of(Catalogue([Served("small", model, engine)])) as http:
+                answers = await asyncio.gather(
+                    *(http.post(COMPLETIONS, json=body) for body in bodies)
+                )
+            return engine.stats(), [each.json()["usage"] for each in answers]
+
+    stats, used = asyncio.run(main())
+    assert stats.passes == used[0]["completion_tokens"] == stats.new_tokens // 3
 
 
 def test_many_prompts_with_several_answers_each(client, model):
