@@ -16,7 +16,7 @@ import pytest
 from attack.digests import edit_manifest, redigest
 from click.testing import CliRunner
 from tiny_models import make_checkpoint
-from tolerances import LOGITS_INT8_RELATIVE
+from tolerances import LOGITS_INT8_RELATIVE, QUANTISED_CORRELATION
 
 from ojfa_export import backends
 from ojfa_export.backends.quantised import check_runs
@@ -136,7 +136,9 @@ def test_generates_like_the_original(built: Path, tiny_bundle: Path, rng) -> Non
     ids = rng.integers(300, size=20).tolist()
     [ours] = quantised.session(1).advance(ids, every_position=True)
     [theirs] = wide.session(1).advance(ids, every_position=True)
-    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.9
+    storage = Bundle(built).manifest.weights.storage
+    alike = np.corrcoef(ours.ravel(), theirs.ravel())[0, 1]
+    assert alike > QUANTISED_CORRELATION[storage]
     again = quantised.session(2)
     for at in range(0, 20, 5):
         logits = again.advance([ids[at : at + 5], ids[:2]])
