@@ -69,7 +69,7 @@ def quantise(columns: Float32, form: WeightFormat, factor: InputFactor) -> Quant
     most = (1 << form.bits) - 1
     scales, points = _ranges_of_groups(columns, factor, size, most)
     numbers = np.empty((inputs, outputs), np.uint8)
-    left = columns[order].astype(np.float32)
+    left = columns[order]  # a copy
     for start in range(0, inputs, TOGETHER):
         stop = min(start + TOGETHER, inputs)
         lost = np.empty((stop - start, outputs), np.float32)

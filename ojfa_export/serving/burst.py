@@ -18,9 +18,8 @@ class Burst:
     """Holds an idle engine back while one request comes after another.
 
     Each takes the event loop part of a millisecond. An engine that begins with the first of them
-    has the others join in its later passes, in pieces beside its steps: of 16 prompts that came at
-    once the last began to decode 16 passes later (bench/NOTES.md). All of it runs in one event
-    loop.
+    has the others join in its later passes, in pieces beside its steps: 16 requests of 64 tokens
+    that came at once took 72 to 80 passes (bench/NOTES.md). All of it runs in one event loop.
 
     Args:
         engine: That the requests go to.

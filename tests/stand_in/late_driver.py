@@ -206,12 +206,12 @@ class StandInDriver(types.ModuleType):
         ALLOCATIONS.drop(pointer)
         ctypes.memset(pointer, 0xFF, size)  # who reads it finds that, or is told
 
-    def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, _: Any) -> Any:
+    def cuMemcpyHtoDAsync(self, target: int, source: int, size: int, stream: Any) -> Any:
         # A copy, as garbage that is collected meanwhile frees memory; tuple() would iterate first.
         for start in self.pinned.copy():
             _, held = self.memory.get(start, (None, 0))
             if start <= source < start + held:  # read as late as it may be
-                return self.cuMemcpyDtoHAsync(target, source, size, _)
+                return self.cuMemcpyDtoHAsync(target, source, size, stream)
         data = ctypes.string_at(source, size)  # pageable memory is taken at once
         self.put(lambda: _move(target, data, size))
         return (SUCCESS,)
