@@ -2,7 +2,7 @@
 
 Needs no TensorRT: kernels, random weights and caches, one CUDA graph over all blocks, each of
 which has its own memory. Prints microseconds a block, and the share of a copy's bandwidth that
-attention reads with.
+attention reads with. `--chain --weights int4` is of blocks with quantised weights.
 """
 
 from __future__ import annotations
@@ -37,10 +37,19 @@ from ojfa_export.backends.tensorrt.attention import (
     Scratch,
 )
 from ojfa_export.backends.tensorrt.gemm import GemmProducts
+from ojfa_export.backends.tensorrt.layout import STEP, TILE, tiles_of, words_of
 from ojfa_export.backends.tensorrt.linear import MOST_TOKENS, LinearKernels, Norm
+from ojfa_export.backends.tensorrt.matrices import DeviceMatrix
 from ojfa_export.backends.tensorrt.narrow import on_tensor_cores
-from ojfa_export.backends.tensorrt.products import Products
+from ojfa_export.backends.tensorrt.products import ProductsWith
+from ojfa_export.backends.tensorrt.quantised import (
+    MOST_QUANTISED_TOKENS,
+    DequantisedProducts,
+    QuantisedKernels,
+)
+from ojfa_export.backends.tensorrt.quantised_room import QuantisedShape
 from ojfa_export.backends.tensorrt.tiled import MOST_TILED_TOKENS
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.models.families.rotary import Rotary
 from ojfa_export.models.spec import ModelSpec
 
@@ -49,6 +58,12 @@ GROUPED = SHAPES["llama2-7b"].model_copy(update={"kv_heads": 8, "intermediate_si
 ALL_SHAPES = {**SHAPES, "llama3-8b": GROUPED}
 POOL = 1 << 24
 Row = dict[str, Any]
+# Of a block, by name: as stored, elements or quantised.
+Weights = dict[str, Any]
+FORMATS = {
+    "int4": WeightFormat(storage="int4", group_size=128, zero_points=True),
+    "int8": WeightFormat(storage="int8", group_size=128, zero_points=True),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -59,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, nargs="*", default=[512])
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--chain", action="store_true", help="whole blocks too")
+    parser.add_argument("--weights", choices=FORMATS, help="of the blocks; fp16 unless given")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     device = the_device()
@@ -66,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{device.name}: copies {copied / 1e12:.2f} TB/s", flush=True)
     rows: list[Row] = []
     for name in options.shapes:
-        bench = Bench(device, ALL_SHAPES[name], options.blocks)
+        bench = Bench(device, ALL_SHAPES[name], options.blocks, FORMATS.get(options.weights))
         print(f"{name}: attention of", flush=True)
         for row in [*bench.steps(options.batch, options.past), *bench.prompts(options.prompt)]:
             row |= {"shape": name, "share": row["bytes"] / (row["us"] * 1e-6) / copied}
@@ -89,6 +105,7 @@ class Bench:
         device: The GPU.
         spec: The shape.
         blocks: How many.
+        form: What their matrices are stored as; None for fp16.
 
     Attributes:
         device: The GPU.
@@ -97,16 +114,19 @@ class Bench:
         arrays: Makes arrays on the GPU.
     """
 
-    def __init__(self, device: Device, spec: ModelSpec, blocks: int) -> None:
-        self.device, self.spec, self._blocks = device, spec, blocks
+    def __init__(
+        self, device: Device, spec: ModelSpec, blocks: int, form: WeightFormat | None = None
+    ) -> None:
+        self.device, self.spec, self._blocks, self._form = device, spec, blocks, form
         self.arrays = DeviceArrays(device)
-        macros = definitions(spec, "fp16")
+        macros = definitions(spec, "fp16", form)
         self.kernels = Kernels(device, compile_kernels(macros, device.compute_capability))
         self._geometry = Geometry.of(spec, 2)
         most_new = STEP_QUERIES if spec.hidden_size <= SMALL_WIDTH else 1
         self._attention = Attention(self.kernels, self._geometry, device.multiprocessors, most_new)
         numbers = np.random.default_rng(0).standard_normal(POOL, np.float32)
         self._pool = self.arrays.lasting((POOL,), np.float16)
+        self._stored: dict[QuantisedShape, np.ndarray[Any, Any]] = {}
         device.upload((0.02 * numbers).astype(np.float16), self._pool.pointer)
         device.synchronize()
 
@@ -160,7 +180,7 @@ class Bench:
     def block_works(
         self,
         past: int,
-        weights: Sequence[dict[str, DeviceArray]],
+        weights: Sequence[Weights],
         batch: int = 1,
         *,
         together: bool = True,
@@ -173,9 +193,7 @@ class Bench:
         chunks = [Chunk(slot, past, 1) for slot in range(batch)]
         return self._works(caches, chunks if together else [Chunk(0, past, batch)], weights)
 
-    def prompt_works(
-        self, count: int, length: int, weights: Sequence[dict[str, DeviceArray]]
-    ) -> list[Work]:
+    def prompt_works(self, count: int, length: int, weights: Sequence[Weights]) -> list[Work]:
         """What puts each whole block on the stream, for some prompts together."""
         chunks = [Chunk(slot, 0, length) for slot in range(count)]
         return self._works(self._caches(count, length), chunks, weights)
@@ -188,17 +206,42 @@ class Bench:
         shape = (pages, self.spec.kv_heads, PAGE, self.spec.head_dim)
         return [(self._filled(shape), self._filled(shape)) for _ in range(self._blocks)]
 
-    def weights(self) -> dict[str, DeviceArray]:
+    def weights(self) -> Weights:
         """Random weights of one block."""
-        spec = self.spec
-        width = spec.heads * spec.head_dim
-        shapes = {
-            "qkv": (width + 2 * spec.kv_heads * spec.head_dim, spec.hidden_size),
-            "out": (spec.hidden_size, width),
-            "up": (spec.intermediate_size * (2 if spec.gated else 1), spec.hidden_size),
-            "down": (spec.hidden_size, spec.intermediate_size),
+        return {
+            name: self._filled((shape.outputs, shape.columns))
+            if self._form is None
+            else self._quantised(shape, self._form)
+            for name, shape in self._shapes().items()
         }
-        return {name: self._filled(shape) for name, shape in shapes.items()}
+
+    def _shapes(self) -> dict[str, QuantisedShape]:
+        spec = self.spec
+        width, hidden, inner = spec.heads * spec.head_dim, spec.hidden_size, spec.intermediate_size
+        qkv = width + 2 * spec.kv_heads * spec.head_dim
+        return {
+            "qkv": QuantisedShape(qkv, hidden, paired=False),
+            "out": QuantisedShape(hidden, width, paired=False),
+            "up": QuantisedShape(inner * (2 if spec.gated else 1), hidden, paired=spec.gated),
+            "down": QuantisedShape(hidden, inner, paired=False),
+        }
+
+    def _quantised(self, shape: QuantisedShape, form: WeightFormat) -> DeviceMatrix:
+        """Random numbers, with scales and zero points as of weights of 0.02."""
+        outputs, columns, paired = shape
+        words = words_of(outputs, columns, form, paired=paired)
+        result = self.arrays.lasting((1, words), np.uint32)
+        if shape not in self._stored:
+            steps = tiles_of(outputs, paired=paired) * math.ceil(columns / STEP)
+            numbers = steps * TILE * STEP * form.bits // 32
+            rng = np.random.default_rng(3)
+            host = rng.integers(0, 1 << 32, words, np.uint32)
+            scales = rng.uniform(0.001, 0.005, words - numbers).astype(np.float32)
+            kept = np.uint32((1 << form.bits) - 1)
+            host[numbers:] = (scales.view(np.uint32) & ~kept) | (host[numbers:] & kept)
+            self._stored[shape] = host
+        self.device.upload(self._stored[shape], result.pointer)
+        return DeviceMatrix(result, (outputs, columns), paired)
 
     def _filled(self, shape: tuple[int, ...]) -> DeviceArray:
         result = self.arrays.lasting(shape, np.float16)
@@ -218,7 +261,7 @@ class Bench:
         self,
         caches: Sequence[tuple[DeviceArray, DeviceArray]],
         chunks: Sequence[Chunk],
-        weights: Sequence[dict[str, DeviceArray]] = (),
+        weights: Sequence[Weights] = (),
     ) -> list[Work]:
         """What puts attention on the stream, or a block where there are weights, for each cache."""
         positions, sequences = positions_of(chunks), slots_of(chunks)
@@ -264,14 +307,14 @@ class Bench:
 
     def _block(
         self, qkv: DeviceArray, mixed: DeviceArray
-    ) -> Callable[[dict[str, DeviceArray], Callable[[], None]], None]:
+    ) -> Callable[[Weights, Callable[[], None]], None]:
         spec, arrays, tokens = self.spec, self.arrays, len(mixed)
         linear = self.products(tokens)
         hidden = arrays.asarray(np.ones((tokens, spec.hidden_size), np.float32))
         inner = arrays.empty((tokens, spec.intermediate_size), np.float16)
         norm = Norm(arrays.asarray(np.ones((1, spec.hidden_size), np.float32)), None, 1e-5)
 
-        def run(weights: dict[str, DeviceArray], attend: Callable[[], None]) -> None:
+        def run(weights: Weights, attend: Callable[[], None]) -> None:
             linear.norm_linear(qkv, hidden, norm, weights["qkv"], None)
             attend()
             linear.linear(hidden, hidden, mixed, weights["out"], None)
@@ -280,8 +323,19 @@ class Bench:
 
         return run
 
-    def products(self, tokens: int) -> Products:
+    def products(self, tokens: int) -> ProductsWith[Any]:
         """The kernels that a step of so many tokens is made of."""
+        if self._form is None:
+            return self._plain(tokens)
+        dtype, made = np.dtype(np.float16), (self.device, self.arrays, self.kernels)
+        shapes = self._shapes().values()
+        if tokens <= MOST_QUANTISED_TOKENS:
+            width = self.spec.hidden_size
+            return QuantisedKernels(*made, self._form, dtype, shapes, width)
+        most = max(shape.outputs * shape.columns for shape in shapes)
+        return DequantisedProducts(*made, self._plain(tokens), dtype, most)
+
+    def _plain(self, tokens: int) -> ProductsWith[DeviceArray]:
         if tokens <= MOST_TOKENS and self.spec.hidden_size > SMALL_WIDTH:
             return LinearKernels(self.device, self.kernels, 2)
         if tokens > MOST_TILED_TOKENS:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.gpu.attention import ALL_SHAPES, Bench, Row, run_all
+from bench.gpu.attention import ALL_SHAPES, FORMATS, Bench, Row, Weights, run_all
 from bench.gpu.clock import copy_bandwidth, graph_time
-from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.device import the_device
 from ojfa_export.backends.tensorrt.linear import Norm
+from ojfa_export.backends.tensorrt.matrices import DeviceMatrix, Matrix
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", choices=ALL_SHAPES, default=["llama2-7b"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 3, 4, 8, 16])
     parser.add_argument("--blocks", type=int, default=32)
+    parser.add_argument("--weights", choices=FORMATS, help="of the blocks; fp16 unless given")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     device = the_device()
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{device.name}: copies {copied / 1e12:.2f} TB/s", flush=True)
     rows: list[Row] = []
     for name in options.shapes:
-        bench = Bench(device, ALL_SHAPES[name], options.blocks)
+        bench = Bench(device, ALL_SHAPES[name], options.blocks, FORMATS.get(options.weights))
         weights = [bench.weights() for _ in range(options.blocks)]
         for tokens in options.tokens:
             for row in products(bench, weights, tokens):
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out.write_text(json.dumps(described, indent=1) + "\n")
 
 
-def products(bench: Bench, weights: list[dict[str, DeviceArray]], tokens: int) -> list[Row]:
+def products(bench: Bench, weights: list[Weights], tokens: int) -> list[Row]:
     """Of each of a block's matrices."""
     spec, arrays = bench.spec, bench.arrays
     kernels = bench.products(tokens)
@@ -69,9 +70,13 @@ def products(bench: Bench, weights: list[dict[str, DeviceArray]], tokens: int) -
     for what, way in ways.items():
         works = [partial(way, each[what]) for each in weights]
         us = graph_time(bench.device, partial(run_all, works)) / len(weights)
-        rows.append({"what": what, "tokens": tokens, "us": us, "bytes": weights[0][what].nbytes})
+        rows.append({"what": what, "tokens": tokens, "us": us, "bytes": _bytes(weights[0][what])})
     total = {key: sum(row[key] for row in rows) for key in ("us", "bytes")}
     return [*rows, {"what": "all", "tokens": tokens, **total}]
+
+
+def _bytes(matrix: Matrix) -> int:
+    return (matrix.array if isinstance(matrix, DeviceMatrix) else matrix).nbytes
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ constexpr int STEP_GROUPS = PRODUCTS / PRODUCTS_OF_GROUP;
 constexpr int WORDS = WEIGHT_BITS / 4;
 constexpr int STEP_WORDS = PRODUCTS * WORDS * LANES;
 constexpr int NUMBER_BYTES = STEP_WORDS * 4;
+constexpr int LOADS = NUMBER_BYTES / (16 * LANES);  // of a lane, of 16 bytes
 constexpr int SCALE_WORDS = STEP_GROUPS * TILE_ROWS;
 constexpr int SCALE_BYTES = SCALE_WORDS * 4;
 

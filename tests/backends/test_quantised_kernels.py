@@ -15,8 +15,8 @@ from test_tiled_kernels import EPSILON, Cpu, CpuArray, Kind, arrays
 from ojfa_export.bundle.weight_format import QuantisedMatrix, WeightFormat, dequantise, pack
 
 SOURCES = (
-    *("activation.cuh", "numbers.cuh", "around_products.cu"),
-    *("quantised_linear.cu", "quantised_layout.cu"),
+    *("activation.cuh", "numbers.cuh", "quantised_products.cuh", "around_products.cu"),
+    *("quantised_linear.cu", "quantised_batch.cu", "quantised_layout.cu"),
 )
 WIDTH = 1024  # of hidden states at most
 
@@ -117,13 +117,13 @@ def test_the_layout_is_the_stand_in_s(compiled, rng, paired, ordered):
     np.testing.assert_array_equal(elements, exact.astype(elements.dtype))
 
 
-# Fewer steps than warps, tiles of several batches, a last tile that isn't whole, inputs that don't
-# find room at once, and an order of their own.
+# Fewer steps than warps, tiles of several batches, a last tile that isn't whole, more tokens than a
+# kernel takes at once, and an order of their own.
 @pytest.mark.parametrize(
     ("tokens", "columns", "outputs", "ordered"),
     [
         *[(1, 256, 7, False), (1, 1024, 870, True), (2, 768, 330, False), (3, 512, 40, True)],
-        *[(8, 2048, 100, False), (16, 1024, 70, False), (21, 512, 33, True)],
+        *[(8, 2048, 100, False), (16, 1024, 70, False), (21, 512, 33, True), (35, 512, 70, False)],
         (13, 11_008, 40, True),
     ],
 )
@@ -185,23 +185,37 @@ def test_products_that_are_called_off(compiled, rng, tokens):
 
 
 def test_what_finds_room(driver):
-    """Of Llama-2-7B's shape: two products beside each other, but never two thread blocks of one."""
-    from ojfa_export.backends.tensorrt.quantised_room import QuantisedShape, rooms_of
+    """Of Llama-2-7B's shape: never two thread blocks of a product, or three of any."""
+    from ojfa_export.backends.tensorrt.quantised_room import FEW, QuantisedShape, Room
 
     form = WeightFormat(storage="int4", group_size=128, zero_points=True)
-    down = QuantisedShape(4096, 11_008, False)
-    shapes = [QuantisedShape(12_288, 4096, False), QuantisedShape(22_016, 4096, True), down]
-    gpu, whole = Device(), 228 << 10
-    gpu.multiprocessors = 132
-    rooms = rooms_of(gpu, form, shapes, 4096)
-    assert set(rooms) == set(range(1, 17))
-    for tokens, each in rooms.items():
-        taken = [each.of(shape, normed=shape is not down).shared_bytes + 1024 for shape in shapes]
-        beside = sum(sorted(taken)[1:]) <= whole
-        assert beside == (tokens <= 4)
-        assert (3 if beside else 2) * min(taken) > whole
-    steps = {tokens: rooms[tokens].of(down).pass_steps for tokens in (4, 7, 8, 16)}
-    assert steps == {4: 86, 7: 86, 8: 43, 16: 29}
+    down, out = (QuantisedShape(4096, columns, paired=False) for columns in (11_008, 4096))
+    qkv = QuantisedShape(12_288, 4096, paired=False)
+    up, head = QuantisedShape(22_016, 4096, paired=True), QuantisedShape(32_000, 4096, paired=False)
+    gpu, whole, system = Device(), 228 << 10, 1024
+    gpu.multiprocessors, gpu.shared_bytes = 132, 227 << 10
+    room = Room(gpu, form)
+    assert room.most_tokens() == 32
+    for tokens in (1, FEW):
+        normed = [room.few(each, tokens, normed=True) + system for each in (qkv, up)]
+        given = [room.few(each, tokens) + system for each in (out, down)]
+        assert sum(normed) <= whole < 3 * min(normed)
+        assert 2 * min(given) > whole
+    assert max(normed) + min(given) <= whole
+    assert room.few(down, FEW + 1) is None
+    for tokens in range(1, 33):
+        found = [room.batch(each, tokens) for each in (out, qkv, up, head)]
+        assert [together for together, _ in found] == (
+            [2, 3, 4, 4] if 8 < tokens <= 16 else [2] * 4
+        )
+        for _, taken in found:
+            assert whole // 2 - system <= taken <= gpu.shared_bytes
     # Fewer where a thread block has less.
     gpu.shared_bytes = 99 << 10
-    assert 1 < max(rooms_of(gpu, form, shapes, 4096)) < 16
+    small = Room(gpu, form)
+    assert small.few(down, 1) is not None
+    assert small.few(down, 2) is None
+    assert 16 <= small.most_tokens() < 32
+    assert small.batch(up, 16)[0] == 1
+    gpu.shared_bytes = 64 << 10
+    assert 1 <= Room(gpu, form).most_tokens() < 16

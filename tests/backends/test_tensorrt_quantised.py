@@ -25,7 +25,7 @@ from ojfa_export.compiler.settings import decide
 from ojfa_export.errors import BackendError, UsageError
 from ojfa_export.runtime.session import Session
 
-LENGTH = 80
+LENGTH = 112
 INT4 = WeightFormat(storage="int4", group_size=32, zero_points=True)
 
 
@@ -112,7 +112,11 @@ def test_heads_of_any_rows(case, rng, rows):
 
 def test_kernels_by_the_number_of_tokens(case, driver):
     session = Session(case.chain.spec, case.open(), 1, LENGTH)
-    for tokens, wanted in ((1, "norm_quantised_up"), (7, "quantised_up_8"), (50, "dequantise")):
+    for tokens, wanted in (
+        (1, "norm_quantised_up"),
+        (7, "quantised_batch_up_8"),
+        (LENGTH - 8, "dequantise"),
+    ):
         driver.launched.clear()
         session.advance([list(range(tokens))])
         assert wanted in driver.launched

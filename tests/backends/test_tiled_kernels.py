@@ -82,6 +82,10 @@ class CpuArray:
     def __getitem__(self, rows: slice) -> CpuArray:
         return CpuArray(self.array[rows])
 
+    def reshape(self, *shape: int) -> CpuArray:
+        """The first elements in another shape, as of a `DeviceArray`."""
+        return CpuArray(self.array.reshape(-1)[: math.prod(shape)].reshape(shape))
+
 
 class Cpu:
     """Takes the place of `Device` and `DeviceArrays`."""

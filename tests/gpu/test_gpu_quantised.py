@@ -32,7 +32,8 @@ class Compiled:
         self.stored, self.tolerance = backend_dtypes[precision], TOLERANCES[precision]
         self.device = the_device()
         self.device.make_current()
-        sources = ("around_products.cu", "quantised_linear.cu", "quantised_layout.cu")
+        quantised = (f"quantised_{what}.cu" for what in ("linear", "batch", "layout"))
+        sources = ("around_products.cu", *quantised)
         defined = {
             **macros(precision),
             "NORM_LAYER": 0,

@@ -83,7 +83,8 @@ for _source in SOURCES:
 CALLED_OFF = {"norm_linear", "norm_up", "linear", "tiled_linear", "tiled_up", "attention"}
 CALLED_OFF |= {"add_normed", "attention_of_all", "wide_attention_of_all"}
 CALLED_OFF |= {"wide_attention", "narrow_linear", "norm_narrow_linear", "norm_narrow_up"}
-CALLED_OFF |= {"quantised_linear", "quantised_up", "norm_quantised_linear", "norm_quantised_up"}
+CALLED_OFF |= {"quantised_linear", "norm_quantised_linear", "norm_quantised_up"}
+CALLED_OFF |= {"quantised_batch_linear", "quantised_batch_up"}
 PARAMETERS["exit_check_beside"] = PARAMETERS["exit_check"]
 for _name in ("attention", "wide_attention", "attention_of_all", "wide_attention_of_all"):
     PARAMETERS[_name] = PARAMETERS["NAME"]
@@ -205,7 +206,8 @@ class StandInKernels:
         self._elements(a.elements, a.rows, a.columns)[:, order] = found
 
     def _quantised_product(self, a: Any, x: np.ndarray, rows: int, *, paired: bool) -> np.ndarray:
-        places = view(a.places, np.int32, a.columns) if a.places else slice(None)
+        ordered = getattr(a, "places", 0)
+        places = view(ordered, np.int32, a.columns) if ordered else slice(None)
         matrix = self._quantised(a, rows, paired=paired)[:, places]
         return x @ matrix.T + (self._floats(a.bias, rows) if a.bias else np.float32(0))
 
@@ -216,7 +218,14 @@ class StandInKernels:
             y = y + self._floats(a.residual, a.tokens, a.outputs)
         self._floats(a.out, a.tokens, a.outputs)[...] = y
 
-    def quantised_up(self, a: Any) -> None:
+    quantised_batch_linear = quantised_linear
+
+    def gather_columns(self, a: Any) -> None:
+        shape = a.grid[0], a.columns
+        order = view(a.order, np.int32, a.columns)
+        self._elements(a.out, *shape)[...] = self._elements(a.x, *shape)[:, order]
+
+    def quantised_batch_up(self, a: Any) -> None:
         x = self._elements(a.x, a.tokens, a.columns).astype(np.float32)
         self._quantised_up(a, x)
 

@@ -21,6 +21,7 @@ SOURCES = (
     "tiled_linear.cu",
     "narrow_linear.cu",
     "quantised_linear.cu",
+    "quantised_batch.cu",
     "quantised_layout.cu",
     "around_products.cu",
     "qk_norm.cu",
@@ -41,6 +42,7 @@ HEADERS = (
     "activation.cuh",
     "staging.cuh",
     "numbers.cuh",
+    "quantised_products.cuh",
     "tiles.cuh",
     "choose.cuh",
 )

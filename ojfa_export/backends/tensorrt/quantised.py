@@ -1,4 +1,4 @@
-"""Launching products with quantised matrices (engines/kernels/quantised_linear.cu)."""
+"""Launching products with quantised matrices (engines/kernels/quantised_*.cu)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ojfa_export.backends.tensorrt.linear import Norm, address
 from ojfa_export.backends.tensorrt.matrices import DeviceMatrix, Matrix
 from ojfa_export.backends.tensorrt.products import Products, ProductsWith
 from ojfa_export.backends.tensorrt.quantised_room import (
-    NORMED,
+    BATCH_WARPS,
+    FEW_WARPS,
     QuantisedShape,
+    Room,
     made_for,
-    rooms_of,
-    warps_of,
 )
 from ojfa_export.bundle.weight_format import WeightFormat
 
 # Tokens of a step in these kernels; with more a library multiplies, and reading the weights takes
 # less than turning them into elements.
-MOST_QUANTISED_TOKENS = 48
-NORM_THREADS = 512
+MOST_QUANTISED_TOKENS = 96
+NORM_THREADS, GATHER_THREADS = 512, 256
 
 
 class QuantisedKernels:
@@ -52,9 +52,12 @@ class QuantisedKernels:
         shapes: Collection[QuantisedShape],
         width: int,
     ) -> None:
-        self._kernels, self._normed = kernels, arrays.lasting((MOST_QUANTISED_TOKENS, width), dtype)
-        self._rooms = rooms_of(device, form, shapes, width)
-        self._multiprocessors = device.multiprocessors
+        self._kernels, self._multiprocessors = kernels, device.multiprocessors
+        self._room = Room(device, form)
+        self._most = self._room.most_tokens()
+        self._normed = arrays.lasting((MOST_QUANTISED_TOKENS, width), dtype)
+        columns = max((shape.columns for shape in shapes), default=0)
+        self._gathered = arrays.lasting((1, MOST_QUANTISED_TOKENS * columns), dtype)
 
     def norm_linear(
         self,
@@ -65,9 +68,7 @@ class QuantisedKernels:
         bias: DeviceArray | None,
     ) -> None:
         """out [tokens, outputs] = norm(hidden) matrix^T + bias."""
-        if len(hidden) <= NORMED:
-            self._launch_normed("norm_quantised_linear", out, hidden, norm, matrix, bias)
-        else:
+        if not self._normed_by_itself("norm_quantised_linear", out, hidden, norm, matrix, bias):
             self.linear(out, None, self._norm(hidden, norm), matrix, bias)
 
     def norm_up(
@@ -79,13 +80,12 @@ class QuantisedKernels:
         bias: DeviceArray | None,
     ) -> None:
         """inner [tokens, width] = the MLP's activated (and gated) products with norm(hidden)."""
-        if len(hidden) <= NORMED:
-            self._launch_normed("norm_quantised_up", inner, hidden, norm, matrix, bias)
+        if self._normed_by_itself("norm_quantised_up", inner, hidden, norm, matrix, bias):
             return
-        x = self._norm(hidden, norm)
+        x = self._in_order(self._norm(hidden, norm), matrix)
         for rows in self._at_once(len(inner)):
-            out = pointer(inner[rows].pointer)
-            self._launch("quantised_up", (out,), x[rows], matrix, bias, inner.shape[-1])
+            out = (pointer(inner[rows].pointer),)
+            self._launch_batch("quantised_batch_up", out, x[rows], matrix, bias, inner.shape[-1])
 
     def linear(
         self,
@@ -96,14 +96,25 @@ class QuantisedKernels:
         bias: DeviceArray | None,
     ) -> None:
         """out [tokens, outputs] = residual + x matrix^T + bias; out may be the residual."""
-        for rows in self._at_once(len(x)):
+        tokens, columns = x.shape
+        shared = self._room.few(_shape(matrix), tokens)
+        if shared is not None:
+            arguments = (
+                *map(pointer, (out.pointer, address(residual), x.pointer, address(matrix.places))),
+                *_stored(matrix, bias),
+                *map(integer, (columns, len(matrix), tokens)),
+            )
+            self._put("quantised_linear", matrix, FEW_WARPS, shared, arguments)
+            return
+        x = self._in_order(x, matrix)
+        for rows in self._at_once(tokens):
             added = None if residual is None else residual[rows]
-            arguments = (pointer(out[rows].pointer), pointer(address(added)))
-            self._launch("quantised_linear", arguments, x[rows], matrix, bias, matrix.shape[0])
+            outs = (pointer(out[rows].pointer), pointer(address(added)))
+            self._launch_batch("quantised_batch_linear", outs, x[rows], matrix, bias, len(matrix))
 
     def _at_once(self, tokens: int) -> Iterable[slice]:
         """Rows of tokens that a kernel takes at once."""
-        most = len(self._rooms)
+        most = self._most
         return (slice(at, min(at + most, tokens)) for at in range(0, tokens, most))
 
     def _norm(self, hidden: DeviceArray, norm: Norm) -> DeviceArray:
@@ -122,45 +133,63 @@ class QuantisedKernels:
         )
         return result
 
-    def _launch_normed(
+    def _in_order(self, x: DeviceArray, matrix: DeviceMatrix) -> DeviceArray:
+        """x with its columns as the matrix has them."""
+        if matrix.order is None:
+            return x
+        tokens, columns = x.shape
+        result = self._gathered.reshape(tokens, columns)
+        self._kernels.launch(
+            "gather_columns",
+            (tokens, 1, 1),
+            (GATHER_THREADS, 1, 1),
+            (*map(pointer, (result.pointer, x.pointer, matrix.order.pointer)), integer(columns)),
+            overlapping=True,
+        )
+        return result
+
+    def _normed_by_itself(
         self,
-        kind: str,
+        kernel: str,
         out: DeviceArray,
         hidden: DeviceArray,
         norm: Norm,
         matrix: DeviceMatrix,
         bias: DeviceArray | None,
-    ) -> None:
+    ) -> bool:
+        """Launches a product that normalises its inputs, where one is made for as many."""
         tokens, width = hidden.shape
+        shared = self._room.few(_shape(matrix), tokens, normed=True)
+        if shared is None:
+            return False
         arguments = (
             pointer(out.pointer),
             *norm.arguments(hidden),
-            integer(width),
-            *_matrix(matrix, bias),
+            *(integer(width), pointer(address(matrix.places))),
+            *_stored(matrix, bias),
             *map(integer, (matrix.shape[1], out.shape[-1], tokens)),
         )
-        shared = self._rooms[tokens].of(_shape(matrix), normed=True).shared_bytes
-        self._put(kind, matrix, warps_of(tokens), shared, arguments)
+        self._put(kernel, matrix, FEW_WARPS, shared, arguments)
+        return True
 
-    def _launch(
+    def _launch_batch(
         self,
         kind: str,
-        results: tuple[Argument, ...],
+        outs: tuple[Argument, ...],
         x: DeviceArray,
         matrix: DeviceMatrix,
         bias: DeviceArray | None,
         width: int,
     ) -> None:
         tokens, columns = x.shape
-        room = self._rooms[tokens].of(_shape(matrix))
+        together, shared = self._room.batch(_shape(matrix), tokens)
         arguments = (
-            *results,
-            pointer(x.pointer),
-            *_matrix(matrix, bias),
-            *map(integer, (columns, width, tokens, room.pass_steps)),
+            *(*outs, pointer(x.pointer)),
+            *_stored(matrix, bias),
+            *map(integer, (columns, width, tokens, together)),
         )
-        kernel = f"{kind}_{made_for(tokens)}"
-        self._put(kernel, matrix, warps_of(tokens), room.shared_bytes, arguments)
+        made = made_for(tokens)
+        self._put(f"{kind}_{made}", matrix, BATCH_WARPS[made], shared, arguments)
 
     def _put(
         self,
@@ -308,12 +337,8 @@ class ByMatrix:
             self._plain.linear(out, residual, x, matrix, bias)
 
 
-def _matrix(matrix: DeviceMatrix, bias: DeviceArray | None) -> tuple[Argument, ...]:
-    return (
-        pointer(address(matrix.places)),
-        pointer(matrix.array.pointer),
-        pointer(address(bias)),
-    )
+def _stored(matrix: DeviceMatrix, bias: DeviceArray | None) -> tuple[Argument, ...]:
+    return pointer(matrix.array.pointer), pointer(address(bias))
 
 
 def _shape(matrix: DeviceMatrix) -> QuantisedShape:

@@ -1,9 +1,12 @@
-"""Shared memory that products with quantised matrices are launched with (quantised_linear.cu)."""
+"""Shared memory that products with quantised matrices are launched with.
+
+Of a token or two inputs lie in shared memory beforehand (quantised_linear.cu), of more they come
+with the weights (quantised_batch.cu). Numbers are those of the kernels.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from typing import NamedTuple
 
 from ojfa_export.backends.cuda.device import Device
@@ -11,16 +14,15 @@ from ojfa_export.backends.tensorrt.layout import STEP, TILE, step_bytes, tiles_o
 from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.errors import BackendError
 
-# As in the kernels: the tokens that they are made for; those that a product normalises itself;
-# warps for one token or two and for more; tiles that a warp takes a step of at once; tiles whose
-# sums are kept; and by the bits of a number, steps that are on their way, by the tokens that a
-# kernel is made for and in one that normalises.
-MADE_FOR = (2, 4, 8, 16)
-NORMED = 2
-FEW_WARPS, MANY_WARPS, TOGETHER = 12, 8, 2
+FEW = 2  # tokens
+# Of few: warps; tiles that a warp takes a step of at once; tiles whose sums are kept, by the
+# tokens; and by the bits of a number steps that are on their way, where inputs are normalised.
+FEW_WARPS, TOGETHER = 12, 2
 KEPT = {1: 16, 2: 8}
-RINGS = {4: {2: 2, 4: 2, 8: 3, 16: 3}, 8: {2: 2, 4: 2, 8: 2, 16: 2}}
-NORMED_RINGS = {4: 3, 8: 2}
+NORMED_RING, GIVEN_RING = {4: 3, 8: 2}, 2
+# Of more, by the tokens that a kernel is made for: warps, and tiles that are taken together at
+# most; and steps that are on their way.
+BATCH_WARPS, BATCH_TILES, BATCH_RING = {8: 12, 16: 8, 32: 8}, {8: 2, 16: 4, 32: 2}, 2
 # Bytes beyond the inputs of a token, and of its sums of a tile.
 SHIFT, SUMS_BYTES = 64, 4 * (TILE + 4)
 # What the system and the kernels themselves take of a thread block; of it the system's.
@@ -35,110 +37,77 @@ class QuantisedShape(NamedTuple):
     paired: bool
 
 
-class Room(NamedTuple):
-    """What a thread block has in shared memory.
+class Room:
+    """Shared memory of a device's thread blocks.
 
-    Attributes:
-        pass_steps: Columns, in steps, of which the inputs are there at once.
-        shared_bytes: What it is launched with.
-    """
-
-    pass_steps: int
-    shared_bytes: int
-
-
-class Rooms:
-    """Shared memory of the products of some tokens.
-
-    Where a multiprocessor has room for thread blocks of two products, the next one's begins while
-    one ends. It must not have room for two of one product, else another multiprocessor may have
-    none of it: so what takes less asks for more.
+    A multiprocessor must not have room for two thread blocks of one product: where one finds room
+    behind another of its own, another multiprocessor has none, and the product takes twice as long.
+    So what takes less asks for more. Products that normalise their inputs may begin where the one
+    before ends, beside it: three thread blocks don't fit, and that one has but one there.
 
     Args:
         device: Says what there is.
         form: What matrices are stored as.
-        shapes: Of the model's matrices.
-        width: Features that are normalised.
-        tokens: How many.
-
-    Raises:
-        BackendError: The device has too little.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        form: WeightFormat,
-        shapes: Collection[QuantisedShape],
-        width: int,
-        tokens: int,
-    ) -> None:
-        self._device, self._form, self._tokens = device, form, tokens
+    def __init__(self, device: Device, form: WeightFormat) -> None:
+        self._device, self._form = device, form
         self._all = device.shared_bytes + SYSTEM
-        taken = sorted(
-            self._least(shape, normed=shape.columns == width).shared_bytes + DECLARED
-            for shape in shapes
-        )
-        self._beside = sum(taken[-2:]) <= self._all
 
-    def of(self, shape: QuantisedShape, *, normed: bool = False) -> Room:
-        """Of a product with a matrix; whether it may normalise its inputs itself."""
-        steps, shared = self._least(shape, normed=normed)
-        least = self._all // (3 if self._beside else 2)
-        return Room(steps, min(max(shared, least), self._device.shared_bytes))
+    def few(self, shape: QuantisedShape, tokens: int, *, normed: bool = False) -> int | None:
+        """Bytes for all inputs at once; None where they find no room, or tokens are more."""
+        if tokens > FEW:
+            return None
+        ring = NORMED_RING[self._form.bits] if normed else GIVEN_RING
+        inputs = 2 * STEP * math.ceil(shape.columns / STEP) + SHIFT
+        on_the_way = ring * TOGETHER * step_bytes(self._form)
+        taken = tokens * inputs + FEW_WARPS * (KEPT[tokens] * tokens * SUMS_BYTES + on_the_way)
+        return self._alone(taken, 3 if normed else 2) if self._fits(taken) else None
 
-    def _least(self, shape: QuantisedShape, *, normed: bool) -> Room:
-        """For all columns at once or, where they don't find room, as few equal parts as do."""
-        bits, tokens = self._form.bits, self._tokens
-        ring = RINGS[bits][made_for(tokens)]
-        if normed and tokens <= NORMED:
-            ring = NORMED_RINGS[bits]
-        steps, shared = math.ceil(shape.columns / STEP), 0
-        for passes in range(1, steps + 1):
-            each = math.ceil(steps / passes)
-            shared = self._taken(shape, each, ring)
-            if shared + DECLARED <= self._all:
-                return Room(each, shared)
+    def batch(self, shape: QuantisedShape, tokens: int) -> tuple[int, int]:
+        """Tiles that are taken together, and bytes.
+
+        Raises:
+            BackendError: There is no room for one.
+        """
+        tiles = tiles_of(shape.outputs, paired=shape.paired)
+        each = math.ceil(tiles / min(tiles, self._device.multiprocessors))
+        for most in range(BATCH_TILES[made_for(tokens)], 0, -1):
+            together = math.ceil(each / math.ceil(each / most))
+            taken = self._taken(together, tokens)
+            if self._fits(taken):
+                return together, self._alone(taken, 2)
         raise BackendError(
-            f"products of {self._tokens} tokens with weights of {self._form.storage} take "
-            f"{shared >> 10} KiB of shared memory, and {self._device.name} has "
+            f"products of {tokens} tokens with weights of {self._form.storage} take "
+            f"{taken >> 10} KiB of shared memory, and {self._device.name} has "
             f"{self._device.shared_bytes >> 10}",
             hint="use a GPU of compute capability 9.0, or build without --weights",
         )
 
-    def _taken(self, shape: QuantisedShape, pass_steps: int, ring: int) -> int:
-        """Inputs of a pass, sums that are kept, and steps that are on their way."""
-        tokens, kept = self._tokens, KEPT.get(self._tokens, TOGETHER)
-        if pass_steps * STEP < shape.columns:
-            tiles = tiles_of(shape.outputs, paired=shape.paired)
-            kept = math.ceil(tiles / min(tiles, self._device.multiprocessors))
-        inputs = tokens * (2 * STEP * pass_steps + SHIFT)
-        on_the_way = ring * TOGETHER * step_bytes(self._form)
-        return inputs + warps_of(tokens) * (kept * tokens * SUMS_BYTES + on_the_way)
+    def most_tokens(self) -> int:
+        """That a product takes at once.
 
+        Raises:
+            BackendError: Not even one.
+        """
+        for tokens in range(max(BATCH_TILES), 1, -1):
+            if self._fits(self._taken(1, tokens)):
+                return tokens
+        self.batch(QuantisedShape(TILE, STEP, paired=False), 1)
+        return 1
 
-def rooms_of(
-    device: Device, form: WeightFormat, shapes: Collection[QuantisedShape], width: int
-) -> dict[int, Rooms]:
-    """By tokens: as many as kernels have sums for, or as find room; see `Rooms`.
+    def _taken(self, together: int, tokens: int) -> int:
+        """By a product of more: steps that are on their way with their inputs, and sums."""
+        on_the_way = BATCH_RING * (together * step_bytes(self._form) + 2 * STEP * tokens)
+        return BATCH_WARPS[made_for(tokens)] * (on_the_way + together * tokens * SUMS_BYTES)
 
-    Raises:
-        BackendError: Not even one does.
-    """
-    rooms = {1: Rooms(device, form, shapes, width, 1)}
-    for tokens in range(2, MADE_FOR[-1] + 1):
-        try:
-            rooms[tokens] = Rooms(device, form, shapes, width, tokens)
-        except BackendError:
-            break
-    return rooms
+    def _fits(self, taken: int) -> bool:
+        return taken + DECLARED <= self._all
+
+    def _alone(self, taken: int, parts: int) -> int:
+        return min(max(taken, self._all // parts), self._device.shared_bytes)
 
 
 def made_for(tokens: int) -> int:
-    """Tokens of the smallest kernel that takes these."""
-    return next(most for most in MADE_FOR if tokens <= most)
-
-
-def warps_of(tokens: int) -> int:
-    """Of a thread block."""
-    return FEW_WARPS if tokens <= MADE_FOR[0] else MANY_WARPS
+    """Tokens of the smallest kernel of more that takes these."""
+    return next(most for most in BATCH_TILES if tokens <= most)

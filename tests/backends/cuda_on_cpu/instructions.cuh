@@ -8,6 +8,13 @@ void copy_async(void* to, const void* from, bool valid) {
     this_fiber().copies.push_back({to, from, BYTES, valid});
 }
 
+using SharedAddress = unsigned char*;
+inline SharedAddress shared_address(void* at) { return static_cast<SharedAddress>(at); }
+
+inline void copy_wide_if(bool wanted, SharedAddress to, const void* from, bool valid = true) {
+    if (wanted) copy_async<16>(to, from, valid);
+}
+
 inline void copies_end() {
     this_fiber().on_their_way.push_back(std::move(this_fiber().copies));
     this_fiber().copies.clear();
