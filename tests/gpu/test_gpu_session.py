@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from gpu.cases import EXIT
-from tolerances import LOGITS_BF16_RELATIVE, LOGITS_FP16_RELATIVE, LOGITS_FP32
+from tolerances import LOGITS_BF16_RELATIVE, LOGITS_FP16_RELATIVE, LOGITS_FP32, TWO_KERNELS
 
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.decoding.sampling import Sampling
@@ -120,7 +120,7 @@ def test_policy_and_speculation(case, decode):
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_k=30, top_p=0.9)])
 def test_choices_are_those_of_the_logits(case, decode, rng, sampling):
     """At fixed exits and at checks of which some stop; two sessions in step, one by its logits."""
-    device, host = case.session(2), case.session(2)
+    device, host, apart = case.session(2), case.session(2), TWO_KERNELS[case.precision]
     pending = case.expected["token_ids"][:, :6].tolist()
     inner = device.exits
     for step in range(16):
@@ -133,19 +133,19 @@ def test_choices_are_those_of_the_logits(case, decode, rng, sampling):
             logits, blocks = said.logits, said.blocks_run.tolist()
             choice = device.choose(pending, policy, sampling, draws)
             assert choice.blocks_run == blocks
-            np.testing.assert_allclose(choice.confidence, said.confidence, atol=2e-3, rtol=0)
+            np.testing.assert_allclose(choice.confidence, said.confidence, atol=apart, rtol=0)
         else:
             exit = int(rng.choice([*inner, case.spec.blocks]))
             logits = host.advance(pending, exit)
             choice = device.choose(pending, exit, sampling, draws)
         for row, token in enumerate(choice.tokens):
             if not sampling.temperature:
-                assert logits[row].max() - logits[row, token] <= 2e-3 * np.abs(logits[row]).max()
+                assert logits[row].max() - logits[row, token] <= apart * np.abs(logits[row]).max()
                 continue
             kept = sampling.probabilities(logits[row])
             high = kept[: token + 1].sum()
             # The least likely that are kept may be others there: their logits hardly differ.
-            near = 2e-3 + 2 * kept[kept > 0].min()
+            near = apart + 2 * kept[kept > 0].min()
             assert high - kept[token] - near <= draws[row] <= high + near
         pending = [[token] for token in choice.tokens]
     np.testing.assert_array_equal(device.watermarks, host.watermarks)
@@ -185,7 +185,7 @@ def test_steps_begun_ahead(case, decode, batch):
             pending = [[token.id for token in each] for each in chosen]
             logits = plain.advance(expected, exit)
             for row, [token] in enumerate(pending):
-                near = 2e-3 * np.abs(logits[row]).max()
+                near = TWO_KERNELS[case.precision] * np.abs(logits[row]).max()
                 assert logits[row].max() - logits[row, token] <= near
             expected = pending
             if step == 12:
