@@ -5,10 +5,17 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
+import uvicorn
+from tokenizers import Tokenizer
+
+from ojfa_export.serving import server as serving_server
+from ojfa_export.serving.app import create_app
+from ojfa_export.serving.catalogue import Catalogue
 
 
 @pytest.fixture
@@ -97,3 +104,41 @@ def test_serving(imported, tmp_path, monkeypatch):
     for part in ("saturated", "half leave at half depth", "arrivals"):
         assert result[part]["requests_per_second"] > 0
     assert len(json.loads(arrivals.read_text())) == 12
+
+
+def test_serving_over_http(imported, tmp_path, monkeypatch):
+    bench, shapes = imported("bench.gpu.serving_http"), imported("bench.gpu.shapes")
+    monkeypatch.setitem(shapes.SHAPES, "llama2-7b", shapes._spec("llama", 4, 32, 4, 48, 96))
+    monkeypatch.setattr(shapes, "POOL", 1 << 12)
+    monkeypatch.setattr(imported("bench.gpu.serving"), "LENGTH", 128)
+    monkeypatch.setattr(bench, "nvidia_smi", dict)
+    for name, value in {"PAST": 20, "NEW": 6, "VOCABULARY": 96}.items():
+        monkeypatch.setattr(bench, name, value)
+    out = tmp_path / "http.json"
+
+    def in_a_thread(listening, loaders, settings):
+        [served] = [load() for load in loaders]
+        app = create_app(Catalogue([served]), settings)
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            asked = ["ask", "--server", f"ours={listening.getsockname()[1]}"]
+            bench.main([*asked, "--clients", "1", "3", "--rounds", "2", "--out", str(out)])
+        finally:
+            server.should_exit = True
+            thread.join()
+            served.engine.close()
+
+    monkeypatch.setattr(serving_server, "serve", in_a_thread)
+    bench.main(["serve", "--port", "0", "--sequences", "4"])
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["server"], row["clients"]) for row in rows] == [("ours", 1), ("ours", 3)]
+    assert all(row["first_ms"] > 0 for row in rows)
+
+
+def test_the_shape_that_vllm_serves_instead(imported, tmp_path):
+    imported("bench.gpu.serving_http").main(["vllm-model", str(tmp_path / "model")])
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    tokenizer = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == config["vocab_size"]
