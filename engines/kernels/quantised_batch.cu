@@ -1,4 +1,4 @@
-// Products with quantised matrices for steps of up to 16 tokens, of which there are too many for their inputs
+// Products with quantised matrices for steps of 3 to 32 tokens, of which there are too many for their inputs
 // to lie in shared memory beforehand: inputs come with the weights that they are multiplied with.
 //
 // A thread block takes some tiles at a time over all columns, so that inputs are read once for
