@@ -6,11 +6,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
-import torch
-import transformers
 
 from bench.cpu.compiled import Compiled
 from bench.cpu.monolithic import MonolithicModel
@@ -102,7 +100,12 @@ class Transformers:
     name = "transformers"
 
     def __init__(self, checkpoint: Path, threads: int) -> None:
+        # Here alone: memory is measured of processes that need neither.
+        import torch
+        import transformers
+
         torch.set_num_threads(threads)
+        self._torch, self._new_cache = torch, transformers.DynamicCache
         self._model = transformers.AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.float32
         ).eval()
@@ -112,7 +115,7 @@ class Transformers:
 
     def start(self, prompt: list[int]) -> None:
         """Processes a prompt."""
-        self._cache = transformers.DynamicCache(config=self._model.config)
+        self._cache = self._new_cache(config=self._model.config)
         self._forward(prompt)
         self._length, self._token = len(prompt), prompt[0]
 
@@ -126,25 +129,39 @@ class Transformers:
         self._token = int(self._forward([self._token])[0, -1].argmax())
         return self._token
 
-    @torch.inference_mode()
-    def _forward(self, token_ids: list[int]) -> torch.Tensor:
-        logits: torch.Tensor = self._model(
-            torch.tensor([token_ids]), past_key_values=self._cache, logits_to_keep=1
-        ).logits
-        return logits
+    def _forward(self, token_ids: list[int]) -> Any:
+        with self._torch.inference_mode():
+            return self._model(
+                self._torch.tensor([token_ids]), past_key_values=self._cache, logits_to_keep=1
+            ).logits
 
 
 class Genai:
-    """onnxruntime-genai with the model that its own builder makes of the checkpoint."""
+    """onnxruntime-genai with the model that its own builder makes of the checkpoint.
+
+    Args:
+        checkpoint: Of a Llama.
+        directory: To build in.
+        blocks: Of the model.
+        capacity: Tokens that a sequence may have.
+        weights: "fp32", or "int4" in groups of 32 with 8-bit products.
+    """
 
     name = "onnxruntime-genai"
 
-    def __init__(self, checkpoint: Path, directory: Path, blocks: int, capacity: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        directory: Path,
+        blocks: int,
+        capacity: int,
+        weights: Literal["fp32", "int4"] = "fp32",
+    ) -> None:
         import onnxruntime_genai as genai
 
         self.blocks = blocks
         model = directory / "genai"
-        _build_genai(checkpoint, model)
+        _build_genai(checkpoint, model, weights)
         self._genai = genai
         self._model = genai.Model(str(model))
         self._capacity = capacity
@@ -175,11 +192,14 @@ class Genai:
         return int(self._generator.get_next_tokens()[0])
 
 
-def _build_genai(checkpoint: Path, model: Path) -> None:
+def _build_genai(checkpoint: Path, model: Path, weights: str) -> None:
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    command += ["-i", str(checkpoint), "-o", str(model), "-p", "fp32", "-e", "cpu"]
+    command += ["-i", str(checkpoint), "-o", str(model), "-p", weights, "-e", "cpu"]
     cache = model.with_name("genai-cache")
-    result = subprocess.run([*command, "-c", str(cache)], capture_output=True, text=True)
+    command += ["-c", str(cache)]
+    if weights == "int4":
+        command += ["--extra_options", "int4_block_size=32", "int4_accuracy_level=4"]
+    result = subprocess.run(command, capture_output=True, text=True)
     shutil.rmtree(cache, ignore_errors=True)
     if result.returncode:
         raise RuntimeError(f"onnxruntime-genai's builder failed:\n{result.stderr[-2000:]}")
