@@ -119,3 +119,6 @@ QUANTISED_CORRELATION = {"int4": 0.8, "int8": 0.998}
 # what lies between their products is rounded in one and not in the other, fp16 by 5e-4, bf16 by
 # 4e-3 of it: on an H200 confidences in bf16 were up to 5.4e-3 apart.
 TWO_KERNELS = {"fp32": 2e-3, "fp16": 2e-3, "bf16": 1.6e-2}
+# A factor of the inverse of second moments, found in float64 and rounded to fp32 (6e-8), against
+# NumPy's in float64, relative to the largest entry: damped, their condition is below 1e6.
+INPUT_FACTOR_RELATIVE = 2e-7

@@ -15,16 +15,10 @@ from numpy.typing import NDArray
 
 from ojfa_export.bundle.weight_format import BLOCK_MATRICES, QuantisedMatrix
 from ojfa_export.decoding.arrays import Int32
-from ojfa_export.graphs.gptq import InputFactor
+from ojfa_export.graphs.input_factor import InputFactor
 from ojfa_export.graphs.quantised import Quantiser
-from ojfa_export.verify.exact import (
-    HIDDEN,
-    Dequantised,
-    ExactModel,
-    Float64,
-    add_bias,
-    multiply,
-)
+from ojfa_export.system.heap import trim_heap
+from ojfa_export.verify.exact import Dequantised, ExactModel, Float64
 
 # Of the text: as many tokens as say enough of the inputs of a model of a few hundred features, and
 # as few as keep the time of a build within that of its other stages.
@@ -49,7 +43,7 @@ class WeightFitter:
 
     def __init__(self, exact: ExactModel, token_ids: Int32, quantiser: Quantiser) -> None:
         self._exact, self._token_ids, self._quantiser = exact, token_ids, quantiser
-        self._hidden: Float64 | None = None  # what goes into the next block
+        self._hidden: Float64 | None = None  # what goes into the next block, in one place
 
     def block(self, index: int, read: Read) -> dict[str, QuantisedMatrix]:
         """Quantises the matrices of the next block.
@@ -60,21 +54,23 @@ class WeightFitter:
         """
         made: dict[str, QuantisedMatrix] = {}
 
-        def linear(x: Float64, weights: Mapping[str, NDArray[Any]], name: str) -> Float64:
+        def fit(name: str, x: Float64) -> Dequantised:
             key = f"{name}.weight"
-            matrix = self._quantiser.make(weights[key], factor_of(x))
-            made[key] = matrix
-            numbers = Dequantised(matrix, self._quantiser.form)
-            return add_bias(multiply(x, numbers), weights, name)
+            trim_heap()  # what products before have left
+            factor = factor_of(x)  # before the weights are in memory
+            made[key] = self._quantiser.make(read(key), factor)
+            return Dequantised(made[key], self._quantiser.form)
 
-        found = self._exact.run_block(index, _Tensors(read), self._before(), linear)
-        self._hidden = found[HIDDEN]
+        self._exact.pass_on(index, _Tensors(read), self._before(), fit)
         assert set(made) == set(BLOCK_MATRICES)
         return made
 
     def skip(self, index: int) -> None:
         """Goes on behind a block whose graph is there already."""
-        self._hidden = self._exact.block(index, self._before())[HIDDEN]
+        weights = self._exact.block_weights(index)
+        self._exact.pass_on(
+            index, weights, self._before(), lambda name, _: weights[f"{name}.weight"]
+        )
 
     def head(self, read: Read) -> InputFactor:
         """What is known of the inputs of the head, after the last block.
@@ -92,8 +88,7 @@ class WeightFitter:
 
 def factor_of(x: Float64) -> InputFactor:
     """Of inputs [..., features]."""
-    flat = x.reshape(-1, x.shape[-1])
-    return InputFactor.of(flat.T @ flat)
+    return InputFactor.of(x.reshape(-1, x.shape[-1]))
 
 
 class _Tensors(Mapping[str, NDArray[Any]]):

@@ -22,8 +22,8 @@ from ojfa_export.graphs.dialect import Portable, Weights
 from ojfa_export.graphs.draft import draft_part_graph
 from ojfa_export.graphs.embed import embed_graph
 from ojfa_export.graphs.fold import FoldedHead
-from ojfa_export.graphs.gptq import InputFactor
 from ojfa_export.graphs.heads import final_head_graph, jump_head_graph
+from ojfa_export.graphs.input_factor import InputFactor
 from ojfa_export.graphs.kept import KeptWeights, check_exact
 from ojfa_export.graphs.quantised import Quantiser, add_matrix
 from ojfa_export.graphs.weights import TensorRef, WeightFile, map_tensors, references

@@ -14,46 +14,16 @@ have made good what they can.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from numpy.typing import NDArray
 
 from ojfa_export.bundle.weight_format import QuantisedMatrix, WeightFormat, pack
 from ojfa_export.decoding.arrays import Float32
+from ojfa_export.graphs.input_factor import InputFactor
 
-Float64 = NDArray[np.float64]
-# Added to the diagonal of H, over its mean: what the paper's authors add.
-DAMPING = 0.01
 # Ranges that are tried for a group.
 LEAST_RANGE, RANGES = 0.7, 13
-# Columns whose errors are passed on to all later ones at once.
+# Columns whose errors are passed on to all later ones at once; panels of a factor are whole ones.
 TOGETHER = 128
-
-
-@dataclass(frozen=True)
-class InputFactor:
-    """What is known of the inputs of a matrix.
-
-    Attributes:
-        order: [inputs] int64, in which columns are rounded: largest inputs first.
-        upper: U [inputs, inputs] float32, upper triangular, with H^-1 = U^T U of the damped H,
-            whose rows and columns are in that order.
-    """
-
-    order: NDArray[np.int64]
-    upper: Float32
-
-    @classmethod
-    def of(cls, gram: Float64) -> InputFactor:
-        """The factor of H = X^T X, [inputs, inputs]; features that never were count as well."""
-        order = np.argsort(-gram.diagonal(), kind="stable")
-        damped = gram[np.ix_(order, order)]
-        mean = float(gram.diagonal().mean()) or 1.0
-        damped[np.diag_indices_from(damped)] += DAMPING * mean
-        inverse = np.linalg.inv(damped)
-        lower = np.linalg.cholesky((inverse + inverse.T) / 2)
-        return cls(order, np.ascontiguousarray(lower.T, np.float32))
 
 
 def quantise(columns: Float32, form: WeightFormat, factor: InputFactor) -> QuantisedMatrix:
@@ -65,23 +35,24 @@ def quantise(columns: Float32, form: WeightFormat, factor: InputFactor) -> Quant
         factor: Of its inputs.
     """
     inputs, outputs = columns.shape
-    order, upper, size = factor.order, factor.upper, form.group_size
+    order, size = factor.order, form.group_size
     most = (1 << form.bits) - 1
     scales, points = _ranges_of_groups(columns, factor, size, most)
     numbers = np.empty((inputs, outputs), np.uint8)
     left = columns[order]  # a copy
     for start in range(0, inputs, TOGETHER):
         stop = min(start + TOGETHER, inputs)
+        upper = factor.rows(start, stop)
         lost = np.empty((stop - start, outputs), np.float32)
-        for at in range(start, stop):
+        for row, at in enumerate(range(start, stop)):
             group = order[at] // size
             number = np.clip(np.rint(left[at] / scales[group] + points[group]), 0, most)
             numbers[order[at]] = number
             error = left[at] - (number - points[group]) * scales[group]
-            error /= upper[at, at]
-            left[at + 1 : stop] -= np.multiply.outer(upper[at, at + 1 : stop], error)
-            lost[at - start] = error
-        left[stop:] -= upper[start:stop, stop:].T @ lost
+            error /= upper[row, row]
+            left[at + 1 : stop] -= np.multiply.outer(upper[row, row + 1 : stop - start], error)
+            lost[row] = error
+        left[stop:] -= upper[:, stop - start :].T @ lost
     return pack(numbers.T, scales.T, points.T.astype(np.uint8), form)
 
 
@@ -90,7 +61,7 @@ def _ranges_of_groups(
 ) -> tuple[Float32, Float32]:
     """Scales and whole zero points [groups, outputs]."""
     diagonal = np.empty(len(columns), np.float32)
-    diagonal[factor.order] = factor.upper.diagonal()
+    diagonal[factor.order] = factor.diagonal
     groups = [slice(at, at + size) for at in range(0, len(columns), size)]
     found = [_ranges(columns[group], diagonal[group], most) for group in groups]
     scales, points = (np.stack(each) for each in zip(*found, strict=True))

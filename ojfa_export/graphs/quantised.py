@@ -23,7 +23,7 @@ from ojfa_export.bundle.weight_format import (
     WeightFormat,
 )
 from ojfa_export.graphs import gptq
-from ojfa_export.graphs.gptq import InputFactor
+from ojfa_export.graphs.input_factor import InputFactor
 from ojfa_export.graphs.weights import CONVERSION_CHUNK, TensorRef, WeightFile
 
 OPERATOR = "MatMulNBits"

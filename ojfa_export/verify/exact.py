@@ -34,14 +34,15 @@ from ojfa_export.models.spec import SECOND, ModelSpec
 Float64 = NDArray[np.float64]
 Tensors = dict[str, Float64]
 Weights = Mapping[str, NDArray[Any]]
-Linear = Callable[[Float64, Weights, str], Float64]
 # The last tensor of a block: what it hands on.
 HIDDEN = "hidden"
-MLP_DOWN = "mlp.down"
+ATTENTION_OUT, MLP_UP, MLP_DOWN = "attention.out", "mlp.up", "mlp.down"
 # Queries, keys and values; and with the norms of queries and keys.
 QKV, QKV_NORMED = "attention.qkv", "attention.qkv normed"
 # Elements of a weight matrix that are widened at a time.
 CHUNK = 1 << 22
+# Tokens that `pass_on` has in flight.
+TOGETHER = 512
 
 
 class ExactModel:
@@ -78,7 +79,7 @@ class ExactModel:
             and keys behind their norms where they have some, and the block's output as `HIDDEN`:
             [B,S,features] each.
         """
-        return self.run_block(index, self._weights(block_name(index)), hidden)
+        return self._run_block(index, self.block_weights(index), hidden)
 
     def exit_block(self, graph: str, exit: int, hidden: Float64) -> Tensors:
         """Runs a block behind an exit on whole sequences, without a cache.
@@ -93,41 +94,65 @@ class ExactModel:
         """
         weights = self._weights(graph)
         scaled = hidden * weights["exit.scale"][exit] + weights["exit.shift"][exit]
-        return self.run_block(self._spec.blocks - 1, weights, scaled)
+        return self._run_block(self._spec.blocks - 1, weights, scaled)
 
-    def run_block(
-        self, index: int, weights: Weights, hidden: Float64, linear: Linear | None = None
-    ) -> Tensors:
-        """Runs a block as `block` does, on weights that are given.
-
-        Args:
-            index: Which block.
-            weights: Its tensors.
-            hidden: [B,S,H].
-            linear: Multiplies x with a matrix of the weights, by name, and adds its bias; in
-                place of a product with what is there.
-        """
-        spec, linear = self._spec, linear or _linear
-        found: Tensors = {}
-
-        def normed(x: Float64, part: str, place: Literal["before", "after"]) -> Float64:
-            if not spec.norms_are(place):
-                return x
-            return self._norm(x, weights, f"{part}.{spec.norm_name(place)}")
-
-        seen = found["attention.norm"] = normed(hidden, "attention", "before")
-        qkv = found[QKV] = linear(seen, weights, QKV)
+    def _run_block(self, index: int, weights: Weights, hidden: Float64) -> Tensors:
+        spec, found = self._spec, Tensors()
+        seen = found["attention.norm"] = self._normed(hidden, weights, "attention", "before")
+        qkv = found[QKV] = _linear(seen, weights, QKV)
         if spec.qk_norm != "none":
             qkv = found[QKV_NORMED] = self._norm_queries_and_keys(qkv, weights)
         mixed = found["attention.mixed"] = self._attend(qkv, index)
-        out = found["attention.out"] = linear(mixed, weights, "attention.out")
-        attended = hidden + normed(out, "attention", "after")
-        seen = found["mlp.norm"] = normed(hidden if spec.parallel else attended, "mlp", "before")
-        up = found["mlp.up"] = linear(seen, weights, "mlp.up")
+        out = found[ATTENTION_OUT] = _linear(mixed, weights, ATTENTION_OUT)
+        attended = hidden + self._normed(out, weights, "attention", "after")
+        before = hidden if spec.parallel else attended
+        seen = found["mlp.norm"] = self._normed(before, weights, "mlp", "before")
+        up = found[MLP_UP] = _linear(seen, weights, MLP_UP)
         inner = found["mlp.inner"] = self._activate(up)
-        down = found[MLP_DOWN] = linear(inner, weights, "mlp.down")
-        found[HIDDEN] = attended + normed(down, "mlp", "after")
+        down = found[MLP_DOWN] = _linear(inner, weights, MLP_DOWN)
+        found[HIDDEN] = attended + self._normed(down, weights, "mlp", "after")
         return found
+
+    def block_weights(self, index: int) -> dict[str, Any]:
+        """A block's tensors by name: arrays mapped into memory, or `Dequantised`."""
+        return self._weights(block_name(index))
+
+    def pass_on(
+        self, index: int, weights: Weights, hidden: Float64, matrix: Callable[[str, Float64], Any]
+    ) -> None:
+        """Runs a block on many sequences in little memory, a few of them at a time.
+
+        Args:
+            index: Which block.
+            weights: Its tensors but for its matrices.
+            hidden: [B,S,H], whose place the block's output takes.
+            matrix: Gives a matrix by its name and all that it is to multiply, [B,S,inputs].
+        """
+        spec = self._spec
+
+        def product(name: str, x: Float64, then: Callable[[Float64], Float64]) -> Float64:
+            found = matrix(name, x)
+            return _some_at_a_time(
+                x, lambda some: then(add_bias(multiply(some, found), weights, name))
+            )
+
+        def attend(qkv: Float64) -> Float64:
+            if spec.qk_norm != "none":
+                qkv = self._norm_queries_and_keys(qkv, weights)
+            return self._attend(qkv, index)
+
+        # What is done with goes at once: each of these is as large as the text.
+        x = product(QKV, self._normed(hidden, weights, "attention", "before"), attend)
+        x = product(ATTENTION_OUT, x, lambda out: self._normed(out, weights, "attention", "after"))
+        if spec.parallel:
+            seen = self._normed(hidden, weights, "mlp", "before")
+            hidden += x
+        else:
+            hidden += x
+            seen = self._normed(hidden, weights, "mlp", "before")
+        x = product(MLP_UP, seen, self._activate)
+        del seen
+        hidden += product(MLP_DOWN, x, lambda down: self._normed(down, weights, "mlp", "after"))
 
     def logits(self, hidden: Float64, blocks_run: int) -> Float64:
         """The model's own head after all blocks, else the exit head: [rows,H] to [rows,V]."""
@@ -183,6 +208,14 @@ class ExactModel:
             assert form is not None
             weights[name] = Dequantised(matrix, form)
         return weights
+
+    def _normed(
+        self, x: Float64, weights: Weights, part: str, place: Literal["before", "after"]
+    ) -> Float64:
+        """What goes into a part of a block, or comes out of it: normed where the model does."""
+        if not self._spec.norms_are(place):
+            return x
+        return self._norm(x, weights, f"{part}.{self._spec.norm_name(place)}")
 
     def _norm(self, x: Float64, weights: Weights, name: str) -> Float64:
         if self._spec.norm == "layer":
@@ -241,6 +274,17 @@ class ExactModel:
 
 def _root_mean_square(x: Float64, epsilon: float) -> Float64:
     result: Float64 = np.sqrt((x * x).mean(axis=-1, keepdims=True) + epsilon)
+    return result
+
+
+def _some_at_a_time(x: Float64, function: Callable[[Float64], Float64]) -> Float64:
+    """A function of sequences [B,S,features] that knows each alone."""
+    step = max(1, TOGETHER // x.shape[1])
+    first = function(x[:step])
+    result = np.empty((len(x), *first.shape[1:]))
+    result[:step] = first
+    for start in range(step, len(x), step):
+        result[start : start + step] = function(x[start : start + step])
     return result
 
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import INPUT_FACTOR_RELATIVE
 
 from ojfa_export.backends.onnxruntime.quantise import quantise as to_the_nearest
 from ojfa_export.bundle.weight_format import WeightFormat, dequantise
 from ojfa_export.graphs import gptq
-from ojfa_export.graphs.gptq import DAMPING, InputFactor
+from ojfa_export.graphs.input_factor import DAMPING, PANEL, InputFactor
 
 
 def form_of(group_size, storage="int4"):
@@ -48,12 +49,34 @@ def by_the_paper(columns, form, gram):
     return stands_for
 
 
-@pytest.mark.parametrize(("features", "group_size"), [(32, 16), (96, 32), (160, 16), (256, 128)])
+@pytest.mark.parametrize("features", [1, 48, PANEL, 2 * PANEL + 76])
+@pytest.mark.parametrize("scarce", [False, True])  # fewer rows than features
+def test_the_factor_is_that_of_the_inverse(rng, features, scarce):
+    """Found in place, panel by panel, against NumPy's inverse and Cholesky's of that."""
+    x = inputs_of(rng, features // 2 + 1 if scarce else 2 * features, features)
+    x *= np.exp(rng.standard_normal(features))
+    factor, gram = InputFactor.of(x), x.T @ x
+    order = np.argsort(-gram.diagonal(), kind="stable")
+    damped = gram + DAMPING * gram.diagonal().mean() * np.eye(features)
+    inverse = np.linalg.inv(damped)[np.ix_(order, order)]
+    expected = np.linalg.cholesky((inverse + inverse.T) / 2).T
+    upper = np.zeros_like(expected)
+    for start in range(0, features, PANEL):
+        panel = factor.rows(start, min(start + PANEL, features))
+        upper[start : start + len(panel), start:] = panel
+    np.testing.assert_array_equal(factor.order, order)
+    np.testing.assert_array_equal(factor.diagonal, upper.diagonal())
+    np.testing.assert_array_equal(upper, np.triu(upper))
+    tolerance = INPUT_FACTOR_RELATIVE * np.abs(expected).max()
+    np.testing.assert_allclose(upper, expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize(("features", "group_size"), [(32, 16), (160, 16), (256, 128), (640, 32)])
 def test_numbers_are_those_of_the_paper_s_recursion(rng, features, group_size):
     form = form_of(group_size)
     x = inputs_of(rng, 3 * features, features)
     columns = rng.standard_normal((features, 20)).astype(np.float32)
-    made = gptq.quantise(columns, form, InputFactor.of(x.T @ x))
+    made = gptq.quantise(columns, form, InputFactor.of(x))
     assert made.packed.shape == (20, features // group_size, group_size // 2)
     ours, theirs = dequantise(made, form).T, by_the_paper(columns, form, x.T @ x)
     # Where a weight lies within fp32's rounding of the border of two numbers, all after it differ.
@@ -76,7 +99,7 @@ def test_products_are_nearer_than_of_the_nearest_numbers(seed, groups, group_siz
     features = groups * group_size
     x = inputs_of(rng, 2 * features, features)
     columns = (spread * rng.standard_normal((features, outputs))).astype(np.float32)
-    ours = dequantise(gptq.quantise(columns, form, InputFactor.of(x.T @ x)), form).T
+    ours = dequantise(gptq.quantise(columns, form, InputFactor.of(x)), form).T
     nearest = dequantise(to_the_nearest(columns, form), form).T
     lost = [np.linalg.norm(x @ (each.astype(np.float64) - columns)) for each in (ours, nearest)]
     assert lost[0] < lost[1]
@@ -103,5 +126,5 @@ def test_features_that_never_were(rng):
     form, x = form_of(16), inputs_of(rng, 100, 48)
     x[:, 16:32] = 0
     columns = rng.standard_normal((48, 12)).astype(np.float32)
-    made = dequantise(gptq.quantise(columns, form, InputFactor.of(x.T @ x)), form).T
+    made = dequantise(gptq.quantise(columns, form, InputFactor.of(x)), form).T
     assert np.abs(made - columns)[16:32].max() < 0.5

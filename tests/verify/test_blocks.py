@@ -13,6 +13,7 @@ from tiny_models import VARIANTS, VOCAB_SIZE, make_checkpoint
 from tolerances import BLOCK_FP32_RELATIVE, LOGITS_FP32
 
 from ojfa_export import backends
+from ojfa_export.bundle.weight_format import BLOCK_MATRICES
 from ojfa_export.errors import CalibrationError, VerificationError
 from ojfa_export.graphs.weights import references
 from ojfa_export.shortcuts.hidden import collect_hidden_states
@@ -62,9 +63,10 @@ def enlarge(chain: Chain, graph: str, weight: str, factor: float) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_reference_is_the_model(name, rng, tmp_path):
+def test_the_reference_is_the_model(name, rng, tmp_path, monkeypatch):
     """Block by block on transformers' own hidden states; only rounding to fp32 is between them."""
-    chain, ids = make(name, rng, tmp_path), token_ids(rng)
+    monkeypatch.setattr("ojfa_export.verify.exact.TOGETHER", 2 * LENGTH)
+    chain, ids = make(name, rng, tmp_path), token_ids(rng, rows=3)
     exact = ExactModel(chain.spec, chain.graphs, tables(chain))
     states: list[np.ndarray] = []
     reference = TransformersReference(chain.checkpoint.directory)
@@ -76,8 +78,17 @@ def test_the_reference_is_the_model(name, rng, tmp_path):
 
     assert_near(exact.embed(ids), states[0])
     for index in range(chain.spec.blocks):
-        found = exact.block(index, states[index].astype(np.float64))
-        assert_near(found[HIDDEN], states[index + 1])
+        hidden, weights = states[index].astype(np.float64), exact.block_weights(index)
+        assert_near(exact.block(index, hidden)[HIDDEN], states[index + 1])
+        given: dict[str, np.ndarray] = {}
+
+        def matrix(name, x, weights=weights, given=given):
+            given[name] = x
+            return weights[f"{name}.weight"]
+
+        exact.pass_on(index, weights, hidden, matrix)
+        assert_near(hidden, states[index + 1])
+        assert [f"{name}.weight" for name in given] == list(BLOCK_MATRICES)
     last = states[-1].reshape(-1, chain.spec.hidden_size).astype(np.float64)
     expected = logits.reshape(len(last), -1)
     actual = exact.logits(last, chain.spec.blocks)
