@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import numpy as np
 
 from bench.commit import commit
 from bench.cpu.contestants import Chain, Contestant, Genai
+from bench.memory.usage import status_bytes
 
 KINDS = ("ojfa-export", "onnxruntime-genai")
 PAST, BURST, WARMUP, CAPACITY = 128, 32, 4, 256
@@ -122,7 +122,8 @@ def work(options: argparse.Namespace) -> None:
             steps = [_ms(contestant.step) for _ in range(WARMUP + BURST)][WARMUP:]
             contestant.rewind()
             found = {"ms_per_token": float(np.median(steps)), "prompt_ms": prompt_ms}
-            print(json.dumps(found | {"memory_mb": resident_mb()}), flush=True)
+            held = status_bytes("self", "VmRSS") / 1e6
+            print(json.dumps(found | {"memory_mb": held}), flush=True)
 
 
 def opened(options: argparse.Namespace, folder: Path) -> Contestant:
@@ -133,14 +134,6 @@ def opened(options: argparse.Namespace, folder: Path) -> Contestant:
 
     model = ojfa_export.load(options.bundle)
     return Chain(model.session(max_length=CAPACITY), model.blocks)
-
-
-def resident_mb() -> float:
-    """Megabytes of this process in memory."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    found = re.search(r"VmRSS:\s+(\d+) kB", status)
-    assert found
-    return int(found[1]) * 1024 / 1e6
 
 
 def _ms(run: Callable[[], object]) -> float:

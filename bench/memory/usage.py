@@ -70,7 +70,7 @@ def peak_memory(command: Sequence[str]) -> dict[str, Any]:
     start, anonymous = time.perf_counter(), 0
     with subprocess.Popen(command) as process:
         while process.poll() is None:
-            anonymous = max(anonymous, _resident(process.pid, "RssAnon"))
+            anonymous = max(anonymous, status_bytes(process.pid, "RssAnon"))
             time.sleep(SAMPLING_SECONDS)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, list(command))
@@ -83,7 +83,7 @@ def peak_memory(command: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _resident(pid: int | str, field: str) -> int:
+def status_bytes(pid: int | str, field: str) -> int:
     """A figure of the kernel's on a process (VmRSS, RssAnon) in bytes; 0 once it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
@@ -121,19 +121,19 @@ def _generate_and_weigh(bundle: Path, exit: int | None, prompt: int) -> dict[str
     from ojfa_export.runtime.model import load
 
     gc.collect()
-    before = _resident("self", "VmRSS")
+    before = status_bytes("self", "VmRSS")
     model = load(bundle)
     spec = model.spec
     model.engines.executor(1, 1).embed([0], [Chunk(0, 0, 1)])
     # By now tokenizer, thread pool and ONNX Runtime's own code are there, but no block is.
-    fixed = _resident("self", "VmRSS") - before
+    fixed = status_bytes("self", "VmRSS") - before
     depth = spec.blocks // 2 if exit is None else exit or spec.blocks
     session = model.session()
     session.advance([1 + at % (spec.vocab_size - 1) for at in range(prompt)], depth)
     for token in range(NEW_TOKENS):
         session.advance([token], depth)
     gc.collect()
-    resident = _resident("self", "VmRSS") - before
+    resident = status_bytes("self", "VmRSS") - before
     needed = bytes_needed(spec, depth, prompt + NEW_TOKENS, model.manifest.shortcut)
     weights = bytes_needed(spec, depth, 0, model.manifest.shortcut)
     return {
@@ -144,7 +144,7 @@ def _generate_and_weigh(bundle: Path, exit: int | None, prompt: int) -> dict[str
         "ratio": resident / needed,
         "weight_bytes": weights,
         "ratio_to_weights": resident / weights,
-        "peak_bytes": _resident("self", "VmHWM") - before,
+        "peak_bytes": status_bytes("self", "VmHWM") - before,
         "fixed_bytes": fixed,
         "ratio_without_fixed": (resident - fixed) / needed,
         "limit": RUN_LIMIT,

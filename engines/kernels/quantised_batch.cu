@@ -1,9 +1,9 @@
 // Products with quantised matrices for steps of 3 to 32 tokens, of which there are too many for their inputs
 // to lie in shared memory beforehand: inputs come with the weights that they are multiplied with.
 //
-// A thread block takes some tiles at a time over all columns, so that inputs are read once for
-// all of them. Each of its warps takes a step of these tiles at a time, in turn with the others, and brings
-// what it needs itself: warps wait for one another only at the end of the tiles.
+// A thread block takes some tiles at a time over all columns, so that inputs are read once for all of them. Each
+// of its warps takes a step of these tiles at a time, in turn with the others, and brings what it needs itself:
+// warps wait for one another only at the end of the tiles.
 #include "quantised_products.cuh"
 
 #if HALF && WEIGHT_BITS
@@ -26,8 +26,8 @@ constexpr int BOUND_8 = (WARPS_8 + 2) * LANES, BOUND_16 = (WARPS_16 + 2) * LANES
 constexpr int TOKEN_BYTES = STEP * sizeof(Element);  // of a token's inputs of a step
 constexpr int CHUNKS = STEP / WIDE;                  // of 16 bytes
 
-// A warp's inputs of a step, [tokens, STEP]. Chunks of every other token are
-// exchanged with those of the other half of 128 bytes, so that what eight lanes read is in different banks.
+// A warp's inputs of a step, [tokens, STEP]. Chunks of every other token are exchanged with those of the other
+// half of 128 bytes, so that what eight lanes read is in different banks.
 struct StepInputs {
     static constexpr int AT_ONCE = LANES / CHUNKS;  // tokens that lanes bring
     const Element* x;                               // a lane's first chunk of the columns
@@ -60,8 +60,8 @@ struct StepInputs {
 // Where a lane reads them, of the tokens that it has; tokens beyond are the last one again.
 template <int GROUPS>
 struct LaneInputs {
-    int even[GROUPS],
-        odd[GROUPS];  // bytes to those of the first pair of products, of the second less a pair's
+    // Bytes to those of even pairs of products and of odd ones, less 64 a pair.
+    int even[GROUPS], odd[GROUPS];
     const unsigned char* step;
 
     __device__ __forceinline__ explicit LaneInputs(int tokens) {
@@ -79,6 +79,7 @@ struct LaneInputs {
     }
 };
 
+// A step of so many tiles, which is known while the kernel runs: sums.add() is compiled for each number.
 template <int TILES, class Sums, class Inputs>
 __device__ __forceinline__ void add_step(Sums& sums, int tiles, const unsigned char* slot,
                                          const Inputs& inputs) {

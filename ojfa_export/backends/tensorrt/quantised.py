@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,8 @@ class QuantisedKernels:
         width: int,
     ) -> None:
         self._kernels, self._multiprocessors = kernels, device.multiprocessors
-        self._room = Room(device, form)
-        self._most = self._room.most_tokens()
+        room = Room(device, form)
+        self._few, self._batch, self._most = cache(room.few), cache(room.batch), room.most_tokens()
         self._normed = arrays.lasting((MOST_QUANTISED_TOKENS, width), dtype)
         columns = max((shape.columns for shape in shapes), default=0)
         self._gathered = arrays.lasting((1, MOST_QUANTISED_TOKENS * columns), dtype)
@@ -97,7 +98,7 @@ class QuantisedKernels:
     ) -> None:
         """out [tokens, outputs] = residual + x matrix^T + bias; out may be the residual."""
         tokens, columns = x.shape
-        shared = self._room.few(_shape(matrix), tokens)
+        shared = self._few(_shape(matrix), tokens)
         if shared is not None:
             arguments = (
                 *map(pointer, (out.pointer, address(residual), x.pointer, address(matrix.places))),
@@ -159,7 +160,7 @@ class QuantisedKernels:
     ) -> bool:
         """Launches a product that normalises its inputs, where one is made for as many."""
         tokens, width = hidden.shape
-        shared = self._room.few(_shape(matrix), tokens, normed=True)
+        shared = self._few(_shape(matrix), tokens, normed=True)
         if shared is None:
             return False
         arguments = (
@@ -182,7 +183,7 @@ class QuantisedKernels:
         width: int,
     ) -> None:
         tokens, columns = x.shape
-        together, shared = self._room.batch(_shape(matrix), tokens)
+        together, shared = self._batch(_shape(matrix), tokens)
         arguments = (
             *(*outs, pointer(x.pointer)),
             *_stored(matrix, bias),
