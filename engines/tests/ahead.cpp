@@ -87,6 +87,23 @@ TEST_P(Ahead, ASessionShowsNothingOfIt) {
     }
 }
 
+// A session that was alone leaves an answer on its way that no event marks: who joins waits for it by itself.
+TEST_P(Ahead, AnotherSessionBeginsMeanwhile) {
+    const auto model = open(GetParam());
+    for (int exit = 1; exit <= model.blocks(); ++exit) {
+        const ojfa::TokenIds expected = step_by_step(model, exit, 12);
+        auto session = model.session();
+        auto generation = session.generate(PROMPT, at(exit));
+        ojfa::TokenIds first;
+        for (int i = 0; i < 3; ++i) first.push_back(generation.next()->token);
+        auto another = model.session();
+        EXPECT_EQ(another.generate(PROMPT, at(exit)).next()->token, expected[0]);
+        const ojfa::TokenIds rest = rest_of(generation);
+        first.insert(first.end(), rest.begin(), rest.end());
+        EXPECT_EQ(first, expected);
+    }
+}
+
 // What a generation has begun is not what the session is asked for next.
 TEST_P(Ahead, IsDroppedWhereSomethingElseComes) {
     const auto model = open(GetParam());

@@ -12,11 +12,11 @@ ojfa::Model open() {
     return ojfa::Model::load(fixtures::bundle("llama.ojfa"), {0, fixtures::BACKEND});
 }
 
-ojfa::TokenIds tokens_of(const ojfa::Model& model, int which) {
+ojfa::TokenIds tokens_of(const ojfa::Model& model, int which, int count = 16) {
     const ojfa::Exit exits[] = {ojfa::Exit::full(), 1, 2, ojfa::Exit::automatic(), 3, ojfa::Exit::planned()};
     ojfa::GenerateOptions options;
     options.exit = exits[which % 6];
-    options.max_new_tokens = 16;
+    options.max_new_tokens = count;
     options.temperature = which % 2 ? 0.8 : 0.0;
     options.seed = static_cast<std::uint64_t>(which);
     auto session = model.session();
@@ -39,6 +39,27 @@ TEST(Threads, EightSessionsAtOnceGiveWhatEachGivesAlone) {
         threads.emplace_back([&, i] { actual[static_cast<std::size_t>(i)] = tokens_of(model, i); });
     for (auto& thread : threads) thread.join();
     EXPECT_EQ(actual, expected);
+}
+
+// A session alone, one that joins it, one that ends while another joins.
+TEST(Threads, SessionsThatComeAndGo) {
+    constexpr int THREADS = 3, SESSIONS = 25;
+    const auto model = open();
+    std::vector<ojfa::TokenIds> expected;
+    for (int which = 0; which < 6; ++which) expected.push_back(tokens_of(model, which, 3));
+    std::atomic<int> different{0};
+    std::vector<std::thread> threads;
+    for (int thread = 0; thread < THREADS; ++thread)
+        threads.emplace_back([&, thread] {
+            std::minstd_rand random{std::random_device{}()};
+            for (int i = 0; i < SESSIONS; ++i) {
+                const int which = (thread + i) % 6;
+                if (tokens_of(model, which, 3) != expected[static_cast<std::size_t>(which)]) ++different;
+                std::this_thread::sleep_for(std::chrono::milliseconds(random() % 40));
+            }
+        });
+    for (auto& thread : threads) thread.join();
+    EXPECT_EQ(different, 0);
 }
 
 TEST(Threads, CancellingFromAnother) {

@@ -60,6 +60,7 @@ TensorRtCache::~TensorRtCache() {
     } catch (...) {
         lent_.discard();
     }
+    engines_.forget_check();  // its word goes before this session counts as ended
 }
 
 std::unique_ptr<core::Memory> TensorRtCache::allocate(std::size_t rows) {

@@ -66,7 +66,7 @@ class TensorRtEngines : public core::Engines {
     // checks at once might both have only some. The device begins with one when the last of another session
     // has ended.
     void launch_check(Stream& stream, const std::uint64_t* word, std::uint32_t answer);
-    // Before a session clears the words of its answers.
+    // Before a session clears the words of its answers, or gives back their memory.
     void forget_check();
     bool has_several_sessions() const { return sessions_ > 1; }
 

@@ -81,6 +81,11 @@ void finish(CUstream stream) {
     while (!stream->waiting.empty()) step(stream);
 }
 
+// Who asks again sees it go on.
+void go_on(CUstream stream) {
+    for (int i = 0; i < AT_A_TIME && !stream->waiting.empty(); ++i) step(stream);
+}
+
 void pass(const Mark& mark) {
     while (!mark.passed) step(mark.stream);
 }
@@ -220,6 +225,8 @@ CUresult cuGetErrorName(CUresult result, const char** name) {
 }
 CUresult cuMemGetInfo(size_t* free, size_t* all) {
     BEGIN;
+    // A device works whoever waits: another session's thread may be held up by the one that asks this.
+    for (const CUstream stream : streams) go_on(stream);
     *free = *all = std::size_t{1} << 30;
     return CUDA_SUCCESS;
 }
@@ -307,8 +314,7 @@ CUresult cuStreamDestroy(CUstream stream) {
 CUresult cuStreamQuery(CUstream stream) {
     BEGIN;
     if (stream->waiting.empty()) return CUDA_SUCCESS;
-    for (int i = 0; i < AT_A_TIME && !stream->waiting.empty(); ++i)
-        step(stream);  // who asks again sees it go on
+    go_on(stream);
     return CUDA_ERROR_NOT_READY;
 }
 CUresult cuStreamSynchronize(CUstream stream) {
