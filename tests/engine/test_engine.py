@@ -91,12 +91,14 @@ def test_closing_waits_for_no_release(llama):
 
 def test_whoever_finds_no_pages_is_not_looked_at_in_every_pass(llama, monkeypatch):
     with WatchedEngine(llama, max_sequences=3, kv_cache_bytes=2 * page_bytes(llama.spec)) as engine:
-        asked, take = [], engine._slots.take
+        asked, take = [], engine._admission.slots.take
         monkeypatch.setattr(
-            engine._slots, "take", lambda sequence, _: asked.append(sequence) or take(sequence, _)
+            engine._admission.slots,
+            "take",
+            lambda sequence, _: asked.append(sequence) or take(sequence, _),
         )
         options = GenerationOptions(max_new_tokens=25, ignore_eos=True)
-        with engine._wanted:
+        with engine._admission.changed:
             running = [engine.submit(prompt, options) for prompt in ([1], [2] * 40, [3])]
         results = [each.result(TIMEOUT) for each in running]
         assert len(asked) < 10 < engine.passes
@@ -325,11 +327,11 @@ def test_text_that_cannot_be_made_fails_its_request_alone(llama, monkeypatch):
     broken = [None]
     monkeypatch.setattr(TextStream, "push", failing)
     with WatchedEngine(llama, max_sequences=2) as engine:
-        with engine._wanted:
+        with engine._admission.changed:
             bad, good = (
                 engine.submit([1 + at, 2, 3], max_new_tokens=6, ignore_eos=True) for at in (0, 1)
             )
-            broken[0] = engine._waiting[0]._text
+            broken[0] = engine._admission.waiting[0]._text
         with pytest.raises(OjfaError, match="no text could be made"):
             bad.result(TIMEOUT)
         assert len(good.result(TIMEOUT).token_ids) == 6

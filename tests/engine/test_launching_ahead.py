@@ -51,7 +51,7 @@ def test_passes_begin_before_the_tokens_before_them_are_known(llama_on_device, s
         for at in range(3)
     ]
     with WatchedEngine(model, max_sequences=3) as engine:
-        with engine._wanted:
+        with engine._admission.changed:
             running = [
                 engine.submit(prompt, **each) for prompt, each in zip(prompts, options, strict=True)
             ]
@@ -73,7 +73,7 @@ def test_passes_begin_ahead_beside_prompts_and_at_several_exits(llama_on_device,
         for at, exit in enumerate(exits)
     ]
     with WatchedEngine(model, max_sequences=3, prefill_tokens=4) as engine:
-        with engine._wanted:
+        with engine._admission.changed:
             running = [
                 engine.submit(prompt, **each) for prompt, each in zip(prompts, options, strict=True)
             ]
@@ -222,7 +222,7 @@ def test_text_is_made_while_the_device_has_something_to_do(llama_on_device, monk
         launched = handed_out = 0
 
         def _begin(self):
-            super()._begin()
+            slots = super()._begin()
             real = self._launcher.launch
 
             def counted(*given):
@@ -231,6 +231,7 @@ def test_text_is_made_while_the_device_has_something_to_do(llama_on_device, monk
                 return result
 
             monkeypatch.setattr(self._launcher, "launch", counted)
+            return slots
 
         def _hand_out(self, launched):
             super()._hand_out(launched)
@@ -241,7 +242,7 @@ def test_text_is_made_while_the_device_has_something_to_do(llama_on_device, monk
             super()._tell()
 
     with Counting(model, max_sequences=3, prefill_tokens=4) as engine:
-        with engine._wanted:
+        with engine._admission.changed:
             running = [
                 engine.submit([1, 2, 3] * each, max_new_tokens=12, ignore_eos=True)
                 for each in (1, 4, 8)
@@ -267,7 +268,7 @@ def test_a_request_that_has_ended_is_told_where_the_next_pass_fails(llama_on_dev
             fail_after_the_first_has_ended()
 
         engine._hand_out = failing
-        with engine._wanted:
+        with engine._admission.changed:
             short = engine.submit([1, 2, 3], max_new_tokens=1)
             long = engine.submit([4, 5, 6] * 9, max_new_tokens=8)
         assert len(short.result(TIMEOUT).token_ids) == 1

@@ -29,7 +29,7 @@ class WatchedEngine(Engine):
 
     def _work(self, work) -> None:
         super()._work(work)
-        for each in self._running:
+        for each in self._admission.running:
             assert not each.sequence.expected, "a token that nobody gave"
         self.check()
 
@@ -52,11 +52,11 @@ class WatchedEngine(Engine):
         self.check()
 
     def check(self) -> None:
-        sequences = [each.sequence for each in self._running]
-        left = list(self._slots._left.values())
+        sequences = [each.sequence for each in self._admission.running]
+        left = list(self._admission.slots._left.values())
         slots = [each.slot for each in (*sequences, *left)]
         assert len(slots) == len(set(slots)), "a slot has two owners"
-        assert sorted([*slots, *self._slots._free]) == list(range(self.max_sequences))
+        assert sorted([*slots, *self._admission.slots._free]) == list(range(self.max_sequences))
         for each in (*sequences, *left):
             marks = [each.marks[block] for block in range(self.model.blocks)]
             assert all(shallow >= deep for shallow, deep in itertools.pairwise(marks))
@@ -70,9 +70,9 @@ class WatchedEngine(Engine):
 
     def check_tokens(self, left: list[Sequence]) -> None:
         """What is in the cache, and may serve others, is what requests were or will be given."""
-        self._owners |= {each.sequence: each for each in self._running}
+        self._owners |= {each.sequence: each for each in self._admission.running}
         assert not any(each.expected for each in left)
-        for sequence in (*left, *(each.sequence for each in self._running)):
+        for sequence in (*left, *(each.sequence for each in self._admission.running)):
             owner = self._owners[sequence]
             request = owner.request
             if request.options.speculate:
@@ -83,9 +83,9 @@ class WatchedEngine(Engine):
             assert sequence.tokens[:known] == given[:known]
 
     def assert_everything_was_given_back(self) -> None:
-        assert not self._running
-        assert not self._waiting
-        while self._slots._left:
-            self._slots._drop_oldest()
+        assert not self._admission.running
+        assert not self._admission.waiting
+        while self._admission.slots._left:
+            self._admission.slots._drop_oldest()
         assert self._budget.used == 0
-        assert len(self._slots._free) == self.max_sequences
+        assert len(self._admission.slots._free) == self.max_sequences
