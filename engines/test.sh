@@ -40,7 +40,7 @@ else
 fi
 cmake --build "$build/asan"
 # The slowest takes ten seconds: one that hangs is named.
-ctest --test-dir "$build/asan" --output-on-failure --timeout 300 -j 2
+ctest --test-dir "$build/asan" --output-on-failure --timeout 900 -j 2
 # The Python runtime beside it, where there is one with what the tests need.
 python=${PYTHON:-python3}
 [ ! -x ../.venv/bin/python ] || python=../.venv/bin/python
@@ -53,6 +53,6 @@ else
 fi
 configure tsan -DOJFA_SANITIZE=thread
 cmake --build "$build/tsan" --target test_threads test_tensorrt_threads soak
-timeout 300 "$build/tsan/tests/test_threads"
-timeout 300 "$build/tsan/tests/soak" tests/vectors/gpt2.ojfa reference 8 40
-LD_LIBRARY_PATH="$build/tsan/tests/stand_in" timeout 300 "$build/tsan/tests/test_tensorrt_threads"
+timeout 900 "$build/tsan/tests/test_threads"
+timeout 900 "$build/tsan/tests/soak" tests/vectors/gpt2.ojfa reference 8 40
+LD_LIBRARY_PATH="$build/tsan/tests/stand_in" timeout 900 "$build/tsan/tests/test_tensorrt_threads"
