@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from elements import DTYPES, macros
-from tolerances import ATTENTION_BF16_RELATIVE, ATTENTION_FP16_RELATIVE, ATTENTION_FP32_RELATIVE
+from tolerances import (
+    ATTENTION_BF16_RELATIVE,
+    ATTENTION_FP16_RELATIVE,
+    ATTENTION_FP32_RELATIVE,
+    FP8_E4M3_RELATIVE,
+)
 
 from ojfa_export.backends.tensorrt.attention import PAGE, Geometry, Operands
 from ojfa_export.models.precision import Precision
@@ -25,6 +31,7 @@ class Variant:
     unrotated: bool = False  # a block that rotates nothing, of a model that rotates
     softcap: float = 0.0  # of scores; 0 for none
     of_all: bool = False  # a block without the window that others have
+    fp8_cache: bool = False
 
     @property
     def dtype(self) -> type:
@@ -32,8 +39,13 @@ class Variant:
 
     @property
     def geometry(self) -> Geometry:
-        size = np.dtype(self.dtype).itemsize
-        return Geometry(self.heads, self.kv_heads, self.head_dim, self.rotary_dim, size)
+        sizes = (np.dtype(each).itemsize for each in (self.dtype, self.cached))
+        return Geometry(self.heads, self.kv_heads, self.head_dim, self.rotary_dim, *sizes)
+
+    @property
+    def cached(self) -> type:
+        """What the cache's numbers are."""
+        return ml_dtypes.float8_e4m3fn if self.fp8_cache else self.dtype
 
     @property
     def width(self) -> int:
@@ -42,6 +54,7 @@ class Variant:
     def definitions(self) -> dict[str, int]:
         return {
             **macros(self.precision),
+            "FP8_CACHE": int(self.fp8_cache),
             "HEAD_DIM": self.head_dim,
             "HEADS": self.heads,
             "KV_HEADS": self.kv_heads,
@@ -74,6 +87,9 @@ VARIANTS = {
     "head-of-100": Variant(2, 1, 100, 100, 0),
     "wide-head": Variant(2, 2, 256, 128, 0),
     "bf16": Variant(6, 2, 96, 96, 40, "bf16"),
+    "fp8-cache": Variant(8, 2, 128, 128, 0, fp8_cache=True),
+    "fp8-cache-bf16": Variant(6, 2, 80, 80, 40, "bf16", fp8_cache=True),
+    "fp8-cache-wide-head": Variant(2, 1, 256, 128, 0, fp8_cache=True),
     "softcap": Variant(4, 2, 32, 32, 40, "bf16", softcap=1.5, of_all=True),
     "fp32": Variant(4, 2, 64, 64, 0, "fp32"),
     "fp32-window": Variant(4, 4, 16, 8, 40, "fp32"),
@@ -110,8 +126,8 @@ class Example:
         count = sum(self.chunks)
         self.qkv = rng.standard_normal((count, variant.width), np.float32)
         shape = (len(pasts), variant.kv_heads, capacity, variant.head_dim)
-        self.keys = rng.standard_normal(shape, np.float32).astype(variant.dtype)
-        self.values = rng.standard_normal(shape, np.float32).astype(variant.dtype)
+        self.keys = rng.standard_normal(shape, np.float32).astype(variant.cached)
+        self.values = rng.standard_normal(shape, np.float32).astype(variant.cached)
         for row, past in enumerate(pasts):  # what was never written is anything
             self.keys[row, :, past:] = np.nan
             self.values[row, :, past:] = np.nan
@@ -161,16 +177,24 @@ class Example:
         whole = np.concatenate([pages[self.table[:, i]] for i in range(self.most_pages)], axis=2)
         return whole[:, :, : self.keys.shape[2]]
 
-    def expected(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What attention gives, and the cache after it, in float64."""
-        variant = self.variant
-        heads = self.qkv.astype(np.float64).reshape(len(self.qkv), -1, variant.head_dim)
+    def expected_cache(self) -> tuple[np.ndarray, np.ndarray]:
+        """The keys and values after attention, in float64 and not rounded."""
+        variant, heads = self.variant, self._heads
         new_keys = slice(variant.heads, variant.heads + variant.kv_heads)
         keys, values = self.keys.astype(np.float64), self.values.astype(np.float64)
-        out = np.empty((len(heads), variant.heads, variant.head_dim))
         for token, (position, row) in enumerate(zip(self.positions, self.sequences, strict=True)):
             keys[row, :, position] = self.rotated(heads[token, new_keys], position)
             values[row, :, position] = heads[token, new_keys.stop :]
+        return keys, values
+
+    @property
+    def _heads(self) -> np.ndarray:
+        return self.qkv.astype(np.float64).reshape(len(self.qkv), -1, self.variant.head_dim)
+
+    def expected_out(self, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """What attention gives in float64, of a cache that has the new tokens."""
+        variant, heads = self.variant, self._heads
+        out = np.empty((len(heads), variant.heads, variant.head_dim))
         group = variant.heads // variant.kv_heads
         for token, (position, row) in enumerate(zip(self.positions, self.sequences, strict=True)):
             queries = self.rotated(heads[token, : variant.heads], position)
@@ -183,7 +207,7 @@ class Example:
                     score = variant.softcap * np.tanh(score / variant.softcap)
                 weight = np.exp(score - score.max())
                 out[token, head] = weight @ values[seen] / weight.sum()
-        return out.reshape(len(heads), -1), keys, values
+        return out.reshape(len(heads), -1)
 
     def rotated(self, heads: np.ndarray, position: int) -> np.ndarray:
         if self.variant.unrotated:
@@ -195,20 +219,22 @@ class Example:
         return np.concatenate(turned, axis=-1)
 
     def check(self, out: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
-        """Compares with float64, relative to the largest number; keys and values as pages."""
-        expected, tolerance = self.expected(), TOLERANCES[self.variant.precision]
-        for actual, wanted, name in zip(
-            (out, self.from_pages(keys), self.from_pages(values)),
-            expected,
-            ("out", "keys", "values"),
-            strict=True,
+        """Compares with float64, relative to the largest number; keys and values as pages.
+
+        A cache of fp8 is rounded as coarsely as that is, and attended to as it came to be.
+        """
+        tolerance, rounding = TOLERANCES[self.variant.precision], 0.0
+        cache = [self.from_pages(each).astype(np.float64) for each in (keys, values)]
+        exact = self.expected_cache()
+        seen = exact
+        if self.variant.fp8_cache:
+            rounding, seen = FP8_E4M3_RELATIVE, cache
+        for actual, wanted, name, relative in (
+            (out.astype(np.float64), self.expected_out(*seen), "out", 0.0),
+            (cache[0], exact[0], "keys", rounding),
+            (cache[1], exact[1], "values", rounding),
         ):
-            largest = np.nanmax(np.abs(wanted))
+            atol = tolerance * np.nanmax(np.abs(wanted))
             np.testing.assert_allclose(
-                actual.astype(np.float64),
-                wanted,
-                rtol=0,
-                atol=tolerance * largest,
-                equal_nan=True,
-                err_msg=name,
+                actual, wanted, rtol=relative, atol=atol, equal_nan=True, err_msg=name
             )

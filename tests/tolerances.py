@@ -75,6 +75,8 @@ ATTENTION_FP16_RELATIVE = 1e-2
 ATTENTION_FP32_RELATIVE = 1e-5
 # The same in bf16: eight times fp16's.
 ATTENTION_BF16_RELATIVE = 8e-2
+# Rounding to three bits of fraction: half of the last one's step.
+FP8_E4M3_RELATIVE = 2.0**-4
 # Noise in logits that tells a near tie from a fault, relative to the largest: what the two
 # runtimes' logits may differ by, LOGITS_FP32, where the largest are 3 to 4.
 NOISE_RELATIVE = 3e-5

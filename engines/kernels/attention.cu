@@ -35,7 +35,7 @@ struct Wide {
 
 // Keys and values of a pass's tokens, where any chunk is longer than those that `attention` appends; not of
 // those without a sequence, which only fill a pass up. Grid (tokens, what it takes).
-extern "C" __global__ void append(const float* qkv, Element* keys, Element* values, const float* cosines,
+extern "C" __global__ void append(const float* qkv, Cached* keys, Cached* values, const float* cosines,
                                   const float* sines, const int* positions, const int* sequences,
                                   const int* table, int most_pages) {
     wait_for_previous();
@@ -156,30 +156,33 @@ struct SeenByColumns {
     float mixed[DIM / 16][4] = {};    // values weighted by it
 
     // Attends to STEP_KEYS keys from `first` on; `partly` where some queries don't see all of them.
-    __device__ __forceinline__ void attend(const ColumnQueries& queries, const Element* keys,
-                                           const Element* values, int first, bool partly) {
+    __device__ __forceinline__ void attend(const ColumnQueries& queries, const Cached* keys,
+                                           const Cached* values, int first, bool partly) {
         float score[4] = {}, other[4] = {};  // two sums, as each product waits for the one before
 #pragma unroll
         for (int step = 0; step < DIM / DEPTH; step += 2) {
-            multiply(score, load_left(keys + step * DEPTH), queries.at(step));
+            multiply(score, load_left_keys(keys + step * DEPTH), queries.at(step));
             if (step + 1 < DIM / DEPTH)
-                multiply(other, load_left(keys + (step + 1) * DEPTH), queries.at(step + 1));
+                multiply(other, load_left_keys(keys + (step + 1) * DEPTH), queries.at(step + 1));
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             score[i] = softcapped(score[i] + other[i]);
             const int key = first + threadIdx.x % LANES / 4 + i / 2 * 8, at = position[i % 2];
-            if (partly && (key > at || (LIMIT && key + LIMIT <= at)))
-                score[i] = -__int_as_float(0x7f800000);
+            if (partly && (key > at || (LIMIT && key + LIMIT <= at))) score[i] = -__int_as_float(0x7f800000);
         }
         weigh(score);
 #pragma unroll
         for (int step = 0; step < STEP_KEYS / DEPTH; ++step) {
             const Right weights = as_right(score, step);
 #pragma unroll
-            for (int tile = 0; tile < DIM / 16; ++tile)
-                multiply(mixed[tile], load_left_transposed(values + step * DEPTH * STRIDE + tile * 16),
-                         weights);
+            for (int tile = 0; tile < DIM / 16; tile += ROW_TILES) {
+                Left value[ROW_TILES];
+                load_left_values(value, values + step * DEPTH * CACHED_STRIDE + tile * 16);
+#pragma unroll
+                for (int i = 0; i < ROW_TILES; ++i)
+                    if (tile + i < DIM / 16) multiply(mixed[tile + i], value[i], weights);
+            }
         }
     }
 
@@ -218,7 +221,7 @@ struct SeenByColumns {
             for (int tile = 0; tile < DIM / 16; ++tile)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const int feature = tile * 16 + half * 8 + lane / 4;
+                    const int feature = tile * 16 + feature_of_row(half * 8 + lane / 4);
                     if (feature < HEAD_DIM) part[2 + feature] = mixed[tile][2 * half + column];
                 }
         }
@@ -240,12 +243,14 @@ __device__ __forceinline__ void attend_step(Element* out, const Inputs& in, floa
                                             int most_new, const int* chunks, float* parts,
                                             unsigned* finished) {
     constexpr int WARPS = Way::WARPS, STAGES = Way::STAGES, KEYS = Way::KEYS;
-    constexpr int THREADS = WARPS * LANES, STAGE = 2 * STEP_KEYS * STRIDE, CHUNKS = DIM / WIDE;
+    constexpr int THREADS = WARPS * LANES, STAGE = 2 * STEP_KEYS * CACHED_STRIDE;
+    constexpr int CHUNKS = DIM / CACHED_WIDE;  // of a row
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     Element* const queries = reinterpret_cast<Element*>(shared_memory);
-    Element* const fresh = queries + STEP_QUERIES * STRIDE;  // each new key and its value
-    Element* const rings = fresh + 2 * most_new * STRIDE;
-    Element* const ring = rings + warp * STAGES * STAGE;
+    // Each new key and its value.
+    Cached* const fresh = reinterpret_cast<Cached*>(queries + STEP_QUERIES * STRIDE);
+    Cached* const rings = fresh + 2 * most_new * CACHED_STRIDE;
+    Cached* const ring = rings + warp * STAGES * STAGE;
 
     const int split = blockIdx.x, splits = gridDim.x, kv_head = blockIdx.y % KV_HEADS;
     const int first_query = blockIdx.y / KV_HEADS * STEP_QUERIES;
@@ -278,10 +283,10 @@ __device__ __forceinline__ void attend_step(Element* out, const Inputs& in, floa
 
     const auto copy_step = [=](int step) {
         const int key = first + (step * WARPS + warp) * STEP_KEYS;
-        Element* stage = ring + step % STAGES * STAGE;
+        Cached* stage = ring + step % STAGES * STAGE;
         if (key < stop)
-            copy_rows<STEP_KEYS>(stage, stage + STEP_KEYS * STRIDE, in, sequence, kv_head, key, stop, lane,
-                                 LANES);
+            copy_rows<STEP_KEYS>(stage, stage + STEP_KEYS * CACHED_STRIDE, in, sequence, kv_head, key, stop,
+                                 lane, LANES);
         copies_end();
     };
     // Older keys and values don't depend on the kernel before.
@@ -312,9 +317,9 @@ __device__ __forceinline__ void attend_step(Element* out, const Inputs& in, floa
         const Features loaded =
             is_value ? in.value(token, kv_head, feature) : in.turned(token, head, feature, position);
         if (later < 0) {
-            store_features(queries + row * STRIDE + feature, loaded, scale * LOG2_E);
+            store_query(queries + row * STRIDE, feature, loaded, scale * LOG2_E);
         } else {
-            store_features(fresh + later * STRIDE + feature, loaded);
+            store_features(fresh + later * CACHED_STRIDE + feature, loaded);
             store_features((is_value ? in.values : in.keys) + in.place(sequence, kv_head, position) + feature,
                            loaded);
         }
@@ -346,21 +351,21 @@ __device__ __forceinline__ void attend_step(Element* out, const Inputs& in, floa
         seen.position[column] = index < count ? start + (first_query + index) / GROUP : -1;
     }
     for (int step = 0, key = first + warp * STEP_KEYS; key < stop; ++step, key += WARPS * STEP_KEYS) {
-        Element* stage = ring + step % STAGES * STAGE;
+        Cached* stage = ring + step % STAGES * STAGE;
         copies_wait<STAGES - 1>();
         __syncwarp();
         if (newest < min(key + STEP_KEYS, stop)) {
             const int begin = max(key, newest), rows = 2 * (min(key + STEP_KEYS, stop) - begin);
             for (int i = lane; i < rows * CHUNKS; i += LANES) {
-                const int row = i / CHUNKS, feature = i % CHUNKS * WIDE;
-                Element* to = stage + (row % 2 * STEP_KEYS + begin - key + row / 2) * STRIDE + feature;
-                const Element* from = fresh + (2 * (begin - newest) + row) * STRIDE + feature;
-                *reinterpret_cast<Chunk*>(to) = load(from);
+                const int row = i / CHUNKS, feature = i % CHUNKS * CACHED_WIDE;
+                Cached* to = stage + (row % 2 * STEP_KEYS + begin - key + row / 2) * CACHED_STRIDE + feature;
+                const Cached* from = fresh + (2 * (begin - newest) + row) * CACHED_STRIDE + feature;
+                *reinterpret_cast<CachedChunk*>(to) = *reinterpret_cast<const CachedChunk*>(from);
             }
             __syncwarp();
         }
         const bool partly = key + STEP_KEYS - 1 > lowest || (LIMIT && key + LIMIT <= highest);
-        seen.attend(query, stage, stage + STEP_KEYS * STRIDE, key, partly);
+        seen.attend(query, stage, stage + STEP_KEYS * CACHED_STRIDE, key, partly);
         __syncwarp();
         copy_step(step + STAGES);
     }
@@ -415,7 +420,7 @@ __device__ __forceinline__ void attend_step(Element* out, const Inputs& in, floa
 
 #define FOR_WAY(WAY, NAME, LIMIT)                                                                         \
     extern "C" __global__ void __launch_bounds__(WAY::WARPS* LANES, WAY::RESIDENT) NAME(                  \
-        Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,             \
+        Element* out, const float* qkv, Cached* keys, Cached* values, const float* cosines,               \
         const float* sines, const int* positions, const int* sequences, const int* table, int most_pages, \
         float scale, int tokens, int most_new, const int* chunks, float* parts, unsigned* finished) {     \
         const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};      \

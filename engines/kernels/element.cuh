@@ -76,3 +76,23 @@ __device__ __forceinline__ unsigned add_product(unsigned x, unsigned y, unsigned
     return words;
 }
 #endif
+
+#if FP8_CACHE
+// OCP's e4m3: four bits of exponent and three of fraction. The largest is 448, which larger ones become.
+struct Fp8 {
+    unsigned char bits;
+};
+
+__device__ __forceinline__ void store(Fp8* at, float x) {
+    unsigned short pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
+    at->bits = static_cast<unsigned char>(pair);
+}
+
+// Two of them, in the lower half of a word, as fp16.
+__device__ __forceinline__ unsigned halves(unsigned pair) {
+    unsigned words;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(words) : "h"(static_cast<unsigned short>(pair)));
+    return words;
+}
+#endif

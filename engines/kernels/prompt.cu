@@ -42,7 +42,7 @@ struct SeenByRows {
 
     // Attends to KEYS keys from `first` on; `partly` where some rows don't see all of them.
     template <int KEYS>
-    __device__ __forceinline__ void attend(const Queries& queries, const Element* keys, const Element* values,
+    __device__ __forceinline__ void attend(const Queries& queries, const Cached* keys, const Cached* values,
                                            int first, bool partly) {
         float score[KEYS / 8][4] = {};
 #pragma unroll
@@ -51,7 +51,7 @@ struct SeenByRows {
 #pragma unroll
             for (int tile = 0; tile < KEYS / 8; tile += 2) {
                 Right key[2];
-                load_keys(key, keys + tile * 8 * STRIDE + step * DEPTH);
+                load_keys(key, keys + tile * 8 * CACHED_STRIDE + step * DEPTH);
                 multiply(score[tile], query, key[0]);
                 multiply(score[tile + 1], query, key[1]);
             }
@@ -66,11 +66,12 @@ struct SeenByRows {
         for (int step = 0; step < KEYS / DEPTH; ++step) {
             const Left weights = as_left(score, step);
 #pragma unroll
-            for (int tile = 0; tile < DIM / 8; tile += 2) {
-                Right value[2];
-                load_values(value, values + step * DEPTH * STRIDE + tile * 8);
-                multiply(mixed[tile], weights, value[0]);
-                multiply(mixed[tile + 1], weights, value[1]);
+            for (int tile = 0; tile < DIM / 8; tile += COLUMN_TILES) {
+                Right value[COLUMN_TILES];
+                load_values(value, values + step * DEPTH * CACHED_STRIDE + tile * 8);
+#pragma unroll
+                for (int i = 0; i < COLUMN_TILES; ++i)
+                    if (tile + i < DIM / 8) multiply(mixed[tile + i], weights, value[i]);
             }
         }
     }
@@ -122,12 +123,11 @@ struct SeenByRows {
 template <int LIMIT>
 __device__ __forceinline__ void attend_prompt(Element* out, const Inputs& in, float scale, int tokens,
                                               const int* chunks) {
-    constexpr int STAGE = 2 * PROMPT_KEYS * STRIDE;
+    constexpr int STAGE = 2 * PROMPT_KEYS * CACHED_STRIDE;
     const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES, kv_head = blockIdx.y;
-    Element* const ring = reinterpret_cast<Element*>(shared_memory);
-    // Queries that go to registers lie where the second stage of keys comes later.
-    Element* const queries = ring + (HALF ? STAGE : 2 * STAGE);
-    static_assert(!HALF || PROMPT_ROWS <= 2 * PROMPT_KEYS, "the queries fit into a stage");
+    Cached* const ring = reinterpret_cast<Cached*>(shared_memory);
+    // Queries that go to registers lie where the second stage of keys comes later, as far as they fit there.
+    Element* const queries = reinterpret_cast<Element*>(ring + (HALF ? STAGE : 2 * STAGE));
 
     // The last rows have most to do: they begin first.
     const int first_row = (gridDim.x - 1 - blockIdx.x) * PROMPT_ROWS;
@@ -141,9 +141,9 @@ __device__ __forceinline__ void attend_prompt(Element* out, const Inputs& in, fl
     const int oldest = LIMIT ? max(0, lowest + 1 - LIMIT) / PROMPT_KEYS * PROMPT_KEYS : 0;
     const int tiles = (stop - oldest + PROMPT_KEYS - 1) / PROMPT_KEYS;
     const auto copy_tile = [=](int tile) {
-        Element* stage = ring + tile % 2 * STAGE;
+        Cached* stage = ring + tile % 2 * STAGE;
         if (tile < tiles)
-            copy_rows<PROMPT_KEYS>(stage, stage + PROMPT_KEYS * STRIDE, in, sequence, kv_head,
+            copy_rows<PROMPT_KEYS>(stage, stage + PROMPT_KEYS * CACHED_STRIDE, in, sequence, kv_head,
                                    oldest + tile * PROMPT_KEYS, stop, threadIdx.x, blockDim.x);
         copies_end();
     };
@@ -153,9 +153,9 @@ __device__ __forceinline__ void attend_prompt(Element* out, const Inputs& in, fl
         const int row = min(i / VECTORS, rows - 1) + first_row, feature = i % VECTORS * VECTOR;
         const Features query =
             in.turned(first_token + row / GROUP, kv_head * GROUP + row % GROUP, feature, start + row / GROUP);
-        store_features(queries + i / VECTORS * STRIDE + feature, query, scale * LOG2_E);
+        store_query(queries + i / VECTORS * STRIDE, feature, query, scale * LOG2_E);
     }
-    clear_padding(queries, PROMPT_ROWS, threadIdx.x, blockDim.x);
+    clear_query_padding(queries, PROMPT_ROWS, threadIdx.x, blockDim.x);
     __syncthreads();
     const Queries query(queries + warp * TILE_ROWS * STRIDE);
     __syncthreads();
@@ -172,10 +172,10 @@ __device__ __forceinline__ void attend_prompt(Element* out, const Inputs& in, fl
         copies_wait<1>();
         __syncthreads();
         const int key = oldest + tile * PROMPT_KEYS;
-        const Element* stage = ring + tile % 2 * STAGE;
+        const Cached* stage = ring + tile % 2 * STAGE;
         const bool partly = key + PROMPT_KEYS - 1 > warp_lowest || (LIMIT && key + LIMIT <= warp_highest);
         if (warp * TILE_ROWS < rows && key <= warp_highest)
-            seen.template attend<PROMPT_KEYS>(query, stage, stage + PROMPT_KEYS * STRIDE, key, partly);
+            seen.template attend<PROMPT_KEYS>(query, stage, stage + PROMPT_KEYS * CACHED_STRIDE, key, partly);
         __syncthreads();
     }
     seen.finish();
@@ -190,7 +190,7 @@ __device__ __forceinline__ void attend_prompt(Element* out, const Inputs& in, fl
         for (int tile = 0; tile < DIM / 8; ++tile)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int feature = tile * 8 + lane % 4 * 2 + i;
+                const int feature = tile / 2 * 16 + feature_of_column(tile % 2, lane % 4 * 2 + i);
                 if (feature < HEAD_DIM)
                     store(out + query_index * HEAD_DIM + feature, seen.mixed[tile][2 * half + i] / seen.total[half]);
             }
@@ -198,7 +198,7 @@ __device__ __forceinline__ void attend_prompt(Element* out, const Inputs& in, fl
 }
 
 extern "C" __global__ void __launch_bounds__(PROMPT_WARPS* LANES, PROMPT_RESIDENT)
-    prompt_attention(Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,
+    prompt_attention(Element* out, const float* qkv, Cached* keys, Cached* values, const float* cosines,
                      const float* sines, const int* positions, const int* sequences, const int* table,
                      int most_pages, float scale, int tokens, const int* chunks) {
     const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};
@@ -207,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(PROMPT_WARPS* LANES, PROMPT_RESIDEN
 
 #if WINDOWS_DIFFER
 extern "C" __global__ void __launch_bounds__(PROMPT_WARPS* LANES, PROMPT_RESIDENT)
-    prompt_attention_of_all(Element* out, const float* qkv, Element* keys, Element* values, const float* cosines,
+    prompt_attention_of_all(Element* out, const float* qkv, Cached* keys, Cached* values, const float* cosines,
                             const float* sines, const int* positions, const int* sequences, const int* table,
                             int most_pages, float scale, int tokens, const int* chunks) {
     const Inputs in{qkv, keys, values, cosines, sines, positions, sequences, table, most_pages};

@@ -12,6 +12,16 @@ constexpr int DIM = (HEAD_DIM + 15) / 16 * 16;  // features with those that are 
 constexpr int ROW_BYTES = DIM * sizeof(Element);
 // Elements from a row to the next in shared memory, so that eight rows lie in different banks.
 constexpr int STRIDE = DIM + WIDE;
+// The number that keys and values are stored as, in the cache and on their way from it.
+#if FP8_CACHE
+typedef Fp8 Cached;
+#else
+typedef Element Cached;
+#endif
+constexpr int CACHED_WIDE = 16 / sizeof(Cached), CACHED_STRIDE = DIM + CACHED_WIDE;
+struct alignas(16) CachedChunk {
+    Cached values[CACHED_WIDE];
+};
 constexpr float NONE = -1e30f;  // of a score: less than any
 constexpr int PAGE = 64;        // positions of a page of the cache
 
@@ -38,12 +48,34 @@ typedef Vector<float> Features;
 
 __device__ __forceinline__ Features features_at(const float* at) { return *reinterpret_cast<const Features*>(at); }
 
-// Stores features times a factor.
-__device__ __forceinline__ void store_features(Element* at, const Features& features, float factor = 1.0f) {
+__device__ __forceinline__ void store_features(Cached* at, const Features& features) {
+    Vector<Cached> stored;
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) store(&stored.values[i], features.values[i]);
+    *reinterpret_cast<Vector<Cached>*>(at) = stored;
+}
+
+// Where a query's feature lies in shared memory. A lane's four consecutive ones of a key of fp8 are those that it
+// multiplies with features 2 (lane % 4), the next, and the two 8 further on: the queries' lie as they do.
+__device__ __forceinline__ int query_place(int feature) {
+#if FP8_CACHE
+    return feature / 16 * 16 + feature % 4 / 2 * 8 + feature % 16 / 4 * 2 + feature % 2;
+#else
+    return feature;
+#endif
+}
+
+// Stores features of a query times a factor.
+__device__ __forceinline__ void store_query(Element* row, int feature, const Features& features, float factor) {
+#if FP8_CACHE
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) store(row + query_place(feature + i), features.values[i] * factor);
+#else
     Vector<Element> stored;
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) store(&stored.values[i], features.values[i] * factor);
-    *reinterpret_cast<Vector<Element>*>(at) = stored;
+    *reinterpret_cast<Vector<Element>*>(row + feature) = stored;
+#endif
 }
 
 // Features of a head from `i` on, rotated with their partners half of ROTARY_DIM away, as transformers lays
@@ -67,7 +99,7 @@ __device__ __forceinline__ Features rotated(const float* head, int i, const floa
 // [sequences, most_pages] names the pages of each sequence, in order; without one they are its own in a row.
 struct Inputs {
     const float* qkv;
-    Element *keys, *values;
+    Cached *keys, *values;
     const float *cosines, *sines;
     const int *positions, *sequences, *table;
     int most_pages;
@@ -100,20 +132,20 @@ struct Inputs {
 // COUNT: all of one page. Those from `stop` on are zeros, as nothing is known of that memory. By `lanes`
 // threads, of which this is the `lane`th.
 template <int COUNT>
-__device__ __forceinline__ void copy_rows(Element* to_keys, Element* to_values, const Inputs& in, int sequence,
+__device__ __forceinline__ void copy_rows(Cached* to_keys, Cached* to_values, const Inputs& in, int sequence,
                                           int kv_head, int first, int stop, int lane, int lanes) {
-    constexpr int BYTES = HEAD_DIM * sizeof(Element);
+    constexpr int BYTES = HEAD_DIM * sizeof(Cached);
     constexpr int COPY = BYTES % 16 == 0 ? 16 : BYTES % 8 == 0 ? 8 : 4;
-    constexpr int EACH = COPY / sizeof(Element), COPIES = HEAD_DIM / EACH;
-    static_assert(BYTES % 4 == 0, "a head must have an even number of features");
+    constexpr int EACH = COPY / sizeof(Cached), COPIES = HEAD_DIM / EACH;
+    static_assert(BYTES % 4 == 0, "a head's features must fill words");
     static_assert(PAGE % COUNT == 0, "keys that are copied together lie in one page");
     const long long start = in.place(sequence, kv_head, first);
 #pragma unroll 4
     for (int i = lane; i < COUNT * COPIES; i += lanes) {
         const int row = i / COPIES, feature = i % COPIES * EACH;
         const long long from = start + min(row, stop - 1 - first) * HEAD_DIM + feature;
-        copy_async<COPY>(to_keys + row * STRIDE + feature, in.keys + from, first + row < stop);
-        copy_async<COPY>(to_values + row * STRIDE + feature, in.values + from, first + row < stop);
+        copy_async<COPY>(to_keys + row * CACHED_STRIDE + feature, in.keys + from, first + row < stop);
+        copy_async<COPY>(to_values + row * CACHED_STRIDE + feature, in.values + from, first + row < stop);
     }
 }
 
@@ -128,10 +160,17 @@ struct Chunks {
 };
 
 // Zeros in the features that only make tiles whole.
-__device__ __forceinline__ void clear_padding(Element* rows, int count, int lane, int lanes) {
+__device__ __forceinline__ void clear_padding(Cached* rows, int count, int lane, int lanes) {
     constexpr int PADDING = DIM - HEAD_DIM, EACH = PADDING ? PADDING : 1;
     for (int i = lane; i < count * PADDING; i += lanes)
-        store(rows + i / EACH * STRIDE + HEAD_DIM + i % EACH, 0.0f);
+        store(rows + i / EACH * CACHED_STRIDE + HEAD_DIM + i % EACH, 0.0f);
+}
+
+// The same of queries.
+__device__ __forceinline__ void clear_query_padding(Element* rows, int count, int lane, int lanes) {
+    constexpr int PADDING = DIM - HEAD_DIM, EACH = PADDING ? PADDING : 1;
+    for (int i = lane; i < count * PADDING; i += lanes)
+        store(rows + i / EACH * STRIDE + query_place(HEAD_DIM + i % EACH), 0.0f);
 }
 
 // Operands of one product [16, DEPTH] [DEPTH, 8] as a warp's lanes hold them.
@@ -163,6 +202,65 @@ __device__ __forceinline__ Right load_right(const Element* at) {
     return {*reinterpret_cast<const unsigned*>(at), *reinterpret_cast<const unsigned*>(at + 8)};
 }
 
+#if FP8_CACHE
+// Tiles of a load of values: of rows, and of columns.
+constexpr int ROW_TILES = 2, COLUMN_TILES = 4;
+
+// Two numbers of fp8, in the lower half of a word, as elements.
+__device__ __forceinline__ unsigned widened(unsigned pair) {
+#if BFLOAT
+    // Where they lie in bf16, their bits are 2^-120 of the number, those of small ones too.
+    const unsigned apart = __byte_perm(pair, 0, 0x4140);
+    return add_product((apart & 0x00800080u) << 8 | (apart & 0x007f007fu) << 4, 0x7b807b80u, 0x80008000u);
+#else
+    return halves(pair);
+#endif
+}
+
+// DEPTH features of 16 keys, in the queries' order.
+__device__ __forceinline__ Left load_left_keys(const Fp8* at) {
+    const int lane = threadIdx.x % LANES;
+    at += lane / 4 * CACHED_STRIDE + lane % 4 * 4;
+    const unsigned one = *reinterpret_cast<const unsigned*>(at),
+                   other = *reinterpret_cast<const unsigned*>(at + 8 * CACHED_STRIDE);
+    return {widened(one), widened(other), widened(one >> 16), widened(other >> 16)};
+}
+
+// DEPTH rows of values, of which 32 features become rows of two: of each 16 the even ones, then the odd ones.
+__device__ __forceinline__ void load_left_values(Left (&two)[ROW_TILES], const Fp8* at) {
+    const int lane = threadIdx.x % LANES;
+    unsigned words[4];  // of two features two keys each
+    load_matrices<true>(words, at + lane % 16 * CACHED_STRIDE + lane / 16 * 16);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const unsigned pairs = __byte_perm(words[2 * i + half], 0, 0x3120);
+            two[i].words[2 * half] = widened(pairs);
+            two[i].words[2 * half + 1] = widened(pairs >> 16);
+        }
+}
+
+// Which feature of 16 a row of those is.
+__device__ __forceinline__ int feature_of_row(int row) { return row % 8 * 2 + row / 8; }
+
+// 16 features of 16 keys, in the queries' order.
+__device__ __forceinline__ void load_keys(Right (&two)[2], const Fp8* at) {
+    const Left both = load_left_keys(at);
+    two[0] = {both.words[0], both.words[2]}, two[1] = {both.words[1], both.words[3]};
+}
+
+// 32 features of 16 values, as DEPTH rows: of each 16 the even ones, then the odd ones.
+__device__ __forceinline__ void load_values(Right (&four)[COLUMN_TILES], const Fp8* at) {
+    Left two[2];
+    load_left_values(two, at);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four[i] = {two[i / 2].words[i % 2], two[i / 2].words[i % 2 + 2]};
+}
+
+// Which feature of 16 a column of two tiles of those is.
+__device__ __forceinline__ int feature_of_column(int tile, int column) { return column * 2 + tile; }
+#else
 // DEPTH rows, of which 16 features become rows.
 __device__ __forceinline__ Left load_left_transposed(const Element* at) {
     const int lane = threadIdx.x % LANES;
@@ -186,6 +284,7 @@ __device__ __forceinline__ void load_values(Right (&two)[2], const Element* at) 
     load_matrices<true>(words, at + lane % 16 * STRIDE + lane / 16 * 8);
     two[0] = {words[0], words[1]}, two[1] = {words[2], words[3]};
 }
+#endif
 
 // Sums of products as the left operand: DEPTH columns are those of two of them.
 template <int TILES>
@@ -277,4 +376,14 @@ __device__ __forceinline__ Right as_right(const float (&sums)[4], int step) {
     }
     return right;
 }
+#endif
+
+#if !FP8_CACHE
+constexpr int ROW_TILES = 1, COLUMN_TILES = 2;
+__device__ __forceinline__ Left load_left_keys(const Element* at) { return load_left(at); }
+__device__ __forceinline__ void load_left_values(Left (&one)[ROW_TILES], const Element* at) {
+    one[0] = load_left_transposed(at);
+}
+__device__ __forceinline__ int feature_of_row(int row) { return row; }
+__device__ __forceinline__ int feature_of_column(int tile, int column) { return tile * 8 + column; }
 #endif

@@ -62,7 +62,8 @@ class Geometry:
         kv_heads: Of keys and values.
         head_dim: Features of a head.
         rotary_dim: Those that rotate.
-        element_bytes: Of a number in the cache: 2 or 4.
+        element_bytes: Of a number in matrices: 2 or 4.
+        cache_bytes: Of a number in the cache: as many, or 1.
     """
 
     heads: int
@@ -70,11 +71,13 @@ class Geometry:
     head_dim: int
     rotary_dim: int
     element_bytes: int
+    cache_bytes: int
 
     @classmethod
-    def of(cls, spec: ModelSpec, element_bytes: int) -> Geometry:
+    def of(cls, spec: ModelSpec, element_bytes: int, cache_bytes: int) -> Geometry:
         """A model's."""
-        return cls(spec.heads, spec.kv_heads, spec.head_dim, spec.rotary_dim, element_bytes)
+        heads = spec.heads, spec.kv_heads, spec.head_dim, spec.rotary_dim
+        return cls(*heads, element_bytes, cache_bytes)
 
     @property
     def group(self) -> int:
@@ -88,13 +91,18 @@ class Geometry:
 
     @property
     def row_bytes(self) -> int:
-        """Of a key in shared memory, whole tiles."""
+        """Of a query in shared memory, whole tiles."""
         return math.ceil(self.head_dim / 16) * 16 * self.element_bytes
 
     @property
     def stride_bytes(self) -> int:
-        """From a row in shared memory to the next."""
+        """From a query in shared memory to the next."""
         return self.row_bytes + 16
+
+    @property
+    def cached_stride_bytes(self) -> int:
+        """From a key or value in shared memory to the next."""
+        return self.row_bytes // self.element_bytes * self.cache_bytes + 16
 
 
 @dataclass(frozen=True)
@@ -143,9 +151,10 @@ def step_launch(
     splits = max(1, min(way.most_splits, splits))
     warps = max(1, min(way.most_warps, way.row_bytes // geometry.row_bytes))
     # The queries, new keys and values, and each warp's stages of keys and values.
-    held = STEP_QUERIES + 2 * most_new + warps * way.stages * 2 * STEP_KEYS
+    held = (2 * most_new + warps * way.stages * 2 * STEP_KEYS) * geometry.cached_stride_bytes
+    held += STEP_QUERIES * geometry.stride_bytes
     grid = (splits, rows, chunks.count)
-    return Launch(way.kernel, grid, warps * LANES, held * geometry.stride_bytes)
+    return Launch(way.kernel, grid, warps * LANES, held)
 
 
 def prompt_launch(geometry: Geometry, chunks: Chunks) -> Launch:
@@ -153,11 +162,13 @@ def prompt_launch(geometry: Geometry, chunks: Chunks) -> Launch:
     warps = 2 if geometry.row_bytes > 512 else 4
     keys = 16 if geometry.row_bytes > 512 else 32 if geometry.row_bytes > 256 else 64
     rows = warps * TILE_ROWS
-    # Two stages of keys and values; fp32 queries stay in shared memory beside them.
-    held = 2 * 2 * keys + (0 if geometry.element_bytes == 2 else rows)
+    # Two stages of keys and values; fp32 queries stay in shared memory beside them, others lie
+    # where the second stage comes later.
+    stage, queries = 2 * keys * geometry.cached_stride_bytes, rows * geometry.stride_bytes
+    held = stage + (stage + queries if geometry.element_bytes == 4 else max(stage, queries))
     tiles = math.ceil(chunks.longest * geometry.group / rows)
     grid = (tiles, geometry.kv_heads, chunks.count)
-    return Launch("prompt_attention", grid, warps * LANES, held * geometry.stride_bytes)
+    return Launch("prompt_attention", grid, warps * LANES, held)
 
 
 class Scratch:
