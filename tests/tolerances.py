@@ -77,6 +77,9 @@ ATTENTION_FP32_RELATIVE = 1e-5
 ATTENTION_BF16_RELATIVE = 8e-2
 # Rounding to three bits of fraction: half of the last one's step.
 FP8_E4M3_RELATIVE = 2.0**-4
+# Through some blocks with keys and values of fp8, to the logits: those near the middle of two
+# numbers may be rounded to the other one.
+FP8_CACHE_HIDDEN_RELATIVE = 5e-2
 # Noise in logits that tells a near tie from a fault, relative to the largest: what the two
 # runtimes' logits may differ by, LOGITS_FP32, where the largest are 3 to 4.
 NOISE_RELATIVE = 3e-5

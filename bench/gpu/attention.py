@@ -2,7 +2,8 @@
 
 Needs no TensorRT: kernels, random weights and caches, one CUDA graph over all blocks, each of
 which has its own memory. Prints microseconds a block, and the share of a copy's bandwidth that
-attention reads with. `--chain --weights int4` is of blocks with quantised weights.
+attention reads with. `--chain --weights int4` is of blocks with quantised weights, `--cache fp8`
+of keys and values in fp8.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from bench.gpu.clock import copy_bandwidth, graph_time
@@ -75,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--chain", action="store_true", help="whole blocks too")
     parser.add_argument("--weights", choices=FORMATS, help="of the blocks; fp16 unless given")
+    parser.add_argument("--cache", choices=["fp8"], help="of keys and values; fp16 unless given")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     device = the_device()
@@ -82,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{device.name}: copies {copied / 1e12:.2f} TB/s", flush=True)
     rows: list[Row] = []
     for name in options.shapes:
-        bench = Bench(device, ALL_SHAPES[name], options.blocks, FORMATS.get(options.weights))
+        form, fp8_cache = FORMATS.get(options.weights), options.cache == "fp8"
+        bench = Bench(device, ALL_SHAPES[name], options.blocks, form, fp8_cache=fp8_cache)
         print(f"{name}: attention of", flush=True)
         for row in [*bench.steps(options.batch, options.past), *bench.prompts(options.prompt)]:
             row |= {"shape": name, "share": row["bytes"] / (row["us"] * 1e-6) / copied}
@@ -106,6 +110,7 @@ class Bench:
         spec: The shape.
         blocks: How many.
         form: What their matrices are stored as; None for fp16.
+        fp8_cache: Whether keys and values are in fp8.
 
     Attributes:
         device: The GPU.
@@ -115,17 +120,29 @@ class Bench:
     """
 
     def __init__(
-        self, device: Device, spec: ModelSpec, blocks: int, form: WeightFormat | None = None
+        self,
+        device: Device,
+        spec: ModelSpec,
+        blocks: int,
+        form: WeightFormat | None = None,
+        *,
+        fp8_cache: bool = False,
     ) -> None:
         self.device, self.spec, self._blocks, self._form = device, spec, blocks, form
         self.arrays = DeviceArrays(device)
-        macros = definitions(spec, "fp16", form)
+        macros = definitions(spec, "fp16", form, fp8_cache=fp8_cache)
         self.kernels = Kernels(device, compile_kernels(macros, device.compute_capability))
-        self._geometry = Geometry.of(spec, 2)
+        self._cached = np.dtype(np.uint8 if fp8_cache else np.float16)
+        self._geometry = Geometry.of(spec, 2, self._cached.itemsize)
         most_new = STEP_QUERIES if spec.hidden_size <= SMALL_WIDTH else 1
         self._attention = Attention(self.kernels, self._geometry, device.multiprocessors, most_new)
         numbers = np.random.default_rng(0).standard_normal(POOL, np.float32)
         self._pool = self.arrays.lasting((POOL,), np.float16)
+        self._cache_pool = self._pool
+        if fp8_cache:
+            self._cache_pool = self.arrays.lasting((POOL,), np.uint8)
+            codes = numbers.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+            device.upload(codes, self._cache_pool.pointer)
         self._stored: dict[QuantisedShape, np.ndarray[Any, Any]] = {}
         device.upload((0.02 * numbers).astype(np.float16), self._pool.pointer)
         device.synchronize()
@@ -199,17 +216,18 @@ class Bench:
         return self._works(self._caches(count, length), chunks, weights)
 
     def _read(self, positions: int) -> int:
-        return 2 * positions * self.spec.kv_heads * self.spec.head_dim * 2
+        return 2 * positions * self.spec.kv_heads * self.spec.head_dim * self._cached.itemsize
 
     def _caches(self, batch: int, capacity: int) -> list[tuple[DeviceArray, DeviceArray]]:
         pages = batch * math.ceil(capacity / PAGE)
         shape = (pages, self.spec.kv_heads, PAGE, self.spec.head_dim)
-        return [(self._filled(shape), self._filled(shape)) for _ in range(self._blocks)]
+        pool = self._cache_pool
+        return [(self._filled(shape, pool), self._filled(shape, pool)) for _ in range(self._blocks)]
 
     def weights(self) -> Weights:
         """Random weights of one block."""
         return {
-            name: self._filled((shape.outputs, shape.columns))
+            name: self._filled((shape.outputs, shape.columns), self._pool)
             if self._form is None
             else self._quantised(shape, self._form)
             for name, shape in self._shapes().items()
@@ -243,11 +261,11 @@ class Bench:
         self.device.upload(self._stored[shape], result.pointer)
         return DeviceMatrix(result, (outputs, columns), paired)
 
-    def _filled(self, shape: tuple[int, ...]) -> DeviceArray:
-        result = self.arrays.lasting(shape, np.float16)
-        for at in range(0, result.nbytes, self._pool.nbytes):
-            size = min(self._pool.nbytes, result.nbytes - at)
-            self.device.copy(self._pool.pointer, result.pointer + at, size)
+    def _filled(self, shape: tuple[int, ...], pool: DeviceArray) -> DeviceArray:
+        result = self.arrays.lasting(shape, pool.dtype)
+        for at in range(0, result.nbytes, pool.nbytes):
+            size = min(pool.nbytes, result.nbytes - at)
+            self.device.copy(pool.pointer, result.pointer + at, size)
         return result
 
     def _time(

@@ -30,6 +30,7 @@ def run(
     batch: Sequence[int],
     precisions: Sequence[Precision] = (),
     weights: Sequence[str] = (),
+    caches: Sequence[str] = (),
 ) -> None:
     """Measures the shapes that are asked for; writes the file after each.
 
@@ -41,6 +42,7 @@ def run(
         batch: Sizes by default.
         precisions: That there is a choice of.
         weights: That matrices may be quantised to.
+        caches: That keys and values may be kept in, rather than as precision says.
     """
     parser = _parser(description, batch)
     if precisions:
@@ -48,6 +50,8 @@ def run(
     if weights:
         parser.add_argument("--weights", choices=weights)
         parser.add_argument("--group-size", type=int, default=128)
+    if caches:
+        parser.add_argument("--cache", choices=caches)
     options = parser.parse_args(arguments)
     device = the_device()
     result: dict[str, Any] = {
@@ -60,6 +64,7 @@ def run(
             "rounds": ROUNDS,
             "precision": getattr(options, "precision", PRECISION),
             "weights": getattr(options, "weights", None),
+            "cache": getattr(options, "cache", None),
         },
         "shapes": [],
     }

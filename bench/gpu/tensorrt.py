@@ -20,8 +20,10 @@ from bench.gpu.clock import graph_time
 from bench.gpu.run import run
 from bench.gpu.shapes import SHAPES, RandomGraphs
 from bench.gpu.steps import ROUNDS, WARMUP, checks, decoding, host_work, prefill
+from ojfa_export.backends.backend import Backend
 from ojfa_export.backends.cuda.device import Device
 from ojfa_export.backends.cuda.mailbox import HeadArguments
+from ojfa_export.backends.narrow_cache import with_cache
 from ojfa_export.backends.passes import Chunk
 from ojfa_export.backends.tensorrt.backend import BACKEND
 from ojfa_export.backends.tensorrt.blocks import Block
@@ -48,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         batch=(1, 4, 16),
         precisions=("fp16", "bf16"),
         weights=("int4", "int8"),
+        caches=("fp8",),
     )
 
 
@@ -63,7 +66,8 @@ def measure_shape(
         form = WeightFormat(storage=options.weights, group_size=group_size, zero_points=True)
     graphs = RandomGraphs(spec, directory / "graphs", length, options.precision, form)
     graphs.write()
-    plans, seconds = build(spec, directory)
+    backend = with_cache(BACKEND, options.cache, options.precision)
+    plans, seconds = build(backend, spec, directory)
     print(f"{name}: built in {sum(seconds.values()):.0f} s: {seconds}", flush=True)
     engines = BACKEND.open_engines(spec, directory / "graphs", plans, graphs.rotary)
     assert isinstance(engines, TensorRtEngines)
@@ -103,14 +107,16 @@ def beside_kernels(
     }
 
 
-def build(spec: ModelSpec, directory: Path) -> tuple[dict[str, Path], dict[str, float]]:
+def build(
+    backend: Backend, spec: ModelSpec, directory: Path
+) -> tuple[dict[str, Path], dict[str, float]]:
     """Builds all engines; the seconds of each that took any."""
     plans, seconds = {}, {}
     (directory / "engines").mkdir()
     for name in graph_names(spec.blocks):
         plans[name] = directory / "engines" / f"{name}.json"
         start = time.perf_counter()
-        BACKEND.build_engine(spec, directory / "graphs" / f"{name}.onnx", plans[name])
+        backend.build_engine(spec, directory / "graphs" / f"{name}.onnx", plans[name])
         taken = time.perf_counter() - start
         if taken > 1:
             seconds[name] = round(taken, 2)

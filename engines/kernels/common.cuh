@@ -2,6 +2,7 @@
 //
 // A program is compiled for one model (NVRTC for Python, nvcc for C++) with
 //   HALF           1 where matrices and the cache are of 16 bits, 0 for fp32;  BFLOAT 1 where those are bf16
+//   FP8_CACHE      1 where the cache is of fp8 (e4m3) all the same
 //   HEAD_DIM, HEADS, KV_HEADS, ROTARY_DIM, WINDOW (0: all keys)
 //   WINDOWS_DIFFER 1 where some blocks see all keys: theirs are kernels of another name;  SOFTCAP of scores,
 //                  a float's bits, 0 for none

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -24,6 +24,9 @@ from ojfa_export.cli.console import Console
 from ojfa_export.cli.errors import resumable
 from ojfa_export.cli.readable import readable_bytes, readable_seconds
 
+if TYPE_CHECKING:
+    from ojfa_export.backends.narrow_cache import CacheStorage
+
 
 @define("build")
 @click.argument("checkpoint")
@@ -42,6 +45,11 @@ from ojfa_export.cli.readable import readable_bytes, readable_seconds
     metavar="N",
     help="Sequences that may run together.  [default: the recipe's, else 16]",
 )
+@click.option(
+    "--cache",
+    type=click.Choice(["fp8"]),
+    help="Keep keys and values in this on a GPU.  [default: what products are computed in]",
+)
 @click.option("--backend", metavar="NAME", default=backends.DEFAULT, help="Engines to build.")
 @checkpoint_options
 @overwrite_option
@@ -52,6 +60,7 @@ def command(
     checkpoint: str,
     output: Path | None,
     backend: str,
+    cache: CacheStorage | None,
     dry_run: bool,
     **settings: Any,
 ) -> None:
@@ -62,15 +71,18 @@ def command(
     on where it stopped when the same command is run again.
 
     With an existing bundle in place of CHECKPOINT and without -o, adds a backend's engines to it,
-    or builds them again. Precision, batch size and cache length are the bundle's.
+    or builds them again; --cache is theirs. Precision, batch size and cache length are the
+    bundle's.
     """
     if output is None:
-        _add_engines(console, Path(checkpoint), backend)
+        _add_engines(console, Path(checkpoint), backend, cache)
         return
     from ojfa_export.compiler import pipeline
     from ojfa_export.compiler.options import BuildOptions
 
-    options = BuildOptions(checkpoint=checkpoint, output=output, backend=backend, **settings)
+    options = BuildOptions(
+        checkpoint=checkpoint, output=output, backend=backend, cache=cache, **settings
+    )
     if dry_run:
         _show_plan(console, pipeline.plan(options))
         return
@@ -85,7 +97,7 @@ def command(
         _show_stages(console, document["stages"])
 
 
-def _add_engines(console: Console, bundle: Path, backend: str) -> None:
+def _add_engines(console: Console, bundle: Path, backend: str, cache: CacheStorage | None) -> None:
     from ojfa_export.bundle.names import MANIFEST
     from ojfa_export.system.publish import recover
 
@@ -94,7 +106,7 @@ def _add_engines(console: Console, bundle: Path, backend: str) -> None:
     if not (bundle / MANIFEST).is_file():
         raise click.UsageError("missing option '-o' / '--output'", context)
     for name in context.params:
-        if name in ("checkpoint", "backend", "skip_verification"):
+        if name in ("checkpoint", "backend", "cache", "skip_verification"):
             continue
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = next(each.opts[-1] for each in context.command.params if each.name == name)
@@ -105,7 +117,9 @@ def _add_engines(console: Console, bundle: Path, backend: str) -> None:
 
     skip = bool(context.params["skip_verification"])
     with resumable():
-        result = add_engines(bundle, backend, console.progress(), skip_verification=skip)
+        result = add_engines(
+            bundle, backend, console.progress(), cache=cache, skip_verification=skip
+        )
     if console.json:
         console.emit(result)
     else:

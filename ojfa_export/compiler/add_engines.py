@@ -13,6 +13,7 @@ from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
 from ojfa_export.backends.block_jump import check_runs_jump
 from ojfa_export.backends.checks import check_runs_checks
+from ojfa_export.backends.narrow_cache import CacheStorage, with_cache
 from ojfa_export.backends.precisions import check_precision
 from ojfa_export.backends.quantised import check_runs
 from ojfa_export.bundle.bundle import Bundle
@@ -32,7 +33,12 @@ from ojfa_export.verify.verify import compare_blocks
 
 
 def add_engines(
-    bundle: Path, backend_name: str, progress: Progress, *, skip_verification: bool = False
+    bundle: Path,
+    backend_name: str,
+    progress: Progress,
+    *,
+    cache: CacheStorage | None = None,
+    skip_verification: bool = False,
 ) -> dict[str, Any]:
     """Builds engines beside the bundle, then puts them and a new manifest in its place.
 
@@ -43,6 +49,7 @@ def add_engines(
         bundle: A bundle directory.
         backend_name: Engines to build.
         progress: Shows engines.
+        cache: What they keep keys and values in; None for what products are computed in.
         skip_verification: Whether to leave out the comparison with float64.
 
     Raises:
@@ -51,7 +58,8 @@ def add_engines(
     """
     opened = Bundle(bundle)
     directory = bundle.resolve()
-    backend, manifest = backends.load(backend_name), opened.manifest
+    manifest = opened.manifest
+    backend = with_cache(backends.load(backend_name), cache, manifest.precision)
     check_runs(backend, manifest.weights, manifest.precision)
     check_precision(backend, manifest.precision)
     check_runs_checks(backend, manifest.check.size if manifest.check else 0)

@@ -11,6 +11,7 @@ from ojfa_export import backends
 from ojfa_export.backends.backend import Backend
 from ojfa_export.backends.block_jump import check_runs_jump
 from ojfa_export.backends.checks import check_runs_checks
+from ojfa_export.backends.narrow_cache import with_cache
 from ojfa_export.backends.precisions import check_precision
 from ojfa_export.backends.quantised import RunsQuantised, check_runs
 from ojfa_export.bundle.block_shortcut import BlockShortcut
@@ -62,6 +63,7 @@ class Inputs:
         self.settings: BuildSettings = decide(
             options, self.checkpoint.spec, rotary, self._stored(), self._group_sizes()
         )
+        self.backend = with_cache(self.backend, options.cache, self.settings.precision)
         check_runs(self.backend, self.weight_format, self.settings.precision)
         check_precision(self.backend, self.settings.precision)
         check_runs_checks(self.backend, self.settings.check_vocabulary)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ojfa_export.backends.narrow_cache import CacheStorage
 from ojfa_export.bundle.promise import DEFAULT_CONFIDENCE, Limits, check_limits
 from ojfa_export.bundle.weight_format import GROUP_SIZES, Quantised
 from ojfa_export.errors import UsageError
@@ -37,6 +38,7 @@ class BuildOptions:
             says, and those of a checkpoint that is quantised as they are.
         group_size: Quantised weights that share a scale; default what the backend says, 32 on the
             CPU and 128 on a GPU, or the largest that divides the model's features.
+        cache: "fp8", to keep keys and values in that; default in what products are computed in.
         rank: Of the shortcut; default the paper's, floor(H/100).
         shortcut: "ojfa", "residual", or the file of a shortcut that exists; default the better one
             of this rank, as measured. Also, or beside it in a list, the file of a draft layer or
@@ -75,6 +77,7 @@ class BuildOptions:
     precision: Precision | None = None
     weights: Quantised | None = None
     group_size: int | None = None
+    cache: CacheStorage | None = None
     rank: int | None = None
     shortcut: Shipped | Path | Sequence[Shipped | Path] | None = None
     check_vocabulary: int | None = None
@@ -168,6 +171,20 @@ def _weights(name: str, value: Any) -> Quantised:
     raise UsageError(f"{name} '{value}' is not known", hint="known: int4, int8")
 
 
+def cache_storage(name: str, value: Any) -> CacheStorage:
+    """What keys and values are kept in.
+
+    Raises:
+        UsageError: It isn't known.
+    """
+    for storage in get_args(CacheStorage):
+        if value == storage:
+            return storage  # type: ignore[no-any-return]
+    raise UsageError(
+        f"{name} '{value}' is not known", hint=f"known: {', '.join(get_args(CacheStorage))}"
+    )
+
+
 def _group_size(name: str, value: Any) -> int:
     size = whole_number(name, value)
     if size not in GROUP_SIZES:
@@ -238,6 +255,7 @@ _READERS: dict[str, Callable[[str, Any], Any]] = {
     "precision": _precision,
     "weights": _weights,
     "group_size": _group_size,
+    "cache": cache_storage,
     "rank": whole_number,
     "shortcut": _shortcuts,
     "check_vocabulary": _vocabulary,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ojfa_export.backends.frugal import close_all
+from ojfa_export.backends.narrow_cache import has_fp8_cache
 from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.decoding.arrays import Int32
 from ojfa_export.decoding.generation_defaults import GenerationDefaults
@@ -162,7 +163,11 @@ def _prompts(manifest: Manifest, token_ids: Int32) -> tuple[list[list[int]], int
 def _compare_text(model: Model, prompts: list[list[int]], continued: list[Continued]) -> Check:
     """Greedy tokens: the difference is by how much transformers prefers its own first other one."""
     manifest = model.manifest
-    arithmetic = arithmetic_of(manifest.precision, quantised=manifest.weights is not None)
+    arithmetic = arithmetic_of(
+        manifest.precision,
+        quantised=manifest.weights is not None,
+        fp8_cache=has_fp8_cache(model.engines),
+    )
     penalty = manifest.generation.repetition_penalty or 1.0
     difference = allowed = 0.0
     for prompt, (scores, expected) in zip(prompts, continued, strict=True):

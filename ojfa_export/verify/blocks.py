@@ -16,6 +16,7 @@ import numpy as np
 from ojfa_export.backends.backend import Backend, Engines, Tracing
 from ojfa_export.backends.checks import checking
 from ojfa_export.backends.frugal import frugal
+from ojfa_export.backends.narrow_cache import has_fp8_cache
 from ojfa_export.bundle.block_shortcut import BlockShortcut, BlocksOnSequences
 from ojfa_export.bundle.names import block_name
 from ojfa_export.bundle.shortcut_file import ExitShortcut
@@ -30,6 +31,7 @@ from ojfa_export.verify.exit_blocks import compare_exit_block
 from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
 from ojfa_export.verify.tolerances import (
     FP16_LARGEST,
+    OF_FP16,
     RANGE,
     Arithmetic,
     Comparisons,
@@ -107,7 +109,8 @@ def verify_blocks(subject: Subject, token_ids: Int32, progress: Progress) -> lis
     ids = np.ascontiguousarray(token_ids[:, : spec.rotary_switch])
     if ids.shape[1] < SHORTEST:
         return []
-    exact = ExactModel(spec, subject.graphs, subject.rotary)
+    fp8_cache = has_fp8_cache(subject.engines)
+    exact = ExactModel(spec, subject.graphs, subject.rotary, fp8_cache=fp8_cache)
     exits = _compared_exits(subject)
     checks: list[Check] = []
     with progress.task("comparing with float64", spec.blocks + 2, "blocks") as task:
@@ -138,7 +141,7 @@ def _compare_block(
     """A block's checks, and its output [B,S,H] by the reference."""
     name, comparisons = block_name(index), Comparisons(subject.arithmetic)
     expected = exact.block(index, hidden.astype(np.float64))
-    checks = _check_range(name, expected) if subject.arithmetic == "fp16" else []
+    checks = _check_range(name, expected) if subject.arithmetic in OF_FP16 else []
     if subject.trace is not None:
         for row, states in enumerate(hidden):
             for tensor, actual in subject.trace(index, states).items():
@@ -207,7 +210,7 @@ def _compare_exit(
         jump, subject.engines, exact, arithmetic, ids, hidden, blocks_run
     )
     checks += _compare_check_head(subject, exact, tensors[HIDDEN], exit=blocks_run)
-    return (_check_range(label, tensors) if arithmetic == "fp16" else []) + checks
+    return (_check_range(label, tensors) if arithmetic in OF_FP16 else []) + checks
 
 
 def _compare_check_head(
@@ -248,7 +251,7 @@ def _compare_head(
         label = f"float64 check_head after {blocks_run}: logits"
         comparisons.record(label, "logits", actual, expected[:, tokens], allowance)
     jump = exact.mlp_jump(inputs, blocks_run) if blocks_run < spec.blocks else {}
-    checks = _check_range(name, jump) if jump and subject.arithmetic == "fp16" else []
+    checks = _check_range(name, jump) if jump and subject.arithmetic in OF_FP16 else []
     return checks + comparisons.checks()
 
 

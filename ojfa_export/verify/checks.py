@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.frugal import FrugalEngines, close_all, frugal
+from ojfa_export.backends.narrow_cache import has_fp8_cache
 from ojfa_export.backends.onnxruntime.portable import PortableGraphs
 from ojfa_export.bundle import shortcut_file
 from ojfa_export.bundle.block_shortcut import BlockShortcut, BlocksOnSequences
@@ -142,7 +143,11 @@ def verify_against(
             verify_defaults(manifest, source),
         ]
     engines = frugal(model.engines, model.spec)
-    arithmetic = arithmetic_of(manifest.precision, quantised=manifest.weights is not None)
+    arithmetic = arithmetic_of(
+        manifest.precision,
+        quantised=manifest.weights is not None,
+        fp8_cache=has_fp8_cache(model.engines),
+    )
     parts = Parts(
         model.spec,
         arithmetic,

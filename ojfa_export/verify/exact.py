@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -52,12 +53,19 @@ class ExactModel:
         spec: The model.
         graphs: The bundle's graphs directory: its graphs say where the weights are.
         rotary: Cosines and sines [rows, rotary_dim/2], or None for learned positions.
+        fp8_cache: Whether keys and values are rounded to fp8.
     """
 
     def __init__(
-        self, spec: ModelSpec, graphs: Path, rotary: tuple[Float32, Float32] | None
+        self,
+        spec: ModelSpec,
+        graphs: Path,
+        rotary: tuple[Float32, Float32] | None,
+        *,
+        fp8_cache: bool = False,
     ) -> None:
         self._spec, self._graphs, self._rotary = spec, graphs, rotary
+        self._fp8_cache = fp8_cache
 
     def embed(self, token_ids: Int32) -> Float64:
         """Embeds sequences [B,S] from position 0 on: [B,S,H]."""
@@ -248,6 +256,8 @@ class ExactModel:
         if spec.rotary_dim_of(block):
             second_set = spec.rotations_of(block) == SECOND
             q, k = (self._rotate(x, second_set=second_set) for x in (q, k))
+        if self._fp8_cache:
+            k, v = (_as_fp8(x) for x in (k, v))
         group = spec.heads // spec.kv_heads
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
         scores = spec.attention_scales[block] * (q @ k.transpose(0, 1, 3, 2))
@@ -334,3 +344,10 @@ def multiply(x: Float64, matrix: Any) -> Float64:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(multiply_some, range(0, columns, step)))
     return result.reshape(*x.shape[:-1], columns)
+
+
+def _as_fp8(x: Float64) -> Float64:
+    """Rounded to OCP's e4m3, larger numbers to its largest."""
+    largest = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
+    rounded: Float64 = np.clip(x, -largest, largest).astype(ml_dtypes.float8_e4m3fn).astype(x.dtype)
+    return rounded

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ojfa_export import backends
+from ojfa_export.backends.narrow_cache import has_fp8_cache
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import SHORTCUT
 from ojfa_export.decoding.arrays import Int32
@@ -172,7 +173,11 @@ def compare_blocks(
         ) from error
     subject = make_subject(
         model.spec,
-        arithmetic_of(manifest.precision, quantised=manifest.weights is not None),
+        arithmetic_of(
+            manifest.precision,
+            quantised=manifest.weights is not None,
+            fp8_cache=has_fp8_cache(model.engines),
+        ),
         bundle.graphs,
         (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None,
         shortcut,

@@ -36,6 +36,7 @@ CHANGES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "precision": ({"precision": "fp16"}, ALL),
     "weights": ({"weights": "int8", "group_size": 16}, ALL),
     "group_size": ({"weights": "int4", "group_size": 16}, ALL),
+    "cache": ({"cache": "fp8", "precision": "fp16"}, ALL),
     "max_cache_length": ({"max_cache_length": 48}, ALL),
     "backend": ({"backend": "another"}, ALL[1:]),
     "calibration_tokens": ({"calibration_tokens": 2048}, ALL[2:]),
@@ -84,9 +85,17 @@ def test_an_option_changes_what_depends_on_it(
 
     class Another:
         name = "another"
+        beside_fp8_cache = ("fp16",)
 
         def versions(self) -> dict[str, str]:
             return real.versions()
+
+        def with_cache(self, storage: str) -> NarrowCache:
+            return NarrowCache()
+
+    class NarrowCache(Another):
+        def versions(self) -> dict[str, str]:
+            return {**super().versions(), "cache": "fp8"}
 
     # Of a directory there is no revision.
     monkeypatch.setattr(inputs_module, "resolve", lambda checkpoint, _: Path(checkpoint))

@@ -89,6 +89,10 @@ TensorRtEngines::TensorRtEngines(const core::Bundle& bundle, const core::OpenOpt
 }
 
 void TensorRtEngines::check_built_for(const core::EngineSet& engines) const {
+    if (const auto cache = engines.built_with.find("cache"); cache != engines.built_with.end())
+        throw core::backend_failure("the TensorRT engines keep keys and values in " + cache->second +
+                                        ", which the C++ runtime doesn't run",
+                                    "build them again without --cache, or run them in Python");
     const std::map<std::string, std::string> here = {{"tensorrt", library_version()},
                                                      {"gpu", device.name},
                                                      {"compute capability", device.compute_capability}};

@@ -87,6 +87,16 @@ TEST(PartsOfModels, WithoutKernelsAreRefusedByName) {
     }
 }
 
+TEST(Engines, WithAnotherCacheAreRefusedByName) {
+    const CopyWithEngines copy;
+    Json manifest = fixtures::read_json(copy.bundle / "manifest.json");
+    for (Json& engines : manifest["engines"])
+        if (engines["backend"] == "tensorrt") engines["built_with"]["cache"] = "fp8";
+    sign(copy.bundle, manifest);
+    expect_says(refusal([&] { ojfa::Model::load(copy.bundle); }, OJFA_ERROR_BACKEND),
+                "keep keys and values in fp8");
+}
+
 TEST(FilesUnderAModel, ThatChangeAreNoticedWhereTheyAreRead) {
     const CopyWithEngines copy;
     ojfa::LoadOptions options;

@@ -52,7 +52,11 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
 def definitions(
-    spec: ModelSpec, precision: Precision, form: WeightFormat | None = None
+    spec: ModelSpec,
+    precision: Precision,
+    form: WeightFormat | None = None,
+    *,
+    fp8_cache: bool = False,
 ) -> dict[str, int]:
     """The macros that the kernels are compiled with, for matrices of a precision.
 
@@ -60,10 +64,12 @@ def definitions(
         spec: The model.
         precision: Of the matrices, and of what quantised ones multiply.
         form: What quantised matrices are stored as, where there are some.
+        fp8_cache: Whether keys and values are kept in fp8.
     """
     return {
         "HALF": int(precision != "fp32"),
         "BFLOAT": int(precision == "bf16"),
+        "FP8_CACHE": int(fp8_cache),
         "HEAD_DIM": spec.head_dim,
         "HEADS": spec.heads,
         "KV_HEADS": spec.kv_heads,

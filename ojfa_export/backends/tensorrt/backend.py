@@ -12,6 +12,7 @@ from ojfa_export.backends.cuda.bandwidth import copy_bandwidth
 from ojfa_export.backends.cuda.cublas import cublas_version
 from ojfa_export.backends.cuda.device import the_device
 from ojfa_export.backends.draft import DraftLayer
+from ojfa_export.backends.narrow_cache import CacheStorage
 from ojfa_export.backends.tensorrt import api
 from ojfa_export.backends.tensorrt.draft import TensorRtDraft
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
@@ -35,11 +36,21 @@ class TensorRt:
     beside_quantised: tuple[Precision, ...] = ("fp16", "bf16")
     # Larger groups are fewer bytes; smaller ones than these would be a product of tiles each.
     group_sizes = (128, 64, 32, 256)
+    beside_fp8_cache: tuple[Precision, ...] = ("fp16", "bf16")
+
+    def __init__(self, cache: CacheStorage | None = None) -> None:
+        self._cache = cache
+
+    def with_cache(self, storage: CacheStorage) -> TensorRt:
+        """See `backends.narrow_cache.NarrowsCache`."""
+        return TensorRt(storage)
 
     def versions(self) -> dict[str, str]:
         """What the engines depend on."""
         device = the_device()
+        cache = {} if self._cache is None else {"cache": self._cache}
         return {
+            **cache,
             "tensorrt": api.version(),
             "gpu": device.name,
             "compute capability": ".".join(map(str, device.compute_capability)),
@@ -58,7 +69,7 @@ class TensorRt:
         """Builds what one portable graph needs; see `build.build_engine`."""
         from ojfa_export.backends.tensorrt.build import build_engine  # needs onnx
 
-        build_engine(spec, graph, engine)
+        build_engine(spec, graph, engine, self._cache)
 
     def open_engines(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
+from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.tensorrt.after import add_normed
 from ojfa_export.backends.tensorrt.attention import Operands
 from ojfa_export.backends.tensorrt.cache import KvCache
@@ -32,9 +32,8 @@ class Block:
         self._model, self._index, self._cache = model, index, cache
         self._like = index if like is None else like
         self._name = block_name(index)
-        dtype = DTYPES[model.precision]
-        self._keys = model.arrays.lasting(cache.shape, dtype)
-        self._values = model.arrays.lasting(cache.shape, dtype)
+        self._keys = model.arrays.lasting(cache.shape, model.cache_dtype)
+        self._values = model.arrays.lasting(cache.shape, model.cache_dtype)
 
     def unload(self) -> None:
         """Lets go of the weights."""

@@ -21,9 +21,15 @@ from ojfa_export.backends.cuda.cublas import Cublas
 from ojfa_export.backends.cuda.device import the_device
 from ojfa_export.backends.cuda.kernels import compile_kernels
 from ojfa_export.backends.cuda.sources import definitions, sources_digest
+from ojfa_export.backends.narrow_cache import CacheStorage
 from ojfa_export.backends.tensorrt import algorithms, api
 from ojfa_export.backends.tensorrt.graphs import parts, transposed
-from ojfa_export.backends.tensorrt.parts import check_gpu, check_parts, check_rows
+from ojfa_export.backends.tensorrt.parts import (
+    check_fp8_cache,
+    check_gpu,
+    check_parts,
+    check_rows,
+)
 from ojfa_export.backends.tensorrt.plan import (
     INTERFACE,
     PROFILES,
@@ -47,7 +53,9 @@ KERNELS = "kernels"
 _, DRAFT_LAYER, _ = DRAFT_GRAPHS
 
 
-def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
+def build_engine(
+    spec: ModelSpec, graph: Path, plan: Path, cache: CacheStorage | None = None
+) -> None:
     """Builds what one portable graph needs that isn't there yet, and writes its plan.
 
     Equal blocks share their engines, which are built with the first of them. Files appear by
@@ -57,6 +65,7 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
         spec: The model; of a draft layer's graphs, the layer.
         graph: The portable graph.
         plan: The plan to write; engines are beside it.
+        cache: What keys and values are kept in; None for the precision of products.
 
     Raises:
         BackendError: TensorRT can't build it, or there are no kernels of the model's parts, or for
@@ -67,6 +76,8 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
     check_parts(spec)
     refs, precision, form = _references(graph)
     check_rows(spec, precision, form)
+    if cache is not None:
+        check_fp8_cache(spec, device.name, device.compute_capability)
     # By part: a name without what comes before it, "qkv" and "mlp" of a block.
     engines = {
         name.split(".")[-1]: _build(name, model, plan.parent, precision)
@@ -81,7 +92,14 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
     described = GraphPlan(
         precision=precision,
         engines=engines,
-        kernels={kind: _kernels(spec, plan.parent, kind, form) for kind in kinds},
+        kernels={
+            kind: _kernels(
+                plan.parent,
+                definitions(spec, kind, form, fp8_cache=cache is not None and kind == precision),
+                kind,
+            )
+            for kind in kinds
+        },
         interface=INTERFACE,
         products=_products(spec, plan.parent, precision, form) if graph.stem == "embed" else None,
         weights={
@@ -96,6 +114,7 @@ def build_engine(spec: ModelSpec, graph: Path, plan: Path) -> None:
             if not name.endswith(ENDS)
         },
         form=form,
+        cache=cache,
         quantised={
             name.removesuffix(PACKED): _quantised(name.removesuffix(PACKED), refs, spec)
             for name in refs
@@ -228,11 +247,8 @@ def _range(
     return least, best, most
 
 
-def _kernels(
-    spec: ModelSpec, directory: Path, precision: Precision, form: WeightFormat | None
-) -> str:
+def _kernels(directory: Path, macros: dict[str, int], precision: Precision) -> str:
     """Compiles the kernels for matrices of a precision; the name of their file."""
-    macros = definitions(spec, precision, form)
     digest = _digest(sources_digest().encode(), {"macros": macros})
     path = directory / f"{KERNELS}.{precision}-{digest}.cubin"
     if not path.exists():

@@ -32,7 +32,7 @@ class KvCache:
         spec, device = model.spec, model.device
         self.pages = PageTable(device, slots, capacity, pages)
         self.shape = (self.pages.count, spec.kv_heads, PAGE, spec.head_dim)
-        geometry = Geometry.of(spec, DTYPES[model.precision].itemsize)
+        geometry = Geometry.of(spec, DTYPES[model.precision].itemsize, model.cache_dtype.itemsize)
         # Of a small model a kernel less for every block is worth most.
         most_new = STEP_QUERIES if spec.hidden_size <= SMALL_WIDTH else 1
         self.attention = Attention(

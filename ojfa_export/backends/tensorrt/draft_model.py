@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
+from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.choosing import choose_in_parts
 from ojfa_export.backends.cuda.device import PinnedArray
 from ojfa_export.backends.cuda.mailbox import DeviceHeadOutput, HeadArguments
@@ -47,7 +47,7 @@ class DraftModel(OpenedModel):
             model.device, layer.spec, layer.weights, plans, layer.rotary, layer.files, beside=model
         )
         self.depths, self.takes_whole = layer.depths, True
-        self.token_bytes = token_bytes(layer, DTYPES[self.precision].itemsize)
+        self.token_bytes = token_bytes(layer, self.cache_dtype.itemsize)
         if self.precision != "fp32":
             room = self.device.multiprocessors, self.device.shared_bytes
             self._most_tiled = most_tokens(_shapes(layer), *room)

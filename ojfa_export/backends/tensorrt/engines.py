@@ -11,7 +11,7 @@ import numpy as np
 
 from ojfa_export.backends.backend import Executor
 from ojfa_export.backends.checks import same_for_all
-from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
+from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.cuda.choosing import choose_in_parts
 from ojfa_export.backends.cuda.device import Device, PinnedArray
 from ojfa_export.backends.cuda.mailbox import DeviceHeadOutput, HeadArguments
@@ -70,7 +70,7 @@ class TensorRtEngines(OpenedModel):
         files: Files = UNCHECKED,
     ) -> None:
         super().__init__(device, spec, weights, engines, rotary, files)
-        self.cache_element_bytes = DTYPES[self.precision].itemsize
+        self.cache_element_bytes = self.cache_dtype.itemsize
         self.pass_sizes = tuple(size for size in SIZES if size <= self.most_pass_tokens())
         self.in_flight = InFlight(self)
         self._replays = Replays(self, self, self.in_flight)

@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 
 from ojfa_export.backends.block_jump import BlockJump
-from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray
+from ojfa_export.backends.cuda.arrays import DeviceArray
 from ojfa_export.backends.passes import Chunk, cut_pass
 from ojfa_export.backends.tensorrt.cache import KvCache
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
@@ -34,8 +34,8 @@ class TensorRtExitBlocks:
 
     def __init__(self, model: TensorRtEngines, jump: BlockJump) -> None:
         self.model, self.exits, self._blocks = model, jump.exits, jump.blocks
-        element_bytes = DTYPES[model.precision].itemsize
-        self.token_bytes = 2 * jump.spec.kv_heads * jump.spec.head_dim * element_bytes
+        heads = jump.spec.kv_heads * jump.spec.head_dim
+        self.token_bytes = 2 * heads * model.cache_dtype.itemsize
 
     def graph_of(self, exit: int) -> str:
         """The name of the graph of an exit's block."""

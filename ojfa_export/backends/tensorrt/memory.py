@@ -54,12 +54,19 @@ class Room:
 
     Args:
         spec: The model.
-        element_bytes: Of the cache and of activations in compute precision.
+        element_bytes: Of activations in compute precision.
+        cache_bytes: Of a number of keys and values.
         plans: Of every graph: its weights.
     """
 
-    def __init__(self, spec: ModelSpec, element_bytes: int, plans: Mapping[str, GraphPlan]) -> None:
-        self._spec, self._element = spec, element_bytes
+    def __init__(
+        self,
+        spec: ModelSpec,
+        element_bytes: int,
+        cache_bytes: int,
+        plans: Mapping[str, GraphPlan],
+    ) -> None:
+        self._spec, self._element, self._cached = spec, element_bytes, cache_bytes
         self._activations = max((plan.activation_bytes for plan in plans.values()), default=0)
         self._weights = {
             name: {place: _paged(size) for place, size in _sizes(plan).items()}
@@ -93,7 +100,7 @@ class Room:
             if place not in held
         }
         rows = request.batch * request.capacity
-        each = 2 * _paged(rows * spec.kv_heads * spec.head_dim * self._element)
+        each = 2 * _paged(rows * spec.kv_heads * spec.head_dim * self._cached)
         # What stops at an exit waits there.
         waiting = 4 * rows * spec.hidden_size if request.blocks.stop < spec.blocks else 0
         return Need(

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArrays
 from ojfa_export.backends.cuda.choosing import Chooser
 from ojfa_export.backends.cuda.cublas import Cublas
@@ -67,6 +69,7 @@ class OpenedModel:
         most_linear_tokens: Of a step that runs in matrix-vector kernels: none in a small model of
             fp16 or bf16, if tensor cores find room for it.
         form: What quantised matrices are stored as; None where none is.
+        cache_dtype: Of keys and values; uint8 for the bits of fp8.
         has_engines: Whether there are engines of TensorRT.
         pass_tokens: Of a pass that our kernels and cuBLASLt run at once; more run in pieces.
     """
@@ -93,6 +96,7 @@ class OpenedModel:
         embed = self._plans["embed"]
         self.precision: Precision = embed.precision
         self.form = embed.form
+        self.cache_dtype = np.dtype(np.uint8 if embed.cache == "fp8" else DTYPES[self.precision])
         self.has_engines = has_engines(self.precision, self.form)
         self.kernels: dict[Precision, Kernels] = {
             kind: Kernels(device, files.read(self._directory / file))
@@ -101,7 +105,9 @@ class OpenedModel:
         self.store: WeightStore = (
             beside.store if beside else WeightStore(device, weights, self.kernels, files)
         )
-        self._room = Room(spec, DTYPES[self.precision].itemsize, self._plans)
+        self._room = Room(
+            spec, DTYPES[self.precision].itemsize, self.cache_dtype.itemsize, self._plans
+        )
         self.rotary = tuple(map(self.arrays.upload, rotary)) if rotary else None
         self.rotary_rows = len(rotary[0]) if rotary else 0
         self._engines: EngineSet | None = None

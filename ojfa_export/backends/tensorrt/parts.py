@@ -11,6 +11,8 @@ from ojfa_export.models.spec import ModelSpec
 # Numbers of 16 bits that a kernel loads at once: rows of matrices are whole loads.
 LOADED = 8
 COMPUTE_CAPABILITY = (8, 0)
+# From here on there are instructions that convert fp8; whole words of it are copied.
+FP8_COMPUTE_CAPABILITY, WORD = (8, 9), 4
 
 
 def check_parts(spec: ModelSpec) -> None:
@@ -66,4 +68,24 @@ def check_gpu(name: str, compute_capability: tuple[int, int]) -> None:
         raise BackendError(
             f"the CUDA kernels need compute capability {needed} or later; {name} has {here}",
             hint="use another GPU, or the backend 'onnxruntime'",
+        )
+
+
+def check_fp8_cache(spec: ModelSpec, name: str, compute_capability: tuple[int, int]) -> None:
+    """Refuses what has no kernels for keys and values in fp8.
+
+    Raises:
+        BackendError: Naming the GPU and what it has, or the heads.
+    """
+    if compute_capability < FP8_COMPUTE_CAPABILITY:
+        needed, here = (".".join(map(str, v)) for v in (FP8_COMPUTE_CAPABILITY, compute_capability))
+        raise BackendError(
+            f"a cache of fp8 needs compute capability {needed} or later; {name} has {here}",
+            hint="build without --cache",
+        )
+    if spec.head_dim % WORD:
+        raise BackendError(
+            f"this model has heads of {spec.head_dim} features, no multiple of {WORD}: no kernel "
+            "keeps those in fp8",
+            hint="build without --cache",
         )

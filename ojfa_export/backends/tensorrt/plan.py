@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from ojfa_export.backends.cuda.plan import Part, read
+from ojfa_export.backends.narrow_cache import CacheStorage
 from ojfa_export.bundle.checked import UNCHECKED, Files
 from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.errors import BackendError, BundleError
@@ -143,7 +144,7 @@ class GraphPlan(Part):
     """One graph.
 
     Attributes:
-        precision: Of matrix products and of the cache.
+        precision: Of matrix products.
         engines: Engine files, in this file's directory, by part: "qkv" and "mlp" of a block; none
             in bf16.
         kernels: Files of compiled CUDA kernels by precision, in this file's directory.
@@ -152,6 +153,7 @@ class GraphPlan(Part):
             directory; None where cuBLASLt wasn't there.
         weights: By their names in the graph.
         form: What quantised matrices are stored as; None where the model has none.
+        cache: What keys and values are kept in; None for the precision of products.
         quantised: Those of the graph, by their names.
         activation_bytes: Memory that the largest of the engines works in.
     """
@@ -163,12 +165,14 @@ class GraphPlan(Part):
     products: str | None = None
     weights: dict[str, Weight]
     form: WeightFormat | None = None
+    cache: CacheStorage | None = None
     quantised: dict[str, QuantisedWeight] = Field(default_factory=dict)
     activation_bytes: NonNegativeInt
 
     def to_json(self) -> bytes:
-        """The text of its file; what has no quantised weights says nothing of them."""
+        """The text of its file; what has nothing quantised says nothing of that."""
         left_out = {"form", "quantised"} if self.form is None else set()
+        left_out |= {"cache"} if self.cache is None else set()
         return self.model_dump_json(indent=2, exclude=left_out).encode()
 
 
