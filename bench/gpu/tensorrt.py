@@ -67,7 +67,7 @@ def measure_shape(
     graphs = RandomGraphs(spec, directory / "graphs", length, options.precision, form)
     graphs.write()
     backend = with_cache(BACKEND, options.cache, options.precision)
-    plans, seconds = build(backend, spec, directory)
+    plans, seconds = build(spec, directory, backend)
     print(f"{name}: built in {sum(seconds.values()):.0f} s: {seconds}", flush=True)
     engines = BACKEND.open_engines(spec, directory / "graphs", plans, graphs.rotary)
     assert isinstance(engines, TensorRtEngines)
@@ -108,7 +108,7 @@ def beside_kernels(
 
 
 def build(
-    backend: Backend, spec: ModelSpec, directory: Path
+    spec: ModelSpec, directory: Path, backend: Backend = BACKEND
 ) -> tuple[dict[str, Path], dict[str, float]]:
     """Builds all engines; the seconds of each that took any."""
     plans, seconds = {}, {}

@@ -36,7 +36,7 @@ CHANGES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "precision": ({"precision": "fp16"}, ALL),
     "weights": ({"weights": "int8", "group_size": 16}, ALL),
     "group_size": ({"weights": "int4", "group_size": 16}, ALL),
-    "cache": ({"cache": "fp8", "precision": "fp16"}, ALL),
+    "cache": ({"cache": "fp8", "precision": "fp16", "backend": "another"}, ALL),
     "max_cache_length": ({"max_cache_length": 48}, ALL),
     "backend": ({"backend": "another"}, ALL[1:]),
     "calibration_tokens": ({"calibration_tokens": 2048}, ALL[2:]),
