@@ -42,7 +42,7 @@ def room() -> Room:
         plans[name] = plan(
             weight(f"{name}.a", HIDDEN, 4 * HIDDEN), weight(f"{name}.b", HIDDEN, 3 * INNER)
         )
-    return Room(SPEC, 2, plans)
+    return Room(SPEC, 2, 2, plans)
 
 
 def test_a_request_takes_its_weights_cache_and_buffers(room: Room) -> None:
@@ -75,7 +75,7 @@ def test_what_is_there_is_not_needed_again(room: Room) -> None:
 
 def test_a_tied_head_is_counted_once() -> None:
     both = plan(weight("embed", VOCABULARY, HIDDEN))
-    room = Room(SPEC, 2, {"embed": both, "final_head": both})
+    room = Room(SPEC, 2, 2, {"embed": both, "final_head": both})
     need = room.need(Request(range(32)))
     assert need.weights == pytest.approx(2 * VOCABULARY * HIDDEN, rel=1e-2)
 
