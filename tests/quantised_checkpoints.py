@@ -282,3 +282,25 @@ def compressed_config(form: str, **weights: Any) -> dict[str, Any]:
             }
         },
     }
+
+
+def make_q4_1(directory: Path, group_size: int, seed: int) -> Path:
+    """A random Llama in fp32 whose matrices, but for its head, were of Q4_1 once."""
+    make_checkpoint("llama-gqa", directory, seed=seed)
+    [file] = directory.glob("*.safetensors")
+    tensors = load_file(file)
+    for name, weights in tensors.items():
+        if name.endswith("proj.weight"):
+            tensors[name] = torch.from_numpy(q4_1(weights.numpy(), group_size))
+    save_file(tensors, file)
+    return directory
+
+
+def q4_1(weights: Array, group_size: int) -> Array:
+    """Rounds rows [outputs, inputs] as GGUF's Q4_1 does: w = d q + m, d and m in fp16."""
+    groups = weights.reshape(len(weights), -1, group_size).astype(np.float64)
+    low, high = groups.min(axis=2, keepdims=True), groups.max(axis=2, keepdims=True)
+    step = ((high - low) / 15).astype(np.float16).astype(np.float64)
+    least = low.astype(np.float16).astype(np.float64)
+    numbers = np.clip(np.floor((groups - low) / ((high - low) / 15) + 0.5), 0, 15)
+    return (step * numbers + least).reshape(weights.shape).astype(np.float32)

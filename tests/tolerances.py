@@ -127,3 +127,10 @@ TWO_KERNELS = {"fp32": 2e-3, "fp16": 2e-3, "bf16": 1.6e-2}
 # A factor of the inverse of second moments, found in float64 and rounded to fp32 (6e-8), against
 # NumPy's in float64, relative to the largest entry: damped, their condition is below 1e6.
 INPUT_FACTOR_RELATIVE = 2e-7
+
+# Weights of GGUF's Q4_1 in the same groups with fractional zero points, in steps: an offset is off
+# by half of a 119th of the largest of its output's, which is half a step of the largest group; that
+# may be a few times another group's. Hidden states of a model of such weights, relative to their
+# norm: as they come out of four to six blocks.
+Q4_1_STEPS = 0.02
+Q4_1_BLOCKS = 0.002

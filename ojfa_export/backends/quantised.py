@@ -20,10 +20,12 @@ class RunsQuantised(Protocol):
     Attributes:
         beside_quantised: Precisions that the rest of such a model may have.
         group_sizes: That it runs; the first that divides a model's features is its default.
+        runs_offsets: Whether zero points of four bits may have a fraction.
     """
 
     beside_quantised: tuple[Precision, ...]
     group_sizes: tuple[int, ...]
+    runs_offsets: bool
 
     def quantise(self, columns: NDArray[np.float32], form: WeightFormat) -> QuantisedMatrix:
         """Quantises a matrix x @ W.
@@ -60,6 +62,11 @@ def check_runs(backend: Backend, form: WeightFormat | None, precision: Precision
             "doesn't run",
             hint=f"build with --precision {' or '.join(backend.beside_quantised)}, or for another "
             "backend",
+        )
+    if form.offsets and not backend.runs_offsets:
+        raise BackendError(
+            f"the weights are {form}, which the {backend.name} backend doesn't run",
+            hint="build from the checkpoint again, for this backend: its zero points are whole",
         )
     if form.group_size not in backend.group_sizes:
         sizes = ", ".join(map(str, sorted(backend.group_sizes)))

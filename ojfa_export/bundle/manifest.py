@@ -296,8 +296,9 @@ class Manifest(Part):
         for later in ("check", "draft", "weights"):
             if fields[later] is None:
                 del fields[later]  # what reads bundles of an earlier form knows no such field
-        if "weights" in fields and not fields["weights"]["wide"]:
-            del fields["weights"]["wide"]
+        for later in ("offsets", "wide"):
+            if "weights" in fields and not fields["weights"][later]:
+                del fields["weights"][later]
         fields[DIGEST] = manifest_digest(fields)
         return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 

@@ -6,6 +6,7 @@ neighbouring weights share a scale and, where there are zero points, a zero poin
     weight = (number - zero point) * scale
 
 Numbers have 4 or 8 bits and no sign. Without zero points the zero point is the middle, 8 or 128.
+Zero points of four bits may have a fraction, in rows behind the matrix's own (`bundle.offsets`).
 
 A matrix that came from a checkpoint whose groups are not of neighbours (GPTQ's act-order) has a
 fourth tensor: the order in which its inputs are to be gathered before they are multiplied.
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from pydantic import model_validator
 
+from ojfa_export.bundle import offsets as fractions
 from ojfa_export.bundle.part import Part, PositiveInt
 from ojfa_export.models.spec import ModelSpec
 
@@ -44,6 +46,7 @@ class WeightFormat(Part):
         storage: Of their numbers.
         group_size: Quantised weights that share a scale; 1 where numbers stand for themselves.
         zero_points: Whether groups have a zero point of their own.
+        offsets: Whether zero points have a fraction, which is kept as an offset of the group.
         wide: Matrices that are stored as precision says all the same, GRAPH/NAME each: those of a
             quantised checkpoint that are no whole numbers there.
     """
@@ -51,6 +54,7 @@ class WeightFormat(Part):
     storage: Storage
     group_size: PositiveInt = 1
     zero_points: bool = False
+    offsets: bool = False
     wide: tuple[str, ...] = ()
 
     @model_validator(mode="after")
@@ -60,6 +64,8 @@ class WeightFormat(Part):
                 raise ValueError(f"groups of {self.group_size} quantised weights can't be")
         elif self.group_size != 1 or self.zero_points or self.wide:
             raise ValueError(f"{self.storage} weights have no groups")
+        if self.offsets and not (self.storage == "int4" and self.zero_points):
+            raise ValueError("offsets are fractions of zero points of four bits")
         return self
 
     @property
@@ -86,6 +92,18 @@ class WeightFormat(Part):
         """What the model's head is stored as; None where it is as precision says."""
         return self if self.stores("final_head", "head") else None
 
+    def rows(self, inputs: int) -> int:
+        """Rows that are stored of a matrix: its inputs', and behind them its offsets' digits."""
+        return inputs + (inputs // self.group_size * fractions.DIGITS if self.offsets else 0)
+
+    def inputs_of(self, groups: int) -> int:
+        """Inputs of a matrix with so many scales for each output."""
+        rows = groups * self.group_size
+        if not self.offsets:
+            return rows
+        # The last group of digits need not be full.
+        return rows // (self.group_size + fractions.DIGITS) * self.group_size
+
     def shapes(self, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors of a matrix, by the end of their names.
 
@@ -93,7 +111,7 @@ class WeightFormat(Part):
             inputs: Features that the matrix multiplies; whole groups.
             outputs: Features that come out.
         """
-        groups = inputs // self.group_size
+        groups = -(-self.rows(inputs) // self.group_size)
         shapes: dict[str, tuple[int, ...]] = {
             PACKED: (outputs, groups, self.group_size * self.bits // 8),
             SCALES: (outputs, groups),
@@ -105,7 +123,8 @@ class WeightFormat(Part):
     def __str__(self) -> str:
         if not self.quantised:
             return self.storage
-        points = " with zero points" if self.zero_points else ""
+        fractional = "fractional " if self.offsets else ""
+        points = f" with {fractional}zero points" if self.zero_points else ""
         return f"{self.storage} in groups of {self.group_size}{points}"
 
 
@@ -116,6 +135,8 @@ def quantised_features(spec: ModelSpec) -> tuple[int, ...]:
 
 class QuantisedMatrix(NamedTuple):
     """A quantised matrix x @ W of [inputs, outputs].
+
+    Groups are those of its inputs, and where it has offsets, behind them those of their digits.
 
     Attributes:
         packed: Numbers [outputs, groups, bytes] uint8; of two in a byte the first is the low half.
@@ -166,11 +187,21 @@ def dequantise(
         numbers -= _unpacked(matrix.zero_points, form.bits)[:, :groups, None].astype(dtype)
     numbers *= matrix.scales[:, :, None].astype(dtype)
     weights = numbers.reshape(outputs, -1)
+    if form.offsets:
+        weights = _with_offsets(weights, form.inputs_of(groups), form)
     if matrix.order is None:
         return weights
     in_place = np.empty_like(weights)
     in_place[:, matrix.order] = weights
     return in_place
+
+
+def _with_offsets(rows: NDArray[Any], inputs: int, form: WeightFormat) -> NDArray[Any]:
+    """Weights [outputs, inputs] of rows [outputs, rows] with the digits of their offsets."""
+    weights, digits = rows[:, :inputs], rows[:, inputs : form.rows(inputs)]
+    by_group = weights.reshape(len(rows), -1, form.group_size)
+    moved: NDArray[Any] = by_group + fractions.of_digits(digits)[:, :, None]
+    return moved.reshape(len(rows), -1)
 
 
 def pack(
@@ -179,6 +210,7 @@ def pack(
     points: NDArray[np.uint8],
     form: WeightFormat,
     order: NDArray[np.int32] | None = None,
+    offsets: NDArray[np.float32] | None = None,
 ) -> QuantisedMatrix:
     """Puts a quantised matrix together.
 
@@ -188,7 +220,10 @@ def pack(
         points: Zero points [outputs, groups], the middle where the format has none.
         form: The format.
         order: Of the inputs.
+        offsets: [outputs, groups], where the format has them.
     """
+    if offsets is not None:
+        numbers, scales, points = _followed_by(offsets, numbers, scales, points, form.group_size)
     outputs, groups = scales.shape
     if not form.zero_points:
         packed_points = None
@@ -199,6 +234,29 @@ def pack(
     flat = _in_pairs(numbers) if form.bits == 4 else np.ascontiguousarray(numbers)
     return QuantisedMatrix(
         flat.reshape(outputs, groups, -1), np.ascontiguousarray(scales), packed_points, order
+    )
+
+
+def _followed_by(
+    offsets: NDArray[np.float32],
+    numbers: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    points: NDArray[np.uint8],
+    group_size: int,
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
+    """Numbers, scales and zero points with those of the offsets' digits behind them."""
+    digits, scale = fractions.to_digits(offsets)
+    more = -(-digits.shape[1] // group_size)  # groups, the last of which is filled up with zeros
+    filled = np.pad(
+        digits,
+        ((0, 0), (0, more * group_size - digits.shape[1])),
+        constant_values=fractions.MIDDLE,
+    )
+    middles = np.full((len(points), more), fractions.MIDDLE, np.uint8)
+    return (
+        np.concatenate([numbers, filled], axis=1),
+        np.concatenate([scales, np.repeat(scale, more, axis=1)], axis=1),
+        np.concatenate([points, middles], axis=1),
     )
 
 

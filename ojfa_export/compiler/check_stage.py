@@ -155,7 +155,7 @@ def _choose(inputs: Inputs, work: Work) -> tuple[int, str]:
     if asked is not None:
         return asked, "as asked"
     shortcut = ShortcutEntry.of(load_exit(work.bundle / SHORTCUT)[0])
-    return default_size(inputs.checkpoint.spec, shortcut, inputs.settings.weight_format)
+    return default_size(inputs.checkpoint.spec, shortcut, inputs.weight_format)
 
 
 def default_size(

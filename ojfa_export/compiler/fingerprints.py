@@ -26,9 +26,10 @@ def stage_keys(inputs: Inputs) -> dict[str, str]:
     chat = inputs.chat and inputs.chat.model_dump()
     model = [inputs.model_sha256, inputs.tokenizer.to_str(), chat, tool_versions()]
     keys: dict[str, str] = {}
+    form = inputs.weight_format
     keys["export"] = _digest(
         *model,
-        [settings.precision, settings.weights, settings.group_size],
+        [settings.precision, form and form.model_dump()],
         settings.max_cache_length,
         None if inputs.fitted_text is None else _tokens(inputs.fitted_text),
     )

@@ -18,6 +18,7 @@ from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.bundle.names import exit_names, graph_names
 from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.compiler.fitted_weights import WeightFitter, fitting_text
+from ojfa_export.compiler.fractions import decide_fractions
 from ojfa_export.compiler.given import Given, read_given
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.self_text import SelfText, plan_self_text
@@ -64,6 +65,7 @@ class Inputs:
             options, self.checkpoint.spec, rotary, self._stored(), self._group_sizes()
         )
         self.backend = with_cache(self.backend, options.cache, self.settings.precision)
+        self._form = self.settings.weight_format
         check_runs(self.backend, self.weight_format, self.settings.precision)
         check_precision(self.backend, self.settings.precision)
         check_runs_checks(self.backend, self.settings.check_vocabulary)
@@ -90,6 +92,7 @@ class Inputs:
             self.settings.window,
         )
         self.checkpoint.check_tensors()
+        self._decide_fractions()
         self.model_sha256 = self.checkpoint.sha256()
         self.given: Given = read_given(options.shortcuts, self.checkpoint, self.model_sha256)
         if self.given.exits is not None and options.rank is not None:
@@ -109,6 +112,12 @@ class Inputs:
             )
         self._check_draft_vocabulary()
 
+    def _decide_fractions(self) -> None:
+        form, backend = self._form, self.backend
+        runs = isinstance(backend, RunsQuantised) and backend.runs_offsets
+        if form is not None and form.storage == "int4" and self.kept is None and runs:
+            self._form = decide_fractions(self.checkpoint, form)
+
     def _check_draft_vocabulary(self) -> None:
         asked, draft = self.options.draft_vocabulary, self.given.draft
         if not asked:
@@ -127,7 +136,7 @@ class Inputs:
 
     def exporter(self, directory: Path) -> Exporter:
         """What writes the graphs into a directory."""
-        settings, form = self.settings, self.settings.weight_format
+        settings, form = self.settings, self.weight_format
         quantiser = None
         if self.kept is None and form is not None and isinstance(self.backend, RunsQuantised):
             quantiser = Quantiser(form, self.backend.quantise)
@@ -170,7 +179,7 @@ class Inputs:
     @property
     def weight_format(self) -> WeightFormat | None:
         """What quantised matrices are stored as; None where none is."""
-        return self.settings.weight_format if self.kept is None else self.kept.form
+        return self._form if self.kept is None else self.kept.form
 
     def _group_sizes(self) -> tuple[int, ...]:
         """Of quantised weights that the backend runs, those that it would rather have first."""

@@ -154,7 +154,7 @@ def language_head(checkpoint: Checkpoint, graphs: Path) -> LanguageHead:
 def _dequantised(matrix: QuantisedMatrix, form: WeightFormat, directory: Path) -> Float32:
     """A head [V, H] float32, in a file, a few rows at a time."""
     outputs, groups = matrix.scales.shape
-    inputs = groups * form.group_size
+    inputs = form.inputs_of(groups)
     step = max(1, CONVERSION_CHUNK // inputs)
     with tempfile.TemporaryFile(dir=directory) as file:
         result: Float32 = np.memmap(file, np.float32, "w+", shape=(outputs, inputs))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ojfa_export.bundle.offsets import BASE
 from ojfa_export.bundle.weight_format import ORDER, PACKED, SCALES, ZERO_POINTS, WeightFormat
 from ojfa_export.graphs.graph import FLOAT, INT32, MICROSOFT, Dim, Graph
 from ojfa_export.graphs.quantised import OPERATOR
@@ -71,7 +72,7 @@ class Portable:
         """x @ W (+ b): x in compute precision, the result fp32."""
         matrix = f"{name}.weight"
         if matrix + PACKED in weights:
-            y = self.quantised_product(graph, x, weights, matrix)
+            y = self.quantised_product(graph, x, weights, matrix, len(self.token_axes))
         else:
             product = graph.op("MatMul", x, self.matrix(graph, matrix, weights[matrix]))
             y = self.to_float(graph, product)
@@ -80,28 +81,49 @@ class Portable:
         biased: str = graph.op("Add", y, graph.weight(f"{name}.bias", weights[f"{name}.bias"]))
         return biased
 
-    def quantised_product(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
-        """x @ W of a quantised matrix: x in compute precision, product and result fp32."""
+    def quantised_product(
+        self, graph: Graph, x: str, weights: Weights, name: str, axes: int
+    ) -> str:
+        """x @ W of a quantised matrix: x in compute precision, product and result fp32.
+
+        Args:
+            graph: Where the product is.
+            x: What is multiplied.
+            weights: Among which the matrix is.
+            name: Of the matrix.
+            axes: Of x before its features.
+        """
         form = self.quantised
         assert form is not None
         x = self.to_float(graph, x)
         ends = (PACKED, SCALES, ZERO_POINTS) if form.zero_points else (PACKED, SCALES)
         outputs, groups, _ = weights[name + PACKED].dims
+        inputs = form.inputs_of(groups)
         if name + ORDER in weights:
             order = graph.weight(name + ORDER, weights[name + ORDER])
             x = graph.op("Gather", x, order, axis=-1)
+        if form.offsets:
+            x = self._with_sums(graph, x, inputs // form.group_size, axes)
         product: str = graph.op(
             OPERATOR,
             x,
             *(graph.weight(name + end, weights[name + end]) for end in ends),
             domain=MICROSOFT,
-            K=groups * form.group_size,
+            K=form.rows(inputs),
             N=outputs,
             bits=form.bits,
             block_size=form.group_size,
             accuracy_level=self.accuracy_level,
         )
         return product
+
+    def _with_sums(self, graph: Graph, x: str, groups: int, axes: int) -> str:
+        """Features, the sums of their groups, and a sixteenth of these: see `bundle.offsets`."""
+        by_group = graph.reshape(x, *[0] * axes, groups, -1)
+        axis = graph.constant([axes + 1], np.int64)
+        sums = graph.op("ReduceSum", by_group, axis, keepdims=0)
+        second = graph.op("Mul", sums, graph.constant(1 / BASE, np.float32))
+        return str(graph.op("Concat", x, sums, second, axis=axes))
 
     def widened(self, graph: Graph, y: str) -> str:
         """What `linear` gave, in fp32."""
@@ -120,7 +142,7 @@ class Portable:
     def vocabulary(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
         """The product x @ W^T, W [V, features]: x in compute precision, the result fp32."""
         if name + PACKED in weights:
-            return self.quantised_product(graph, x, weights, name)
+            return self.quantised_product(graph, x, weights, name, 1)
         weight = self.matrix(graph, name, weights[name])
         return self.to_float(graph, graph.op("Gemm", x, weight, transB=1))
 

@@ -88,6 +88,7 @@ def add_matrix(file: WeightFile, name: str, matrix: QuantisedMatrix) -> dict[str
 
 def format_of(model: onnx.ModelProto) -> WeightFormat | None:
     """What a graph's quantised matrices are stored as; None where it has none."""
+    made_by = {name: node.op_type for node in model.graph.node for name in node.output}
     for node in model.graph.node:
         if node.op_type == OPERATOR:
             values = {each.name: each.i for each in node.attribute}
@@ -95,5 +96,6 @@ def format_of(model: onnx.ModelProto) -> WeightFormat | None:
                 storage="int4" if values["bits"] == 4 else "int8",
                 group_size=values["block_size"],
                 zero_points=len(node.input) > 3,
+                offsets=made_by.get(node.input[0]) == "Concat",  # with the sums of groups
             )
     return None

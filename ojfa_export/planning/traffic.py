@@ -11,42 +11,43 @@ from ojfa_export.models.spec import ModelSpec
 FLOAT_BYTES = 4
 
 
-def matrix_bytes(numbers: int, weights: WeightFormat | None) -> int:
-    """Of a matrix of so many numbers, with the scales and zero points of a quantised one."""
+def matrix_bytes(inputs: int, outputs: int, weights: WeightFormat | None) -> int:
+    """Of a matrix, with the scales, zero points and offsets of a quantised one."""
     if weights is None:
-        return FLOAT_BYTES * numbers
+        return FLOAT_BYTES * inputs * outputs
+    groups = -(-weights.rows(inputs) // weights.group_size)
     of_group = 8 * FLOAT_BYTES + (weights.bits if weights.zero_points else 0)
-    return numbers * (weights.group_size * weights.bits + of_group) // (8 * weights.group_size)
+    return outputs * groups * (weights.group_size * weights.bits + of_group) // 8
 
 
 def block_bytes(spec: ModelSpec, weights: WeightFormat | None = None, block: int = 0) -> int:
     """Weights of one block. Biases are left out: they are less than a thousandth."""
     hidden, inner = spec.hidden_size, spec.intermediate_size
     features = (
-        hidden * (spec.heads + 2 * spec.kv_heads) * spec.head_dim,
-        hidden * spec.heads * spec.head_dim,
-        hidden * inner * (2 if spec.gated else 1),
-        hidden * inner,
+        (hidden, (spec.heads + 2 * spec.kv_heads) * spec.head_dim),
+        (spec.heads * spec.head_dim, hidden),
+        (hidden, inner * (2 if spec.gated else 1)),
+        (inner, hidden),
     )
     norms = (4 if spec.norms == "both" else 2) * hidden + sum(spec.qk_norm_features)
     total = FLOAT_BYTES * norms
-    for name, numbers in zip(BLOCK_MATRICES, features, strict=True):
+    for name, shape in zip(BLOCK_MATRICES, features, strict=True):
         is_wide = weights is None or not weights.stores(block_name(block), name)
-        total += matrix_bytes(numbers, None if is_wide else weights)
+        total += matrix_bytes(*shape, None if is_wide else weights)
     return total
 
 
 def head_bytes(spec: ModelSpec, weights: WeightFormat | None = None) -> int:
     """Weights of the model's own head."""
     form = None if weights is None else weights.head
-    return matrix_bytes(spec.hidden_size * spec.vocab_size, form) + FLOAT_BYTES * spec.hidden_size
+    return matrix_bytes(spec.hidden_size, spec.vocab_size, form) + FLOAT_BYTES * spec.hidden_size
 
 
 def folded_head_bytes(spec: ModelSpec, rank: int, weights: WeightFormat | None = None) -> int:
     """Weights of the exit head that a narrow shortcut of this rank is folded into."""
     form = None if weights is None else weights.head
     whole = form is not None and rank % form.group_size == 0
-    vocabulary = matrix_bytes(rank * spec.vocab_size, form if whole else None)
+    vocabulary = matrix_bytes(rank, spec.vocab_size, form if whole else None)
     return vocabulary + FLOAT_BYTES * rank * (spec.hidden_size + 1)
 
 

@@ -319,7 +319,7 @@ class Dequantised:
     def __init__(self, matrix: QuantisedMatrix, form: WeightFormat) -> None:
         self._matrix, self._form = matrix, form
         outputs, groups = matrix.scales.shape
-        self.shape = groups * form.group_size, outputs
+        self.shape = form.inputs_of(groups), outputs
 
     def __getitem__(self, key: tuple[slice, slice]) -> Float64:
         return dequantise(self._matrix.rows(key[1]), self._form, np.float64).T

@@ -94,7 +94,7 @@ def _steps_off(
     for start in range(0, len(by_output), OUTPUTS_AT_ONCE):
         rows = slice(start, start + OUTPUTS_AT_ONCE)
         some = matrix.rows(rows)
-        steps = np.repeat(np.abs(some.scales), form.group_size, axis=1)
+        steps = np.repeat(np.abs(some.scales), form.group_size, axis=1)[:, : by_output.shape[1]]
         difference = np.abs(dequantise(some, form) - by_output[rows])
         share = difference / np.maximum(steps, np.finfo(np.float32).tiny)
         share = np.nan_to_num(share, nan=np.inf)

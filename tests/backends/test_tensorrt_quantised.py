@@ -155,6 +155,10 @@ def test_what_the_backend_does_not_run(driver):
     with pytest.raises(BackendError, match=r"groups of 16 .*, whose groups the tensorrt") as caught:
         check_runs(BACKEND, small, "bf16")
     assert "groups of 32, 64, 128, 256" in str(caught.value.hint)
+    fractional = INT4.model_copy(update={"offsets": True})
+    with pytest.raises(BackendError, match="fractional zero points, which the tensorrt") as caught:
+        check_runs(BACKEND, fractional, "fp16")
+    assert "for this backend" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(("features", "size"), [(4096, 128), (576, 64), (96, 32), (48, 128)])

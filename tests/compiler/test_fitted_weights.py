@@ -16,7 +16,7 @@ from ojfa_export.graphs.quantised import Quantiser
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.verify.exact import HIDDEN, ExactModel
 
-FORM = WeightFormat(storage="int4", group_size=16, zero_points=True)
+FORM = WeightFormat(storage="int4", group_size=16, zero_points=True, offsets=True)
 LENGTH = 64
 
 

@@ -15,6 +15,7 @@ import onnx
 import pytest
 from attack.digests import edit_manifest, redigest
 from click.testing import CliRunner
+from quantised_checkpoints import make_q4_1
 from tiny_models import make_checkpoint
 from tolerances import LOGITS_INT8_RELATIVE, QUANTISED_CORRELATION
 
@@ -43,16 +44,27 @@ def run(*arguments: object) -> Any:
     return result
 
 
-@pytest.fixture(scope="module", params=["int4", "int8"])
+@pytest.fixture(scope="module", params=["int4", "int4 of Q4_1", "int8"])
+def original(
+    request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """What weights are to be, and of which checkpoint: the tiny one, or one like it on a grid."""
+    storage, _, was = request.param.partition(" of ")
+    if not was:
+        return storage, tiny_checkpoint
+    return storage, make_q4_1(tmp_path_factory.mktemp("q4_1") / "checkpoint", 32, seed=11)
+
+
+@pytest.fixture(scope="module")
 def built(
-    request: pytest.FixtureRequest, tiny_checkpoint: Path, calibration_text: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:  # fmt: skip
-    """A bundle of the tiny checkpoint, verified; its exit head's matrix is quantised too."""
+    original: tuple[str, Path], calibration_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A bundle of the checkpoint, verified; its exit head's matrix is quantised too."""
+    storage, checkpoint = original
     options = BuildOptions(
-        str(tiny_checkpoint),
-        tmp_path_factory.mktemp(request.param) / "out.ojfa",
-        weights=request.param,
+        str(checkpoint),
+        tmp_path_factory.mktemp(storage) / "out.ojfa",
+        weights=storage,
         rank=32,
         shortcut="ojfa",
         calibration_data=(calibration_text,),
@@ -65,15 +77,16 @@ def built(
     return result.bundle
 
 
-def test_the_bundle_says_it_all(built: Path, tiny_bundle: Path) -> None:
+def test_the_bundle_says_it_all(
+    built: Path, original: tuple[str, Path], tiny_checkpoint: Path, tiny_bundle: Path
+) -> None:
     form = Bundle(built).manifest.weights
     assert form is not None
     fields = json.loads((built / "manifest.json").read_text())
-    assert fields["weights"] == {
-        "storage": built.parent.name[:4],
-        "group_size": 32,
-        "zero_points": True,
-    }
+    storage, checkpoint = original
+    fractional = {} if checkpoint == tiny_checkpoint else {"offsets": True}
+    expected = {"storage": storage, "group_size": 32, "zero_points": True, **fractional}
+    assert fields["weights"] == expected
     shown = " ".join(run("inspect", built).stdout.split())
     assert f"weights {form}: the blocks' attention.qkv" in shown
     assert "kept wider fp32: embeddings; norms, biases and the shortcut" in shown
@@ -94,8 +107,8 @@ def test_others_are_as_they_were(tiny_bundle: Path) -> None:
     assert CalibrationReport.model_validate_json(text).change is None
 
 
-def test_verify_says_what_it_changed(built: Path, tiny_checkpoint: Path) -> None:
-    document = json.loads(run("verify", built, "--against", tiny_checkpoint, "--json").stdout)
+def test_verify_says_what_it_changed(built: Path, original: tuple[str, Path]) -> None:
+    document = json.loads(run("verify", built, "--against", original[1], "--json").stdout)
     assert document["passed"]
     change = Change.model_validate(document["change"])
     assert 0 < change.mean_kl < 1
@@ -104,7 +117,7 @@ def test_verify_says_what_it_changed(built: Path, tiny_checkpoint: Path) -> None
     assert "change" not in json.loads(run("verify", built, "--json").stdout)
 
 
-def test_another_number_is_seen(built: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_another_number_is_seen(built: Path, original: tuple[str, Path], tmp_path: Path) -> None:
     """A weight that is another step is not the checkpoint's, though everything else agrees.
 
     Of fitted ones no single weight says so: outputs that have one another's numbers.
@@ -114,7 +127,7 @@ def test_another_number_is_seen(built: Path, tiny_checkpoint: Path, tmp_path: Pa
     ref = references(graph)["mlp.down.weight.packed"]
     file = copy / "graphs" / ref.location
     data = bytearray(file.read_bytes())
-    if "int8" in str(built):
+    if original[0] == "int8":
         data[ref.offset + 7] ^= 2
     else:
         name = "mlp.down.weight.packed"
@@ -124,7 +137,7 @@ def test_another_number_is_seen(built: Path, tiny_checkpoint: Path, tmp_path: Pa
         numbers[...] = np.roll(numbers, 1, axis=0)
     file.write_bytes(data)
     redigest(copy)
-    arguments = ["verify", str(copy), "--against", str(tiny_checkpoint)]
+    arguments = ["verify", str(copy), "--against", str(original[1])]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 3
     assert "quantised block_02: steps" in result.stdout
@@ -190,7 +203,7 @@ def test_other_backends_refuse_it(
 ) -> None:
     form = WeightFormat(storage="int4", group_size=32, zero_points=True)
     check_runs(backends.load("onnxruntime"), form, "fp32")
-    said = "in groups of 32 with zero points, which the onnxruntime-cuda backend doesn't run"
+    said = "in groups of 32 with .*zero points, which the onnxruntime-cuda backend doesn't run"
     monkeypatch.setattr(backends, "load", lambda _: OtherBackend())
     for refused in (
         lambda: plan(options(weights="int4", backend="onnxruntime-cuda")),
@@ -216,8 +229,13 @@ def test_what_goes_beside_them_is_the_backend_s_to_say(options: Options) -> None
         ({"storage": "int2"}, "weights.storage"),
         ({"group_size": 48}, "groups of 48 quantised weights can't be"),
         ({"group_size": 64}, "96 features are no whole groups"),
-        ({"zero_points": False}, "contradicts manifest.json"),
-        ({"storage": "fp16", "group_size": 1, "zero_points": False}, "they must be quantised"),
+        ({"offsets": False, "zero_points": False}, "contradicts manifest.json"),
+        ({"storage": "int4", "offsets": True, "group_size": 16}, "contradicts manifest.json"),
+        ({"offsets": True, "zero_points": False}, "offsets are fractions of zero points of four"),
+        (
+            {"storage": "fp16", "group_size": 1, "zero_points": False, "offsets": False},
+            "they must be quantised",
+        ),
         ({"storage": "fp32"}, "fp32 weights have no groups"),
         (None, "contradicts manifest.json"),
     ],

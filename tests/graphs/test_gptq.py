@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from tolerances import INPUT_FACTOR_RELATIVE
 
 from ojfa_export.backends.onnxruntime.quantise import quantise as to_the_nearest
-from ojfa_export.bundle.weight_format import WeightFormat, dequantise
+from ojfa_export.bundle.weight_format import PACKED, WeightFormat, dequantise
 from ojfa_export.graphs import gptq
 from ojfa_export.graphs.input_factor import DAMPING, PANEL, InputFactor
+from ojfa_export.graphs.ranges import Ranges
 
 
-def form_of(group_size, storage="int4"):
-    return WeightFormat(storage=storage, group_size=group_size, zero_points=True)
+def form_of(group_size, *, offsets=False):
+    return WeightFormat(storage="int4", group_size=group_size, zero_points=True, offsets=offsets)
 
 
 def inputs_of(rng, rows, features):
@@ -36,13 +37,13 @@ def by_the_paper(columns, form, gram):
     for at in range(len(gram)):  # a column's cost is what is left of H's inverse when it is due
         diagonal[order[at]] = np.sqrt(rest[0, 0])
         rest = rest[1:, 1:] - np.outer(rest[1:, 0], rest[0, 1:]) / rest[0, 0]
-    groups = [slice(at, at + form.group_size) for at in range(0, len(gram), form.group_size)]
-    ranges = [gptq._ranges(columns[group], diagonal[group], most) for group in groups]
+    ranges = Ranges.of(columns, form, diagonal)
     stands_for = np.empty_like(left)
     for at, column in enumerate(order):
-        scale, point = ranges[column // form.group_size]
-        number = np.clip(np.rint(left[column] / scale + point), 0, most)
-        stands_for[column] = (number - point) * scale
+        group = column // form.group_size
+        scale, point, offset = ranges.scales[group], ranges.points[group], ranges.offsets[group]
+        number = np.clip(np.rint((left[column] - offset) / scale + point), 0, most)
+        stands_for[column] = (number - point) * scale + offset
         error = (left[column] - stands_for[column]) / inverse[0, 0]
         left[order[at + 1 :]] -= np.outer(inverse[0, 1:], error)
         inverse = inverse[1:, 1:] - np.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]
@@ -72,12 +73,13 @@ def test_the_factor_is_that_of_the_inverse(rng, features, scarce):
 
 
 @pytest.mark.parametrize(("features", "group_size"), [(32, 16), (160, 16), (256, 128), (640, 32)])
-def test_numbers_are_those_of_the_paper_s_recursion(rng, features, group_size):
-    form = form_of(group_size)
+@pytest.mark.parametrize("offsets", [False, True])
+def test_numbers_are_those_of_the_paper_s_recursion(rng, features, group_size, offsets):
+    form = form_of(group_size, offsets=offsets)
     x = inputs_of(rng, 3 * features, features)
     columns = rng.standard_normal((features, 20)).astype(np.float32)
     made = gptq.quantise(columns, form, InputFactor.of(x))
-    assert made.packed.shape == (20, features // group_size, group_size // 2)
+    assert made.packed.shape == form.shapes(features, 20)[PACKED]
     ours, theirs = dequantise(made, form).T, by_the_paper(columns, form, x.T @ x)
     # Where a weight lies within fp32's rounding of the border of two numbers, all after it differ.
     alike = np.isclose(ours, theirs, atol=1e-4).all(axis=0)
@@ -115,8 +117,9 @@ def test_inputs_that_are_alone_lose_no_more_than_the_nearest_numbers(rng):
 
 
 @pytest.mark.parametrize("columns", [np.zeros((32, 3)), np.full((32, 3), -2.5), np.eye(32, 3)])
-def test_matrices_of_few_numbers(columns):
-    form, columns = form_of(16), columns.astype(np.float32)
+@pytest.mark.parametrize("offsets", [False, True])
+def test_matrices_of_few_numbers(columns, offsets):
+    form, columns = form_of(16, offsets=offsets), columns.astype(np.float32)
     made = dequantise(gptq.quantise(columns, form, InputFactor.of(np.zeros((32, 32)))), form).T
     np.testing.assert_allclose(made, columns, atol=1e-6)
 

@@ -35,6 +35,7 @@ from ojfa_export.verify.exact import HIDDEN, ExactModel
 
 LENGTH = 24
 INT4 = WeightFormat(storage="int4", group_size=32, zero_points=True)
+OFFSETS = WeightFormat(storage="int4", group_size=32, zero_points=True, offsets=True)
 INT8 = WeightFormat(storage="int8", group_size=32, zero_points=True)
 # Two models, both storages, groups of other sizes, every shortcut, ranks of whole groups and not.
 CHAINS = [
@@ -43,7 +44,8 @@ CHAINS = [
     ("llama-gqa", INT4, {"rank": 8}),
     ("llama-gqa", INT8, {"kind": "mlp"}),
     ("llama-tied", WeightFormat(storage="int4", group_size=16, zero_points=False), {"rank": 16}),
-    ("gemma2", INT4, {"kind": "residual"}),
+    ("gemma2", OFFSETS, {"kind": "residual"}),
+    ("llama-gqa", OFFSETS.model_copy(update={"group_size": 16}), {"rank": 16}),
 ]
 
 forms = st.builds(
@@ -139,16 +141,17 @@ def test_graphs_and_engines_equal_float64(name, form, options, rng, tmp_path):
         np.testing.assert_allclose(graphs.logits(rows, depth), logits, atol=close, rtol=0)
 
 
-def test_what_is_quantised_and_what_is_not(tmp_path):
+@pytest.mark.parametrize("form", [INT4, OFFSETS])
+def test_what_is_quantised_and_what_is_not(form, tmp_path):
     checkpoint = make_checkpoint("llama-tied", tmp_path / "checkpoint", seed=1)
-    chain = build_chain(checkpoint, tmp_path, weights=INT4, rank=32)
+    chain = build_chain(checkpoint, tmp_path, weights=form, rank=32)
     quantised = {}
     for name in graph_names(chain.spec.blocks):
         for path in (chain.graphs / f"{name}.onnx", chain.engine_files[name]):
             model = onnx.load(path, load_external_data=False)
             refs = references(model)
             quantised[name] = {key.removesuffix(PACKED) for key in refs if key.endswith(PACKED)}
-            assert format_of(model) == (INT4 if quantised[name] else None)
+            assert format_of(model) == (form if quantised[name] else None)
             assert not quantised[name] & set(refs)  # nothing is there twice
             for key, ref in refs.items():
                 if not key.endswith(ENDS):

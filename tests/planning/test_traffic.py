@@ -40,9 +40,9 @@ def test_bytes_are_those_of_the_weight_files(variant: str, tmp_path: Path):
     assert abs(size("exit_head") - folded_head_bytes(spec, 1)) < PADDING
 
 
-@pytest.mark.parametrize("storage", ["int4", "int8"])
-def test_bytes_of_quantised_weight_files(storage: Any, tmp_path: Path):
-    weights = WeightFormat(storage=storage, group_size=32, zero_points=True)
+@pytest.mark.parametrize("fields", [{"storage": "int4", "offsets": True}, {"storage": "int8"}])
+def test_bytes_of_quantised_weight_files(fields: dict[str, Any], tmp_path: Path):
+    weights = WeightFormat(group_size=32, zero_points=True, **fields)
     chain = build_chain(
         make_checkpoint("llama-gqa", tmp_path / "checkpoint", seed=1),
         tmp_path,

@@ -36,6 +36,7 @@ class OnnxRuntime:
     beside_quantised: tuple[Precision, ...] = ("fp32",)
     # Smaller groups are nearer to the weights and take more room (docs/weights.md).
     group_sizes = (32, 16, 64, 128, 256)
+    runs_offsets = True
 
     def versions(self) -> dict[str, str]:
         """What the engines depend on."""

@@ -36,6 +36,7 @@ class TensorRt:
     beside_quantised: tuple[Precision, ...] = ("fp16", "bf16")
     # Larger groups are fewer bytes; smaller ones than these would be a product of tiles each.
     group_sizes = (128, 64, 32, 256)
+    runs_offsets = False
     beside_fp8_cache: tuple[Precision, ...] = ("fp16", "bf16")
 
     def __init__(self, cache: CacheStorage | None = None) -> None:
