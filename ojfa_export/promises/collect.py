@@ -189,14 +189,19 @@ def sample_places(
 
     Returns:
         [count, sampled] positions in runs of neighbours, and the length of a run. A window's
-        runs begin at a random position and go round its end.
+        runs lie in one of its halves, where it has two that are long enough: where that is the
+        first, the second needn't be run. Windows take halves in turns, so that both count the same
+        in every domain. Runs begin at a random position and go round the half's end.
     """
     if length <= most:
         return np.tile(np.arange(length), (count, 1)), length
-    runs = np.tile(np.arange(length // RUN), (count, 1))
+    halved = length % 2 == 0 and length // 2 >= most
+    half = length // 2 if halved else length
+    runs = np.tile(np.arange(half // RUN), (count, 1))
     chosen = np.sort(rng.permuted(runs, axis=1)[:, : most // RUN])
-    first = RUN * chosen + rng.integers(length, size=(count, 1))
-    places = (first[:, :, None] + np.arange(RUN)) % length
+    first = RUN * chosen + rng.integers(half, size=(count, 1))
+    places = (first[:, :, None] + np.arange(RUN)) % half
+    places += half * ((np.arange(count)[:, None, None] + rng.integers(2)) % (1 + halved))
     return places.reshape(count, -1), RUN
 
 
