@@ -129,9 +129,9 @@ def test_exits_that_are_left_out_would_not_have_been_used(
     population: Population, rng: np.random.Generator
 ) -> None:
     """Certified on the few exits that are looked at, a promise is what all of them would give."""
-    everything = population(windows=1200, exits=(2, 4, 6, 8, 10, 11), ease=1.2)
+    everything = population(windows=400, exits=(2, 5, 8, 11), ease=1.2)
     for _ in range(8):
-        rows = rng.choice(everything.windows, 480, replace=False)
+        rows = rng.choice(everything.windows, 320, replace=False)
         tuning, certification = halves(everything.select(rows))
         limits = Limits(max_disagreement=rng.uniform(0.01, 0.4))
         costs = replace(
