@@ -45,7 +45,8 @@ from ojfa_export.planning.machine import describe_machine
 from ojfa_export.planning.rehearse import ROOM, time_points
 from ojfa_export.planning.step_costs import StepCosts, measure_costs
 from ojfa_export.planning.turns import Turns
-from ojfa_export.promises.certify import certify, most_eager
+from ojfa_export.promises.certify import certify
+from ojfa_export.promises.choose import most_eager
 from ojfa_export.promises.collect import collect_statistics
 from ojfa_export.promises.measures import MEASURES, confidences, round_down
 from ojfa_export.promises.outcomes import Costs, apply, depths_of

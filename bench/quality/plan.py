@@ -26,9 +26,9 @@ from ojfa_export.planning.reading import Way, cut_pieces, read_pieces
 from ojfa_export.planning.rehearse import ROOM, time_points
 from ojfa_export.planning.step_costs import StepCosts, measure_costs
 from ojfa_export.planning.turns import Clock, Turns
-from ojfa_export.promises.certify import most_eager
+from ojfa_export.promises.choose import most_eager
 from ojfa_export.promises.path import paths
-from ojfa_export.promises.statistics import ExitStatistics, load_statistics
+from ojfa_export.promises.statistics import ExitStatistics, load_statistics, split_with
 from ojfa_export.runtime.model import Model, load
 from ojfa_export.system.progress import SILENT
 
@@ -95,7 +95,7 @@ def compare(
         turns = Turns(model.spec, model.engines, length, ROOM, clock=clock)
         rehearsed = time_points(
             [p for p in points.values() if p.kind in ("auto", "speculation")],
-            splits["certification"], costs[-1], turns, 60, SILENT,
+            splits["tuning"], costs[-1], turns, 60, SILENT,
         )  # fmt: skip
         predicted.append({n: rehearsed.get(p, p) for n, p in points.items()})
         measured.append(read_pieces(model, pieces, ways, PROMPT_TOKENS, SILENT, REPEATS, clock))
@@ -155,9 +155,9 @@ def ways_to_try(model: Model, splits: Mapping[str, ExitStatistics]) -> dict[str,
 
 def expect(way: Way, splits: Mapping[str, ExitStatistics], costs: StepCosts) -> Point:
     """The planner's point of a way, before it is rehearsed."""
-    statistics = splits["certification"]
     if isinstance(way, ExitPolicy):
-        return policy_point(way, statistics, costs)
+        return policy_point(way, split_with(splits, way.exits), costs)
+    statistics = split_with(splits, splits["tuning"].exits)
     if isinstance(way, Speculation):
         wanted = way.exit, way.draft
         return next(p for p in speculation(statistics, costs) if (p.exit, p.draft) == wanted)

@@ -77,6 +77,8 @@ def check_limits(
 class DomainEvidence(_Part):
     """The certification split of one domain under the policy.
 
+    Where the tuning split shows no exits to be worth it, nothing is certified, and that is it.
+
     Attributes:
         name: Of the domain.
         windows: Independent pieces of text behind the p-value.

@@ -89,7 +89,7 @@ def _show(console: Console, plan: Plan) -> None:
         {
             **describe_hardware(machine),
             "full depth": f"{full:.3f} ms per token, measured",
-            "text": f"{plan.tokens:,} tokens from {plan.windows} windows",
+            "text": _text(plan),
         }
     )
     console.print()
@@ -101,6 +101,15 @@ def _show(console: Console, plan: Plan) -> None:
     for line in plan.advice:
         console.print(line)
     console.print(f"Default here: {plan.default.reason}.")
+
+
+def _text(plan: Plan) -> str:
+    """What text the agreements are of, in words."""
+    said = f"{plan.tokens:,} tokens from {plan.windows} windows"
+    own = {(p.tokens, p.windows) for p in [*plan.points, plan.own] if p and p.kind == "auto"}
+    for tokens, windows in sorted(own - {(plan.tokens, plan.windows)}):
+        said += f"; exits per token that were certified, {tokens:,} from {windows}"
+    return said
 
 
 def _shown(plan: Plan) -> list[Point]:

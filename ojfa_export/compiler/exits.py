@@ -1,81 +1,34 @@
-"""The stages that decide on exits: statistics, costs, promise and default."""
+"""The stage that decides on exits: promise and default."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
-
-import numpy as np
 
 from ojfa_export.backends.backend import Engines
 from ojfa_export.bundle.names import STATISTICS
 from ojfa_export.bundle.promise import DomainEvidence, Promise
-from ojfa_export.compiler.decided import WHOLE_BYTES, Decided, is_timed_whole
+from ojfa_export.compiler.decided import Decided, is_timed_whole
 from ojfa_export.compiler.draft_stage import kept_draft, open_layer
 from ojfa_export.compiler.inputs import Inputs
-from ojfa_export.compiler.self_text import read_self_text
 from ojfa_export.compiler.stages import open_engines
+from ojfa_export.compiler.statistics_stage import ROUNDS, SECONDS, kept_costs, time_steps
 from ojfa_export.compiler.work import Work
 from ojfa_export.decoding.default import Default
 from ojfa_export.models.spec import ModelSpec
 from ojfa_export.planning.drafting import measure_layer
 from ojfa_export.planning.plan import plan_default
 from ojfa_export.planning.rehearse import ROOM
-from ojfa_export.planning.step_costs import StepCosts, measure_costs, measure_exits
+from ojfa_export.planning.step_costs import StepCosts, measure_exits
 from ojfa_export.planning.turns import Turns
 from ojfa_export.promises.certify import certify
-from ojfa_export.promises.collect import RUN, collect_statistics
 from ojfa_export.promises.self_text import DOMAIN
-from ojfa_export.promises.statistics import ExitStatistics, join, load_statistics, save_statistics
-from ojfa_export.promises.windows import PromiseWindows
-from ojfa_export.system.heap import trim_heap
+from ojfa_export.promises.statistics import ExitStatistics, load_statistics
+from ojfa_export.system.heap import release_memory
 from ojfa_export.system.progress import Progress
-
-# Of the tokens that are looked at: the same in every build.
-SAMPLING_SEED = 0
-# Turns of timing, and when to stop beginning them.
-ROUNDS, SECONDS = 6, 10.0
-# Of a larger model's blocks that are timed: many times what caches hold, a few blocks of memory.
-TIMED_BYTES = 250_000_000
-
-
-def collect(inputs: Inputs, work: Work, progress: Progress) -> None:
-    """Notes what every exit says, and writes statistics.npz."""
-    found = [] if inputs.statistics_windows is None else [inputs.statistics_windows]
-    if inputs.self_text is not None:
-        found.append(read_self_text(inputs.self_text, work))
-    most = min(each.sampled for each in found)
-    if len(found) > 1:  # as many of each window, whatever its length
-        most = min(most, *(each.counted // RUN * RUN for each in found))
-    both = [_collect(inputs, work, windows, most, progress) for windows in found]
-    names = ("tuning", "certification")
-    splits = {name: join(parts) for name, parts in zip(names, zip(*both, strict=True), strict=True)}
-    save_statistics(work.bundle / STATISTICS, splits)
-    trim_heap()
-
-
-def _collect(
-    inputs: Inputs, work: Work, windows: PromiseWindows, most: int, progress: Progress
-) -> tuple[ExitStatistics, ExitStatistics]:
-    """What every exit says on windows: tuning, and certification."""
-    pairs = list(zip(windows.tuning, windows.certification, strict=True))
-    statistics = collect_statistics(
-        inputs.checkpoint.spec,
-        lambda: open_engines(inputs, work),
-        windows.domains,
-        [np.concatenate(pair) for pair in pairs],
-        work.scratch,
-        progress,
-        np.random.default_rng(SAMPLING_SEED),
-        given=windows.given,
-        most=most,
-    )
-    tuned = np.concatenate([np.arange(sum(map(len, pair))) < len(pair[0]) for pair in pairs])
-    return statistics.select(np.flatnonzero(tuned)), statistics.select(np.flatnonzero(~tuned))
 
 
 def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
-    """Times steps on this machine, certifies the promise that was asked, and plans the default.
+    """Certifies the promise that was asked, and plans the default by times on this machine.
 
     What was decided is kept in the scratch directory for the manifest. Timing takes both heads and
     some blocks at once: of a large model that is more than a build may take, and is done only
@@ -84,8 +37,7 @@ def decide(inputs: Inputs, work: Work, progress: Progress) -> None:
     """
     if is_timed_whole(inputs.checkpoint.spec) or inputs.options.limits is not None:
         decided = _decide(inputs, work, progress)
-        gc.collect()  # what was timed refers to itself
-        trim_heap()
+        release_memory()
         (work.scratch / "exits.json").write_text(decided.model_dump_json(), encoding="utf-8")
 
 
@@ -98,15 +50,7 @@ def _decide(inputs: Inputs, work: Work, progress: Progress) -> Decided:
         default = _full_depth_anyhow(spec, engines, length, splits, progress)
         if default is not None:
             return Decided(default=default)
-    costs = measure_costs(
-        spec,
-        engines,
-        length,
-        rounds=ROUNDS,
-        seconds=SECONDS,
-        progress=progress,
-        most_bytes=TIMED_BYTES if large else WHOLE_BYTES,
-    )
+    costs = time_steps(inputs, engines, progress) if limits is None else kept_costs(work)
     costs = _with_drafting(costs, inputs, work, engines, progress)
     promise = None
     if limits is not None:

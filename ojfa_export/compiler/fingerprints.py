@@ -12,6 +12,7 @@ from ojfa_export.compiler.draft_head import draft_vocabulary
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.versions import tool_versions
 from ojfa_export.decoding.arrays import Int32
+from ojfa_export.promises.statistics import SPLITS
 from ojfa_export.promises.windows import tuning_part
 
 
@@ -81,24 +82,28 @@ def _deciding_keys(
 ) -> dict[str, str]:
     """Of the stages that look at exits."""
     found, limits, plan = inputs.statistics_windows, inputs.options.limits, inputs.self_text
-    on_files = found and [
-        [found.domains, found.given, found.sampled],
-        [_tokens(each) for each in (*found.tuning, *found.certification)],
-    ]
-    statistics = _digest(
+    asked = limits and limits.model_dump()
+    made: dict[str, str] = {}
+
+    def windows(*names: str) -> list[Any] | None:
+        """What stands for splits' windows of the files."""
+        if found is None:
+            return None
+        return [[_tokens(each) for each in found.of(name)] for name in names]
+
+    made["statistics"] = _digest(
         keys["calibrate"],
-        on_files,
+        found and [found.domains, found.given, found.sampled],
+        windows(*(SPLITS if limits is None else SPLITS[:1])),
         keys.get("self-text"),
         *([keys["check"]] if "check" in keys else []),
     )
-    exits = _digest(
-        statistics,
-        keys.get("draft"),
-        limits and limits.model_dump(),
-        texts,
-        plan and plan.about,
+    if limits is not None:
+        made["certification"] = _digest(made["statistics"], windows(*SPLITS[1:]), asked)
+    made["exits"] = _digest(
+        list(made.values()), keys.get("draft"), asked, texts, plan and plan.about
     )
-    return {"statistics": statistics, "exits": exits}
+    return made
 
 
 def _tokens(ids: Int32) -> list[Any]:

@@ -20,7 +20,7 @@ from ojfa_export.bundle.names import (
     STATISTICS,
 )
 from ojfa_export.bundle.promise import Promise
-from ojfa_export.compiler import exits, stages
+from ojfa_export.compiler import exits, stages, statistics_stage
 from ojfa_export.compiler.check_stage import kept_check, make_check, may_check, with_golden
 from ojfa_export.compiler.decided import Decided, load_decided, why_not_planned
 from ojfa_export.compiler.draft_stage import kept_draft, make_draft
@@ -39,6 +39,7 @@ from ojfa_export.compiler.shortcut_stage import (
 from ojfa_export.compiler.work import StageRecord, Work, check_output
 from ojfa_export.graphs.export import Exporter
 from ojfa_export.runtime.model import Model
+from ojfa_export.system.heap import release_memory
 from ojfa_export.system.pictures import check_can_draw
 from ojfa_export.system.progress import SILENT, Progress
 from ojfa_export.verify.change import Change
@@ -194,7 +195,11 @@ def _make_extras(inputs: Inputs, work: Work, exporter: Exporter, progress: Progr
 def _decide_exits(inputs: Inputs, work: Work, progress: Progress) -> None:
     with work.stage("statistics") as needed:
         if needed:
-            exits.collect(inputs, work, progress)
+            statistics_stage.collect(inputs, work, progress)
+    if inputs.options.limits is not None:
+        with work.stage("certification") as needed:
+            if needed:
+                statistics_stage.collect_certified(inputs, work, progress)
     with work.stage("exits") as needed:
         if needed:
             exits.decide(inputs, work, progress)
@@ -207,7 +212,9 @@ def _verify(inputs: Inputs, work: Work, progress: Progress) -> tuple[Calibration
     change: Change | None = None
     with work.stage("verify"):
         golden = stages.find_golden(inputs, work)
+        release_memory()  # a whole model in each of the two, and one more to compare
         check = with_golden(kept_check(work), inputs, work)
+        release_memory()
         decided = load_decided(work)
         report = stages.load_report(kept, [], decided.promise)
         draft = kept_draft(work)

@@ -13,9 +13,10 @@ from ojfa_export.bundle.promise import Limits, Promise
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.decoding.speculation import MAX_DRAFT, Speculation
 from ojfa_export.planning.step_costs import StepCosts
-from ojfa_export.promises.certify import certify, choose_path, most_eager
+from ojfa_export.promises.certify import certify
+from ojfa_export.promises.choose import choose_path, most_eager
 from ojfa_export.promises.outcomes import apply
-from ojfa_export.promises.statistics import ExitStatistics
+from ojfa_export.promises.statistics import ExitStatistics, split_with
 from ojfa_export.system.progress import Progress
 
 # Shares of tokens that may differ, for which exits per token are planned.
@@ -39,6 +40,8 @@ class Point:
         policy: Of exits per token.
         limit: Share of tokens that may differ, for which the policy was chosen.
         certified: Whether the statistics show, with the confidence asked, that the limit is kept.
+        tokens: Looked at for the agreement of exits, in `windows` pieces of text.
+        windows: See there.
     """
 
     kind: Kind
@@ -51,6 +54,8 @@ class Point:
     policy: ExitPolicy | None = None
     limit: float | None = None
     certified: bool | None = None
+    tokens: int | None = None
+    windows: int | None = None
 
     @property
     def name(self) -> str:
@@ -86,7 +91,7 @@ def policy_point(
     limit: float | None = None,
     certified: bool | None = None,
 ) -> Point:
-    """Exits per token by a policy, on windows that didn't choose it."""
+    """Exits per token by a policy, as it does on some statistics."""
     outcome = apply(statistics, policy, costs.of_policies(), surprisal_clip=1.0)
     return Point(
         "auto",
@@ -96,6 +101,8 @@ def policy_point(
         policy=policy,
         limit=limit,
         certified=certified,
+        tokens=statistics.tokens,
+        windows=statistics.windows,
     )
 
 
@@ -108,7 +115,8 @@ def policies(
 ) -> list[Point]:
     """The cheapest policy for each share of tokens that may differ, where one saves time.
 
-    It is certified where there is text enough; else it is what the tuning split suggests.
+    It is certified where there is text enough, among the exits that the build looked at for that;
+    else it is what the tuning split suggests.
 
     Args:
         splits: Of the statistics.
@@ -126,7 +134,8 @@ def policies(
             policy = promise.policy or _suggested(tuning, limits, costs)
             if policy is not None:
                 certified = promise.policy is not None
-                points.append(policy_point(policy, certification, costs, limit, certified))
+                seen = split_with(splits, policy.exits)
+                points.append(policy_point(policy, seen, costs, limit, certified))
             task.advance()
     return points
 

@@ -26,7 +26,7 @@ from ojfa_export.planning.recommend import advice, choose_default
 from ojfa_export.planning.rehearse import ROOM, rehearse
 from ojfa_export.planning.step_costs import StepCosts, measure_costs
 from ojfa_export.planning.turns import Turns
-from ojfa_export.promises.statistics import ExitStatistics, load_statistics
+from ojfa_export.promises.statistics import ExitStatistics, load_statistics, split_with
 from ojfa_export.runtime.model import load
 from ojfa_export.system.progress import SILENT, Progress
 
@@ -45,8 +45,8 @@ class Plan:
         own: The bundle's policy, where it has one.
         default: What the bundle should do here where its user names no way.
         advice: In plain words, the verdict first.
-        windows: Pieces of text behind the agreements.
-        tokens: Looked at in them.
+        windows: Pieces of text behind the agreements of fixed exits and of drafts.
+        tokens: Looked at in them; behind those of exits per token, `Point.tokens`.
     """
 
     machine: dict[str, Any]
@@ -133,7 +133,7 @@ def make_plan(
         turns: Where to rehearse; without it, times are what the costs add up to.
         machine: That the costs were measured on; default: this one.
     """
-    certification = splits["certification"]
+    every = _of_every_exit(splits)
     points = basic_points(splits, costs) + policies(splits, costs, confidence, progress)
     own = own_point(splits, costs, policy)
     points, own = _rehearsed(points, own, splits, costs, turns, SECONDS, progress)
@@ -144,16 +144,20 @@ def make_plan(
         own=own,
         default=choose_default(points, own, splits, costs),
         advice=advice(points, own),
-        windows=certification.windows,
-        tokens=certification.windows * certification.tokens_per_window,
+        windows=every.windows,
+        tokens=every.tokens,
     )
 
 
 def basic_points(splits: Mapping[str, ExitStatistics], costs: StepCosts) -> list[Point]:
     """Fixed exits, full depth and speculation, which no split chose."""
-    certification = splits["certification"]
-    drafting = speculation(certification, costs) + layer_speculation(certification.blocks, costs)
-    return fixed_exits(certification, costs) + drafting
+    every = _of_every_exit(splits)
+    drafting = speculation(every, costs) + layer_speculation(every.blocks, costs)
+    return fixed_exits(every, costs) + drafting
+
+
+def _of_every_exit(splits: Mapping[str, ExitStatistics]) -> ExitStatistics:
+    return split_with(splits, splits["tuning"].exits)
 
 
 def own_point(
@@ -162,7 +166,7 @@ def own_point(
     """The bundle's policy; None where it has none, or one without exits."""
     if policy is None or not policy.exits:
         return None
-    return policy_point(policy, splits["certification"], costs)
+    return policy_point(policy, split_with(splits, policy.exits), costs)
 
 
 def plan_default(
@@ -193,5 +197,5 @@ def _rehearsed(
     if turns is None:
         return points, own
     expected = points if own is None else [*points, own]
-    found = rehearse(expected, splits["certification"], costs, turns, seconds, progress)
+    found = rehearse(expected, splits["tuning"], costs, turns, seconds, progress)
     return found[: len(points)], None if own is None else found[-1]

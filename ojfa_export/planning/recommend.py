@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from ojfa_export.decoding.default import Default
 from ojfa_export.planning.frontier import Point, as_speculation
 from ojfa_export.planning.step_costs import StepCosts
-from ojfa_export.promises.statistics import ExitStatistics
+from ojfa_export.promises.statistics import ExitStatistics, split_with
 
 # Predictions are within about this share of what is measured: less than that is no gain.
 MARGIN = 0.1
@@ -35,7 +35,8 @@ def choose_default(
     chosen, speculation = full, None
     drafting = _fastest(points, "speculation")
     if drafting is not None and _saves(drafting, full):
-        chosen, speculation = drafting, as_speculation(drafting, splits["certification"], costs)
+        every = split_with(splits, splits["tuning"].exits)
+        chosen, speculation = drafting, as_speculation(drafting, every, costs)
     if own is not None and _saves(own, chosen):
         chosen, speculation = own, None
     return Default(

@@ -1,4 +1,4 @@
-"""Chooses a path of policies on the tuning split, and certifies one on the certification split."""
+"""Certifies a policy of the path that the tuning split chose, on the certification split."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.bundle.promise import DomainEvidence, Limits, Promise
+from ojfa_export.promises.choose import choose_path, risks, slack
 from ojfa_export.promises.learn_then_test import fixed_sequence, union_p_value
-from ojfa_export.promises.outcomes import Costs, Outcome
+from ojfa_export.promises.outcomes import Costs
 from ojfa_export.promises.p_values import best_stake, betting, n_log_wealth
-from ojfa_export.promises.path import Path, paths
+from ojfa_export.promises.path import Path
 from ojfa_export.promises.statistics import ExitStatistics
-
-# Fewer exits mean fewer checks and engines' stops: one more must be worth this share of the cost.
-WORTHWHILE = 0.005
 
 
 @dataclass(frozen=True)
@@ -42,20 +40,23 @@ def certify(
 
     Args:
         tuning: Decides measure, exits, the path and the stakes; windows apart from the others.
-        certification: Touched by the tests alone.
+        certification: Touched by the tests alone. Of the exits that it has, one or more are used;
+            without any, which need no windows, full depth is what is promised.
         limits: What is promised.
         costs: Of a token; they decide what is worthwhile, not what is certified.
     """
-    # What the certification split can't tell from the limits.
-    windows = min(len(rows) for rows in certification.members())
-    slack = -math.log1p(-limits.confidence) / windows
-    path = choose_path(tuning, limits, costs, slack)
+    path = None
+    if certification.exits:
+        windows = min(len(rows) for rows in certification.members())
+        path = choose_path(
+            tuning.at(certification.exits), limits, costs, slack(limits.confidence, windows)
+        )
     if path is None:
         reason = (
             "full depth: on the tuning text no exits save time within the limits "
             f"({_describe(limits)})"
         )
-        return _promise(None, certification, limits, costs, [], reason)
+        return _promise(None, tuning, limits, costs, [], reason)
     candidates = _candidates(path, tuning, certification, limits, costs)
     count = fixed_sequence((union_p_value(each.p_values) for each in candidates), limits.confidence)
     if count == 0:
@@ -70,71 +71,6 @@ def certify(
         f"({_describe(limits)}) save no time"
     )
     return _promise(None, certification, limits, costs, [], reason)
-
-
-def choose_path(tuning: ExitStatistics, limits: Limits, costs: Costs, slack: float) -> Path | None:
-    """The measure and the exits that are cheapest within the limits, on the tuning split.
-
-    Exits are added greedily.
-
-    Args:
-        tuning: The split to choose on.
-        limits: What is promised.
-        costs: Of a token.
-        slack: To stay below the limits by: about ln(1 / (1 - confidence)) / windows is what
-            certification needs.
-
-    Returns:
-        None where full depth is the cheapest.
-    """
-    targets = [max(0.0, limit - slack) for limit in limits.shares()]
-    best_path: Path | None = None
-    best = costs.full
-    for everything in paths(tuning):
-        chosen: tuple[int, ...] = ()
-        cheapest = costs.full
-        while len(chosen) < len(everything.exits):
-            options = [
-                tuple(sorted((*chosen, depth))) for depth in everything.exits if depth not in chosen
-            ]
-            prices = [
-                _price(everything.only(exits), tuning, limits, targets, costs) for exits in options
-            ]
-            index = int(np.argmin(prices))
-            if prices[index] >= cheapest * (1 - WORTHWHILE):
-                break
-            chosen, cheapest = options[index], prices[index]
-        if chosen and cheapest < best:
-            best_path, best = everything.only(chosen), cheapest
-    return best_path
-
-
-def most_eager(
-    path: Path, tuning: ExitStatistics, limits: Limits, targets: list[float], costs: Costs
-) -> int | None:
-    """The most eager step that keeps the targets in every domain, found by bisection."""
-    members = tuning.members()
-    low, high = -1, path.steps
-    while high - low > 1:
-        step = (low + high) // 2
-        risks = _risks(path.apply(step, tuning, costs, limits.surprisal_clip), limits)
-        kept = all(
-            risk[rows].mean() <= target
-            for risk, target in zip(risks, targets, strict=True)
-            for rows in members
-        )
-        low, high = (step, high) if kept else (low, step)
-    return None if low < 0 else low
-
-
-def _price(
-    path: Path, tuning: ExitStatistics, limits: Limits, targets: list[float], costs: Costs
-) -> float:
-    """A token's cost at the most eager step that keeps the targets."""
-    step = most_eager(path, tuning, limits, targets, costs)
-    if step is None:
-        return costs.full
-    return float(path.apply(step, tuning, costs, limits.surprisal_clip).cost.mean())
 
 
 def _candidates(
@@ -153,8 +89,8 @@ def _candidates(
         if same or not np.isfinite(thresholds).any():
             continue
         previous = thresholds
-        tuned = _risks(path.apply(step, tuning, costs, limits.surprisal_clip), limits)
-        seen = _risks(path.apply(step, certification, costs, limits.surprisal_clip), limits)
+        tuned = risks(path.apply(step, tuning, costs, limits.surprisal_clip), limits)
+        seen = risks(path.apply(step, certification, costs, limits.surprisal_clip), limits)
         p_values, growth = [], []
         for there, here in domains:
             stakes = [best_stake(t[there], x) for t, x in zip(tuned, limits.shares(), strict=True)]
@@ -167,41 +103,31 @@ def _candidates(
     return tested
 
 
-def _risks(outcome: Outcome, limits: Limits) -> list[NDArray[np.float64]]:
-    """The losses [W] that are limited, in the order of `Limits.shares`."""
-    risks = [outcome.disagreement]
-    if limits.max_extra_surprisal is not None:
-        risks.append(outcome.extra_surprisal)
-    return risks
-
-
 def _promise(
     path: Path | None,
-    certification: ExitStatistics,
+    text: ExitStatistics,
     limits: Limits,
     costs: Costs,
     certified: Sequence[Candidate],
     reason: str | None,
 ) -> Promise:
-    members = certification.members()
+    members = text.members()
     outcome, policy = None, None
     if path is not None:
-        outcome = path.apply(certified[-1].step, certification, costs, limits.surprisal_clip)
+        outcome = path.apply(certified[-1].step, text, costs, limits.surprisal_clip)
         policy = path.policy(certified[-1].step)
     evidence = []
-    for index, (name, rows) in enumerate(zip(certification.domains, members, strict=True)):
+    for index, (name, rows) in enumerate(zip(text.domains, members, strict=True)):
         evidence.append(
             DomainEvidence(
                 name=name,
                 windows=len(rows),
-                tokens=len(rows) * certification.tokens_per_window,
+                tokens=len(rows) * text.tokens_per_window,
                 disagreement=0 if outcome is None else float(outcome.disagreement[rows].mean()),
                 extra_surprisal=0
                 if outcome is None
                 else float(outcome.extra_surprisal[rows].mean()) * limits.surprisal_clip,
-                depth=certification.blocks
-                if outcome is None
-                else float(outcome.depth[rows].mean()),
+                depth=text.blocks if outcome is None else float(outcome.depth[rows].mean()),
                 p_value=None if outcome is None else certified[-1].p_values[index],
             )
         )
@@ -212,7 +138,7 @@ def _promise(
         domains=tuple(evidence),
         relative_cost=relative,
         candidates=len(certified),
-        reason=reason or _kept(evidence, limits, certification.blocks, relative),
+        reason=reason or _kept(evidence, limits, text.blocks, relative),
     )
 
 

@@ -1,4 +1,4 @@
-"""Runs text through the engines and notes what each exit says, one block in memory at a time."""
+"""Runs text through the engines and notes what exits say, one block in memory at a time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,10 +38,11 @@ def collect_statistics(
     progress: Progress,
     rng: np.random.Generator,
     *,
+    only: Sequence[int] | None = None,
     given: int = 0,
     most: int = TOKENS_PER_WINDOW,
 ) -> ExitStatistics:
-    """Statistics of every exit that there is, on sampled tokens of the windows.
+    """Statistics of exits, on sampled tokens of the windows.
 
     Hidden states of one depth are on disk at a time, replaced in place by the next depth's.
 
@@ -53,6 +55,8 @@ def collect_statistics(
         scratch: Folder for the hidden states, 4 n length H bytes.
         progress: Shows blocks.
         rng: Samples the tokens.
+        only: Exits, rising; by default every one that there is. Of a model with a large
+            vocabulary each takes about as long as a block.
         given: First tokens of each window that don't count.
         most: Tokens sampled from a window at most, a multiple of RUN.
 
@@ -66,18 +70,19 @@ def collect_statistics(
     places += given
     served = open_engines().exit_blocks
     exits = tuple(range(1, spec.blocks)) if served is None else served.exits
+    exits = exits if only is None else tuple(only)
     found = _Found(count, places.shape[1], exits, spec.blocks)
     with (
         _hidden_states(scratch, (count, length, spec.hidden_size)) as states,
-        progress.task("running text through every exit", spec.blocks + 1, "blocks") as task,
+        progress.task(_what(only), spec.blocks + 1, "blocks") as task,
     ):
         for depth in range(spec.blocks + 1):
             engines = open_engines()
             executor = engines.executor(1, length)
             for index, window in enumerate(text):
                 end = int(places[index].max()) + 1  # nothing is asked of those after it
-                hidden = states[index, :end]
-                hidden[...] = _deepen(executor, window[:end], hidden, depth)
+                hidden = _deepen(executor, window[:end], states, index, depth)
+                states.write(index, hidden)
                 if depth in (*exits, spec.blocks):
                     seen = _at_exit(engines, hidden, depth, spec.blocks)[places[index]]
                     logits = _logits(engines, seen, depth, spec.blocks)
@@ -139,13 +144,35 @@ class _Found:
         )
 
 
+class _HiddenStates:
+    """Hidden states of windows in a file; mapped, all of them would count as memory."""
+
+    def __init__(self, file: BinaryIO, shape: tuple[int, int, int]) -> None:
+        _, *self._window = shape
+        self._file = file.fileno()
+        # A full disk is an error here.
+        os.posix_fallocate(self._file, 0, 4 * math.prod(shape))
+
+    def read(self, window: int, tokens: int) -> Float32:
+        """A window's first tokens, [tokens, H]."""
+        rows = np.empty((tokens, self._window[1]), np.float32)
+        os.preadv(self._file, [rows.data], self._place(window))
+        return rows
+
+    def write(self, window: int, rows: Float32) -> None:
+        """A window's first tokens."""
+        os.pwrite(self._file, np.ascontiguousarray(rows).data, self._place(window))
+
+    def _place(self, window: int) -> int:
+        return 4 * window * math.prod(self._window)
+
+
 @contextmanager
-def _hidden_states(scratch: Path, shape: tuple[int, int, int]) -> Iterator[Float32]:
+def _hidden_states(scratch: Path, shape: tuple[int, int, int]) -> Iterator[_HiddenStates]:
     """Hidden states [n, length, H] in a file, which goes in the end."""
     path = scratch / "promise.f32"
-    with path.open("wb") as file:  # a full disk is an error here, and a crash in a map without room
-        os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
-    yield np.memmap(path, np.float32, "r+", 0, shape)
+    with path.open("w+b", buffering=0) as file:
+        yield _HiddenStates(file, shape)
     path.unlink()
 
 
@@ -162,14 +189,19 @@ def sample_places(
 
     Returns:
         [count, sampled] positions in runs of neighbours, and the length of a run. A window's
-        runs begin at a random position and go round its end.
+        runs lie in one of its halves, where it has two that are long enough: where that is the
+        first, the second needn't be run. Windows take halves in turns, so that both count the same
+        in every domain. Runs begin at a random position and go round the half's end.
     """
     if length <= most:
         return np.tile(np.arange(length), (count, 1)), length
-    runs = np.tile(np.arange(length // RUN), (count, 1))
+    halved = length % 2 == 0 and length // 2 >= most
+    half = length // 2 if halved else length
+    runs = np.tile(np.arange(half // RUN), (count, 1))
     chosen = np.sort(rng.permuted(runs, axis=1)[:, : most // RUN])
-    first = RUN * chosen + rng.integers(length, size=(count, 1))
-    places = (first[:, :, None] + np.arange(RUN)) % length
+    first = RUN * chosen + rng.integers(half, size=(count, 1))
+    places = (first[:, :, None] + np.arange(RUN)) % half
+    places += half * ((np.arange(count)[:, None, None] + rng.integers(2)) % (1 + halved))
     return places.reshape(count, -1), RUN
 
 
@@ -193,12 +225,21 @@ def compare(
     return tokens == choice[:, None], round_up(np.minimum(behind, np.float32(1000)))
 
 
-def _deepen(executor: Executor, text: Int32, hidden: Float32, depth: int) -> Float32:
+def _what(only: Sequence[int] | None) -> str:
+    """What is done, for people."""
+    if only is None:
+        return "running text through every exit"
+    return f"certifying exit{'s' * (len(only) > 1)} {', '.join(map(str, only))}"
+
+
+def _deepen(
+    executor: Executor, text: Int32, states: _HiddenStates, window: int, depth: int
+) -> Float32:
     """Hidden states [length, H] of a window after `depth` blocks, of those after one less."""
     chunks = [Chunk(0, 0, len(text))]
     if depth == 0:
         return np.asarray(executor.embed(text.tolist(), chunks))
-    block, source = range(depth - 1, depth), np.ascontiguousarray(hidden)
+    block, source = range(depth - 1, depth), states.read(window, len(text))
     return np.asarray(executor.run(block, source, chunks, long_context=False))
 
 

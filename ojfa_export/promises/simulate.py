@@ -8,6 +8,7 @@ import numpy as np
 
 from ojfa_export.bundle.promise import Limits
 from ojfa_export.promises.certify import certify
+from ojfa_export.promises.choose import exits_to_certify
 from ojfa_export.promises.outcomes import Costs, apply
 from ojfa_export.promises.statistics import ExitStatistics
 
@@ -43,8 +44,9 @@ def simulate(
 ) -> Simulation:
     """Draws both splits from a population of windows, with replacement, and certifies each time.
 
-    The draws are then independent and of one distribution, the population, whose risk under each
-    policy is known exactly: just what the promise speaks of.
+    As a build does, certification looks at the exits that tuning finds worth it. The draws are then
+    independent and of one distribution, the population, whose risk under each policy is known
+    exactly: just what the promise speaks of.
 
     Args:
         population: Windows of every domain.
@@ -63,7 +65,9 @@ def simulate(
     broken, early = 0, 0
     relative, worst = [], []
     for _ in range(draws):
-        promise = certify(draw(tuning_windows), draw(certification_windows), limits, costs)
+        tuning, certification = draw(tuning_windows), draw(certification_windows)
+        exits = exits_to_certify(tuning, limits, (), costs, certification_windows)
+        promise = certify(tuning, certification.at(exits), limits, costs)
         if promise.policy is None:
             relative.append(1.0)
             worst.append(0.0)

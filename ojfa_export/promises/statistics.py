@@ -7,7 +7,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,11 @@ class ExitStatistics:
         _, tokens, _ = self.agrees.shape
         return int(tokens)
 
+    @property
+    def tokens(self) -> int:
+        """All that were sampled, W m."""
+        return self.windows * self.tokens_per_window
+
     def of(self, measure: Measure) -> NDArray[np.float16]:
         """One measure of confidence, [W, m, E]."""
         values: NDArray[np.float16] = self.confidence[MEASURES.index(measure)]
@@ -115,6 +120,21 @@ class ExitStatistics:
             self.run,
         )
 
+    def at(self, exits: Sequence[int]) -> ExitStatistics:
+        """Some of the exits, by blocks run.
+
+        Raises:
+            ValueError: The statistics lack one.
+        """
+        columns = [self.exits.index(depth) for depth in exits]
+        return replace(
+            self,
+            exits=tuple(exits),
+            confidence=self.confidence[..., columns],
+            agrees=self.agrees[..., columns],
+            extra_surprisal=self.extra_surprisal[..., columns],
+        )
+
     def members(self) -> list[NDArray[np.intp]]:
         """The windows of each domain."""
         return [np.flatnonzero(self.domain == index) for index in range(len(self.domains))]
@@ -140,6 +160,15 @@ def join(parts: Sequence[ExitStatistics]) -> ExitStatistics:
     )
 
 
+def split_with(splits: Mapping[str, ExitStatistics], exits: Sequence[int]) -> ExitStatistics:
+    """The split to judge exits on: certification's, which chose nothing, where it has them all.
+
+    Else the tuning split, which has every exit.
+    """
+    certification = splits["certification"]
+    return certification if set(exits) <= set(certification.exits) else splits["tuning"]
+
+
 def save_statistics(path: Path, splits: Mapping[str, ExitStatistics]) -> None:
     """Writes the tuning and the certification split, whole or not at all.
 
@@ -156,6 +185,8 @@ def save_statistics(path: Path, splits: Mapping[str, ExitStatistics]) -> None:
         "run": np.array(first.run, np.int32),
     }
     for split in SPLITS:
+        if splits[split].exits != first.exits:
+            arrays[f"{split}_exits"] = np.array(splits[split].exits, np.int32)
         for name in _ARRAYS:
             arrays[f"{split}_{name}"] = getattr(splits[split], name)
     buffer = io.BytesIO()
@@ -173,11 +204,12 @@ def load_statistics(path: Path) -> dict[str, ExitStatistics]:
         check_regular(path)
         with np.load(path, allow_pickle=False) as file:
             domains = tuple(str(name) for name in file["domains"])
-            exits = tuple(int(depth) for depth in file["exits"])
             blocks = int(file["blocks"])
             run = int(file["run"]) if "run" in file.files else 1  # tokens far apart, once
             splits = {}
             for split in SPLITS:
+                own = f"{split}_exits"  # where it has fewer than all
+                exits = tuple(map(int, file[own if own in file.files else "exits"]))
                 arrays = {name: file[f"{split}_{name}"] for name in _ARRAYS}
                 for name, (dtype, axes) in _ARRAYS.items():
                     if arrays[name].dtype != dtype or arrays[name].ndim != axes:

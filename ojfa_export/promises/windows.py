@@ -45,6 +45,10 @@ class PromiseWindows:
     given: int = 0
     sampled: int = TOKENS_PER_WINDOW
 
+    def of(self, split: str) -> tuple[Int32, ...]:
+        """A split's windows, by its name in statistics."""
+        return {"tuning": self.tuning, "certification": self.certification}[split]
+
     @property
     def counted(self) -> int:
         """Tokens of a window that count."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 
 
 def trim_heap() -> None:
@@ -14,3 +15,9 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def release_memory() -> None:
+    """Frees what refers to itself, as engines and sessions do, and gives it back to the system."""
+    gc.collect()
+    trim_heap()

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ojfa_export.bundle.names import MANIFEST
-from ojfa_export.compiler.exits import ROUNDS
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build
+from ojfa_export.compiler.statistics_stage import ROUNDS
 
 # Exporting 6 graphs, building 6 engines, 5 depths of hidden states, 3 fits, 9 pairs, 3 exits, the
 # exit head's engine, 5 depths of statistics and the rounds of timing: the steps of a model with

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import ojfa_export
 from ojfa_export.cli.app import app
-from ojfa_export.compiler import decided, exits
+from ojfa_export.compiler import decided, exits, statistics_stage
 from ojfa_export.compiler.pipeline import build
 from ojfa_export.planning.step_costs import StepCosts
 from ojfa_export.promises.statistics import ExitStatistics, load_statistics
@@ -27,7 +27,7 @@ def test_steps_of_a_large_model_are_not_timed_without_a_promise(
         raise AssertionError("timing loads both heads and some blocks at once")
 
     monkeypatch.setattr(decided, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(exits, "measure_costs", not_now)
+    monkeypatch.setattr(statistics_stage, "measure_costs", not_now)
     result = build(options())
     bundle = result.bundle
     manifest = json.loads((bundle / "manifest.json").read_text())
@@ -51,7 +51,7 @@ def test_what_cannot_change_the_default_is_not_timed(
         asked.append("all")
         return StepCosts.of_steps(exits_ms)
 
-    monkeypatch.setattr(exits, "measure_costs", measure_costs)
+    monkeypatch.setattr(statistics_stage, "measure_costs", measure_costs)
     monkeypatch.setattr(exits, "measure_exits", lambda *_, **__: exits_ms)
     monkeypatch.setattr(exits, "Turns", lambda *_: None)  # no rehearsal
     exits_ms = (1.0, 1.0, 1.0, 1.0)  # no draft saves anything

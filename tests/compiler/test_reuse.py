@@ -30,6 +30,7 @@ from ojfa_export.errors import OjfaError
 Options = Callable[..., Any]
 ALL = ("export", "engines", "text", "calibrate", "statistics", "exits", "verify")
 AFTER_TEXT = ALL[3:]
+WITH_PROMISE = ("statistics", "certification", *ALL[5:])
 PROMISE = {"max_disagreement": 0.3, "confidence": 0.8}
 # Each option with another value, and the stages that depend on it.
 CHANGES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -44,13 +45,13 @@ CHANGES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "shortcut": ({"shortcut": "residual"}, AFTER_TEXT),
     "check_vocabulary": ({"check_vocabulary": 20}, ("check", *ALL[4:])),
     "draft_vocabulary": ({"draft_vocabulary": 0}, ()),  # without a draft layer
-    "max_disagreement": ({"max_disagreement": 0.3}, ALL[4:]),
-    "confidence": (PROMISE, ALL[4:]),
-    "max_extra_surprisal": ({**PROMISE, "max_extra_surprisal": 0.5}, ALL[4:]),
-    "self_text": ({**PROMISE, "self_text": "alone"}, ("self-text", *ALL[4:])),
+    "max_disagreement": ({"max_disagreement": 0.3}, WITH_PROMISE),
+    "confidence": (PROMISE, WITH_PROMISE),
+    "max_extra_surprisal": ({**PROMISE, "max_extra_surprisal": 0.5}, WITH_PROMISE),
+    "self_text": ({**PROMISE, "self_text": "alone"}, ("self-text", *WITH_PROMISE)),
     "self_text_windows": (
         {**PROMISE, "self_text": "alone", "self_text_windows": 100},
-        ("self-text", *ALL[4:]),
+        ("self-text", *WITH_PROMISE),
     ),
     "revision": ({"revision": "v2"}, ALL[-1:]),
     "max_batch_size": ({"max_batch_size": 2}, ALL[-1:]),
@@ -108,14 +109,14 @@ def test_an_option_changes_what_depends_on_it(
 
 def test_parts_of_a_promise_change_what_depends_on_them(options: Options) -> None:
     before = keys(options(**PROMISE))
-    # The same windows are looked at, and something else is asked of them.
+    # The same windows are looked at, and something else is asked of them, of other exits maybe.
     for change in ({"confidence": 0.7}, {"max_disagreement": 0.4}, {"max_extra_surprisal": 0.5}):
         after = keys(options(**{**PROMISE, **change}))
-        assert changed(before, after) == {"exits", "verify"}
+        assert changed(before, after) == {"certification", "exits", "verify"}
     # What the model writes depends on no precision.
     writing = {**PROMISE, "self_text": "alone"}
     found = changed(keys(options(**writing)), keys(options(**writing, precision="fp16")))
-    assert found == set(ALL)
+    assert found == {*ALL, "certification"}
 
 
 def test_files_change_what_depends_on_them(

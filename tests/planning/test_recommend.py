@@ -119,6 +119,37 @@ def test_plan_says_when_early_exit_is_not_worth_it(make_statistics: Make) -> Non
     assert frontier(right.points, right.own).startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("certified", [(4, 8), ()])
+def test_plans_of_what_few_exits_were_certified_on(
+    make_statistics: Make, certified: tuple[int, ...]
+) -> None:
+    statistics = make_statistics(windows=120)
+    tuning, rest = statistics.select(np.arange(40)), statistics.select(np.arange(40, 120))
+    kept = rest.at(certified) if certified else rest.at(()).select(np.arange(0))
+    costs = step_costs(catch_up=0.0, waiting=0.0)
+    own = None if not certified else ExitPolicy(exits=(4,), measure="top", thresholds=(0.9,))
+    found = make_plan({"tuning": tuning, "certification": kept}, costs, own, 0.95)
+    # Fixed exits and drafts are of the tuning text, the only one on which every exit was asked.
+    assert (found.windows, found.tokens) == (40, 40 * 64)
+    fixed = [point for point in found.points if point.kind == "fixed"]
+    assert [point.exit for point in fixed] == list(range(1, 12))
+    for point in fixed:
+        assert point.agreement == pytest.approx(tuning.agrees[..., (point.exit or 0) - 1].mean())
+    auto = [point for point in found.points if point.kind == "auto"]
+    assert auto
+    for point in auto:
+        assert point.policy is not None
+        if set(point.policy.exits) <= set(certified):
+            assert (point.windows, point.tokens) == (80, 80 * 64)
+        else:
+            assert (point.windows, point.certified) == (40, False)
+    if own is not None:
+        whole = make_plan({"tuning": tuning, "certification": rest}, costs, own, 0.95)
+        assert found.own == whole.own
+    else:
+        assert not any(point.certified for point in auto)
+
+
 def test_policies_keep_what_they_were_chosen_for(make_statistics: Make) -> None:
     statistics = make_statistics(windows=400)
     splits = {

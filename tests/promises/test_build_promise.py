@@ -19,7 +19,7 @@ from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import MANIFEST, STATISTICS
 from ojfa_export.bundle.promise import Limits, Promise
 from ojfa_export.cli.app import app
-from ojfa_export.compiler import exits
+from ojfa_export.compiler import exits, statistics_stage
 from ojfa_export.compiler.decided import FULL_DEPTH
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build, plan
@@ -38,6 +38,8 @@ COSTS = {
     "decide": 0.02, "checks": {"top": 0.12, "margin": 0.13, "entropy": 0.14},
     "catch_up": 0.1, "waiting": 0.01,
 }  # fmt: skip
+
+LAST_STAGES = ["statistics", "certification", "exits", "verify"]
 
 Options = Callable[..., BuildOptions]
 
@@ -67,7 +69,8 @@ def options(tiny_checkpoint: Path, calibration_text: Path, prose: Path, tmp_path
 
 def test_promise_in_the_bundle(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     # What is cheapest depends on how fast this machine is; all else is the same in every build.
-    monkeypatch.setattr(exits, "measure_costs", lambda *_, **__: StepCosts.model_validate(COSTS))
+    costs = StepCosts.model_validate(COSTS)
+    monkeypatch.setattr(statistics_stage, "measure_costs", lambda *_, **__: costs)
     monkeypatch.setattr(exits, "Turns", lambda *_: None)  # no rehearsal: it is timed as well
     result = build(options())
     manifest = Bundle(result.bundle).manifest
@@ -82,7 +85,7 @@ def test_promise_in_the_bundle(options: Options, monkeypatch: pytest.MonkeyPatch
     ):
         assert evidence.windows == len(rows) >= windows_needed(0.3, 0.95)
         assert evidence.disagreement <= 0.3
-    assert [stage.name for stage in result.stages][-3:] == ["statistics", "exits", "verify"]
+    assert [stage.name for stage in result.stages][-4:] == LAST_STAGES
     assert manifest.promise.reason in result.summary()
     assert result.to_json()["promise"]["limits"]["max_disagreement"] == 0.3
 
@@ -156,7 +159,7 @@ def test_command_line(options: Options) -> None:
     document = json.loads(done.stdout)
     assert document["settings"]["limits"]["confidence"] == 0.9
     assert document["settings"]["limits"]["max_extra_surprisal"] == 3
-    assert document["stages"][-3:] == ["statistics", "exits", "verify"]
+    assert document["stages"][-4:] == LAST_STAGES
     assert CliRunner().invoke(app, [*arguments, "--max-disagreement", "1.5"]).exit_code == 2
 
 

@@ -18,8 +18,10 @@ from ojfa_export.bundle.promise import Limits, Promise, check_limits
 from ojfa_export.decoding.policy import ExitPolicy
 from ojfa_export.errors import UsageError
 from ojfa_export.promises.certify import certify
+from ojfa_export.promises.choose import choose_path, exits_to_certify, most_eager, slack
+from ojfa_export.promises.measures import MEASURES
 from ojfa_export.promises.outcomes import Costs, apply
-from ojfa_export.promises.path import isotonic, paths
+from ojfa_export.promises.path import Path, isotonic, paths
 from ojfa_export.promises.simulate import simulate
 from ojfa_export.promises.statistics import ExitStatistics
 
@@ -121,6 +123,60 @@ def test_certification_split_moves_along_the_tuning_splits_path(population: Popu
         path = next(each for each in paths(tuning) if each.measure == promise.policy.measure)
         path = path.only(promise.policy.exits)
         assert promise.policy in [path.policy(step) for step in range(path.steps)]
+
+
+def test_exits_that_are_left_out_would_not_have_been_used(
+    population: Population, rng: np.random.Generator
+) -> None:
+    """Certified on the few exits that are looked at, a promise is what all of them would give."""
+    everything = population(windows=400, exits=(2, 5, 8, 11), ease=1.2)
+    for _ in range(8):
+        rows = rng.choice(everything.windows, 320, replace=False)
+        tuning, certification = halves(everything.select(rows))
+        limits = Limits(max_disagreement=rng.uniform(0.01, 0.4))
+        costs = replace(
+            COSTS, catch_up=rng.uniform(), checks=dict.fromkeys(MEASURES, rng.uniform(0, 3))
+        )
+        others = rng.uniform(0.01, 0.4, rng.integers(3)).tolist()
+        windows = min(map(len, certification.members()))
+        exits = exits_to_certify(tuning, limits, others, costs, windows)
+        some = certify(tuning, certification.at(exits), limits, costs)
+        every = certify(tuning, certification, limits, costs)
+        below = slack(limits.confidence, windows)
+        best = choose_path(tuning, limits, costs, below)
+        if not exits:
+            assert best is None
+            assert (some.policy, some.reason) == (None, every.reason)
+            continue
+        found = choose_path(tuning.at(exits), limits, costs, below)
+        assert found is not None
+        assert best is not None
+        assert set(best.exits) <= set(exits)
+        if (found.measure, found.exits) == (best.measure, best.exits):
+            assert some == every
+        else:  # a greedy choice among fewer may end lower
+            assert price(found, tuning, limits, costs, below) < price(
+                best, tuning, limits, costs, below
+            )
+
+
+def price(path: Path, tuning: ExitStatistics, limits: Limits, costs: Costs, below: float) -> float:
+    """A token's cost at the most eager step that stays below the limits on the tuning split."""
+    targets = [max(0.0, limit - below) for limit in limits.shares()]
+    step = most_eager(path, tuning, limits, targets, costs)
+    assert step is not None
+    return float(path.apply(step, tuning, costs, CLIP).cost.mean())
+
+
+def test_where_no_exit_is_worth_it_nothing_is_certified(population: Population) -> None:
+    """Full depth needs no evidence of the certification text, of which none is run then."""
+    tuning, certification = halves(population(windows=40))
+    nothing = certification.at(()).select(np.arange(0))
+    promise = certify(tuning, nothing, LIMITS, COSTS)
+    assert promise.policy is None
+    assert promise.reason.startswith("full depth: on the tuning text no exits save time")
+    looked_at = [(each.windows, each.tokens) for each in promise.domains]
+    assert looked_at == [(len(rows), 24 * len(rows)) for rows in tuning.members()]
 
 
 def test_stricter_limits_are_not_cheaper(population: Population) -> None:

@@ -23,6 +23,7 @@ from ojfa_export.bundle.names import MANIFEST, STATISTICS
 from ojfa_export.bundle.promise import Limits
 from ojfa_export.cli.app import app
 from ojfa_export.compiler import self_text as stage
+from ojfa_export.compiler import statistics_stage
 from ojfa_export.compiler.inputs import Inputs
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build, plan
@@ -38,6 +39,7 @@ from ojfa_export.system.progress import SILENT
 from ojfa_export.training.options import TrainOptions
 
 Options = Callable[..., BuildOptions]
+LAST_STAGES = ["self-text", "statistics", "certification", "exits", "verify"]
 Population = Callable[..., ExitStatistics]
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
@@ -156,14 +158,20 @@ def test_statistics_of_two_sorts_of_text(population: Population) -> None:
         np.testing.assert_array_equal(together.extra_surprisal[rows], part.extra_surprisal)
 
 
-def test_a_promise_on_what_the_model_writes(options: Options, chatty: Path) -> None:
+def test_a_promise_on_what_the_model_writes(
+    options: Options, chatty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whichever pay, by what a step takes here.
+    monkeypatch.setattr(statistics_stage, "exits_to_certify", lambda *_: (1, 3))
     asked = options(checkpoint=str(chatty))
     result = build(asked)
     names = [each.name for each in result.stages]
-    assert names[-4:] == ["self-text", "statistics", "exits", "verify"]
+    assert names[-5:] == LAST_STAGES
     assert result.promise is not None
     [evidence] = result.promise.domains
-    assert (evidence.name, evidence.made_on, evidence.windows) == ("self-text", "self-text", 24)
+    assert (evidence.name, evidence.made_on) == ("self-text", "self-text")
+    tuned = "on the tuning text" in result.promise.reason  # where no exit pays, none is tested
+    assert evidence.windows == (8 if tuned else 24)
     assert "2,048 tokens that the model wrote, half from its chat template" in evidence.text
     said = CliRunner().invoke(app, ["inspect", str(result.bundle)])
     assert "promise on self-text" in said.stdout
@@ -182,6 +190,7 @@ def test_a_promise_on_what_the_model_writes(options: Options, chatty: Path) -> N
     splits = load_statistics(result.bundle / STATISTICS)
     assert splits["tuning"].windows == len(windows.tuning[0]) == 8
     model, found = Model(Bundle(result.bundle), "onnxruntime"), splits["certification"]
+    assert (found.exits, splits["tuning"].exits) == ((1, 3), (1, 2, 3))
     assert found.tokens_per_window == windows.counted
     for index in (0, 11, 12, 23):  # of both kinds
         ids = windows.certification[0][index].tolist()
@@ -315,7 +324,7 @@ def test_command_line(options: Options) -> None:
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.stderr
     document = json.loads(done.stdout)
-    assert document["stages"][-4:] == ["self-text", "statistics", "exits", "verify"]
+    assert document["stages"][-5:] == LAST_STAGES
     assert "4,096 tokens that the model wrote" in document["settings"]["self_text"]
     done = CliRunner().invoke(app, [*arguments[:-1], "now"])
     assert done.exit_code == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ojfa_export.compiler import exits
+from ojfa_export.compiler import statistics_stage
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.pipeline import build
 from ojfa_export.planning.step_costs import StepCosts
@@ -39,5 +39,5 @@ def promised(tiny_checkpoint: Path, calibration_text: Path) -> Path:
     )
     with pytest.MonkeyPatch.context() as patch:
         # Measured times decide whether any token should leave early; here some must.
-        patch.setattr(exits, "measure_costs", lambda *_, **__: COSTS)
+        patch.setattr(statistics_stage, "measure_costs", lambda *_, **__: COSTS)
         return build(options).bundle
