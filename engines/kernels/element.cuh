@@ -47,6 +47,15 @@ typedef Half Element;
 typedef float Element;
 #endif
 
+#if WEIGHT_FLOAT && !BFLOAT
+// Two e4m3 numbers as fp16, which holds all of them: compute capability 8.9.
+__device__ __forceinline__ unsigned from_float8(unsigned short two) {
+    unsigned words;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(words) : "h"(two));
+    return words;
+}
+#endif
+
 #if HALF
 // Two numbers rounded to elements, the first in the lower half.
 __device__ __forceinline__ unsigned pack(float low, float high) {
@@ -67,6 +76,14 @@ __device__ __forceinline__ unsigned and_or(unsigned x, unsigned mask, unsigned a
     unsigned word;
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(word) : "r"(x), "r"(mask), "r"(above));
     return word;
+}
+
+// Bytes of a word, four of them by four bits each; where the highest of these is set, a byte's sign in all bits.
+template <unsigned SELECTED>
+__device__ __forceinline__ unsigned select_bytes(unsigned word) {
+    unsigned bytes;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(bytes) : "r"(word), "n"(SELECTED));
+    return bytes;
 }
 
 // Of two elements in a word each: x * y + z.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ojfa_export.backends.tensorrt.plan import has_engines
-from ojfa_export.bundle.weight_format import WeightFormat
+from ojfa_export.bundle.weight_format import Quantised, WeightFormat
 from ojfa_export.errors import BackendError
 from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
@@ -11,6 +11,7 @@ from ojfa_export.models.spec import ModelSpec
 # Numbers of 16 bits that a kernel loads at once: rows of matrices are whole loads.
 LOADED = 8
 COMPUTE_CAPABILITY = (8, 0)
+FLOAT8_CAPABILITY = (8, 9)  # has an instruction that widens 8-bit floats
 
 
 def check_parts(spec: ModelSpec) -> None:
@@ -67,3 +68,11 @@ def check_gpu(name: str, compute_capability: tuple[int, int]) -> None:
             f"the CUDA kernels need compute capability {needed} or later; {name} has {here}",
             hint="use another GPU, or the backend 'onnxruntime'",
         )
+
+
+def lacking(storage: Quantised, name: str, compute_capability: tuple[int, int]) -> str | None:
+    """What a GPU lacks to run quantised numbers of a kind; None where it runs them."""
+    if storage != "fp8" or compute_capability >= FLOAT8_CAPABILITY:
+        return None
+    needed, here = (".".join(map(str, v)) for v in (FLOAT8_CAPABILITY, compute_capability))
+    return f"which need a GPU of compute capability {needed} or later; {name} has {here}"

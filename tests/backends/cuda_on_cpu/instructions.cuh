@@ -47,6 +47,27 @@ inline unsigned pack(float low, float high) {
 
 inline unsigned and_or(unsigned x, unsigned mask, unsigned above) { return (x & mask) | above; }
 
+template <unsigned SELECTED>
+unsigned select_bytes(unsigned word) {
+    unsigned bytes = 0;
+    for (int i = 0; i < 4; ++i) {
+        const unsigned how = SELECTED >> 4 * i & 15, byte = how & 4 ? 0 : word >> 8 * (how & 3) & 255;
+        bytes |= (how & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
+    }
+    return bytes;
+}
+
+// e4m3: a sign, four bits of exponent, three of fraction.
+inline unsigned from_float8(unsigned short two) {
+    const auto number = [](unsigned code) {
+        const int exponent = code >> 3 & 15, fraction = code & 7;
+        const float size = exponent ? std::ldexp(8.0f + fraction, exponent - 10) : std::ldexp(1.0f * fraction, -9);
+        const float found = (code & 127) == 127 ? NAN : size;
+        return code & 128 ? -found : found;
+    };
+    return pack(number(two & 255), number(two >> 8));
+}
+
 inline unsigned add_product(unsigned x, unsigned y, unsigned z) {
     const auto number = [](unsigned words, int i) {
         return to_float(bits_as<Element>(static_cast<std::uint16_t>(words >> 16 * i)));
