@@ -282,3 +282,16 @@ def compressed_config(form: str, **weights: Any) -> dict[str, Any]:
             }
         },
     }
+
+
+def float_rows(rng: np.random.Generator) -> tuple[Layer, dict[str, Any]]:
+    """Eight-bit floats, a scale for each output."""
+
+    def layer(_name: str, outputs: int, inputs: int) -> Any:
+        numbers = float8(rng, outputs, inputs)
+        scales = rng.uniform(0.06, 0.12, (outputs, 1)).astype(np.float32)
+        tensors = {"weight": float8_tensor(numbers), "weight_scale": torch.from_numpy(scales)}
+        return tensors, scaled_weights(numbers, scales, (1, inputs))
+
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    return layer, compressed_config("float-quantized", **weights)

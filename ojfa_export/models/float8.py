@@ -30,7 +30,7 @@ E4M3: NDArray[np.float32] = _numbers()
 
 def last_place(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
     """How far apart e4m3 numbers are, where these are."""
-    _, exponent = np.frexp(numbers)
-    places = np.maximum(exponent - 1, LEAST_EXPONENT) - FRACTION_BITS
-    found: NDArray[np.float32] = np.ldexp(np.float32(1), places)
+    least = np.ldexp(np.float32(1), LEAST_EXPONENT)
+    _, exponent = np.frexp(np.maximum(np.abs(numbers), least))
+    found: NDArray[np.float32] = np.ldexp(np.float32(1), exponent - 1 - FRACTION_BITS)
     return found
