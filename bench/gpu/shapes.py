@@ -189,7 +189,7 @@ class RandomGraphs:
         middle = form.middle * (0x11 if form.bits == 4 else 1)
         packed = self._pool.view(np.uint8).reshape(-1, 4)[:, 0]  # of fractions: any, as likely
         if form.is_float:
-            packed = packed & SMALL_FLOAT8
+            packed = packed & np.uint8(SMALL_FLOAT8)
         # Numbers that are all as likely have this deviation.
         step = scale / (SMALL_DEVIATION if form.is_float else (1 << form.bits) * 12**-0.5)
         matrix = QuantisedMatrix(

@@ -2,9 +2,9 @@
 // numbers less a zero point or 8-bit floats, exact in 16 bits.
 //
 // Kernels are compiled for WEIGHT_BITS, 4 or 8, of a number, WEIGHT_FLOAT, whether it is a float (e4m3), and
-// WEIGHT_GROUP, the columns that share a scale and a zero point. Both are one word: the scale, fp32, whose last
-// WEIGHT_BITS bits are the zero point. So a scale has 20 bits, or 16: what fp16 and bf16 hold is exact. Floats
-// have no zero point, and their scales all bits.
+// WEIGHT_GROUP, the columns that share a scale and a zero point. Both are one word: the scale, fp32, whose
+// last WEIGHT_BITS bits are the zero point. So a scale has 20 bits, or 16: what fp16 and bf16 hold is exact.
+// Floats have no zero point, and their scales all bits.
 //
 // Matrices lie in tiles of TILE_ROWS rows, and those in steps of STEP columns. A step's numbers are as its
 // products of tiles take them, WORDS words of a lane each, four words of a lane together: what a warp loads
@@ -69,7 +69,8 @@ __device__ __forceinline__ unsigned two_floats(unsigned word) {
     // A number's sign in the nine upper bits of a half, then exponent and fraction where bf16 has them; its
     // exponent counts from 2^-7, bf16's from 2^-127.
     constexpr unsigned UP = 0x7b807b80u;  // 2^120
-    return add_product(select_bytes<HALF_OF_WORD ? 0xb3a2 : 0x9180>(word) << 4 & 0x87f087f0u, UP, 0u);
+    constexpr unsigned SPREAD = HALF_OF_WORD ? 0xb3a2 : 0x9180;
+    return add_product(select_bytes<SPREAD>(word) << 4 & 0x87f087f0u, UP, 0u);
 #else
     return from_float8(static_cast<unsigned short>(word >> 16 * HALF_OF_WORD));
 #endif
