@@ -16,7 +16,7 @@ from ojfa_export.backends.tensorrt import api
 from ojfa_export.backends.tensorrt.draft import TensorRtDraft
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.backends.tensorrt.exit_blocks import TensorRtExitBlocks
-from ojfa_export.backends.tensorrt.parts import lacking
+from ojfa_export.backends.tensorrt.parts import float8_lacks
 from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for, read_plan
 from ojfa_export.backends.tensorrt.probe import trace_block
 from ojfa_export.bundle.checked import UNCHECKED, Files
@@ -84,8 +84,10 @@ class TensorRt:
 
     def lacks(self, storage: Quantised) -> str | None:
         """See `backends.quantised.RunsQuantised`."""
+        if storage != "fp8":
+            return None
         device = the_device()
-        return lacking(storage, device.name, device.compute_capability)
+        return float8_lacks(device.name, device.compute_capability)
 
     def quantise(self, columns: Float32, form: WeightFormat) -> QuantisedMatrix:
         """See `backends.quantised.RunsQuantised`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ojfa_export.backends.tensorrt.plan import has_engines
-from ojfa_export.bundle.weight_format import Quantised, WeightFormat
+from ojfa_export.bundle.weight_format import WeightFormat
 from ojfa_export.errors import BackendError
 from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
@@ -70,9 +70,9 @@ def check_gpu(name: str, compute_capability: tuple[int, int]) -> None:
         )
 
 
-def lacking(storage: Quantised, name: str, compute_capability: tuple[int, int]) -> str | None:
-    """What a GPU lacks to run quantised numbers of a kind; None where it runs them."""
-    if storage != "fp8" or compute_capability >= FLOAT8_CAPABILITY:
+def float8_lacks(name: str, compute_capability: tuple[int, int]) -> str | None:
+    """What a GPU lacks to run 8-bit floats, to be said after them; None where it runs them."""
+    if compute_capability >= FLOAT8_CAPABILITY:
         return None
     needed, here = (".".join(map(str, v)) for v in (FLOAT8_CAPABILITY, compute_capability))
     return f"which need a GPU of compute capability {needed} or later; {name} has {here}"

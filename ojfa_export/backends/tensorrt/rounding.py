@@ -26,7 +26,7 @@ def quantise(columns: Float32, form: WeightFormat) -> QuantisedMatrix:
     outputs = columns.shape[1]
     groups = columns.T.reshape(outputs, -1, form.group_size)
     if form.is_float:
-        return _to_floats(groups, form)
+        return _to_floats(groups)
     most = (1 << form.bits) - 1
     low = np.minimum(groups.min(axis=-1), 0)
     high = np.maximum(groups.max(axis=-1), 0)
@@ -37,7 +37,7 @@ def quantise(columns: Float32, form: WeightFormat) -> QuantisedMatrix:
     return pack(numbers, scales, points, form)
 
 
-def _to_floats(groups: Float32, form: WeightFormat) -> QuantisedMatrix:
+def _to_floats(groups: Float32) -> QuantisedMatrix:
     """Of weights [outputs, groups, group size]."""
     scales = np.abs(groups).max(axis=-1) / np.float32(LARGEST)
     scales = np.maximum(scales, np.float32(1e-10))
