@@ -15,6 +15,7 @@ from ojfa_export.backends.onnxruntime.build import build_engine
 from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
 from ojfa_export.backends.onnxruntime.exit_blocks import OnnxRuntimeExitBlocks
 from ojfa_export.backends.onnxruntime.quantise import quantise
+from ojfa_export.backends.tensorrt.rounding import quantise as to_floats
 from ojfa_export.bundle.block_shortcut import KEY_NORM, QUERY_NORM, BlockShortcut
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.names import CHECK_HEAD, graph_names
@@ -200,6 +201,7 @@ def build_chain(
     kind: Kind = "narrow",
     check_tokens: np.ndarray | None = None,
     shortcut: ExitShortcut | None = None,
+    float_groups: tuple[int, ...] = (),
 ) -> Chain:
     """Exports a checkpoint into tmp_path/graphs and builds engines in tmp_path/engines.
 
@@ -215,13 +217,16 @@ def build_chain(
         kind: Of the shortcut; a residual one has gates.
         check_tokens: Ids of a check head, rising.
         shortcut: In place of a random one.
+        float_groups: Of 8-bit floats of a checkpoint that are to be kept.
     """
     checkpoint = Checkpoint(Path(checkpoint_dir))
     graphs, engine_directory = tmp_path / "graphs", tmp_path / "engines"
     for directory in (graphs, engine_directory):
         directory.mkdir(parents=True)
-    quantiser = None if weights is None else Quantiser(weights, quantise)
-    kept = kept_weights(checkpoint)
+    quantiser = None
+    if weights is not None:
+        quantiser = Quantiser(weights, to_floats if weights.is_float else quantise)
+    kept = kept_weights(checkpoint, float_groups)
     exporter = Exporter(checkpoint, graphs, precision, max_length, quantiser, kept)
     weights = weights if kept is None else kept.form
     exporter.embed()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
 
-from ojfa_export.bundle.weight_format import WeightFormat
+from ojfa_export.bundle.weight_format import Quantised, WeightFormat
 from ojfa_export.models.precision import Precision
 
 DTYPES: dict[Precision, Any] = {
@@ -29,9 +29,9 @@ def split_precision(name: str) -> tuple[str, Precision]:
 def split_weights(name: str) -> tuple[str, WeightFormat | None]:
     """Of a case's name before its precision: what comes before quantised weights, and these."""
     variant, _, last = name.rpartition("-")
-    if last not in ("int4", "int8"):
+    if last not in get_args(Quantised):
         return name, None
-    return variant, WeightFormat(storage=last, group_size=32, zero_points=True)
+    return variant, WeightFormat(storage=last, group_size=32, zero_points=last != "fp8")
 
 
 def macros(precision: Precision) -> dict[str, int]:

@@ -304,3 +304,16 @@ def q4_1(weights: Array, group_size: int) -> Array:
     least = low.astype(np.float16).astype(np.float64)
     numbers = np.clip(np.floor((groups - low) / ((high - low) / 15) + 0.5), 0, 15)
     return (step * numbers + least).reshape(weights.shape).astype(np.float32)
+
+
+def float_rows(rng: np.random.Generator) -> tuple[Layer, dict[str, Any]]:
+    """Eight-bit floats, a scale for each output."""
+
+    def layer(_name: str, outputs: int, inputs: int) -> Any:
+        numbers = float8(rng, outputs, inputs)
+        scales = rng.uniform(0.06, 0.12, (outputs, 1)).astype(np.float32)
+        tensors = {"weight": float8_tensor(numbers), "weight_scale": torch.from_numpy(scales)}
+        return tensors, scaled_weights(numbers, scales, (1, inputs))
+
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    return layer, compressed_config("float-quantized", **weights)

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from bench.gpu.clock import copy_bandwidth, graph_time
-from bench.gpu.shapes import SHAPES
+from bench.gpu.shapes import SHAPES, SMALL_FLOAT8
 from ojfa_export.backends.cuda.arrays import DTYPES, DeviceArray, DeviceArrays
 from ojfa_export.backends.cuda.cublas import Cublas
 from ojfa_export.backends.cuda.device import Device, the_device
@@ -65,6 +65,7 @@ Weights = dict[str, Any]
 FORMATS = {
     "int4": WeightFormat(storage="int4", group_size=128, zero_points=True),
     "int8": WeightFormat(storage="int8", group_size=128, zero_points=True),
+    "fp8": WeightFormat(storage="fp8", group_size=128),
 }
 
 
@@ -255,7 +256,9 @@ class Bench:
             rng = np.random.default_rng(3)
             host = rng.integers(0, 1 << 32, words, np.uint32)
             scales = rng.uniform(0.001, 0.005, words - numbers).astype(np.float32)
-            kept = np.uint32((1 << form.bits) - 1)
+            if form.is_float:
+                host[:numbers] &= np.uint32(0x01010101 * SMALL_FLOAT8)
+            kept = np.uint32(0 if form.is_float else (1 << form.bits) - 1)
             host[numbers:] = (scales.view(np.uint32) & ~kept) | (host[numbers:] & kept)
             self._stored[shape] = host
         self.device.upload(self._stored[shape], result.pointer)

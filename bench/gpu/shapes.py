@@ -42,6 +42,9 @@ JumpKind = Literal["mlp", "block"]
 PRECISION: Precision = "fp16"
 # Enough numbers that no cache sees a pattern, few enough to be drawn in a second.
 POOL = 1 << 24
+# What leaves of a code of an 8-bit float one below 2, of which none is NaN; and the deviation of
+# numbers that are all as likely then.
+SMALL_FLOAT8, SMALL_DEVIATION = 0xBF, 0.63
 
 
 def _spec(family: str, blocks: int, hidden: int, heads: int, inner: int, vocab: int) -> ModelSpec:
@@ -184,9 +187,11 @@ class RandomGraphs:
             return {name: file.add(name, self._values(rows, columns, scale=scale))}
         shapes = form.shapes(rows, columns)
         middle = form.middle * (0x11 if form.bits == 4 else 1)
-        # Numbers that are all as likely have this deviation.
-        step = scale / ((1 << form.bits) * 12**-0.5)
         packed = self._pool.view(np.uint8).reshape(-1, 4)[:, 0]  # of fractions: any, as likely
+        if form.is_float:
+            packed = packed & np.uint8(SMALL_FLOAT8)
+        # Numbers that are all as likely have this deviation.
+        step = scale / (SMALL_DEVIATION if form.is_float else (1 << form.bits) * 12**-0.5)
         matrix = QuantisedMatrix(
             np.resize(packed, shapes[PACKED]),
             np.full(shapes[SCALES], step, np.float32),

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measure_shape,
         batch=(1, 4, 16),
         precisions=("fp16", "bf16"),
-        weights=("int4", "int8"),
+        weights=("int4", "int8", "fp8"),
         caches=("fp8",),
     )
 
@@ -62,8 +62,11 @@ def measure_shape(
     length = max(options.past) + options.tokens + 2 * WARMUP + SPARE
     form = None
     if options.weights is not None:
-        group_size = options.group_size
-        form = WeightFormat(storage=options.weights, group_size=group_size, zero_points=True)
+        form = WeightFormat(
+            storage=options.weights,
+            group_size=options.group_size,
+            zero_points=options.weights != "fp8",
+        )
     graphs = RandomGraphs(spec, directory / "graphs", length, options.precision, form)
     graphs.write()
     backend = with_cache(BACKEND, options.cache, options.precision)

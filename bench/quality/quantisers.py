@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from ojfa_export.backends.onnxruntime.quantise import quantise
 from ojfa_export.bundle.weight_format import Quantised, WeightFormat, dequantise
 from ojfa_export.models.calibration_text import read_text, shipped_text
+from ojfa_export.models.float8 import LARGEST
 
 Array = NDArray[np.float32]
 LENGTH = 256
@@ -55,6 +57,8 @@ def ways() -> dict[str, Callable[[Array], Array]]:
             found[f"{storage}, nearest, groups of {size}"] = nearest(storage, size, True)
         found[f"{storage}, nearest, symmetric"] = nearest(storage, 32, False)
         found[f"{storage}, k-quant"] = k_quant(int(storage[3:]))
+    found |= {f"fp8, groups of {size}": floats(size) for size in (32, 64)}
+    found["fp8, whole rows"] = floats(None)
     return found
 
 
@@ -71,6 +75,19 @@ def k_quant(bits: int) -> Callable[[Array], Array]:
         numbers, scales, zero_points = quant_tensor_k_quant_cpu(weight, bits, 32)
         result: Array = ((numbers - zero_points) * scales).reshape(weight.shape)
         return result.astype(np.float32)
+
+    return way
+
+
+def floats(size: int | None) -> Callable[[Array], Array]:
+    """The nearest 8-bit floats, of groups or, without a size, of whole rows."""
+
+    def way(weight: Array) -> Array:
+        groups = weight.reshape(len(weight), -1, size or weight.shape[1])
+        scales = np.abs(groups).max(axis=-1, keepdims=True) / np.float32(LARGEST)
+        numbers = np.clip(groups / scales, -LARGEST, LARGEST).astype(ml_dtypes.float8_e4m3fn)
+        result: Array = (numbers.astype(np.float32) * scales).reshape(weight.shape)
+        return result
 
     return way
 

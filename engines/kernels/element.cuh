@@ -47,6 +47,15 @@ typedef Half Element;
 typedef float Element;
 #endif
 
+#if (WEIGHT_FLOAT || FP8_CACHE) && !BFLOAT
+// Two e4m3 numbers as fp16, which holds all of them: compute capability 8.9.
+__device__ __forceinline__ unsigned from_float8(unsigned short two) {
+    unsigned words;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(words) : "h"(two));
+    return words;
+}
+#endif
+
 #if HALF
 // Two numbers rounded to elements, the first in the lower half.
 __device__ __forceinline__ unsigned pack(float low, float high) {
@@ -69,6 +78,14 @@ __device__ __forceinline__ unsigned and_or(unsigned x, unsigned mask, unsigned a
     return word;
 }
 
+// Bytes of a word, four of them by four bits each; where the highest of these is set, a byte's sign in all bits.
+template <unsigned SELECTED>
+__device__ __forceinline__ unsigned select_bytes(unsigned word) {
+    unsigned bytes;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(bytes) : "r"(word), "n"(SELECTED));
+    return bytes;
+}
+
 // Of two elements in a word each: x * y + z.
 __device__ __forceinline__ unsigned add_product(unsigned x, unsigned y, unsigned z) {
     unsigned words;
@@ -78,7 +95,7 @@ __device__ __forceinline__ unsigned add_product(unsigned x, unsigned y, unsigned
 #endif
 
 #if FP8_CACHE
-// OCP's e4m3: four bits of exponent and three of fraction. The largest is 448, which larger ones become.
+// An e4m3 number. The largest is 448, which larger ones become.
 struct Fp8 {
     unsigned char bits;
 };
@@ -87,12 +104,5 @@ __device__ __forceinline__ void store(Fp8* at, float x) {
     unsigned short pair;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(x));
     at->bits = static_cast<unsigned char>(pair);
-}
-
-// Two of them, in the lower half of a word, as fp16.
-__device__ __forceinline__ unsigned halves(unsigned pair) {
-    unsigned words;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(words) : "h"(static_cast<unsigned short>(pair)));
-    return words;
 }
 #endif

@@ -1,16 +1,17 @@
 // Quantised matrices: how they lie on the device, and their numbers as they come to the tensor cores, whole
-// numbers less a zero point, exact in 16 bits.
+// numbers less a zero point or 8-bit floats, exact in 16 bits.
 //
-// Kernels are compiled for WEIGHT_BITS, 4 or 8, of a number, and WEIGHT_GROUP, the columns that share a scale
-// and a zero point. Both are one word: the scale, fp32, whose last WEIGHT_BITS bits are the zero point. So a
-// scale has 20 bits, or 16: what fp16 and bf16 hold is exact.
+// Kernels are compiled for WEIGHT_BITS, 4 or 8, of a number, WEIGHT_FLOAT, whether it is a float (e4m3), and
+// WEIGHT_GROUP, the columns that share a scale and a zero point. Both are one word: the scale, fp32, whose
+// last WEIGHT_BITS bits are the zero point. So a scale has 20 bits, or 16: what fp16 and bf16 hold is exact.
+// Floats have no zero point, and their scales all bits.
 //
 // Matrices lie in tiles of TILE_ROWS rows, and those in steps of STEP columns. A step's numbers are as its
 // products of tiles take them, WORDS words of a lane each, four words of a lane together: what a warp loads
 // is whole lines. Behind the numbers of all tiles come the scales of all, words of rows 0, 8, 1, 9, .. of a
 // step's groups.
 #pragma once
-#include "instructions.cuh"
+#include "float8.cuh"
 
 #if HALF && WEIGHT_BITS
 namespace quantised {
@@ -56,7 +57,18 @@ __device__ __forceinline__ unsigned twice(unsigned bits) {
     return bits | bits << 16;
 }
 
-#if WEIGHT_BITS == 4
+#if WEIGHT_FLOAT
+__device__ __forceinline__ Scale scale_from(uint2 words) {
+    return {{__uint_as_float(words.x), __uint_as_float(words.y)}, {}};
+}
+
+// Eight numbers as a product takes them: four columns of the first row, then of the second.
+__device__ __forceinline__ void unpack(unsigned (&left)[4], const unsigned* words, const Scale&) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row)
+        left[row] = two_floats<0>(words[row]), left[2 + row] = two_floats<1>(words[row]);
+}
+#elif WEIGHT_BITS == 4
 #if BFLOAT
 constexpr unsigned ONES = 0x3f803f80u;
 constexpr unsigned ABOVE = 0x43004300u;  // 128 and, in its last bits, a number that is added

@@ -26,12 +26,16 @@ struct Stored {
     // Zero beyond the matrix.
     __device__ __forceinline__ unsigned scale(int row, int group) const {
         if (row >= rows || group >= groups()) return 0;
-        constexpr unsigned LAST = (1u << WEIGHT_BITS) - 1, MIDDLE = 1u << (WEIGHT_BITS - 1);
         const unsigned bits = __float_as_uint(scales[static_cast<long long>(row) * groups() + group]);
+#if WEIGHT_FLOAT
+        return bits;
+#else
+        constexpr unsigned LAST = (1u << WEIGHT_BITS) - 1, MIDDLE = 1u << (WEIGHT_BITS - 1);
         const int row_bytes = (groups() * WEIGHT_BITS + 7) / 8;
         const unsigned zero =
             zero_points ? take(zero_points + static_cast<long long>(row) * row_bytes, group) : MIDDLE;
         return (bits + MIDDLE & ~LAST) | zero;
+#endif
     }
 };
 

@@ -4,7 +4,7 @@
 // Queries of a sequence are counted over its tokens and the heads that share keys and values: query q is
 // of token q / GROUP, head q % GROUP of the group.
 #pragma once
-#include "instructions.cuh"
+#include "float8.cuh"
 
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int QKV_WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
@@ -206,24 +206,13 @@ __device__ __forceinline__ Right load_right(const Element* at) {
 // Tiles of a load of values: of rows, and of columns.
 constexpr int ROW_TILES = 2, COLUMN_TILES = 4;
 
-// Two numbers of fp8, in the lower half of a word, as elements.
-__device__ __forceinline__ unsigned widened(unsigned pair) {
-#if BFLOAT
-    // Where they lie in bf16, their bits are 2^-120 of the number, those of small ones too.
-    const unsigned apart = __byte_perm(pair, 0, 0x4140);
-    return add_product((apart & 0x00800080u) << 8 | (apart & 0x007f007fu) << 4, 0x7b807b80u, 0x80008000u);
-#else
-    return halves(pair);
-#endif
-}
-
 // DEPTH features of 16 keys, in the queries' order.
 __device__ __forceinline__ Left load_left_keys(const Fp8* at) {
     const int lane = threadIdx.x % LANES;
     at += lane / 4 * CACHED_STRIDE + lane % 4 * 4;
     const unsigned one = *reinterpret_cast<const unsigned*>(at),
                    other = *reinterpret_cast<const unsigned*>(at + 8 * CACHED_STRIDE);
-    return {widened(one), widened(other), widened(one >> 16), widened(other >> 16)};
+    return {two_floats<0>(one), two_floats<0>(other), two_floats<1>(one), two_floats<1>(other)};
 }
 
 // DEPTH rows of values, of which 32 features become rows of two: of each 16 the even ones, then the odd ones.
@@ -236,8 +225,8 @@ __device__ __forceinline__ void load_left_values(Left (&two)[ROW_TILES], const F
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const unsigned pairs = __byte_perm(words[2 * i + half], 0, 0x3120);
-            two[i].words[2 * half] = widened(pairs);
-            two[i].words[2 * half + 1] = widened(pairs >> 16);
+            two[i].words[2 * half] = two_floats<0>(pairs);
+            two[i].words[2 * half + 1] = two_floats<1>(pairs);
         }
 }
 

@@ -198,6 +198,7 @@ TEST(Lies, OfTheManifestAreSeenInTheGraphs) {
         {"llama.ojfa",
          {{"/weights", {{"storage", "int4"}, {"group_size", 32}, {"zero_points", true}}}},
          "weights are int4, which this library doesn't run"},
+        {"llama.ojfa", {{"/weights", {{"storage", "fp8"}, {"group_size", 128}}}}, "weights are fp8, which"},
         {"llama.ojfa",
          {{"/check", Json::object()}},
          "exits are checked by a head of their own, which this library doesn't run"},

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Backend
-from ojfa_export.bundle.weight_format import QuantisedMatrix, WeightFormat
+from ojfa_export.bundle.weight_format import Quantised, QuantisedMatrix, WeightFormat
 from ojfa_export.errors import BackendError
 from ojfa_export.models.precision import Precision
 
@@ -26,6 +26,10 @@ class RunsQuantised(Protocol):
     beside_quantised: tuple[Precision, ...]
     group_sizes: tuple[int, ...]
     runs_offsets: bool
+
+    def lacks(self, storage: Quantised) -> str | None:
+        """Why it doesn't run numbers of a kind, to be said after them; None where it does."""
+        ...
 
     def quantise(self, columns: NDArray[np.float32], form: WeightFormat) -> QuantisedMatrix:
         """Quantises a matrix x @ W.
@@ -55,6 +59,12 @@ def check_runs(backend: Backend, form: WeightFormat | None, precision: Precision
             f"the weights are {form}, which the {backend.name} backend doesn't run",
             hint="use the backend 'onnxruntime' or 'tensorrt', or build from a checkpoint that "
             "isn't quantised, without --weights",
+        )
+    if why := backend.lacks(form.storage):  # type: ignore[arg-type]
+        raise BackendError(
+            f"the weights are {form}, {why}",
+            hint="build with --weights int8; these are run by the backend 'tensorrt', beside "
+            "--precision fp16 or bf16",
         )
     if precision not in backend.beside_quantised:
         raise BackendError(

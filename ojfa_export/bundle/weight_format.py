@@ -5,7 +5,8 @@ neighbouring weights share a scale and, where there are zero points, a zero poin
 
     weight = (number - zero point) * scale
 
-Numbers have 4 or 8 bits and no sign. Without zero points the zero point is the middle, 8 or 128.
+Numbers have 4 or 8 bits and no sign, and without zero points the zero point is the middle, 8 or
+128. Or they are floats of 8 bits (`models.float8`), which have no zero point.
 Zero points of four bits may have a fraction, in rows behind the matrix's own (`bundle.offsets`).
 
 A matrix that came from a checkpoint whose groups are not of neighbours (GPTQ's act-order) has a
@@ -22,12 +23,13 @@ from pydantic import model_validator
 
 from ojfa_export.bundle import offsets as fractions
 from ojfa_export.bundle.part import Part, PositiveInt
+from ojfa_export.models.float8 import E4M3
 from ojfa_export.models.spec import ModelSpec
 
-Quantised = Literal["int4", "int8"]
+Quantised = Literal["int4", "int8", "fp8"]
 Storage = Literal["fp32", "fp16", Quantised]
 # Bits of a number.
-BITS: dict[Quantised, int] = {"int4": 4, "int8": 8}
+BITS: dict[Quantised, int] = {"int4": 4, "int8": 8, "fp8": 8}
 # What a group may be: powers of two, as MatMulNBits takes them.
 GROUP_SIZES = (16, 32, 64, 128, 256)
 # A quantised matrix is tensors of these names after its own; the last where there are zero points.
@@ -62,6 +64,8 @@ class WeightFormat(Part):
         if self.storage in BITS:
             if self.group_size not in GROUP_SIZES:
                 raise ValueError(f"groups of {self.group_size} quantised weights can't be")
+            if self.is_float and self.zero_points:
+                raise ValueError(f"{self.storage} weights have no zero points")
         elif self.group_size != 1 or self.zero_points or self.wide:
             raise ValueError(f"{self.storage} weights have no groups")
         if self.offsets and not (self.storage == "int4" and self.zero_points):
@@ -79,8 +83,13 @@ class WeightFormat(Part):
         return BITS[self.storage]  # type: ignore[index]
 
     @property
+    def is_float(self) -> bool:
+        """Whether numbers are floats."""
+        return self.storage == "fp8"
+
+    @property
     def middle(self) -> int:
-        """The zero point of groups that have none of their own."""
+        """The zero point of groups of whole numbers that have none of their own."""
         return 1 << (self.bits - 1)
 
     def stores(self, graph: str, name: str) -> bool:
@@ -179,12 +188,13 @@ def dequantise(
         [outputs, inputs].
     """
     outputs, groups = matrix.scales.shape
-    numbers = _unpacked(matrix.packed.reshape(outputs, -1), form.bits)
-    numbers = numbers.reshape(outputs, groups, form.group_size).astype(dtype)
-    if matrix.zero_points is None:
-        numbers -= form.middle
-    else:
+    codes = _unpacked(matrix.packed.reshape(outputs, -1), form.bits)
+    codes = codes.reshape(outputs, groups, form.group_size)
+    numbers = (E4M3[codes] if form.is_float else codes).astype(dtype)
+    if matrix.zero_points is not None:
         numbers -= _unpacked(matrix.zero_points, form.bits)[:, :groups, None].astype(dtype)
+    elif not form.is_float:
+        numbers -= form.middle
     numbers *= matrix.scales[:, :, None].astype(dtype)
     weights = numbers.reshape(outputs, -1)
     if form.offsets:

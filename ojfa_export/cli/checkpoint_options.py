@@ -144,9 +144,9 @@ def graph_options(function: Decorated) -> Decorated:
         ),
         click.option(
             "--weights",
-            type=click.Choice(["int4", "int8"]),
+            type=click.Choice(["int4", "int8", "fp8"]),
             help="Quantise blocks' matrices and heads, for the onnxruntime backend in fp32 and for "
-            "tensorrt in fp16 or bf16.",
+            "tensorrt in fp16 or bf16; fp8 for tensorrt alone.",
         ),
     ):
         function = decorate(function)

@@ -22,7 +22,13 @@ from ojfa_export.compiler.fractions import decide_fractions
 from ojfa_export.compiler.given import Given, read_given
 from ojfa_export.compiler.options import BuildOptions
 from ojfa_export.compiler.self_text import SelfText, plan_self_text
-from ojfa_export.compiler.settings import DEFAULT_GROUP_SIZE, BuildSettings, Stored, decide
+from ojfa_export.compiler.settings import (
+    DEFAULT_GROUP_SIZE,
+    BuildSettings,
+    Stored,
+    decide,
+    decide_precision,
+)
 from ojfa_export.decoding.arrays import Int32
 from ojfa_export.errors import UsageError
 from ojfa_export.graphs.export import Exporter
@@ -59,8 +65,8 @@ class Inputs:
         self.tokenizer: Tokenizer = read_tokenizer(directory)
         self.chat: ChatFormat | None = read_chat(directory, self.tokenizer)
         rotary = self.checkpoint.family.rotary(self.checkpoint.config)
-        self.kept: KeptWeights | None = kept_weights(self.checkpoint)
         self.backend: Backend = backends.load(options.backend)
+        self.kept: KeptWeights | None = kept_weights(self.checkpoint, self._float_groups())
         self.settings: BuildSettings = decide(
             options, self.checkpoint.spec, rotary, self._stored(), self._group_sizes()
         )
@@ -186,6 +192,16 @@ class Inputs:
         if isinstance(self.backend, RunsQuantised):
             return self.backend.group_sizes
         return (DEFAULT_GROUP_SIZE,)
+
+    def _float_groups(self) -> tuple[int, ...]:
+        """Of a checkpoint's 8-bit floats, where the backend runs them beside the precision."""
+        backend = self.backend
+        if self.checkpoint.layout is None or not isinstance(backend, RunsQuantised):
+            return ()
+        if backend.lacks("fp8"):
+            return ()
+        precision = decide_precision(self.options, self.checkpoint.spec)
+        return backend.group_sizes if precision in backend.beside_quantised else ()
 
     def _stored(self) -> Stored | None:
         """What the checkpoint has quantised already."""

@@ -34,8 +34,8 @@ class BuildOptions:
         revision: Of a hub id.
         backend: Engines to build.
         precision: "fp32", "fp16" or "bf16".
-        weights: "int4" or "int8", to quantise blocks' matrices and heads; default as precision
-            says, and those of a checkpoint that is quantised as they are.
+        weights: "int4", "int8" or "fp8", to quantise blocks' matrices and heads; default as
+            precision says, and those of a checkpoint that is quantised as they are.
         group_size: Quantised weights that share a scale; default what the backend says, 32 on the
             CPU and 128 on a GPU, or the largest that divides the model's features.
         cache: "fp8", to keep keys and values in that; default in what products are computed in.
@@ -168,7 +168,9 @@ def _weights(name: str, value: Any) -> Quantised:
     for storage in get_args(Quantised):
         if value == storage:
             return storage  # type: ignore[no-any-return]
-    raise UsageError(f"{name} '{value}' is not known", hint="known: int4, int8")
+    raise UsageError(
+        f"{name} '{value}' is not known", hint=f"known: {', '.join(get_args(Quantised))}"
+    )
 
 
 def cache_storage(name: str, value: Any) -> CacheStorage:

@@ -73,7 +73,11 @@ class BuildSettings(BaseModel):
         """What quantised matrices are stored as; None where none is."""
         if self.weights is None or self.group_size is None:
             return None
-        return WeightFormat(storage=self.weights, group_size=self.group_size, zero_points=True)
+        return WeightFormat(
+            storage=self.weights,
+            group_size=self.group_size,
+            zero_points=self.weights != "fp8",
+        )
 
 
 @dataclass(frozen=True)
@@ -163,11 +167,7 @@ def decide(
     Raises:
         UsageError: A setting that doesn't suit the model, or a recipe for another model.
     """
-    settings = default_settings(spec)
-    if options.recipe is not None:
-        recipe = read_recipe(options.recipe)
-        _check_recipe(recipe, spec, options.recipe)
-        settings = recipe
+    settings = _not_given(options, spec)
     given = {name: getattr(options, name, None) for name in BuildSettings.model_fields}
     decided = {
         name: getattr(settings, name) if value is None else value for name, value in given.items()
@@ -187,6 +187,20 @@ def decide(
         decided["window"], length, spec.max_positions, spec.rotary_switch or length
     )
     return BuildSettings(**decided)
+
+
+def decide_precision(options: BuildOptions, spec: ModelSpec) -> Precision:
+    """The precision that `decide` decides; raises as it does."""
+    return options.precision or _not_given(options, spec).precision
+
+
+def _not_given(options: BuildOptions, spec: ModelSpec) -> BuildSettings:
+    """What holds where a user says nothing: the recipe's settings, or the default."""
+    if options.recipe is None:
+        return default_settings(spec)
+    recipe = read_recipe(options.recipe)
+    _check_recipe(recipe, spec, options.recipe)
+    return recipe
 
 
 def default_settings(spec: ModelSpec) -> BuildSettings:
@@ -226,7 +240,7 @@ def _check_weights(weights: Quantised | None, group_size: int | None, spec: Mode
         if group_size is not None:
             raise UsageError(
                 f"group-size {group_size} is of quantised weights, but none are asked for",
-                hint="give --weights int4 or --weights int8 as well",
+                hint="give --weights int4, int8 or fp8 as well",
             )
         return
     assert group_size is not None

@@ -16,6 +16,7 @@ from ojfa_export.bundle.weight_format import ORDER, PACKED, SCALES, ZERO_POINTS,
 from ojfa_export.graphs.graph import FLOAT, INT32, MICROSOFT, Dim, Graph
 from ojfa_export.graphs.quantised import OPERATOR
 from ojfa_export.graphs.weights import DATA_TYPES, TensorRef
+from ojfa_export.models.float8 import E4M3
 from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import Activation, ModelSpec
 
@@ -34,8 +35,8 @@ class Portable:
     Args:
         spec: The model.
         precision: Precision of matrix products and of the cache.
-        quantised: What quantised matrices are stored as, where there are some; they are run by
-            the one operator here that is not standard.
+        quantised: What quantised matrices are stored as, where there are some; those of whole
+            numbers are run by the one operator here that is not standard.
 
     Attributes:
         token_axes: The axes of hidden states before their features.
@@ -96,6 +97,8 @@ class Portable:
         form = self.quantised
         assert form is not None
         x = self.to_float(graph, x)
+        if form.is_float:
+            return self._float8_product(graph, x, weights, name)
         ends = (PACKED, SCALES, ZERO_POINTS) if form.zero_points else (PACKED, SCALES)
         outputs, groups, _ = weights[name + PACKED].dims
         inputs = form.inputs_of(groups)
@@ -124,6 +127,15 @@ class Portable:
         sums = graph.op("ReduceSum", by_group, axis, keepdims=0)
         second = graph.op("Mul", sums, graph.constant(1 / BASE, np.float32))
         return str(graph.op("Concat", x, sums, second, axis=axes))
+
+    def _float8_product(self, graph: Graph, x: str, weights: Weights, name: str) -> str:
+        """The same of 8-bit floats, which opset 17 has no type for: each is looked up."""
+        codes, scales = (graph.weight(name + end, weights[name + end]) for end in (PACKED, SCALES))
+        outputs, _, _ = weights[name + PACKED].dims
+        numbers = graph.op("Gather", graph.constant(E4M3, np.float32), graph.cast(codes, INT32))
+        scales = graph.op("Unsqueeze", scales, graph.constant([-1], np.int64))
+        matrix = graph.reshape(graph.op("Mul", numbers, scales), outputs, -1)
+        return str(graph.op("MatMul", x, graph.op("Transpose", matrix, perm=[1, 0])))
 
     def widened(self, graph: Graph, y: str) -> str:
         """What `linear` gave, in fp32."""

@@ -1,7 +1,9 @@
 """Quantised matrices in weight files and graphs.
 
-They are made by a backend's library (`backends.quantised`), one matrix at a time, and run by the
-contrib operator MatMulNBits, which reads numbers, scales and zero points as they lie in the file.
+They are made by a backend's library (`backends.quantised`), one matrix at a time. Those of whole
+numbers are run by the contrib operator MatMulNBits, which reads numbers, scales and zero points as
+they lie in the file; of floats, which it doesn't know, the graph looks up what each code stands
+for.
 """
 
 from __future__ import annotations
@@ -98,4 +100,7 @@ def format_of(model: onnx.ModelProto) -> WeightFormat | None:
                 zero_points=len(node.input) > 3,
                 offsets=made_by.get(node.input[0]) == "Concat",  # with the sums of groups
             )
+    for tensor in model.graph.initializer:  # no operator's: floats
+        if tensor.name.endswith(PACKED):
+            return WeightFormat(storage="fp8", group_size=tensor.dims[-1])
     return None

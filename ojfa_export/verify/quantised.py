@@ -1,8 +1,8 @@
 """Quantised weights: are they those of the checkpoint, and what did rounding them change?
 
-The first is a check: no weight may be off by more than half a step of its group, or at all where
-the checkpoint had it quantised already. The second is a figure: how far the model as a whole has
-moved is what its user accepts with the format.
+The first is a check: no weight may be off by more than half a step of its group, of floats half a
+last place, or at all where the checkpoint had it quantised already. The second is a figure: how far
+the model as a whole has moved is what its user accepts with the format.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ojfa_export.graphs.kept import matrices_of
 from ojfa_export.graphs.weights import map_tensors
 from ojfa_export.models.checkpoint.checkpoint import Checkpoint
 from ojfa_export.models.families.tensors import Source
+from ojfa_export.models.float8 import LARGEST, last_place
 from ojfa_export.runtime.model import Model
 from ojfa_export.runtime.session import Session
 from ojfa_export.system.progress import Progress
@@ -35,8 +36,8 @@ from ojfa_export.verify.change import Change
 from ojfa_export.verify.check import Check
 from ojfa_export.verify.reference import reference_of
 
-# Half a step, and fp32's rounding of a quotient of up to 255 steps; twice as much without zero
-# points, where the largest weight's opposite is one step beyond the range.
+# Half a step, and fp32's rounding of a quotient of up to 255 steps; twice as much of whole numbers
+# without zero points, where the largest weight's opposite is one step beyond the range.
 HALF_STEP = 0.501
 # Fitted weights make good what others lost, so that some are several steps off. Root mean square of
 # a matrix, in steps: 0.29 where each is the nearest number, 0.35 to 0.61 fitted (SmolLM2-135M),
@@ -63,7 +64,7 @@ def verify_weights(bundle: Bundle, checkpoint: Checkpoint, form: WeightFormat) -
     checks = []
     is_kept = checkpoint.layout is not None
     is_fitted = form.storage == "int4" and not is_kept
-    tolerance = HALF_STEP if form.zero_points else 2 * HALF_STEP
+    tolerance = HALF_STEP if form.zero_points or form.is_float else 2 * HALF_STEP
     tolerance = FITTED_STEPS if is_fitted else KEPT_STEPS if is_kept else tolerance
     for graph, sources in _sources(checkpoint, form):
         model = onnx.load(bundle.graphs / f"{graph}.onnx", load_external_data=False)
@@ -89,12 +90,18 @@ def verify_weights(bundle: Bundle, checkpoint: Checkpoint, form: WeightFormat) -
 def _steps_off(
     matrix: QuantisedMatrix, form: WeightFormat, by_output: NDArray[Any]
 ) -> tuple[float, float]:
-    """How far weights [outputs, inputs] are off, in steps: the most, and the mean square."""
+    """How far weights [outputs, inputs] are off, in steps: the most, and the mean square.
+
+    A float's step is the last place of numbers as large.
+    """
     largest, squares = 0.0, 0.0
     for start in range(0, len(by_output), OUTPUTS_AT_ONCE):
         rows = slice(start, start + OUTPUTS_AT_ONCE)
         some = matrix.rows(rows)
         steps = np.repeat(np.abs(some.scales), form.group_size, axis=1)[:, : by_output.shape[1]]
+        if form.is_float:
+            sizes = np.abs(by_output[rows]) / np.maximum(steps, np.finfo(np.float32).tiny)
+            steps *= last_place(np.minimum(sizes, np.float32(LARGEST)))
         difference = np.abs(dequantise(some, form) - by_output[rows])
         share = difference / np.maximum(steps, np.finfo(np.float32).tiny)
         share = np.nan_to_num(share, nan=np.inf)

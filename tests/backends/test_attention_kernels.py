@@ -21,7 +21,7 @@ from ojfa_export.backends.tensorrt.attention import (
     step_launch,
 )
 
-SOURCES = ("tiles.cuh", "words.cuh", "attention.cu", "prompt.cu")
+SOURCES = ("float8.cuh", "tiles.cuh", "words.cuh", "attention.cu", "prompt.cu")
 MULTIPROCESSORS = 7
 HALF_CALLED_OFF = 2  # as in cuda_on_cpu
 # What the matrix-vector product leaves of a multiprocessor of compute capability 9.0: its 512
@@ -177,11 +177,15 @@ def test_chunks_of_any_length_in_one_pass(compiled, rng):
         Variant(32, 8, 128, 128, 0),
         Variant(32, 8, 128, 128, 0, "bf16"),
         Variant(8, 1, 256, 256, 64, "fp32"),
+        Variant(32, 8, 128, 128, 0, fp8_cache=True),
+        Variant(32, 8, 128, 128, 0, "bf16", fp8_cache=True),
     ],
-    ids=["fp16", "bf16", "fp32-wide-head"],
+    ids=["fp16", "bf16", "fp32-wide-head", "fp8-cache", "fp8-cache-bf16"],
 )
 def test_nothing_is_spilled(variant, architecture, tmp_path):
     """And a step's thread block finds room beside the matrix-vector product before it."""
+    if variant.fp8_cache and architecture == "sm_80":
+        pytest.skip("has no instruction that widens 8-bit floats")
     macros = [f"-D{name}={value}" for name, value in variant.definitions().items()]
     for source in ("attention.cu", "prompt.cu"):
         command = ["nvcc", "-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]

@@ -68,7 +68,8 @@ def test_exits_of_shapes(imported, tmp_path, monkeypatch):
     assert found == [(k, head, e) for k in ("mlp", "block") for head in (96, 48) for e in (1, 2)]
 
 
-def test_quantised_weights_of_shapes(imported, tmp_path, monkeypatch):
+@pytest.mark.parametrize("storage", [pytest.param("int4", marks=pytest.mark.slow), "fp8"])
+def test_quantised_weights_of_shapes(imported, tmp_path, monkeypatch, storage):
     tensorrt, shapes = imported("bench.gpu.tensorrt"), imported("bench.gpu.shapes")
     clock, run = imported("bench.gpu.clock"), imported("bench.gpu.run")
     monkeypatch.setitem(shapes.SHAPES, "llama2-7b", shapes._spec("llama", 4, 64, 4, 96, 96))
@@ -78,11 +79,11 @@ def test_quantised_weights_of_shapes(imported, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "nvidia_smi", dict)
     for name, value in {"PREFILL": 8, "CHECKED_PAST": 8, "parts": lambda *_: {}}.items():
         monkeypatch.setattr(tensorrt, name, value)
-    out = tmp_path / "int4.json"
+    out = tmp_path / "weights.json"
     few = ["--past", "8", "--batch", "1", "3", "--exits", "1", "4", "--tokens", "2"]
-    tensorrt.main(["--out", str(out), "--weights", "int4", "--group-size", "32", *few])
+    tensorrt.main(["--out", str(out), "--weights", storage, "--group-size", "32", *few])
     result = json.loads(out.read_text())
-    assert result["settings"]["weights"] == "int4"
+    assert result["settings"]["weights"] == storage
     decoded = [(row["batch"], row["blocks"]) for row in result["shapes"][0]["decode"]]
     assert decoded == [(1, 1), (1, 4), (3, 1), (3, 4)]
 

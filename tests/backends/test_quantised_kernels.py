@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from kernels_on_cpu import CpuKernels
+from quantised_matrices import random_matrix
 from stand_in.quantised import Layout
 from test_tiled_kernels import EPSILON, Cpu, CpuArray, Kind, arrays
 
-from ojfa_export.bundle.weight_format import QuantisedMatrix, WeightFormat, dequantise, pack
+from ojfa_export.backends.cuda.sources import weight_definitions
+from ojfa_export.bundle.weight_format import QuantisedMatrix, WeightFormat, dequantise
 
 SOURCES = (
-    *("activation.cuh", "numbers.cuh", "quantised_products.cuh", "around_products.cu"),
+    *(
+        "activation.cuh",
+        "float8.cuh",
+        "numbers.cuh",
+        "quantised_products.cuh",
+        "around_products.cu",
+    ),
     *("quantised_linear.cu", "quantised_batch.cu", "quantised_layout.cu"),
 )
 WIDTH = 1024  # of hidden states at most
@@ -28,13 +35,7 @@ class Quantised:
     kernels: CpuKernels
 
     def matrix(self, rng, outputs: int, columns: int) -> QuantisedMatrix:
-        """Any numbers and zero points; scales that fp16 holds, as most checkpoints'."""
-        most, groups = 1 << self.form.bits, columns // self.form.group_size
-        numbers = rng.integers(most, size=(outputs, columns), dtype=np.uint8)
-        points = rng.integers(most, size=(outputs, groups), dtype=np.uint8)
-        deviation = most / math.sqrt(6 / columns)
-        scales = (rng.uniform(0.5, 1.0, points.shape) / deviation).astype(np.float16)
-        return pack(numbers, scales.astype(np.float32), points, self.form)
+        return random_matrix(rng, self.form, outputs, columns)
 
     def products(self, *shape):
         from ojfa_export.backends.tensorrt.quantised import QuantisedKernels
@@ -58,7 +59,8 @@ class Quantised:
             (2, 1, 1),
             (256, 1, 1),
             (
-                *(pointer(each.ctypes.data) for each in (array.array, *stored)),
+                pointer(array.pointer),
+                *(pointer(None if each is None else each.ctypes.data) for each in stored),
                 *map(integer, (outputs, columns, tiles_of(outputs, paired=paired), int(paired))),
             ),
         )
@@ -75,6 +77,8 @@ FORMS = {
     "int4-32-bf16": ("bf16", "int4", 32, True),
     "int8-64": ("fp16", "int8", 64, True),
     "int8-256-bf16": ("bf16", "int8", 256, False),
+    "fp8-128": ("fp16", "fp8", 128, True),
+    "fp8-32-bf16": ("bf16", "fp8", 32, False),
 }
 
 
@@ -82,9 +86,9 @@ FORMS = {
 def compiled(request, driver, tmp_path_factory) -> Quantised:
     precision, storage, group_size, layer = FORMS[request.param]
     kind = Kind(layer=layer, gated=not layer, precision=precision)
-    form = WeightFormat(storage=storage, group_size=group_size, zero_points=True)
+    form = WeightFormat(storage=storage, group_size=group_size, zero_points=storage != "fp8")
     macros = {**kind.macros(), "HIDDEN_SIZE": WIDTH, "SMALL": 0}
-    macros |= {"WEIGHT_BITS": form.bits, "WEIGHT_GROUP": group_size}
+    macros |= weight_definitions(form)
     directory = tmp_path_factory.mktemp(request.param)
     return Quantised(kind, form, CpuKernels("quantised.cpp", SOURCES, macros, directory))
 
@@ -99,7 +103,7 @@ def test_the_layout_is_the_stand_in_s(compiled, rng, paired, ordered):
     matrix = compiled.matrix(rng, 70, columns)
     found = compiled.on_device(matrix, paired=paired)
     form = compiled.form
-    layout = Layout(70, columns, paired, form.bits, form.group_size)
+    layout = Layout(70, columns, paired, form.bits, form.group_size, form.is_float)
     exact = dequantise(matrix, form, np.float64)
     np.testing.assert_array_equal(layout.take(found.array.array[0]), exact.astype(np.float32))
     elements = np.full((70, columns), np.nan, compiled.kind.dtype)

@@ -293,24 +293,31 @@ def test_a_checkpoint_is_built_straight_to_this_backend(
     assert all(check.passed for check in checks)
 
 
-def test_weights_of_four_bits_are_built_straight_to_this_backend(
-    made: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("storage", "form"),
+    [
+        pytest.param("int4", "int4 in groups of 32 with zero points", marks=pytest.mark.slow),
+        ("fp8", "fp8 in groups of 32"),
+    ],
+)
+def test_quantised_weights_are_built_straight_to_this_backend(
+    made: Path, tmp_path: Path, storage: str, form: str
 ) -> None:
     """No engine is built; what runs is within fp16's rounding of what the numbers stand for."""
-    output = tmp_path / "int4.ojfa"
-    result = build_from_checkpoint(made, output, made / "checkpoint", "fp16", "int4")
+    output = tmp_path / "quantised.ojfa"
+    result = build_from_checkpoint(made, output, made / "checkpoint", "fp16", storage)
     assert {"quantised block_03: steps", "float64 block_03: attention.mixed"} <= {
         check.name for check in result.report.checks
     }
     manifest = Bundle(output).manifest
-    assert str(manifest.weights) == "int4 in groups of 32 with zero points"
+    assert str(manifest.weights) == form
     assert ".engine" not in {Path(name).suffix for name in manifest.files}
     checks = verify_bundle(output, None, "tensorrt", SILENT)
     assert [check.name for check in checks if not check.passed] == []
     shown = CliRunner().invoke(app, ["inspect", str(output)]).stdout
     assert "kept wider" in shown
     assert "whole groups" not in shown  # the exit head's own matrix stays in fp16
-    with pytest.raises(BackendError, match="beside fp16, which the onnxruntime backend"):
+    with pytest.raises(BackendError, match="which the onnxruntime backend doesn't run"):
         add_engines(output, "onnxruntime", SILENT)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from chain import Chain, build_chain
 from elements import split_precision
-from quantised_checkpoints import gptq_config, gptq_layer, write_checkpoint
+from quantised_checkpoints import float_rows, gptq_config, gptq_layer, write_checkpoint
 from shortcut_kinds import split_kind
 from stand_in.tensorrt import Builder
 from tiny_models import VOCAB_SIZE, make_checkpoint
@@ -21,8 +21,10 @@ from ojfa_export.backends.quantised import check_runs
 from ojfa_export.bundle.block_shortcut import BlockShortcut
 from ojfa_export.bundle.weight_format import WeightFormat, dequantise
 from ojfa_export.compiler.options import BuildOptions
+from ojfa_export.compiler.pipeline import plan
 from ojfa_export.compiler.settings import decide
 from ojfa_export.errors import BackendError, UsageError
+from ojfa_export.models.float8 import E4M3
 from ojfa_export.runtime.session import Session
 
 LENGTH = 112
@@ -49,6 +51,7 @@ class Case:
 # blocks behind exits; numbers of a checkpoint with its own order of inputs, and a head that it
 # hasn't quantised.
 CASES = ["llama-gqa", "gpt2-bf16", "llama-gqa-residual", "llama-gqa-block", "gptq-act-order"]
+CASES += ["fp8-bf16"]  # numbers of a checkpoint that are 8-bit floats
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -59,6 +62,10 @@ def case(request, driver, tmp_path_factory) -> Case:
         config = gptq_config(4, 32, desc_act=True)
         checkpoint, form = write_checkpoint("llama-gqa", directory / "c", layer, config), None
         kind, precision = "narrow", "fp16"
+    elif name == "fp8-bf16":
+        layer, config = float_rows(np.random.default_rng(5))
+        checkpoint, form = write_checkpoint("llama-gqa", directory / "c", layer, config), None
+        kind, precision = "narrow", "bf16"
     else:
         before, precision = split_precision(name)
         variant, kind = split_kind(before)
@@ -72,6 +79,7 @@ def case(request, driver, tmp_path_factory) -> Case:
             weights=form,
             max_length=LENGTH,
             kind=kind,
+            float_groups=(32,),
             check_tokens=np.arange(3, VOCAB_SIZE, 7, dtype=np.int32)
             if kind == "residual"
             else None,
@@ -138,7 +146,8 @@ def test_memory_is_counted_as_it_is_taken(case):
 
 def test_what_is_asked_of_engines_is_refused(case, monkeypatch):
     monkeypatch.setenv("OJFA_DECODE", "engines")
-    with pytest.raises(BackendError, match="int4 has no engines of TensorRT") as refused:
+    storage = case.chain.weights.storage
+    with pytest.raises(BackendError, match=f"{storage} has no engines of TensorRT") as refused:
         case.open()
     assert "without --weights" in str(refused.value.hint)
 
@@ -159,6 +168,21 @@ def test_what_the_backend_does_not_run(driver):
     with pytest.raises(BackendError, match="fractional zero points, which the tensorrt") as caught:
         check_runs(BACKEND, fractional, "fp16")
     assert "for this backend" in str(caught.value.hint)
+
+
+def test_8_bit_floats_need_a_gpu_that_widens_them(driver, monkeypatch):
+    from ojfa_export.backends.cuda.device import the_device
+    from ojfa_export.backends.tensorrt.backend import BACKEND
+
+    floats = WeightFormat(storage="fp8", group_size=128)
+    check_runs(BACKEND, floats, "bf16")
+    monkeypatch.setattr(the_device(), "compute_capability", (8, 6))
+    said = r"weights are fp8 in groups of 128, which need a GPU of .* 8.9 or later; .* has 8.6$"
+    with pytest.raises(BackendError, match=said) as caught:
+        check_runs(BACKEND, floats, "bf16")
+    assert "--weights int8" in str(caught.value.hint)
+    check_runs(BACKEND, INT4, "bf16")
+    assert BACKEND.lacks("int8") is None
 
 
 @pytest.mark.parametrize(("features", "size"), [(4096, 128), (576, 64), (96, 32), (48, 128)])
@@ -188,3 +212,41 @@ def test_rounding_to_the_nearest(driver, rng):
         steps = np.repeat(matrix.scales.T, 32, axis=0)
         assert np.abs(dequantise(matrix, form).T - columns).max() <= 0.501 * steps.max()
         assert (np.abs(dequantise(matrix, form).T - columns) <= 0.501 * steps).mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "kept"),
+    [("bf16", (8, 9), "fp8"), ("fp32", (9, 0), None), ("bf16", (8, 0), None)],
+)
+def test_8_bit_floats_of_a_checkpoint_are_kept_where_they_run(
+    driver, monkeypatch, tmp_path, precision, capability, kept
+):
+    """Elsewhere they are what they stand for, in the precision of all else."""
+    from ojfa_export.backends.cuda.device import the_device
+
+    monkeypatch.setattr(the_device(), "compute_capability", capability)
+    layer, config = float_rows(np.random.default_rng(5))
+    checkpoint = write_checkpoint("llama-gqa", tmp_path, layer, config)
+    options = BuildOptions(
+        str(checkpoint), tmp_path / "out", backend="tensorrt", precision=precision
+    )
+    settings = plan(options)["settings"]
+    assert settings["weights"] == kept
+    assert settings["group_size"] == (32 if kept else None)
+
+
+def test_rounding_to_8_bit_floats(driver, rng):
+    """Each weight is the nearest of all numbers times its scale, and the largest is the largest."""
+    from ojfa_export.backends.tensorrt.backend import BACKEND
+
+    form = WeightFormat(storage="fp8", group_size=32)
+    columns = rng.normal(size=(64, 9)).astype(np.float32) * np.exp(rng.normal(size=(1, 9)) * 4)
+    columns[:32, 2] = 0
+    matrix = BACKEND.quantise(columns.astype(np.float32), form)
+    numbers = np.unique(E4M3[np.isfinite(E4M3)]).astype(np.float64)
+    scales = np.repeat(matrix.scales, 32, axis=1).astype(np.float64)
+    off = np.abs(numbers * scales[..., None] - columns.T[..., None].astype(np.float32))
+    found = np.abs(dequantise(matrix, form, np.float64) - columns.T.astype(np.float32))
+    np.testing.assert_allclose(found, off.min(axis=-1), atol=1e-7 * scales.max(), rtol=1e-4)
+    largest = np.abs(dequantise(matrix, form)).reshape(9, 2, 32).max(axis=-1)
+    np.testing.assert_allclose(largest, np.abs(columns.T).reshape(9, 2, 32).max(-1), rtol=1e-6)

@@ -215,6 +215,13 @@ def test_other_backends_refuse_it(
         assert "onnxruntime" in str(caught.value.hint)
 
 
+def test_floats_are_not_for_the_cpu(options: Options) -> None:
+    said = "weights are fp8 in groups of 32, which the onnxruntime backend doesn't run"
+    with pytest.raises(BackendError, match=said) as caught:
+        plan(options(weights="fp8"))
+    assert "--weights int8" in str(caught.value.hint)
+
+
 def test_what_goes_beside_them_is_the_backend_s_to_say(options: Options) -> None:
     said = r"int8 .* beside fp16, which the onnxruntime backend"
     with pytest.raises(BackendError, match=said) as caught:
@@ -237,6 +244,7 @@ def test_what_goes_beside_them_is_the_backend_s_to_say(options: Options) -> None
             "they must be quantised",
         ),
         ({"storage": "fp32"}, "fp32 weights have no groups"),
+        ({"storage": "fp8"}, "fp8 weights have no zero points"),
         (None, "contradicts manifest.json"),
     ],
 )

@@ -76,6 +76,8 @@ CASES |= {
     "gpt2-int4-bf16": "bf16",
     "qwen3-int8-fp16": "fp16",
     "gemma2-int8-bf16": "bf16",
+    "llama-gqa-residual-fp8-fp16": "fp16",
+    "qwen3-fp8-bf16": "bf16",
 }
 # Those that also have a draft layer: with a head of its own, and with the model's.
 DRAFTS = {"llama-gqa": True, "llama-gqa-fp16": True, "gpt2-fp16": False, "qwen3-fp16": False}

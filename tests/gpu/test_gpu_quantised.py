@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from elements import DTYPES, macros
+from quantised_matrices import random_matrix
 from tolerances import BLOCK_BF16_RELATIVE, BLOCK_FP16_RELATIVE
 
-from ojfa_export.bundle.weight_format import WeightFormat, dequantise, pack
+from ojfa_export.backends.cuda.sources import weight_definitions
+from ojfa_export.bundle.weight_format import WeightFormat, dequantise
 
 pytestmark = pytest.mark.gpu
 EPSILON = 1e-5
@@ -41,8 +41,7 @@ class Compiled:
             "GATED": 1,
             "HIDDEN_SIZE": 4096,
             "SMALL": 0,
-            "WEIGHT_BITS": form.bits,
-            "WEIGHT_GROUP": form.group_size,
+            **weight_definitions(form),
         }
         code = compile_kernels(defined, self.device.compute_capability, sources)
         self.kernels, self.arrays = Kernels(self.device, code), DeviceArrays(self.device)
@@ -68,12 +67,14 @@ class Compiled:
         ("bf16", "int4", 32),
         ("fp16", "int8", 128),
         ("bf16", "int8", 64),
+        ("fp16", "fp8", 128),
+        ("bf16", "fp8", 128),
     ],
     ids=lambda param: "-".join(map(str, param)),
 )
 def compiled(request):
     precision, storage, group_size = request.param
-    form = WeightFormat(storage=storage, group_size=group_size, zero_points=True)
+    form = WeightFormat(storage=storage, group_size=group_size, zero_points=storage != "fp8")
     return Compiled(precision, form)
 
 
@@ -86,25 +87,21 @@ def test_products(compiled, rng, columns, outputs):
     from ojfa_export.backends.tensorrt.quantised import QuantisedKernels
     from ojfa_export.backends.tensorrt.quantised_room import QuantisedShape
 
-    form, arrays, most = compiled.form, compiled.arrays, 1 << compiled.form.bits
-    numbers = rng.integers(most, size=(outputs, columns), dtype=np.uint8)
-    points = rng.integers(most, size=(outputs, columns // form.group_size), dtype=np.uint8)
-    scales = (rng.uniform(0.5, 1.0, points.shape) / most / math.sqrt(columns / 6)).astype(
-        np.float16
-    )
-    matrix = pack(numbers, scales.astype(np.float32), points, form)
+    form, arrays = compiled.form, compiled.arrays
+    matrix = random_matrix(rng, form, outputs, columns)
     exact = dequantise(matrix, form, np.float64).T
     laid_out = {}
     for paired in (False, True):
         array = arrays.lasting((1, words_of(outputs, columns, form, paired=paired)), np.uint32)
-        stored = [arrays.upload(each) for each in matrix[:3]]
+        stored = [None if each is None else arrays.upload(each) for each in matrix[:3]]
         tiles = tiles_of(outputs, paired=paired)
         compiled.kernels.launch(
             "lay_out_quantised",
             (64, 1, 1),
             (256, 1, 1),
             (
-                *(pointer(each.pointer) for each in (array, *stored)),
+                pointer(array.pointer),
+                *(pointer(None if each is None else each.pointer) for each in stored),
                 *map(integer, (outputs, columns, tiles, int(paired))),
             ),
         )

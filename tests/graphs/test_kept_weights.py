@@ -16,6 +16,7 @@ from quantised_checkpoints import (
     compressed_config,
     float8,
     float8_tensor,
+    float_rows,
     gptq_config,
     gptq_layer,
     gptq_tensors,
@@ -103,6 +104,7 @@ def fp8(rng: np.random.Generator, *, exact: bool = False) -> tuple[Any, Any]:
 
 
 INT4 = {"storage": "int4", "group_size": 32}
+FP8 = {"storage": "fp8", "group_size": 32}
 # The model, its layers, and what a bundle stores them as.
 CASES: dict[str, tuple[str, Any, dict[str, Any] | None]] = {
     "gptq": ("llama-gqa", lambda rng: gptq(rng, 4, 32), {**INT4, "zero_points": True}),
@@ -133,6 +135,10 @@ CASES: dict[str, tuple[str, Any, dict[str, Any] | None]] = {
         {"storage": "int8", "group_size": 32},
     ),
     "fp8": ("llama-gqa", fp8, None),
+    # On a GPU that runs them: by block; queries, keys and values put in order; and multiplied.
+    "fp8 kept": ("llama-gqa", fp8, FP8),
+    "fp8 kept by head": ("gpt_neox", float_rows, FP8),
+    "fp8 kept, multiplied": ("granite", float_rows, FP8),
 }
 
 
@@ -140,7 +146,9 @@ def chain_of(name: str, tmp_path: Path, rng: np.random.Generator) -> tuple[Chain
     """The exported checkpoint, and a plain one of the same weights."""
     model, make, _ = CASES[name]
     quantised = write_checkpoint(model, tmp_path / "checkpoints", *make(rng))
-    return build_chain(quantised, tmp_path, rank=32), quantised.parent / "plain"
+    float_groups = (32,) if "fp8 kept" in name else ()
+    chain = build_chain(quantised, tmp_path, rank=32, float_groups=float_groups)
+    return chain, quantised.parent / "plain"
 
 
 @pytest.mark.parametrize("name", CASES)

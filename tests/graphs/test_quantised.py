@@ -37,12 +37,14 @@ LENGTH = 24
 INT4 = WeightFormat(storage="int4", group_size=32, zero_points=True)
 OFFSETS = WeightFormat(storage="int4", group_size=32, zero_points=True, offsets=True)
 INT8 = WeightFormat(storage="int8", group_size=32, zero_points=True)
-# Two models, both storages, groups of other sizes, every shortcut, ranks of whole groups and not.
+FP8 = WeightFormat(storage="fp8", group_size=32)
+# Two models, all storages, groups of other sizes, every shortcut, ranks of whole groups and not.
 CHAINS = [
     ("gpt2", INT4, {"kind": "residual"}),
     ("gpt2", INT8, {"rank": 32}),
     ("llama-gqa", INT4, {"rank": 8}),
     ("llama-gqa", INT8, {"kind": "mlp"}),
+    ("gpt2", FP8, {"kind": "residual"}),
     ("llama-tied", WeightFormat(storage="int4", group_size=16, zero_points=False), {"rank": 16}),
     ("gemma2", OFFSETS, {"kind": "residual"}),
     ("llama-gqa", OFFSETS.model_copy(update={"group_size": 16}), {"rank": 16}),

@@ -188,11 +188,14 @@ class StandInKernels:
         return inner * y[:, width:] if self.m.GATED else inner
 
     def _layout(self, rows: int, columns: int, paired: bool) -> Layout:
-        return layout_of(rows, columns, paired, self.m.WEIGHT_BITS, self.m.WEIGHT_GROUP)
+        return layout_of(rows, columns, paired, *self._format())
+
+    def _format(self) -> tuple[int, int, bool]:
+        return self.m.WEIGHT_BITS, self.m.WEIGHT_GROUP, bool(self.m.WEIGHT_FLOAT)
 
     def lay_out_quantised(self, a: Any) -> None:
         layout = self._layout(a.rows, a.columns, bool(a.paired))
-        numbers, words = stored_words(a, self.m.WEIGHT_BITS, self.m.WEIGHT_GROUP, view)
+        numbers, words = stored_words(a, *self._format(), view)
         out = view(a.out, np.uint32, layout.number_words + layout.scale_words)
         layout.put(out, numbers, words)
 

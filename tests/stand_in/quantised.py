@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 
 TILE, STEP = 16, 128
@@ -19,9 +20,13 @@ class Layout:
         paired: Whether tiles have gates and what they are multiplied with, eight rows of each.
         bits: Of a number.
         group: Columns that share a scale.
+        floats: Whether numbers are 8-bit floats, whose scales have no zero point beside them.
     """
 
-    def __init__(self, rows: int, columns: int, paired: bool, bits: int, group: int) -> None:
+    def __init__(
+        self, rows: int, columns: int, paired: bool, bits: int, group: int, floats: bool = False
+    ) -> None:
+        self.floats = floats
         self.bits, self.shape = bits, (rows, columns)
         half = rows // 2
         tiles = -(-half // 8) if paired else -(-rows // TILE)
@@ -72,22 +77,27 @@ class Layout:
     def take(self, matrix: np.ndarray) -> np.ndarray:
         """What a matrix stands for: [rows, columns] float32."""
         mask = (1 << self.bits) - 1
-        numbers = np.zeros(self.shape, np.float32)
+        numbers = np.zeros(self.shape, np.uint8)
         numbers[self._from] = matrix[self._to] >> self._shift.astype(np.uint32) & mask
         words = np.zeros((self.shape[0], self.groups), np.uint32)
         words[self._scales_from] = matrix[self.number_words + self._scales_to]
+        if self.floats:
+            floats = numbers.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+            return floats * np.repeat(words.view(np.float32), self._group, axis=1)
         points = np.repeat((words & mask).astype(np.float32), self._group, axis=1)
         scales = np.repeat((words & ~np.uint32(mask)).view(np.float32), self._group, axis=1)
-        return (numbers - points) * scales
+        return (numbers.astype(np.float32) - points) * scales
 
 
 @cache
-def layout_of(rows: int, columns: int, paired: bool, bits: int, group: int) -> Layout:
+def layout_of(rows: int, columns: int, paired: bool, bits: int, group: int, floats: bool) -> Layout:
     """A layout, made once."""
-    return Layout(rows, columns, paired, bits, group)
+    return Layout(rows, columns, paired, bits, group, floats)
 
 
-def stored_words(a: SimpleNamespace, bits: int, group: int, view) -> tuple[np.ndarray, np.ndarray]:
+def stored_words(
+    a: SimpleNamespace, bits: int, group: int, floats: bool, view
+) -> tuple[np.ndarray, np.ndarray]:
     """Numbers [rows, columns] of MatMulNBits' layout, and words of scales and zero points."""
     rows, columns, groups = a.rows, a.columns, a.columns // group
 
@@ -97,6 +107,8 @@ def stored_words(a: SimpleNamespace, bits: int, group: int, view) -> tuple[np.nd
             return packed
         return np.stack([packed & 15, packed >> 4], axis=-1).reshape(rows, -1)[:, :count]
 
+    if floats:
+        return unpacked(a.numbers, columns), view(a.scales, np.uint32, rows, groups)
     middle = 1 << (bits - 1)
     points = unpacked(a.zero_points, groups) if a.zero_points else np.full((rows, groups), middle)
     scales = view(a.scales, np.uint32, rows, groups)

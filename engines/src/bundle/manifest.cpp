@@ -46,7 +46,7 @@ void check_digest(const std::string& text, const Json& raw, const std::filesyste
 // Quantised weights, which none of the library's backends runs.
 [[noreturn]] void refuse_quantised(Fields weights) {
     throw bundle_failure(
-        "the bundle's weights are " + weights.one_of("storage", {"int4", "int8"}) +
+        "the bundle's weights are " + weights.one_of("storage", {"int4", "int8", "fp8"}) +
             ", which this library doesn't run",
         "run it in Python, or build it from a checkpoint that isn't quantised, without --weights");
 }

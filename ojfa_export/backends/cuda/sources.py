@@ -41,6 +41,7 @@ HEADERS = (
     "instructions.cuh",
     "activation.cuh",
     "staging.cuh",
+    "float8.cuh",
     "numbers.cuh",
     "quantised_products.cuh",
     "tiles.cuh",
@@ -83,7 +84,15 @@ def definitions(
         "GATED": int(spec.gated),
         "SMALL": int(spec.hidden_size <= SMALL_WIDTH),
         "HIDDEN_SIZE": spec.hidden_size,
+        **weight_definitions(form),
+    }
+
+
+def weight_definitions(form: WeightFormat | None) -> dict[str, int]:
+    """The macros that say what quantised matrices are stored as."""
+    return {
         "WEIGHT_BITS": form.bits if form is not None else 0,
+        "WEIGHT_FLOAT": int(form is not None and form.is_float),
         "WEIGHT_GROUP": form.group_size if form is not None else 0,
     }
 

@@ -17,7 +17,7 @@ from ojfa_export.backends.onnxruntime.engines import OnnxRuntimeEngines
 from ojfa_export.backends.onnxruntime.exit_blocks import OnnxRuntimeExitBlocks
 from ojfa_export.backends.onnxruntime.quantise import quantise
 from ojfa_export.bundle.checked import UNCHECKED, Files
-from ojfa_export.bundle.weight_format import QuantisedMatrix, WeightFormat
+from ojfa_export.bundle.weight_format import Quantised, QuantisedMatrix, WeightFormat
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.errors import BackendError
 from ojfa_export.models.precision import Precision
@@ -55,6 +55,10 @@ class OnnxRuntime:
         from ojfa_export.backends.onnxruntime.build import build_engine  # needs onnx
 
         build_engine(spec, graph, engine)
+
+    def lacks(self, storage: Quantised) -> str | None:
+        """See `backends.quantised.RunsQuantised`: its products are of whole numbers."""
+        return f"which the {self.name} backend doesn't run" if storage == "fp8" else None
 
     def quantise(self, columns: NDArray[np.float32], form: WeightFormat) -> QuantisedMatrix:
         """Quantises a matrix; see `backends.quantised.RunsQuantised`."""

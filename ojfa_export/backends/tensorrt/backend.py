@@ -17,10 +17,11 @@ from ojfa_export.backends.tensorrt import api
 from ojfa_export.backends.tensorrt.draft import TensorRtDraft
 from ojfa_export.backends.tensorrt.engines import TensorRtEngines
 from ojfa_export.backends.tensorrt.exit_blocks import TensorRtExitBlocks
+from ojfa_export.backends.tensorrt.parts import float8_lacks
 from ojfa_export.backends.tensorrt.plan import PROFILES, check_built_for, read_plan
 from ojfa_export.backends.tensorrt.probe import trace_block
 from ojfa_export.bundle.checked import UNCHECKED, Files
-from ojfa_export.bundle.weight_format import QuantisedMatrix, WeightFormat
+from ojfa_export.bundle.weight_format import Quantised, QuantisedMatrix, WeightFormat
 from ojfa_export.decoding.arrays import Float32
 from ojfa_export.models.precision import Precision
 from ojfa_export.models.spec import ModelSpec
@@ -92,6 +93,13 @@ class TensorRt:
         """Opens a bundle's block jump; see `backends.block_jump.RunsBlockJumps`."""
         assert isinstance(engines, TensorRtEngines)
         return TensorRtExitBlocks(engines, jump)
+
+    def lacks(self, storage: Quantised) -> str | None:
+        """See `backends.quantised.RunsQuantised`."""
+        if storage != "fp8":
+            return None
+        device = the_device()
+        return float8_lacks(device.name, device.compute_capability)
 
     def quantise(self, columns: Float32, form: WeightFormat) -> QuantisedMatrix:
         """See `backends.quantised.RunsQuantised`."""

@@ -11,8 +11,8 @@ from ojfa_export.models.spec import ModelSpec
 # Numbers of 16 bits that a kernel loads at once: rows of matrices are whole loads.
 LOADED = 8
 COMPUTE_CAPABILITY = (8, 0)
-# From here on there are instructions that convert fp8; whole words of it are copied.
-FP8_COMPUTE_CAPABILITY, WORD = (8, 9), 4
+FLOAT8_CAPABILITY = (8, 9)  # has an instruction that widens 8-bit floats
+WORD = 4  # bytes, of which whole ones are copied
 
 
 def check_parts(spec: ModelSpec) -> None:
@@ -71,18 +71,22 @@ def check_gpu(name: str, compute_capability: tuple[int, int]) -> None:
         )
 
 
+def float8_lacks(name: str, compute_capability: tuple[int, int]) -> str | None:
+    """What a GPU lacks to run 8-bit floats, to be said after them; None where it runs them."""
+    if compute_capability >= FLOAT8_CAPABILITY:
+        return None
+    needed, here = (".".join(map(str, v)) for v in (FLOAT8_CAPABILITY, compute_capability))
+    return f"which need a GPU of compute capability {needed} or later; {name} has {here}"
+
+
 def check_fp8_cache(spec: ModelSpec, name: str, compute_capability: tuple[int, int]) -> None:
     """Refuses what has no kernels for keys and values in fp8.
 
     Raises:
         BackendError: Naming the GPU and what it has, or the heads.
     """
-    if compute_capability < FP8_COMPUTE_CAPABILITY:
-        needed, here = (".".join(map(str, v)) for v in (FP8_COMPUTE_CAPABILITY, compute_capability))
-        raise BackendError(
-            f"a cache of fp8 needs compute capability {needed} or later; {name} has {here}",
-            hint="build without --cache",
-        )
+    if lacks := float8_lacks(name, compute_capability):
+        raise BackendError(f"keys and values in fp8, {lacks}", hint="build without --cache")
     if spec.head_dim % WORD:
         raise BackendError(
             f"this model has heads of {spec.head_dim} features, no multiple of {WORD}: no kernel "

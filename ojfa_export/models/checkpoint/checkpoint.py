@@ -88,11 +88,11 @@ class Checkpoint:
         """
         return source.join([self._part(source, name, size) for name, size in source.parts])
 
-    def kept(self, source: Source) -> Kept | None:
+    def kept(self, source: Source) -> Kept | Scaled | None:
         """The numbers of a quantised weight as they are, [outputs, inputs].
 
         Returns:
-            None where it isn't quantised, to whole numbers, in parts that can be put together.
+            None where it isn't quantised, in parts that can be put together.
 
         Raises:
             CheckpointError: As `read`; the numbers themselves are read later.
@@ -103,10 +103,8 @@ class Checkpoint:
             if source.inputs is None or not self.is_quantised(stored):
                 return None
             part = self._quantised(source, stored, size)
-            if not isinstance(part, Kept):
-                return None
             if source.heads:
-                part = part.outputs_at(by_kind(len(part.scales), source.heads))
+                part = part.outputs_at(by_kind(source.linear_shape(size)[0], source.heads))
             parts.append(part.times(source.scale))
         return beside(parts)
 

@@ -36,17 +36,17 @@ inline void store(Half* at, float x) { *at = static_cast<Half>(x); }
 typedef float Element;
 #endif
 
-#if FP8_CACHE
-struct Fp8 {
-    unsigned char bits;
-};
-
 // By OCP's description: exponents have a bias of 7, and 0 that of 1 with no leading one.
 inline float fp8_value(unsigned bits) {
     const int exponent = bits >> 3 & 15, fraction = bits & 7;
     const float size = exponent ? std::ldexp(8.0f + fraction, exponent - 10) : std::ldexp(1.0f * fraction, -9);
     return bits >> 7 & 1 ? -size : size;
 }
+
+#if FP8_CACHE
+struct Fp8 {
+    unsigned char bits;
+};
 
 // The nearest of all, to even where two are as near; none is larger than 448.
 inline void store(Fp8* at, float x) {
@@ -56,14 +56,5 @@ inline void store(Fp8* at, float x) {
         if (nearer < 0 || (nearer == 0 && code % 2 == 0)) best = code;
     }
     at->bits = std::isnan(x) ? 0x7f : static_cast<unsigned char>(best | (std::signbit(x) ? 0x80 : 0));
-}
-
-inline unsigned halves(unsigned pair) {
-    unsigned words = 0;
-    for (int i = 0; i < 2; ++i) {
-        const auto half = static_cast<_Float16>(fp8_value(pair >> 8 * i & 0xff));
-        words |= static_cast<unsigned>(bits_as<std::uint16_t>(half)) << 16 * i;
-    }
-    return words;
 }
 #endif

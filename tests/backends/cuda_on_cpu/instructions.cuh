@@ -47,6 +47,21 @@ inline unsigned pack(float low, float high) {
 
 inline unsigned and_or(unsigned x, unsigned mask, unsigned above) { return (x & mask) | above; }
 
+template <unsigned SELECTED>
+unsigned select_bytes(unsigned word) {
+    unsigned bytes = 0;
+    for (int i = 0; i < 4; ++i) {
+        const unsigned how = SELECTED >> 4 * i & 15, byte = how & 4 ? 0 : word >> 8 * (how & 3) & 255;
+        bytes |= (how & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
+    }
+    return bytes;
+}
+
+inline unsigned from_float8(unsigned short two) {
+    const auto number = [](unsigned code) { return (code & 127) == 127 ? NAN : fp8_value(code); };
+    return pack(number(two & 255), number(two >> 8));
+}
+
 inline unsigned add_product(unsigned x, unsigned y, unsigned z) {
     const auto number = [](unsigned words, int i) {
         return to_float(bits_as<Element>(static_cast<std::uint16_t>(words >> 16 * i)));

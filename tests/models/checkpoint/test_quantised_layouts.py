@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,21 @@ def test_fp8(name: str, dtype: Any, rng: np.random.Generator, tmp_path: Path) ->
     tensors = {"weight": float8_tensor(numbers), end: stored}
     scaled = read(tmp_path, fields, tensors, (40, 80))
     assert isinstance(scaled, Scaled)
-    np.testing.assert_array_equal(scaled.dequantised(), scaled_weights(numbers, scales, block))
+    expected = scaled_weights(numbers, scales, block)
+    np.testing.assert_array_equal(scaled.dequantised(), expected)
+    size = math.gcd(block[1], 80)
+    by_group = np.repeat(scaled.scales_of(size), size, axis=1)
+    np.testing.assert_array_equal(numbers.astype(np.float32) * by_group, expected)
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_an_8_bit_float_that_is_none(code: int, rng: np.random.Generator, tmp_path: Path) -> None:
+    tensors = {"weight": float8_tensor(float8(rng, 8, 16)), "weight_scale": torch.ones(1)}
+    tensors["weight"].view(torch.uint8)[3, 5] = code
+    scaled = read(tmp_path, {"quant_method": "fp8"}, tensors, (8, 16))
+    with pytest.raises(CheckpointError, match=r"tensor 'layer.weight' in .* holds NaN") as caught:
+        scaled.dequantised()
+    assert caught.value.hint == "the checkpoint is damaged; get a sound one"
 
 
 @settings(max_examples=40, deadline=None)

@@ -14,6 +14,9 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ojfa_export.models.checkpoint.quantised.kept import Scaled
 from ojfa_export.models.checkpoint.quantised.layout import MatrixTensors, refuse_unknown
 from ojfa_export.models.families.config import Config
@@ -58,7 +61,7 @@ def read_scaled(
         block: Weights of a block; None where scales are of rows or of all.
 
     Raises:
-        CheckpointError: Other shapes or dtypes, or scales with NaN.
+        CheckpointError: Other shapes or dtypes, or scales with NaN; numbers are read later.
     """
     tensors.check("weight", (outputs, inputs), FP8)
     shape, _ = tensors.header(end)
@@ -70,7 +73,19 @@ def read_scaled(
     else:
         wanted = (outputs,) if len(shape) == 1 else (outputs, 1)
         scales, block = tensors.scales(end, wanted).reshape(-1, 1), (1, inputs)
-    return Scaled(scales, block, lambda: tensors.raw("weight"))
+    return Scaled(scales, block, (outputs, inputs), lambda: _numbers(tensors))
+
+
+def _numbers(tensors: MatrixTensors) -> NDArray[Any]:
+    """The numbers, of which none is NaN.
+
+    Raises:
+        CheckpointError: One is.
+    """
+    numbers = tensors.raw("weight")
+    if (numbers.view(np.uint8) & 127 == 127).any():
+        raise tensors.damaged("weight", "NaN")
+    return numbers
 
 
 def read_fp8(section: Config) -> Fp8:

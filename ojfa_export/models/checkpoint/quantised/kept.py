@@ -126,12 +126,34 @@ class Scaled:
     Attributes:
         scales: [outputs, inputs] float32 of blocks of weights, either of them 1 for all.
         block: Weights of a block, outputs and inputs.
+        shape: Outputs and inputs of the matrix.
         numbers: Reads the numbers, [outputs, inputs] in fp8.
     """
 
     scales: Float32
     block: tuple[int, int]
+    shape: tuple[int, int]
     numbers: Callable[[], NDArray[Any]]
+
+    def by_output(self) -> Scaled:
+        """The same weights with scales of each output."""
+        scales = np.repeat(self.scales, self.block[0], axis=0)[: self.shape[0]]
+        return replace(self, scales=scales, block=(1, self.block[1]))
+
+    def outputs_at(self, order: NDArray[Any]) -> Scaled:
+        """Some outputs, in an order."""
+        by_output, shape = self.by_output(), (len(order), self.shape[1])
+        scales = by_output.scales[order]
+        return replace(by_output, scales=scales, shape=shape, numbers=lambda: self.numbers()[order])
+
+    def times(self, factor: float) -> Scaled:
+        """The weights multiplied: the scales are, rounded to fp32."""
+        return self if factor == 1 else replace(self, scales=self.scales * np.float32(factor))
+
+    def scales_of(self, group_size: int) -> Float32:
+        """Of each output, [outputs, groups], of groups that divide blocks and inputs."""
+        firsts = np.arange(0, self.shape[1], group_size)
+        return np.ascontiguousarray(self.by_output().scales[:, firsts // self.block[1]])
 
     def dequantised(self) -> Float32:
         """The weights [outputs, inputs]; each is one product, rounded once."""
@@ -147,16 +169,36 @@ def groups_in_order(inputs: int, group_size: int) -> NDArray[np.int32]:
     return (np.arange(inputs) // group_size).astype(np.int32)
 
 
-def beside(parts: Sequence[Kept]) -> Kept | None:
+def beside(parts: Sequence[Kept | Scaled]) -> Kept | Scaled | None:
     """Matrices of the same inputs as one, with their outputs one after the other.
 
-    Numbers get the bits of the widest, groups the largest size that divides all.
-
     Returns:
-        None where that can't be: inputs are grouped in different orders.
+        None where that can't be: some are whole numbers and some floats, or inputs are grouped in
+        different orders, or floats in blocks of different widths.
     """
     if len(parts) == 1:
         return parts[0]
+    whole = [part for part in parts if isinstance(part, Kept)]
+    floats = [part.by_output() for part in parts if isinstance(part, Scaled)]
+    if whole and floats:
+        return None
+    return _whole_beside(whole) if whole else _floats_beside(floats)
+
+
+def _floats_beside(parts: Sequence[Scaled]) -> Scaled | None:
+    first = parts[0]
+    if any(part.block != first.block for part in parts):
+        return None
+    return Scaled(
+        np.concatenate([part.scales for part in parts]),
+        first.block,
+        (sum(part.shape[0] for part in parts), first.shape[1]),
+        lambda: np.concatenate([part.numbers() for part in parts]),
+    )
+
+
+def _whole_beside(parts: Sequence[Kept]) -> Kept | None:
+    """Numbers get the bits of the widest, groups the largest size that divides all."""
     bits = max(part.bits for part in parts)
     if all(np.array_equal(part.group_of, parts[0].group_of) for part in parts):
         same = [part.widened(bits) for part in parts]

@@ -99,11 +99,14 @@ class MatrixTensors:
         self.check(end, shape, (*FLOATS, "F8_E8M0"))
         scales = self.raw(end).astype(np.float32)
         if not np.isfinite(scales).all():
-            raise CheckpointError(
-                f"{self._where(end)} holds NaN or infinity",
-                hint="the checkpoint is damaged; get a sound one",
-            )
+            raise self.damaged(end, "NaN or infinity")
         return scales
+
+    def damaged(self, end: str, what: str) -> CheckpointError:
+        """The error for a tensor that holds what no sound one does."""
+        return CheckpointError(
+            f"{self._where(end)} holds {what}", hint="the checkpoint is damaged; get a sound one"
+        )
 
     def wrong(self, end: str, what: str) -> CheckpointError:
         """The error for a tensor that is not what it must be."""
