@@ -18,7 +18,7 @@ def kernels(driver: Driver):
     from ojfa_export.backends.cuda.device import the_device
     from ojfa_export.backends.cuda.kernels import Kernels
 
-    return Kernels(the_device(), b'{"HALF": 0, "BFLOAT": 0}')
+    return Kernels(the_device(), b'{"HALF": 0, "BFLOAT": 0, "FP8_CACHE": 0}')
 
 
 def launch(compiled, name: str = "transpose") -> None:

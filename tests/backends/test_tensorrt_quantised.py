@@ -140,7 +140,7 @@ def test_memory_is_counted_as_it_is_taken(case):
         names[-1] = "final_head"
     arrays = [each for name in names for each in engines.weights(name).values()]
     held = {array.pointer: array.nbytes for array in (getattr(e, "array", e) for e in arrays)}
-    room = Room(case.chain.spec, 2, {name: engines.plan(name) for name in names})
+    room = Room(case.chain.spec, 2, 2, {name: engines.plan(name) for name in names})
     assert room.need(Request(range(1))).weights == sum(held.values())
 
 
