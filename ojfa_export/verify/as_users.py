@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from ojfa_export.backends.frugal import close_all
-from ojfa_export.backends.narrow_cache import has_fp8_cache
 from ojfa_export.bundle.manifest import Manifest
 from ojfa_export.decoding.arrays import Int32
 from ojfa_export.decoding.generation_defaults import GenerationDefaults
@@ -30,7 +29,7 @@ from ojfa_export.system.heap import trim_heap
 from ojfa_export.system.memory import read_meminfo
 from ojfa_export.verify.check import Check
 from ojfa_export.verify.probes import probe_texts
-from ojfa_export.verify.tolerances import TOKENIZER, TOLERANCES, arithmetic_of
+from ojfa_export.verify.tolerances import TOKENIZER, TOLERANCES, arithmetic_of_model
 from ojfa_export.verify.whole_model import load_whole
 
 PROMPT_TOKENS = 16
@@ -163,11 +162,7 @@ def _prompts(manifest: Manifest, token_ids: Int32) -> tuple[list[list[int]], int
 def _compare_text(model: Model, prompts: list[list[int]], continued: list[Continued]) -> Check:
     """Greedy tokens: the difference is by how much transformers prefers its own first other one."""
     manifest = model.manifest
-    arithmetic = arithmetic_of(
-        manifest.precision,
-        quantised=manifest.weights is not None,
-        fp8_cache=has_fp8_cache(model.engines),
-    )
+    arithmetic = arithmetic_of_model(model)
     penalty = manifest.generation.repetition_penalty or 1.0
     difference = allowed = 0.0
     for prompt, (scores, expected) in zip(prompts, continued, strict=True):

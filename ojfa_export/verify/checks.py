@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from ojfa_export.backends.backend import Engines
 from ojfa_export.backends.frugal import FrugalEngines, close_all, frugal
-from ojfa_export.backends.narrow_cache import has_fp8_cache
 from ojfa_export.backends.onnxruntime.portable import PortableGraphs
 from ojfa_export.bundle import shortcut_file
 from ojfa_export.bundle.block_shortcut import BlockShortcut, BlocksOnSequences
@@ -37,7 +36,12 @@ from ojfa_export.verify.exit_heads import ExitHeads
 from ojfa_export.verify.pieces import embed_batch, engine_in_pieces
 from ojfa_export.verify.quantised import verify_weights
 from ojfa_export.verify.reference import TransformersReference, reference_of
-from ojfa_export.verify.tolerances import Arithmetic, Comparisons, arithmetic_of, exit_allowance
+from ojfa_export.verify.tolerances import (
+    Arithmetic,
+    Comparisons,
+    arithmetic_of_model,
+    exit_allowance,
+)
 
 # Tokens of each sequence that are fed one by one.
 DECODED = 4
@@ -143,11 +147,7 @@ def verify_against(
             verify_defaults(manifest, source),
         ]
     engines = frugal(model.engines, model.spec)
-    arithmetic = arithmetic_of(
-        manifest.precision,
-        quantised=manifest.weights is not None,
-        fp8_cache=has_fp8_cache(model.engines),
-    )
+    arithmetic = arithmetic_of_model(model)
     parts = Parts(
         model.spec,
         arithmetic,

@@ -30,6 +30,7 @@ from ojfa_export.decoding.arrays import Float32, Int32
 from ojfa_export.graphs.quantised import format_of
 from ojfa_export.graphs.weights import map_tensors
 from ojfa_export.models.activation import activate, gated, softcapped
+from ojfa_export.models.float8 import LARGEST
 from ojfa_export.models.spec import SECOND, ModelSpec
 
 Float64 = NDArray[np.float64]
@@ -348,6 +349,5 @@ def multiply(x: Float64, matrix: Any) -> Float64:
 
 def _as_fp8(x: Float64) -> Float64:
     """Rounded to OCP's e4m3, larger numbers to its largest."""
-    largest = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
-    rounded: Float64 = np.clip(x, -largest, largest).astype(ml_dtypes.float8_e4m3fn).astype(x.dtype)
+    rounded: Float64 = np.clip(x, -LARGEST, LARGEST).astype(ml_dtypes.float8_e4m3fn).astype(x.dtype)
     return rounded

@@ -9,12 +9,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ojfa_export.backends.narrow_cache import has_fp8_cache
 from ojfa_export.bundle.block_shortcut import BlocksOnSequences
 from ojfa_export.bundle.mlp_shortcut import MlpShortcut
 from ojfa_export.bundle.shortcut import Shortcut
 from ojfa_export.bundle.shortcut_file import RowShortcut
 from ojfa_export.models.head import FinalNorm
 from ojfa_export.models.precision import Precision
+from ojfa_export.runtime.model import Model
 from ojfa_export.verify.check import Check
 
 # What matrix products are computed in: a precision, or where weights are quantised, with what they
@@ -37,6 +39,16 @@ def arithmetic_of(precision: Precision, *, quantised: bool, fp8_cache: bool = Fa
     if fp8_cache:
         return "bf16, fp8 cache" if precision == "bf16" else "fp16, fp8 cache"
     return "int8" if quantised and precision == "fp32" else precision
+
+
+def arithmetic_of_model(model: Model) -> Arithmetic:
+    """What an opened bundle's products are computed in, by the engines that it runs."""
+    manifest = model.manifest
+    return arithmetic_of(
+        manifest.precision,
+        quantised=manifest.weights is not None,
+        fp8_cache=has_fp8_cache(model.engines),
+    )
 
 
 @dataclass(frozen=True)

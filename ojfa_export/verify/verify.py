@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from ojfa_export import backends
-from ojfa_export.backends.narrow_cache import has_fp8_cache
 from ojfa_export.bundle.bundle import Bundle
 from ojfa_export.bundle.names import SHORTCUT
 from ojfa_export.decoding.arrays import Int32
@@ -17,7 +16,7 @@ from ojfa_export.runtime.model import Model
 from ojfa_export.system.progress import Progress
 from ojfa_export.verify.change import Change
 from ojfa_export.verify.check import Check
-from ojfa_export.verify.tolerances import arithmetic_of
+from ojfa_export.verify.tolerances import arithmetic_of_model
 
 TOKENS = 48
 
@@ -173,11 +172,7 @@ def compare_blocks(
         ) from error
     subject = make_subject(
         model.spec,
-        arithmetic_of(
-            manifest.precision,
-            quantised=manifest.weights is not None,
-            fp8_cache=has_fp8_cache(model.engines),
-        ),
+        arithmetic_of_model(model),
         bundle.graphs,
         (bundle.tensor(tables.cos), bundle.tensor(tables.sin)) if tables else None,
         shortcut,

@@ -83,23 +83,18 @@ def build_engine(
         name.split(".")[-1]: _build(name, model, plan.parent, precision)
         for name, model in _engines(graph.stem, spec, refs, precision, form).items()
     }
-    kinds: tuple[Precision, ...] = ()
-    if graph.stem == DRAFT_LAYER:
-        kinds = (precision,)
-    elif graph.stem == "embed":
-        # The exit head's projection is fp32 whatever the precision.
-        kinds = ("fp32",) if precision == "fp32" else (precision, "fp32")
+    kernels = {
+        kind: _kernels(
+            plan.parent,
+            definitions(spec, kind, form, fp8_cache=cache is not None and kind == precision),
+            kind,
+        )
+        for kind in _kinds(graph.stem, precision)
+    }
     described = GraphPlan(
         precision=precision,
         engines=engines,
-        kernels={
-            kind: _kernels(
-                plan.parent,
-                definitions(spec, kind, form, fp8_cache=cache is not None and kind == precision),
-                kind,
-            )
-            for kind in kinds
-        },
+        kernels=kernels,
         interface=INTERFACE,
         products=_products(spec, plan.parent, precision, form) if graph.stem == "embed" else None,
         weights={
@@ -125,6 +120,16 @@ def build_engine(
         ),
     )
     write_atomically(plan, described.to_json())
+
+
+def _kinds(graph: str, precision: Precision) -> tuple[Precision, ...]:
+    """The precisions of matrices that a graph's plan names kernels for; few graphs' do."""
+    if graph == DRAFT_LAYER:
+        return (precision,)
+    if graph != "embed":
+        return ()
+    # The exit head's projection is fp32 whatever the precision.
+    return ("fp32",) if precision == "fp32" else (precision, "fp32")
 
 
 def engine_names(spec: ModelSpec, graph: Path) -> list[str]:
